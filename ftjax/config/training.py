@@ -1,0 +1,49 @@
+"""`training:` and `mesh:` -- how long, how large, how often, on which devices."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ftjax.config.base import Section
+
+
+class TrainingConfig(Section):
+    """`global_batch_size` counts rows over all devices for one optimizer update."""
+
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="takes precedence over num_train_epochs")
+    global_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    eval_steps: int | None = Field(None, ge=1, description="null: once, at the end, where there is validation data")
+    eval_batch_size: int | None = Field(None, ge=1, description="null: the rows of one micro-batch")
+    save_steps: int = Field(200, ge=1)
+    save_total_limit: int = Field(2, ge=1)
+    logging_steps: int = Field(10, ge=1)
+    seed: int = 42
+    metric_for_best_model: str = "eval/loss"
+    greater_is_better: bool = False
+    early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without improvement before the run stops")
+    early_stopping_threshold: float = Field(0.0, ge=0)
+    loss_spike_factor: float | None = Field(
+        10.0, gt=1, description="stop when the loss exceeds this many times its running median; null: only on NaN or infinity"
+    )
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
+
+    @model_validator(mode="after")
+    def _divides(self) -> "TrainingConfig":
+        if self.global_batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps}"
+            )
+        return self
+
+
+class MeshConfig(Section):
+    """Devices along each axis; one axis may be -1, which takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    sequence: int = 1
+    slices: int = Field(1, ge=1)
