@@ -1,0 +1,87 @@
+"""Causal attention over packed rows. Every backend honours segment ids, windows and softcap, or refuses.
+
+Order in a row (the slot), not the RoPE position, decides what is causal, so the same code serves packed training rows,
+left-padded prompts and the KV cache.
+
+Legend: B batch, T query length, S key length, N heads, K kv heads, G = N / K, H head dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.errors import UserError
+
+MASKED = -1e30  # finite, so that a row without any visible key gives numbers and not NaN
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What tells the attention of one layer from another's.
+
+    Attributes:
+        scale: factor on the scores.
+        window: a query sees this many keys, itself included; None sees all.
+        softcap: `softcap * tanh(scores / softcap)` (Gemma 2), or None.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def visible(q_segments: jax.Array, k_segments: jax.Array, offset: jax.Array | int, window: int | None) -> jax.Array:
+    """`[B, T, S]` bool: key s is of query t's document, not after it, and inside the window.
+
+    The query at index t sits in slot `offset + t`.
+    """
+    q_slot = offset + jnp.arange(q_segments.shape[1], dtype=jnp.int32)[:, None]
+    k_slot = jnp.arange(k_segments.shape[1], dtype=jnp.int32)[None, :]
+    mask = k_slot <= q_slot
+    if window is not None:
+        mask &= q_slot - k_slot < window
+    return mask & (q_segments[:, :, None] == k_segments[:, None, :])
+
+
+def xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array, offset, pattern: Pattern
+) -> jax.Array:
+    """The reference: scores in full, softmax in float32."""
+    b, t, n, h = q.shape
+    kv = k.shape[2]
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    q = q.reshape(b, t, kv, n // kv, h)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32) * pattern.scale
+    if pattern.softcap is not None:
+        scores = pattern.softcap * jnp.tanh(scores / pattern.softcap)
+    mask = visible(q_segments, k_segments, offset, pattern.window)
+    probabilities = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(q.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", probabilities, v, precision=precision).reshape(b, t, n, h)
+
+
+BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": xla}
+
+
+def choose(name: str) -> str:
+    """The backend for `model.attention`; refuses one that does not exist here."""
+    if name == "auto":
+        return "xla"
+    if name not in BACKENDS:
+        raise UserError(f"model.attention: {name!r} is not available; choose one of auto, {', '.join(sorted(BACKENDS))}")
+    return name
+
+
+def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: str) -> jax.Array:
+    """`[B, T, N, H]`: q `[B, T, N, H]` attends to k and v `[B, S, K, H]`.
+
+    Args:
+        q_segments: [B, T] int32. A key is seen by queries of the same segment only.
+        k_segments: [B, S] int32.
+        offset: slot of the first query.
+        pattern: scale, window and softcap of this layer.
+        backend: one of BACKENDS.
+    """
+    return BACKENDS[backend](q, k, v, q_segments, k_segments, offset, pattern)

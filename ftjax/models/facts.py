@@ -1,0 +1,114 @@
+"""The facts of a checkpoint's config.json: each is honoured, known to be without effect, or refused.
+
+A family takes what it needs from `Facts`; `finish()` then refuses whatever is left over. So a field that changes the
+model can never be dropped in silence.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ftjax.errors import UserError
+
+# Fields that describe the file, the tokenizer, transformers' own generation or its output types: no effect on logits.
+INERT = {
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id",
+    "dtype", "eos_token_id", "id2label", "initializer_range", "is_llama_config", "keys_to_ignore_at_inference", "label2id",
+    "max_length", "max_position_embeddings", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
+    "problem_type", "return_dict", "rope_interleaved", "sep_token_id", "task_specific_params", "tokenizer_class",
+    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
+    "use_cache", "use_bfloat16", "prefix", "pruned_heads", "finetuning_task", "_attn_implementation", "name_or_path",
+}  # fmt: skip
+
+# Fields of every transformers configuration that would change the model if they were set.
+REFUSED_UNLESS = {
+    "add_cross_attention": False, "is_decoder": False, "is_encoder_decoder": False, "cross_attention_hidden_size": None,
+    "tie_encoder_decoder": False, "quantization_config": None, "rope_interleaved": False,
+}  # fmt: skip
+
+
+class Facts:
+    """A config.json, as transformers completes it with its defaults, that remembers which fields were taken."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self._values = dict(values)
+        self._taken: set[str] = set()
+        self.model_type: str = values["model_type"]
+
+    def __getitem__(self, name: str) -> Any:
+        """Take a field that the family honours; UserError where it is missing."""
+        self._taken.add(name)
+        if name not in self._values:
+            raise UserError(f"config.json of this {self.model_type} model lacks {name!r}")
+        return self._values[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Take an optional field."""
+        self._taken.add(name)
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def only(self, name: str, *allowed: Any, why: str) -> None:
+        """Take a field of which only these values are supported."""
+        self._taken.add(name)
+        value = self._values.get(name, allowed[0])
+        if value not in allowed:
+            raise UserError(
+                f"config.json of this {self.model_type} model has {name} = {value!r}, but ftjax supports only "
+                f"{' or '.join(map(repr, allowed))}: {why}"
+            )
+
+    def inert(self, *names: str) -> None:
+        """These fields of the family have no effect on logits or gradients."""
+        self._taken.update(names)
+
+    def finish(self) -> None:
+        """UserError for fields that were neither taken nor known to be without effect."""
+        for name, value in REFUSED_UNLESS.items():
+            if self._values.get(name, value) != value and name not in self._taken:
+                self.only(name, value, why="it changes the model")
+        left = {
+            name: value
+            for name, value in self._values.items()
+            if name not in self._taken and name not in INERT and name not in REFUSED_UNLESS and value not in (None, False)
+        }
+        if left:
+            found = ", ".join(f"{name} = {json.dumps(value, default=str)}" for name, value in sorted(left.items()))
+            raise UserError(
+                f"config.json of this {self.model_type} model has fields that ftjax does not know and will not ignore: {found}. "
+                "If they have no effect on the model, remove them from config.json"
+            )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, completed and standardised by transformers' own configuration class of its model_type.
+
+    Raises UserError where the file is missing or broken, or the model_type is unknown to transformers.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: expected a model folder with config.json; found {found}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    return complete_config(raw, str(path))
+
+
+def complete_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fill a raw config with the defaults of transformers' class; `rope_theta` and `rope_scaling` of older folders
+    become `rope_parameters`."""
+    from ftjax.models.registry import check_supported
+
+    if not isinstance(raw, Mapping) or "model_type" not in raw:
+        raise UserError(f"{where}: expected a JSON object with model_type")
+    check_supported(raw["model_type"], where)
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
+    except Exception as error:  # transformers raises several kinds for values it refuses
+        raise UserError(f"{where}: transformers refuses this configuration: {error}") from None
+    return {**config.to_dict(), "model_type": raw["model_type"]}

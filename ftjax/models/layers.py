@@ -1,0 +1,114 @@
+"""The layers that families are built from: Linear, Embedding, RMSNorm, LayerNorm and the activations.
+
+Legend: B batch, T query length, E embed, I in, O out, V vocab.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ftjax.errors import UserError
+from ftjax.models.context import Context
+from ftjax.models.param import Init, param
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """UserError for a `hidden_act` that is not in ACTIVATIONS."""
+    if name not in ACTIVATIONS:
+        raise UserError(f"config.json: hidden_act {name!r} is not supported; those that are: {', '.join(sorted(ACTIVATIONS))}")
+    return ACTIVATIONS[name]
+
+
+def project(x: jax.Array, weight: jax.Array, *, conv1d: bool = False) -> jax.Array:
+    """`x[..., I] -> [..., O]` with a weight (O, I), or (I, O) where `conv1d`; in the dtype of x.
+
+    float32 means float32: accelerators would otherwise round the operands.
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    contract = (((x.ndim - 1,), (0 if conv1d else 1,)), ((), ()))
+    return jax.lax.dot_general(x, weight.astype(x.dtype), contract, precision=precision)
+
+
+class Linear(nnx.Module):
+    """`y[..., O] = x[..., I] @ weight[O, I].T + bias[O]`."""
+
+    def __init__(
+        self, size_in: int, size_out: int, axes: tuple[str | None, str | None], *, bias: bool = False, conv1d: bool = False
+    ):
+        """`axes`: the logical axes of input and output. `conv1d`: GPT-2's layer, whose weight is (I, O)."""
+        self.size_in, self.size_out, self.axes, self.conv1d = size_in, size_out, axes, conv1d
+        shape = (size_in, size_out) if conv1d else (size_out, size_in)
+        self.weight = param(shape, axes if conv1d else axes[::-1], "weight")
+        self.bias = param((size_out,), (axes[1],), "bias", init=Init("zeros")) if bias else None
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        y = project(x, self.weight[...], conv1d=self.conv1d)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of `weight[V, E]` by token id; `attend` is the tied output projection."""
+
+    def __init__(self, vocab: int, embed: int, vocab_axis: str | None = "vocab"):
+        self.weight = param((vocab, embed), (vocab_axis, "embed"), "weight")
+
+    def __call__(self, tokens: jax.Array, dtype) -> jax.Array:
+        return jnp.take(self.weight[...], tokens, axis=0).astype(dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """`[..., E] -> [..., V]`."""
+        return project(x, self.weight[...])
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * weight` in float32 (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    `offset` is added to the weight (Gemma stores `weight - 1`). Llama multiplies after rounding to the dtype of x,
+    Gemma before: `round_first`.
+    """
+
+    def __init__(self, size: int, eps: float, *, offset: float = 0.0, round_first: bool = True, axis: str | None = "norm"):
+        self.eps, self.offset, self.round_first = eps, offset, round_first
+        self.weight = param((size,), (axis,), "weight", init=Init("zeros" if offset else "ones"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        weight = self.weight[...].astype(jnp.float32) + self.offset
+        if self.round_first:
+            return y.astype(x.dtype) * weight.astype(x.dtype)
+        return (y * weight).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Mean and variance normalisation with weight and bias, in float32."""
+
+    def __init__(self, size: int, eps: float, *, bias: bool = True):
+        self.eps = eps
+        self.weight = param((size,), ("norm",), "weight", init=Init("ones"))
+        self.bias = param((size,), ("norm",), "bias", init=Init("zeros")) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        y = y * self.weight[...].astype(jnp.float32)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)

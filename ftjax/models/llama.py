@@ -1,0 +1,124 @@
+"""Llama: pre-norm decoder with RoPE, grouped queries and a gated MLP (Touvron et al. 2023, arXiv:2307.09288).
+
+Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2, TinyLlama: whatever has `model_type: llama`.
+
+Legend: B batch, T query length, E embed, N heads, K kv heads, H head dim, F mlp, V vocab.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ftjax.mesh import constrain
+from ftjax.models.attention import Pattern, attend
+from ftjax.models.context import Context, KVCache
+from ftjax.models.facts import Facts
+from ftjax.models.layers import Embedding, Linear, RMSNorm, activation
+from ftjax.models.rope import Rope, apply, make_rope
+from ftjax.models.stack import Stack
+
+
+class LlamaAttention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, embed: int, heads: int, kv_heads: int, head_dim: int, bias: bool):
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.q_proj = Linear(embed, heads * head_dim, ("embed", "heads"), bias=bias)
+        self.k_proj = Linear(embed, kv_heads * head_dim, ("embed", "kv_heads"), bias=bias)
+        self.v_proj = Linear(embed, kv_heads * head_dim, ("embed", "kv_heads"), bias=bias)
+        self.o_proj = Linear(heads * head_dim, embed, ("heads", "embed"), bias=bias)
+
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+        """`x [B, T, E] -> ([B, T, E], cache)`."""
+        b, t, _ = x.shape
+        q = self.q_proj(x, ctx).reshape(b, t, self.heads, self.head_dim)
+        k = self.k_proj(x, ctx).reshape(b, t, self.kv_heads, self.head_dim)
+        v = self.v_proj(x, ctx).reshape(b, t, self.kv_heads, self.head_dim)
+        q, k = apply(q, *ctx.rope), apply(k, *ctx.rope)
+        q = constrain(q, "batch", "length", "heads", None)
+        segments, offset = ctx.segment_ids, 0
+        if cache is not None:
+            cache = cache.write(layer, k, v)
+            k, v, segments, offset = cache.keys[layer], cache.values[layer], cache.segment_ids, cache.length
+        y = attend(q, k, v, ctx.segment_ids, segments, offset, pattern, ctx.attention)
+        return self.o_proj(y.reshape(b, t, self.heads * self.head_dim), ctx), cache
+
+
+class LlamaMLP(nnx.Module):
+    """`down(act(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, embed: int, mlp: int, act: str, bias: bool):
+        self.act = activation(act)
+        self.gate_proj = Linear(embed, mlp, ("embed", "mlp"), bias=bias)
+        self.up_proj = Linear(embed, mlp, ("embed", "mlp"), bias=bias)
+        self.down_proj = Linear(mlp, embed, ("mlp", "embed"), bias=bias)
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return self.down_proj(self.act(self.gate_proj(x, ctx)) * self.up_proj(x, ctx), ctx)
+
+
+class LlamaBlock(nnx.Module):
+    def __init__(self, attention: nnx.Module, mlp: nnx.Module, embed: int, eps: float):
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(embed, eps)
+        self.post_attention_layernorm = RMSNorm(embed, eps)
+
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+        y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
+        x = constrain(x + y, "batch", "length", None)
+        x = x + self.mlp(self.post_attention_layernorm(x), ctx)
+        return constrain(x, "batch", "length", None), cache, jnp.float32(0)
+
+
+class LlamaModel(nnx.Module):
+    def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope):
+        self.rope = rope
+        self.embed_tokens = Embedding(vocab, embed)
+        self.layers = layers
+        self.norm = RMSNorm(embed, eps)
+
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+        """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
+        x = constrain(self.embed_tokens(tokens, ctx.dtype), "batch", "length", None)
+        ctx = replace(ctx, rope=self.rope.angles(ctx.positions, ctx.segment_ids))
+        x, cache, aux = self.layers(x, ctx, cache)
+        return self.norm(x), cache, aux
+
+
+class LlamaForCausalLM(nnx.Module):
+    """The model, and its projection to the vocabulary (tied to the embedding where the checkpoint says so)."""
+
+    def __init__(self, model: LlamaModel, vocab: int, embed: int, tied: bool):
+        self.model = model
+        self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
+
+    def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+        return self.model(tokens, ctx, cache)
+
+    def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """Hidden states `[..., E]` -> float32 logits `[..., V]`."""
+        logits = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x, ctx)
+        return logits.astype(jnp.float32)
+
+
+def build(facts: Facts) -> LlamaForCausalLM:
+    """The abstract model of a `llama` config.json."""
+    embed, heads, head_dim = facts["hidden_size"], facts["num_attention_heads"], facts["head_dim"]
+    eps, vocab = facts["rms_norm_eps"], facts["vocab_size"]
+    facts.only("attention_dropout", 0.0, 0, None, why="dropout on attention probabilities is not implemented")
+    facts.only("pretraining_tp", 1, None, why="it asks for sliced matrix products, which only change rounding")
+    rope = facts["rope_parameters"]
+    if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        facts.only("partial_rotary_factor", why="Llama rotates whole heads")
+    block = LlamaBlock(
+        LlamaAttention(embed, heads, facts["num_key_value_heads"], head_dim, facts["attention_bias"]),
+        LlamaMLP(embed, facts["intermediate_size"], facts["hidden_act"], facts["mlp_bias"]),
+        embed,
+        eps,
+    )
+    layers = Stack(block, (Pattern(scale=head_dim**-0.5),) * facts["num_hidden_layers"])
+    model = LlamaModel(vocab, embed, eps, layers, make_rope(rope, head_dim, facts["max_position_embeddings"]))
+    return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])

@@ -1,0 +1,65 @@
+"""A model as the rest of ftjax sees it: structure on one side, a flat dict of arrays on the other.
+
+Modules are built abstract and split once; from there on everything is a pure function over `{path: array}`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ftjax import tree
+from ftjax.models.facts import Facts
+from ftjax.models.param import Buffer, Spec, specs, variables
+from ftjax.models.registry import FAMILIES
+
+
+@dataclass(frozen=True)
+class Model:
+    """An abstract model, ready to be bound to arrays.
+
+    Attributes:
+        config: config.json, as completed by transformers.
+        specs: the row of every parameter, by path.
+        buffers: arrays that are neither loaded nor trained (LoRA scales), by path.
+    """
+
+    config: Mapping[str, Any]
+    specs: Mapping[str, Spec]
+    buffers: Mapping[str, np.ndarray]
+    graphdef: Any
+    treedef: Any
+    order: tuple[str, ...]
+
+    @classmethod
+    def of(cls, module: nnx.Module, config: Mapping[str, Any]) -> "Model":
+        """Split a module (whose parameters are abstract) into structure and rows."""
+        graphdef, state = nnx.split(module)
+        found = dict(variables(module))
+        order = tuple(".".join(map(str, path)) for path, _ in nnx.to_flat_state(state))
+        buffers = {path: np.asarray(v.get_value()) for path, v in found.items() if isinstance(v, Buffer)}
+        return cls(config, specs(module), buffers, graphdef, jax.tree.structure(state), order)
+
+    def bind(self, params: Mapping[str, jax.Array]) -> Any:
+        """The module with these arrays in it; for use inside jit."""
+        leaves = [self.buffers[path] if path in self.buffers else params[path] for path in self.order]
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+    @property
+    def trainable(self) -> dict[str, Spec]:
+        return tree.split(self.specs, lambda path: self.specs[path].row.trainable)[0]
+
+    @property
+    def frozen(self) -> dict[str, Spec]:
+        return tree.split(self.specs, lambda path: self.specs[path].row.trainable)[1]
+
+
+def build_module(config: Mapping[str, Any]) -> nnx.Module:
+    """The abstract module of a completed config.json (`ftjax.models.facts`); every field is honoured or refused."""
+    facts = Facts(config)
+    module = FAMILIES[facts.model_type].build(facts)
+    facts.finish()
+    return module

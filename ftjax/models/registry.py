@@ -1,0 +1,34 @@
+"""Which Hugging Face `model_type` is built by which file."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ftjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """One line of the table: `ftjax.models.<module>.build(facts)` makes the model."""
+
+    module: str
+    example: str  # a Hub id
+    notes: str = ""
+
+    @property
+    def build(self) -> Callable[..., Any]:
+        return importlib.import_module(f"ftjax.models.{self.module}").build
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", "meta-llama/Llama-3.2-1B-Instruct", "Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2, TinyLlama"),
+}
+
+
+def check_supported(model_type: str, where: str) -> None:
+    """UserError with the list of families where a model type is not one of them."""
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"{where}: model_type {model_type!r} is not supported; the families that are: {', '.join(sorted(FAMILIES))}"
+        )

@@ -1,0 +1,162 @@
+"""Rotary position embedding in Hugging Face's rotate-half form, with every `rope_type` of transformers 5.
+
+Sources: Su et al. 2021 (arXiv:2104.09864); linear and NTK scaling as in transformers; YaRN, Peng et al. 2023
+(arXiv:2309.00071); LongRoPE, Ding et al. 2024 (arXiv:2402.13753); Llama 3.1's wavelength smoothing (Meta 2024).
+
+Legend: B batch, T query length, N heads, H head dim.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.errors import UserError
+
+_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "truncate",
+    },
+    "longrope": {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Inverse frequencies of the rotated dimensions, and how they change with a document's length.
+
+    Attributes:
+        inv_freq: one float32 for each pair of rotated dimensions, radians a token.
+        scaling: factor on cos and sin (YaRN and LongRoPE's attention factor).
+        base, dim, factor: what `dynamic` recomputes frequencies from.
+        switch: documents longer than this use `long_inv_freq` (longrope) or a recomputed base (dynamic).
+    """
+
+    inv_freq: tuple[float, ...]
+    scaling: float = 1.0
+    base: float = 0.0
+    dim: int = 0
+    factor: float = 1.0
+    switch: int | None = None
+    long_inv_freq: tuple[float, ...] | None = None
+
+    def angles(self, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`(cos, sin)`, each `[B, T, dim / 2]` float32.
+
+        The types that look at the length of the text take the length of each token's own document, so that packed
+        rows are what their documents are alone.
+        """
+        inv_freq = jnp.asarray(self.inv_freq, jnp.float32)
+        if self.switch is not None:
+            length = document_lengths(positions, segment_ids)[..., None]
+            if self.long_inv_freq is not None:
+                inv_freq = jnp.where(length > self.switch, jnp.asarray(self.long_inv_freq, jnp.float32), inv_freq)
+            else:
+                stretched = jnp.maximum(length, self.switch).astype(jnp.float32) / self.switch
+                base = self.base * (self.factor * stretched - (self.factor - 1)) ** (self.dim / (self.dim - 2))
+                inv_freq = 1.0 / base ** (jnp.arange(0, self.dim, 2, dtype=jnp.float32) / self.dim)
+        angle = positions[..., None].astype(jnp.float32) * inv_freq
+        return jnp.cos(angle) * self.scaling, jnp.sin(angle) * self.scaling
+
+
+def document_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """`[B, T]`: one more than the last position of the document that each token belongs to."""
+    index = jnp.arange(positions.shape[1], dtype=jnp.int32)
+    last = jnp.concatenate([segment_ids[:, :-1] != segment_ids[:, 1:], jnp.ones_like(segment_ids[:, :1], bool)], axis=1)
+    end = jax.lax.cummin(jnp.where(last, index, positions.shape[1] - 1), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, end, axis=1) + 1
+
+
+def apply(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the first `2 * cos.shape[-1]` dimensions of each head of x `[B, T, N, H]`; the others pass."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
+
+
+def make_rope(parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> Rope:
+    """From a `rope_parameters` dict as transformers 5 standardises it.
+
+    Raises UserError for an unknown type, or for a key that the type does not know.
+    """
+    kind = parameters.get("rope_type", "default")
+    if kind not in _KEYS:
+        raise UserError(f"rope_parameters: rope_type {kind!r} is not supported; those that are: {', '.join(sorted(_KEYS))}")
+    known = _KEYS[kind] | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    unknown = sorted(key for key, value in parameters.items() if key not in known and value is not None)
+    if unknown:
+        raise UserError(f"rope_parameters: rope_type {kind!r} does not use {', '.join(unknown)}; remove it or change the type")
+    base = parameters["rope_theta"]
+    dim = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    inv_freq = np.float32(1) / np.float32(base) ** exponent
+
+    def floats(values) -> tuple[float, ...]:
+        return tuple(float(v) for v in np.asarray(values, np.float32))
+
+    if kind == "default":
+        return Rope(floats(inv_freq))
+    if kind == "linear":
+        return Rope(floats(inv_freq / np.float32(parameters["factor"])))
+    if kind == "dynamic":
+        return Rope(
+            floats(inv_freq), base=float(base), dim=dim, factor=float(parameters["factor"]), switch=max_position_embeddings
+        )
+    if kind == "llama3":
+        return Rope(floats(_llama3(inv_freq, parameters)))
+    original = parameters.get("original_max_position_embeddings") or max_position_embeddings
+    factor = parameters.get("factor") or max_position_embeddings / original
+    if kind == "yarn":
+        return Rope(floats(_yarn(base, dim, factor, original, parameters)), scaling=_yarn_scaling(factor, parameters))
+    scaling = parameters.get("attention_factor")
+    if scaling is None:
+        scaling = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
+    short, long = (np.asarray(parameters[key], np.float32) for key in ("short_factor", "long_factor"))
+    if len(short) != dim // 2 or len(long) != dim // 2:
+        raise UserError(
+            f"rope_parameters: short_factor and long_factor need {dim // 2} values, found {len(short)}, {len(long)}"
+        )
+    return Rope(floats(inv_freq / short), scaling=float(scaling), switch=int(original), long_inv_freq=floats(inv_freq / long))
+
+
+def _llama3(inv_freq: np.ndarray, p: dict[str, Any]) -> np.ndarray:
+    low, high, length = p["low_freq_factor"], p["high_freq_factor"], p["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / inv_freq
+    smooth = (length / wavelength - low) / (high - low)
+    between = (1 - smooth) * inv_freq / p["factor"] + smooth * inv_freq
+    slow = np.where(wavelength > length / low, inv_freq / p["factor"], inv_freq)
+    return np.where((wavelength >= length / high) & (wavelength <= length / low), between, slow)
+
+
+def _yarn(base: float, dim: int, factor: float, original: int, p: dict[str, Any]) -> np.ndarray:
+    def dimension(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dimension(p.get("beta_fast") or 32), dimension(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / ((high - low) or 0.001), 0, 1)
+    frequencies = np.float32(base) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    return ramp / (factor * frequencies) + (1 - ramp) / frequencies
+
+
+def _yarn_scaling(factor: float, p: dict[str, Any]) -> float:
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if p.get("attention_factor") is not None:
+        return float(p["attention_factor"])
+    if p.get("mscale") and p.get("mscale_all_dim"):
+        return mscale(p["mscale"]) / mscale(p["mscale_all_dim"])
+    return mscale(1.0)

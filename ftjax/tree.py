@@ -1,0 +1,31 @@
+"""Paths of parameters: join, match, split, and count.
+
+A *tree* here is a flat dict `{path: leaf}`; a path is the dotted name that a parameter has in the module tree,
+such as `model.layers.block.self_attn.q_proj.kernel`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def split(tree: Mapping[str, Any], keep: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`(leaves whose path is kept, the others)`, both in the tree's order."""
+    kept = {path: leaf for path, leaf in tree.items() if keep(path)}
+    return kept, {path: leaf for path, leaf in tree.items() if path not in kept}
+
+
+def count(tree: Mapping[str, Any]) -> int:
+    """Number of elements in all leaves; leaves need a `.shape`."""
+    return sum(math.prod(leaf.shape) for leaf in tree.values())
+
+
+def nbytes(tree: Mapping[str, Any]) -> int:
+    """Bytes of all leaves; leaves need `.shape` and `.dtype`."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in tree.values())
+
+
+def unmatched(patterns: list[str], names: list[str]) -> list[str]:
+    """The regexes that are found in none of the names. A pattern that matches nothing is nearly always a mistake."""
+    return [pattern for pattern in patterns if not any(re.search(pattern, name) for name in names)]
