@@ -16,11 +16,6 @@ def split(tree: Mapping[str, Any], keep: Callable[[str], bool]) -> tuple[dict[st
     return kept, {path: leaf for path, leaf in tree.items() if path not in kept}
 
 
-def count(tree: Mapping[str, Any]) -> int:
-    """Number of elements in all leaves; leaves need a `.shape`."""
-    return sum(math.prod(leaf.shape) for leaf in tree.values())
-
-
 def nbytes(tree: Mapping[str, Any]) -> int:
     """Bytes of all leaves; leaves need `.shape` and `.dtype`."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in tree.values())

@@ -25,7 +25,6 @@ class LoraConfig(Section):
     )
     exclude_modules: str | list[str] | None = None
     use_rslora: bool = False
-    use_dora: bool = False
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None

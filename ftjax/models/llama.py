@@ -92,6 +92,9 @@ class LlamaForCausalLM(nnx.Module):
     """The model, and its projection to the vocabulary (tied to the embedding where the checkpoint says so)."""
 
     def __init__(self, model: LlamaModel, vocab: int, embed: int, tied: bool):
+        # Older exports hold these beside the weights: RoPE's table, and the tied head once more.
+        self.ignored = (".rotary_emb.inv_freq", *(("lm_head.weight",) if tied else ()))
+        self.output = "model.embed_tokens" if tied else "lm_head"  # the module that `unembed` uses
         self.model = model
         self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
 

@@ -24,6 +24,8 @@ class Model:
     Attributes:
         config: config.json, as completed by transformers.
         specs: the row of every parameter, by path.
+        ignored: endings of checkpoint tensors that older exports hold and the model does not need.
+        output: path of the module that projects hidden states to logits.
         buffers: arrays that are neither loaded nor trained (LoRA scales), by path.
     """
 
@@ -32,6 +34,8 @@ class Model:
     buffers: Mapping[str, np.ndarray]
     graphdef: Any
     treedef: Any
+    ignored: tuple[str, ...]
+    output: str
     order: tuple[str, ...]
 
     @classmethod
@@ -41,7 +45,7 @@ class Model:
         found = dict(variables(module))
         order = tuple(".".join(map(str, path)) for path, _ in nnx.to_flat_state(state))
         buffers = {path: np.asarray(v.get_value()) for path, v in found.items() if isinstance(v, Buffer)}
-        return cls(config, specs(module), buffers, graphdef, jax.tree.structure(state), order)
+        return cls(config, specs(module), buffers, graphdef, jax.tree.structure(state), module.ignored, module.output, order)
 
     def bind(self, params: Mapping[str, jax.Array]) -> Any:
         """The module with these arrays in it; for use inside jit."""

@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,9 @@ class Row:
         name: the last part of the Hugging Face name, such as `weight`.
         init: where the parameter starts when it is not loaded.
         trainable: a method sets this; everything else is frozen.
-        adapter: the parameter belongs to an adapter and not to the base model.
+        adapter: a method added the parameter; it is initialised, not loaded with the base model.
+        ranks: for each stacked index, how much of the `rank` axis exists (0: that layer has no adapter). The rest is
+            padding, which neither trains nor is exported.
     """
 
     axes: tuple[str | None, ...]
@@ -59,6 +61,7 @@ class Row:
     init: Init = Init("normal", 0.02)
     trainable: bool = False
     adapter: bool = False
+    ranks: tuple[int, ...] | None = None
 
 
 def param(shape: tuple[int, ...], axes: tuple[str | None, ...], name: str, dtype=jnp.float32, **row) -> nnx.Param:
@@ -69,6 +72,14 @@ def param(shape: tuple[int, ...], axes: tuple[str | None, ...], name: str, dtype
 
 class Buffer(nnx.Variable):
     """An array that is neither loaded nor trained nor saved, such as the LoRA scale of each layer."""
+
+
+class Piece(NamedTuple):
+    """One Hugging Face tensor: its name, where it lies in the stacked array, and its shape."""
+
+    name: str
+    index: tuple[int | slice, ...]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -95,22 +106,25 @@ class Spec:
         """Sizes of the leading stacked dimensions."""
         return tuple(size for size, axis in zip(self.shape, self.row.axes, strict=True) if axis in INDEXED)
 
-    @property
-    def hf_shape(self) -> tuple[int, ...]:
-        """Shape of each Hugging Face tensor."""
-        return self.shape[len(self.stacked) :]
-
-    def pieces(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """`(Hugging Face name, index into the stacked dimensions)` of every tensor that makes up this parameter."""
-        for index in itertools.product(*map(range, self.stacked)):
-            yield self.hf_template.format(*index), index
+    def pieces(self) -> Iterator[Piece]:
+        """Every Hugging Face tensor that this parameter is stacked from."""
+        own = self.shape[len(self.stacked) :]
+        for number, index in enumerate(itertools.product(*map(range, self.stacked))):
+            cut = tuple(slice(0, size) for size in own)
+            if self.row.ranks is not None:
+                if not self.row.ranks[number]:
+                    continue
+                at = self.row.axes.index("rank") - len(self.stacked)
+                cut = (*cut[:at], slice(0, self.row.ranks[number]), *cut[at + 1 :])
+            yield Piece(self.hf_template.format(*index), index + cut, tuple(c.stop for c in cut))
 
     def astype(self, dtype) -> "Spec":
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape)
+        """Number of weights, padding not counted."""
+        return sum(math.prod(piece.shape) for piece in self.pieces())
 
 
 def variables(module: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:

@@ -1,0 +1,106 @@
+"""Weights into device memory: read slice by slice, straight into the shards where they belong."""
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ftjax.errors import UserError
+from ftjax.hub.safetensors import SafetensorsFolder
+from ftjax.hub.source import TensorSource
+from ftjax.mesh import sharding
+from ftjax.models.facts import complete_config, read_config
+from ftjax.models.model import Model
+from ftjax.models.param import Spec
+
+
+def open_model(path: Path) -> tuple[dict, TensorSource]:
+    """`(config.json as transformers completes it, the tensors)` of a model folder or a .gguf file."""
+    if path.suffix == ".gguf":
+        from ftjax.hub.gguf import GGUFSource
+        from ftjax.hub.gguf import read_config as read_gguf_config
+
+        return complete_config(read_gguf_config(path), str(path)), GGUFSource(path)
+    return read_config(path), SafetensorsFolder(path)
+
+
+def load_base(model: Model, source: TensorSource, mesh: Mesh, dtype, where: str) -> dict[str, jax.Array]:
+    """Every parameter of the base model: trained ones in float32, frozen ones in `dtype`. `where` is for messages."""
+    base = {path: spec for path, spec in model.specs.items() if not spec.row.adapter}
+    return load_params(base, source, mesh, dtype, where, model.ignored)
+
+
+def load_params(
+    specs: Mapping[str, Spec], source: TensorSource, mesh: Mesh, dtype, where: str, ignored: Sequence[str] = ()
+) -> dict[str, jax.Array]:
+    """These parameters as sharded arrays: trained ones in float32, frozen ones in `dtype`.
+
+    The whole key set is compared first. Raises UserError that lists missing, unused and misshapen tensors.
+    """
+    check_keys(specs, source, ignored, where)
+    # Largest first: the one parameter that exists twice for a moment, on its way to the device, is then no addition
+    # to a nearly complete model.
+    order = sorted(specs, key=lambda path: -specs[path].size)
+    stored = {path: jnp.float32 if specs[path].row.trainable else dtype for path in order}
+    return {path: _load(specs[path].astype(stored[path]), source, mesh) for path in order}
+
+
+def check_keys(specs: Mapping[str, Spec], source: TensorSource, ignored: Sequence[str], where: str) -> None:
+    """UserError where the source lacks a tensor, has one that nothing asks for, or has one of another shape."""
+    have = set(source.keys())
+    asked = {piece.name: piece.shape for spec in specs.values() for piece in spec.pieces()}
+    missing = sorted(set(asked) - have)
+    unused = sorted(name for name in have - set(asked) if not any(name.endswith(end) for end in ignored))
+    shapes = [
+        f"{name} is {tuple(source.shape(name))}, the model's is {shape}"
+        for name, shape in asked.items()
+        if name in have and tuple(source.shape(name)) != shape
+    ]
+    problems = []
+    for label, names in (("missing", missing), ("not part of this model", unused), ("of another shape", shapes)):
+        if names:
+            problems.append(f"{len(names)} {label}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
+    if problems:
+        raise UserError(f"{where}: the weights do not fit the model; tensors " + "; ".join(problems))
+
+
+def _load(spec: Spec, source: TensorSource, mesh: Mesh) -> jax.Array:
+    """One parameter; each device's shard is read by itself."""
+    where = sharding(mesh, spec.path, spec.shape, spec.row.axes)
+    depth = len(spec.stacked)
+    names = np.array([piece.name for piece in spec.pieces()], dtype=object).reshape(spec.stacked)
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        chosen = names[index[:depth]]
+        shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, spec.shape, strict=True))
+        out = aligned_empty(shape, spec.dtype)
+        flat = out.reshape(chosen.size, *shape[depth:])
+        for number, name in enumerate(np.ravel(chosen) if depth else [str(names)]):
+            flat[number] = source.read(name, index[depth:])
+        return out
+
+    # Each shard is asked for once per device; devices that hold the same part share one read.
+    return jax.make_array_from_callback(spec.shape, where, shard)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An uninitialised array at a 64-byte boundary, which the CPU device takes over without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def init_params(specs: Mapping[str, Spec], mesh: Mesh, seed: int) -> dict[str, jax.Array]:
+    """Parameters that start from their row's initialiser; the same values on every mesh."""
+    params = {}
+    for path, spec in specs.items():
+        where = sharding(mesh, path, spec.shape, spec.row.axes)
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+        params[path] = jax.jit(spec.row.init, static_argnums=(1, 2), out_shardings=where)(key, spec.shape, spec.dtype)
+    return params

@@ -1,0 +1,191 @@
+"""LoRA: `y = W x + scale * B A x` with A (r, in) and B (out, r) (Hu et al. 2021, arXiv:2106.09685, eq. 3).
+
+Scale is `alpha / r`, or `alpha / sqrt(r)` with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). Names, matching rules,
+initialisation and scaling are PEFT's, so that an adapter means the same there and here.
+
+Legend: L layers, I in, O out, R rank (the largest of the layers that are stacked together).
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ftjax.config import LoraConfig
+from ftjax.errors import UserError
+from ftjax.methods.save import mark_modules_to_save
+from ftjax.methods.walk import Site, describe, layer_index, linears, matches, refuse_unmatched
+from ftjax.models.context import Context
+from ftjax.models.layers import project
+from ftjax.models.param import Buffer, Init, Row, param
+
+
+class LoraLinear(nnx.Module):
+    """A frozen Linear plus its low-rank update; layers may differ in rank and scale, zero for layers without an adapter."""
+
+    def __init__(self, site: Site, ranks: np.ndarray, alphas: np.ndarray, *, dropout: float, rslora: bool):
+        """`ranks` and `alphas`: one for each stacked index."""
+        self.base = base = site.linear
+        self.dropout = dropout
+        self.salt = zlib.crc32(site.path.encode())  # layers of one block draw different dropout masks
+        rank = int(ranks.max())
+        row = {"trainable": True, "adapter": True, "ranks": tuple(map(int, ranks))}
+        axes_in, axes_out = base.axes
+        self.lora_A = param(
+            (*site.stack, rank, base.size_in), (*site.stack_axes, "rank", axes_in), "lora_A.weight",
+            init=Init("uniform", 1 / math.sqrt(base.size_in)), **row,
+        )  # fmt: skip
+        self.lora_B = param(
+            (*site.stack, base.size_out, rank), (*site.stack_axes, axes_out, "rank"), "lora_B.weight", init=Init("zeros"), **row
+        )
+        scale = np.divide(alphas, np.sqrt(ranks) if rslora else ranks, out=np.zeros(len(ranks)), where=ranks > 0)
+        exists = np.arange(rank) < ranks[:, None]
+        self.scale = Buffer(
+            np.where(exists, scale[:, None], 0).astype(np.float32).reshape(*site.stack, rank),
+            row=Row((*site.stack_axes, "rank"), "scale"),
+        )
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        y = self.base(x, ctx)
+        if self.dropout and ctx.dropout is not None:
+            keep = jax.random.bernoulli(jax.random.fold_in(ctx.dropout, self.salt), 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        low = project(x, self.lora_A[...]) * self.scale[...].astype(x.dtype)
+        return y + project(low, self.lora_B[...])
+
+
+def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Callable[[str, tuple], np.ndarray]) -> np.ndarray:
+    """One base weight with its update added in float32: `W + B diag(scale) A`.
+
+    Args:
+        path: the base weight's path, `<layer>.base.weight`; other weights come back as they are.
+        index: which of the stacked layers.
+        fetch: gives a part of an adapter parameter by path and index.
+    """
+    layer, found, _ = path.rpartition(".base.weight")
+    if not found or f"{layer}.lora_A" not in model.specs:
+        return weight
+    lora_A, lora_B = (fetch(f"{layer}.{name}", index).astype(np.float32) for name in ("lora_A", "lora_B"))
+    update = (lora_B * model.buffers[f"{layer}.scale"][index]) @ lora_A
+    return weight.astype(np.float32) + (update if update.shape == weight.shape else update.T)
+
+
+def attach(root: nnx.Module, config: LoraConfig) -> None:
+    """Wrap every matching dense layer of an abstract model, in place.
+
+    Raises UserError, naming what the model has, where a target or pattern matches nothing.
+    """
+    sites = linears(root)
+    names = [name for site in sites for name in site.names]
+    _check(config, names)
+    targets = config.target_modules
+    wrapped: list[str] = []
+    for site in sites:
+        ranks = np.array([_rank(name, config, targets) for name in site.names])
+        if not ranks.any():
+            continue
+        wrapped += [name for name, rank in zip(site.names, ranks, strict=True) if rank]
+        alphas = np.array([_pattern(name, config.alpha_pattern, config.lora_alpha) for name in site.names], float)
+        site.replace(LoraLinear(site, ranks, alphas, dropout=config.lora_dropout, rslora=config.use_rslora))
+    if not wrapped:
+        raise UserError(f"method.target_modules: {targets!r} matches no linear layer; the model has {describe(iter(names))}")
+    for option in ("rank_pattern", "alpha_pattern"):
+        unused = [key for key in getattr(config, option) if not any(_fits(key, name) for name in wrapped)]
+        if unused:
+            raise UserError(f"method.{option}: {', '.join(map(repr, unused))} matches none of {describe(iter(wrapped))}")
+    mark_modules_to_save(root, config.modules_to_save)
+
+
+def _rank(name: str, config: LoraConfig, targets: str | list[str]) -> int:
+    """The rank of one module; 0 where it is not adapted."""
+    if config.exclude_modules and matches(name, config.exclude_modules):
+        return 0
+    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.modules_to_save):
+        return 0
+    if targets == "all-linear":
+        if name == "lm_head":  # PEFT leaves the output embedding out
+            return 0
+    elif not matches(name, targets):
+        return 0
+    if config.layers_to_transform is not None:
+        layers = config.layers_to_transform
+        if layer_index(name) not in (layers if isinstance(layers, list) else [layers]):
+            return 0
+    return _pattern(name, config.rank_pattern, config.r)
+
+
+def _fits(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _pattern(name: str, patterns: dict, default):
+    found = {key: value for key, value in patterns.items() if _fits(key, name)}
+    if len(set(found.values())) > 1:
+        raise UserError(
+            f"method: rank_pattern or alpha_pattern gives {name} several values ({found}); tools differ in which one they "
+            "take, so make the patterns exclude each other"
+        )
+    return next(iter(found.values()), default)
+
+
+def _check(config: LoraConfig, names: list[str]) -> None:
+    if isinstance(config.target_modules, list):
+        refuse_unmatched("method.target_modules", config.target_modules, names)
+    if config.layers_to_transform is not None:
+        if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+            raise UserError("method.layers_to_transform needs target_modules as a list (PEFT refuses it beside a regex)")
+        layers = config.layers_to_transform if isinstance(config.layers_to_transform, list) else [config.layers_to_transform]
+        exist = {layer_index(name) for name in names} - {None}
+        if not set(layers) <= exist:
+            absent = sorted(set(layers) - exist)
+            raise UserError(f"method.layers_to_transform: {absent} do not exist; layers are 0 to {max(exist)}")
+
+
+def peft_config(config: LoraConfig, base_model: str, model: Model) -> dict:
+    """adapter_config.json for PEFT; `all-linear` is written out as the names that it came to.
+
+    Args:
+        base_model: what `base_model_name_or_path` says.
+    """
+    targets = config.target_modules
+    if targets == "all-linear":
+        targets = sorted({spec.module.rsplit(".", 1)[-1] for spec in model.specs.values() if spec.row.name == "lora_A.weight"})
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets,
+        "exclude_modules": config.exclude_modules,
+        "use_rslora": config.use_rslora,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "layers_to_transform": config.layers_to_transform,
+        "modules_to_save": config.modules_to_save or None,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
+
+
+def from_peft(config: LoraConfig, saved: dict) -> LoraConfig:
+    """The settings of a PEFT folder, for starting from it. Raises UserError for what ftjax's LoRA does not have."""
+    if saved.get("peft_type") != "LORA":
+        raise UserError(f"{config.adapter_path}: peft_type is {saved.get('peft_type')!r}, but method.name is lora")
+    neutral = {"bias": ("none",), "use_dora": (False, None), "target_parameters": (None, []), "layers_pattern": (None, [])}
+    neutral |= {"trainable_token_indices": (None, [], {}), "lora_bias": (False, None), "alora_invocation_tokens": (None,)}
+    odd = [f"{key} = {saved[key]!r}" for key, allowed in neutral.items() if key in saved and saved[key] not in allowed]
+    if odd:
+        raise UserError(f"{config.adapter_path}: adapter_config.json asks for {', '.join(odd)}, which is not supported")
+    keys = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern")
+    keys += ("layers_to_transform", "modules_to_save")
+    values = {key: saved[key] for key in keys if saved.get(key) is not None}
+    return LoraConfig(**values, lora_dropout=config.lora_dropout, adapter_path=config.adapter_path)

@@ -1,0 +1,80 @@
+"""Find the dense layers of a model, match them as PEFT does, and put a wrapping module in their place."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+
+from ftjax.errors import UserError
+from ftjax.models.layers import Linear
+from ftjax.models.param import INDEXED
+
+
+@dataclass(frozen=True)
+class Site:
+    """A dense layer (of all stacked layers at once) and where it hangs in the module tree.
+
+    Attributes:
+        path: its path, such as `model.layers.block.self_attn.q_proj`.
+        names: Hugging Face's module name for each stacked index.
+        stack: sizes of the stacked dimensions, `()` for a layer that stands alone.
+    """
+
+    path: str
+    parent: Any
+    attribute: str
+    linear: Linear
+    names: tuple[str, ...]
+    stack: tuple[int, ...]
+    stack_axes: tuple[str, ...]
+
+    def replace(self, module: nnx.Module) -> None:
+        setattr(self.parent, self.attribute, module)
+
+
+def linears(root: nnx.Module) -> list[Site]:
+    """Every dense layer, the output embedding included, in the order of the module tree."""
+    nodes = {path: node for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)}
+    return [_site(path, node, nodes) for path, node in sorted(nodes.items(), key=_by_name) if isinstance(node, Linear)]
+
+
+def _by_name(item: tuple) -> list[str]:
+    return [str(part) for part in item[0]]
+
+
+def _site(path: tuple, linear: Linear, nodes: dict) -> Site:
+    axes, shape = linear.weight.row.axes, linear.weight.get_value().shape
+    stack_axes = tuple(axis for axis in axes if axis in INDEXED)
+    stack = tuple(shape[: len(stack_axes)])
+    template = ".".join("{}" if part == "block" else str(part) for part in path)
+    names = tuple(template.format(*index) for index in itertools.product(*map(range, stack)))
+    return Site(".".join(map(str, path)), nodes[path[:-1]], str(path[-1]), linear, names, stack, stack_axes)
+
+
+def matches(name: str, wanted: str | list[str]) -> bool:
+    """PEFT's rule: a string is a regex over the whole name; a list holds whole names or their last parts."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == one or name.endswith(f".{one}") for one in wanted)
+
+
+def layer_index(name: str) -> int | None:
+    """The first number that follows a module name: 3 in `model.layers.3.mlp.up_proj`."""
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def describe(names: Iterator[str]) -> str:
+    """Module names for an error message, each kind once: `self_attn.q_proj, ..., lm_head`."""
+    kinds = dict.fromkeys(re.sub(r"^.*\.\d+\.", "", name) for name in names)
+    return ", ".join(kinds)
+
+
+def refuse_unmatched(option: str, wanted: list[str], names: list[str]) -> None:
+    """UserError for entries of a list that match no module: a silent miss would train less than was asked."""
+    missing = [one for one in wanted if not any(matches(name, [one]) for name in names)]
+    if missing:
+        raise UserError(f"{option}: no module is named {', '.join(map(repr, missing))}; the model has {describe(iter(names))}")

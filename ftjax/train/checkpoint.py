@@ -1,0 +1,93 @@
+"""Checkpoints by Orbax: trained parameters, optimizer, step, and what the loop needs to go on bit for bit.
+
+A save is asynchronous and becomes visible by a rename, so that a process killed in the middle leaves the checkpoints
+before it whole. A checkpoint holds logical arrays: it can be restored on another number of devices or hosts.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from ftjax.errors import UserError
+from ftjax.train.step import TrainState
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of every save
+
+
+class Checkpoints:
+    """`checkpoints/STEP/` of one run; the newest `keep` are kept."""
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder = folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "meta"))
+
+    @property
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Start saving. `meta` is JSON: the data iterator, the best metric so far, the watchdog's memory."""
+        # The next update donates the state's buffers while the save still reads them.
+        state = jax.tree.map(jnp.copy, state)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
+        self._guard(lambda: self._manager.save(step, args=args, force=True))
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint, laid out like `like` (same shapes, any mesh)."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(self.latest, args=args)
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise UserError(
+                f"{self._folder / str(self.latest)}: this checkpoint does not fit the run, or is damaged: {error}. "
+                "Remove that folder to go on from the one before it, or choose another output_dir"
+            ) from None
+        return TrainState(**restored["state"]), restored["meta"]
+
+    def wait(self) -> None:
+        """Block until the save under way is complete; raises UserError where it failed."""
+        self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        self._guard(self._manager.close)
+
+    def _guard(self, call) -> None:
+        try:
+            call()
+            self._manager.check_for_errors()
+        except Exception as error:
+            if not _is_disk_error(error):
+                raise
+            raise UserError(
+                f"{self._folder}: a checkpoint could not be written: {_root(error)}. The checkpoint before it is whole "
+                f"(step {self.latest}); make room and run the same command again to go on from there"
+            ) from None
+
+
+def _chain(error: BaseException | None):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _root(error: BaseException) -> str:
+    return str(list(_chain(error))[-1]).splitlines()[0]
+
+
+def _is_disk_error(error: BaseException) -> bool:
+    """Whether a failed save is the disk's fault; tensorstore reports that as text inside a ValueError."""
+    words = (
+        "No space left",
+        "RESOURCE_EXHAUSTED",
+        "Permission denied",
+        "Read-only file system",
+        "Disk quota",
+        "File too large",
+    )
+    return any(isinstance(e, OSError) or any(word in str(e) for word in words) for e in _chain(error))

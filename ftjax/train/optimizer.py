@@ -1,0 +1,125 @@
+"""AdamW with schedules, clipping and per-parameter groups, assembled from optax.
+
+The update of a parameter p with decay w and learning rate lr is `p -= lr * (m / (sqrt(v) + eps) + w * p)` (Loshchilov and
+Hutter 2019, arXiv:1711.05101), as in torch.optim.AdamW. Schedules are those of transformers.get_scheduler.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+import optax
+
+from ftjax.config import OptimizerConfig
+from ftjax.errors import UserError
+from ftjax.models.param import Spec
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate of the update with this number, counted from 0, in a run of `steps` updates."""
+    peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
+    warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(steps * config.warmup_ratio)
+    rest = max(1, steps - warmup)
+    match config.lr_scheduler_type:
+        case "constant" | "constant_with_warmup":
+            after = optax.constant_schedule(peak)
+        case "linear":
+            after = optax.linear_schedule(peak, floor, rest)
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest, alpha=config.min_lr_ratio)
+        case "warmup_stable_decay":
+            decay = min(rest, max(1, math.ceil(steps * config.decay_ratio)))
+            after = optax.join_schedules(
+                [optax.constant_schedule(peak), optax.linear_schedule(peak, floor, decay)], [rest - decay]
+            )
+    if config.lr_scheduler_type == "constant" or not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, specs: Mapping[str, Spec], steps: int) -> optax.GradientTransformation:
+    """The optimizer of the trained parameters `specs`.
+
+    Norm weights, biases and other vectors are not decayed, as in transformers' Trainer, unless a group says so.
+    Raises UserError for a group that matches nothing.
+    """
+    rate = {path: _per_layer(spec, lambda name: _rate(config, name)) for path, spec in specs.items()}
+    decay = {path: _per_layer(spec, lambda name, s=spec: _decay(config, name, s)) for path, spec in specs.items()}
+    schedule = make_schedule(config, steps)
+    chain = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
+    chain.append(optax.scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_epsilon))
+    if any(np.any(value) for value in decay.values()):
+        chain.append(optax.stateless(lambda updates, params: {k: u + decay[k] * params[k] for k, u in updates.items()}))
+    if any(np.any(value != 1) for value in rate.values()):
+        chain.append(optax.stateless(lambda updates, params: {k: u * rate[k] for k, u in updates.items()}))
+    chain.append(optax.scale_by_learning_rate(schedule))
+    return optax.chain(*chain)
+
+
+def frozen_by_groups(config: OptimizerConfig, specs: Mapping[str, Spec]) -> set[str]:
+    """Paths that a group with `freeze: true` takes out of training.
+
+    Raises UserError for a group whose pattern matches no parameter, and for one that freezes some layers of a stacked
+    parameter only.
+    """
+    names = [piece.name for spec in specs.values() for piece in spec.pieces()]
+    for group in config.groups:
+        try:
+            found = any(re.search(group.pattern, name) for name in names)
+        except re.error as error:
+            raise UserError(f"optimizer.groups: {group.pattern!r} is not a regular expression: {error}") from None
+        if not found:
+            raise UserError(f"optimizer.groups: {group.pattern!r} matches no trained parameter, such as {', '.join(names[:3])}")
+    frozen = set()
+    for path, spec in specs.items():
+        flags = [bool((group := _group(config, piece.name)) and group.freeze) for piece in spec.pieces()]
+        if all(flags):
+            frozen.add(path)
+        elif any(flags):
+            raise UserError(
+                f"optimizer.groups: a group freezes some layers of {spec.hf_template.format('*')} and not others; layers are "
+                "stacked in one array, so freeze all of them, or give those layers learning_rate: 0"
+            )
+    return frozen
+
+
+def _group(config: OptimizerConfig, name: str):
+    return next((group for group in config.groups if re.search(group.pattern, name)), None)
+
+
+def _rate(config: OptimizerConfig, name: str) -> float:
+    """Factor on the schedule's learning rate."""
+    group = _group(config, name)
+    if group and group.learning_rate is not None:
+        return group.learning_rate / config.learning_rate if config.learning_rate else 0.0
+    if config.loraplus_lr_ratio and ".lora_B." in name:
+        return config.loraplus_lr_ratio
+    return 1.0
+
+
+def _decay(config: OptimizerConfig, name: str, spec: Spec) -> float:
+    group = _group(config, name)
+    if group and group.weight_decay is not None:
+        return group.weight_decay
+    return config.weight_decay if len(spec.shape) - len(spec.stacked) > 1 else 0.0
+
+
+def _per_layer(spec: Spec, value: Callable[[str], float]) -> np.ndarray:
+    """A number for each stacked layer, shaped to broadcast against the parameter."""
+    numbers = np.ones(spec.stacked, np.float32)
+    for piece in spec.pieces():
+        numbers[piece.index[: len(spec.stacked)]] = value(piece.name)
+    if numbers.size and np.all(numbers == numbers.flat[0]):
+        return np.float32(numbers.flat[0])
+    return numbers.reshape(*numbers.shape, *(1,) * (len(spec.shape) - numbers.ndim))
+
+
+def decay_and_rate(config: OptimizerConfig, specs: Mapping[str, Spec]) -> dict[str, tuple[float, float]]:
+    """`{Hugging Face name: (weight decay, factor on the learning rate)}`, for printing."""
+    return {
+        piece.name: (_decay(config, piece.name, spec), _rate(config, piece.name))
+        for spec in specs.values()
+        for piece in spec.pieces()
+    }

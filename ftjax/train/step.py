@@ -1,0 +1,110 @@
+"""One optimizer update, as a pure function over pytrees.
+
+Legend: A microbatches, B rows of a microbatch (over all devices), T length.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ftjax.models.context import Context
+from ftjax.objectives.loss import Sums
+
+
+class TrainState(NamedTuple):
+    """Everything that an update changes."""
+
+    params: dict[str, jax.Array]  # the trained parameters
+    opt_state: Any
+    step: jax.Array  # [] int32: updates done
+
+
+class StepMetrics(NamedTuple):
+    loss: jax.Array
+    weight: jax.Array  # number of trained tokens (sum of weights)
+    grad_norm: jax.Array  # before clipping
+    update_norm: jax.Array
+    good: jax.Array  # bool: the update was applied
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How the forward pass runs (static)."""
+
+    dtype: Any = jnp.float32
+    attention: str = "xla"
+    remat: str = "none"
+
+    def context(self, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None) -> Context:
+        return Context(batch["positions"], batch["segment_ids"], self.dtype, self.attention, self.remat, dropout)
+
+
+# (trainable, frozen, microbatch, context) -> (sums, auxiliary loss of the microbatch)
+SumsFn = Callable[[dict, dict, dict, Context], tuple[Sums, jax.Array]]
+
+
+def make_train_step(sums_fn: SumsFn, optimizer: optax.GradientTransformation, runtime: Runtime):
+    """`step(state, frozen, batch, key, limit) -> (state, StepMetrics)`.
+
+    `batch` holds arrays `[A, B, T]`. Losses and gradients are summed over everything and divided once by the sum of the
+    weights, so that they do not depend on how the rows are split into microbatches and devices. An update whose loss or
+    gradient is not finite, or whose loss exceeds `limit`, is not applied: the state stays the last good one.
+    """
+
+    def grads_of(params, frozen, micro, key):
+        def total(params):
+            sums, aux = sums_fn(params, frozen, micro, runtime.context(micro, key))
+            return sums.loss + aux * sums.weight, sums
+
+        return jax.grad(total, has_aux=True)(params)
+
+    def step(state: TrainState, frozen: dict, batch: dict, key: jax.Array, limit: jax.Array):
+        key = jax.random.fold_in(key, state.step)
+        count = batch["tokens"].shape[0]
+        if count == 1:
+            grads, sums = grads_of(state.params, frozen, jax.tree.map(lambda x: x[0], batch), key)
+        else:
+
+            def body(carry, scanned):
+                micro, number = scanned
+                more = grads_of(state.params, frozen, micro, jax.random.fold_in(key, number))
+                return jax.tree.map(jnp.add, carry, more), None
+
+            zeros = jax.tree.map(jnp.zeros_like, state.params), Sums(*(jnp.zeros((), jnp.float32),) * 3)
+            (grads, sums), _ = jax.lax.scan(body, zeros, (batch, jnp.arange(count)))
+        weight = jnp.maximum(sums.weight, 1e-9)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        loss, grad_norm = sums.loss / weight, optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limit)
+        new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+        return new, StepMetrics(loss, sums.weight, grad_norm, optax.global_norm(updates), good)
+
+    return step
+
+
+def make_eval_step(sums_fn: SumsFn, runtime: Runtime):
+    """`step(params, frozen, batch) -> Sums` for a batch `[B, T]`."""
+
+    def step(params: dict, frozen: dict, batch: dict) -> Sums:
+        return sums_fn(params, frozen, batch, runtime.context(batch))[0]
+
+    return step
+
+
+def init_state(params: dict[str, jax.Array], optimizer: optax.GradientTransformation) -> TrainState:
+    """Moments lie where their parameters lie; scalars are on every device."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    example = next(iter(shardings.values()))
+    everywhere = jax.sharding.NamedSharding(example.mesh, jax.sharding.PartitionSpec())
+    abstract = jax.eval_shape(optimizer.init, params)
+    placed = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, where: where, abstract, shardings, transform_non_params=lambda _: everywhere
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=placed)(params)
+    return TrainState(params, opt_state, jax.device_put(jnp.int32(0), everywhere))
