@@ -1,8 +1,8 @@
 """`training:` and `mesh:` -- how long, how large, how often, on which devices."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ftjax.config.base import Section
 
@@ -29,6 +29,14 @@ class TrainingConfig(Section):
     )
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
 
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_none(cls, value: Any) -> Any:
+        """TrainingArguments' `wandb` and `none` beside the list."""
+        if value is None or value == "none":
+            return []
+        return [value] if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _divides(self) -> "TrainingConfig":
         if self.global_batch_size % self.gradient_accumulation_steps:
@@ -40,10 +48,22 @@ class TrainingConfig(Section):
 
 
 class MeshConfig(Section):
-    """Devices along each axis; one axis may be -1, which takes what is left."""
+    """Devices along each axis; one of data, fsdp, tensor and sequence may be -1, which takes what is left."""
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
     sequence: int = 1
     slices: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_open_axis(self) -> "MeshConfig":
+        sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor", "sequence")}
+        wrong = {axis: size for axis, size in sizes.items() if size < 1 and size != -1}
+        if wrong:
+            raise ValueError(f"an axis has at least one device, or -1 for what is left; found {wrong}")
+        if (free := [axis for axis, size in sizes.items() if size == -1])[1:]:
+            raise ValueError(
+                f"only one axis may be -1; found {', '.join(free)}. Write mesh.{free[-1]}: 1 to keep mesh.{free[0]} open"
+            )
+        return self

@@ -1,0 +1,160 @@
+"""The names that other tools use for ftjax's keys.
+
+`ALIASES` are accepted, with a note: they mean exactly the same thing, or are converted exactly. `EXPLAINED` are refused
+with the key to use: they mean something near, or something that ftjax does without a setting. The tools are
+transformers' TrainingArguments, PEFT, TRL, axolotl, LLaMA-Factory, torchtune and LitGPT.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Alias:
+    """`target`: the dotted key it stands for. `convert`: its value in ftjax's terms (ValueError: refused with that text).
+
+    `per_device`: the value counts rows on each device, so it is multiplied by the devices that hold different rows and,
+    where `per_micro_batch`, by gradient_accumulation_steps too.
+    """
+
+    target: str
+    convert: Callable[[Any], Any] | None = None
+    per_device: bool = False
+    per_micro_batch: bool = False
+
+
+def _listed(value: Any) -> Any:
+    """LLaMA-Factory writes lists as `a,b`."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _lora_target(value: Any) -> Any:
+    return "all-linear" if value in ("all", ["all"], "all-linear") else _listed(value)
+
+
+def _all_linear(value: Any) -> Any:
+    if value is True:
+        return "all-linear"
+    raise ValueError("only `true` can be converted; list the modules in method.target_modules instead")
+
+
+def _checkpointing(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "full" if value else "none"
+    raise ValueError("only true and false can be converted; write model.remat: auto, none, dots or full")
+
+
+def _adamw(value: Any) -> Any:
+    return "adamw" if value in ("adamw_torch", "adamw_torch_fused", "adamw_hf") else value
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _same(target: str, *names: str, convert: Callable[[Any], Any] | None = None) -> dict[str, Alias]:
+    return {name: Alias(target, convert) for name in names}
+
+
+ALIASES: dict[str, Alias] = {
+    **_same("model.path", "base_model", "model_name_or_path", "model_name", "model_id", "pretrained_model_name_or_path"),
+    **_same("model.revision", "model_revision", "revision_of_model"),
+    **_same("model.tokenizer", "tokenizer_name_or_path", "tokenizer_name", "tokenizer_path"),
+    **_same("model.dtype", "torch_dtype"),
+    **_same("model.remat", "gradient_checkpointing", convert=_checkpointing),
+    **_same("method.name", "finetuning_type", "peft_type", convert=_lower),
+    **_same("method.r", "lora_r", "lora_rank", "rank"),
+    **_same("method.lora_alpha", "alpha"),
+    **_same("method.target_modules", "lora_target_modules"),
+    **_same("method.target_modules", "lora_target", convert=_lora_target),
+    **_same("method.target_modules", "lora_target_linear", convert=_all_linear),
+    **_same("method.modules_to_save", "lora_modules_to_save"),
+    **_same("method.modules_to_save", "additional_target", convert=_listed),
+    **_same("method.use_rslora", "lora_use_rslora", "peft_use_rslora"),
+    **_same("method.layers_to_transform", "peft_layers_to_transform"),
+    **_same("method.adapter_path", "adapter_name_or_path", "lora_model_dir"),
+    **_same("data.train", "train_file", "dataset", "dataset_name", "train_data"),
+    **_same("data.validation", "validation_file", "eval_dataset", "val_file", "validation_data"),
+    **_same("data.max_length", "sequence_len", "cutoff_len", "max_seq_length", "max_seq_len", "model_max_length"),
+    **_same("data.max_length", "seq_length", "seq_len", "sequence_length", "block_size"),
+    **_same("data.packing", "sample_packing"),
+    **_same("optimizer.learning_rate", "lr"),
+    **_same("optimizer.name", "optim", convert=_adamw),
+    **_same("optimizer.lr_scheduler_type", "lr_scheduler", "scheduler", "lr_schedule"),
+    **_same("optimizer.adam_beta1", "beta1"),
+    **_same("optimizer.adam_beta2", "beta2"),
+    **_same("optimizer.adam_epsilon", "adam_eps"),
+    **_same("optimizer.max_grad_norm", "grad_clip", "gradient_clipping", "gradient_clip_val", "clip_grad_norm"),
+    **_same("optimizer.warmup_steps", "lr_warmup_steps", "num_warmup_steps"),
+    **_same("training.num_train_epochs", "num_epochs", "epochs"),
+    **_same("training.max_steps", "max_train_steps", "num_steps", "total_steps"),
+    **_same("training.global_batch_size", "train_batch_size", "effective_batch_size", "total_batch_size"),
+    "micro_batch_size": Alias("training.global_batch_size", per_device=True, per_micro_batch=True),
+    "per_device_train_batch_size": Alias("training.global_batch_size", per_device=True, per_micro_batch=True),
+    **_same("training.gradient_accumulation_steps", "grad_accum", "gradient_accumulation", "accumulate_grad_batches"),
+    **_same("training.gradient_accumulation_steps", "gradient_accumulation_iters"),
+    "per_device_eval_batch_size": Alias("training.eval_batch_size", per_device=True),
+    "eval_micro_batch_size": Alias("training.eval_batch_size", per_device=True),
+    **_same("training.eval_steps", "eval_interval", "eval_every"),
+    **_same("training.save_steps", "save_interval", "save_every", "checkpoint_interval"),
+    **_same("training.logging_steps", "log_interval", "log_every", "log_steps", "log_every_n_steps"),
+    **_same("training.save_total_limit", "max_checkpoints"),
+    **_same("training.seed", "random_seed"),
+}
+
+_QUANTIZED = "write model.quantization: int8 or nf4"
+_MESH = "write the device layout in mesh: {data, fsdp, tensor, sequence}; mesh.fsdp: -1 shards over all devices"
+_STEPS = "write how often in steps, in training.eval_steps, training.save_steps and training.logging_steps"
+_TEMPLATE = "the tokenizer's own chat template is used; write another in model.chat_template"
+
+EXPLAINED: dict[str, str] = {
+    "load_in_8bit": _QUANTIZED,
+    "load_in_4bit": _QUANTIZED,
+    "quantization_config": _QUANTIZED,
+    "bnb_4bit_quant_type": _QUANTIZED,
+    "bf16": "write model.compute_dtype: bfloat16 (and model.dtype for how frozen weights are stored)",
+    "fp16": "write model.compute_dtype: float16 (and model.dtype for how frozen weights are stored)",
+    "tf32": "matrix products follow model.compute_dtype",
+    "precision": "write model.dtype and model.compute_dtype",
+    "mixed_precision": "write model.dtype and model.compute_dtype",
+    "attn_implementation": "write model.attention: auto, xla, blockwise, splash or cudnn",
+    "flash_attention": "write model.attention: auto, which takes the fastest kernel that the device has",
+    "flash_attn": "write model.attention: auto, which takes the fastest kernel that the device has",
+    "trust_remote_code": "code from model repositories is never run",
+    "adapter": "write method.name: lora (with model.quantization: nf4 for what is called qlora)",
+    "fan_in_fan_out": "taken from the base model",
+    "batch_size": "tools differ in what it counts; write training.global_batch_size: rows over all devices for one update",
+    "datasets": "write one path or Hub id in data.train",
+    "val_size": "write a file in data.validation",
+    "val_set_size": "write a file in data.validation",
+    "template": _TEMPLATE,
+    "prompt_template": _TEMPLATE,
+    "deepspeed": _MESH,
+    "fsdp": _MESH,
+    "fsdp_config": _MESH,
+    "tensor_parallel_size": _MESH,
+    "eval_strategy": _STEPS,
+    "evaluation_strategy": _STEPS,
+    "save_strategy": _STEPS,
+    "logging_strategy": _STEPS,
+    "evals_per_epoch": _STEPS,
+    "saves_per_epoch": _STEPS,
+    "load_best_model_at_end": "the best model is always kept in best/ where there is validation data",
+    "resume_from_checkpoint": "leave it out: a run resumes by itself when output_dir holds a checkpoint of it",
+    "overwrite_output_dir": "leave it out: choose another output_dir, or remove the old folder",
+    "auto_resume_from_checkpoints": "leave it out: a run resumes by itself when output_dir holds a checkpoint of it",
+    "hub_model_id": "push afterwards: ftjax export RUN --out DIR --push-to-hub REPO",
+    "push_to_hub": "push afterwards: ftjax export RUN --out DIR --push-to-hub REPO",
+    "wandb_project": "write training.report_to: [wandb] and set the environment variable WANDB_PROJECT",
+    "use_wandb": "write training.report_to: [wandb]",
+    "do_train": "leave it out: the verb says what is done (ftjax train, ftjax evaluate)",
+    "do_eval": "leave it out: evaluation runs where data.validation is given",
+    "stage": "write objective.name",
+    "dataloader_num_workers": "leave it out: reading keeps ahead of the step by itself",
+}
+
+
+def plain_name(key: str) -> str:
+    """`learning-rate` and `Learning_Rate` are looked up as `learning_rate`."""
+    return key.strip().lower().replace("-", "_").replace(" ", "_")

@@ -1,0 +1,327 @@
+"""A configuration from a YAML file and `key=value` overrides, and back to a file.
+
+The steps, in order: read (YAML with the place of every key), put aliases in their place, apply overrides, resolve
+`${...}`, convert per-device counts, validate. Problems are collected on the way and reported together.
+"""
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+from pydantic import ValidationError
+
+from ftjax.config import Config
+from ftjax.config.alias import ALIASES, Alias, plain_name
+from ftjax.config.explain import explain
+from ftjax.config.interpolate import escape, interpolate
+from ftjax.config.schema import defaults, models_at, section_fields, variants, with_default_tag
+from ftjax.config.yaml_text import Path, Place, Problem, Reader, dump, resolve_plain
+from ftjax.errors import UserError
+
+_MISSING = object()
+_KEY = re.compile(r"^[^\s=.\[\]{}]+(?:\.[^\s=.\[\]{}]+)*$")
+
+
+def print_note(text: str) -> None:
+    """Writes a note to stderr, where it does not mix with results."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def load_config(path: str | FilePath, overrides: Sequence[str] = (), *, note: Callable[[str], None] = print_note) -> Config:
+    """Reads, overrides and validates a configuration.
+
+    `overrides` are `dotted.key=value` with the value in YAML (`method.r=16`, `method.target_modules=[q_proj, v_proj]`,
+    `method={name: full}` to replace a section). `note` is called with one line for each alias that was accepted.
+
+    Raises:
+        UserError: naming every mistake found, each with file, line and column or with the override's text.
+    """
+    loading = _Loading(str(path), note)
+    loading.read_file(_read_text(FilePath(path)))
+    loading.move_aliases()
+    for override in overrides:
+        loading.override(override)
+    return loading.finish()
+
+
+def save_config(config: Config, path: str | FilePath) -> None:
+    """Writes every key of `config`, resolved; `load_config` gives an equal one back. The file appears whole or not at all."""
+    path = FilePath(path)
+    text = dump(escape(config.model_dump(mode="json")))
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the run from the people it is shared with
+        os.replace(temporary, path)
+    except BaseException:
+        FilePath(temporary).unlink(missing_ok=True)
+        raise
+
+
+def flatten_config(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted key; lists and free mappings (`data.columns`) stay whole."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, prefix: str) -> None:
+        for name in type(value).model_fields:
+            item = getattr(value, name)
+            if hasattr(type(item), "model_fields"):
+                walk(item, f"{prefix}{name}.")
+            else:
+                flat[prefix + name] = item
+
+    walk(config, "")
+    return flat
+
+
+def diff_configs(a: Config, b: Config) -> list[str]:
+    """The dotted keys whose values differ, in the order of the schema. Of two unlike methods only `method.name` is named."""
+    one, two = flatten_config(a), flatten_config(b)
+    differing = [key for key in {**one, **two} if one.get(key, _MISSING) != two.get(key, _MISSING)]
+    for section, field in section_fields().items():
+        name = f"{section}.{field.discriminator}"
+        if variants(field) and name in differing:
+            differing = [key for key in differing if key == name or not key.startswith(f"{section}.")]
+    return differing
+
+
+def _read_text(path: FilePath) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.y*ml"))[:8] if path.parent.is_dir() else []
+        there = f"; {path.parent} holds {', '.join(near)}" if near else ""
+        raise UserError(f"{path}: there is no such configuration file{there}") from None
+    except IsADirectoryError:
+        inside = path / "config.yaml"
+        hint = f"; did you mean {inside}?" if inside.is_file() else "; name a .yaml file"
+        raise UserError(f"{path}: this is a folder, not a configuration file{hint}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+class _Loading:
+    """One call of `load_config`: the tree so far, where each part was written, and what is wrong with it."""
+
+    def __init__(self, source: str, note: Callable[[str], None]):
+        self.source = source
+        self.note = note
+        self.tree: dict[str, Any] = {}
+        self.keys: dict[Path, Place] = {}
+        self.values: dict[Path, Place] = {}
+        self.problems: list[Problem] = []
+        self.per_device: dict[Path, tuple[str, Alias]] = {}
+        self.overridden: dict[Path, str] = {}
+        self.override_sources: list[str] = []
+
+    def read_file(self, text: str) -> None:
+        reader = Reader(self.source)
+        tree = reader.read(text)
+        self.problems += reader.problems
+        if tree is None and self.problems:
+            self._raise()
+        if tree is None:
+            raise UserError(f"{self.source}: the file is empty; a configuration names at least model.path and data.train")
+        if not isinstance(tree, dict):
+            kind = "a list" if isinstance(tree, list) else "a single value"
+            raise UserError(f"{self.source}:1: expected sections (model:, data:, ...), found {kind}")
+        self.tree, self.keys, self.values = tree, reader.keys, reader.values
+        for name in section_fields():
+            if tree.get(name, _MISSING) is None:  # `training:` with nothing under it
+                tree[name] = {}
+
+    def move_aliases(self) -> None:
+        """Puts what stands under another tool's name, at the top or in a section, under ftjax's."""
+        places: list[Path] = [(key,) for key in self.tree]
+        places += [(name, key) for name in section_fields() if isinstance(self.tree.get(name), dict) for key in self.tree[name]]
+        for path in places:
+            alias = _alias(path)
+            if alias is None:
+                continue
+            target: Path = tuple(alias.target.split("."))
+            parent = self.tree if len(path) == 1 else self.tree[path[0]]
+            value = parent.pop(path[-1])
+            place = self._place(path)
+            section = self.tree.setdefault(target[0], {})
+            if not isinstance(section, dict):
+                continue  # `method: lora` beside `lora_rank: 8`: the section itself is reported
+            if target[-1] in section:
+                written = self.keys.get(target, self.values.get(target))
+                self._problem(place, f"{_dotted(path)} means {alias.target}, which is given too ({written}); keep one of them")
+                continue
+            self.keys[target] = place
+            self._forget(target, self.values)
+            self.values[target] = self.values.get(path, place)
+            section[target[-1]] = self._converted(path, alias, value, place)
+
+    def override(self, text: str) -> None:
+        """Applies one `dotted.key=value`."""
+        place = Place(f"override '{text}'")
+        self.override_sources.append(place.source)
+        key, equals, written = text.partition("=")
+        key = key.strip()
+        if not equals or not _KEY.match(key):
+            return self._problem(place, "write overrides as key=value, for example training.max_steps=100")
+        if not written.strip():
+            return self._problem(place, f"the value is empty; write {key}=null for none, or {key}='\"\"' for an empty string")
+        value = self._override_value(written.strip(), place)
+        path: Path = tuple(key.split("."))
+        alias = _alias(path)
+        self._forget(path, self.per_device)
+        if alias is not None:
+            value = self._converted(path, alias, value, place)
+            path = tuple(alias.target.split("."))
+        if self.overridden.setdefault(path, key) != key:
+            return self._problem(place, f"{_dotted(path)} is overridden twice, as {self.overridden[path]} and as {key}")
+        container: Any = self.tree
+        for index, piece in enumerate(path):
+            here, last = path[: index + 1], index == len(path) - 1
+            if isinstance(container, list):
+                if not str(piece).isdigit() or int(piece) >= len(container):
+                    what = f"{_dotted(path[:index])} is a list of {len(container)}"
+                    return self._problem(place, f"{what}; {piece} is none of its items (0, 1, ...)")
+                piece = int(piece)
+                path = (*path[:index], piece, *path[index + 1 :])
+                here = path[: index + 1]
+            elif not isinstance(container, dict):
+                return self._problem(place, f"{_dotted(path[:index])} is a single value and has no key {piece}")
+            if last:
+                for places in (self.keys, self.values):
+                    self._forget(here, places)
+                    places[here] = place
+                container[piece] = {} if value is None and len(path) == 1 and piece in section_fields() else value
+            else:
+                if isinstance(container, dict) and container.get(piece) is None:
+                    container[piece] = {}
+                    self.keys[here] = self.values[here] = place
+                container = container[piece]
+        return None
+
+    def finish(self) -> Config:
+        for name, field in section_fields().items():
+            if field.is_required():
+                self.tree.setdefault(name, {})  # so that the missing keys themselves are named
+            if isinstance(self.tree.get(name), dict):
+                self.tree[name] = with_default_tag(name, self.tree[name])
+        self.tree = interpolate(self.tree, defaults(self.tree), self._report_value)
+        self._convert_per_device()
+        try:
+            config = Config.model_validate(self.tree)
+        except ValidationError as error:
+            explain(error, self.tree, self._report)
+        if self.problems:
+            self._raise()
+        return config
+
+    def _override_value(self, text: str, place: Place) -> Any:
+        if text[0] not in "[{\"'":
+            return resolve_plain(text)
+        reader = Reader(place.source)
+        value = reader.read(text)
+        for problem in reader.problems:
+            self._problem(place, problem.message)
+        return value
+
+    def _converted(self, path: Path, alias: Alias, value: Any, place: Place) -> Any:
+        target: Path = tuple(alias.target.split("."))
+        self.per_device.pop(target, None)
+        if alias.per_device:
+            self.per_device[target] = (_dotted(path), alias)
+            return value
+        if alias.convert is not None:
+            try:
+                converted = alias.convert(value)
+            except ValueError as error:
+                self._problem(place, f"{_dotted(path)}: {error}")
+                return value
+            if converted != value:
+                self.note(f"{place}: {_dotted(path)}: {_short(value)} is read as {alias.target}: {_short(converted)}")
+                return converted
+        self.note(f"{place}: {_dotted(path)} is read as {alias.target}")
+        return value
+
+    def _convert_per_device(self) -> None:
+        known = defaults(self.tree)
+        training, mesh = ({**known[name], **_mapping(self.tree.get(name))} for name in ("training", "mesh"))
+        for target, (written, alias) in self.per_device.items():
+            try:
+                value = int(training[target[-1]])
+                accumulation = int(training["gradient_accumulation_steps"]) if alias.per_micro_batch else 1
+                axes = [int(mesh[axis]) for axis in ("data", "fsdp", "slices")]
+            except (ValueError, TypeError):
+                continue  # one of them is wrong, and is reported by itself
+            devices = 1
+            for axis in axes:
+                devices *= max(axis, 1)
+            total = value * accumulation * devices
+            self.tree[target[0]][target[-1]] = total
+            steps = f" x {accumulation} accumulation steps" if alias.per_micro_batch else ""
+            text = f"{self._place(target)}: {written}: {value} is read as {alias.target}: {total}"
+            text += f" ({value} rows{steps} x {devices} device{'s' if devices > 1 else ''})"
+            if min(axes) < 0:
+                text += (
+                    f"; it counts rows on each device and the mesh leaves their number open, so one was taken: "
+                    f"on N devices write {alias.target}: {total} x N"
+                )
+            self.note(text)
+
+    def _place(self, path: Path) -> Place:
+        """The place of the key at `path`, or of the nearest part around it that was written."""
+        for length in range(len(path), 0, -1):
+            for places in (self.keys, self.values):
+                if path[:length] in places:
+                    return places[path[:length]]
+        return Place(self.source)
+
+    def _report(self, path: Path, message: str) -> None:
+        self._problem(self._place(path), message)
+
+    def _report_value(self, path: Path, message: str) -> None:
+        self._problem(self._place(path), f"{_dotted(path)}: {message}")
+
+    def _problem(self, place: Place, message: str) -> None:
+        self.problems.append(Problem(place, message))
+
+    @staticmethod
+    def _forget(path: Path, places: dict[Path, Any]) -> None:
+        for known in [known for known in places if known[: len(path)] == path]:
+            del places[known]
+
+    def _raise(self) -> None:
+        given = {source: number for number, source in enumerate(self.override_sources)}
+        ordered = sorted(self.problems, key=lambda p: (given.get(p.place.source, -1), p.place.line or 0, p.place.column or 0))
+        lines = list(dict.fromkeys(map(str, ordered)))
+        if len(lines) == 1:
+            raise UserError(lines[0])
+        raise UserError(f"{self.source}: {len(lines)} errors\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def _alias(path: Path) -> Alias | None:
+    """The alias at `path`, if it is one: at the top level, or in a section that has no key of that name."""
+    if len(path) == 1:
+        real: Iterable[str] = Config.model_fields
+    elif len(path) == 2 and path[0] in section_fields():
+        real = [name for model in models_at(path[:1], {}) for name in model.model_fields]
+    else:
+        return None
+    return None if path[-1] in real else ALIASES.get(plain_name(str(path[-1])))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def _short(value: Any) -> str:
+    return dump([value])[2:].strip() if not isinstance(value, list | dict) else str(value)

@@ -1,0 +1,140 @@
+"""The schema, looked at: which keys stand where, so that a wrong one can be answered with the right one."""
+
+import difflib
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from ftjax.config import Config, Section
+from ftjax.config.yaml_text import Path
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """Every section class inside an annotation: `list[GroupConfig]` -> [GroupConfig], a union -> its members."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections(argument)]
+
+
+def _tag(model: type[Section], discriminator: str) -> str:
+    return get_args(model.model_fields[discriminator].annotation)[0]
+
+
+def variants(field: FieldInfo) -> dict[str, type[Section]]:
+    """The members of a discriminated union by their name (`full`, `lora`, ...); empty for any other field."""
+    if not isinstance(field.discriminator, str):
+        return {}
+    return {_tag(model, field.discriminator): model for model in _sections(field.annotation)}
+
+
+@cache
+def section_fields() -> dict[str, FieldInfo]:
+    """The fields of `Config` that are sections: model, method, data, ..."""
+    return {name: field for name, field in Config.model_fields.items() if _sections(field.annotation)}
+
+
+def with_default_tag(name: str, section: dict[str, Any]) -> dict[str, Any]:
+    """`method: {r: 8}` means the default method: its name is filled in."""
+    field = section_fields()[name]
+    if not isinstance(field.discriminator, str) or field.discriminator in section or field.is_required():
+        return section
+    return {field.discriminator: getattr(field.get_default(call_default_factory=True), field.discriminator), **section}
+
+
+def models_at(path: Path, tree: Any) -> list[type[Section]]:
+    """The section classes whose keys are allowed at `path` of `tree` (several only where nothing tells them apart)."""
+    models: list[type[Section]] = [Config]
+    value = tree
+    inside: list[type[Section]] = []
+    for piece in path:
+        value = _child(value, piece)
+        if isinstance(piece, int):
+            continue  # an item of a list has the classes of the list
+        fields = [model.model_fields[piece] for model in models if piece in model.model_fields]
+        if not fields:
+            return []
+        inside = []
+        for field in fields:
+            by_name = variants(field)
+            chosen = by_name.get(value.get(field.discriminator)) if by_name and isinstance(value, dict) else None
+            inside += [chosen] if chosen else _sections(field.annotation)
+        models = inside
+    return models
+
+
+def _child(value: Any, piece: str | int) -> Any:
+    try:
+        return value[piece]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+@cache
+def homes() -> dict[str, tuple[str, ...]]:
+    """Every key name with the dotted paths at which it stands (`r` -> `method.r`); the names of unions are left out."""
+    found: dict[str, dict[str, None]] = {}
+
+    def walk(model: type[Section], prefix: str) -> None:
+        for name, field in model.model_fields.items():
+            dotted = f"{prefix}{name}"
+            found.setdefault(name, {})[dotted] = None
+            inner = _sections(field.annotation)
+            for section in inner:
+                walk(section, f"{dotted}." if field.annotation is section or variants(field) else f"{dotted}[].")
+
+    walk(Config, "")
+    return {
+        name: tuple(place for place in places if "[]" not in place)
+        or tuple(places)  # a group's learning_rate is not the usual one
+        for name, places in found.items()
+    }
+
+
+def _variants_with(section: str, key: str) -> list[str]:
+    return [tag for tag, model in variants(section_fields()[section]).items() if key in model.model_fields]
+
+
+def suggestion(path: Path, tree: Any) -> str:
+    """What to write instead of the unknown key at `path`."""
+    key, parent = str(path[-1]), path[:-1]
+    allowed = list(dict.fromkeys(name for model in models_at(parent, tree) for name in model.model_fields))
+    if len(path) == 2 and path[0] in section_fields():
+        field = section_fields()[str(path[0])]
+        owners = _variants_with(str(path[0]), key)
+        if owners:
+            chosen = _child(_child(tree, path[0]), field.discriminator)
+            names = " and ".join(owners)
+            return (
+                f"it is a key of {path[0]} {names}, and {path[0]}.{field.discriminator} is {chosen}; remove it, "
+                f"or replace the section: {path[0]}={{{field.discriminator}: {chosen}}}"
+            )
+    if len(path) == 1 and isinstance(_child(tree, key), dict):  # a misspelt section
+        allowed = list(section_fields())
+    elif others := homes().get(key, ()):
+        return f"it stands at {' or '.join(others)}"
+    close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    far = difflib.get_close_matches(key, homes(), n=1, cutoff=0.75)
+    if far:
+        return f"did you mean {' or '.join(homes()[far[0]])}?"
+    return f"known keys here: {', '.join(allowed)}" if allowed else "nothing can be set here"
+
+
+def defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """Every default of the schema as plain values, for the variants that `tree` names; required keys are absent."""
+    return dict(_defaults(Config, tree))
+
+
+def _defaults(model: type[Section], tree: Any) -> Iterator[tuple[str, Any]]:
+    for name, field in model.model_fields.items():
+        given = _child(tree, name)
+        chosen = models_at((name,), tree) if model is Config and name in section_fields() else []
+        if len(chosen) == 1:
+            yield name, dict(_defaults(chosen[0], given))
+        elif not field.is_required() and not chosen:
+            value = field.get_default(call_default_factory=True)
+            if isinstance(value, str | int | float | bool | None):
+                yield name, value

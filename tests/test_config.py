@@ -1,0 +1,383 @@
+"""Configuration files: values, places of errors, aliases, overrides, round trips."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ftjax.config import Config, DataConfig, FullConfig, ModelConfig
+from ftjax.config.alias import ALIASES, EXPLAINED
+from ftjax.config.interpolate import escape, interpolate
+from ftjax.config.load import diff_configs, flatten_config, load_config, save_config
+from ftjax.config.schema import homes, models_at, section_fields
+from ftjax.config.yaml_text import Reader, dump
+from ftjax.errors import UserError
+
+MINIMAL = "model: {path: gpt2}\ndata: {train: a.jsonl}\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str, name: str = "run.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def load(write):
+    """Loads MINIMAL + text with overrides; what was noted is in `load.notes`."""
+
+    def load(text: str = "", *overrides: str) -> Config:
+        load.notes = []
+        return load_config(write(MINIMAL + text), overrides, note=load.notes.append)
+
+    return load
+
+
+def refusal(load, text: str = "", *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(text, *overrides)
+    return str(caught.value)
+
+
+# Values
+
+
+def test_minimal_file_takes_the_defaults(load):
+    config = load()
+    assert config == Config(model=ModelConfig(path="gpt2"), data=DataConfig(train="a.jsonl"))
+    assert load.notes == []
+
+
+def test_json_is_yaml(write):
+    path = write('{"model": {"path": "gpt2"}, "data": {"train": "a.jsonl"}, "optimizer": {"learning_rate": 1e-3}}', "run.json")
+    assert load_config(path).optimizer.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    "text, value", [("1e-3", 1e-3), ("1E-3", 1e-3), ("5.e-4", 5e-4), (".5", 0.5), ("+2e0", 2.0), ("1_0", 10.0)]
+)
+def test_numbers_that_yaml_1_1_reads_as_strings(load, text, value):
+    assert load(f"optimizer: {{learning_rate: {text}}}\n").optimizer.learning_rate == value
+    assert load("", f"optimizer.learning_rate={text}").optimizer.learning_rate == value
+
+
+@pytest.mark.parametrize("word", ["no", "yes", "on", "off", "12:30", "2020-01-01", "010"])
+def test_words_that_yaml_1_1_reads_as_something_else(load, word):
+    assert load(f"output_dir: {word}\n").output_dir == word
+    assert load("", f"output_dir={word}").output_dir == word
+
+
+def test_a_section_with_nothing_under_it_is_its_defaults(load):
+    assert load("training:\n") == load()
+
+
+def test_a_method_without_a_name_is_the_default_method(load):
+    assert load("method: {r: 4}\n").method == load("method: {name: lora, r: 4}\n").method
+    assert load("", "method.r=4").method.r == 4
+
+
+def test_anchors_and_merge_keys(load):
+    config = load(
+        "training: &t {seed: 1, save_steps: 5}\noptimizer: {groups: [&g {pattern: a, freeze: true}, {<<: *g, pattern: b}]}\n"
+    )
+    assert [(g.pattern, g.freeze) for g in config.optimizer.groups] == [("a", True), ("b", True)]
+
+
+def test_report_to_takes_one_name_and_none(load):
+    assert load("training: {report_to: wandb}\n").training.report_to == ["wandb"]
+    assert load("training: {report_to: none}\n").training.report_to == []
+
+
+# Errors
+
+
+def test_every_error_is_reported_at_once_with_its_place(load, tmp_path):
+    text = "optimizer:\n  learning_rat: 1\n  learning_rate: fast\nmethod: {name: lora, rr: 2}\n"
+    lines = refusal(load, text, "training.seed=x", "data.packin=true").splitlines()
+    path = tmp_path / "run.yaml"
+    assert lines == [
+        f"{path}: 5 errors",
+        f"  {path}:4:3: optimizer.learning_rat: unknown key; did you mean learning_rate?",
+        f"  {path}:5:3: optimizer.learning_rate: expected a number, found 'fast'",
+        f"  {path}:6:22: method.rr: unknown key; did you mean r?",
+        "  override 'training.seed=x': training.seed: expected a whole number, found 'x'",
+        "  override 'data.packin=true': data.packin: unknown key; did you mean packing?",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("learning_rate: 1\n", "3:1: learning_rate: unknown key; it stands at optimizer.learning_rate"),
+        ("training: {learning_rate: 1}\n", "it stands at optimizer.learning_rate"),
+        ("training: {learning-rat: 1}\n", "did you mean optimizer.learning_rate"),
+        ("trainin: {seed: 1}\n", "trainin: unknown key; did you mean training?"),
+        ("zzz: 1\n", "zzz: unknown key; known keys here: model, method, data"),
+        ("method: {name: full, r: 4}\n", "method.r: unknown key; it is a key of method lora, and method.name is full"),
+        ("method: {name: lroa}\n", "method: unknown name 'lroa'; did you mean lora? known: "),
+        ("method: lora\n", "method: expected a mapping (`key: value` lines), found 'lora'; write method: {name: lora}"),
+        ("method: {target_modules: 3}\n", "method.target_modules: expected a string or a list, found 3"),
+        ("method: {target_modules: [q, 3]}\n", "method.target_modules.1: expected a string, found 3 (put it in quotes)"),
+        ("method: {r: true}\n", "method.r: expected a whole number, found 'true'"),
+        ("method: {r: 1.5}\n", "method.r: expected a whole number, found 1.5"),
+        ("method: {r: 0}\n", "method.r: must be at least 1; found 0"),
+        ("method: {rank_pattern: {q: x}}\n", "method.rank_pattern.q: expected a whole number, found 'x'"),
+        ("optimizer: {adam_beta1: .nan}\n", "optimizer.adam_beta1: expected a finite number"),
+        ("optimizer: {lr_scheduler_type: cosin}\n", "did you mean cosine? known: cosine, linear"),
+        ("optimizer: {groups: [{patern: a}]}\n", "optimizer.groups.0.patern: unknown key; did you mean pattern?"),
+        ("optimizer: {groups: [{}]}\n", "optimizer.groups.0.pattern: missing"),
+        ("training: {global_batch_size: 6, gradient_accumulation_steps: 4}\n", "global_batch_size 6 is not a multiple of"),
+        ("mesh: {data: -1}\n", "only one axis may be -1; found data, fsdp"),
+        ("mesh: {tensor: 0}\n", "an axis has at least one device"),
+        ("output_dir: 5\n", "output_dir: expected a string, found 5 (put it in quotes)"),
+        ("output_dir: a\noutput_dir: b\n", "4:1: output_dir is given twice; the first is on line 3"),
+        ("training:\n\tseed: 1\n", "indent with spaces, not tabs"),
+        ("training: [1\n", "not valid YAML"),
+        ("output_dir: !!python/name:os.system x\n", "the tag tag:yaml.org,2002:python/name:os.system is not supported"),
+        ("optimizer: {groups: &a [*a]}\n", "this anchor contains itself"),
+        ("? [a]\n: 1\n", "a key must be a word"),
+        ("load_in_4bit: true\n", "write model.quantization"),
+        ("output_dir: ${training.seedd}\n", "Interpolation key 'training.seedd' not found"),
+        ("output_dir: ${output_dir}\n", "output_dir: '${output_dir}' cannot be resolved"),
+        ("output_dir: a${\n", "is not a reference"),
+    ],
+)
+def test_what_is_said(load, text, said):
+    assert said in refusal(load, text)
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("training.seed", "write overrides as key=value"),
+        ("=3", "write overrides as key=value"),
+        ("training..seed=3", "write overrides as key=value"),
+        ("training.seed=", "the value is empty; write training.seed=null"),
+        ("trainin.seed=3", "override 'trainin.seed=3': trainin: unknown key; did you mean training?"),
+        ("model.path.x=3", "model.path is a single value and has no key x"),
+        ("optimizer.groups.0.freeze=true", "optimizer.groups.0"),
+        ("method.target_modules=[q", "not valid YAML"),
+    ],
+)
+def test_wrong_overrides(load, override, said):
+    assert said in refusal(load, "", override)
+
+
+def test_missing_required_keys_are_named(write):
+    with pytest.raises(UserError) as caught:
+        load_config(write("training: {seed: 1}\n"))
+    assert "model.path: missing" in str(caught.value) and "data.train: missing" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [("", "the file is empty"), ("# only words\n", "the file is empty"), ("- a\n", "found a list"), ("a\n", "single value")],
+)
+def test_files_without_sections(write, text, said):
+    with pytest.raises(UserError, match=said):
+        load_config(write(text))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "config.yaml").write_text(MINIMAL)
+    with pytest.raises(UserError, match=r"absent\.yaml: there is no such configuration file; .* holds config\.yaml"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(UserError, match=r"this is a folder, not a configuration file; did you mean .*config\.yaml"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"model: {path: x}\noutput_dir: caf\xe9\n")
+    with pytest.raises(UserError, match=r"latin\.yaml:2: not UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+
+
+# Aliases
+
+
+def test_every_alias_stands_for_a_key_and_hides_none():
+    for name, alias in ALIASES.items():
+        section, key = alias.target.split(".")
+        models = models_at((section,), {})
+        assert any(key in model.model_fields for model in models), f"{name} stands for {alias.target}, which is no key"
+        assert not any(name in model.model_fields for model in models), f"{name} is a key of {section}"
+        assert name not in Config.model_fields
+    assert not set(EXPLAINED) & set(ALIASES)
+    assert set(EXPLAINED) & set(homes()) == {"fsdp"}  # the axis of mesh: and another tool's section
+
+
+@pytest.mark.parametrize(
+    "text, key, value",
+    [
+        ("method: {lora_rank: 4}\n", "method.r", 4),
+        ("lora_r: 4\n", "method.r", 4),
+        ("data_: 0\n", None, None),
+        ("sequence_len: 64\n", "data.max_length", 64),
+        ("cutoff_len: 64\n", "data.max_length", 64),
+        ("num_epochs: 3\n", "training.num_train_epochs", 3.0),
+        ("optimizer: {lr: 1e-3}\n", "optimizer.learning_rate", 1e-3),
+        ("training: {lr: 1e-3}\n", "optimizer.learning_rate", 1e-3),
+        ("optimizer: {optim: adamw_torch}\n", "optimizer.name", "adamw"),
+        ("gradient_checkpointing: true\n", "model.remat", "full"),
+        ("lora_target: all\n", "method.target_modules", "all-linear"),
+        ("lora_target: q_proj, v_proj\n", "method.target_modules", ["q_proj", "v_proj"]),
+        ("finetuning_type: full\n", "method.name", "full"),
+    ],
+)
+def test_aliases(load, text, key, value):
+    if key is None:
+        assert "unknown key" in refusal(load, text)
+        return
+    assert flatten_config(load(text))[key] == value
+    (note,) = load.notes
+    assert key in note and "run.yaml:3:" in note
+
+
+@pytest.mark.parametrize("name", ["micro_batch_size", "per_device_train_batch_size"])
+def test_rows_per_device_are_converted_by_accumulation_and_mesh(load, name):
+    text = f"{name}: 3\ntraining: {{gradient_accumulation_steps: 2}}\nmesh: {{data: 4, fsdp: 2, tensor: 2, slices: 2}}\n"
+    assert load(text).training.global_batch_size == 3 * 2 * 4 * 2 * 2
+    assert "3 rows x 2 accumulation steps x 16 devices" in load.notes[0]
+    # the accumulation that counts is the final one, and an override of the real key is not multiplied
+    assert load(text, "training.gradient_accumulation_steps=5").training.global_batch_size == 3 * 5 * 16
+    assert load(text, "training.global_batch_size=4").training.global_batch_size == 4
+    assert load("", f"{name}=3").training.global_batch_size == 3
+    assert "write training.global_batch_size: 3 x N" in load.notes[0]
+
+
+def test_alias_beside_its_key_is_refused(load):
+    assert "lora_rank means method.r, which is given too" in refusal(load, "lora_rank: 3\nmethod: {r: 4}\n")
+    assert "overridden twice, as lr and as optimizer.learning_rate" in refusal(load, "", "lr=1", "optimizer.learning_rate=2")
+
+
+def test_an_override_replaces_an_alias_in_the_file_and_the_reverse(load):
+    assert load("lr: 1\n", "optimizer.learning_rate=2").optimizer.learning_rate == 2
+    assert load("optimizer: {learning_rate: 1}\n", "lr=2").optimizer.learning_rate == 2
+
+
+def test_a_wrong_value_under_an_alias_is_reported_where_it_stands(load):
+    assert "run.yaml:3:1: method.r: expected a whole number, found 'x'" in refusal(load, "lora_rank: x\n")
+    assert "gradient_checkpointing: only true and false" in refusal(load, "gradient_checkpointing: some\n")
+
+
+# Overrides and references
+
+
+def test_override_values(load):
+    config = load(
+        "optimizer: {groups: [{pattern: a}]}\n",
+        "method.target_modules=[q_proj, v_proj]",
+        "method.rank_pattern.q_proj=4",
+        'data.columns={prompt: no, completion: "1"}',
+        "model.revision='7'",
+        "model.chat_template={{ messages }}" if False else "model.chat_template=a=b",
+        "optimizer.groups.0.freeze=true",
+        "data.validation=null",
+        "training.seed=1",
+        "training.seed=2",
+    )
+    assert config.method.target_modules == ["q_proj", "v_proj"] and config.method.rank_pattern == {"q_proj": 4}
+    assert config.data.columns == {"prompt": "no", "completion": "1"} and config.data.validation is None
+    assert config.model.revision == "7" and config.model.chat_template == "a=b"
+    assert config.optimizer.groups[0].freeze and config.training.seed == 2
+
+
+def test_override_replaces_a_section(load):
+    assert load("method: {name: lora, r: 4}\n", "method={name: full}").method == FullConfig()
+
+
+def test_references(load, monkeypatch):
+    monkeypatch.setenv("FTJAX_TEST_PLACE", "there")
+    config = load(
+        "output_dir: runs/${method.name}-${training.seed}-${oc.env:FTJAX_TEST_PLACE}\nmethod: {r: 4, lora_alpha: '${.r}'}\n",
+        "data.validation=${data.train}",
+    )
+    assert config.output_dir == "runs/lora-42-there" and config.method.lora_alpha == 4 and config.data.validation == "a.jsonl"
+
+
+# Round trips
+
+
+def test_saved_configuration_loads_equal(load, tmp_path):
+    config = load(
+        "method: {rank_pattern: {'layers.0.q_proj': 4}, target_modules: '.*(q|v)_proj$'}\noptimizer: {learning_rate: 1e-5, "
+        "groups: [{pattern: '^a', learning_rate: 3e-7}]}\n"
+    )
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert [p.name for p in tmp_path.iterdir() if "config.yaml" in p.name] == ["config.yaml"]
+
+
+_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
+    [
+        "1e-3",
+        "no",
+        "null",
+        "${x}",
+        "\\${x}",
+        "a\\\\${b",
+        "0x1",
+        "<<",
+        "1_0",
+        "",
+        " a ",
+        "---",
+        "x: y",
+        "#",
+        "10:30",
+        "\u2028\x85",
+    ]
+)
+_VALUE = st.recursive(
+    _TEXT | st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner) | st.dictionaries(_TEXT, inner),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=_TEXT, template=_TEXT, columns=st.dictionaries(_TEXT, _TEXT, max_size=3), rate=st.floats(0, 1e3))
+def test_any_strings_survive_the_file(tmp_path, path, template, columns, rate):
+    config = Config(
+        model=ModelConfig(path=path, chat_template=template),
+        data=DataConfig(train=path, columns=columns),
+        optimizer={"learning_rate": rate},
+    )
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@settings(max_examples=200, deadline=None)
+@given(_VALUE)
+def test_dump_and_read_are_inverse(value):
+    reader = Reader("text")
+    assert reader.read(dump(value)) == value and reader.problems == []
+
+
+@given(_TEXT)
+def test_escape_and_interpolate_are_inverse(text):
+    def fail(path, message):
+        raise AssertionError(message)
+
+    assert interpolate({"a": escape(text), "b": 1}, {}, fail)["a"] == text
+
+
+def test_failed_save_leaves_no_file(tmp_path, load):
+    with pytest.raises(OSError):
+        save_config(load(), tmp_path / "absent" / "config.yaml")
+    assert not (tmp_path / "absent").exists()
+
+
+def test_diff_names_the_keys(load):
+    base = load()
+    assert diff_configs(base, base) == []
+    assert diff_configs(base, load("", "training.seed=1", "method.r=3")) == ["method.r", "training.seed"]
+    assert diff_configs(base, load("", "method.name=full", "training.seed=1")) == ["method.name", "training.seed"]
+
+
+def test_every_section_is_frozen_and_strict():
+    assert set(section_fields()) == {"model", "method", "data", "objective", "optimizer", "training", "mesh"}
+    for name in section_fields():
+        for model in models_at((name,), {}):
+            assert model.model_config["frozen"] and model.model_config["extra"] == "forbid"
