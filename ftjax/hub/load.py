@@ -76,12 +76,16 @@ def _load(spec: Spec, source: TensorSource, mesh: Mesh) -> jax.Array:
     names = np.array([piece.name for piece in spec.pieces()], dtype=object).reshape(spec.stacked)
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
-        chosen = names[index[:depth]]
+        chosen = list(np.ravel(names[index[:depth]])) if depth else [str(names)]
         shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, spec.shape, strict=True))
         out = aligned_empty(shape, spec.dtype)
-        flat = out.reshape(chosen.size, *shape[depth:])
-        for number, name in enumerate(np.ravel(chosen) if depth else [str(names)]):
-            flat[number] = source.read(name, index[depth:])
+        flat = out.reshape(len(chosen), *shape[depth:])
+        direct = shape[depth:] == spec.shape[depth:] and isinstance(source, SafetensorsFolder)
+        for number, name in enumerate(chosen):
+            if direct and source.dtype(name) == spec.dtype:
+                source.read_into(name, flat[number])
+            else:
+                flat[number] = source.read(name, index[depth:])
         return out
 
     # Each shard is asked for once per device; devices that hold the same part share one read.

@@ -22,6 +22,7 @@ from ftjax.methods.save import mark_modules_to_save
 from ftjax.methods.walk import Site, describe, layer_index, linears, matches, refuse_unmatched
 from ftjax.models.context import Context
 from ftjax.models.layers import project
+from ftjax.models.model import Model
 from ftjax.models.param import Buffer, Init, Row, param
 
 

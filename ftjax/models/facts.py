@@ -76,7 +76,7 @@ class Facts:
         if left:
             found = ", ".join(f"{name} = {json.dumps(value, default=str)}" for name, value in sorted(left.items()))
             raise UserError(
-                f"config.json of this {self.model_type} model has fields that ftjax does not know and will not ignore: {found}. "
+                f"config.json of this {self.model_type} model has fields that ftjax does not know: {found}. "
                 "If they have no effect on the model, remove them from config.json"
             )
 

@@ -40,7 +40,7 @@ class Diverged(UserError):
             what += f", while {limit:.4g} is the limit (training.loss_spike_factor times the running median)"
         super().__init__(
             f"training diverged at step {step}: {what}. The update was not applied and the state before it was saved. "
-            "Try a lower optimizer.learning_rate, more warmup or a smaller optimizer.max_grad_norm, and look at this step's rows"
+            "Try a lower optimizer.learning_rate, more warmup or a smaller optimizer.max_grad_norm"
         )
 
 

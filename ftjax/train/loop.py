@@ -1,0 +1,310 @@
+"""`ftjax train`: the loop.
+
+It never waits for the step in flight: the metrics of one update are read after the next is dispatched, and checkpoints
+are written while training goes on.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from ftjax.config import Config
+from ftjax.config.load import diff_configs, load_config, save_config
+from ftjax.data.pipeline import BatchIterator, Split, load_splits
+from ftjax.errors import UserError
+from ftjax.hub.output import write_output
+from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.mesh import spec
+from ftjax.train.checkpoint import Checkpoints
+from ftjax.train.progress import Progress, say
+from ftjax.train.setup import Setup, compile_steps, prepare
+from ftjax.train.step import StepMetrics, init_state
+from ftjax.train.track import Tracker
+from ftjax.train.watch import BestMetric, Diverged, LossWatch
+
+# What may differ when a run goes on: it does not change which numbers come out, or only their rounding.
+FREE_TO_CHANGE = (
+    "mesh.", "training.logging_steps", "training.save_steps", "training.save_total_limit", "training.report_to",
+    "training.eval_batch_size", "model.remat", "model.attention", "objective.loss_chunk", "output_dir",
+)  # fmt: skip
+
+
+def train(config: Config, *, config_path: Path | None = None) -> None:
+    """Fine-tune from start, or from the newest checkpoint in `output_dir`, to the end; writes the run folder.
+
+    Raises UserError for whatever in the configuration, the model or the data is wrong.
+    """
+    folder = Path(config.output_dir)
+    config = open_run_folder(folder, config)
+    tokenizer = load_tokenizer(config.model)
+    train_split, validation = load_splits(config.data, tokenizer, seed=config.training.seed)
+    setup = prepare(config)
+    with jax.set_mesh(setup.mesh):
+        Run(setup, tokenizer, train_split, validation, folder, config_path).go()
+
+
+def open_run_folder(folder: Path, config: Config) -> Config:
+    """Create the run folder, or check that the run in it is this one.
+
+    Raises UserError where the folder cannot be written, or holds checkpoints of another configuration.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            (folder / ".writable").write_bytes(b"")
+            (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}; choose another output_dir") from None
+    saved = folder / "config.yaml"
+    if saved.exists() and any((folder / "checkpoints").glob("[0-9]*")):
+        differences = [d for d in diff_configs(load_config(saved), config) if not d.startswith(FREE_TO_CHANGE)]
+        if differences:
+            raise UserError(
+                f"output_dir: {folder} holds checkpoints of another configuration, which differs in\n  "
+                + "\n  ".join(differences)
+                + "\nChoose another output_dir, remove that folder, or undo the difference to go on with that run"
+            )
+    if jax.process_index() == 0:
+        save_config(config, saved)
+    return config
+
+
+class Run:
+    """One run of the loop; what it prints and writes is the run folder of the documentation."""
+
+    def __init__(
+        self, setup: Setup, tokenizer: Any, split: Split, validation: Split | None, folder: Path, config_path: Path | None
+    ):
+        self.setup, self.tokenizer, self.split, self.validation, self.folder = setup, tokenizer, split, validation, folder
+        self.config, self.config_path = setup.config, config_path
+        options = self.options = setup.config.training
+        self.epoch_steps = math.ceil(split.rows_per_epoch(0) / options.global_batch_size)
+        self.total = options.max_steps or max(1, math.ceil(self.epoch_steps * options.num_train_epochs))
+        self.train_step, self.eval_step, optimizer, self.schedule = compile_steps(setup, self.total)
+        self.state = init_state(setup.params, optimizer)
+        self.batches: BatchIterator = split.batches(
+            options.global_batch_size, seed=options.seed, shuffle=True, epochs=None,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        self.watch = LossWatch(options.loss_spike_factor)
+        self.best = BestMetric(
+            options.metric_for_best_model,
+            options.greater_is_better,
+            options.early_stopping_patience,
+            options.early_stopping_threshold,
+        )
+        self.window = np.zeros(2)  # sums of loss * weight and of weight since the last log
+        self.last_eval = 0
+        self.key = jax.random.key(options.seed)
+        self.interrupted: str | None = None
+
+    # ---- start, middle, end ----
+
+    def go(self) -> None:
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.options.save_total_limit)
+        first = self.restore() if self.checkpoints.latest is not None else 0
+        self.tracker = Tracker(
+            self.folder, self.options.report_to, self.config.model_dump(mode="json"),
+            active=jax.process_index() == 0, resume_from=first,
+        )  # fmt: skip
+        self.announce(first)
+        handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            done = self.loop(first)
+        except Diverged:
+            # The update was refused inside the step, so the state is that of the last good one.
+            self.save(int(self.state.step))
+            self.checkpoints.wait()
+            raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.tracker.close()
+        if self.interrupted:
+            self.checkpoints.close()
+            again = f"ftjax train {self.config_path}" if self.config_path else "the same command"
+            say(f"{self.interrupted}: saved step {done} of {self.total} in {self.folder}. To go on: {again}")
+            raise SystemExit(1)
+        self.checkpoints.close()
+        self.finish(done)
+
+    def loop(self, first: int) -> int:
+        """Updates `first + 1` to the last; returns the number of the last one done."""
+        pending: tuple[int, StepMetrics] | None = None
+        step = first
+        with Progress(self.total, first) as progress:
+            while step < self.total and not self.interrupted:
+                batch = self.place(next(self.batches), self.options.gradient_accumulation_steps)
+                limit = np.float32(self.watch.limit())
+                self.state, metrics = self.train_step(self.state, self.setup.frozen, batch, self.key, limit)
+                step += 1
+                if pending:
+                    self.read(*pending, progress)
+                pending = (step, metrics)
+                evaluate = self.validation is not None and self.options.eval_steps and step % self.options.eval_steps == 0
+                save = step % self.options.save_steps == 0
+                if evaluate or save or self.interrupted or step == self.total:
+                    self.read(*pending, progress)  # a bad update must not be saved or called the best
+                    pending = None
+                if evaluate or (step == self.total and self.validation is not None):
+                    self.evaluate(step, progress)
+                if save or self.interrupted or step == self.total:
+                    self.save(step)
+                if self.best.exhausted and step < self.total:
+                    say(f"early stop at step {step}: {self.best.name} has not improved since step {self.best.step}")
+                    self.save(step)
+                    break
+        return step
+
+    def finish(self, step: int) -> None:
+        """Write `final/` and say what to do next."""
+        self.write("final", step, {})
+        if jax.process_index() == 0:
+            say(*next_commands(self.folder, self.config))
+
+    # ---- one update, one evaluation ----
+
+    def place(self, batch: Mapping[str, np.ndarray], microbatches: int | None) -> dict[str, jax.Array]:
+        """This process's rows as part of a global array `[A, B, T]`, or `[B, T]` without microbatches."""
+
+        def one(rows: np.ndarray) -> jax.Array:
+            axes = ("batch", "length")
+            if microbatches is not None:
+                rows, axes = rows.reshape(microbatches, -1, *rows.shape[1:]), (None, *axes)
+            return jax.make_array_from_process_local_data(NamedSharding(self.setup.mesh, spec(axes)), rows)
+
+        return {name: one(rows) for name, rows in batch.items()}
+
+    def read(self, step: int, metrics: StepMetrics, progress: Progress) -> None:
+        """Fetch an update's metrics; log them where it is time."""
+        if step <= progress.read:
+            return
+        loss, weight, tokens, grad_norm, update_norm, good = (np.asarray(value).item() for value in metrics)
+        self.watch.see(step, loss, grad_norm, good)
+        self.window += (loss * weight, weight)
+        progress.update(step, loss, tokens)
+        if step % self.options.logging_steps == 0 or step == self.total:
+            row = {
+                "train/loss": self.window[0] / max(self.window[1], 1e-9),
+                "train/learning_rate": float(self.schedule(step - 1)),
+                "train/grad_norm": grad_norm,
+                "train/update_norm": update_norm,
+                "train/trained_tokens": weight,
+                "train/tokens_per_second": progress.rate(),
+                "train/epoch": step / self.epoch_steps,
+            }
+            self.window[:] = 0
+            self.tracker.log(step, row)
+            progress.report(step, row)
+
+    def evaluate(self, step: int, progress: Progress) -> None:
+        """Loss and token accuracy over the whole validation set; keeps the best."""
+        if self.last_eval == step:
+            return
+        self.last_eval = step
+        options = self.options
+        rows = options.eval_batch_size or options.global_batch_size // options.gradient_accumulation_steps
+        batches = self.validation.batches(
+            rows, seed=0, shuffle=False, epochs=1, process_index=jax.process_index(), process_count=jax.process_count()
+        )
+        start, sums = time.perf_counter(), np.zeros(3)
+        for batch in batches:
+            sums += np.array(self.eval_step(self.state.params, self.setup.frozen, self.place(batch, None)), np.float64)
+        loss = sums[0] / max(sums[1], 1e-9)
+        row = {
+            "eval/loss": loss,
+            "eval/perplexity": math.exp(min(loss, 700.0)),
+            "eval/token_accuracy": sums[2] / max(sums[1], 1e-9),
+            "eval/seconds": time.perf_counter() - start,
+        }
+        self.tracker.log(step, row)
+        progress.report(step, row)
+        progress.skip_time()
+        if self.best.see(step, row):
+            self.write("best", step, row)
+
+    # ---- what is kept ----
+
+    def save(self, step: int) -> None:
+        if self.checkpoints.latest == step:
+            return
+        meta = {
+            "step": step,
+            "data": self.batches.get_state(),
+            "best": self.best.state(),
+            "recent_losses": list(self.watch.recent),
+            "window": self.window.tolist(),
+            "last_eval": self.last_eval,
+        }
+        self.checkpoints.save(step, self.state, meta)
+
+    def restore(self) -> int:
+        self.state, meta = self.checkpoints.restore(self.state)
+        self.batches.set_state(meta["data"])
+        self.best.load(meta["best"])
+        self.watch.recent.extend(meta["recent_losses"])
+        self.window[:] = meta["window"]
+        self.last_eval = meta["last_eval"]
+        return meta["step"]
+
+    def write(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
+        """`final/` or `best/`: a complete, loadable output."""
+        write_output(
+            self.folder / name, self.setup.config, self.setup.model, {**self.setup.frozen, **self.state.params}, self.tokenizer,
+            self.setup.source, step=step, data=self.split.report.lines(), metrics=metrics,
+        )  # fmt: skip
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        if self.interrupted:  # a second one means it
+            raise KeyboardInterrupt
+        self.interrupted = signal.Signals(number).name
+
+    def announce(self, first: int) -> None:
+        if jax.process_index():
+            return
+        devices = jax.devices()
+        mesh = " x ".join(f"{axis}={size}" for axis, size in self.setup.mesh.shape.items())
+        say(
+            f"devices: {len(devices)} {devices[0].platform} ({devices[0].device_kind}); mesh: {mesh}",
+            self.setup.trained_line(),
+            *self.split.report.lines(),
+            f"{self.total} steps of {self.options.global_batch_size} rows, {self.epoch_steps} steps an epoch; "
+            f"remat: {self.setup.runtime.remat}; attention: {self.setup.runtime.attention}",
+        )
+        if first:
+            say(f"resuming from step {first} of {self.total}")
+        else:
+            self.show_example()
+
+    def show_example(self) -> None:
+        """One row as the model sees it, with what is trained marked."""
+        from ftjax.data.preview import render_example
+
+        say("an example (what is trained is marked):", render_example(self.split.example()))
+
+
+def next_commands(folder: Path, config: Config) -> list[str]:
+    """What one does with a finished run."""
+    final, base = folder / "final", config.model.path
+    adapter = config.method.name != "full"
+    model = f"{base} --adapter {final}" if adapter else str(final)
+    merged = folder / "merged" if adapter else final
+    lines = [
+        f"done; the result is in {final}",
+        f"  try it:     ftjax generate {model} --prompt '...'",
+    ]
+    if adapter:
+        lines.append(f"  one model:  ftjax export {folder} --out {merged} --merge")
+    return [
+        *lines,
+        f"  vLLM:       vllm serve {merged}",
+        f"  llama.cpp:  python convert_hf_to_gguf.py {merged} --outfile model.gguf",
+        f"  benchmarks: lm_eval --model hf --model_args pretrained={merged} --tasks hellaswag",
+    ]

@@ -1,0 +1,70 @@
+"""What a run shows while it goes: a progress bar in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+def say(*lines: str) -> None:
+    """Print lines above the progress bar, on the first process only."""
+    if jax.process_index() == 0:
+        for line in lines:
+            _console.print(line, markup=False)
+
+
+class Progress:
+    """Counts updates and tokens; `with` keeps the bar alive."""
+
+    def __init__(self, total: int, first: int):
+        self.read = first  # the newest update whose metrics were read
+        self._total = total
+        self._marks: list[tuple[float, float]] = []  # (time, tokens up to then)
+        self._tokens = 0.0
+        self._bar = None
+        if jax.process_index() == 0 and sys.stdout.isatty():
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=_console)
+            self._task = self._bar.add_task("compiling", total=total, completed=first)
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, step: int, loss: float, tokens: float) -> None:
+        self.read = step
+        if self._marks:  # the first step compiles, so its time says nothing
+            self._tokens += tokens
+        self._marks.append((time.perf_counter(), self._tokens))
+        del self._marks[:-20]
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=f"loss {loss:.4f}  {self.rate():,.0f} tokens/s")
+
+    def rate(self) -> float:
+        """Tokens (padding not counted) a second over the last updates; 0 until there are two."""
+        if len(self._marks) < 2:
+            return 0.0
+        (start, before), (end, after) = self._marks[0], self._marks[-1]
+        return (after - before) / max(end - start, 1e-9)
+
+    def skip_time(self) -> None:
+        """Leave what was done since the last update (an evaluation) out of the rate."""
+        self._marks.clear()
+
+    def report(self, step: int, row: Mapping[str, float]) -> None:
+        """One line for one row of metrics."""
+        shown = ("train/loss", "train/learning_rate", "train/tokens_per_second", "eval/loss", "eval/token_accuracy")
+        text = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
+        if self._bar is None or any(name.startswith("eval/") for name in row):
+            say(f"step {step}/{self._total}  {text}")

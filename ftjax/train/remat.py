@@ -1,0 +1,60 @@
+"""`model.remat: auto`: keep all activations where they fit, recompute where they do not."""
+
+import os
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.models.model import Model
+from ftjax.train.step import Runtime, SumsFn
+
+SHARE = 0.5  # of the device's memory may go to activations
+
+
+def choose_remat(sums_fn: SumsFn, runtime: Runtime, model: Model, rows: int, length: int) -> str:
+    """`none`, `dots` or `full`: what is asked for, or the first whose saved activations fit.
+
+    The size is exact: the bytes of everything that the backward pass of one device's microbatch keeps, from shapes alone.
+
+    Args:
+        rows: rows of a microbatch on one device.
+    """
+    if runtime.remat != "auto":
+        return runtime.remat
+    budget = SHARE * device_memory()
+    return next(
+        (policy for policy in ("none", "dots") if saved_bytes(sums_fn, runtime, model, policy, rows, length) < budget), "full"
+    )
+
+
+def saved_bytes(sums_fn: SumsFn, runtime: Runtime, model: Model, policy: str, rows: int, length: int) -> int:
+    """Bytes that the forward pass leaves for the backward pass, beyond the parameters themselves."""
+
+    def shapes(specs):
+        return {path: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for path, spec in specs.items()}
+
+    trainable, frozen = shapes(model.trainable), shapes(model.frozen)
+    ints, floats = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
+    batch = {"tokens": ints, "targets": ints, "weights": floats, "positions": ints, "segment_ids": ints}
+    runtime = Runtime(runtime.dtype, runtime.attention, policy)
+
+    def residuals(trainable, frozen, batch):
+        def loss(trainable):
+            return sums_fn(trainable, frozen, batch, runtime.context(batch))[0].loss
+
+        return jax.vjp(loss, trainable)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(partial(residuals), trainable, frozen, batch))
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    params = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((trainable, frozen)))
+    return max(0, kept - params)
+
+
+def device_memory() -> int:
+    """Bytes of one device; on CPU the host's memory over the number of devices that share it."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()

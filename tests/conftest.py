@@ -1,0 +1,35 @@
+"""The whole suite runs on the CPU, which pretends to be eight devices; warnings are errors."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+jax.config.update("jax_compilation_cache_dir", os.environ.get("FTJAX_TEST_CACHE", str(ROOT / ".cache" / "jax-tests")))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models that stands beside the project."""
+    if not SHARED.is_dir():
+        pytest.skip("the shared folder with real data and models is not beside the project")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories(shared) -> Path:
+    """A real pretrained Llama of 260 thousand parameters."""
+    return shared / "models" / "stories260k"

@@ -1,0 +1,28 @@
+"""The tiny configurations that every law is tried on: each optional feature of a family is on in at least one."""
+
+from oracle import Case
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+CASES: list[Case] = [
+    Case("llama", "llama"),
+    Case("llama-tied-biases", "llama", {
+        "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 12, "hidden_act": "gelu",
+        "rms_norm_eps": 1e-3, "num_key_value_heads": 4,
+    }),
+    Case("llama3.1", "llama", {"rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 2}),
+    Case("llama-linear", "llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}}),
+    Case("llama-dynamic", "llama", {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}, "max_position_embeddings": 16,
+    }),
+    Case("llama-yarn", "llama", {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 16.0,
+        },
+    }),
+]  # fmt: skip
+
+ONE_OF_EACH = list({case.model_type: case for case in reversed(CASES)}.values())[::-1]

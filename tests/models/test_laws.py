@@ -1,0 +1,131 @@
+"""What every family must prove against transformers. A new family joins by its cases in cases.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from cases import CASES, ONE_OF_EACH
+from oracle import attach_full, context, hf_logits, load, logits, make_hf, tokens
+from safetensors.numpy import load_file
+
+from ftjax.config import FullConfig, MeshConfig
+from ftjax.hub.model_folder import write_folder
+from ftjax.mesh import make_mesh
+from ftjax.models.registry import FAMILIES
+
+LOGITS = 1e-4  # absolute, float32
+T = 40  # past every window and original length of the cases
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def pair(request, tmp_path_factory):
+    """(case, transformers' model, our model, our parameters, folder) of one case."""
+    folder = tmp_path_factory.mktemp("hf")
+    hf = make_hf(request.param, folder)
+    return request.param, hf, *load(folder), folder
+
+
+def test_every_family_has_a_case():
+    assert set(FAMILIES) == {case.model_type for case in CASES}
+
+
+@pytest.mark.parametrize("length", [5, T])
+def test_logits(pair, length):
+    _, hf, model, params, _ = pair
+    ids = tokens(1, length)
+    np.testing.assert_allclose(logits(model, params, ids), hf_logits(hf, ids), atol=LOGITS, rtol=0)
+
+
+def test_logits_left_padded(pair):
+    """Padding changes nothing for the tokens behind it."""
+    _, hf, model, params, _ = pair
+    ids = tokens(1, 24)
+    padded = np.concatenate([np.zeros((1, 5), np.int32), ids], axis=1)
+    segments = (np.arange(29) >= 5).astype(np.int32)[None]
+    positions = np.maximum(np.arange(29) - 5, 0).astype(np.int32)[None]
+    ours = logits(model, params, padded, segments=segments, positions=positions)
+    np.testing.assert_allclose(ours[:, 5:], hf_logits(hf, ids), atol=LOGITS, rtol=0)
+
+
+def test_packed_is_unpacked(pair):
+    """Documents in one row give the logits that they give alone."""
+    _, hf, model, params, _ = pair
+    lengths = [T - 7, 20, 3]
+    documents = [tokens(1, n, seed=n) for n in lengths]
+    row = np.concatenate([*documents, np.zeros((1, 2), np.int32)], axis=1)
+    segments = np.repeat([1, 2, 3, 0], [*lengths, 2]).astype(np.int32)[None]
+    positions = np.concatenate([np.arange(n) for n in [*lengths, 2]]).astype(np.int32)[None]
+    ours = logits(model, params, row, segments=segments, positions=positions)
+    start = 0
+    for document in documents:
+        n = document.shape[1]
+        np.testing.assert_allclose(ours[:, start : start + n], hf_logits(hf, document), atol=LOGITS, rtol=0)
+        start += n
+
+
+def test_gradients(pair):
+    """d loss / d embedding rows and every other weight, within 1e-3 relative."""
+    case, hf, _, _, folder = pair
+    model, params = load(folder, attach_full)
+    ids = tokens(2, 12)
+    weights = np.random.default_rng(1).normal(size=(2, 12, 96)).astype(np.float32)
+
+    def loss(params):
+        ctx = context(ids)
+        module = model.bind(params)
+        return jnp.sum(module.unembed(module.hidden(jnp.asarray(ids), ctx)[0], ctx) * weights)
+
+    ours = jax.jit(jax.grad(loss))(params)
+    hf.zero_grad()
+    (hf(torch.tensor(ids).long()).logits * torch.tensor(weights)).sum().backward()
+    theirs = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    hf.zero_grad()
+    checked = 0
+    for path, spec in model.specs.items():
+        for piece in spec.pieces():
+            if piece.name in theirs:
+                want = theirs[piece.name].numpy()
+                np.testing.assert_allclose(
+                    ours[path][piece.index], want, atol=1e-3 * np.abs(want).max(), rtol=0, err_msg=piece.name
+                )
+                checked += 1
+    assert checked >= len(theirs) - 1
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_round_trip_is_bit_identical(pair, tmp_path, shard):
+    """Hugging Face -> ftjax -> Hugging Face, from one file and from many."""
+    _, hf, _, _, _ = pair
+    hf.save_pretrained(tmp_path / "in", max_shard_size=shard)
+    model, params = load(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    write_folder(tmp_path / "out", model, params, FullConfig(), "float32", tmp_path / "in")
+
+    def all_tensors(folder):
+        return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+    want, got = all_tensors(tmp_path / "in"), all_tensors(tmp_path / "out")
+    assert want.keys() == got.keys()
+    for name in want:
+        assert want[name].tobytes() == got[name].tobytes(), name
+    assert (
+        type(hf).from_pretrained(tmp_path / "out").config.to_dict().items()
+        >= {
+            key: value for key, value in hf.config.to_dict().items() if key not in ("_name_or_path", "dtype", "architectures")
+        }.items()
+    )
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+def test_eight_devices_are_one(case, tmp_path):
+    make_hf(case, tmp_path)
+    ids = tokens(4, 16)
+    model, params = load(tmp_path)
+    alone = logits(model, params, ids)
+    mesh = make_mesh(MeshConfig(fsdp=8 // case.tensor, tensor=case.tensor))
+    model, params = load(tmp_path, mesh=mesh)
+    with jax.set_mesh(mesh):
+        together = logits(model, params, ids)
+    np.testing.assert_allclose(together, alone, atol=LOGITS, rtol=0)
+    assert any(not p.sharding.is_fully_replicated for p in params.values())

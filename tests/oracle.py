@@ -1,0 +1,120 @@
+"""transformers' models beside ours: make a tiny one, load it here, compare."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from ftjax.config import FullConfig, MeshConfig
+from ftjax.hub.load import load_base, open_model
+from ftjax.mesh import make_mesh
+from ftjax.methods import method_module
+from ftjax.models.context import Context
+from ftjax.models.model import Model, build_module
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny configuration of a family.
+
+    Attributes:
+        name: shown in the test's name.
+        model_type: of transformers.
+        values: fields of its config.json that differ from TINY.
+        tensor: the widest `tensor` axis that the sizes divide by.
+    """
+
+    name: str
+    model_type: str
+    values: dict[str, Any] = field(default_factory=dict)
+    tensor: int = 2
+
+    def __str__(self) -> str:
+        return self.name
+
+
+TINY = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+
+
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def make_hf(case: Case, folder: Path, seed: int = 0, **save) -> Any:
+    """A randomly initialised float32 model of transformers, saved to `folder`. Vectors get random values too: a norm of
+    ones or a bias of zeros would hide that it is not read."""
+    from transformers import CONFIG_MAPPING
+
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[case.model_type](**{**TINY, **case.values})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            assert torch.isfinite(parameter).all(), name
+    model.save_pretrained(folder, **save)
+    return model
+
+
+def load(folder: Path, attach: Callable | None = None, mesh=None, dtype=jnp.float32) -> tuple[Model, dict[str, jax.Array]]:
+    """Our model and its parameters; `attach(root)` may put a method in."""
+    config, source = open_model(folder)
+    root = build_module(config)
+    if attach:
+        attach(root)
+    model = Model.of(root, config)
+    return model, load_base(model, source, mesh or one_device(), dtype, str(folder))
+
+
+def attach_full(root) -> None:
+    method_module(FullConfig()).attach(root, FullConfig())
+
+
+def tokens(rows: int, length: int, vocab: int = 96, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, vocab, (rows, length)).astype(np.int32)
+
+
+def context(ids: np.ndarray, segments: np.ndarray | None = None, positions: np.ndarray | None = None, **options) -> Context:
+    b, t = ids.shape
+    segments = np.ones((b, t), np.int32) if segments is None else segments
+    positions = np.broadcast_to(np.arange(t, dtype=np.int32), (b, t)) if positions is None else positions
+    return Context(jnp.asarray(positions), jnp.asarray(segments), **options)
+
+
+def logits(model: Model, params: dict, ids: np.ndarray, **inputs) -> np.ndarray:
+    """float32 `[B, T, V]`, uncached."""
+    ctx = context(ids, **inputs)
+
+    def forward(params, ids, positions, segments):
+        here = dataclasses.replace(ctx, positions=positions, segment_ids=segments)
+        module = model.bind(params)
+        hidden, _, _ = module.hidden(ids, here)
+        return module.unembed(hidden, here)
+
+    return np.asarray(jax.jit(forward)(params, jnp.asarray(ids), ctx.positions, ctx.segment_ids))
+
+
+def hf_logits(hf: Any, ids: np.ndarray, mask: np.ndarray | None = None, positions: np.ndarray | None = None) -> np.ndarray:
+    for module in hf.modules():  # dynamic RoPE remembers the longest text that it has seen; each call here stands alone
+        if hasattr(module, "original_inv_freq"):
+            module.inv_freq.copy_(module.original_inv_freq)
+            module.max_seq_len_cached = module.original_max_seq_len
+    inputs = {"input_ids": torch.tensor(ids).long()}
+    if mask is not None:
+        inputs["attention_mask"] = torch.tensor(mask).long()
+    if positions is not None:
+        inputs["position_ids"] = torch.tensor(positions).long()
+    with torch.no_grad():
+        return hf(**inputs, use_cache=False).logits.numpy()
