@@ -1,0 +1,113 @@
+"""The verbs of `ftjax`. Each imports what it needs inside, so that `ftjax --help` answers at once.
+
+Exit codes: 0 done, 2 the user's input is wrong (a message, no traceback), 130 interrupted, 1 anything else.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from ftjax import __version__
+from ftjax.errors import UserError
+
+
+class Verbs(TyperGroup):
+    """Runs a verb, and turns what a person did into a message and an exit code instead of a traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _say("error", str(error))
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            _say("interrupted", "stopped by the keyboard")
+            raise typer.Exit(130) from None
+
+
+def _say(label: str, text: str) -> None:
+    """One message on stderr; `label` in colour where it is a terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    line = Text.assemble((label, "bold red"), f": {text}")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+
+
+app = typer.Typer(
+    name="ftjax",
+    cls=Verbs,
+    help="Fine-tune Hugging Face language models in JAX, on TPUs, GPUs and CPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if sys.stdout.isatty() and sys.stderr.isatty() else None,  # plain text in pipes and logs
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML (or JSON) configuration file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's: method.r=16", show_default=False),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"ftjax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+):
+    pass
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Fine-tune a model. Goes on by itself where output_dir holds a checkpoint of the same configuration."""
+    from ftjax.config.load import load_config
+
+    settings = load_config(config, overrides or [])
+    from ftjax.train.loop import train as run
+
+    run(settings, config_path=config)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Show versions, devices and caches, and what is missing."""
+    from ftjax.doctor import examine, show
+
+    report = examine()
+    show(report, as_json=as_json)
+    if report.missing:
+        raise typer.Exit(1)
+
+
+@app.command()
+def models() -> None:
+    """List the model families that are supported."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ftjax.models.registry import FAMILIES
+
+    table = Table("model_type", "example", "notes", box=None, header_style="bold")
+    for name, family in sorted(FAMILIES.items()):
+        table.add_row(name, family.example, family.notes)
+    Console().print(table)
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="ftjax")
+
+
+if __name__ == "__main__":
+    main()
