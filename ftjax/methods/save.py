@@ -43,8 +43,10 @@ def mark_modules_to_save(root: nnx.Module, modules: list[str]) -> None:
 
 
 def _is(spec: Spec, module: str) -> bool:
-    """A parameter belongs to a module that is named by its last parts, or lies inside it."""
-    return f".{module}." in f".{spec.module.replace('{}.', '')}."
+    """PEFT's rule: the name of the parameter's module, or of one around it, ends with what was asked for. So `norm` is
+    also every `input_layernorm`."""
+    parts = spec.module.split(".")
+    return any(".".join(parts[:end]).endswith(module) for end in range(1, len(parts) + 1))
 
 
 def train(variable: nnx.Variable) -> None:

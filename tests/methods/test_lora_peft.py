@@ -1,0 +1,160 @@
+"""LoRA against PEFT, both ways."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from oracle import Case, hf_logits, load, logits, make_hf, one_device, tokens
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+
+from ftjax.config import LoraConfig
+from ftjax.errors import UserError
+from ftjax.hub.load import init_params
+from ftjax.hub.model_folder import write_folder
+from ftjax.hub.peft import attach_adapter, load_adapter, write_adapter
+from ftjax.methods import lora
+
+VARIANTS = {
+    "all-linear": {},
+    "list": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 16},
+    "regex": {"target_modules": r".*\.1\.(self_attn\.(q|o)_proj|mlp\.up_proj)", "r": 3, "lora_alpha": 6},
+    "rslora": {"use_rslora": True, "r": 4, "lora_alpha": 4},
+    "patterns": {
+        "target_modules": ["q_proj", "k_proj", "down_proj"], "r": 2, "lora_alpha": 4,
+        "rank_pattern": {"k_proj": 5, r"layers\.1\.mlp\.down_proj": 1}, "alpha_pattern": {"layers.0.self_attn.q_proj": 32},
+    },
+    "layers": {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1]},
+    "exclude": {"exclude_modules": ["v_proj"]},
+    "saved": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head", "embed_tokens", "norm"]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    return make_hf(Case("llama", "llama"), folder), folder
+
+
+def fresh(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def ours(folder, config, seed=0, noise=0.3):
+    """Our model with an adapter whose B matrices are random instead of zero."""
+    model, params = load(folder, lambda root: lora.attach(root, config))
+    new = init_params({p: s for p, s in model.specs.items() if s.row.adapter}, one_device(), seed)
+    rng = np.random.default_rng(seed)
+    for path, spec in model.trainable.items():
+        start = np.array(new[path] if path in new else params[path])
+        for piece in spec.pieces():
+            start[piece.index] += rng.normal(size=piece.shape).astype(np.float32) * noise
+        new[path] = jax.device_put(start, (new | params)[path].sharding)
+    return model, {**params, **new}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_ours_in_peft(base, name, tmp_path):
+    """A folder that ftjax writes: PEFT gives the same logits, and so does the merged model."""
+    _, folder = base
+    config = LoraConfig(**VARIANTS[name])
+    model, params = ours(folder, config)
+    write_adapter(tmp_path, model, params, config, str(folder))
+    theirs = PeftModel.from_pretrained(fresh(folder), tmp_path)
+    ids = tokens(2, 20)
+    got = logits(model, params, ids)
+    np.testing.assert_allclose(got, hf_logits(theirs, ids), atol=1e-4, rtol=0)
+    assert np.abs(got - hf_logits(base[0], ids)).max() > 1e-2, "the adapter has no effect, so nothing was compared"
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    write_folder(merged, model, params, config, "float32", folder)
+    np.testing.assert_allclose(got, hf_logits(fresh(merged), ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_theirs_in_ours(base, name, tmp_path):
+    """A folder that PEFT writes: ftjax gives the same logits, and trains as many weights."""
+    _, folder = base
+    values = {"target_modules": "all-linear", **VARIANTS[name]}
+    theirs = get_peft_model(fresh(folder), PeftLoraConfig(task_type="CAUSAL_LM", **values)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    theirs.save_pretrained(tmp_path)
+    ids = tokens(2, 20)
+    model, params = load(folder, lambda root: attach_adapter(root, tmp_path))
+    params |= load_adapter(model, tmp_path, one_device())
+    np.testing.assert_allclose(logits(model, params, ids), hf_logits(theirs, ids), atol=1e-4, rtol=0)
+    trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert sum(spec.size for spec in model.trainable.values()) == trained
+
+
+def test_written_config_is_peft(base, tmp_path):
+    """Sorted keys, indent 2, inference mode; the file is what PEFT itself would write for these settings."""
+    _, folder = base
+    config = LoraConfig(**VARIANTS["patterns"])
+    model, params = ours(folder, config)
+    write_adapter(tmp_path, model, params, config, "some/base")
+    text = (tmp_path / "adapter_config.json").read_text()
+    saved = json.loads(text)
+    assert text == json.dumps(saved, indent=2, sort_keys=True) + "\n"
+    assert saved["inference_mode"] is True and saved["base_model_name_or_path"] == "some/base"
+    theirs = PeftLoraConfig.from_pretrained(tmp_path).to_dict()
+    for key, value in saved.items():
+        found = theirs[key]
+        found = sorted(found) if isinstance(found, set) else getattr(found, "value", found)
+        assert found == (sorted(value) if key == "target_modules" else value), key
+
+
+def test_step_zero_is_the_base(base):
+    """B starts at zero."""
+    hf, folder = base
+    config = LoraConfig(r=4)
+    model, params = load(folder, lambda root: lora.attach(root, config))
+    params |= init_params({p: s for p, s in model.specs.items() if s.row.adapter}, one_device(), 0)
+    ids = tokens(1, 16)
+    np.testing.assert_allclose(logits(model, params, ids), hf_logits(hf, ids), atol=1e-4, rtol=0)
+    a = np.asarray(params["model.layers.block.mlp.down_proj.lora_A"])
+    bound = 48**-0.5  # PEFT: kaiming_uniform(a=sqrt(5)) is U(+-1/sqrt(in))
+    assert 0.8 * bound < np.abs(a).max() <= bound and abs(a.mean()) < 0.2 * bound
+
+
+def test_masters_are_float32(base):
+    import jax.numpy as jnp
+
+    _, folder = base
+    model, params = load(folder, lambda root: lora.attach(root, LoraConfig(modules_to_save=["norm"])), dtype=jnp.bfloat16)
+    assert params["model.norm.weight"].dtype == jnp.float32
+    assert params["model.embed_tokens.weight"].dtype == jnp.bfloat16
+    assert {spec.dtype for spec in model.trainable.values()} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"target_modules": ["q_proj", "qkv"]}, ["'qkv'", "self_attn.q_proj"]),
+        ({"target_modules": "nothing"}, ["nothing", "mlp.up_proj"]),
+        ({"rank_pattern": {"v_prj": 2}}, ["rank_pattern", "v_prj"]),
+        ({"rank_pattern": {"q_proj": 2, "self_attn.q_proj": 3}}, ["q_proj", "several"]),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, ["layers_to_transform", "7"]),
+        ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, ["layers_to_transform", "list"]),
+        ({"modules_to_save": ["embd"]}, ["embd", "embed_tokens"]),
+    ],
+)
+def test_refused(base, config, says):
+    with pytest.raises(UserError) as error:
+        load(base[1], lambda root: lora.attach(root, LoraConfig(**config)))
+    for word in says:
+        assert word in str(error.value)
+
+
+def test_tied_embedding_is_not_saved(tmp_path):
+    make_hf(Case("tied", "llama", {"tie_word_embeddings": True}), tmp_path)
+    with pytest.raises(UserError, match="ties"):
+        load(tmp_path, lambda root: lora.attach(root, LoraConfig(modules_to_save=["embed_tokens"])))
