@@ -33,3 +33,13 @@ def shared() -> Path:
 def stories(shared) -> Path:
     """A real pretrained Llama of 260 thousand parameters."""
     return shared / "models" / "stories260k"
+
+
+@pytest.fixture
+def on_one_device(monkeypatch):
+    """Runs see one device, as most users' machines have."""
+    from oracle import one_device
+
+    import ftjax.train.setup as setup
+
+    monkeypatch.setattr(setup, "make_mesh", lambda config: one_device())

@@ -78,12 +78,12 @@ def make_train_step(sums_fn: SumsFn, optimizer: optax.GradientTransformation, ru
             (grads, sums), _ = jax.lax.scan(body, zeros, (batch, jnp.arange(count)))
         weight = jnp.maximum(sums.weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        loss, grad_norm = sums.loss / weight, optax.global_norm(grads)
+        loss, grad_norm = sums.loss / weight, optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limit)
         new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
-        return new, StepMetrics(loss, sums.weight, grad_norm, optax.global_norm(updates), good)
+        return new, StepMetrics(loss, sums.weight, grad_norm, optax.tree.norm(updates), good)
 
     return step
 
@@ -103,7 +103,7 @@ def init_state(params: dict[str, jax.Array], optimizer: optax.GradientTransforma
     example = next(iter(shardings.values()))
     everywhere = jax.sharding.NamedSharding(example.mesh, jax.sharding.PartitionSpec())
     abstract = jax.eval_shape(optimizer.init, params)
-    placed = optax.tree_utils.tree_map_params(
+    placed = optax.tree.map_params(
         optimizer, lambda _, where: where, abstract, shardings, transform_non_params=lambda _: everywhere
     )
     opt_state = jax.jit(optimizer.init, out_shardings=placed)(params)

@@ -1,0 +1,77 @@
+"""The chunked loss is the full loss: values and gradients (T17)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftjax.objectives.loss import chunked_cross_entropy
+
+B, T, E, V = 3, 13, 8, 31
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 2, (B, T)) * rng.uniform(0.5, 2, (B, T))
+    weights[1] = 0
+    return {
+        "params": {"w": jnp.asarray(rng.normal(size=(V, E)), jnp.float32), "b": jnp.asarray(rng.normal(size=V), jnp.float32)},
+        "hidden": jnp.asarray(rng.normal(size=(B, T, E)), jnp.float32),
+        "targets": jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32),
+        "weights": jnp.asarray(weights, jnp.float32),
+    }
+
+
+def unembed(params, hidden):
+    return 5 * jnp.tanh((hidden @ params["w"].T + params["b"]) / 5)  # with a softcap
+
+
+def full(params, hidden, targets, weights):
+    logp = jax.nn.log_softmax(unembed(params, hidden))
+    return -jnp.sum(jnp.take_along_axis(logp, targets[..., None], -1)[..., 0] * weights)
+
+
+@pytest.mark.parametrize("length", [1, 4, 13, 64])
+def test_chunked_is_full(problem, length):
+    def chunked(params, hidden):
+        return 3 * chunked_cross_entropy(unembed, length, params, hidden, problem["targets"], problem["weights"]).loss
+
+    want, want_grads = jax.value_and_grad(lambda p, h: 3 * full(p, h, problem["targets"], problem["weights"]), (0, 1))(
+        problem["params"], problem["hidden"]
+    )
+    got, got_grads = jax.value_and_grad(chunked, (0, 1))(problem["params"], problem["hidden"])
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5), got_grads, want_grads)
+
+
+def test_sums(problem):
+    sums = chunked_cross_entropy(unembed, 5, problem["params"], problem["hidden"], problem["targets"], problem["weights"])
+    best = np.argmax(unembed(problem["params"], problem["hidden"]), -1)
+    np.testing.assert_allclose(sums.weight, problem["weights"].sum(), rtol=1e-6)
+    np.testing.assert_allclose(sums.correct, ((best == problem["targets"]) * problem["weights"]).sum(), rtol=1e-6)
+
+
+def test_padding_has_no_effect(problem):
+    """A target under weight zero may be anything, and its hidden state gets no gradient."""
+    dead = problem["weights"] == 0
+    other = jnp.where(dead, (problem["targets"] + 7) % V, problem["targets"])
+
+    def loss(hidden, targets):
+        return chunked_cross_entropy(unembed, 4, problem["params"], hidden, targets, problem["weights"]).loss
+
+    value, grad = jax.value_and_grad(loss)(problem["hidden"], problem["targets"])
+    np.testing.assert_array_equal(value, jax.value_and_grad(loss)(problem["hidden"], other)[0])
+    assert not np.any(np.asarray(grad)[np.asarray(dead)])
+
+
+def test_full_logits_never_exist(problem):
+    """The largest array with a vocabulary axis is one chunk, in the compiled gradient too."""
+    hidden = jnp.zeros((2, 4096, E))
+    targets, weights = jnp.zeros((2, 4096), jnp.int32), jnp.ones((2, 4096))
+
+    def loss(params, hidden):
+        return chunked_cross_entropy(unembed, 16, params, hidden, targets, weights).loss
+
+    memory = jax.jit(jax.grad(loss, (0, 1))).lower(problem["params"], hidden).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * 4096 * V * 4

@@ -1,0 +1,136 @@
+"""One update is the same however it is split (T1), on every mesh, and is what PyTorch + PEFT do."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from oracle import Case, make_hf
+from tiny_run import make_batch, make_config, run_steps
+
+from ftjax.train.setup import prepare
+
+METHODS = {"lora": {"name": "lora", "r": 4, "lora_alpha": 8}, "full": {"name": "full"}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    make_hf(Case("llama", "llama", {"tie_word_embeddings": True, "intermediate_size": 64}), folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_split_is_the_same(folder, method, on_one_device):
+    """Loss, gradient norm and weights after two updates, for every number of microbatches; a row of padding included."""
+    batches = [make_batch(8, 32, 96, seed) for seed in (0, 1)]
+    want = None
+    for microbatches in (1, 2, 4, 8):
+        metrics, params = run_steps(prepare(make_config(folder, method=METHODS[method])), batches, microbatches)
+        got = [float(value) for out in metrics for value in (out.loss, out.weight, out.grad_norm)]
+        want = want or (got, params)
+        np.testing.assert_allclose(got, want[0], rtol=1e-5)
+        for path, value in params.items():
+            np.testing.assert_allclose(value, want[1][path], atol=2e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 8, "fsdp": 1}, {"data": 1, "fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    ids=lambda mesh: "-".join(f"{axis}{size}" for axis, size in mesh.items()),
+)
+def test_every_mesh_is_one_device(folder, method, mesh, monkeypatch):
+    """Five losses agree within 1e-5 relative."""
+    from oracle import one_device
+
+    import ftjax.train.setup as module
+
+    batches = [make_batch(8, 32, 96, seed) for seed in range(5)]
+    sharded, _ = run_steps(prepare(make_config(folder, method=METHODS[method], mesh=mesh)), batches)
+    monkeypatch.setattr(module, "make_mesh", lambda config: one_device())
+    alone, _ = run_steps(prepare(make_config(folder, method=METHODS[method])), batches)
+    np.testing.assert_allclose([m.loss for m in sharded], [m.loss for m in alone], rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_memory_only(folder, remat, on_one_device):
+    batches = [make_batch(8, 32, 96)]
+    config = make_config(folder, method=METHODS["full"])
+    plain, params = run_steps(prepare(config), batches)
+    recomputed = config.model_copy(update={"model": config.model.model_copy(update={"remat": remat})})
+    other, other_params = run_steps(prepare(recomputed), batches)
+    np.testing.assert_allclose(other[0].grad_norm, plain[0].grad_norm, rtol=1e-5)
+    for path, value in params.items():
+        np.testing.assert_allclose(other_params[path], value, atol=2e-5)
+
+
+def test_bad_update_is_not_applied(folder, on_one_device):
+    """A loss that is not finite, or over the limit, leaves the state as it was (T21)."""
+    import jax
+    import jax.numpy as jnp
+
+    from ftjax.train.setup import compile_steps
+    from ftjax.train.step import init_state
+
+    setup = prepare(make_config(folder))
+    step, _, optimizer, _ = compile_steps(setup, 10)
+    batch = {name: jnp.asarray(rows[None]) for name, rows in make_batch(8, 32, 96).items()}
+    for poison, limit in (({"weights": jnp.full((1, 8, 32), jnp.nan)}, np.inf), ({}, 1e-3)):
+        state = init_state({path: leaf.copy() for path, leaf in setup.params.items()}, optimizer)
+        state, metrics = step(state, setup.frozen, {**batch, **poison}, jax.random.key(0), jnp.float32(limit))
+        assert not metrics.good and int(state.step) == 0
+        for path, leaf in state.params.items():
+            np.testing.assert_array_equal(leaf, setup.params[path])
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_frozen_gets_no_gradient(folder, on_one_device):
+    """Optimizer state exists for the adapter alone, and the compiled step has no room for the base model's gradients."""
+    import jax
+
+    from ftjax.train.setup import compile_steps
+    from ftjax.train.step import init_state
+
+    setup = prepare(make_config(folder))
+    _, _, optimizer, _ = compile_steps(setup, 10)
+    state = init_state(setup.params, optimizer)
+    trained = sum(leaf.size for leaf in setup.params.values())
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim) == 2 * trained
+    assert not set(setup.params) & set(setup.frozen)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ten_steps_of_the_peer(shared, stories, method, tmp_path, on_one_device):
+    """transformers + PEFT, from the same weights on the same batches: losses within 1e-4."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, 512, (10, 4, 48))
+    labels = np.where(rng.random(ids.shape) < 0.6, ids, -100)
+    np.savez(tmp_path / "batches.npz", input_ids=ids, labels=labels)
+    config = make_config(stories, method=METHODS[method], optimizer={"learning_rate": 1e-3}, global_batch_size=4)
+    setup = prepare(config)
+    arguments = ["--method", "full"]
+    if method == "lora":
+        from ftjax.hub.peft import write_adapter
+
+        (tmp_path / "adapter").mkdir()
+        write_adapter(tmp_path / "adapter", setup.model, setup.params, config.method, str(stories))
+        arguments = ["--adapter", str(tmp_path / "adapter")]
+    script = shared / "bench" / "peft_reference.py"
+    files = ["--model", str(stories), "--batches", str(tmp_path / "batches.npz"), "--out", str(tmp_path / "ref.json")]
+    subprocess.run([sys.executable, str(script), *files, *arguments, "--lr", "1e-3"], check=True, capture_output=True)
+    want = json.loads((tmp_path / "ref.json").read_text())
+    ones = np.ones((4, 48), np.int32)
+    batches = []
+    for step in range(10):
+        shifted = np.concatenate([labels[step][:, 1:], np.full((4, 1), -100)], axis=1)
+        batches.append({
+            "tokens": ids[step].astype(np.int32), "targets": np.maximum(shifted, 0).astype(np.int32),
+            "weights": (shifted >= 0).astype(np.float32), "segment_ids": ones,
+            "positions": np.broadcast_to(np.arange(48, dtype=np.int32), (4, 48)),
+        })  # fmt: skip
+    metrics, params = run_steps(setup, batches)
+    np.testing.assert_allclose([float(m.loss) for m in metrics], want["loss"], atol=1e-4)
+    assert want["loss"][-1] < want["loss"][0] - 0.01, "nothing was learned, so nothing was compared"
+    assert sum(spec.size for spec in setup.model.trainable.values()) == want["trainable"]
