@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ftjax.config import FullConfig, MeshConfig
 from ftjax.hub.load import load_base, open_model
+from ftjax.hub.model_folder import from_params, model_tensors, write_folder
 from ftjax.mesh import make_mesh
 from ftjax.methods import method_module
 from ftjax.models.context import Context
@@ -118,3 +119,8 @@ def hf_logits(hf: Any, ids: np.ndarray, mask: np.ndarray | None = None, position
         inputs["position_ids"] = torch.tensor(positions).long()
     with torch.no_grad():
         return hf(**inputs, use_cache=False).logits.numpy()
+
+
+def write_merged(folder: Path, model: Model, params: dict, config, source: Path) -> None:
+    """The model, with what its method trained, as a float32 Hugging Face folder."""
+    write_folder(folder, model, model_tensors(model, from_params(params), params, config, np.float32), "float32", source)

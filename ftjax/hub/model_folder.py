@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -11,29 +11,51 @@ import numpy as np
 from ftjax.config import MethodConfig
 from ftjax.hub.gather import host_piece
 from ftjax.hub.safetensors import Tensor, write_model
+from ftjax.hub.source import TensorSource
 from ftjax.methods import method_module
 from ftjax.models.model import Model
+from ftjax.models.param import Piece
+
+# (path, piece) -> one Hugging Face tensor of the base model
+ReadWeight = Callable[[str, Piece], np.ndarray]
 
 
-def model_tensors(model: Model, params: Mapping[str, jax.Array], config: MethodConfig, dtype) -> list[Tensor]:
-    """The base model's tensors under Hugging Face's names, with the adapter merged in float32 and then rounded to `dtype`."""
+def from_params(params: Mapping[str, jax.Array]) -> ReadWeight:
+    """The weights that are on the devices."""
+    return lambda path, piece: host_piece(params[path], piece.index)()
+
+
+def from_source(source: TensorSource, trained: Mapping[str, jax.Array]) -> ReadWeight:
+    """The weights as they are on disk, one at a time, except those that were trained."""
+    on_device = from_params(trained)
+    return lambda path, piece: on_device(path, piece) if path in trained else source.read(piece.name)
+
+
+def model_tensors(
+    model: Model, read: ReadWeight, trained: Mapping[str, jax.Array], config: MethodConfig, dtype
+) -> list[Tensor]:
+    """The base model's tensors under Hugging Face's names, with the adapter merged in float32 and then rounded to `dtype`.
+
+    Args:
+        trained: the adapter's parameters (at least), by path.
+    """
     merge = getattr(method_module(config), "merged", None)
     dtype = np.dtype(dtype)
 
     def fetch(path: str, index: tuple) -> np.ndarray:
-        return host_piece(params[path], index)()
+        return host_piece(trained[path], index)()
 
-    def data(path: str, index: tuple, stacked: int):
+    def data(path: str, piece: Piece, stacked: int):
         def one() -> np.ndarray:
-            weight = fetch(path, index)
+            weight = read(path, piece)
             if merge is not None:
-                weight = merge(model, path, index[:stacked], weight, fetch)
+                weight = merge(model, path, piece.index[:stacked], weight, fetch)
             return weight.astype(dtype)
 
         return one
 
     return [
-        Tensor(piece.name, piece.shape, dtype, data(path, piece.index, len(spec.stacked)))
+        Tensor(piece.name, piece.shape, dtype, data(path, piece, len(spec.stacked)))
         for path, spec in model.specs.items()
         if not spec.row.adapter
         for piece in spec.pieces()
@@ -55,16 +77,12 @@ def write_config(folder: Path, config: Mapping, dtype: str, source: Path) -> Non
         (folder / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n")
 
 
-def write_folder(
-    folder: Path, model: Model, params: Mapping[str, jax.Array], config: MethodConfig, dtype: str, source: Path
-) -> None:
+def write_folder(folder: Path, model: Model, tensors: Iterable[Tensor], dtype: str, source: Path) -> None:
     """config.json, generation_config.json and the weights, in shards of at most 5 GB.
 
     Args:
         dtype: `float32`, `bfloat16` or `float16`: what the file stores.
         source: the base model's folder or file.
     """
-    import jax.numpy as jnp
-
     write_config(folder, model.config, dtype, source)
-    write_model(folder, model_tensors(model, params, config, jnp.dtype(dtype)))
+    write_model(folder, tensors)

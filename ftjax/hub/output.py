@@ -1,17 +1,20 @@
 """A complete output folder: weights, tokenizer and model card. It replaces the one before it in one move."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.hub.card import run_card
-from ftjax.hub.model_folder import model_tensors, write_folder
+from ftjax.hub.model_folder import from_params, model_tensors, write_folder
 from ftjax.hub.peft import adapter_tensors, write_adapter
+from ftjax.hub.safetensors import Tensor
 from ftjax.models.model import Model
 
 
@@ -26,32 +29,46 @@ def write_output(
     step: int,
     data: Sequence[str] = (),
     metrics: Mapping[str, float] | None = None,
-    merge: bool = False,
 ) -> None:
-    """A PEFT folder, or a whole model where the method trains in full or `merge` is asked for.
+    """What a run leaves: a PEFT folder, or a whole model where the method trains in full.
 
     Args:
         params: all parameters, frozen ones too.
         source: the base model's folder or file.
         data: lines that say what it was trained on, for the card.
     """
-    whole = merge or config.method.name == "full"
+    whole = config.method.name == "full"
     if jax.process_index():  # arrays that are spread over processes are fetched by all of them together
-        tensors = model_tensors(model, params, config.method, config.model.dtype) if whole else adapter_tensors(model, params)
+        tensors = _whole(model, params, config) if whole else adapter_tensors(model, params)
         for tensor in tensors:
             tensor.data()
         return
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with replacing(folder) as partial:
         if whole:
-            write_folder(partial, model, params, config.method, config.model.dtype, source)
+            write_folder(partial, model, _whole(model, params, config), config.model.dtype, source)
         else:
             write_adapter(partial, model, params, config.method, config.model.path)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(run_card(config, step=step, data=data, metrics=metrics or {}, whole=whole))
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _whole(model: Model, params: Mapping[str, jax.Array], config: Config) -> list[Tensor]:
+    return model_tensors(model, from_params(params), params, config.method, jnp.dtype(config.model.dtype))
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place when the block ends well and vanishes when it does not.
+
+    Raises UserError where the disk is full or the place cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
         partial.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: could not be written: {error.strerror or error}") from None

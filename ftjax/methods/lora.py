@@ -29,8 +29,8 @@ from ftjax.models.param import Buffer, Init, Row, param
 class LoraLinear(nnx.Module):
     """A frozen Linear plus its low-rank update; layers may differ in rank and scale, zero for layers without an adapter."""
 
-    def __init__(self, site: Site, ranks: np.ndarray, alphas: np.ndarray, *, dropout: float, rslora: bool):
-        """`ranks` and `alphas`: one for each stacked index."""
+    def __init__(self, site: Site, ranks: np.ndarray, scales: np.ndarray, dropout: float):
+        """`ranks` and `scales`: one for each stacked index."""
         self.base = base = site.linear
         self.dropout = dropout
         self.salt = zlib.crc32(site.path.encode())  # layers of one block draw different dropout masks
@@ -44,12 +44,8 @@ class LoraLinear(nnx.Module):
         self.lora_B = param(
             (*site.stack, base.size_out, rank), (*site.stack_axes, axes_out, "rank"), "lora_B.weight", init=Init("zeros"), **row
         )
-        scale = np.divide(alphas, np.sqrt(ranks) if rslora else ranks, out=np.zeros(len(ranks)), where=ranks > 0)
-        exists = np.arange(rank) < ranks[:, None]
-        self.scale = Buffer(
-            np.where(exists, scale[:, None], 0).astype(np.float32).reshape(*site.stack, rank),
-            row=Row((*site.stack_axes, "rank"), "scale"),
-        )
+        scale = np.where(np.arange(rank) < ranks[:, None], scales[:, None], 0).astype(np.float32)
+        self.scale = Buffer(scale.reshape(*site.stack, rank), row=Row((*site.stack_axes, "rank"), "scale"))
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         y = self.base(x, ctx)
@@ -91,8 +87,8 @@ def attach(root: nnx.Module, config: LoraConfig) -> None:
         if not ranks.any():
             continue
         wrapped += [name for name, rank in zip(site.names, ranks, strict=True) if rank]
-        alphas = np.array([_pattern(name, config.alpha_pattern, config.lora_alpha) for name in site.names], float)
-        site.replace(LoraLinear(site, ranks, alphas, dropout=config.lora_dropout, rslora=config.use_rslora))
+        scales = np.array([scale_of(name, rank, config) if rank else 0 for name, rank in zip(site.names, ranks, strict=True)])
+        site.replace(LoraLinear(site, ranks, scales, config.lora_dropout))
     if not wrapped:
         raise UserError(f"method.target_modules: {targets!r} matches no linear layer; the model has {describe(iter(names))}")
     for option in ("rank_pattern", "alpha_pattern"):
@@ -118,6 +114,12 @@ def _rank(name: str, config: LoraConfig, targets: str | list[str]) -> int:
         if layer_index(name) not in (layers if isinstance(layers, list) else [layers]):
             return 0
     return _pattern(name, config.rank_pattern, config.r)
+
+
+def scale_of(name: str, rank: int, config: LoraConfig) -> float:
+    """The factor on a module's update."""
+    alpha = _pattern(name, config.alpha_pattern, config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _fits(key: str, name: str) -> bool:

@@ -6,14 +6,13 @@ import jax
 import numpy as np
 import pytest
 import torch
-from oracle import Case, hf_logits, load, logits, make_hf, one_device, tokens
+from oracle import Case, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
 from ftjax.hub.load import init_params
-from ftjax.hub.model_folder import write_folder
 from ftjax.hub.peft import attach_adapter, load_adapter, write_adapter
 from ftjax.methods import lora
 
@@ -71,7 +70,7 @@ def test_ours_in_peft(base, name, tmp_path):
     assert np.abs(got - hf_logits(base[0], ids)).max() > 1e-2, "the adapter has no effect, so nothing was compared"
     merged = tmp_path / "merged"
     merged.mkdir()
-    write_folder(merged, model, params, config, "float32", folder)
+    write_merged(merged, model, params, config, folder)
     np.testing.assert_allclose(got, hf_logits(fresh(merged), ids), atol=1e-4, rtol=0)
 
 

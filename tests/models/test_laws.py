@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, ONE_OF_EACH
-from oracle import attach_full, context, hf_logits, load, logits, make_hf, tokens
+from oracle import attach_full, context, hf_logits, load, logits, make_hf, tokens, write_merged
 from safetensors.numpy import load_file
 
 from ftjax.config import FullConfig, MeshConfig
-from ftjax.hub.model_folder import write_folder
 from ftjax.mesh import make_mesh
 from ftjax.models.registry import FAMILIES
 
@@ -100,7 +99,7 @@ def test_round_trip_is_bit_identical(pair, tmp_path, shard):
     hf.save_pretrained(tmp_path / "in", max_shard_size=shard)
     model, params = load(tmp_path / "in")
     (tmp_path / "out").mkdir()
-    write_folder(tmp_path / "out", model, params, FullConfig(), "float32", tmp_path / "in")
+    write_merged(tmp_path / "out", model, params, FullConfig(), tmp_path / "in")
 
     def all_tensors(folder):
         return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}

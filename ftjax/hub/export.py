@@ -1,0 +1,144 @@
+"""`ftjax export`: a run's result as a folder that other tools load."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.config import Config
+from ftjax.config.load import load_config
+from ftjax.errors import UserError
+from ftjax.hub.fetch import resolve_model
+from ftjax.hub.load import open_model
+from ftjax.hub.model_folder import from_source, model_tensors, write_folder
+from ftjax.hub.output import replacing
+from ftjax.hub.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter, read_adapter_config
+from ftjax.hub.safetensors import SafetensorsFolder, Tensor, write_file
+from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.mesh import make_mesh
+from ftjax.models.model import Model, build_module
+
+
+def export(
+    run: Path, out: Path, *, merge: bool = False, portable: bool = False, push_to_hub: str | None = None, private: bool = True
+) -> None:
+    """Write `out` from a run's `final/`, or from `final/` or `best/` itself.
+
+    Args:
+        merge: one model with the adapter's update added in float32, in the run's `model.dtype`.
+        portable: an adapter in the subset that vLLM and llama.cpp read: one rank, alpha = rank, plain LoRA keys.
+        push_to_hub: a repository to upload `out` to, private unless told otherwise.
+
+    Raises UserError where the folder is not a run's, or its method cannot do what is asked.
+    """
+    result, config = find_result(run)
+    adapter = (result / CONFIG).is_file()
+    if merge and portable:
+        raise UserError("export: --merge gives a whole model and --portable an adapter; choose one")
+    if not adapter and (merge or portable):
+        raise UserError(f"{result}: it is a whole model already; leave --merge and --portable out")
+    if out.resolve() == result.resolve():
+        raise UserError(f"export: --out {out} is the folder to be exported; choose another")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"export: --out {out} is not empty; choose another folder, or remove it first")
+    with replacing(out) as folder:
+        if merge:
+            write_merged(result, folder, config)
+        elif portable:
+            write_portable(result, folder)
+        else:
+            shutil.copytree(result, folder, dirs_exist_ok=True)
+        for extra in ("README.md",):
+            if (result / extra).exists() and not (folder / extra).exists():
+                shutil.copyfile(result / extra, folder / extra)
+    if push_to_hub:
+        from ftjax.hub.push import push_folder
+
+        push_folder(out, push_to_hub, private=private)
+
+
+def find_result(run: Path) -> tuple[Path, Config]:
+    """`(the folder with the weights, the run's configuration)`; `run` is a run folder or its `final/` or `best/`."""
+    if (run / "final").is_dir():
+        result, home = run / "final", run
+    elif (run / CONFIG).is_file() or (run / "config.json").is_file():
+        result, home = run, run.parent
+    elif (run / "config.yaml").is_file():
+        raise UserError(f"{run}: this run has no final/ yet; let it finish, or export {run / 'best'} where that exists")
+    else:
+        found = ", ".join(sorted(p.name for p in run.iterdir())[:10]) if run.is_dir() else "no such folder"
+        raise UserError(f"{run}: expected a run folder (config.yaml, final/); found {found}")
+    if not (home / "config.yaml").is_file():
+        raise UserError(f"{home}: expected the run's config.yaml beside {result.name}/, to find the base model")
+    return result, load_config(home / "config.yaml")
+
+
+def write_merged(adapter: Path, folder: Path, config: Config) -> None:
+    """Base and adapter as one model. The base's tensors pass through one at a time, as they are on disk, so neither
+    the size of the model nor a quantised run's rounding matters."""
+    mesh = make_mesh(config.mesh.model_copy(update={"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}), jax.devices()[:1])
+    path = resolve_model(config.model.path, config.model.revision)
+    facts, source = open_model(path)
+    root = build_module(facts)
+    method = attach_adapter(root, adapter)
+    model = Model.of(root, facts)
+    trained = load_adapter(model, adapter, mesh)
+    tensors = model_tensors(model, from_source(source, trained), trained, method, jnp.dtype(config.model.dtype))
+    write_folder(folder, model, tensors, config.model.dtype, path)
+    load_tokenizer(config.model).save_pretrained(folder)
+
+
+def write_portable(adapter: Path, folder: Path) -> None:
+    """A LoRA whose every layer has the same rank and scale 1: the scale goes into B, smaller ranks are padded with zeros.
+
+    Raises UserError where the adapter has parts that vLLM and llama.cpp do not read.
+    """
+    saved = read_adapter_config(adapter)
+    source = SafetensorsFolder(adapter, single=WEIGHTS)
+    other = sorted(name for name in source.keys() if not name.endswith((".lora_A.weight", ".lora_B.weight")))
+    if saved["peft_type"] != "LORA" or other:
+        what = f"peft_type {saved['peft_type']}" if saved["peft_type"] != "LORA" else f"tensors such as {other[0]}"
+        raise UserError(f"{adapter}: vLLM and llama.cpp read plain LoRA only, and this adapter has {what}; use --merge instead")
+    layers = sorted(name.removesuffix(".lora_A.weight") for name in source.keys() if name.endswith(".lora_A.weight"))
+    ranks = {layer: source.shape(f"{layer}.lora_A.weight")[0] for layer in layers}
+    rank = max(ranks.values())
+    tensors = []
+    for layer in layers:
+        scale = _scale(saved, layer.removeprefix("base_model.model."), ranks[layer])
+        a, b = source.read(f"{layer}.lora_A.weight"), source.read(f"{layer}.lora_B.weight")
+        pad = rank - ranks[layer]
+        parts = {
+            "lora_A": np.pad(a, ((0, pad), (0, 0))),
+            "lora_B": np.pad((b * np.float32(scale)).astype(b.dtype), ((0, 0), (0, pad))),
+        }
+        for name, value in parts.items():
+            tensors.append(Tensor(f"{layer}.{name}.weight", value.shape, value.dtype, lambda value=value: value))
+    write_file(folder / WEIGHTS, tensors)
+    modules = sorted({layer.rsplit(".", 1)[-1] for layer in layers})
+    plain = {
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": modules,
+    }
+    plain |= {"layers_to_transform": None, "exclude_modules": None}
+    every = {layer.removeprefix("base_model.model.") for layer in layers}
+    if saved.get("layers_to_transform") is not None or saved.get("exclude_modules") or isinstance(saved["target_modules"], str):
+        plain["target_modules"] = sorted(every)
+    (folder / CONFIG).write_text(json.dumps({**saved, **plain}, indent=2, sort_keys=True) + "\n")
+    for path in adapter.iterdir():
+        if path.name not in (CONFIG, WEIGHTS) and path.is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
+def _scale(saved: dict, module: str, rank: int) -> float:
+    """The factor that this module's update has, by PEFT's rules."""
+    from ftjax.config import LoraConfig
+    from ftjax.methods.lora import from_peft, scale_of
+
+    return scale_of(module, rank, from_peft(LoraConfig(), saved))
