@@ -24,7 +24,7 @@ INERT = {
 # Fields of every transformers configuration that would change the model if they were set.
 REFUSED_UNLESS = {
     "add_cross_attention": False, "is_decoder": False, "is_encoder_decoder": False, "cross_attention_hidden_size": None,
-    "tie_encoder_decoder": False, "quantization_config": None, "rope_interleaved": False,
+    "tie_encoder_decoder": False, "quantization_config": None, "rope_interleaved": False, "is_causal": True,
 }  # fmt: skip
 
 

@@ -84,6 +84,16 @@ def apply(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
 
 
+def refuse_partial(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The same `rope_parameters`, for a family that rotates whole heads; UserError where a part is asked for."""
+    factor = parameters.get("partial_rotary_factor")
+    if factor not in (None, 1, 1.0):
+        raise UserError(
+            f"rope_parameters: this family rotates whole heads; partial_rotary_factor = {factor!r} is not supported"
+        )
+    return parameters
+
+
 def make_rope(parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> Rope:
     """From a `rope_parameters` dict as transformers 5 standardises it.
 

@@ -23,6 +23,21 @@ CASES: list[Case] = [
             "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 16.0,
         },
     }),
+    Case("gemma", "gemma", {"head_dim": 12, "num_key_value_heads": 1}, tensor=1),
+    Case("gemma-untied", "gemma", {
+        "head_dim": 8, "tie_word_embeddings": False, "attention_bias": True, "hidden_act": "silu", "rms_norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+    }),
+    Case("gemma2", "gemma2", {
+        "head_dim": 12, "num_hidden_layers": 3, "sliding_window": 8, "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0,
+    }),
+    Case("gemma2-uncapped", "gemma2", {
+        "head_dim": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False,
+        "attention_bias": True, "hidden_activation": "gelu", "num_hidden_layers": 5, "sliding_window": 6,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": LLAMA3_ROPE,
+    }),
 ]  # fmt: skip
 
 ONE_OF_EACH = list({case.model_type: case for case in reversed(CASES)}.values())[::-1]

@@ -1,0 +1,102 @@
+"""Gemma: Llama with norms of `1 + weight` and scaled embeddings (Gemma Team 2024, arXiv:2403.08295).
+
+Legend: B batch, T query length, E embed, V vocab.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ftjax.mesh import constrain
+from ftjax.models.attention import Pattern
+from ftjax.models.context import Context, KVCache
+from ftjax.models.facts import Facts
+from ftjax.models.layers import Embedding, Linear, RMSNorm
+from ftjax.models.llama import LlamaAttention, LlamaMLP
+from ftjax.models.rope import Rope, make_rope, refuse_partial
+from ftjax.models.stack import Stack
+
+
+def gemma_norm(size: int, eps: float) -> RMSNorm:
+    return RMSNorm(size, eps, offset=1.0, round_first=False)
+
+
+class GemmaBlock(nnx.Module):
+    def __init__(self, attention: nnx.Module, mlp: nnx.Module, embed: int, eps: float):
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = gemma_norm(embed, eps)
+        self.post_attention_layernorm = gemma_norm(embed, eps)
+
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+        y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
+        x = constrain(x + y, "batch", "length", None)
+        x = x + self.mlp(self.post_attention_layernorm(x), ctx)
+        return constrain(x, "batch", "length", None), cache, jnp.float32(0)
+
+
+class GemmaModel(nnx.Module):
+    """`ropes` by name; blocks find what they need in `ctx.rope`: the one that there is, or a dict of all."""
+
+    def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope | dict[str, Rope]):
+        self.rope = rope
+        self.scale = embed**0.5
+        self.embed_tokens = Embedding(vocab, embed)
+        self.layers = layers
+        self.norm = gemma_norm(embed, eps)
+
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+        """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
+        x = self.embed_tokens(tokens, ctx.dtype)
+        # The scale is rounded to the dtype, as in Google's own code: sqrt(3072) is 55.5 in bfloat16.
+        x = constrain(x * jnp.asarray(self.scale, ctx.dtype), "batch", "length", None)
+        if isinstance(self.rope, dict):
+            angles = {name: rope.angles(ctx.positions, ctx.segment_ids) for name, rope in self.rope.items()}
+        else:
+            angles = self.rope.angles(ctx.positions, ctx.segment_ids)
+        x, cache, aux = self.layers(x, replace(ctx, rope=angles), cache)
+        return self.norm(x), cache, aux
+
+
+class GemmaForCausalLM(nnx.Module):
+    """The model and its projection to the vocabulary; `softcap` bounds the logits (Gemma 2)."""
+
+    def __init__(self, model: GemmaModel, vocab: int, embed: int, tied: bool, softcap: float | None = None):
+        self.ignored = (".rotary_emb.inv_freq", *(("lm_head.weight",) if tied else ()))
+        self.output = "model.embed_tokens" if tied else "lm_head"
+        self.softcap = softcap
+        self.model = model
+        self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
+
+    def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+        return self.model(tokens, ctx, cache)
+
+    def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """Hidden states `[..., E]` -> float32 logits `[..., V]`."""
+        logits = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x, ctx)
+        logits = logits.astype(jnp.float32)
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+
+def attention_and_mlp(facts: Facts, act: str) -> tuple[LlamaAttention, LlamaMLP]:
+    """The parts that every Gemma has; `act` is the config's field of the activation."""
+    embed, head_dim = facts["hidden_size"], facts["head_dim"]
+    facts.only("attention_dropout", 0.0, 0, None, why="dropout on attention probabilities is not implemented")
+    facts.only("use_bidirectional_attention", None, False, why="it makes an encoder, not a causal language model")
+    attention = LlamaAttention(
+        embed, facts["num_attention_heads"], facts["num_key_value_heads"], head_dim, facts["attention_bias"]
+    )
+    return attention, LlamaMLP(embed, facts["intermediate_size"], facts[act], False)
+
+
+def build(facts: Facts) -> GemmaForCausalLM:
+    """The abstract model of a `gemma` config.json."""
+    embed, eps, vocab, head_dim = facts["hidden_size"], facts["rms_norm_eps"], facts["vocab_size"], facts["head_dim"]
+    facts.inert("hidden_activation")  # older exports name the activation twice; transformers reads hidden_act
+    rope = refuse_partial(facts["rope_parameters"])
+    block = GemmaBlock(*attention_and_mlp(facts, "hidden_act"), embed, eps)
+    layers = Stack(block, (Pattern(scale=head_dim**-0.5),) * facts["num_hidden_layers"])
+    model = GemmaModel(vocab, embed, eps, layers, make_rope(rope, head_dim, facts["max_position_embeddings"]))
+    return GemmaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])

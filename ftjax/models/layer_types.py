@@ -1,0 +1,26 @@
+"""`layer_types` of a config.json: which layers see the whole text, and which only a window of it."""
+
+from ftjax.errors import UserError
+from ftjax.models.attention import Pattern
+from ftjax.models.facts import Facts
+
+
+def patterns(facts: Facts, scale: float, softcap: float | None = None) -> tuple[Pattern, ...]:
+    """One attention pattern for each layer: `full_attention`, or `sliding_attention` over `sliding_window` keys.
+
+    Raises UserError for another layer type, and where a sliding layer has no window.
+    """
+    types, window = facts["layer_types"], facts.get("sliding_window")
+    assert len(types) == facts["num_hidden_layers"]  # transformers' configuration class has checked it
+    other = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if other:
+        raise UserError(
+            f"config.json of this {facts.model_type} model has layer_types {', '.join(other)}, but its layers are "
+            "full_attention or sliding_attention"
+        )
+    if "sliding_attention" in types and (window is None or window < 1):
+        raise UserError(
+            f"config.json of this {facts.model_type} model has sliding_attention layers, but sliding_window = {window!r}; "
+            "give the number of tokens that they see"
+        )
+    return tuple(Pattern(scale, window if kind == "sliding_attention" else None, softcap) for kind in types)
