@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, processors
+from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
@@ -16,7 +16,7 @@ from ftjax.errors import UserError
 from ftjax.hub import sentencepiece_bpe
 from ftjax.hub.gguf_file import open_gguf
 from ftjax.hub.gguf_pretokenizer import SPLITTINGS
-from ftjax.hub.sentencepiece_bpe import Kind, add_special_pieces
+from ftjax.hub.sentencepiece_bpe import Kind, add_special_pieces, template
 
 PREFIX = "tokenizer.ggml."
 INSTEAD = "give the original tokenizer as model.tokenizer (its folder or Hub id)"
@@ -58,7 +58,7 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     bos = special.get("bos_token") if values.get("add_bos_token", add_bos) else None
     eos = special.get("eos_token") if values.get("add_eos_token", False) else None
     if bos or eos:
-        tokenizer.post_processor = _template(tokenizer, bos, eos)
+        tokenizer.post_processor = template(tokenizer, bos, eos)
     context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -102,14 +102,6 @@ def _sentencepiece(path: Path, values: dict[str, Any], pieces: list[str], kinds:
         add_space_prefix=values.get("add_space_prefix", True),
         remove_extra_whitespaces=values.get("remove_extra_whitespaces", False),
     ), True
-
-
-def _template(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> processors.TemplateProcessing:
-    """`bos` before and `eos` after each text."""
-    single = [token for token in (bos, "$A", eos) if token]
-    pair = [f"{token}:1" for token in (bos, "$B", eos) if token]
-    ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
-    return processors.TemplateProcessing(single=" ".join(single), pair=" ".join([*single, *pair]), special_tokens=ids)
 
 
 def _chat_templates(metadata: dict[str, Any]) -> str | dict[str, str] | None:

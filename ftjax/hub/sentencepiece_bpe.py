@@ -9,7 +9,7 @@ Llama 2: a space before each stretch of text, every space as U+2581, bytes for w
 from collections.abc import Sequence
 from enum import IntEnum
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
 SPACE = "\u2581"
@@ -33,6 +33,7 @@ def build(
     kinds: Sequence[int],
     add_space_prefix: bool = True,
     remove_extra_whitespaces: bool = False,
+    charsmap: bytes = b"",
 ) -> Tokenizer:
     """The tokenizer, without a post-processor.
 
@@ -42,6 +43,7 @@ def build(
         kinds: a `Kind` for each piece.
         add_space_prefix: SentencePiece's `add_dummy_prefix`.
         remove_extra_whitespaces: SentencePiece's setting of that name: no space at either end, one between words.
+        charsmap: SentencePiece's compiled normalisation rules; empty for none.
     """
     vocab = {piece: index for index, piece in enumerate(pieces)}
     unknown = next((piece for piece, kind in zip(pieces, kinds, strict=True) if kind == Kind.UNKNOWN), None)
@@ -55,6 +57,8 @@ def build(
         )
     )
     prepare: list[normalizers.Normalizer] = []
+    if charsmap:
+        prepare += [normalizers.Precompiled(charsmap)]
     if remove_extra_whitespaces:
         prepare += [normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z| +(?= )"), "")]
     if add_space_prefix:
@@ -90,3 +94,11 @@ def add_special_pieces(tokenizer: Tokenizer, pieces: Sequence[str], kinds: Seque
             tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True)])
         elif kind == Kind.USER_DEFINED:
             tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False)])
+
+
+def template(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> processors.TemplateProcessing:
+    """A post-processor that puts `bos` before and `eos` after each text, where they are given."""
+    single = [token for token in (bos, "$A", eos) if token]
+    pair = [f"{token}:1" for token in (bos, "$B", eos) if token]
+    ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
+    return processors.TemplateProcessing(single=" ".join(single), pair=" ".join([*single, *pair]), special_tokens=ids)

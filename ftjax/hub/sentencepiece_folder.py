@@ -1,0 +1,103 @@
+"""A tokenizer folder of the old kind: SentencePiece's `tokenizer.model` and JSON files beside it, no `tokenizer.json`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from ftjax.errors import UserError
+from ftjax.hub import sentencepiece_bpe
+from ftjax.hub.sentencepiece_bpe import template
+
+SENTENCEPIECE = "tokenizer.model"
+ATTRIBUTES = ("lstrip", "rstrip", "single_word", "normalized", "special")
+
+
+def read_proto(file: Path) -> Any:
+    """The `ModelProto` of a SentencePiece model; UserError where it is damaged."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(file.read_bytes())
+    except DecodeError:
+        proto.Clear()
+    if not proto.pieces:
+        raise UserError(f"{file}: not a SentencePiece model, or cut off ({file.stat().st_size:,} bytes); download it again")
+    return proto
+
+
+def is_bpe(file: Path) -> bool:
+    """Whether a SentencePiece model is a BPE, and not a unigram model."""
+    return read_proto(file).trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file. Raises UserError with the line where it is broken."""
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); was the download cut off?") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not a text file; was the download cut off?") from None
+
+
+def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer; the ids of a text are SentencePiece's own, with BOS before it unless the folder says otherwise."""
+    proto = read_proto(folder / SENTENCEPIECE)
+    config = read_json(folder / "tokenizer_config.json")
+    normalizer = proto.normalizer_spec
+    tokenizer = sentencepiece_bpe.build(
+        [piece.piece for piece in proto.pieces],
+        [piece.score for piece in proto.pieces],
+        [piece.type for piece in proto.pieces],
+        add_space_prefix=config.get("add_prefix_space", normalizer.add_dummy_prefix) is not False,
+        remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
+        charsmap=normalizer.precompiled_charsmap,
+    )
+    _add_tokens(folder, tokenizer, config)
+    trainer = proto.trainer_spec
+    special = {
+        "bos_token": trainer.bos_piece if trainer.bos_id >= 0 else None,
+        "eos_token": trainer.eos_piece if trainer.eos_id >= 0 else None,
+        "unk_token": trainer.unk_piece,
+        "pad_token": trainer.pad_piece if trainer.pad_id >= 0 else None,
+    }
+    for name in special:
+        given = config.get(name, special[name])
+        special[name] = given["content"] if isinstance(given, dict) else given
+    bos = special["bos_token"] if config.get("add_bos_token", True) else None
+    eos = special["eos_token"] if config.get("add_eos_token", False) else None
+    if bos or eos:
+        tokenizer.post_processor = template(tokenizer, bos, eos)
+    chat = folder / "chat_template.jinja"
+    chat_template = chat.read_text(encoding="utf-8") if chat.is_file() else config.get("chat_template")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        **{name: token for name, token in special.items() if token is not None},
+        **{name: value for name in ("model_max_length", "padding_side") if (value := config.get(name)) is not None},
+        **({"chat_template": chat_template} if chat_template else {}),
+    )
+
+
+def _add_tokens(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+    """Tokens that were added after the SentencePiece model was trained, each under the id that it was given."""
+    added = {int(index): entry for index, entry in config.get("added_tokens_decoder", {}).items()}
+    added |= {
+        index: {"content": token, "special": False}
+        for token, index in read_json(folder / "added_tokens.json").items()
+        if index not in added
+    }
+    for index, entry in sorted(added.items()):
+        token = AddedToken(entry["content"], **{"normalized": False, **{k: entry[k] for k in ATTRIBUTES if k in entry}})
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if tokenizer.token_to_id(entry["content"]) != index:
+            raise UserError(
+                f"{folder}: the added token {entry['content']!r} has id {index}, but {SENTENCEPIECE} and the tokens before it "
+                f"leave it {tokenizer.token_to_id(entry['content'])}; the files are not of one tokenizer"
+            )

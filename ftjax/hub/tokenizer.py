@@ -1,0 +1,71 @@
+"""The tokenizer of a model, from a folder, the Hub or a GGUF file; never with code that comes with the model."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from ftjax.config import ModelConfig
+from ftjax.errors import UserError
+from ftjax.hub.fetch import resolve_tokenizer
+from ftjax.hub.gguf_tokenizer import gguf_tokenizer
+from ftjax.hub.sentencepiece_folder import SENTENCEPIECE, is_bpe, read_json, sentencepiece_tokenizer
+
+# At least one of these makes a folder one that AutoTokenizer can load.
+VOCABULARIES = ("tokenizer.json", SENTENCEPIECE, "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """A `PreTrainedTokenizerFast`, as the checkpoint saved it: no token is added, none is given another meaning.
+
+    `model.tokenizer` replaces the model's own, `model.chat_template` (a template, or a .jinja file) its template.
+
+    Raises UserError where there is none, or it cannot be read.
+    """
+    revision = None if model.tokenizer else model.revision
+    asked = model.tokenizer or model.path
+    place = resolve_tokenizer(asked, revision)
+    if place.is_file():
+        tokenizer = gguf_tokenizer(place)
+    elif (place / SENTENCEPIECE).is_file() and not (place / "tokenizer.json").is_file() and is_bpe(place / SENTENCEPIECE):
+        # transformers rebuilds such a folder without the pieces' scores, which gives other ids for runs of spaces.
+        tokenizer = sentencepiece_tokenizer(place)
+    else:
+        tokenizer = _from_folder(place, asked)
+    if model.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(model.chat_template)
+    return tokenizer
+
+
+def _from_folder(folder: Path, asked: str) -> Any:
+    names = sorted(p.name for p in folder.iterdir())
+    if not set(names) & set(VOCABULARIES):
+        raise UserError(
+            f"{asked}: expected a tokenizer (tokenizer.json or {SENTENCEPIECE}); found {', '.join(names[:10]) or 'nothing'}. "
+            "Give the folder or Hub id of the right one as model.tokenizer"
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        read_json(folder / name)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    # It raises OSError, ValueError, KeyError, bare Exception from Rust ..., all of them about the files.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it needs Python code that comes with the model, which ftjax never runs"
+        raise UserError(
+            f"{asked}: the tokenizer cannot be loaded: {reason}. Give another tokenizer's folder or Hub id as model.tokenizer"
+        ) from None
+
+
+def read_chat_template(given: str) -> str:
+    """A template is what it is; a name without braces is that of a file.
+
+    Raises UserError where there is no such file.
+    """
+    if "{" in given or "\n" in given:
+        return given
+    file = Path(given).expanduser()
+    if not file.is_file():
+        raise UserError(f"model.chat_template: {given}: expected a Jinja template or the path of a .jinja file; found neither")
+    return file.read_text(encoding="utf-8")
