@@ -7,7 +7,7 @@ from pathlib import Path
 from ftjax.errors import UserError
 
 # A repository's top level only: subfolders hold the same weights for other runtimes.
-CONFIGURATION = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt")
+CONFIGURATION = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt", "README.md")
 WEIGHTS = ("model*.safetensors",)
 NOT_THESE = ("*/*",)
 HUB = "https://huggingface.co/"

@@ -1,0 +1,202 @@
+"""The model card (README.md) of what a run leaves: how it was made, how well it does, how to load it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
+from ftjax.config import Config
+from ftjax.hub.fetch import HUB, HUB_ID
+from ftjax.hub.gguf_file import open_gguf
+
+FILES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt")
+PACKAGES = ("ftjax", "jax", "flax", "optax", "transformers", "tokenizers", "datasets")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card states; nothing else is looked up.
+
+    Attributes:
+        base_model: Hub id, or the name of a local folder or file.
+        method, objective: their names (`lora`, `sft`).
+        method_settings, training: settings by name, printed as YAML.
+        data: lines that say what it was trained on, with counts.
+        metrics: results by name, as in metrics.jsonl.
+        kind: an adapter for `base_model`, or a whole model.
+        step: optimizer updates made.
+        versions: package -> version.
+        datasets: Hub ids of the training data.
+        license: the base model's, as the Hub spells it.
+    """
+
+    base_model: str
+    method: str
+    objective: str
+    kind: Literal["adapter", "model"]
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    data: Sequence[str] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    step: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    datasets: Sequence[str] = ()
+    license: str | None = None
+
+
+def model_card(facts: CardFacts) -> str:
+    """The text of README.md, with the front matter that the Hub reads."""
+    on_hub = _on_hub(facts.base_model)
+    data = ModelCardData(
+        base_model=facts.base_model if on_hub else None,
+        library_name="peft" if facts.kind == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        license=facts.license,
+        datasets=list(facts.datasets) or None,
+        tags=["ftjax", facts.method, facts.objective],
+    )
+    base = f"[{facts.base_model}]({HUB}{facts.base_model})" if on_hub else f"`{facts.base_model}`"
+    what = f"a {facts.method} adapter for {base}" if facts.kind == "adapter" else f"{base}, fine-tuned ({facts.method})"
+    steps = f", {facts.step:,} optimizer steps" if facts.step is not None else ""
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {Path(facts.base_model).name} fine-tuned with ftjax",
+        f"This is {what}, trained with the objective `{facts.objective}`{steps}.",
+        _section("Data", "\n".join(f"- {line}" for line in facts.data)),
+        _section("Results", _table(facts.metrics)),
+        _section("Training", _settings({"method": facts.method_settings, **facts.training})),
+        _section("How to load it", _loading(facts)),
+        _section("Versions", ", ".join(f"{name} {number}" for name, number in facts.versions.items())),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def run_card(config: Config, *, step: int, data: Sequence[str], metrics: Mapping[str, float], whole: bool) -> str:
+    """The card of a run. Paths of this machine are left out: a card may be published.
+
+    Args:
+        whole: a whole model, not an adapter.
+    """
+    sections = config.model_dump(mode="json")
+    return model_card(
+        CardFacts(
+            base_model=_name(config.model.path),
+            method=config.method.name,
+            objective=config.objective.name,
+            kind="model" if whole else "adapter",
+            method_settings={key: value for key, value in sections["method"].items() if key != "adapter_path"},
+            training={name: sections[name] for name in ("objective", "optimizer", "training")}
+            | {"model": {key: sections["model"][key] for key in ("dtype", "compute_dtype")}}
+            | {"data": {key: sections["data"][key] for key in ("max_length", "packing")}},
+            data=data,
+            metrics=metrics,
+            step=step,
+            versions=installed_versions(),
+            datasets=[config.data.train] if _is_hub_id(config.data.train) else [],
+            license=base_license(config.model.path, config.model.revision),
+        )
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of the packages that decide what a run computes."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def base_license(path: str, revision: str | None = None) -> str | None:
+    """The licence that a base model's card (or GGUF file) names; None where it names none, or has no card here."""
+    if path.endswith(".gguf"):
+        return open_gguf(Path(path)).metadata.get("general.license")
+    card = Path(path) / "README.md"
+    if _is_hub_id(path.removeprefix(HUB)):
+        cached = try_to_load_from_cache(path.removeprefix(HUB), "README.md", revision=revision)
+        if not isinstance(cached, str):
+            return None
+        card = Path(cached)
+    if not card.is_file():
+        return None
+    try:
+        return ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+    except (ValueError, yaml.YAMLError, UnicodeDecodeError):  # a card that is no card names nothing
+        return None
+
+
+def _on_hub(name: str) -> bool:
+    """`base_model` is a Hub id or a bare name, so that the slash tells."""
+    return "/" in name
+
+
+def _is_hub_id(path: str) -> bool:
+    return bool(HUB_ID.fullmatch(path)) and "/" in path and not Path(path).exists() and not path.endswith(FILES)
+
+
+def _name(path: str) -> str:
+    path = path.removeprefix(HUB)
+    return path if _is_hub_id(path) else Path(path).name
+
+
+def _section(title: str, text: str) -> str:
+    return f"## {title}\n\n{text}" if text else ""
+
+
+def _table(metrics: Mapping[str, float]) -> str:
+    if not metrics:
+        return ""
+    rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    return "\n".join(["| metric | value |", "|---|---|", *rows])
+
+
+def _settings(sections: Mapping[str, Any]) -> str:
+    """A YAML block; settings that are empty or null say nothing and are left out."""
+    kept = {
+        name: {key: value for key, value in section.items() if value not in (None, [], {})}
+        for name, section in sections.items()
+        if section
+    }
+    return f"```yaml\n{yaml.safe_dump(kept, sort_keys=False)}```" if kept else ""
+
+
+def _loading(facts: CardFacts) -> str:
+    base = facts.base_model
+    if facts.kind == "model":
+        return (
+            "```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
+            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
+            "```\n\n"
+            "- ftjax: `ftjax generate THIS_FOLDER --prompt TEXT`\n"
+            "- vLLM: `vllm serve THIS_FOLDER`\n"
+            "- llama.cpp: `python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf`"
+        )
+    note, shown = "", base
+    if not _on_hub(base):
+        base, shown = "BASE_FOLDER", base if base.endswith(".gguf") else "BASE_FOLDER"
+        note = (
+            f"`BASE_FOLDER` is the Hugging Face folder of `{facts.base_model}`. Where there is none at hand, "
+            "`ftjax export RUN --merge --out FOLDER` writes base and adapter as one model.\n\n"
+        )
+    return (
+        f"{note}```python\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        'model = PeftModel.from_pretrained(model, "THIS_FOLDER")\n'
+        "```\n\n"
+        f"- ftjax: `ftjax generate {shown} --adapter THIS_FOLDER --prompt TEXT`\n"
+        f"- vLLM: `vllm serve {base} --enable-lora --lora-modules tuned=THIS_FOLDER`\n"
+        f"- llama.cpp: `python convert_lora_to_gguf.py THIS_FOLDER --base BASE_FOLDER --outfile adapter.gguf`\n\n"
+        "vLLM and llama.cpp take plain LoRA of one rank: `ftjax export RUN --portable --out FOLDER` writes it so, or says why "
+        "it cannot be."
+    )
