@@ -1,0 +1,125 @@
+"""The command line: exit codes, messages without a traceback, doctor."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import ftjax
+from ftjax import cli, doctor
+from ftjax.errors import UserError
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `ftjax ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["ftjax", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    output = capsys.readouterr()
+    return caught.value.code or 0, output.out, output.err
+
+
+def test_help_lists_the_verbs_and_imports_nothing_heavy():
+    code = "import sys; from ftjax.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert all(verb in done.stdout for verb in ("train", "doctor", "models"))
+    assert not {"jax", "flax", "transformers", "pydantic", "datasets", "numpy"} & set(done.stderr.split())
+
+
+def test_version(monkeypatch, capsys):
+    assert run(monkeypatch, capsys, "--version") == (0, f"ftjax {ftjax.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [(), ("train",), ("tran",), ("train", "a.yaml", "--nonsense"), ("doctor", "extra")])
+def test_wrong_usage_exits_with_2(monkeypatch, capsys, arguments):
+    code, out, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and "Usage: ftjax" in out + err
+
+
+def test_a_users_mistake_exits_with_2_and_says_everything(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model:\n  path: a[b]\ndata: {train: x.jsonl}\noptimizer: {learning_rat: 1}\n")
+    code, out, err = run(monkeypatch, capsys, "train", str(path), "method.rr=2")
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert err.startswith(f"error: {path}: 2 errors\n  {path}:4:13: optimizer.learning_rat: unknown key")
+    assert "override 'method.rr=2': method.rr: unknown key; did you mean r?" in err
+
+
+@pytest.mark.parametrize(
+    "raised, code, said",
+    [(UserError("[bold]no[/] such model"), 2, "error: [bold]no[/] such model\n"), (KeyboardInterrupt(), 130, "interrupted")],
+)
+def test_what_a_verb_raises_becomes_an_exit_code(monkeypatch, capsys, raised, code, said):
+    def fail():
+        raise raised
+
+    monkeypatch.setattr(doctor, "examine", fail)
+    got, _, err = run(monkeypatch, capsys, "doctor")
+    assert got == code and said in err and "Traceback" not in err
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def fail():
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(doctor, "examine", fail)
+    monkeypatch.setattr(sys, "argv", ["ftjax", "doctor"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_models_lists_the_registry(monkeypatch, capsys):
+    from ftjax.models.registry import FAMILIES
+
+    code, out, _ = run(monkeypatch, capsys, "models")
+    assert code == 0 and all(name in out for name in FAMILIES)
+
+
+# doctor
+
+
+def test_doctor_as_json(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_of_a_test")
+    code, out, err = run(monkeypatch, capsys, "doctor", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["missing"] == [] and report["hub_token"] is True
+    assert "hf_secret_of_a_test" not in out + err
+    packages = {package["name"]: package for package in report["packages"]}
+    assert packages["jax"]["state"].startswith("ok") and packages["torch"]["extra"] == "test"
+    assert len(report["devices"]) == 8 and report["devices"][0]["platform"] == "cpu"
+    assert {folder["what"] for folder in report["folders"]} >= {"Hub cache", "working"}
+
+
+def test_doctor_for_people(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "doctor")
+    assert code == 0 and "devices: 8 x cpu" in out and "nothing required is missing" in out
+
+
+def test_doctor_exits_with_1_when_something_required_is_missing(monkeypatch, capsys):
+    installed = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: {"optax": None, "flax": "0.1.0"}.get(name, installed(name)))
+    code, out, _ = run(monkeypatch, capsys, "doctor")
+    assert code == 1 and "missing: flax>=" in out and "missing: optax>=" in out and "found 0.1.0" in out
+
+
+def test_doctor_without_torch_is_content(monkeypatch, capsys):
+    installed = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "torch" else installed(name))
+    assert run(monkeypatch, capsys, "doctor")[0] == 0
+
+
+@pytest.mark.parametrize("extra, found", [("cuda", "_has_nvidia"), ("tpu", "_has_tpu")])
+def test_doctor_names_the_extra_that_a_device_needs(monkeypatch, extra, found):
+    monkeypatch.setattr(doctor, found, lambda: True)
+    assert any(f"ftjax[{extra}]" in hint for hint in doctor.examine().hints)
+
+
+def test_constraints_pin_what_is_required(tmp_path):
+    pins = doctor._pins(doctor.CONSTRAINTS)
+    for package in doctor.examine().packages:
+        if package.extra is None:
+            assert doctor._normal(package.name) in pins, f"constraints.txt does not pin {package.name}"
+    path = tmp_path / "constraints.txt"
+    path.write_text("# words\na.B==1\nc==2 ; python_version < '3'\nd>=3\n\n")
+    assert doctor._pins(path) == {"a-b": "1"}

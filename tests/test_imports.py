@@ -1,0 +1,120 @@
+"""Imports go one way: cli -> {train.loop, evaluate, generate, plan, hub} -> {train, methods, objectives} -> models -> the rest.
+
+The files are parsed, not run, so that imports inside functions count too.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "ftjax"
+
+# A room may import itself, what it names here, and what those may import.
+BELOW = {
+    "errors": set(),
+    "config": {"errors"},
+    "tree": {"errors"},
+    "mesh": {"tree", "config", "errors"},
+    "data": {"config", "errors"},
+    "models": {"mesh", "tree", "config", "errors"},
+    "objectives": {"models"},
+    "methods": {"models"},
+    "hub": {"methods", "objectives", "models", "data"},
+    "train": {"methods", "objectives", "models", "hub", "data"},
+    "generate": {"train", "hub", "methods"},
+    "evaluate": {"generate", "train", "hub", "objectives"},
+    "plan": {"train", "hub", "methods", "objectives"},
+    "doctor": {"errors"},
+    "cli": {"evaluate", "generate", "plan", "train", "hub", "doctor", "data"},
+    "ftjax": set(),
+}
+NEVER = {"torch", "tensorflow", "keras"}
+NOT_IN_DATA = {"jax", "jaxlib", "flax", "optax", "orbax"}
+CLI_MAY_IMPORT_AT_TOP = {"sys", "pathlib", "typing", "typer", "typer.core", "ftjax", "ftjax.errors"}  # quick ones only
+
+
+def allowed(room: str) -> set[str]:
+    found, waiting = set(), [room]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += BELOW[name]
+    return found
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "ftjax" if first == "__init__" else first
+
+
+def imported(tree: ast.AST, path: Path) -> list[tuple[int, str]]:
+    """Line and dotted name of every import, `from a import b` as `a.b`, relative ones made absolute."""
+    package = ("ftjax", *path.relative_to(PACKAGE).with_suffix("").parts[:-1])
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
+    return names
+
+
+def wrong_imports(source: str, path: Path) -> list[str]:
+    room, wrong = room_of(path), []
+    for line, name in imported(ast.parse(source), path):
+        parts = name.split(".")
+        if parts[0] in NEVER or (room == "data" and parts[0] in NOT_IN_DATA):
+            wrong.append(f"{path.name}:{line}: {room} imports {name}")
+        elif parts[0] == "ftjax" and len(parts) > 1 and parts[1] in BELOW and parts[1] not in allowed(room):
+            wrong.append(f"{path.name}:{line}: {room} imports {name}, which stands above it")
+    return wrong
+
+
+def test_every_room_has_its_place():
+    assert {room_of(path) for path in files()} <= set(BELOW)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    assert wrong_imports(path.read_text(encoding="utf-8"), path) == []
+
+
+@pytest.mark.parametrize(
+    "file, source",
+    [
+        ("models/llama.py", "def f():\n    from ftjax.methods import lora"),
+        ("models/llama.py", "from ..methods import lora"),
+        ("models/llama.py", "from .. import methods"),
+        ("methods/lora.py", "import ftjax.train.loop"),
+        ("objectives/sft.py", "from ftjax.methods.lora import X"),
+        ("train/step.py", "from ftjax.generate import sample"),
+        ("data/read.py", "import jax.numpy as jnp"),
+        ("data/read.py", "from ftjax.models import layers"),
+        ("hub/load.py", "import torch.nn"),
+        ("config/load.py", "from ftjax import train"),
+        ("generate/cache.py", "from ftjax.evaluate import metrics"),
+    ],
+)
+def test_a_wrong_import_is_seen(file, source):
+    assert len(wrong_imports(source, PACKAGE / file)) == 1
+
+
+def test_the_command_line_imports_its_rooms_inside_functions():
+    tree = ast.parse((PACKAGE / "cli.py").read_text(encoding="utf-8"))
+    top = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    top |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    assert top <= CLI_MAY_IMPORT_AT_TOP, "move the import into the verb that needs it"
+
+
+def test_no_circles():
+    for room in BELOW:
+        for below in BELOW[room]:
+            assert room not in allowed(below), f"{room} and {below} import each other"
