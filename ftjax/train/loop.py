@@ -86,7 +86,7 @@ class Run:
         self.config, self.config_path = setup.config, config_path
         options = self.options = setup.config.training
         self.epoch_steps = math.ceil(split.rows_per_epoch(0) / options.global_batch_size)
-        self.total = options.max_steps or max(1, math.ceil(self.epoch_steps * options.num_train_epochs))
+        self.total = options.max_steps or self.steps_of(options.num_train_epochs)
         self.train_step, self.eval_step, optimizer, self.schedule = compile_steps(setup, self.total)
         self.state = init_state(setup.params, optimizer)
         self.batches: BatchIterator = split.batches(
@@ -104,6 +104,12 @@ class Run:
         self.last_eval = 0
         self.key = jax.random.key(options.seed)
         self.interrupted: str | None = None
+
+    def steps_of(self, epochs: float) -> int:
+        """Updates of so many epochs; epochs may pack into different numbers of rows."""
+        whole = math.ceil(epochs)
+        each = [math.ceil(self.split.rows_per_epoch(epoch) / self.options.global_batch_size) for epoch in range(whole)]
+        return max(1, math.ceil(sum(each[:-1]) + each[-1] * (epochs - whole + 1)))
 
     # ---- start, middle, end ----
 
@@ -287,7 +293,7 @@ class Run:
         """One row as the model sees it, with what is trained marked."""
         from ftjax.data.preview import render_example
 
-        say("an example (what is trained is marked):", render_example(self.split.example()))
+        say("an example (what is trained is marked):", render_example(self.split.example(), self.tokenizer))
 
 
 def next_commands(folder: Path, config: Config) -> list[str]:

@@ -25,7 +25,8 @@ class TrainState(NamedTuple):
 
 class StepMetrics(NamedTuple):
     loss: jax.Array
-    weight: jax.Array  # number of trained tokens (sum of weights)
+    weight: jax.Array  # sum of the weights: the number of trained tokens
+    tokens: jax.Array  # tokens that are not padding
     grad_norm: jax.Array  # before clipping
     update_norm: jax.Array
     good: jax.Array  # bool: the update was applied
@@ -83,7 +84,8 @@ def make_train_step(sums_fn: SumsFn, optimizer: optax.GradientTransformation, ru
         new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limit)
         new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
-        return new, StepMetrics(loss, sums.weight, grad_norm, optax.tree.norm(updates), good)
+        tokens = jnp.sum(batch["segment_ids"] > 0)
+        return new, StepMetrics(loss, sums.weight, tokens, grad_norm, optax.tree.norm(updates), good)
 
     return step
 
