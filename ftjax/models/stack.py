@@ -1,8 +1,9 @@
-"""Layers stacked on axis 0 and run by one scan, so that compile time does not grow with depth."""
+"""Layers stacked on axis 0 and run by scans, so that compile time does not grow with depth."""
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,55 +18,128 @@ REMAT_POLICIES = {
 }
 
 
-def period(kinds: tuple[Hashable, ...]) -> int:
-    """The shortest pattern that repeats over the layers (its last repetition may be cut short)."""
-    return next(p for p in range(1, len(kinds) + 1) if all(kind == kinds[i % p] for i, kind in enumerate(kinds)))
+class Segment(NamedTuple):
+    """Layers `start` to `start + width * repeats`, whose kinds repeat with the period `width`."""
+
+    start: int
+    width: int
+    repeats: int
+
+
+def segments(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
+    """The layers cut into stretches of a short repeating pattern, each as long as it gets.
+
+    Twenty-six layers with a global one after every five local ones are 4 repetitions of six, then 2 of one.
+    """
+    found, start, total = [], 0, len(kinds)
+    while start < total:
+        best = Segment(start, 1, 1)
+        for width in range(1, (total - start) // 2 + 1):
+            end = start + width
+            while end < total and kinds[end] == kinds[end - width]:
+                end += 1
+            repeats = (end - start) // width
+            if repeats > 1 and width * repeats > best.width * best.repeats:
+                best = Segment(start, width, repeats)
+        found.append(best)
+        start += best.width * best.repeats
+    return tuple(found)
 
 
 class Stack(nnx.Module):
-    """`len(kinds)` copies of a block, whose parameters get a leading `layers` axis.
+    """`len(kinds)` layers, whose parameters get a leading `layers` axis.
 
     A kind is whatever static facts tell layers apart (a window, a RoPE base); the block is called as
-    `block(x, ctx, kind, layer, cache) -> (x, cache, aux)`, where aux is a scalar such as a router's loss, summed over layers.
-    Layers whose kinds repeat with a period P are scanned P at a time; what is left over is run after the scan.
+    `block(x, ctx, kind, layer, cache) -> (x, cache, aux)`, where aux is what the block adds up over the layers: a scalar,
+    or any tree of arrays (a router's statistics), the same for every layer.
+
+    Layers that differ in their parameters are stacked apart: `block` is then a dict of blocks, and `choice` names the
+    block of each layer. Block `name` is the attribute `<name>_block`; a single one is `block`.
     """
 
-    def __init__(self, block: nnx.Module, kinds: tuple[Hashable, ...]):
+    def __init__(
+        self,
+        block: nnx.Module | Mapping[str, nnx.Module],
+        kinds: tuple[Hashable, ...],
+        choice: tuple[str, ...] | None = None,
+    ):
         self.kinds = tuple(kinds)
-        for _, variable in variables(block):
-            value, row = variable.get_value(), variable.row
-            variable.set_value(jax.ShapeDtypeStruct((len(kinds), *value.shape), value.dtype))
-            variable.set_metadata("row", dataclasses.replace(row, axes=("layers", *row.axes)))
-        self.block = block
+        blocks = {f"{name}_block": module for name, module in block.items()} if choice else {"block": block}
+        self.choice = tuple(f"{name}_block" for name in choice) if choice else ("block",) * len(kinds)
+        assert len(self.choice) == len(self.kinds), "one block for each layer"
+        for name, module in blocks.items():
+            count = self.choice.count(name)
+            if not count:
+                continue
+            for _, variable in variables(module):
+                value, row = variable.get_value(), variable.row
+                variable.set_value(jax.ShapeDtypeStruct((count, *value.shape), value.dtype))
+                variable.set_metadata("row", dataclasses.replace(row, axes=("layers", *row.axes)))
+            setattr(self, name, module)
 
-    def __call__(self, x: jax.Array, ctx: Context, cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None, jax.Array]:
-        graphdef, state = nnx.split(self.block)
-        total, width = len(self.kinds), period(self.kinds)
-        whole = total // width * width
-        keys = None if ctx.dropout is None else jax.random.split(ctx.dropout, total)
+    def layers_of(self, name: str) -> tuple[int, ...]:
+        """Which layers of the model are stacked in this block."""
+        return tuple(layer for layer, chosen in enumerate(self.choice) if chosen == name)
 
-        def one(x, cache, aux, layer_state, key, layer, kind):
-            def run(x, layer_state, key):
-                block = nnx.merge(graphdef, layer_state)
-                return block(x, replace(ctx, dropout=key), kind, layer, cache)
+    def __call__(self, x: jax.Array, ctx: Context, cache: KVCache | None = None):
+        """`(x, cache, aux)` after all layers."""
+        cut = segments(tuple(zip(self.choice, self.kinds, strict=True)))
+        # A scan over a part of an array copies that part. So where there are several segments, frozen parameters are
+        # not scanned over but indexed, which costs nothing; unless every activation is kept for the backward pass, which
+        # would then keep what was indexed.
+        indexing = len(cut) > 1 and (ctx.remat != "none" or cache is not None)
+        split = {
+            name: nnx.split(getattr(self, name), lambda _, variable: not (indexing and not variable.row.trainable), ...)
+            for name in sorted(set(self.choice))
+        }
+        keys = None if ctx.dropout is None else jax.random.split(ctx.dropout, len(self.kinds))
+        carry = (x, cache, None)
+        for segment in cut:
+            carry = self._run(segment, split, keys, ctx, carry)
+        return carry
 
-            if ctx.remat != "none" and cache is None:
-                # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier that
-                # prevent_cse adds is only needed for the layers that run outside of it.
-                run = jax.checkpoint(run, policy=REMAT_POLICIES[ctx.remat], prevent_cse=isinstance(layer, int))
-            x, cache, more = run(x, layer_state, key)
-            return x, cache, aux + more
+    def _run(self, segment: Segment, split: dict, keys, ctx: Context, carry: tuple):
+        start, width, repeats = segment
+        chosen = self.choice[start : start + width]
+        end = start + width * repeats
+        before = {name: self.choice[:start].count(name) for name in chosen}
+
+        def grouped(name: str, leaf: jax.Array) -> jax.Array:
+            """The segment's part of a parameter, as `[repeats, layers of this block in a period, ...]`."""
+            inside, count = self.choice[start:end].count(name), chosen.count(name)
+            leaf = leaf if inside == leaf.shape[0] else leaf[before[name] : before[name] + inside]
+            return leaf.reshape(repeats, count, *leaf.shape[1:]) if count > 1 else leaf
 
         def body(carry, scanned):
-            states, key, first = scanned
-            for i in range(width):
-                pick = jax.tree.map(lambda leaf, i=i: leaf[i], (states, key))
-                carry = one(*carry, *pick, first + i, self.kinds[i])
+            states, keys, group = scanned
+            for i, name in enumerate(chosen):
+                number, count = chosen[:i].count(name), chosen.count(name)
+
+                def run(x, cache, state, whole, keys, i=i, name=name, number=number, count=count):
+                    # Picked inside of what is recomputed: the backward pass then keeps the stacked parameters
+                    # themselves and not a copy of every layer's.
+                    state = jax.tree.map(lambda leaf: leaf[number], state) if count > 1 else state
+                    at = before[name] + group * count + number
+                    whole = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False), whole)
+                    block = nnx.merge(split[name][0], state, whole)
+                    key = None if keys is None else keys[i]
+                    return block(x, replace(ctx, dropout=key), self.kinds[start + i], start + group * width + i, cache)
+
+                x, cache, aux = carry
+                if ctx.remat != "none" and cache is None:
+                    # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier that
+                    # prevent_cse adds is only needed for layers that run outside of one.
+                    run = jax.checkpoint(run, policy=REMAT_POLICIES[ctx.remat], prevent_cse=repeats == 1)
+                x, cache, more = run(x, cache, states[name], split[name][2], keys)
+                carry = x, cache, more if aux is None else jax.tree.map(jnp.add, aux, more)
             return carry, None
 
-        grouped = jax.tree.map(lambda leaf: leaf[:whole].reshape(whole // width, width, *leaf.shape[1:]), (state, keys))
-        carry = (x, cache, jnp.float32(0))
-        carry, _ = jax.lax.scan(body, carry, (*grouped, jnp.arange(0, whole, width)))
-        for layer in range(whole, total):
-            carry = one(*carry, *jax.tree.map(lambda leaf, i=layer: leaf[i], (state, keys)), layer, self.kinds[layer % width])
-        return carry
+        states = {name: jax.tree.map(lambda leaf, n=name: grouped(n, leaf), split[name][1]) for name in set(chosen)}
+        scanned = (states, None if keys is None else keys[start:end].reshape(repeats, width), jnp.arange(repeats))
+        if repeats == 1:
+            states, keys, _ = jax.tree.map(lambda leaf: leaf[0], scanned)
+            return body(carry, (states, keys, 0))[0]
+        if carry[2] is None:  # the shape of aux is known once a layer has run
+            aux = jax.eval_shape(lambda: body(carry, jax.tree.map(lambda leaf: leaf[0], scanned))[0][2])
+            carry = (*carry[:2], jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux))
+        return jax.lax.scan(body, carry, scanned)[0]
