@@ -6,11 +6,15 @@ import jax
 import numpy as np
 
 
-def host_piece(array: jax.Array, index: tuple[int | slice, ...]) -> Callable[[], np.ndarray]:
-    """A function that fetches `array[index]`; with several processes each of them must call it."""
+def host_piece(
+    array: jax.Array, index: tuple[int | slice, ...], shape: tuple[int, ...] | None = None
+) -> Callable[[], np.ndarray]:
+    """A function that fetches `array[index]`, in `shape` where it is given; with several processes each of them must
+    call it."""
 
     def fetch() -> np.ndarray:
         piece = array[index]
+        piece = piece if shape is None else piece.reshape(shape)
         if piece.is_fully_addressable:
             return np.asarray(piece)
         from jax.experimental import multihost_utils

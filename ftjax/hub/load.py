@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,7 +16,7 @@ from ftjax.hub.source import TensorSource
 from ftjax.mesh import sharding
 from ftjax.models.facts import complete_config, read_config
 from ftjax.models.model import Model
-from ftjax.models.param import Spec
+from ftjax.models.param import Layout, Spec
 
 
 def open_model(path: Path) -> tuple[dict, TensorSource]:
@@ -47,13 +47,14 @@ def load_params(
     # to a nearly complete model.
     order = sorted(specs, key=lambda path: -specs[path].size)
     stored = {path: jnp.float32 if specs[path].row.trainable else dtype for path in order}
-    return {path: _load(specs[path].astype(stored[path]), source, mesh) for path in order}
+    have = set(source.keys())
+    return {path: _load(specs[path].astype(stored[path]), source, mesh, have) for path in order}
 
 
 def check_keys(specs: Mapping[str, Spec], source: TensorSource, ignored: Sequence[str], where: str) -> None:
     """UserError where the source lacks a tensor, has one that nothing asks for, or has one of another shape."""
     have = set(source.keys())
-    asked = {piece.name: piece.shape for spec in specs.values() for piece in spec.pieces()}
+    asked = {piece.name: piece.shape for spec in specs.values() for piece in spec.pieces(layout_in(spec, have))}
     missing = sorted(set(asked) - have)
     unused = sorted(name for name in have - set(asked) if not any(name.endswith(end) for end in ignored))
     shapes = [
@@ -69,32 +70,50 @@ def check_keys(specs: Mapping[str, Spec], source: TensorSource, ignored: Sequenc
         raise UserError(f"{where}: the weights do not fit the model; tensors " + "; ".join(problems))
 
 
-def _load(spec: Spec, source: TensorSource, mesh: Mesh) -> jax.Array:
+def layout_in(spec: Spec, have: Container[str]) -> Layout | None:
+    """The one of a parameter's layouts that a checkpoint with these names has; None is the parameter's own name."""
+    layouts = (*spec.row.layouts, None)
+    if len(layouts) == 1:
+        return None
+
+    def present(layout: Layout | None) -> float:
+        found = [piece.name in have for piece in spec.pieces(layout)]
+        return sum(found) / len(found)
+
+    return max(layouts, key=present)  # the first of equals: a missing tensor is asked for under the name that is written
+
+
+def read_block(spec: Spec, source: TensorSource, index: tuple[slice, ...], layout: Layout | None, dtype=None) -> np.ndarray:
+    """A part of a parameter, cut out of the tensors that hold it; in `dtype`, or as the source gives it."""
+    pieces = list(spec.pieces(layout))
+    depth = len(spec.stacked) + (len(layout.labels) if layout else 0)
+    names = np.array([piece.name for piece in pieces], dtype=object).reshape(spec.shape[:depth])
+    chosen = list(np.ravel(names[index[:depth]])) if depth else [str(names)]
+    shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, spec.shape, strict=True))
+    out = aligned_empty(shape, dtype or source.dtype(chosen[0]))
+    flat = out.reshape(len(chosen), *shape[depth:])
+    inside, stored = spec.shape[depth:], pieces[0].shape
+    # Where memory splits a dimension of the tensor, what comes before it is cut while reading, and the rest afterwards.
+    common = next((i for i, (a, b) in enumerate(zip(inside, stored, strict=False)) if a != b), min(len(inside), len(stored)))
+    direct = shape[depth:] == inside and isinstance(source, SafetensorsFolder)
+    for number, name in enumerate(chosen):
+        if direct and source.dtype(name) == out.dtype:
+            source.read_into(name, flat[number])
+        elif inside == stored:
+            flat[number] = source.read(name, index[depth:])
+        else:
+            part = source.read(name, index[depth : depth + common])
+            part = part.reshape(*part.shape[:common], *inside[common:])
+            flat[number] = part[(slice(None),) * common + index[depth + common :]]
+    return out
+
+
+def _load(spec: Spec, source: TensorSource, mesh: Mesh, have: Container[str]) -> jax.Array:
     """One parameter; each device's shard is read by itself."""
     where = sharding(mesh, spec.path, spec.shape, spec.row.axes)
-    if spec.row.ranks is not None:  # layers differ, and adapters are small: put it together on the host
-        whole = np.zeros(spec.shape, spec.dtype)
-        for piece in spec.pieces():
-            whole[piece.index] = source.read(piece.name)
-        return jax.make_array_from_callback(spec.shape, where, lambda index: whole[index])
-    depth = len(spec.stacked)
-    names = np.array([piece.name for piece in spec.pieces()], dtype=object).reshape(spec.stacked)
-
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        chosen = list(np.ravel(names[index[:depth]])) if depth else [str(names)]
-        shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, spec.shape, strict=True))
-        out = aligned_empty(shape, spec.dtype)
-        flat = out.reshape(len(chosen), *shape[depth:])
-        direct = shape[depth:] == spec.shape[depth:] and isinstance(source, SafetensorsFolder)
-        for number, name in enumerate(chosen):
-            if direct and source.dtype(name) == spec.dtype:
-                source.read_into(name, flat[number])
-            else:
-                flat[number] = source.read(name, index[depth:])
-        return out
-
+    layout = layout_in(spec, have)
     # Each shard is asked for once per device; devices that hold the same part share one read.
-    return jax.make_array_from_callback(spec.shape, where, shard)
+    return jax.make_array_from_callback(spec.shape, where, lambda index: read_block(spec, source, index, layout, spec.dtype))
 
 
 def aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:

@@ -10,25 +10,36 @@ import numpy as np
 
 from ftjax.config import MethodConfig
 from ftjax.hub.gather import host_piece
+from ftjax.hub.load import layout_in, read_block
 from ftjax.hub.safetensors import Tensor, write_model
 from ftjax.hub.source import TensorSource
 from ftjax.methods import method_module
 from ftjax.models.model import Model
-from ftjax.models.param import Piece
+from ftjax.models.param import Piece, Spec
 
-# (path, piece) -> one Hugging Face tensor of the base model
-ReadWeight = Callable[[str, Piece], np.ndarray]
+# (parameter, piece of it) -> one Hugging Face tensor of the base model
+ReadWeight = Callable[[Spec, Piece], np.ndarray]
 
 
 def from_params(params: Mapping[str, jax.Array]) -> ReadWeight:
     """The weights that are on the devices."""
-    return lambda path, piece: host_piece(params[path], piece.index)()
+    return lambda spec, piece: host_piece(params[spec.path], piece.index, piece.shape)()
 
 
 def from_source(source: TensorSource, trained: Mapping[str, jax.Array]) -> ReadWeight:
     """The weights as they are on disk, one at a time, except those that were trained."""
     on_device = from_params(trained)
-    return lambda path, piece: on_device(path, piece) if path in trained else source.read(piece.name)
+    have = set(source.keys())
+
+    def read(spec: Spec, piece: Piece) -> np.ndarray:
+        if spec.path in trained:
+            return on_device(spec, piece)
+        if piece.name in have:
+            return source.read(piece.name)
+        index = tuple(slice(i, i + 1) if isinstance(i, int) else i for i in piece.index)
+        return read_block(spec, source, index, layout_in(spec, have)).reshape(piece.shape)
+
+    return read
 
 
 def model_tensors(
@@ -45,20 +56,20 @@ def model_tensors(
     def fetch(path: str, index: tuple) -> np.ndarray:
         return host_piece(trained[path], index)()
 
-    def data(path: str, piece: Piece, stacked: int):
+    def data(spec: Spec, piece: Piece):
         def one() -> np.ndarray:
-            weight = read(path, piece)
+            weight = read(spec, piece)
             if merge is not None:
-                weight = merge(model, path, piece.index[:stacked], weight, fetch)
+                weight = merge(model, spec.path, piece.index[: len(spec.stacked)], weight, fetch)
             return weight.astype(dtype)
 
         return one
 
     return [
-        Tensor(piece.name, piece.shape, dtype, data(path, piece, len(spec.stacked)))
-        for path, spec in model.specs.items()
+        Tensor(piece.name, piece.shape, dtype, data(spec, piece))
+        for spec in model.specs.values()
         if not spec.row.adapter
-        for piece in spec.pieces()
+        for piece in spec.written()
     ]
 
 

@@ -29,7 +29,7 @@ PREFIX = "base_model.model."
 def adapter_tensors(model: Model, params: Mapping[str, jax.Array]) -> list[Tensor]:
     """Everything that trains, under PEFT's names, in float32."""
     return [
-        Tensor(PREFIX + piece.name, piece.shape, np.dtype(np.float32), host_piece(params[path], piece.index))
+        Tensor(PREFIX + piece.name, piece.shape, np.dtype(np.float32), host_piece(params[path], piece.index, piece.shape))
         for path, spec in model.trainable.items()
         for piece in spec.pieces()
     ]

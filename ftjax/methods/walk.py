@@ -1,8 +1,7 @@
 """Find the dense layers of a model, match them as PEFT does, and put a wrapping module in their place."""
 
-import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from flax import nnx
 
 from ftjax.errors import UserError
 from ftjax.models.layers import Linear
-from ftjax.models.param import INDEXED
+from ftjax.models.param import INDEXED, Spec, specs
 
 
 @dataclass(frozen=True)
@@ -38,20 +37,20 @@ class Site:
 def linears(root: nnx.Module) -> list[Site]:
     """Every dense layer, the output embedding included, in the order of the module tree."""
     nodes = {path: node for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)}
-    return [_site(path, node, nodes) for path, node in sorted(nodes.items(), key=_by_name) if isinstance(node, Linear)]
+    rows = specs(root)
+    return [_site(path, node, nodes, rows) for path, node in sorted(nodes.items(), key=_by_name) if isinstance(node, Linear)]
 
 
 def _by_name(item: tuple) -> list[str]:
     return [str(part) for part in item[0]]
 
 
-def _site(path: tuple, linear: Linear, nodes: dict) -> Site:
-    axes, shape = linear.weight.row.axes, linear.weight.get_value().shape
-    stack_axes = tuple(axis for axis in axes if axis in INDEXED)
-    stack = tuple(shape[: len(stack_axes)])
-    template = ".".join("{}" if part == "block" else str(part) for part in path)
-    names = tuple(template.format(*index) for index in itertools.product(*map(range, stack)))
-    return Site(".".join(map(str, path)), nodes[path[:-1]], str(path[-1]), linear, names, stack, stack_axes)
+def _site(path: tuple, linear: Linear, nodes: dict, rows: Mapping[str, Spec]) -> Site:
+    name = ".".join(map(str, path))
+    spec = rows[f"{name}.weight"]
+    stack_axes = tuple(axis for axis in spec.row.axes if axis in INDEXED)
+    names = tuple(piece.name.removesuffix(".weight") for piece in spec.pieces())
+    return Site(name, nodes[path[:-1]], str(path[-1]), linear, names, spec.stacked, stack_axes)
 
 
 def matches(name: str, wanted: str | list[str]) -> bool:
