@@ -80,6 +80,21 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output_dir, or its final/ or best/.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into the base model.")] = False,
+    portable: Annotated[bool, typer.Option("--portable", help="An adapter that vLLM and llama.cpp take.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the folder to this repository.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public; it is private otherwise.")] = False,
+) -> None:
+    """Write a run's result as a Hugging Face folder or a PEFT folder."""
+    from ftjax.hub.export import export as write
+
+    write(run, out, merge=merge, portable=portable, push_to_hub=push_to_hub, private=not public)
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Show versions, devices and caches, and what is missing."""
     from ftjax.doctor import examine, show

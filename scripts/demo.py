@@ -1,0 +1,121 @@
+"""`make demo`: fine-tunes a small model on this machine and shows what it learned.
+
+    python scripts/demo.py
+
+Fetches SmolLM2-135M-Instruct, asks it to turn 50 messages it will not be trained on into JSON, fine-tunes it with LoRA on
+configs/demo/demo.yaml, asks again, and exports a merged Hugging Face folder. Everything lands in demo/; a second call goes
+on where the first one stopped. The figures are written to demo/result.json.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from get_demo_model import fetch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+CONFIG = Path("configs/demo/demo.yaml")
+TEST = Path("configs/demo/data/test.jsonl")
+RUN = Path("demo/run")
+MERGED = Path("demo/merged")
+LONGEST_ANSWER = 48  # tokens; the forms take 25 to 36
+
+console = Console(highlight=False)
+
+
+def ftjax(*arguments: str | Path) -> None:
+    """Runs one `ftjax` command in a process of its own, which gives its memory back."""
+    console.print(f"\n[bold]$ ftjax {' '.join(map(str, arguments))}[/]", soft_wrap=True)
+    done = subprocess.run([sys.executable, "-m", "ftjax.cli", *map(str, arguments)], check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def read_test() -> tuple[list[list[dict]], list[dict]]:
+    """The prompts (system and user turns) and the forms that are expected for them."""
+    rows = [json.loads(line)["messages"] for line in TEST.read_text(encoding="utf-8").splitlines()]
+    return [row[:-1] for row in rows], [json.loads(row[-1]["content"]) for row in rows]
+
+
+def answers(model: Path, adapter: Path | None, prompts: list[list[dict]]) -> list[str]:
+    """Greedy answers to all prompts in one batch."""
+    from ftjax.generate.session import Generator
+
+    return Generator(str(model), adapter=adapter, dtype="float32").generate(prompts, max_new_tokens=LONGEST_ANSWER)
+
+
+def exact(answer: str, form: dict) -> bool:
+    """The same JSON object: the same keys with the same values, and nothing around it."""
+    try:
+        return json.loads(answer) == form
+    except json.JSONDecodeError:
+        return False
+
+
+def main() -> None:
+    started = time.monotonic()
+    seconds: dict[str, float] = {}
+
+    def phase(name: str) -> None:
+        seconds[name] = round(time.monotonic() - started - sum(seconds.values()), 1)
+
+    model = fetch(Path("demo/model"))
+    phase("download")
+    prompts, forms = read_test()
+    with console.status(f"the base model answers {len(prompts)} messages"):
+        before = answers(model, None, prompts)
+    phase("base answers")
+    console.print(f"before training: {rate(before, forms)}")
+
+    ftjax("train", CONFIG)
+    phase("training")
+    with console.status(f"the tuned model answers {len(prompts)} messages"):
+        after = answers(model, RUN / "final", prompts)
+    phase("tuned answers")
+    shutil.rmtree(MERGED, ignore_errors=True)  # of an earlier demo; `export` writes into no folder that holds something
+    ftjax("export", RUN, "--out", MERGED, "--merge")
+    phase("export")
+
+    show(prompts, forms, before, after)
+    console.print(f"exact match before: [bold]{rate(before, forms)}[/]")
+    console.print(f"exact match after:  [bold]{rate(after, forms)}[/]")
+    total = time.monotonic() - started
+    console.print(f"{total / 60:.1f} minutes: " + ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items()))
+    result = {"messages": len(forms), "before": hits(before, forms), "after": hits(after, forms), "seconds": seconds}
+    Path("demo/result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    console.print(
+        f"\nIn {RUN / 'final'} lies a PEFT adapter, in {MERGED} a Hugging Face model. Next:\n"
+        f"  .venv/bin/ftjax generate {MERGED} --prompt 'hi, I need two red desk lamps by Friday. Anna Keller'\n"
+        f"  .venv/bin/ftjax chat {model} --adapter {RUN / 'final'}\n"
+        f"  .venv/bin/ftjax train {CONFIG} data.train=YOUR.jsonl data.validation=null output_dir=runs/mine",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def hits(given: list[str], forms: list[dict]) -> int:
+    return sum(exact(answer, form) for answer, form in zip(given, forms, strict=True))
+
+
+def rate(given: list[str], forms: list[dict]) -> str:
+    return f"{hits(given, forms)} of {len(forms)} messages ({hits(given, forms) / len(forms):.0%})"
+
+
+def show(prompts: list[list[dict]], forms: list[dict], before: list[str], after: list[str]) -> None:
+    """Three messages side by side."""
+    table = Table("message", "before", "after", show_lines=True, title="held-out messages", title_justify="left")
+    for number in range(3):
+        mark = "exact" if exact(after[number], forms[number]) else f"expected {json.dumps(forms[number])}"
+        cells = (prompts[number][-1]["content"], before[number].strip(), f"{after[number].strip()}\n({mark})")
+        table.add_row(*map(Text, cells))  # as they are: an answer may hold what rich takes for markup
+    console.print()
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
