@@ -38,6 +38,10 @@ class KVCache:
             values=jax.lax.dynamic_update_slice(self.values, v[None].astype(self.values.dtype), at),
         )
 
+    def read(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values `[B, S, K, H]` of a layer, slots that are not yet written included."""
+        return self.keys[layer], self.values[layer]
+
     def claim(self, segment_ids: jax.Array) -> "KVCache":
         """Mark the next T slots as `segment_ids [B, T]`, before the layers write them."""
         return replace(self, segment_ids=jax.lax.dynamic_update_slice(self.segment_ids, segment_ids, (0, self.length)))

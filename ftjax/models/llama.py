@@ -41,7 +41,7 @@ class LlamaAttention(nnx.Module):
         segments, offset = ctx.segment_ids, 0
         if cache is not None:
             cache = cache.write(layer, k, v)
-            k, v, segments, offset = cache.keys[layer], cache.values[layer], cache.segment_ids, cache.length
+            (k, v), segments, offset = cache.read(layer), cache.segment_ids, cache.length
         y = attend(q, k, v, ctx.segment_ids, segments, offset, pattern, ctx.attention)
         return self.o_proj(y.reshape(b, t, self.heads * self.head_dim), ctx), cache
 
