@@ -5,6 +5,7 @@ dequantises the blocks. What the tensors mean for a model is not known here.
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,7 +104,8 @@ def _open(path: Path, size: int, modified: int) -> GGUFFile:
         if "GGUF magic" in str(error):
             raise UserError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)") from None
         if "GGMLQuantizationType" in str(error):
-            raise UserError(f"{path}: {_unsupported(f'type number {str(error).split()[0]}')}") from None
+            number = re.search(r"\d+(?=\D*is not)", str(error))
+            raise UserError(f"{path}: {_unsupported(f'type number {number.group() if number else error}')}") from None
         raise UserError(
             f"{path}: truncated or damaged GGUF file of {size:,} bytes ({error}); download it again and compare its size"
         ) from None

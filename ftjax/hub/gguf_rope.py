@@ -88,7 +88,7 @@ def llama3_factors(theta: float, pairs: int, parameters: Mapping[str, Any]) -> n
 def _llama3(theta: float, factors: np.ndarray) -> dict[str, Any] | None:
     """The parameters whose factors these are, to float32; None where there are none."""
     pairs = len(factors)
-    factor = float(np.max(factors))
+    factor = float(f"{np.max(factors):.6g}")
     between = (factors > 1 + 1e-6) & (factors < factor * (1 - 1e-6))
     guesses = [(HIGH_FREQ_FACTOR, ORIGINAL_LENGTH)]
     if between.sum() >= 2:
@@ -101,7 +101,7 @@ def _llama3(theta: float, factors: np.ndarray) -> dict[str, Any] | None:
             guesses.append((high, round(slope * (high - LOW_FREQ_FACTOR))))
     for high, original in guesses:
         found = {
-            "factor": shortest(factor),
+            "factor": factor,
             "low_freq_factor": LOW_FREQ_FACTOR,
             "high_freq_factor": high,
             "original_max_position_embeddings": original,

@@ -99,6 +99,6 @@ def add_special_pieces(tokenizer: Tokenizer, pieces: Sequence[str], kinds: Seque
 def template(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> processors.TemplateProcessing:
     """A post-processor that puts `bos` before and `eos` after each text, where they are given."""
     single = [token for token in (bos, "$A", eos) if token]
-    pair = [f"{token}:1" for token in (bos, "$B", eos) if token]
+    pair = [token for token in (bos, "$B:0", eos) if token]
     ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
     return processors.TemplateProcessing(single=" ".join(single), pair=" ".join([*single, *pair]), special_tokens=ids)
