@@ -112,6 +112,10 @@ def hf_logits(hf: Any, ids: np.ndarray, mask: np.ndarray | None = None, position
         if hasattr(module, "original_inv_freq"):
             module.inv_freq.copy_(module.original_inv_freq)
             module.max_seq_len_cached = module.original_max_seq_len
+        rope_type = getattr(module, "rope_type", None)
+        for kind in rope_type if isinstance(rope_type, dict) else ():  # one RoPE for each type of layer
+            getattr(module, f"{kind}_inv_freq").copy_(getattr(module, f"{kind}_original_inv_freq"))
+            setattr(module, f"{kind}_max_seq_len_cached", module.original_max_seq_len)
     inputs = {"input_ids": torch.tensor(ids).long()}
     if mask is not None:
         inputs["attention_mask"] = torch.tensor(mask).long()

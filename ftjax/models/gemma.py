@@ -38,7 +38,7 @@ class GemmaBlock(nnx.Module):
 
 
 class GemmaModel(nnx.Module):
-    """`ropes` by name; blocks find what they need in `ctx.rope`: the one that there is, or a dict of all."""
+    """Blocks find in `ctx.rope` what `rope` gives: the one that there is, or a dict of all by name."""
 
     def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope | dict[str, Rope]):
         self.rope = rope
@@ -80,13 +80,13 @@ class GemmaForCausalLM(nnx.Module):
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
 
-def attention_and_mlp(facts: Facts, act: str) -> tuple[LlamaAttention, LlamaMLP]:
+def attention_and_mlp(facts: Facts, act: str, **norms: nnx.Module) -> tuple[LlamaAttention, LlamaMLP]:
     """The parts that every Gemma has; `act` is the config's field of the activation."""
     embed, head_dim = facts["hidden_size"], facts["head_dim"]
     facts.only("attention_dropout", 0.0, 0, None, why="dropout on attention probabilities is not implemented")
     facts.only("use_bidirectional_attention", None, False, why="it makes an encoder, not a causal language model")
     attention = LlamaAttention(
-        embed, facts["num_attention_heads"], facts["num_key_value_heads"], head_dim, facts["attention_bias"]
+        embed, facts["num_attention_heads"], facts["num_key_value_heads"], head_dim, facts["attention_bias"], **norms
     )
     return attention, LlamaMLP(embed, facts["intermediate_size"], facts[act], False)
 

@@ -21,14 +21,28 @@ from ftjax.models.stack import Stack
 
 
 class LlamaAttention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions.
 
-    def __init__(self, embed: int, heads: int, kv_heads: int, head_dim: int, bias: bool):
+    `q_norm` and `k_norm` are applied to each head before RoPE (Qwen 3, Gemma 3).
+    """
+
+    def __init__(
+        self,
+        embed: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        bias: bool,
+        *,
+        q_norm: nnx.Module | None = None,
+        k_norm: nnx.Module | None = None,
+    ):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.q_proj = Linear(embed, heads * head_dim, ("embed", "heads"), bias=bias)
         self.k_proj = Linear(embed, kv_heads * head_dim, ("embed", "kv_heads"), bias=bias)
         self.v_proj = Linear(embed, kv_heads * head_dim, ("embed", "kv_heads"), bias=bias)
         self.o_proj = Linear(heads * head_dim, embed, ("heads", "embed"), bias=bias)
+        self.q_norm, self.k_norm = q_norm, k_norm
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
         """`x [B, T, E] -> ([B, T, E], cache)`."""
@@ -36,6 +50,8 @@ class LlamaAttention(nnx.Module):
         q = self.q_proj(x, ctx).reshape(b, t, self.heads, self.head_dim)
         k = self.k_proj(x, ctx).reshape(b, t, self.kv_heads, self.head_dim)
         v = self.v_proj(x, ctx).reshape(b, t, self.kv_heads, self.head_dim)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
         q, k = apply(q, *ctx.rope), apply(k, *ctx.rope)
         q = constrain(q, "batch", "length", "heads", None)
         segments, offset = ctx.segment_ids, 0

@@ -38,6 +38,25 @@ CASES: list[Case] = [
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
         "rope_parameters": LLAMA3_ROPE,
     }),
+    Case("gemma3", "gemma3_text", {
+        "head_dim": 12, "num_hidden_layers": 4, "sliding_window": 8, "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 20, "final_logit_softcapping": 6.0, "attn_logit_softcapping": 4.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    }),
+    Case("gemma3-ropes", "gemma3_text", {
+        "head_dim": 8, "num_hidden_layers": 3, "sliding_window": 6, "tie_word_embeddings": False, "attention_bias": True,
+        "hidden_activation": "silu", "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            },
+            "sliding_attention": {"rope_type": "dynamic", "rope_theta": 300.0, "factor": 2.0},
+        },
+        "max_position_embeddings": 32,
+    }),
 ]  # fmt: skip
 
 ONE_OF_EACH = list({case.model_type: case for case in reversed(CASES)}.values())[::-1]
