@@ -11,6 +11,7 @@ from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from ftjax.errors import UserError
+from ftjax.hub import gguf_file
 from ftjax.hub.gguf import GGUFSource, read_config
 from ftjax.hub.gguf_file import QUANTISED, open_gguf
 
@@ -69,6 +70,18 @@ def test_a_part_is_the_part_of_the_whole(stories, stories_gguf, name):
     for index in [(slice(3, 11),), (slice(rows - 5, rows), slice(0, 7)), (slice(None), slice(columns // 2, columns)), ()]:
         part = source.read(name, index)
         assert part.flags.c_contiguous and np.array_equal(part, tensor[index])
+
+
+def test_rows_are_dequantised_group_by_group(tmp_path, monkeypatch):
+    config, tensors = tiny()
+    name = "model.embed_tokens.weight"
+    raw = gguf.quantize(tensors[name], GGMLType.Q8_0)
+    rest = {other: tensor for other, tensor in tensors.items() if other != name}
+    source = GGUFSource(write_llama(tmp_path / "groups.gguf", config, rest, stored={name: (raw, GGMLType.Q8_0)}))
+    whole = source.read(name)
+    monkeypatch.setattr(gguf_file, "GROUP", 5 * 32)  # five rows of 48
+    np.testing.assert_array_equal(source.read(name), whole)
+    np.testing.assert_array_equal(source.read(name, (slice(3, 17),)), whole[3:17])
 
 
 def test_one_dimension(stories, stories_gguf):

@@ -174,6 +174,7 @@ def test_byte_level_has_the_ids_of_the_original(corpus, tmp_path, pre):
     for text in [*corpus, *random_texts(300)]:
         ids = original.encode(text).ids
         assert mine(text).input_ids == ids, text
+        assert mine.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text) == original.pre_tokenizer.pre_tokenize_str(text)
         assert mine.decode(ids) == original.decode(ids, skip_special_tokens=False)
     assert (mine.bos_token, mine.eos_token) == ("<|im_start|>", "<|im_end|>")
     same_after_saving(mine, tmp_path / "saved")
