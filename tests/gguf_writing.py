@@ -129,6 +129,17 @@ def add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
+def vocabulary(path: Path, write, architecture: str = "llama") -> Path:
+    """A GGUF file without tensors."""
+    writer = GGUFWriter(path, architecture)
+    writer.add_context_length(512)
+    write(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
 def hub_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """`(config.json, tensors)` of a folder with one safetensors file."""
     return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")

@@ -8,7 +8,7 @@ from ftjax.errors import UserError
 
 # A repository's top level only: subfolders hold the same weights for other runtimes.
 CONFIGURATION = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt", "README.md")
-WEIGHTS = ("model*.safetensors",)
+SINGLE, WEIGHTS = "model.safetensors", "model*.safetensors"
 NOT_THESE = ("*/*",)
 HUB = "https://huggingface.co/"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -27,8 +27,8 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
     local = _local(path, revision)
     if local is not None and local.is_file():
         return local
-    folder = local if local is not None else _download(path, revision, (*CONFIGURATION, *WEIGHTS))
-    if not any(folder.glob("*.safetensors")) and not (folder / "model.safetensors.index.json").exists():
+    folder = local if local is not None else _download(path, revision, (*CONFIGURATION, WEIGHTS))
+    if not any(folder.glob(WEIGHTS)) and not (folder / f"{SINGLE}.index.json").exists():
         raise UserError(f"{path}: {_no_weights(folder, None if local is not None else path, revision)}")
     return folder
 
@@ -131,7 +131,7 @@ def _no_weights(folder: Path, repo: str | None, revision: str | None) -> str:
             "Convert it where you trust it, with transformers and PyTorch: "
             "AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_FOLDER) writes model.safetensors"
         )
-    return f"expected model.safetensors (or its index and shards); found {shown}"
+    return f"expected {SINGLE} (or its index and shards); found {shown}"
 
 
 def _remote_names(repo: str, revision: str | None) -> list[str]:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 from gguf import GGUFWriter, TokenType
-from gguf_writing import add, demo_model, hub_folder, sentencepiece_keys, write_llama
+from gguf_writing import add, demo_model, hub_folder, sentencepiece_keys, vocabulary, write_llama
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -25,17 +25,6 @@ TEXTS = [
 def random_texts(count: int, alphabet: str = "abeht \n\t😀é漢字0123,.' ") -> list[str]:
     rng = random.Random(0)
     return ["".join(rng.choice(alphabet) for _ in range(rng.randint(1, 40))) for _ in range(count)]
-
-
-def vocabulary_only(path, write, architecture: str = "llama"):
-    """A GGUF file without tensors."""
-    writer = GGUFWriter(path, architecture)
-    writer.add_context_length(512)
-    write(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
 
 
 def byte_level(split: str | None, corpus: list[str], digits: bool = False, nfc: bool = False) -> Tokenizer:
@@ -120,7 +109,7 @@ def test_mistral_has_the_ids_of_sentencepiece(shared, tmp_path):
 
     file = shared / "models" / "tokenizer_mistral_v1" / "tokenizer.model"
     original = SentencePieceProcessor(str(file))
-    mine = gguf_tokenizer(vocabulary_only(tmp_path / "mistral.gguf", sentencepiece_keys(file, bos=1, eos=2, unknown=0)))
+    mine = gguf_tokenizer(vocabulary(tmp_path / "mistral.gguf", sentencepiece_keys(file, bos=1, eos=2, unknown=0)))
     for text in [*TEXTS, *random_texts(500)]:
         if text and "<s>" not in text:
             assert mine(text).input_ids == [1, *original.encode(text)], text
@@ -139,7 +128,7 @@ def test_sentencepiece_flags(stories, tmp_path):
             for key, value in flags.items():
                 add(writer, f"tokenizer.ggml.{key}", value)
 
-        return gguf_tokenizer(vocabulary_only(tmp_path / f"{'-'.join(flags)}.gguf", write))
+        return gguf_tokenizer(vocabulary(tmp_path / f"{'-'.join(flags)}.gguf", write))
 
     assert made(add_bos_token=False)("the cat").input_ids == original.encode("the cat")
     assert made(add_eos_token=True)("the cat").input_ids == [1, *original.encode("the cat"), 2]
@@ -170,7 +159,7 @@ PATTERNS = {
 def test_byte_level_has_the_ids_of_the_original(corpus, tmp_path, pre):
     original = byte_level(corpus=corpus, **PATTERNS[pre])
     settings = {"ggml__bos_token_id": 1, "ggml__eos_token_id": 2, "ggml__add_bos_token": False}
-    mine = gguf_tokenizer(vocabulary_only(tmp_path / "model.gguf", byte_level_keys(original, pre, **settings)))
+    mine = gguf_tokenizer(vocabulary(tmp_path / "model.gguf", byte_level_keys(original, pre, **settings)))
     for text in [*corpus, *random_texts(300)]:
         ids = original.encode(text).ids
         assert mine(text).input_ids == ids, text
@@ -219,7 +208,7 @@ def test_whole_tokens_are_taken_without_merges_where_the_family_does_so(corpus, 
         def add_token_types(self, types):
             self.writer.add_token_types([*types, TokenType.NORMAL])
 
-    path = vocabulary_only(tmp_path / "llama3.gguf", lambda writer: keys(Longer(writer)))
+    path = vocabulary(tmp_path / "llama3.gguf", lambda writer: keys(Longer(writer)))
     mine = gguf_tokenizer(path)
     assert mine("zqzqzq").input_ids == [original.get_vocab_size()]
     assert len(mine("zqzqzqx").input_ids) > 1
@@ -229,7 +218,7 @@ def test_llama3_adds_bos_unless_told_otherwise(corpus, tmp_path):
     original = byte_level(GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"], corpus)
     for flags, first in (({}, True), ({"ggml__add_bos_token": False}, False)):
         keys = byte_level_keys(original, "llama-bpe", ggml__bos_token_id=1, **flags)
-        mine = gguf_tokenizer(vocabulary_only(tmp_path / f"{first}.gguf", keys))
+        mine = gguf_tokenizer(vocabulary(tmp_path / f"{first}.gguf", keys))
         assert mine("the cat").input_ids == [1] * first + original.encode("the cat").ids
         same_after_saving(mine, tmp_path / f"saved{first}")
 
@@ -244,7 +233,7 @@ def test_fillers_behind_the_vocabulary_are_left_out(corpus, tmp_path):
         writer.add_token_types = lambda types: add_types([*types, *[TokenType.UNUSED] * 5])
         byte_level_keys(original, "gpt-2")(writer)
 
-    assert len(gguf_tokenizer(vocabulary_only(tmp_path / "padded.gguf", write))) == size
+    assert len(gguf_tokenizer(vocabulary(tmp_path / "padded.gguf", write))) == size
 
 
 def test_user_defined_tokens_stay_whole_and_are_text(corpus, tmp_path):
@@ -256,7 +245,7 @@ def test_user_defined_tokens_stay_whole_and_are_text(corpus, tmp_path):
         writer.add_token_types = lambda types: add_types([*types, TokenType.USER_DEFINED, TokenType.USER_DEFINED])
         byte_level_keys(original, "gpt-2")(writer)
 
-    mine = gguf_tokenizer(vocabulary_only(tmp_path / "user.gguf", write))
+    mine = gguf_tokenizer(vocabulary(tmp_path / "user.gguf", write))
     size = original.get_vocab_size()
     ids = mine("a<think>b    c").input_ids
     assert ids.count(size) == 1 and ids.count(size + 1) == 1
@@ -266,10 +255,10 @@ def test_user_defined_tokens_stay_whole_and_are_text(corpus, tmp_path):
 def test_chat_templates(corpus, tmp_path):
     original = byte_level(None, corpus)
     one = {"chat_template": "{{ messages[0]['content'] }}"}
-    mine = gguf_tokenizer(vocabulary_only(tmp_path / "one.gguf", byte_level_keys(original, "gpt-2", **one)))
+    mine = gguf_tokenizer(vocabulary(tmp_path / "one.gguf", byte_level_keys(original, "gpt-2", **one)))
     assert mine.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
     two = {**one, "chat_template__tool_use": "tools: {{ messages[0]['content'] }}"}
-    mine = gguf_tokenizer(vocabulary_only(tmp_path / "two.gguf", byte_level_keys(original, "gpt-2", **two)))
+    mine = gguf_tokenizer(vocabulary(tmp_path / "two.gguf", byte_level_keys(original, "gpt-2", **two)))
     messages = [{"role": "user", "content": "hi"}]
     assert mine.apply_chat_template(messages, tokenize=False) == "hi"
     assert mine.apply_chat_template(messages, tokenize=False, chat_template="tool_use") == "tools: hi"
@@ -279,7 +268,7 @@ def test_chat_templates(corpus, tmp_path):
 
 
 def refused(tmp_path, write, match: str) -> None:
-    path = vocabulary_only(tmp_path / "odd.gguf", write)
+    path = vocabulary(tmp_path / "odd.gguf", write)
     with pytest.raises(UserError, match=match) as error:
         gguf_tokenizer(path)
     assert str(path) in str(error.value) and "model.tokenizer" in str(error.value)

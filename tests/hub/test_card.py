@@ -1,0 +1,129 @@
+"""Model cards: front matter that the Hub reads, and what a reader needs."""
+
+import re
+
+import pytest
+import yaml
+from gguf_writing import vocabulary
+from huggingface_hub import ModelCard
+
+from ftjax.config import Config
+from ftjax.hub.card import CardFacts, base_license, installed_versions, model_card, run_card
+
+FACTS = CardFacts(
+    base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    method="lora",
+    objective="sft",
+    kind="adapter",
+    method_settings={"name": "lora", "r": 16, "lora_alpha": 32.0, "rank_pattern": {}, "layers_to_transform": None},
+    training={"optimizer": {"learning_rate": 2e-4}},
+    data=["train: 1,200 examples, 3 dropped: too long", "validation: 100 examples"],
+    metrics={"eval/loss": 1.23456789, "eval/perplexity": 3.4369},
+    step=150,
+    versions={"ftjax": "0.1.0", "jax": "0.10.2"},
+    datasets=["org/data"],
+    license="apache-2.0",
+)
+
+
+def test_front_matter_is_what_the_hub_reads():
+    card = ModelCard(model_card(FACTS))
+    assert card.data.to_dict() == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",
+        "datasets": ["org/data"],
+        "tags": ["ftjax", "lora", "sft"],
+    }
+
+
+def test_the_text_has_what_was_done():
+    text = ModelCard(model_card(FACTS)).text
+    assert "a lora adapter for [HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB" in text
+    assert "150 optimizer steps" in text
+    for line in FACTS.data:
+        assert f"- {line}\n" in text
+    assert "| eval/loss | 1.235 |" in text and "| eval/perplexity | 3.437 |" in text
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))
+    assert settings == {"method": {"name": "lora", "r": 16, "lora_alpha": 32.0}, "optimizer": {"learning_rate": 2e-4}}
+    assert 'PeftModel.from_pretrained(model, "THIS_FOLDER")' in text
+    assert "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --enable-lora" in text and "convert_lora_to_gguf.py" in text
+    assert "ftjax 0.1.0, jax 0.10.2" in text
+
+
+def test_python_in_the_card_is_python():
+    for kind in ("adapter", "model"):
+        for block in re.findall(r"```python\n(.*?)```", model_card(CardFacts("a/b", "lora", "sft", kind)), re.DOTALL):
+            compile(block, "README.md", "exec")
+
+
+def test_a_whole_model():
+    card = ModelCard(model_card(CardFacts("org/base", "full", "sft", "model")))
+    assert card.data.library_name == "transformers" and card.data.base_model == "org/base"
+    assert "convert_hf_to_gguf.py THIS_FOLDER" in card.text and "vllm serve THIS_FOLDER" in card.text
+    assert "peft" not in card.text.lower()
+
+
+@pytest.mark.parametrize("base", ["stories260k", "SmolLM2-135M-Instruct.Q4_1.gguf"])
+def test_a_local_base_is_no_hub_id(base):
+    card = ModelCard(model_card(CardFacts(base, "lora", "sft", "adapter")))
+    assert card.data.base_model is None
+    assert f"`BASE_FOLDER` is the Hugging Face folder of `{base}`" in card.text
+    assert 'from_pretrained("BASE_FOLDER")' in card.text and f'"{base}"' not in card.text
+
+
+def config(path: str, train: str, **method) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"path": path},
+            "method": {"name": "lora", "r": 4, **method},
+            "data": {"train": train},
+            "output_dir": "/home/somebody/runs/one",
+        }
+    )
+
+
+def test_of_a_run():
+    text = run_card(
+        config("meta-llama/Llama-3.2-1B", "org/data"),
+        step=3,
+        data=["train: 7 examples"],
+        metrics={"eval/loss": 2.0},
+        whole=False,
+    )
+    card = ModelCard(text)
+    assert card.data.base_model == "meta-llama/Llama-3.2-1B" and card.data.datasets == ["org/data"]
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))
+    assert settings["method"]["r"] == 4 and settings["training"]["seed"] == 42 and settings["data"]["max_length"] == 1024
+    assert "3 optimizer steps" in text
+    for package, version in installed_versions().items():
+        assert f"{package} {version}" in text
+
+
+def test_no_path_of_this_machine_is_published(tmp_path):
+    folder = tmp_path / "my base"
+    folder.mkdir()
+    file = tmp_path / "train.jsonl"
+    file.touch()
+    text = run_card(
+        config(str(folder), str(file), adapter_path="/home/somebody/adapter"), step=1, data=[], metrics={}, whole=False
+    )
+    assert str(tmp_path) not in text and "/home/somebody" not in text
+    card = ModelCard(text)
+    assert card.data.base_model is None and card.data.datasets is None and "`my base`" in card.text
+
+
+def test_the_licence_is_the_base_models(tmp_path):
+    assert base_license(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: llama3.2\n---\n# base\n")
+    assert base_license(str(tmp_path)) == "llama3.2"
+    assert (
+        ModelCard(run_card(config(str(tmp_path), "x.jsonl"), step=1, data=[], metrics={}, whole=True)).data.license
+        == "llama3.2"
+    )
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n# broken\n")
+    assert base_license(str(tmp_path)) is None
+    path = vocabulary(tmp_path / "base.gguf", lambda writer: writer.add_license("apache-2.0"))
+    assert base_license(str(path)) == "apache-2.0"
+    assert base_license("org/not-in-the-cache") is None
