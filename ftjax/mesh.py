@@ -20,6 +20,7 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "experts": None,  # every device holds its part of each expert's mlp, not whole experts
     "layers": None,
     "norm": None,
     "rank": None,

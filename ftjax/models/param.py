@@ -73,7 +73,7 @@ class Row:
         adapter: a method added the parameter; it is initialised, not loaded with the base model.
         ranks: for each stacked index, how much of the `rank` axis exists (0: that layer has no adapter). The rest is
             padding, which neither trains nor is exported.
-        shape: Hugging Face's shape of one layer's tensor, where memory splits one of its dimensions in two.
+        hf_shape: Hugging Face's shape of one layer's tensor, where memory splits one of its dimensions in two.
         layouts: how checkpoints hold the parameter, where they do it otherwise; the first is what is written. Under
             its own name it can always be read.
     """
@@ -84,7 +84,7 @@ class Row:
     trainable: bool = False
     adapter: bool = False
     ranks: tuple[int, ...] | None = None
-    shape: tuple[int, ...] | None = None
+    hf_shape: tuple[int, ...] | None = None
     layouts: tuple[Layout, ...] = ()
 
 
@@ -156,7 +156,7 @@ class Spec:
                     continue
                 at = self.row.axes.index("rank") - depth
                 cut = (*cut[:at], slice(0, self.row.ranks[number]), *cut[at + 1 :])
-            shape = self.row.shape if self.row.shape and layout is None else tuple(c.stop for c in cut)
+            shape = self.row.hf_shape if self.row.hf_shape and layout is None else tuple(c.stop for c in cut)
             yield Piece(template.format(*self._labels(index, labels)), index + cut, shape)
 
     def _labels(self, index: tuple[int, ...], labels: tuple[tuple[str, ...] | None, ...]) -> Iterator[int | str]:

@@ -57,6 +57,25 @@ CASES: list[Case] = [
         },
         "max_position_embeddings": 32,
     }),
+    Case("mixtral", "mixtral", {"num_local_experts": 4, "num_hidden_layers": 3, "output_router_logits": True}),
+    Case("mixtral-window", "mixtral", {
+        "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8, "head_dim": 12, "tie_word_embeddings": True,
+        "hidden_act": "gelu", "rms_norm_eps": 1e-3, "router_aux_loss_coef": 0.5, "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("qwen3-moe", "qwen3_moe", {
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True,
+        "num_hidden_layers": 3, "head_dim": 12,
+    }),
+    Case("qwen3-moe-dense-first", "qwen3_moe", {
+        "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "num_hidden_layers": 4,
+        "mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 8, "attention_bias": True,
+        "tie_word_embeddings": True, "output_router_logits": True, "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("qwen3-moe-every-other", "qwen3_moe", {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_hidden_layers": 5,
+        "decoder_sparse_step": 2, "hidden_act": "gelu",
+    }),
+    Case("qwen3-moe-all-dense", "qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 9}),
 ]  # fmt: skip
 
 ONE_OF_EACH = list({case.model_type: case for case in reversed(CASES)}.values())[::-1]

@@ -1,0 +1,227 @@
+"""Routed experts: each token goes through the k experts that its router scores highest; none is ever dropped.
+
+Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot_general`: one kernel on TPU and GPU; on
+CPU JAX masks a dense product, which costs as much as all experts). Devices sort the tokens that they hold.
+
+Sources: Shazeer et al. 2017 (arXiv:1701.06538); the balancing loss, Fedus et al. 2021 (arXiv:2101.03961, eq. 4 to 6).
+
+Legend: B batch, T length, M tokens on one device, D embed, F mlp, X experts, K experts of a token.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from ftjax.mesh import RULES, constrain
+from ftjax.models.attention import Pattern
+from ftjax.models.context import Context, KVCache
+from ftjax.models.layers import activation, project
+from ftjax.models.llama import LlamaBlock, LlamaModel
+from ftjax.models.param import Init, Layout, param
+from ftjax.models.rope import Rope
+from ftjax.models.stack import Stack
+
+
+class Router(nnx.Module):
+    """Scores each token for each expert. Not a `Linear`: transformers' router is none, so PEFT's LoRA passes it by."""
+
+    def __init__(
+        self, embed: int, experts: int, top_k: int, *, normalise: bool, bias: bool = False, layout: Layout | None = None
+    ):
+        """`normalise`: the weights of the chosen experts add up to 1."""
+        self.top_k, self.normalise = top_k, normalise
+        self.weight = param((experts, embed), ("experts", "embed"), "weight", layouts=(layout,) if layout else ())
+        self.bias = param((experts,), ("experts",), "bias", init=Init("zeros")) if bias else None
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`x [B, T, D]` -> float32 logits `[B, T, X]`, chosen experts `[B, T, K]` int32 and their float32 weights."""
+        logits = project(x, self.weight[...])
+        if self.bias is not None:
+            logits = logits + self.bias[...].astype(x.dtype)
+        logits = logits.astype(jnp.float32)
+        best, chosen = jax.lax.top_k(logits, self.top_k)
+        total = best if self.normalise else logits
+        weights = jnp.exp(best - jax.nn.logsumexp(total, axis=-1, keepdims=True))
+        return logits, chosen, weights
+
+
+def grouped(x: jax.Array, weight: jax.Array, sizes: jax.Array, contract: int) -> jax.Array:
+    """`[M, N]`: the rows of `x [M, in]`, sorted by expert, times their expert's matrix.
+
+    Args:
+        weight: [X, in, N] or [X, N, in]; `contract` says where its input dimension is.
+        sizes: [X] int32, the rows of each expert.
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dims = jax.lax.RaggedDotDimensionNumbers(
+        (((1,), (contract,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
+    return jax.lax.ragged_dot_general(x, weight.astype(x.dtype), sizes, dims, precision=precision)
+
+
+# (rows [M, D] sorted by expert, sizes [X], expert of each row [M], parameters) -> [M, D]
+Feedforward = Callable[[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]], jax.Array]
+
+
+def dispatch(
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    feedforward: Feedforward,
+    params: dict[str, jax.Array],
+    axes: dict[str, tuple[str | None, ...]],
+) -> jax.Array:
+    """`[B, T, D]`: the weighted sum of what the chosen experts make of each token.
+
+    Under a mesh each device takes its own tokens and its part of the experts' `mlp` dimension; partial sums are added
+    over the devices that share the tokens.
+
+    Args:
+        axes: logical axes of each parameter; only `mlp` stays distributed, the rest is gathered.
+    """
+    experts = next(iter(params.values())).shape[0]
+
+    def local(x, chosen, weights, params):
+        b, t, d = x.shape
+        k = chosen.shape[-1]
+        owner = chosen.reshape(-1)
+        order = jnp.argsort(owner)
+        sizes = jnp.bincount(owner, length=experts).astype(jnp.int32)
+        rows = jnp.broadcast_to(x.reshape(b * t, 1, d), (b * t, k, d)).reshape(-1, d)
+        rows = rows.at[order].get(unique_indices=True)
+        y = feedforward(rows, sizes, owner[order], params)
+        y = y.at[jnp.argsort(order)].get(unique_indices=True).reshape(b, t, k, d)
+        return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=2)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(x, chosen, weights, params).astype(x.dtype)
+
+    def parts(axis: str, size: int) -> tuple[str, ...] | None:
+        """The mesh axes of a dimension, where it divides by them."""
+        rule = RULES[axis]
+        count = 1
+        for name in rule:
+            count *= mesh.shape[name]
+        return rule if size % count == 0 else None
+
+    token = PartitionSpec(parts("batch", x.shape[0]), parts("length", x.shape[1]), None)
+    places = {
+        name: PartitionSpec(
+            *(parts(axis, size) if axis == "mlp" else None for axis, size in zip(axes[name], leaf.shape, strict=True))
+        )
+        for name, leaf in params.items()
+    }
+    over = next((part for place in places.values() for part in place if part), None)
+
+    def shard(x, chosen, weights, params):
+        y = local(x, chosen, weights, params)
+        return (y if over is None else jax.lax.psum(y, over)).astype(x.dtype)
+
+    return jax.shard_map(shard, mesh=mesh, in_specs=(token, token, token, places), out_specs=token)(x, chosen, weights, params)
+
+
+class Experts(nnx.Module):
+    """`down(act(gate(x)) * up(x))`, X of them.
+
+    Checkpoints hold a tensor for each expert and matrix; transformers' modules hold gate and up of all experts in one,
+    gate before up. Here they are two slices of one array, so that either can be distributed over devices.
+    """
+
+    AXES = {"gate_up_proj": ("experts", None, "mlp", "embed"), "down_proj": ("experts", "embed", "mlp")}  # noqa: RUF012
+
+    def __init__(
+        self, embed: int, mlp: int, experts: int, act: str, names: tuple[str, str, str], module: tuple[str, str] | None
+    ):
+        """`names`: of gate, up and down in checkpoints. `module`: the part of the module's name that differs there."""
+        self.act = activation(act)
+        gate, up, down = names
+        self.gate_up_proj = param(
+            (experts, 2, mlp, embed), self.AXES["gate_up_proj"], "gate_up_proj", hf_shape=(experts, 2 * mlp, embed),
+            layouts=(Layout("{}.{}.weight", (None, (gate, up)), module),),
+        )  # fmt: skip
+        self.down_proj = param(
+            (experts, embed, mlp), self.AXES["down_proj"], "down_proj",
+            layouts=(Layout(f"{{}}.{down}.weight", (None,), module),),
+        )  # fmt: skip
+
+    def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+        def feedforward(rows, sizes, owner, params):
+            gate_up = params["gate_up_proj"]
+            hidden = self.act(grouped(rows, gate_up[:, 0], sizes, 2)) * grouped(rows, gate_up[:, 1], sizes, 2)
+            return grouped(hidden, params["down_proj"], sizes, 2)
+
+        params = {"gate_up_proj": self.gate_up_proj[...], "down_proj": self.down_proj[...]}
+        return dispatch(x, chosen, weights, feedforward, params, self.AXES)
+
+
+def statistics(logits: jax.Array, chosen: jax.Array, segment_ids: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the real tokens (segment 0 is padding), `[X]` float32 each: how often each expert was chosen, and its
+    probability."""
+    real = (segment_ids != 0).astype(jnp.float32)[..., None]
+    picked = jnp.sum(jax.nn.one_hot(chosen, logits.shape[-1], dtype=jnp.float32), axis=2)
+    return {
+        "chosen": jnp.sum(picked * real, axis=(0, 1)),
+        "probability": jnp.sum(jax.nn.softmax(logits, axis=-1) * real, axis=(0, 1)),
+    }
+
+
+def balance_loss(sums: dict[str, jax.Array], layers: int, segment_ids: jax.Array) -> jax.Array:
+    """transformers' `load_balancing_loss_func`: `X * sum(share chosen * mean probability)` over the tokens of all sparse
+    layers together; 1 for each of the K experts of a token where they are used evenly.
+
+    It is a mean over the real tokens of a microbatch (on all devices), so it does depend on how rows are put into
+    microbatches; the train step weighs each by its number of trained tokens.
+    """
+    rows = jnp.maximum(layers * jnp.sum(segment_ids != 0), 1).astype(jnp.float32)
+    experts = sums["chosen"].shape[0]
+    return experts * jnp.sum(sums["chosen"] / rows * sums["probability"] / rows)
+
+
+class SparseMoe(nnx.Module):
+    """A router and its experts, under transformers' names: the router is `gate`."""
+
+    def __init__(self, gate: Router, experts: nnx.Module):
+        self.gate = gate
+        self.experts = experts
+
+    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """`(y [B, T, D], statistics)`."""
+        logits, chosen, weights = self.gate(x)
+        return self.experts(x, chosen, weights), statistics(logits, chosen, ctx.segment_ids)
+
+
+class MoeBlock(LlamaBlock):
+    """Llama's block, whose mlp is sparse or (in some layers of some models) dense."""
+
+    def __init__(self, attention: nnx.Module, mlp: nnx.Module, embed: int, eps: float, experts: int):
+        super().__init__(attention, mlp, embed, eps)
+        self.experts = experts
+
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer: Any, cache: KVCache | None):
+        y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
+        x = constrain(x + y, "batch", "length", None)
+        y = self.mlp(self.post_attention_layernorm(x), ctx)
+        if isinstance(y, tuple):
+            y, sums = y
+        else:
+            sums = {"chosen": jnp.zeros(self.experts), "probability": jnp.zeros(self.experts)}
+        return constrain(x + y, "batch", "length", None), cache, sums
+
+
+class MoeModel(LlamaModel):
+    """`router_loss`: coefficient of the balancing loss; zero where the config does not ask for it."""
+
+    def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope, router_loss: float, sparse: int):
+        """`sparse`: number of layers that have a router."""
+        super().__init__(vocab, embed, eps, layers, rope)
+        self.router_loss, self.sparse = router_loss, sparse
+
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+        x, cache, sums = super().__call__(tokens, ctx, cache)
+        loss = self.router_loss * balance_loss(sums, self.sparse, ctx.segment_ids) if self.router_loss else jnp.float32(0)
+        return x, cache, loss

@@ -1,0 +1,57 @@
+"""Qwen 3 MoE: normed queries and keys, many small experts, and dense layers where the config says so.
+
+Source: Qwen Team 2025 (arXiv:2505.09388).
+"""
+
+from ftjax.models.attention import Pattern
+from ftjax.models.facts import Facts
+from ftjax.models.layers import RMSNorm
+from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
+from ftjax.models.mixtral import router_loss
+from ftjax.models.moe import Experts, MoeBlock, MoeModel, Router, SparseMoe
+from ftjax.models.rope import make_rope, refuse_partial
+from ftjax.models.stack import Stack
+
+
+def sparse_layers(facts: Facts, layers: int, experts: int) -> tuple[bool, ...]:
+    """Which layers have experts: every `decoder_sparse_step`-th, but for `mlp_only_layers`."""
+    dense, step = facts["mlp_only_layers"] or (), facts["decoder_sparse_step"]
+    return tuple(layer not in dense and experts > 0 and (layer + 1) % step == 0 for layer in range(layers))
+
+
+def build(facts: Facts) -> LlamaForCausalLM:
+    """The abstract model of a `qwen3_moe` config.json."""
+    embed, heads, layers = facts["hidden_size"], facts["num_attention_heads"], facts["num_hidden_layers"]
+    head_dim = facts.get("head_dim", embed // heads)
+    eps, vocab, experts = facts["rms_norm_eps"], facts["vocab_size"], facts["num_local_experts"]
+    facts.only("attention_dropout", 0.0, 0, None, why="dropout on attention probabilities is not implemented")
+    # transformers has set sliding_window to none where use_sliding_window is off, and knows no max_window_layers here.
+    facts.inert("use_sliding_window", "max_window_layers")
+    rope = refuse_partial(facts["rope_parameters"])
+    act, top_k, normalise = facts["hidden_act"], facts["num_experts_per_tok"], facts["norm_topk_prob"]
+    dense, small = facts["intermediate_size"], facts["moe_intermediate_size"]
+
+    def block(sparse: bool) -> MoeBlock:
+        attention = LlamaAttention(
+            embed, heads, facts["num_key_value_heads"], head_dim, facts["attention_bias"],
+            q_norm=RMSNorm(head_dim, eps), k_norm=RMSNorm(head_dim, eps),
+        )  # fmt: skip
+        if sparse:
+            names = ("gate_proj", "up_proj", "down_proj")
+            mlp = SparseMoe(
+                Router(embed, experts, top_k, normalise=normalise), Experts(embed, small, experts, act, names, None)
+            )
+        else:
+            mlp = LlamaMLP(embed, dense, act, False)
+        return MoeBlock(attention, mlp, embed, eps, max(experts, 1))
+
+    sparse = sparse_layers(facts, layers, experts)
+    kinds = (Pattern(head_dim**-0.5, facts.get("sliding_window")),) * layers
+    if len(set(sparse)) == 1:
+        stack = Stack(block(sparse[0]), kinds)
+    else:
+        blocks = {"sparse": block(True), "dense": block(False)}
+        stack = Stack(blocks, kinds, tuple("sparse" if here else "dense" for here in sparse))
+    rope = make_rope(rope, head_dim, facts["max_position_embeddings"])
+    model = MoeModel(vocab, embed, eps, stack, rope, router_loss(facts), sum(sparse))
+    return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])
