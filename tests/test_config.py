@@ -122,7 +122,6 @@ def test_every_error_is_reported_at_once_with_its_place(load, tmp_path):
         ("method: {name: lroa}\n", "method: unknown name 'lroa'; did you mean lora? known: "),
         ("method: lora\n", "method: expected a mapping (`key: value` lines), found 'lora'; write method: {name: lora}"),
         ("method: {target_modules: 3}\n", "method.target_modules: expected a string or a list, found 3"),
-        ("method: {target_modules: [q, 3]}\n", "method.target_modules.1: expected a string, found 3 (put it in quotes)"),
         ("method: {r: true}\n", "method.r: expected a whole number, found 'true'"),
         ("method: {r: 1.5}\n", "method.r: expected a whole number, found 1.5"),
         ("method: {r: 0}\n", "method.r: must be at least 1; found 0"),
@@ -166,6 +165,11 @@ def test_what_is_said(load, text, said):
 )
 def test_wrong_overrides(load, override, said):
     assert said in refusal(load, "", override)
+
+
+def test_a_union_complains_once_and_about_the_branch_that_was_meant(load):
+    (line,) = refusal(load, "method: {target_modules: [q, 3]}\n").splitlines()
+    assert line.endswith("run.yaml:3:30: method.target_modules.1: expected a string, found 3 (put it in quotes)")
 
 
 def test_missing_required_keys_are_named(write):
