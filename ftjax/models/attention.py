@@ -7,29 +7,15 @@ Legend: B batch, T query length, S key length, N heads, K kv heads, G = N / K, H
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from ftjax.errors import UserError
+from ftjax.models.attention_blockwise import blockwise
+from ftjax.models.pattern import MASKED, Pattern
 
-MASKED = -1e30  # finite, so that a row without any visible key gives numbers and not NaN
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """What tells the attention of one layer from another's.
-
-    Attributes:
-        scale: factor on the scores.
-        window: a query sees this many keys, itself included; None sees all.
-        softcap: `softcap * tanh(scores / softcap)` (Gemma 2), or None.
-    """
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
+__all__ = ["BACKENDS", "MASKED", "Pattern", "attend", "choose", "visible"]
 
 
 def visible(q_segments: jax.Array, k_segments: jax.Array, offset: jax.Array | int, window: int | None) -> jax.Array:
@@ -62,13 +48,23 @@ def xla(
     return jnp.einsum("bkgts,bskh->btkgh", probabilities, v, precision=precision).reshape(b, t, n, h)
 
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": xla}
+def _blockwise(q, k, v, q_segments, k_segments, offset, pattern: Pattern) -> jax.Array:
+    """In blocks where the keys are the queries' own row; a KV cache, whose one query has few scores, goes the plain way."""
+    if k_segments is not q_segments:
+        return xla(q, k, v, q_segments, k_segments, offset, pattern)
+    return blockwise(q, k, v, q_segments, pattern)
 
 
-def choose(name: str) -> str:
-    """The backend for `model.attention`; refuses one that does not exist here."""
+BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": xla, "blockwise": _blockwise}
+
+
+def choose(name: str, devices: int = 1) -> str:
+    """The backend for `model.attention`; refuses one that does not exist here.
+
+    `auto` takes `blockwise` on a single CPU device: it loops over heads, which a mesh may have spread over devices.
+    """
     if name == "auto":
-        return "xla"
+        return "blockwise" if devices == 1 and jax.default_backend() == "cpu" else "xla"
     if name not in BACKENDS:
         raise UserError(f"model.attention: {name!r} is not available; choose one of auto, {', '.join(sorted(BACKENDS))}")
     return name

@@ -83,7 +83,7 @@ def prepare(config: Config) -> Setup:
     model, source, path, config = build(config)
     rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    runtime = Runtime(jnp.dtype(config.model.compute_dtype), choose(config.model.attention), config.model.remat)
+    runtime = Runtime(jnp.dtype(config.model.compute_dtype), choose(config.model.attention, mesh.size), config.model.remat)
     adapter = getattr(config.method, "adapter_path", None)
     new = {name: spec for name, spec in model.specs.items() if spec.row.adapter}
     params = load_adapter(model, Path(adapter), mesh) if adapter else init_params(new, mesh, config.training.seed)

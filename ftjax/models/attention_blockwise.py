@@ -1,0 +1,123 @@
+"""Attention in blocks of queries with its own backward pass: the scores of a block exist at a time, and none are kept.
+
+Made for the CPU, where XLA's batched matrix products and the softmax over masked scores cost more than the arithmetic: every
+product here is a plain matrix product of one key head with all query heads of its group, and keys after a block are never
+touched. The backward pass recomputes probabilities from the saved log-sum-exp (Dao et al. 2022, arXiv:2205.14135).
+
+Legend: B batch, T length, N heads, K kv heads, G = N / K, H head dim, Q queries of a block, S keys up to its end.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.models.pattern import MASKED, Pattern
+
+BLOCK = 256
+
+
+def blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """(queries of a block, the keys that any of them may see)."""
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        yield slice(start, stop), slice(first, stop)
+
+
+def _scores(q, k, segments, rows: slice, keys: slice, pattern: Pattern):
+    """float32 `[G, Q, S]`, masked, and the derivative of the softcap where there is one."""
+    g, t, h = q.shape[0], rows.stop - rows.start, q.shape[-1]
+    s = _dot(q[:, rows].reshape(g * t, h), k[keys].T).reshape(g, t, -1) * pattern.scale
+    slope = None
+    if pattern.softcap is not None:
+        tanh = jnp.tanh(s / pattern.softcap)
+        s, slope = pattern.softcap * tanh, 1 - jnp.square(tanh)
+    row, key = jnp.arange(rows.start, rows.stop)[:, None], jnp.arange(keys.start, keys.stop)[None, :]
+    mask = (key <= row) & (segments[rows, None] == segments[None, keys])
+    if pattern.window is not None:
+        mask &= row - key < pattern.window
+    return jnp.where(mask, s, MASKED), slope
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _forward_head(pattern: Pattern, q, k, v, segments):
+    """One key head: q `[G, T, H]`, k and v `[T, H]`, segments `[T]` -> output `[G, T, H]`, log-sum-exp `[G, T]`."""
+    outputs, sums = [], []
+    for rows, keys in blocks(q.shape[1], pattern.window):
+        s, _ = _scores(q, k, segments, rows, keys, pattern)
+        top = jnp.max(s, axis=-1, keepdims=True)
+        e = jnp.exp(s - top)
+        total = jnp.sum(e, axis=-1, keepdims=True)
+        o = _dot(e.reshape(-1, e.shape[-1]).astype(v.dtype), v[keys]).reshape(*e.shape[:2], -1)
+        outputs.append((o / total).astype(q.dtype))
+        sums.append((top + jnp.log(total))[..., 0])
+    return jnp.concatenate(outputs, axis=1), jnp.concatenate(sums, axis=1)
+
+
+def _backward_head(pattern: Pattern, q, k, v, segments, o, lse, d_o):
+    delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1)
+    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for rows, keys in blocks(q.shape[1], pattern.window):
+        s, slope = _scores(q, k, segments, rows, keys, pattern)
+        p = jnp.exp(s - lse[:, rows, None])
+        flat = (-1, p.shape[-1])
+        d_rows, q_rows = (x[:, rows].reshape(-1, x.shape[-1]) for x in (d_o, q))
+        d_s = p * (_dot(d_rows, v[keys].T).reshape(p.shape) - delta[:, rows, None]) * pattern.scale
+        if slope is not None:
+            d_s = d_s * slope
+        d_s, p = d_s.reshape(flat).astype(q.dtype), p.reshape(flat).astype(q.dtype)
+        d_q.append(_dot(d_s, k[keys]).reshape(q.shape[0], -1, q.shape[-1]))
+        d_k = d_k.at[keys].add(_dot(d_s.T, q_rows))
+        d_v = d_v.at[keys].add(_dot(p.T, d_rows))
+    return jnp.concatenate(d_q, axis=1), d_k, d_v
+
+
+def _by_query(x: jax.Array, kv: int) -> jax.Array:
+    """`[B, T, N, H] -> [B K, G, T, H]`."""
+    b, t, n, h = x.shape
+    return x.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b * kv, n // kv, t, h)
+
+
+def _by_key(x: jax.Array) -> jax.Array:
+    """`[B, T, K, H] -> [B K, T, H]`."""
+    b, t, kv, h = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(b * kv, t, h)
+
+
+def _joined(x: jax.Array, batch: int) -> jax.Array:
+    """The inverse of `_by_query`."""
+    rows, g, t, h = x.shape
+    return x.reshape(batch, rows // batch, g, t, h).transpose(0, 3, 1, 2, 4).reshape(batch, t, -1, h)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, pattern: Pattern) -> jax.Array:
+    """Self-attention of packed rows: q `[B, T, N, H]`, k and v `[B, T, K, H]`, segments `[B, T]` -> `[B, T, N, H]`."""
+    return _forward(q, k, v, segments, pattern)[0]
+
+
+def _forward(q, k, v, segments, pattern: Pattern):
+    kv = k.shape[2]
+    heads = (_by_query(q, kv), _by_key(k), _by_key(v), jnp.repeat(segments, kv, axis=0))
+    o, lse = jax.lax.map(lambda head: _forward_head(pattern, *head), heads)
+    o = _joined(o, q.shape[0])
+    return o, (q, k, v, segments, o, lse)
+
+
+def _backward(pattern: Pattern, saved, d_o):
+    q, k, v, segments, o, lse = saved
+    b, t, kv, h = k.shape
+    heads = (_by_query(q, kv), _by_key(k), _by_key(v), jnp.repeat(segments, kv, axis=0))
+    heads = (*heads, _by_query(o, kv), lse, _by_query(d_o, kv))
+    d_q, d_k, d_v = jax.lax.map(lambda head: _backward_head(pattern, *head), heads)
+    d_k, d_v = (x.reshape(b, kv, t, -1).transpose(0, 2, 1, 3) for x in (d_k, d_v))
+    return _joined(d_q, b).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+blockwise.defvjp(_forward, _backward)
