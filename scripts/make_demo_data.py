@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-SIZES = {"train": 600, "validation": 50, "test": 50}
+SIZES = {"train": 480, "validation": 50, "test": 50}
 SYSTEM = "Extract the order as JSON."
 
 ITEMS = (
