@@ -58,7 +58,6 @@ def _local(path: str, revision: str | None) -> Path | None:
         place.is_absolute()
         or path.startswith((".", "~"))
         or path.endswith((os.sep, ".gguf", ".safetensors", ".json"))
-        or len(parts) > 2
         or "\\" in path
         or (len(parts) == 2 and Path(parts[0]).is_dir())  # `runs/tiny` where there is a folder runs
         or not HUB_ID.fullmatch(path)
