@@ -1,0 +1,119 @@
+"""Routed experts: the balancing loss, both layouts of checkpoints, and devices that sort their own tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from cases import CASES
+from oracle import Case, attach_full, context, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
+from safetensors.numpy import load_file
+
+from ftjax.config import FullConfig, MeshConfig
+from ftjax.hub.load import open_model
+from ftjax.hub.model_folder import from_source, model_tensors
+from ftjax.mesh import make_mesh
+
+MOE = [case for case in CASES if case.model_type in ("mixtral", "qwen3_moe", "gpt_oss") and "all-dense" not in case.name]
+FUSED = [case for case in MOE if case.model_type != "gpt_oss"]
+
+
+def with_router_loss(case):
+    return dataclasses.replace(case, values={**case.values, "output_router_logits": True, "router_aux_loss_coef": 0.3})
+
+
+def aux_of(model, params, ids, segments):
+    ctx = context(ids, segments)
+    return model.bind(params).hidden(jnp.asarray(ids), ctx)[2]
+
+
+@pytest.mark.parametrize("case", MOE, ids=str)
+def test_balance_loss_and_its_gradient(case, tmp_path):
+    """transformers' `aux_loss` with padding, and what it gives to the routers."""
+    hf = make_hf(with_router_loss(case), tmp_path)
+    model, params = load(tmp_path, attach_full)
+    ids = tokens(3, 12)
+    mask = np.ones((3, 12), np.int64)
+    mask[1, 7:], mask[2, 3:] = 0, 0
+    out = hf(torch.tensor(ids).long(), attention_mask=torch.tensor(mask))
+    loss, gradient = jax.jit(jax.value_and_grad(lambda p: aux_of(model, p, ids, mask.astype(np.int32))))(params)
+    np.testing.assert_allclose(loss, 0.3 * out.aux_loss.item(), rtol=1e-5)
+    out.aux_loss.backward()
+    theirs = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    routers = [spec for path, spec in model.specs.items() if path.endswith((".gate.weight", ".router.weight"))]
+    assert routers
+    for spec in routers:
+        for piece in spec.pieces():
+            want = 0.3 * theirs[piece.name].numpy()
+            np.testing.assert_allclose(gradient[spec.path][piece.index], want, atol=1e-3 * np.abs(want).max(), rtol=0)
+
+
+def test_balance_loss_is_added_only_where_the_config_asks_for_it(tmp_path):
+    case = next(case for case in MOE if not case.values.get("output_router_logits"))
+    make_hf(case, tmp_path)
+    model, params = load(tmp_path)
+    ids = tokens(1, 8)
+    assert aux_of(model, params, ids, np.ones_like(ids)) == 0
+
+
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_fused_checkpoints_are_read_and_written_per_expert(case, tmp_path):
+    """What transformers 5 holds in memory, and writes with `save_original_format=False`."""
+    hf = make_hf(case, tmp_path / "each")
+    hf.save_pretrained(tmp_path / "fused", save_original_format=False)
+    fused = load_file(tmp_path / "fused" / "model.safetensors")
+    assert any(name.endswith("experts.gate_up_proj") for name in fused)
+    want_model, want = load(tmp_path / "each")
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    for where in (one_device(), mesh):
+        model, params = load(tmp_path / "fused", mesh=where)
+        for path in want:
+            np.testing.assert_array_equal(params[path], want[path], err_msg=path)
+    (tmp_path / "out").mkdir()
+    write_merged(tmp_path / "out", model, params, FullConfig(), tmp_path / "fused")
+    stored, written = (load_file(tmp_path / name / "model.safetensors") for name in ("each", "out"))
+    assert stored.keys() == written.keys()
+    source = open_model(tmp_path / "fused")[1]
+    streamed = {t.name: t.data() for t in model_tensors(want_model, from_source(source, {}), {}, FullConfig(), np.float32)}
+    assert stored.keys() == streamed.keys()
+    for name, value in stored.items():
+        assert value.tobytes() == written[name].tobytes() == streamed[name].tobytes(), name
+
+
+@pytest.mark.parametrize("case", MOE, ids=str)
+def test_gradients_on_eight_devices(case, tmp_path):
+    """Each device sorts its own tokens; the weights' gradients add up to the same."""
+    make_hf(case, tmp_path)
+    ids = tokens(4, 10)
+    weights = np.random.default_rng(1).normal(size=(4, 10, 96)).astype(np.float32)
+
+    def gradient(mesh):
+        model, params = load(tmp_path, attach_full, mesh=mesh)
+
+        def loss(params):
+            ctx = context(ids)
+            module = model.bind(params)
+            return jnp.sum(module.unembed(module.hidden(jnp.asarray(ids), ctx)[0], ctx) * weights)
+
+        with jax.set_mesh(mesh):
+            return jax.jit(jax.grad(loss))(params)
+
+    alone, together = gradient(one_device()), gradient(make_mesh(MeshConfig(fsdp=2, tensor=2, sequence=2)))
+    for path, want in alone.items():
+        np.testing.assert_allclose(together[path], want, atol=1e-4 * np.abs(want).max(), rtol=0, err_msg=path)
+
+
+def test_experts_that_nobody_chose(tmp_path):
+    """However uneven the routing is, every token is served."""
+    hf = make_hf(Case("uneven", "mixtral", {"num_local_experts": 6}), tmp_path)
+    with torch.no_grad():
+        for layer in hf.model.layers:  # a token's logits are these multiples of one number: experts 2 and 3 never win
+            direction = layer.mlp.gate.weight[0].clone()
+            for row, factor in enumerate((1.0, 0.9, 0.1, -0.1, -0.9, -1.0)):
+                layer.mlp.gate.weight[row] = factor * direction
+    hf.save_pretrained(tmp_path)
+    model, params = load(tmp_path)
+    ids = tokens(2, 16)
+    np.testing.assert_allclose(logits(model, params, ids), hf_logits(hf, ids), atol=1e-4, rtol=0)
