@@ -1,0 +1,248 @@
+"""Whole runs on a tiny model: what they leave, how they stop, and that going on is as if they had never stopped (T8)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from oracle import Case, make_hf
+from safetensors.numpy import load_file
+from tiny_tokenizer import save_tokenizer
+
+from ftjax.config import Config
+from ftjax.errors import UserError
+from ftjax.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_hf(Case("llama", "llama", {"initializer_range": 0.05}), folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 90), ("validation", 12)):
+        words = ["".join(rng.choice(list("abcdef"), rng.integers(2, 12))) for _ in range(count)]
+        rows = [json.dumps({"prompt": word, "completion": word[::-1]}) for word in words]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def config(model, data, out, **over) -> Config:
+    values = {
+        "model": {"path": str(model), "dtype": "float32", "compute_dtype": "float32", "remat": "none"},
+        "method": {"name": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+        "data": {"train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl"), "max_length": 64},
+        "optimizer": {"learning_rate": 1e-2, "warmup_ratio": 0.1},
+        "training": {
+            "max_steps": 12, "global_batch_size": 4, "eval_steps": 4, "save_steps": 3, "logging_steps": 2, "seed": 3,
+            "report_to": [],
+        },
+        "mesh": {"fsdp": 1},
+        "output_dir": str(out),
+    }  # fmt: skip
+    for key, value in over.items():
+        section, _, name = key.partition("__")
+        if name:
+            values[section] = {**values[section], name: value}
+        else:
+            values[section] = value
+    return Config.model_validate(values)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return {row["step"]: row["train/loss"] for row in rows(folder) if "train/loss" in row}
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(monkeypatch, step):
+    """Make the loop die right after it has read the metrics of an update."""
+    from ftjax.train.loop import Run
+
+    original = Run.read
+
+    def read(self, number, *rest):
+        original(self, number, *rest)
+        if number == step:
+            self.checkpoints.wait()
+            raise Stop
+
+    monkeypatch.setattr(Run, "read", read)
+
+
+@pytest.fixture(scope="module")
+def whole(model, data, tmp_path_factory):
+    """A run that was never stopped."""
+    from oracle import one_device
+
+    import ftjax.train.setup as setup
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda config: one_device())
+        out = tmp_path_factory.mktemp("whole")
+        train(config(model, data, out))
+    return out
+
+
+def test_run_folder(whole):
+    """What the documentation promises is there; losses fall; best/ is the evaluation with the lowest loss."""
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints/12", "final/adapter_config.json", "final/README.md"):
+        assert (whole / name).exists(), name
+    assert (whole / "final" / "adapter_model.safetensors").exists() and (whole / "best" / "tokenizer.json").exists()
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["12", "9"]
+    steps = losses(whole)
+    assert list(steps) == [2, 4, 6, 8, 10, 12] and steps[12] < steps[2]
+    evals = {row["step"]: row for row in rows(whole) if "eval/loss" in row}
+    assert list(evals) == [4, 8, 12]
+    assert all(0 <= row["eval/token_accuracy"] <= 1 for row in evals.values())
+    np.testing.assert_allclose([r["eval/perplexity"] for r in evals.values()], np.exp([r["eval/loss"] for r in evals.values()]))
+
+
+@pytest.mark.parametrize("stop", [5, 10])
+def test_resume_is_uninterrupted(model, data, whole, stop, tmp_path, monkeypatch, on_one_device):
+    """Weights bit for bit, the metrics line for line: dropout, data order, optimizer, averaging window."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        with pytest.raises(Stop):
+            train(config(model, data, tmp_path))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "train/lo')  # a kill cuts a line
+    train(config(model, data, tmp_path))
+    want, got = (load_file(folder / "final" / "adapter_model.safetensors") for folder in (whole, tmp_path))
+    for name in want:
+        assert want[name].tobytes() == got[name].tobytes(), name
+
+    def timeless(folder):
+        return [{k: v for k, v in row.items() if "second" not in k} for row in rows(folder)]
+
+    assert timeless(whole) == timeless(tmp_path)
+
+
+def test_resume_on_other_devices(model, data, whole, tmp_path, monkeypatch):
+    """A checkpoint of one device goes on on eight: the same batches, losses within 1e-5."""
+    from oracle import one_device
+
+    import ftjax.train.setup as setup
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda config: one_device())
+        stop_after(patch, 7)
+        with pytest.raises(Stop):
+            train(config(model, data, tmp_path, method={"name": "lora", "r": 4, "lora_alpha": 8}))
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    train(config(model, data, tmp_path, method={"name": "lora", "r": 4, "lora_alpha": 8}, mesh=mesh))
+    straight = tmp_path / "straight"
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda config: one_device())
+        train(config(model, data, straight, method={"name": "lora", "r": 4, "lora_alpha": 8}))
+    np.testing.assert_allclose(list(losses(tmp_path).values()), list(losses(straight).values()), rtol=1e-5)
+
+
+def test_other_configuration_is_refused(model, data, whole):
+    with pytest.raises(UserError, match=r"(?s)another configuration.*learning_rate"):
+        train(config(model, data, whole, optimizer={"learning_rate": 3e-2}))
+
+
+def test_finished_run_is_left_alone(model, data, whole, capsys, on_one_device):
+    before = (whole / "final" / "adapter_model.safetensors").read_bytes()
+    train(config(model, data, whole))
+    assert (whole / "final" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_early_stopping(model, data, tmp_path, on_one_device):
+    """A learning rate of zero never improves: the run stops after the patience, and best/ is the first."""
+    over = {"optimizer": {"learning_rate": 0.0}, "training__early_stopping_patience": 2, "training__eval_steps": 1}
+    train(config(model, data, tmp_path, **over))
+    assert [row["step"] for row in rows(tmp_path) if "eval/loss" in row] == [1, 2, 3]
+    assert "1 " in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_divergence_keeps_the_last_good_state(model, data, tmp_path, on_one_device, monkeypatch):
+    """NaN at update 6: an error that says so, and the checkpoint of update 5 (T21)."""
+    from ftjax.train.loop import Run
+
+    original = Run.place
+
+    def place(self, batch, microbatches):
+        if microbatches is not None and int(self.state.step) == 5:
+            batch = {**batch, "weights": batch["weights"] * np.nan}
+        return original(self, batch, microbatches)
+
+    monkeypatch.setattr(Run, "place", place)
+    with pytest.raises(UserError, match="diverged at step 6"):
+        train(config(model, data, tmp_path, training__eval_steps=None))
+    assert (tmp_path / "checkpoints" / "5").exists()
+    assert not (tmp_path / "checkpoints" / "6").exists()
+
+
+def test_full_run_loads_in_transformers(model, data, tmp_path, on_one_device):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    train(config(model, data, tmp_path, method={"name": "full"}, training__max_steps=2))
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    base = AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "final")("abc").input_ids])
+    assert (tuned(ids).logits - base(ids).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("how", ["kill", "term"])
+def test_stopped_from_outside(model, data, whole, how, tmp_path):
+    """SIGKILL in the middle of a save, and SIGTERM: the same command goes on, and the result is as if nothing had been."""
+    path = tmp_path / "config.yaml"
+    settings = config(model, data, tmp_path / "run", training__save_steps=1).model_dump(mode="json")
+    path.write_text(yaml.safe_dump(settings))
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "ftjax.cli", "train", str(path)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    checkpoints = tmp_path / "run" / "checkpoints"
+    while time.monotonic() < deadline and process.poll() is None:
+        # A temporary folder is a save under way.
+        if any("tmp" in p.name for p in checkpoints.glob("*")) and (how == "kill" or any(checkpoints.glob("[0-9]"))):
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL if how == "kill" else signal.SIGTERM)
+    said = process.communicate(timeout=240)[0]
+    if how == "term" and process.returncode == 1:
+        assert "SIGTERM" in said and "ftjax train" in said and "Traceback" not in said
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    want, got = (load_file(folder / "final" / "adapter_model.safetensors") for folder in (whole, tmp_path / "run"))
+    for name in want:
+        assert want[name].tobytes() == got[name].tobytes(), name
+
+
+def test_folder_that_cannot_be_written(model, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output_dir.*cannot be written"):
+        train(config(model, data, tmp_path / "file" / "run"))
+
+
+def test_disk_that_fills(model, data, tmp_path, on_one_device, monkeypatch):
+    """A save that fails says which checkpoint is whole, and how to go on."""
+    import ftjax.train.checkpoint as checkpoint
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
+    with pytest.raises(UserError, match=r"(?s)No space left.*run the same command again"):
+        train(config(model, data, tmp_path))
