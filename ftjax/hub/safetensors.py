@@ -160,7 +160,7 @@ def write_file(path: Path, tensors: Sequence[Tensor]) -> None:
         with partial.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for tensor in tensors:
-                data = np.ascontiguousarray(tensor.data())
+                data = np.asarray(tensor.data(), order="C")
                 assert data.shape == tuple(tensor.shape) and data.dtype == tensor.dtype, (tensor.name, data.shape, data.dtype)
                 file.write(memoryview(data.reshape(-1).view(np.uint8)))
             file.flush()

@@ -130,7 +130,7 @@ def test_ten_steps_of_the_peer(shared, stories, method, tmp_path, on_one_device)
             "weights": (shifted >= 0).astype(np.float32), "segment_ids": ones,
             "positions": np.broadcast_to(np.arange(48, dtype=np.int32), (4, 48)),
         })  # fmt: skip
-    metrics, params = run_steps(setup, batches)
+    metrics, _ = run_steps(setup, batches)
     np.testing.assert_allclose([float(m.loss) for m in metrics], want["loss"], atol=1e-4)
     assert want["loss"][-1] < want["loss"][0] - 0.01, "nothing was learned, so nothing was compared"
     assert sum(spec.size for spec in setup.model.trainable.values()) == want["trainable"]

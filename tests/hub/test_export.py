@@ -1,0 +1,102 @@
+"""Exports of a run: merged, portable, and what is refused (T14, T19)."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from oracle import Case, hf_logits, load, logits, make_hf, one_device, tokens
+from peft import PeftModel
+from tiny_tokenizer import save_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ftjax.config import Config, LoraConfig
+from ftjax.config.load import save_config
+from ftjax.errors import UserError
+from ftjax.hub.export import export
+from ftjax.hub.load import init_params
+from ftjax.hub.peft import write_adapter
+from ftjax.methods import lora
+
+MIXED = LoraConfig(
+    r=4, lora_alpha=10, target_modules=["q_proj", "v_proj", "down_proj"],
+    rank_pattern={"v_proj": 2, r"layers\.0\.mlp\.down_proj": 1}, alpha_pattern={"q_proj": 3},
+)  # fmt: skip
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def run(request, tmp_path):
+    """A finished run's folder with a LoRA whose layers differ in rank and scale."""
+    return make_run(tmp_path, MIXED, request.param)
+
+
+def make_run(folder, method, tied=False, dtype="float32"):
+    base = folder / "base"
+    make_hf(Case("llama", "llama", {"tie_word_embeddings": tied}), base)
+    save_tokenizer(base)
+    model, params = load(base, lambda root: lora.attach(root, method))
+    params |= init_params({p: s for p, s in model.specs.items() if s.row.adapter}, one_device(), 0)
+    rng = np.random.default_rng(0)
+    for path, spec in model.trainable.items():
+        value = np.zeros(spec.shape, np.float32)
+        for piece in spec.pieces():
+            value[piece.index] = rng.normal(size=piece.shape) * 0.3
+        params[path] = jax.device_put(value, params[path].sharding)
+    final = folder / "run" / "final"
+    final.mkdir(parents=True)
+    write_adapter(final, model, params, method, str(base))
+    save_tokenizer(final)
+    settings = {"model": {"path": str(base), "dtype": dtype, "compute_dtype": dtype}, "data": {"train": "x.jsonl"}}
+    save_config(Config.model_validate({**settings, "method": method.model_dump()}), folder / "run" / "config.yaml")
+    return folder / "run", base, logits(model, params, tokens(2, 20))
+
+
+def test_merged(run, tmp_path):
+    folder, _, want = run
+    export(folder, tmp_path / "merged", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(hf_logits(merged, tokens(2, 20)), want, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("ab").input_ids[0] == 1
+    assert (tmp_path / "merged" / "generation_config.json").exists()
+
+
+def test_portable(run, tmp_path):
+    """One rank, alpha equal to it, plain keys, and still the same logits."""
+    folder, base, want = run
+    export(folder, tmp_path / "portable", portable=True)
+    saved = json.loads((tmp_path / "portable" / "adapter_config.json").read_text())
+    assert saved["r"] == saved["lora_alpha"] == 4
+    assert not saved["rank_pattern"] and not saved["alpha_pattern"] and not saved["use_rslora"]
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "portable")
+    np.testing.assert_allclose(hf_logits(theirs, tokens(2, 20)), want, atol=1e-4)
+
+
+def test_merge_rounds_once(tmp_path):
+    """The update is added in float32 and rounded to bfloat16 at the end, as merging in float32 by PEFT does."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder, base, _ = make_run(tmp_path, MIXED, dtype="bfloat16")
+    export(folder, tmp_path / "merged", merge=True)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "final").merge_and_unload()
+    got = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, value in theirs.state_dict().items():
+        assert got[name].dtype == torch.bfloat16
+        apart = (got[name].float() - value.to(torch.bfloat16).float()).abs()
+        # Summation order may move a value across a rounding boundary: one unit in the last place, and rarely.
+        assert (apart > 0).float().mean() < 0.01 and (apart <= value.abs() / 64 + 1e-6).all(), name
+
+
+def test_refusals(tmp_path):
+    folder, _, _ = make_run(tmp_path, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(UserError, match=r"lm_head.*--merge"):
+        export(folder, tmp_path / "a", portable=True)
+    with pytest.raises(UserError, match="choose one"):
+        export(folder, tmp_path / "a", portable=True, merge=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    with pytest.raises(UserError, match="not empty"):
+        export(folder, tmp_path / "full", merge=True)
+    with pytest.raises(UserError, match=r"expected a run folder.*no such folder"):
+        export(tmp_path / "absent", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
