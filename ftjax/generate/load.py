@@ -1,0 +1,82 @@
+"""A model, with an adapter where one is given, ready to run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ftjax.errors import UserError
+from ftjax.hub.fetch import resolve_model
+from ftjax.hub.load import load_base, open_model
+from ftjax.hub.model_folder import from_source, model_tensors
+from ftjax.hub.peft import attach_adapter, load_adapter
+from ftjax.hub.safetensors import Tensor
+from ftjax.methods import method_module
+from ftjax.models.model import Model, build_module
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its weights; `path` is the base model's folder or file."""
+
+    model: Model
+    params: dict[str, jax.Array]
+    path: Path
+
+
+def choose_dtype(name: str) -> Any:
+    """`auto` is float32 on CPUs, which are not faster in bfloat16, and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in DTYPES:
+        raise UserError(f"dtype: {name!r} is not known; choose one of auto, {', '.join(DTYPES)}")
+    return jnp.dtype(name)
+
+
+def load(
+    model_path: str, adapter: Path | None, mesh: Mesh, dtype: Any, *, revision: str | None = None, merge: bool = True
+) -> Loaded:
+    """The model in `dtype`; what the adapter trained in float32, or merged where the method can do that.
+
+    Raises UserError where model or adapter is missing, damaged or not supported.
+    """
+    path = resolve_model(model_path, revision)
+    config, source = open_model(path)
+    root = build_module(config)
+    if adapter is None:
+        model = Model.of(root, config)
+        return Loaded(model, load_base(model, source, mesh, dtype, str(path)), path)
+    method = attach_adapter(root, adapter)
+    model = Model.of(root, config)
+    trained = load_adapter(model, adapter, mesh)
+    if merge and hasattr(method_module(method), "merged"):
+        merged = TensorList(model_tensors(model, from_source(source, trained), trained, method, np.float32))
+        plain = Model.of(build_module(config), config)
+        return Loaded(plain, load_base(plain, merged, mesh, dtype, str(path)), path)
+    return Loaded(model, {**load_base(model, source, mesh, dtype, str(path)), **trained}, path)
+
+
+class TensorList:
+    """Tensors that are computed when they are read (a `TensorSource`)."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._tensors: Mapping[str, Tensor] = {tensor.name: tensor for tensor in tensors}
+
+    def keys(self) -> Sequence[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str, index: Sequence[slice] = ()) -> np.ndarray:
+        return np.ascontiguousarray(self._tensors[name].data()[tuple(index)])
