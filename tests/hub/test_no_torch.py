@@ -1,0 +1,40 @@
+"""Reading models and tokenizers works where PyTorch is not installed."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+from gguf_writing import hub_folder, sentencepiece_keys, write_llama
+
+CODE = """
+import sys
+sys.modules["torch"] = None  # as where it is not installed
+from pathlib import Path
+from ftjax.config import ModelConfig
+from ftjax.hub.fetch import resolve_model
+from ftjax.hub.load import open_model
+from ftjax.hub.tokenizer import load_tokenizer
+for path in sys.argv[1:]:
+    tokenizer = load_tokenizer(ModelConfig(path=path))
+    print(*tokenizer("the cat").input_ids)
+    if not path.endswith("spm"):
+        config, source = open_model(resolve_model(path))
+        print(config["num_hidden_layers"], float(source.read("model.norm.weight").sum()))
+assert not [name for name in sys.modules if name.startswith("torch.")]
+"""
+
+
+def test_a_folder_a_gguf_file_and_a_sentencepiece_model(stories, tmp_path):
+    config, tensors = hub_folder(stories)
+    keys = sentencepiece_keys(stories / "tokenizer.model", bos=1, eos=2, unknown=0)
+    gguf = write_llama(tmp_path / "stories.gguf", config, tensors, tokenizer=keys)
+    (tmp_path / "spm").mkdir()
+    shutil.copyfile(stories / "tokenizer.model", tmp_path / "spm" / "tokenizer.model")
+    paths = [str(stories), str(gguf), str(tmp_path / "spm")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", CODE, *paths], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    folder, weights, *others = done.stdout.splitlines()
+    assert others == [folder, weights, folder]
+    assert weights.startswith("5 ")
