@@ -16,6 +16,7 @@ from pathlib import Path
 
 from get_demo_model import fetch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -42,11 +43,21 @@ def read_test() -> tuple[list[list[dict]], list[dict]]:
     return [row[:-1] for row in rows], [json.loads(row[-1]["content"]) for row in rows]
 
 
-def answers(model: Path, adapter: Path | None, prompts: list[list[dict]]) -> list[str]:
-    """Greedy answers to all prompts in one batch."""
+def answers(who: str, model: Path, adapter: Path | None, prompts: list[list[dict]]) -> list[str]:
+    """Greedy answers to all prompts, in one batch."""
     from ftjax.generate.session import Generator
 
-    return Generator(str(model), adapter=adapter, dtype="float32").generate(prompts, max_new_tokens=LONGEST_ANSWER)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"{who} answers {len(prompts)} messages", total=len(prompts))
+        generator = Generator(str(model), adapter=adapter, dtype="float32")
+        found = generator.generate(
+            prompts,
+            max_new_tokens=LONGEST_ANSWER,
+            batch_size=len(prompts),
+            progress=lambda done, _: bar.update(task, completed=done),
+        )
+    return [generation.text for generation in found]
 
 
 def exact(answer: str, form: dict) -> bool:
@@ -67,15 +78,13 @@ def main() -> None:
     model = fetch(Path("demo/model"))
     phase("download")
     prompts, forms = read_test()
-    with console.status(f"the base model answers {len(prompts)} messages"):
-        before = answers(model, None, prompts)
+    before = answers("the base model", model, None, prompts)
     phase("base answers")
     console.print(f"before training: {rate(before, forms)}")
 
     ftjax("train", CONFIG)
     phase("training")
-    with console.status(f"the tuned model answers {len(prompts)} messages"):
-        after = answers(model, RUN / "final", prompts)
+    after = answers("the tuned model", model, RUN / "final", prompts)
     phase("tuned answers")
     shutil.rmtree(MERGED, ignore_errors=True)  # of an earlier demo; `export` writes into no folder that holds something
     ftjax("export", RUN, "--out", MERGED, "--merge")
@@ -108,10 +117,13 @@ def rate(given: list[str], forms: list[dict]) -> str:
 
 def show(prompts: list[list[dict]], forms: list[dict], before: list[str], after: list[str]) -> None:
     """Three messages side by side."""
-    table = Table("message", "before", "after", show_lines=True, title="held-out messages", title_justify="left")
+    table = Table(show_lines=True, title=f"three of the {len(forms)} held-out messages", title_justify="left")
+    for heading in ("message", "before", "after"):
+        table.add_column(heading, overflow="fold", ratio=1)
     for number in range(3):
         mark = "exact" if exact(after[number], forms[number]) else f"expected {json.dumps(forms[number])}"
-        cells = (prompts[number][-1]["content"], before[number].strip(), f"{after[number].strip()}\n({mark})")
+        wrapped = after[number].strip().replace(",", ", ")  # for reading; the answer itself is compact
+        cells = (prompts[number][-1]["content"], before[number].strip(), f"{wrapped}\n({mark})")
         table.add_row(*map(Text, cells))  # as they are: an answer may hold what rich takes for markup
     console.print()
     console.print(table)
