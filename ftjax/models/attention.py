@@ -1,4 +1,4 @@
-"""Causal attention over packed rows. Every backend honours segment ids, windows and softcap, or refuses.
+"""Causal attention over packed rows. Every backend honours segment ids, windows, softcap and sinks, or refuses.
 
 Order in a row (the slot), not the RoPE position, decides what is causal, so the same code serves packed training rows,
 left-padded prompts and the KV cache.
@@ -32,7 +32,14 @@ def visible(q_segments: jax.Array, k_segments: jax.Array, offset: jax.Array | in
 
 
 def xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array, offset, pattern: Pattern
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array,
+    k_segments: jax.Array,
+    offset,
+    pattern: Pattern,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """The reference: scores in full, softmax in float32."""
     b, t, n, h = q.shape
@@ -44,15 +51,19 @@ def xla(
     if pattern.softcap is not None:
         scores = pattern.softcap * jnp.tanh(scores / pattern.softcap)
     mask = visible(q_segments, k_segments, offset, pattern.window)
-    probabilities = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(q.dtype)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    if sinks is not None:  # one more score in the sum, to which no value belongs
+        sink = sinks.astype(jnp.float32).reshape(1, kv, n // kv, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
+    probabilities = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(q.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", probabilities, v, precision=precision).reshape(b, t, n, h)
 
 
-def _blockwise(q, k, v, q_segments, k_segments, offset, pattern: Pattern) -> jax.Array:
+def _blockwise(q, k, v, q_segments, k_segments, offset, pattern: Pattern, sinks=None) -> jax.Array:
     """In blocks where the keys are the queries' own row; a KV cache, whose one query has few scores, goes the plain way."""
     if k_segments is not q_segments:
-        return xla(q, k, v, q_segments, k_segments, offset, pattern)
-    return blockwise(q, k, v, q_segments, pattern)
+        return xla(q, k, v, q_segments, k_segments, offset, pattern, sinks)
+    return blockwise(q, k, v, q_segments, sinks, pattern)
 
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": xla, "blockwise": _blockwise}
@@ -70,7 +81,7 @@ def choose(name: str, devices: int = 1) -> str:
     return name
 
 
-def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: str) -> jax.Array:
+def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: str, sinks=None) -> jax.Array:
     """`[B, T, N, H]`: q `[B, T, N, H]` attends to k and v `[B, S, K, H]`.
 
     Args:
@@ -79,5 +90,6 @@ def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: s
         offset: slot of the first query.
         pattern: scale, window and softcap of this layer.
         backend: one of BACKENDS.
+        sinks: [N], a learned score of each head that takes its share of the softmax and gives nothing (gpt-oss); or None.
     """
-    return BACKENDS[backend](q, k, v, q_segments, k_segments, offset, pattern)
+    return BACKENDS[backend](q, k, v, q_segments, k_segments, offset, pattern, sinks)

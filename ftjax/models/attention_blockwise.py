@@ -46,21 +46,23 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _forward_head(pattern: Pattern, q, k, v, segments):
-    """One key head: q `[G, T, H]`, k and v `[T, H]`, segments `[T]` -> output `[G, T, H]`, log-sum-exp `[G, T]`."""
+def _forward_head(pattern: Pattern, q, k, v, segments, sinks):
+    """One key head: q `[G, T, H]`, k and v `[T, H]`, segments `[T]`, sinks `[G]` (-inf: none) -> output `[G, T, H]`,
+    log-sum-exp `[G, T]`."""
     outputs, sums = [], []
     for rows, keys in blocks(q.shape[1], pattern.window):
         s, _ = _scores(q, k, segments, rows, keys, pattern)
-        top = jnp.max(s, axis=-1, keepdims=True)
+        sink = sinks[:, None, None]
+        top = jnp.maximum(jnp.max(s, axis=-1, keepdims=True), sink)
         e = jnp.exp(s - top)
-        total = jnp.sum(e, axis=-1, keepdims=True)
+        total = jnp.sum(e, axis=-1, keepdims=True) + jnp.exp(sink - top)
         o = _dot(e.reshape(-1, e.shape[-1]).astype(v.dtype), v[keys]).reshape(*e.shape[:2], -1)
         outputs.append((o / total).astype(q.dtype))
         sums.append((top + jnp.log(total))[..., 0])
     return jnp.concatenate(outputs, axis=1), jnp.concatenate(sums, axis=1)
 
 
-def _backward_head(pattern: Pattern, q, k, v, segments, o, lse, d_o):
+def _backward_head(pattern: Pattern, q, k, v, segments, sinks, o, lse, d_o):
     delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1)
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for rows, keys in blocks(q.shape[1], pattern.window):
@@ -75,7 +77,8 @@ def _backward_head(pattern: Pattern, q, k, v, segments, o, lse, d_o):
         d_q.append(_dot(d_s, k[keys]).reshape(q.shape[0], -1, q.shape[-1]))
         d_k = d_k.at[keys].add(_dot(d_s.T, q_rows))
         d_v = d_v.at[keys].add(_dot(p.T, d_rows))
-    return jnp.concatenate(d_q, axis=1), d_k, d_v
+    d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - lse) * delta, axis=1)
+    return jnp.concatenate(d_q, axis=1), d_k, d_v, d_sinks
 
 
 def _by_query(x: jax.Array, kv: int) -> jax.Array:
@@ -96,28 +99,38 @@ def _joined(x: jax.Array, batch: int) -> jax.Array:
     return x.reshape(batch, rows // batch, g, t, h).transpose(0, 3, 1, 2, 4).reshape(batch, t, -1, h)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, pattern: Pattern) -> jax.Array:
-    """Self-attention of packed rows: q `[B, T, N, H]`, k and v `[B, T, K, H]`, segments `[B, T]` -> `[B, T, N, H]`."""
-    return _forward(q, k, v, segments, pattern)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def blockwise(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sinks: jax.Array | None, pattern: Pattern
+) -> jax.Array:
+    """Self-attention of packed rows: q `[B, T, N, H]`, k and v `[B, T, K, H]`, segments `[B, T]`, sinks `[N]` or None ->
+    `[B, T, N, H]`."""
+    return _forward(q, k, v, segments, sinks, pattern)[0]
 
 
-def _forward(q, k, v, segments, pattern: Pattern):
-    kv = k.shape[2]
-    heads = (_by_query(q, kv), _by_key(k), _by_key(v), jnp.repeat(segments, kv, axis=0))
+def _heads(q, k, v, segments, sinks):
+    """The arguments of one key head of one row, for all of them."""
+    b, kv, n = q.shape[0], k.shape[2], q.shape[2]
+    none = jnp.full((n,), -jnp.inf)
+    sinks = jnp.tile((none if sinks is None else sinks.astype(jnp.float32)).reshape(kv, n // kv), (b, 1))
+    return _by_query(q, kv), _by_key(k), _by_key(v), jnp.repeat(segments, kv, axis=0), sinks
+
+
+def _forward(q, k, v, segments, sinks, pattern: Pattern):
+    heads = _heads(q, k, v, segments, sinks)
     o, lse = jax.lax.map(lambda head: _forward_head(pattern, *head), heads)
     o = _joined(o, q.shape[0])
-    return o, (q, k, v, segments, o, lse)
+    return o, (q, k, v, segments, sinks, o, lse)
 
 
 def _backward(pattern: Pattern, saved, d_o):
-    q, k, v, segments, o, lse = saved
-    b, t, kv, h = k.shape
-    heads = (_by_query(q, kv), _by_key(k), _by_key(v), jnp.repeat(segments, kv, axis=0))
-    heads = (*heads, _by_query(o, kv), lse, _by_query(d_o, kv))
-    d_q, d_k, d_v = jax.lax.map(lambda head: _backward_head(pattern, *head), heads)
+    q, k, v, segments, sinks, o, lse = saved
+    b, t, kv = k.shape[:3]
+    heads = (*_heads(q, k, v, segments, sinks), _by_query(o, kv), lse, _by_query(d_o, kv))
+    d_q, d_k, d_v, d_sinks = jax.lax.map(lambda head: _backward_head(pattern, *head), heads)
     d_k, d_v = (x.reshape(b, kv, t, -1).transpose(0, 2, 1, 3) for x in (d_k, d_v))
-    return _joined(d_q, b).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    d_sinks = None if sinks is None else jnp.sum(d_sinks.reshape(b, -1), axis=0).astype(sinks.dtype)
+    return _joined(d_q, b).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, d_sinks
 
 
 blockwise.defvjp(_forward, _backward)

@@ -25,19 +25,22 @@ def inputs():
     return q, k, v, segments
 
 
+@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "xla"])
-def test_backend_is_the_reference(inputs, backend, pattern, monkeypatch):
+def test_backend_is_the_reference(inputs, backend, pattern, sinks, monkeypatch):
     monkeypatch.setattr(attention_blockwise, "BLOCK", 8)
     *qkv, segments = inputs
     real = (segments > 0)[:, :, None, None]
 
-    def loss(name, q, k, v):
-        out = attend(q, k, v, segments, segments, 0, PATTERNS[pattern], name) * real
+    sink_scores = jnp.asarray([-1.0, 0.5, 2.0, 9.0])
+
+    def loss(name, q, k, v, scores):
+        out = attend(q, k, v, segments, segments, 0, PATTERNS[pattern], name, scores if sinks else None) * real
         return jnp.sum(jnp.sin(out) * jnp.arange(H)), out
 
-    (_, want), want_grads = jax.value_and_grad(lambda *x: loss("xla", *x), (0, 1, 2), has_aux=True)(*qkv)
-    (_, got), got_grads = jax.value_and_grad(lambda *x: loss(backend, *x), (0, 1, 2), has_aux=True)(*qkv)
+    (_, want), want_grads = jax.value_and_grad(lambda *x: loss("xla", *x), (0, 1, 2, 3), has_aux=True)(*qkv, sink_scores)
+    (_, got), got_grads = jax.value_and_grad(lambda *x: loss(backend, *x), (0, 1, 2, 3), has_aux=True)(*qkv, sink_scores)
     np.testing.assert_allclose(got, want, atol=1e-5)
     for g, w in zip(got_grads, want_grads, strict=True):
         np.testing.assert_allclose(g, w, atol=2e-5)
