@@ -62,7 +62,7 @@ def make_hf(case: Case, folder: Path, seed: int = 0, **save) -> Any:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or name.endswith("_bias"):  # experts have a bias each
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             assert torch.isfinite(parameter).all(), name
     model.save_pretrained(folder, **save)

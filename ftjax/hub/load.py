@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ftjax.errors import UserError
+from ftjax.hub.mxfp4 import Mxfp4Source, is_mxfp4
 from ftjax.hub.safetensors import SafetensorsFolder
 from ftjax.hub.source import TensorSource
 from ftjax.mesh import sharding
@@ -26,7 +27,10 @@ def open_model(path: Path) -> tuple[dict, TensorSource]:
         from ftjax.hub.gguf import read_config as read_gguf_config
 
         return complete_config(read_gguf_config(path), str(path)), GGUFSource(path)
-    return read_config(path), SafetensorsFolder(path)
+    config, source = read_config(path), SafetensorsFolder(path)
+    if is_mxfp4(config):  # what is written is not quantised any more
+        return {key: value for key, value in config.items() if key != "quantization_config"}, Mxfp4Source(source)
+    return config, source
 
 
 def load_base(model: Model, source: TensorSource, mesh: Mesh, dtype, where: str) -> dict[str, jax.Array]:

@@ -16,6 +16,7 @@ from ftjax.models.attention import Pattern, attend
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.layers import Embedding, Linear, RMSNorm, activation
+from ftjax.models.param import param
 from ftjax.models.rope import Rope, apply, make_rope
 from ftjax.models.stack import Stack
 
@@ -23,7 +24,8 @@ from ftjax.models.stack import Stack
 class LlamaAttention(nnx.Module):
     """Grouped-query attention with rotary positions.
 
-    `q_norm` and `k_norm` are applied to each head before RoPE (Qwen 3, Gemma 3).
+    `q_norm` and `k_norm` are applied to each head before RoPE (Qwen 3, Gemma 3); `sinks` gives each head a learned score
+    that no key has (gpt-oss).
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class LlamaAttention(nnx.Module):
         *,
         q_norm: nnx.Module | None = None,
         k_norm: nnx.Module | None = None,
+        sinks: bool = False,
     ):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.q_proj = Linear(embed, heads * head_dim, ("embed", "heads"), bias=bias)
@@ -43,6 +46,7 @@ class LlamaAttention(nnx.Module):
         self.v_proj = Linear(embed, kv_heads * head_dim, ("embed", "kv_heads"), bias=bias)
         self.o_proj = Linear(heads * head_dim, embed, ("heads", "embed"), bias=bias)
         self.q_norm, self.k_norm = q_norm, k_norm
+        self.sinks = param((heads,), ("heads",), "sinks") if sinks else None
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
         """`x [B, T, E] -> ([B, T, E], cache)`."""
@@ -58,7 +62,8 @@ class LlamaAttention(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, k, v)
             (k, v), segments, offset = cache.read(layer), cache.segment_ids, cache.length
-        y = attend(q, k, v, ctx.segment_ids, segments, offset, pattern, ctx.attention)
+        sinks = None if self.sinks is None else self.sinks[...]
+        y = attend(q, k, v, ctx.segment_ids, segments, offset, pattern, ctx.attention, sinks)
         return self.o_proj(y.reshape(b, t, self.heads * self.head_dim), ctx), cache
 
 

@@ -9,7 +9,7 @@ Legend: B batch, T length, M tokens on one device, D embed, F mlp, X experts, K 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +63,21 @@ def grouped(x: jax.Array, weight: jax.Array, sizes: jax.Array, contract: int) ->
     return jax.lax.ragged_dot_general(x, weight.astype(x.dtype), sizes, dims, precision=precision)
 
 
-# (rows [M, D] sorted by expert, sizes [X], expert of each row [M], parameters) -> [M, D]
-Feedforward = Callable[[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]], jax.Array]
+class Group(NamedTuple):
+    """The rows that one device works on, sorted by expert.
+
+    Devices that share the rows, each with a part of the `mlp` dimension, have their results added; so what belongs in the
+    result once is multiplied by `once`: 1 on one of them, 0 on the others.
+    """
+
+    rows: jax.Array  # [M, D]
+    sizes: jax.Array  # [X] int32: rows of each expert
+    owner: jax.Array  # [M] int32: the expert of each row
+    once: jax.Array | int
+
+
+# (rows, parameters) -> [M, D]
+Feedforward = Callable[[Group, dict[str, jax.Array]], jax.Array]
 
 
 def dispatch(
@@ -85,7 +98,7 @@ def dispatch(
     """
     experts = next(iter(params.values())).shape[0]
 
-    def local(x, chosen, weights, params):
+    def local(x, chosen, weights, params, once=1):
         b, t, d = x.shape
         k = chosen.shape[-1]
         owner = chosen.reshape(-1)
@@ -93,7 +106,7 @@ def dispatch(
         sizes = jnp.bincount(owner, length=experts).astype(jnp.int32)
         rows = jnp.broadcast_to(x.reshape(b * t, 1, d), (b * t, k, d)).reshape(-1, d)
         rows = rows.at[order].get(unique_indices=True)
-        y = feedforward(rows, sizes, owner[order], params)
+        y = feedforward(Group(rows, sizes, owner[order], once), params)
         y = y.at[jnp.argsort(order)].get(unique_indices=True).reshape(b, t, k, d)
         return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=2)
 
@@ -119,8 +132,10 @@ def dispatch(
     over = next((part for place in places.values() for part in place if part), None)
 
     def shard(x, chosen, weights, params):
-        y = local(x, chosen, weights, params)
-        return (y if over is None else jax.lax.psum(y, over)).astype(x.dtype)
+        if over is None:
+            return local(x, chosen, weights, params).astype(x.dtype)
+        y = local(x, chosen, weights, params, jax.lax.axis_index(over) == 0)
+        return jax.lax.psum(y, over).astype(x.dtype)
 
     return jax.shard_map(shard, mesh=mesh, in_specs=(token, token, token, places), out_specs=token)(x, chosen, weights, params)
 
@@ -150,10 +165,9 @@ class Experts(nnx.Module):
         )  # fmt: skip
 
     def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
-        def feedforward(rows, sizes, owner, params):
-            gate_up = params["gate_up_proj"]
-            hidden = self.act(grouped(rows, gate_up[:, 0], sizes, 2)) * grouped(rows, gate_up[:, 1], sizes, 2)
-            return grouped(hidden, params["down_proj"], sizes, 2)
+        def feedforward(group, params):
+            gate, up = (grouped(group.rows, params["gate_up_proj"][:, i], group.sizes, 2) for i in range(2))
+            return grouped(self.act(gate) * up, params["down_proj"], group.sizes, 2)
 
         params = {"gate_up_proj": self.gate_up_proj[...], "down_proj": self.down_proj[...]}
         return dispatch(x, chosen, weights, feedforward, params, self.AXES)
@@ -183,15 +197,17 @@ def balance_loss(sums: dict[str, jax.Array], layers: int, segment_ids: jax.Array
 
 
 class SparseMoe(nnx.Module):
-    """A router and its experts, under transformers' names: the router is `gate`."""
+    """A router and its experts, under transformers' names."""
 
-    def __init__(self, gate: Router, experts: nnx.Module):
-        self.gate = gate
+    def __init__(self, router: Router, experts: nnx.Module, name: str = "gate"):
+        """`name`: of the router."""
+        self.gate = router if name == "gate" else None
+        self.router = router if name == "router" else None
         self.experts = experts
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         """`(y [B, T, D], statistics)`."""
-        logits, chosen, weights = self.gate(x)
+        logits, chosen, weights = (self.gate or self.router)(x)
         return self.experts(x, chosen, weights), statistics(logits, chosen, ctx.segment_ids)
 
 

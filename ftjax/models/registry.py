@@ -25,6 +25,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family("gemma", "google/gemma-2b-it", "Gemma, CodeGemma"),
     "gemma2": Family("gemma2", "google/gemma-2-2b-it", "Gemma 2; local and global layers, bounded logits"),
     "gemma3_text": Family("gemma3_text", "google/gemma-3-1b-it", "Gemma 3, text only: five local layers to one global"),
+    "gpt_oss": Family("gpt_oss", "openai/gpt-oss-20b", "gpt-oss; routed experts, attention sinks, MXFP4 files"),
     "llama": Family("llama", "meta-llama/Llama-3.2-1B-Instruct", "Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2, TinyLlama"),
     "mixtral": Family("mixtral", "mistralai/Mixtral-8x7B-Instruct-v0.1", "Mixtral; routed experts"),
     "qwen3_moe": Family("qwen3_moe", "Qwen/Qwen3-30B-A3B", "Qwen 3 with routed experts"),

@@ -76,6 +76,19 @@ CASES: list[Case] = [
         "decoder_sparse_step": 2, "hidden_act": "gelu",
     }),
     Case("qwen3-moe-all-dense", "qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 9}),
+    Case("gpt-oss", "gpt_oss", {
+        "head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3, "sliding_window": 8,
+        "swiglu_limit": 0.7, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    }),
+    Case("gpt-oss-plain", "gpt_oss", {
+        "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 3, "attention_bias": False, "swiglu_alpha": 1.1,
+        "tie_word_embeddings": True, "output_router_logits": True, "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    }),
 ]  # fmt: skip
 
 ONE_OF_EACH = list({case.model_type: case for case in reversed(CASES)}.values())[::-1]

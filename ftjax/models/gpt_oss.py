@@ -1,0 +1,85 @@
+"""gpt-oss: attention sinks, every other layer local, experts with biases and a clamped SwiGLU.
+
+Source: OpenAI 2025 (arXiv:2508.10925). MXFP4 checkpoints are dequantised while they are read (`ftjax.hub.mxfp4`).
+
+Legend: M tokens, D embed, F mlp, X experts.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ftjax.models.facts import Facts
+from ftjax.models.layer_types import patterns
+from ftjax.models.layers import RMSNorm
+from ftjax.models.llama import LlamaAttention, LlamaForCausalLM
+from ftjax.models.mixtral import router_loss
+from ftjax.models.moe import Group, MoeBlock, MoeModel, Router, SparseMoe, dispatch, grouped
+from ftjax.models.param import Init, param
+from ftjax.models.rope import make_rope, refuse_partial
+from ftjax.models.stack import Stack
+
+
+class GptOssExperts(nnx.Module):
+    """`down((up + 1) * gate * sigmoid(alpha * gate))` with gate and up clamped; their columns take turns in one matrix."""
+
+    AXES = {  # noqa: RUF012
+        "gate_up_proj": ("experts", "embed", "mlp"),
+        "gate_up_proj_bias": ("experts", "mlp"),
+        "down_proj": ("experts", "mlp", "embed"),
+        "down_proj_bias": ("experts", "embed"),
+    }
+
+    def __init__(self, embed: int, mlp: int, experts: int, alpha: float, limit: float):
+        self.alpha, self.limit = alpha, limit
+        shapes = {
+            "gate_up_proj": (experts, embed, 2 * mlp),
+            "gate_up_proj_bias": (experts, 2 * mlp),
+            "down_proj": (experts, mlp, embed),
+            "down_proj_bias": (experts, embed),
+        }
+        for name, shape in shapes.items():
+            init = Init("zeros") if name.endswith("bias") else Init("normal", 0.02)
+            setattr(self, name, param(shape, self.AXES[name], name, init=init))
+
+    def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+        def feedforward(group: Group, params: dict[str, jax.Array]) -> jax.Array:
+            def bias(name: str) -> jax.Array:
+                return params[name].astype(x.dtype)[group.owner]
+
+            gate_up = grouped(group.rows, params["gate_up_proj"], group.sizes, 1) + bias("gate_up_proj_bias")
+            gate = jnp.minimum(gate_up[:, ::2], self.limit)
+            up = jnp.clip(gate_up[:, 1::2], -self.limit, self.limit)
+            hidden = (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
+            return grouped(hidden, params["down_proj"], group.sizes, 1) + bias("down_proj_bias") * group.once
+
+        params = {name: getattr(self, name)[...] for name in self.AXES}
+        return dispatch(x, chosen, weights, feedforward, params, self.AXES)
+
+
+class GptOssBlock(MoeBlock):
+    def __init__(self, attention: nnx.Module, mlp: nnx.Module, embed: int, eps: float, experts: int):
+        super().__init__(attention, mlp, embed, eps, experts)
+        self.input_layernorm = RMSNorm(embed, eps, round_first=False)
+        self.post_attention_layernorm = RMSNorm(embed, eps, round_first=False)
+
+
+def build(facts: Facts) -> LlamaForCausalLM:
+    """The abstract model of a `gpt_oss` config.json."""
+    embed, heads, head_dim = facts["hidden_size"], facts["num_attention_heads"], facts["head_dim"]
+    eps, vocab, experts = facts["rms_norm_eps"], facts["vocab_size"], facts["num_local_experts"]
+    facts.only("attention_dropout", 0.0, 0, None, why="dropout on attention probabilities is not implemented")
+    # OpenAI's file names the experts of a token and the trained length twice; the activation is always the clamped SwiGLU.
+    facts.inert("hidden_act", "experts_per_token", "initial_context_length")
+    attention = LlamaAttention(embed, heads, facts["num_key_value_heads"], head_dim, facts["attention_bias"], sinks=True)
+    mlp = SparseMoe(
+        Router(embed, experts, facts["num_experts_per_tok"], normalise=True, bias=True),
+        GptOssExperts(embed, facts["intermediate_size"], experts, facts["swiglu_alpha"], facts["swiglu_limit"]),
+        name="router",
+    )
+    kinds = patterns(facts, head_dim**-0.5)
+    rope = make_rope(refuse_partial(facts["rope_parameters"]), head_dim, facts["max_position_embeddings"])
+    stack = Stack(GptOssBlock(attention, mlp, embed, eps, experts), kinds)
+    model = MoeModel(vocab, embed, eps, stack, rope, router_loss(facts), len(kinds))
+    model.norm = RMSNorm(embed, eps, round_first=False)
+    return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])
