@@ -36,8 +36,6 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     sizes = {axis: getattr(config, axis) for axis in AXES}
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(open_axes) > 1:
-        raise UserError(f"mesh: only one axis may be -1, found {', '.join(open_axes)}")
     if open_axes and len(devices) % fixed == 0:
         sizes[open_axes[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):

@@ -139,7 +139,8 @@ def main() -> int:
     print(f"PEFT   {peer['tokens_per_second']:8.1f} tokens/s   peak {bound}{peer['peak_bytes'] / 1e9:.2f} GB")
     apart = max(abs(x / y - 1) for x, y in zip(mine["loss"], peer["loss"], strict=True))
     ratio = mine["tokens_per_second"] / peer["tokens_per_second"]
-    print(f"ratio  {ratio:8.2f}            losses differ by {apart:.1e} relative{'' if apart < 1e-3 else ': the comparison is void'}")
+    verdict = "" if apart < 1e-3 else ": the comparison is void"
+    print(f"ratio  {ratio:8.2f}            losses differ by {apart:.1e} relative{verdict}")
     if a.json:
         a.json.write_text(json.dumps({"ftjax": mine, "peft": peer, "ratio": ratio, "loss_difference": apart}, indent=2) + "\n")
     return 0 if apart < 1e-3 else 1

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
 from ftjax.config.load import diff_configs, load_config, save_config
 from ftjax.data.pipeline import BatchIterator, Split, load_splits
@@ -41,6 +42,7 @@ def train(config: Config, *, config_path: Path | None = None) -> None:
 
     Raises UserError for whatever in the configuration, the model or the data is wrong.
     """
+    keep_compiled_programs()
     folder = Path(config.output_dir)
     config = open_run_folder(folder, config)
     tokenizer = load_tokenizer(config.model)

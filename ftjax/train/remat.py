@@ -1,7 +1,6 @@
 """`model.remat: auto`: keep all activations where they fit, recompute where they do not."""
 
 import os
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,7 @@ def saved_bytes(sums_fn: SumsFn, runtime: Runtime, model: Model, policy: str, ro
 
         return jax.vjp(loss, trainable)[1]
 
-    leaves = jax.tree.leaves(jax.eval_shape(partial(residuals), trainable, frozen, batch))
+    leaves = jax.tree.leaves(jax.eval_shape(residuals, trainable, frozen, batch))
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     params = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((trainable, frozen)))
     return max(0, kept - params)

@@ -65,7 +65,7 @@ def test_packed_is_unpacked(pair):
 
 def test_gradients(pair):
     """d loss / d embedding rows and every other weight, within 1e-3 relative."""
-    case, hf, _, _, folder = pair
+    _, hf, _, _, folder = pair
     model, params = load(folder, attach_full)
     ids = tokens(2, 12)
     weights = np.random.default_rng(1).normal(size=(2, 12, 96)).astype(np.float32)

@@ -1,0 +1,18 @@
+"""Compiled programs are kept on disk, so that the second start of a run does not compile again."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def keep_compiled_programs() -> None:
+    """Use `~/.cache/ftjax/xla` (below FTJAX_CACHE where that is set), unless JAX is already told another place.
+
+    A folder that cannot be written only means that nothing is kept.
+    """
+    if jax.config.jax_compilation_cache_dir or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = Path(os.environ.get("FTJAX_CACHE", Path.home() / ".cache" / "ftjax")) / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
