@@ -172,7 +172,7 @@ def _folders() -> Iterator[dict[str, Any]]:
     places = {
         "Hub cache": HF_HUB_CACHE,
         "data sets": os.environ.get("HF_DATASETS_CACHE", str(Path(HF_HOME) / "datasets")),
-        "compiled": os.environ.get("JAX_COMPILATION_CACHE_DIR"),
+        "compiled": _compiled(),
         "working": os.getcwd(),
     }
     for what, place in places.items():
@@ -187,6 +187,18 @@ def _folders() -> Iterator[dict[str, Any]]:
             "writable": os.access(there, os.W_OK),
             "free_gib": round(shutil.disk_usage(there).free / _GIB, 1),
         }
+
+
+def _compiled() -> str | None:
+    """Where a run would keep its compiled programs."""
+    try:
+        import jax
+
+        from ftjax.compile_cache import keep_compiled_programs
+    except ImportError:
+        return None
+    keep_compiled_programs()
+    return jax.config.jax_compilation_cache_dir
 
 
 def _has_token() -> bool:

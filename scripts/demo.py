@@ -63,7 +63,7 @@ def answers(who: str, model: Path, adapter: Path | None, prompts: list[list[dict
 def exact(answer: str, form: dict) -> bool:
     """The same JSON object: the same keys with the same values, and nothing around it."""
     try:
-        return json.loads(answer) == form
+        return json.dumps(json.loads(answer), sort_keys=True) == json.dumps(form, sort_keys=True)
     except json.JSONDecodeError:
         return False
 

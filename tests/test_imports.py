@@ -26,7 +26,7 @@ BELOW = {
     "generate": {"train", "hub", "methods"},
     "evaluate": {"generate", "train", "hub", "objectives"},
     "plan": {"train", "hub", "methods", "objectives"},
-    "doctor": {"errors"},
+    "doctor": {"errors", "compile_cache"},
     "cli": {"evaluate", "generate", "plan", "train", "hub", "doctor", "data"},
     "ftjax": set(),
 }

