@@ -65,7 +65,7 @@ class Sampling:
             if self.top_k:
                 used["top_k"] = int(self.top_k)
             if self.top_p is not None and self.top_p < 1:
-                used["top_p"] = self.top_p
+                used["top_p"] = 1 - self.top_p  # what may be cut: a sum of small numbers is exact where one near 1 is not
             if self.min_p:
                 used["min_p"] = self.min_p
         return {name: jnp.int32(value) if name == "top_k" else jnp.float32(value) for name, value in used.items()}
@@ -83,8 +83,8 @@ def process(logits: jax.Array, seen: jax.Array | None, numbers: dict[str, jax.Ar
     if "temperature" in numbers:
         logits = logits / numbers["temperature"]
     if "top_k" in numbers:
-        ones = jnp.ones_like(logits)
-        logits = _keep(logits, logits >= _threshold(logits, ones, numbers["top_k"].astype(jnp.float32)))
+        others = (logits.shape[-1] - numbers["top_k"]).astype(jnp.float32)
+        logits = _keep(logits, logits >= _threshold(logits, jnp.ones_like(logits), others))
     if "top_p" in numbers:
         logits = _keep(logits, logits >= _threshold(logits, jax.nn.softmax(logits, axis=-1), numbers["top_p"]))
     if "min_p" in numbers:
@@ -105,21 +105,21 @@ def _keep(logits: jax.Array, kept: jax.Array) -> jax.Array:
     return jnp.where(kept, logits, -jnp.inf)
 
 
-def _threshold(scores: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """`[B, 1]`: the largest score such that the weights of all scores from there up reach `target`.
+def _threshold(scores: jax.Array, weights: jax.Array, most: jax.Array) -> jax.Array:
+    """`[B, 1]`: the largest score such that the weights of all lower scores add up to at most `most`.
 
-    Found bit by bit in the order-preserving integers of the float32 scores: exact as a sort is, and much cheaper.
+    Found bit by bit in the order-preserving integers of the float32 scores: as exact as a sort, and much cheaper.
     """
     bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
     order = jax.lax.bitcast_convert_type(jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31))), jnp.uint32)
 
     def body(number, found):
         tried = found | (jnp.uint32(1) << (jnp.uint32(31) - number.astype(jnp.uint32)))
-        reached = jnp.sum(jnp.where(order >= tried, weights, 0), axis=-1, keepdims=True) >= target
-        return jnp.where(reached, tried, found)
+        below = jnp.sum(jnp.where(order < tried, weights, 0), axis=-1, keepdims=True)
+        return jnp.where(below <= most, tried, found)
 
     found = jax.lax.fori_loop(0, 32, body, jnp.zeros((*scores.shape[:-1], 1), jnp.uint32))
-    # Weights that add up to a little more or less than they should must leave neither nothing nor a number that is none.
+    # The most probable token stays, whatever rounding makes of the sums; and the result is a score, not a pattern of bits.
     found = jnp.clip(found, jnp.min(order, axis=-1, keepdims=True), jnp.max(order, axis=-1, keepdims=True))
     bits = jax.lax.bitcast_convert_type(found, jnp.int32)
     return jax.lax.bitcast_convert_type(jnp.where(bits < 0, bits ^ jnp.int32(-(2**31)), ~bits), jnp.float32)

@@ -1,0 +1,105 @@
+"""Sampling against transformers' logits processors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+from ftjax.errors import UserError
+from ftjax.generate.sample import Sampling, choose, process
+
+B, V = 6, 257
+SETTINGS = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 1.3, "top_k": 10},
+    {"temperature": 1.0, "top_k": 1000},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 2.0, "top_p": 0.05},
+    {"temperature": 1.0, "top_p": 0.999999},
+    {"temperature": 1.0, "top_p": 1.0},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 1.0, "min_p": 1.0},
+    {"repetition_penalty": 1.3},
+    {"temperature": 0.5, "repetition_penalty": 0.8},
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.2},
+]
+
+
+def case(seed: int, scale: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(B, V)) * scale).astype(np.float32), rng.integers(0, V, (B, 12))
+
+
+def theirs(logits: np.ndarray, ids: np.ndarray, settings: dict) -> np.ndarray:
+    """What transformers makes of the logits, by the processors that its own `generate` would build, in its order."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=4, n_layer=1, n_head=1))
+    sampled = bool(settings.get("temperature"))
+    options = {"top_k": 0, **settings} if sampled else settings
+    config = GenerationConfig(do_sample=sampled, **options)
+    prepared, _ = model._prepare_generation_config(config)
+    processors = model._get_logits_processor(prepared, input_ids_seq_length=ids.shape[1])
+    return processors(torch.tensor(ids), torch.tensor(logits)).numpy()
+
+
+def ours(logits: np.ndarray, ids: np.ndarray, settings: dict) -> np.ndarray:
+    seen = np.zeros((B, V), bool)
+    np.put_along_axis(seen, ids, True, axis=1)
+    return np.asarray(process(jnp.asarray(logits), jnp.asarray(seen), Sampling(**settings).numbers()))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_processed_logits_are_transformers(settings):
+    for seed, scale in enumerate((3.0, 0.3, 30.0)):
+        logits, ids = case(seed, scale)
+        np.testing.assert_allclose(ours(logits, ids, settings), theirs(logits, ids, settings), rtol=1e-6)
+
+
+def test_ties_at_the_limit_are_kept():
+    """As transformers keeps them with top-k; with top-p it keeps as many as its sort happens to."""
+    logits = np.array([[1.0, 2.0, 2.0, 2.0, 0.0, -0.0]], np.float32)
+    for settings in ({"top_k": 2}, {"top_p": 0.5}):
+        kept = process(jnp.asarray(logits), None, Sampling(temperature=1.0, **settings).numbers())
+        assert np.isfinite(kept).tolist() == [[False, True, True, True, False, False]]
+
+
+def test_draws_follow_the_distribution():
+    logits, _ = case(0)
+    numbers = Sampling(temperature=0.9, top_k=5, top_p=0.95).numbers()
+    processed = process(jnp.asarray(logits[:1]), None, numbers)
+    many = 20_000
+    drawn = choose(jnp.broadcast_to(processed, (many, V)), numbers, jax.random.split(jax.random.key(0), many))
+    counts = np.bincount(np.asarray(drawn), minlength=V) / many
+    want = np.asarray(jax.nn.softmax(processed[0]))
+    np.testing.assert_allclose(counts, want, atol=4 * np.sqrt(0.25 / many))
+    assert counts[want == 0].sum() == 0
+
+
+def test_greedy_is_the_most_probable():
+    logits, _ = case(1)
+    numbers = Sampling().numbers()
+    assert numbers == {}
+    drawn = choose(process(jnp.asarray(logits), None, numbers), numbers, jax.random.split(jax.random.key(0), B))
+    np.testing.assert_array_equal(drawn, logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"temperature": -1}, "temperature = -1; expected 0"),
+        ({"top_k": -3}, "top_k"),
+        ({"top_k": 2.5}, "whole number"),
+        ({"top_p": 0}, "more than 0"),
+        ({"top_p": 1.5}, "at most 1"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"temperature": "hot"}, "a number"),
+        ({"temperature": float("nan")}, "a number"),
+    ],
+)
+def test_settings_out_of_range(settings, says):
+    with pytest.raises(UserError, match=says):
+        Sampling(**settings)

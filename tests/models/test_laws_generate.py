@@ -1,0 +1,96 @@
+"""What every family must prove when it generates: it answers as transformers does, and the cache changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from cases import CASES, ONE_OF_EACH
+from oracle import context, hf_logits, load, logits, make_hf, one_device, tokens
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from ftjax.config import MeshConfig
+from ftjax.generate.cache import cache_shape, forward, new_cache
+from ftjax.generate.session import Generator
+from ftjax.mesh import make_mesh
+
+VOCAB = 96
+NEW = 30
+LENGTHS = (7, 24, 16)  # shorter and longer than the windows of the cases; 24 + NEW is past every original length
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def pair(request, tmp_path_factory):
+    """(case, transformers' model, our model, our parameters) of one case."""
+    folder = tmp_path_factory.mktemp("hf")
+    hf = make_hf(request.param, folder)
+    return request.param, hf, *load(folder)
+
+
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer as small as the models: the word `t7` is token 7."""
+    model = WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+
+
+def generator(model, params, mesh=None) -> Generator:
+    made = Generator.of(model, params, words(), mesh=mesh or one_device(), dtype=jnp.float32)
+    made.ends = frozenset()  # the models are random, so that their EOS means nothing
+    return made
+
+
+def prompts() -> list[list[int]]:
+    return [tokens(1, length, seed=length)[0].tolist() for length in LENGTHS]
+
+
+def hf_generate(hf, prompt: list[int], **options) -> list[int]:
+    hf_logits(hf, np.array([prompt]))  # forgets what dynamic RoPE remembers
+    hf.generation_config.eos_token_id = None
+    hf.generation_config.pad_token_id = 0
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        out = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, **options)
+    return out[0, len(prompt) :].tolist()
+
+
+def test_greedy_text_is_transformers(pair):
+    """Token for token: one left-padded batch here, one by one there."""
+    _, hf, model, params = pair
+    want = [hf_generate(hf, prompt) for prompt in prompts()]
+    answers = generator(model, params).generate(prompts(), max_new_tokens=NEW)
+    assert [answer.tokens for answer in answers] == want
+
+
+def test_cached_is_uncached(pair):
+    """Several tokens at once and one by one: the logits of one uncached pass."""
+    _, _, model, params = pair
+    rope = str(model.config.get("rope_parameters"))
+    part = 7 if "longrope" in rope or "dynamic" in rope else 19  # such a cache is only good up to their switch, 16
+    ids = tokens(2, 40)[:, : 2 * part + 2]
+    want = logits(model, params, ids)
+
+    @jax.jit
+    def step(params, ids, positions, cache):
+        module = model.bind(params)
+        ctx = context(ids, positions=positions)
+        hidden, cache = forward(module, ids, ctx, cache)
+        return module.unembed(hidden, ctx), cache
+
+    cache = new_cache(cache_shape(model), 2, 2 * part + 5, jnp.float32)
+    at = 0
+    for size in (part, 1, 1, part):
+        positions = np.broadcast_to(np.arange(at, at + size, dtype=np.int32), (2, size))
+        got, cache = step(params, jnp.asarray(ids[:, at : at + size]), jnp.asarray(positions), cache)
+        np.testing.assert_allclose(got, want[:, at : at + size], atol=1e-4, rtol=0)
+        at += size
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+def test_eight_devices_answer_as_one(case, tmp_path):
+    make_hf(case, tmp_path)
+    want = generator(*load(tmp_path)).generate(prompts(), max_new_tokens=NEW)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4 // case.tensor, tensor=case.tensor))
+    got = generator(*load(tmp_path, mesh=mesh), mesh).generate(prompts(), max_new_tokens=NEW)
+    assert [answer.tokens for answer in got] == [answer.tokens for answer in want]
