@@ -35,10 +35,11 @@ class Site:
 
 
 def linears(root: nnx.Module) -> list[Site]:
-    """Every dense layer, the output embedding included, in the order of the module tree."""
+    """Every dense layer that can have an adapter, the output embedding included, in the order of the module tree."""
     nodes = {path: node for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)}
     rows = specs(root)
-    return [_site(path, node, nodes, rows) for path, node in sorted(nodes.items(), key=_by_name) if isinstance(node, Linear)]
+    chosen = [item for item in nodes.items() if isinstance(item[1], Linear) and item[1].adaptable]
+    return [_site(path, node, nodes, rows) for path, node in sorted(chosen, key=_by_name)]
 
 
 def _by_name(item: tuple) -> list[str]:

@@ -51,7 +51,11 @@ class Linear(nnx.Module):
     def __init__(
         self, size_in: int, size_out: int, axes: tuple[str | None, str | None], *, bias: bool = False, conv1d: bool = False
     ):
-        """`axes`: the logical axes of input and output. `conv1d`: GPT-2's layer, whose weight is (I, O)."""
+        """`axes`: the logical axes of input and output. `conv1d`: GPT-2's layer, whose weight is (I, O).
+
+        A family sets `adaptable` to False where PEFT could not load an adapter on the layer.
+        """
+        self.adaptable = True
         self.size_in, self.size_out, self.axes, self.conv1d = size_in, size_out, axes, conv1d
         shape = (size_in, size_out) if conv1d else (size_out, size_in)
         self.weight = param(shape, axes if conv1d else axes[::-1], "weight")

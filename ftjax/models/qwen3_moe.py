@@ -43,6 +43,8 @@ def build(facts: Facts) -> LlamaForCausalLM:
             )
         else:
             mlp = LlamaMLP(embed, dense, act, False)
+            # PEFT takes these names for the experts of checkpoints that transformers 4 wrote, wherever they stand.
+            mlp.gate_proj.adaptable = mlp.up_proj.adaptable = mlp.down_proj.adaptable = False
         return MoeBlock(attention, mlp, embed, eps, max(experts, 1))
 
     sparse = sparse_layers(facts, layers, experts)
