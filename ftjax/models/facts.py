@@ -19,6 +19,7 @@ INERT = {
     "problem_type", "return_dict", "rope_interleaved", "sep_token_id", "task_specific_params", "tokenizer_class",
     "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
     "use_cache", "use_bfloat16", "prefix", "pruned_heads", "finetuning_task", "_attn_implementation", "name_or_path",
+    "_num_labels", "gradient_checkpointing", "tie_last_hidden_states",
 }  # fmt: skip
 
 # Fields of every transformers configuration that would change the model if they were set.
@@ -29,12 +30,19 @@ REFUSED_UNLESS = {
 
 
 class Facts:
-    """A config.json, as transformers completes it with its defaults, that remembers which fields were taken."""
+    """A config.json, as transformers completes it with its defaults, that remembers which fields were taken.
+
+    Attributes:
+        notes: what the person who trains the model should know.
+        max_positions: how many positions the model has, where a table holds them; a family with such a table sets it.
+    """
 
     def __init__(self, values: Mapping[str, Any]):
         self._values = dict(values)
         self._taken: set[str] = set()
         self.model_type: str = values["model_type"]
+        self.notes: list[str] = []
+        self.max_positions: int | None = None
 
     def __getitem__(self, name: str) -> Any:
         """Take a field that the family honours; UserError where it is missing."""
@@ -62,6 +70,20 @@ class Facts:
     def inert(self, *names: str) -> None:
         """These fields of the family have no effect on logits or gradients."""
         self._taken.update(names)
+
+    def note(self, text: str) -> None:
+        """Something about this config.json that changes nothing here, but may surprise."""
+        self.notes.append(text)
+
+    def dropout(self, *names: str) -> None:
+        """Take fields that drop activations at random while transformers trains; here they have no effect."""
+        on = {name: rate for name in names if (rate := self.get(name))}
+        if on:
+            self.note(
+                f"config.json of this {self.model_type} model asks for dropout while training "
+                f"({', '.join(f'{name} = {rate}' for name, rate in on.items())}), which ftjax does not apply; an adapter's own "
+                "dropout (method.lora_dropout) works"
+            )
 
     def finish(self) -> None:
         """UserError for fields that were neither taken nor known to be without effect."""
@@ -104,11 +126,14 @@ def complete_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     if not isinstance(raw, Mapping) or "model_type" not in raw:
         raise UserError(f"{where}: expected a JSON object with model_type")
-    check_supported(raw["model_type"], where)
+    model_type = raw["model_type"]
+    if model_type == "mistral" and "layer_types" in raw:  # as transformers' AutoConfig does
+        model_type = "ministral"
+    check_supported(model_type, where)
     from transformers import CONFIG_MAPPING
 
     try:
-        config = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
+        config = CONFIG_MAPPING[model_type].from_dict({**raw, "model_type": model_type})
     except Exception as error:  # transformers raises several kinds for values it refuses
         raise UserError(f"{where}: transformers refuses this configuration: {error}") from None
-    return {**config.to_dict(), "model_type": raw["model_type"]}
+    return {**config.to_dict(), "model_type": model_type}

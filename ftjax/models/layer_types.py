@@ -5,6 +5,17 @@ from ftjax.models.attention import Pattern
 from ftjax.models.facts import Facts
 
 
+def window(facts: Facts) -> int | None:
+    """`sliding_window` of a model whose layers are all alike; UserError where it is not a number of tokens."""
+    size = facts["sliding_window"]
+    if size is not None and size < 1:
+        raise UserError(
+            f"config.json of this {facts.model_type} model has sliding_window = {size!r}; give the number of tokens that a "
+            "token sees, itself included, or null"
+        )
+    return size
+
+
 def patterns(facts: Facts, scale: float, softcap: float | None = None) -> tuple[Pattern, ...]:
     """One attention pattern for each layer: `full_attention`, or `sliding_attention` over `sliding_window` keys.
 

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.mesh import constrain
-from ftjax.models.attention import Pattern, attend
+from ftjax.models.attention import Pattern
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.layers import Embedding, Linear, RMSNorm, activation
 from ftjax.models.param import param
-from ftjax.models.rope import Rope, apply, make_rope
+from ftjax.models.rope import Rope, make_rope, refuse_partial
+from ftjax.models.self_attention import self_attention
 from ftjax.models.stack import Stack
 
 
@@ -25,7 +26,7 @@ class LlamaAttention(nnx.Module):
     """Grouped-query attention with rotary positions.
 
     `q_norm` and `k_norm` are applied to each head before RoPE (Qwen 3, Gemma 3); `sinks` gives each head a learned score
-    that no key has (gpt-oss).
+    that no key has (gpt-oss); `bias_out` is the output projection's where it differs from `bias` (Qwen 2).
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class LlamaAttention(nnx.Module):
         head_dim: int,
         bias: bool,
         *,
+        bias_out: bool | None = None,
         q_norm: nnx.Module | None = None,
         k_norm: nnx.Module | None = None,
         sinks: bool = False,
@@ -44,27 +46,23 @@ class LlamaAttention(nnx.Module):
         self.q_proj = Linear(embed, heads * head_dim, ("embed", "heads"), bias=bias)
         self.k_proj = Linear(embed, kv_heads * head_dim, ("embed", "kv_heads"), bias=bias)
         self.v_proj = Linear(embed, kv_heads * head_dim, ("embed", "kv_heads"), bias=bias)
-        self.o_proj = Linear(heads * head_dim, embed, ("heads", "embed"), bias=bias)
+        self.o_proj = Linear(heads * head_dim, embed, ("heads", "embed"), bias=bias if bias_out is None else bias_out)
         self.q_norm, self.k_norm = q_norm, k_norm
         self.sinks = param((heads,), ("heads",), "sinks") if sinks else None
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
-        """`x [B, T, E] -> ([B, T, E], cache)`."""
+    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`x [B, T, E]` -> queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, not yet rotated."""
         b, t, _ = x.shape
         q = self.q_proj(x, ctx).reshape(b, t, self.heads, self.head_dim)
         k = self.k_proj(x, ctx).reshape(b, t, self.kv_heads, self.head_dim)
         v = self.v_proj(x, ctx).reshape(b, t, self.kv_heads, self.head_dim)
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
-        q, k = apply(q, *ctx.rope), apply(k, *ctx.rope)
-        q = constrain(q, "batch", "length", "heads", None)
-        segments, offset = ctx.segment_ids, 0
-        if cache is not None:
-            cache = cache.write(layer, k, v)
-            (k, v), segments, offset = cache.read(layer), cache.segment_ids, cache.length
+        return q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k), v
+
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+        """`x [B, T, E] -> ([B, T, E], cache)`."""
         sinks = None if self.sinks is None else self.sinks[...]
-        y = attend(q, k, v, ctx.segment_ids, segments, offset, pattern, ctx.attention, sinks)
-        return self.o_proj(y.reshape(b, t, self.heads * self.head_dim), ctx), cache
+        y, cache = self_attention(*self.project(x, ctx), ctx, pattern, layer, cache, sinks)
+        return self.o_proj(y, ctx), cache
 
 
 class LlamaMLP(nnx.Module):
@@ -128,21 +126,34 @@ class LlamaForCausalLM(nnx.Module):
         return logits.astype(jnp.float32)
 
 
+def attention(facts: Facts, *, bias: bool, **options) -> LlamaAttention:
+    """The attention of a config.json with Llama's names; `head_dim` is optional in them."""
+    facts.dropout("attention_dropout")
+    heads, kv_heads = facts["num_attention_heads"], facts["num_key_value_heads"]
+    return LlamaAttention(facts["hidden_size"], heads, kv_heads, head_size(facts), bias, **options)
+
+
+def head_size(facts: Facts) -> int:
+    """H."""
+    embed, heads = facts["hidden_size"], facts["num_attention_heads"]
+    return facts.get("head_dim", embed // heads)
+
+
+def mlp(facts: Facts, *, bias: bool = False) -> LlamaMLP:
+    return LlamaMLP(facts["hidden_size"], facts["intermediate_size"], facts["hidden_act"], bias)
+
+
+def decoder(facts: Facts, block: nnx.Module, kinds: tuple[Pattern, ...]) -> LlamaForCausalLM:
+    """The whole model around a block; `kinds` has what tells each layer from the others."""
+    embed, eps, vocab = facts["hidden_size"], facts["rms_norm_eps"], facts["vocab_size"]
+    rope = make_rope(refuse_partial(facts["rope_parameters"]), head_size(facts), facts["max_position_embeddings"])
+    model = LlamaModel(vocab, embed, eps, Stack(block, kinds), rope)
+    return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])
+
+
 def build(facts: Facts) -> LlamaForCausalLM:
     """The abstract model of a `llama` config.json."""
-    embed, heads, head_dim = facts["hidden_size"], facts["num_attention_heads"], facts["head_dim"]
-    eps, vocab = facts["rms_norm_eps"], facts["vocab_size"]
-    facts.only("attention_dropout", 0.0, 0, None, why="dropout on attention probabilities is not implemented")
-    facts.only("pretraining_tp", 1, None, why="it asks for sliced matrix products, which only change rounding")
-    rope = facts["rope_parameters"]
-    if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
-        facts.only("partial_rotary_factor", why="Llama rotates whole heads")
-    block = LlamaBlock(
-        LlamaAttention(embed, heads, facts["num_key_value_heads"], head_dim, facts["attention_bias"]),
-        LlamaMLP(embed, facts["intermediate_size"], facts["hidden_act"], facts["mlp_bias"]),
-        embed,
-        eps,
-    )
-    layers = Stack(block, (Pattern(scale=head_dim**-0.5),) * facts["num_hidden_layers"])
-    model = LlamaModel(vocab, embed, eps, layers, make_rope(rope, head_dim, facts["max_position_embeddings"]))
-    return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])
+    facts.inert("pretraining_tp")  # transformers 5 has no sliced matrix products any more, whatever the config asks
+    parts = attention(facts, bias=facts["attention_bias"]), mlp(facts, bias=facts["mlp_bias"])
+    block = LlamaBlock(*parts, facts["hidden_size"], facts["rms_norm_eps"])
+    return decoder(facts, block, (Pattern(scale=head_size(facts) ** -0.5),) * facts["num_hidden_layers"])

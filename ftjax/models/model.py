@@ -27,6 +27,8 @@ class Model:
         ignored: endings of checkpoint tensors that older exports hold and the model does not need.
         output: path of the module that projects hidden states to logits.
         buffers: arrays that are neither loaded nor trained (LoRA scales), by path.
+        notes: what the person who trains the model should know about its config.json.
+        max_positions: the longest text that the model has positions for, where a table holds them (GPT-2); or None.
     """
 
     config: Mapping[str, Any]
@@ -37,6 +39,8 @@ class Model:
     ignored: tuple[str, ...]
     output: str
     order: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    max_positions: int | None = None
 
     @classmethod
     def of(cls, module: nnx.Module, config: Mapping[str, Any]) -> "Model":
@@ -45,7 +49,10 @@ class Model:
         found = dict(variables(module))
         order = tuple(".".join(map(str, path)) for path, _ in nnx.to_flat_state(state))
         buffers = {path: np.asarray(v.get_value()) for path, v in found.items() if isinstance(v, Buffer)}
-        return cls(config, specs(module), buffers, graphdef, jax.tree.structure(state), module.ignored, module.output, order)
+        return cls(
+            config, specs(module), buffers, graphdef, jax.tree.structure(state), module.ignored, module.output, order,
+            module.notes, module.max_positions,
+        )  # fmt: skip
 
     def bind(self, params: Mapping[str, jax.Array]) -> Any:
         """The module with these arrays in it; for use inside jit."""
@@ -66,4 +73,5 @@ def build_module(config: Mapping[str, Any]) -> nnx.Module:
     facts = Facts(config)
     module = FAMILIES[facts.model_type].build(facts)
     facts.finish()
+    module.notes, module.max_positions = tuple(facts.notes), facts.max_positions
     return module

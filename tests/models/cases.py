@@ -89,6 +89,36 @@ CASES: list[Case] = [
         "layer_types": ["full_attention", "sliding_attention"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     }),
+    Case("mistral", "mistral", {"sliding_window": 8, "head_dim": 12, "num_hidden_layers": 3}),
+    Case("mistral-no-window", "mistral", {
+        "sliding_window": None, "tie_word_embeddings": True, "hidden_act": "gelu", "rms_norm_eps": 1e-3,
+        "rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 4,
+    }),
+    Case("ministral", "ministral", {
+        "head_dim": 12, "sliding_window": 8, "num_hidden_layers": 4,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+    }),
+    Case("ministral-all-windows", "ministral", {
+        "head_dim": 8, "sliding_window": 5, "tie_word_embeddings": True, "hidden_act": "relu", "rms_norm_eps": 1e-3,
+    }),
+    Case("qwen2", "qwen2", {
+        "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "num_hidden_layers": 4,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False,
+        },
+    }),
+    Case("qwen2-tied", "qwen2", {
+        "tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 12, "hidden_act": "gelu", "rms_norm_eps": 1e-3,
+    }),
+    Case("qwen3", "qwen3", {
+        "head_dim": 12, "use_sliding_window": True, "sliding_window": 8, "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }),
+    Case("qwen3-tied", "qwen3", {
+        "head_dim": 8, "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1, "hidden_act": "gelu",
+        "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE,
+    }, tensor=1),
 ]  # fmt: skip
 
 ONE_OF_EACH = list({case.model_type: case for case in reversed(CASES)}.values())[::-1]

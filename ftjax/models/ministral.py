@@ -1,0 +1,14 @@
+"""Ministral: Mistral whose layers see either the whole text or a window of it.
+
+transformers takes a `mistral` config.json with `layer_types` for one of these, and so does ftjax.
+"""
+
+from ftjax.models.facts import Facts
+from ftjax.models.layer_types import patterns
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp
+
+
+def build(facts: Facts) -> LlamaForCausalLM:
+    """The abstract model of a `ministral` config.json."""
+    block = LlamaBlock(attention(facts, bias=False), mlp(facts), facts["hidden_size"], facts["rms_norm_eps"])
+    return decoder(facts, block, patterns(facts, head_size(facts) ** -0.5))

@@ -1,0 +1,17 @@
+"""Qwen 2 and 2.5: Llama with biases on queries, keys and values, and a window in later layers where the config has one.
+
+Source: Qwen Team 2024 (arXiv:2407.10671).
+"""
+
+from ftjax.models.facts import Facts
+from ftjax.models.layer_types import patterns
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp
+
+
+def build(facts: Facts) -> LlamaForCausalLM:
+    """The abstract model of a `qwen2` config.json."""
+    # transformers has made `layer_types` and `sliding_window` of these.
+    facts.inert("use_sliding_window", "max_window_layers")
+    parts = attention(facts, bias=True, bias_out=False), mlp(facts)
+    block = LlamaBlock(*parts, facts["hidden_size"], facts["rms_norm_eps"])
+    return decoder(facts, block, patterns(facts, head_size(facts) ** -0.5))

@@ -1,0 +1,19 @@
+"""Qwen 3: Llama with normed queries and keys, and a window in later layers where the config has one.
+
+Source: Qwen Team 2025 (arXiv:2505.09388).
+"""
+
+from ftjax.models.facts import Facts
+from ftjax.models.layer_types import patterns
+from ftjax.models.layers import RMSNorm
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp
+
+
+def build(facts: Facts) -> LlamaForCausalLM:
+    """The abstract model of a `qwen3` config.json."""
+    # transformers has made `layer_types` and `sliding_window` of these.
+    facts.inert("use_sliding_window", "max_window_layers")
+    head_dim, eps = head_size(facts), facts["rms_norm_eps"]
+    norms = {"q_norm": RMSNorm(head_dim, eps), "k_norm": RMSNorm(head_dim, eps)}
+    block = LlamaBlock(attention(facts, bias=facts["attention_bias"], **norms), mlp(facts), facts["hidden_size"], eps)
+    return decoder(facts, block, patterns(facts, head_dim**-0.5))
