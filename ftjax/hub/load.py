@@ -36,7 +36,20 @@ def open_model(path: Path) -> tuple[dict, TensorSource]:
 def load_base(model: Model, source: TensorSource, mesh: Mesh, dtype, where: str) -> dict[str, jax.Array]:
     """Every parameter of the base model: trained ones in float32, frozen ones in `dtype`. `where` is for messages."""
     base = {path: spec for path, spec in model.specs.items() if not spec.row.adapter}
+    check_tied(model, source, where)
     return load_params(base, source, mesh, dtype, where, model.ignored)
+
+
+def check_tied(model: Model, source: TensorSource, where: str) -> None:
+    """UserError where config.json ties the output to the embedding, but the file holds another output."""
+    embedding = f"{model.output}.weight"
+    names = [name for name in source.keys() if name != embedding and name.endswith("head.weight") and name.endswith(model.ignored)]
+    for name in names:
+        if embedding in source.keys() and not np.array_equal(source.read(name), source.read(embedding)):
+            raise UserError(
+                f"{where}: config.json says tie_word_embeddings, but {name} is not {embedding}; set tie_word_embeddings to false "
+                f"to use {name}, or remove that tensor"
+            )
 
 
 def load_params(
