@@ -282,6 +282,7 @@ class Run:
         say(
             f"devices: {len(devices)} {devices[0].platform} ({devices[0].device_kind}); mesh: {mesh}",
             self.setup.trained_line(),
+            *(f"note: {note}" for note in self.setup.model.notes),
             *self.split.report.lines(),
             f"{self.total} steps of {self.options.global_batch_size} rows, {self.epoch_steps} steps an epoch; "
             f"remat: {self.setup.runtime.remat}; attention: {self.setup.runtime.attention}",

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from ftjax import tree
 from ftjax.config import Config
+from ftjax.errors import UserError
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import init_params, load_base, open_model
 from ftjax.hub.peft import attach_adapter, load_adapter
@@ -81,6 +82,11 @@ def prepare(config: Config) -> Setup:
     """Build, shard and load. Raises UserError for anything in the configuration or the files that is wrong."""
     mesh = make_mesh(config.mesh)
     model, source, path, config = build(config)
+    if model.max_positions is not None and config.data.max_length > model.max_positions:
+        raise UserError(
+            f"data.max_length: {config.data.max_length} tokens are more than the {model.max_positions} positions that this "
+            "model has learned"
+        )
     rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     runtime = Runtime(jnp.dtype(config.model.compute_dtype), choose(config.model.attention, mesh.size), config.model.remat)
