@@ -58,7 +58,9 @@ def make_hf(case: Case, folder: Path, seed: int = 0, **save) -> Any:
     from transformers import CONFIG_MAPPING
 
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[case.model_type](**{**TINY, **case.values})
+    kind = CONFIG_MAPPING[case.model_type]
+    known = {field.name for field in dataclasses.fields(kind)}  # GPT-2 has names of its own
+    config = kind(**{**{name: value for name, value in TINY.items() if name in known}, **case.values})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

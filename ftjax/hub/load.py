@@ -18,6 +18,7 @@ from ftjax.mesh import sharding
 from ftjax.models.facts import complete_config, read_config
 from ftjax.models.model import Model
 from ftjax.models.param import Layout, Spec
+from ftjax.models.registry import FAMILIES
 
 
 def open_model(path: Path) -> tuple[dict, TensorSource]:
@@ -28,6 +29,7 @@ def open_model(path: Path) -> tuple[dict, TensorSource]:
 
         return complete_config(read_gguf_config(path), str(path)), GGUFSource(path)
     config, source = read_config(path), SafetensorsFolder(path)
+    source.add_prefix(FAMILIES[config["model_type"]].prefix, but=("lm_head.", "embed_out."))
     if is_mxfp4(config):  # what is written is not quantised any more
         return {key: value for key, value in config.items() if key != "quantization_config"}, Mxfp4Source(source)
     return config, source
@@ -43,7 +45,9 @@ def load_base(model: Model, source: TensorSource, mesh: Mesh, dtype, where: str)
 def check_tied(model: Model, source: TensorSource, where: str) -> None:
     """UserError where config.json ties the output to the embedding, but the file holds another output."""
     embedding = f"{model.output}.weight"
-    names = [name for name in source.keys() if name != embedding and name.endswith("head.weight") and name.endswith(model.ignored)]
+    names = [
+        name for name in source.keys() if name != embedding and name.endswith("head.weight") and name.endswith(model.ignored)
+    ]
     for name in names:
         if embedding in source.keys() and not np.array_equal(source.read(name), source.read(embedding)):
             raise UserError(

@@ -88,6 +88,16 @@ class SafetensorsFolder:
         if end > size:
             raise UserError(f"{path}: truncated: its header promises {end:,} bytes, the file has {size:,}; download it again")
 
+    def add_prefix(self, prefix: str, but: tuple[str, ...]) -> None:
+        """Name the tensors of a model without a head, `h.0.ln_1.bias`, as those of one with a head,
+        `transformer.h.0.ln_1.bias`; transformers loads either.
+
+        Args:
+            but: the beginnings of names that stay as they are.
+        """
+        if not any(name.startswith(f"{prefix}.") for name in self._entries):
+            self._entries = {n if n.startswith(but) else f"{prefix}.{n}": entry for n, entry in self._entries.items()}
+
     def keys(self) -> list[str]:
         return list(self._entries)
 

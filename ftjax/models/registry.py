@@ -15,6 +15,7 @@ class Family:
     module: str
     example: str  # a Hub id
     notes: str = ""
+    prefix: str = "model"  # the first part of the names that a checkpoint without a head leaves out
 
     @property
     def build(self) -> Callable[..., Any]:
@@ -25,6 +26,8 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family("gemma", "google/gemma-2b-it", "Gemma, CodeGemma"),
     "gemma2": Family("gemma2", "google/gemma-2-2b-it", "Gemma 2; local and global layers, bounded logits"),
     "gemma3_text": Family("gemma3_text", "google/gemma-3-1b-it", "Gemma 3, text only: five local layers to one global"),
+    "gpt2": Family("gpt2", "openai-community/gpt2", "GPT-2, DistilGPT-2, Cerebras-GPT", prefix="transformer"),
+    "gpt_neox": Family("gpt_neox", "EleutherAI/pythia-160m", "Pythia, GPT-NeoX", prefix="gpt_neox"),
     "gpt_oss": Family("gpt_oss", "openai/gpt-oss-20b", "gpt-oss; routed experts, attention sinks, MXFP4 files"),
     "llama": Family("llama", "meta-llama/Llama-3.2-1B-Instruct", "Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2, TinyLlama"),
     "ministral": Family("ministral", "mistralai/Ministral-8B-Instruct-2410", "Ministral 8B; some layers see a window"),

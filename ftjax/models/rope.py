@@ -107,7 +107,8 @@ def make_rope(parameters: dict[str, Any], head_dim: int, max_position_embeddings
     if unknown:
         raise UserError(f"rope_parameters: rope_type {kind!r} does not use {', '.join(unknown)}; remove it or change the type")
     base = parameters["rope_theta"]
-    dim = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+    part = parameters.get("partial_rotary_factor")
+    dim = head_dim if part is None else int(head_dim * part)
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     inv_freq = np.float32(1) / np.float32(base) ** exponent
 

@@ -119,6 +119,23 @@ CASES: list[Case] = [
         "head_dim": 8, "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1, "hidden_act": "gelu",
         "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE,
     }, tensor=1),
+    Case("gpt2", "gpt2", {
+        "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48, "scale_attn_by_inverse_layer_idx": True,
+        "layer_norm_epsilon": 1e-3,
+    }),
+    Case("gpt2-untied", "gpt2", {
+        "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "tie_word_embeddings": False, "scale_attn_weights": False,
+        "activation_function": "gelu", "reorder_and_upcast_attn": True,
+    }),
+    Case("gpt-neox", "gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 500, "hidden_act": "gelu_new", "num_hidden_layers": 3}),
+    Case("gpt-neox-serial", "gpt_neox", {
+        "use_parallel_residual": False, "tie_word_embeddings": True, "attention_bias": False, "layer_norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0, "partial_rotary_factor": 1.0},
+    }),
+    Case("gpt-neox-dynamic", "gpt_neox", {
+        "max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0, "partial_rotary_factor": 0.75},
+    }),
 ]  # fmt: skip
 
 ONE_OF_EACH = list({case.model_type: case for case in reversed(CASES)}.values())[::-1]

@@ -1,0 +1,120 @@
+"""GPT-2: learned positions, LayerNorm with biases, fused projections stored (in, out) (Radford et al. 2019).
+
+Also what others trained in this shape: DistilGPT-2, DialoGPT, Cerebras-GPT, Stanford's Mistral runs.
+
+Legend: B batch, T query length, E embed, N heads, H head dim, F mlp, V vocab.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ftjax.errors import UserError
+from ftjax.mesh import constrain
+from ftjax.models.attention import Pattern
+from ftjax.models.context import Context, KVCache
+from ftjax.models.facts import Facts
+from ftjax.models.layers import Embedding, LayerNorm, Linear, activation
+from ftjax.models.self_attention import self_attention
+from ftjax.models.stack import Stack
+
+
+class GPT2Attention(nnx.Module):
+    """Multi-head attention without rotary positions; `by_layer` divides the scores by the layer's number, from 1."""
+
+    def __init__(self, embed: int, heads: int, by_layer: bool):
+        self.heads, self.by_layer = heads, by_layer
+        self.c_attn = Linear(embed, 3 * embed, ("embed", "heads"), bias=True, conv1d=True)
+        self.c_proj = Linear(embed, embed, ("heads", "embed"), bias=True, conv1d=True)
+
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+        """`x [B, T, E] -> ([B, T, E], cache)`."""
+        b, t, e = x.shape
+        q, k, v = (y.reshape(b, t, self.heads, e // self.heads) for y in jnp.split(self.c_attn(x, ctx), 3, axis=-1))
+        if self.by_layer:  # the queries', so that all layers have the same static facts and are scanned as one
+            q = (q.astype(jnp.float32) / (layer + 1)).astype(q.dtype)
+        y, cache = self_attention(q, k, v, ctx, pattern, layer, cache)
+        return self.c_proj(y, ctx), cache
+
+
+class GPT2MLP(nnx.Module):
+    def __init__(self, embed: int, mlp: int, act: str):
+        self.act = activation(act)
+        self.c_fc = Linear(embed, mlp, ("embed", "mlp"), bias=True, conv1d=True)
+        self.c_proj = Linear(mlp, embed, ("mlp", "embed"), bias=True, conv1d=True)
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return self.c_proj(self.act(self.c_fc(x, ctx)), ctx)
+
+
+class GPT2Block(nnx.Module):
+    def __init__(self, attn: GPT2Attention, mlp: GPT2MLP, embed: int, eps: float):
+        self.attn = attn
+        self.mlp = mlp
+        self.ln_1 = LayerNorm(embed, eps)
+        self.ln_2 = LayerNorm(embed, eps)
+
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+        y, cache = self.attn(self.ln_1(x), ctx, pattern, layer, cache)
+        x = constrain(x + y, "batch", "length", None)
+        x = x + self.mlp(self.ln_2(x), ctx)
+        return constrain(x, "batch", "length", None), cache, jnp.float32(0)
+
+
+class GPT2Model(nnx.Module):
+    def __init__(self, vocab: int, positions: int, embed: int, eps: float, layers: Stack):
+        self.wte = Embedding(vocab, embed)
+        self.wpe = Embedding(positions, embed, vocab_axis=None)
+        self.h = layers
+        self.ln_f = LayerNorm(embed, eps)
+
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+        """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss.
+
+        A position past the table gives NaN, never another position's row.
+        """
+        x = self.wte(tokens, ctx.dtype) + self.wpe(ctx.positions, ctx.dtype)
+        x, cache, aux = self.h(constrain(x, "batch", "length", None), ctx, cache)
+        return self.ln_f(x), cache, aux
+
+
+class GPT2LMHeadModel(nnx.Module):
+    def __init__(self, transformer: GPT2Model, vocab: int, embed: int, tied: bool):
+        # Older exports hold the causal mask of each layer, and the tied head once more.
+        self.ignored = (".attn.bias", ".attn.masked_bias", *(("lm_head.weight",) if tied else ()))
+        self.output = "transformer.wte" if tied else "lm_head"
+        self.transformer = transformer
+        self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
+
+    def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+        return self.transformer(tokens, ctx, cache)
+
+    def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """Hidden states `[..., E]` -> float32 logits `[..., V]`."""
+        logits = self.transformer.wte.attend(x) if self.lm_head is None else self.lm_head(x, ctx)
+        return logits.astype(jnp.float32)
+
+
+def build(facts: Facts) -> GPT2LMHeadModel:
+    """The abstract model of a `gpt2` config.json."""
+    embed, heads, eps, vocab = facts["n_embd"], facts["n_head"], facts["layer_norm_epsilon"], facts["vocab_size"]
+    if embed % heads:
+        raise UserError(f"config.json of this gpt2 model has n_embd = {embed}, which does not divide by n_head = {heads}")
+    facts.dropout("attn_pdrop", "resid_pdrop", "embd_pdrop")
+    # A classification head's fields; the trained length under its oldest name; scores are float32 here in any case.
+    facts.inert(
+        "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "n_ctx",
+        "reorder_and_upcast_attn",
+    )  # fmt: skip
+    facts.max_positions = facts["n_positions"]
+    inner = facts["n_inner"]
+    block = GPT2Block(
+        GPT2Attention(embed, heads, facts["scale_attn_by_inverse_layer_idx"]),
+        GPT2MLP(embed, 4 * embed if inner is None else inner, facts["activation_function"]),
+        embed,
+        eps,
+    )
+    scale = (embed // heads) ** -0.5 if facts["scale_attn_weights"] else 1.0
+    layers = Stack(block, (Pattern(scale),) * facts["n_layer"])
+    model = GPT2Model(vocab, facts.max_positions, embed, eps, layers)
+    return GPT2LMHeadModel(model, vocab, embed, facts["tie_word_embeddings"])

@@ -1,0 +1,117 @@
+"""GPT-NeoX, that is Pythia: attention and MLP beside each other, RoPE on a part of each head, queries, keys and values of
+each head in one projection (Black et al. 2022, arXiv:2204.06745; Biderman et al. 2023, arXiv:2304.01373).
+
+Legend: B batch, T query length, E embed, N heads, H head dim, F mlp, V vocab.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ftjax.mesh import constrain
+from ftjax.models.attention import Pattern
+from ftjax.models.context import Context, KVCache
+from ftjax.models.facts import Facts
+from ftjax.models.layers import Embedding, LayerNorm, Linear, activation
+from ftjax.models.param import Layout
+from ftjax.models.rope import Rope, make_rope
+from ftjax.models.self_attention import self_attention
+from ftjax.models.stack import Stack
+
+
+class GPTNeoXAttention(nnx.Module):
+    def __init__(self, embed: int, heads: int, bias: bool):
+        self.heads = heads
+        self.query_key_value = Linear(embed, 3 * embed, ("embed", "heads"), bias=bias)
+        self.dense = Linear(embed, embed, ("heads", "embed"), bias=bias)
+
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+        """`x [B, T, E] -> ([B, T, E], cache)`."""
+        b, t, e = x.shape
+        qkv = self.query_key_value(x, ctx).reshape(b, t, self.heads, 3 * e // self.heads)  # by head, so that they split well
+        y, cache = self_attention(*jnp.split(qkv, 3, axis=-1), ctx, pattern, layer, cache)
+        return self.dense(y, ctx), cache
+
+
+class GPTNeoXMLP(nnx.Module):
+    def __init__(self, embed: int, mlp: int, act: str):
+        self.act = activation(act)
+        self.dense_h_to_4h = Linear(embed, mlp, ("embed", "mlp"), bias=True)
+        self.dense_4h_to_h = Linear(mlp, embed, ("mlp", "embed"), bias=True)
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(x, ctx)), ctx)
+
+
+class GPTNeoXBlock(nnx.Module):
+    """`parallel`: the MLP reads the block's input and not the attention's result."""
+
+    def __init__(self, attention: GPTNeoXAttention, mlp: GPTNeoXMLP, embed: int, eps: float, parallel: bool):
+        self.parallel = parallel
+        self.attention = attention
+        self.mlp = mlp
+        self.input_layernorm = LayerNorm(embed, eps)
+        self.post_attention_layernorm = LayerNorm(embed, eps)
+
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+        y, cache = self.attention(self.input_layernorm(x), ctx, pattern, layer, cache)
+        attended = constrain(x + y, "batch", "length", None)
+        out = attended + self.mlp(self.post_attention_layernorm(x if self.parallel else attended), ctx)
+        return constrain(out, "batch", "length", None), cache, jnp.float32(0)
+
+
+class GPTNeoXModel(nnx.Module):
+    def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope):
+        self.rope = rope
+        self.embed_in = Embedding(vocab, embed)
+        self.layers = layers
+        self.final_layer_norm = LayerNorm(embed, eps)
+
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+        """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
+        x = constrain(self.embed_in(tokens, ctx.dtype), "batch", "length", None)
+        ctx = dataclasses.replace(ctx, rope=self.rope.angles(ctx.positions, ctx.segment_ids))
+        x, cache, aux = self.layers(x, ctx, cache)
+        return self.final_layer_norm(x), cache, aux
+
+
+class GPTNeoXForCausalLM(nnx.Module):
+    def __init__(self, gpt_neox: GPTNeoXModel, vocab: int, embed: int, tied: bool):
+        # Older exports hold the causal mask of each layer, RoPE's table, and the tied head once more.
+        heads = ("lm_head.weight", "embed_out.weight") if tied else ()
+        self.ignored = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq", *heads)
+        self.output = "gpt_neox.embed_in" if tied else "lm_head"
+        self.gpt_neox = gpt_neox
+        self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
+        if self.lm_head is not None:  # checkpoints have the name of older transformers
+            layout = Layout("weight", module=("lm_head", "embed_out"))
+            weight = self.lm_head.weight
+            weight.set_metadata("row", dataclasses.replace(weight.row, layouts=(layout,)))
+
+    def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+        return self.gpt_neox(tokens, ctx, cache)
+
+    def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """Hidden states `[..., E]` -> float32 logits `[..., V]`."""
+        logits = self.gpt_neox.embed_in.attend(x) if self.lm_head is None else self.lm_head(x, ctx)
+        return logits.astype(jnp.float32)
+
+
+def build(facts: Facts) -> GPTNeoXForCausalLM:
+    """The abstract model of a `gpt_neox` config.json."""
+    embed, heads, eps, vocab = facts["hidden_size"], facts["num_attention_heads"], facts["layer_norm_eps"], facts["vocab_size"]
+    facts.dropout("attention_dropout", "hidden_dropout")
+    facts.inert("classifier_dropout", "is_decoder")  # transformers' causal model reads neither
+    head_dim = embed // heads  # transformers' configuration class has checked that it divides
+    block = GPTNeoXBlock(
+        GPTNeoXAttention(embed, heads, facts["attention_bias"]),
+        GPTNeoXMLP(embed, facts["intermediate_size"], facts["hidden_act"]),
+        embed,
+        eps,
+        facts["use_parallel_residual"],
+    )
+    rope = make_rope(facts["rope_parameters"], head_dim, facts["max_position_embeddings"])
+    layers = Stack(block, (Pattern(head_dim**-0.5),) * facts["num_hidden_layers"])
+    return GPTNeoXForCausalLM(GPTNeoXModel(vocab, embed, eps, layers, rope), vocab, embed, facts["tie_word_embeddings"])

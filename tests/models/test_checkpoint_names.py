@@ -1,0 +1,81 @@
+"""Checkpoints whose tensors have other names than transformers' modules: all of them load, or say what is missing."""
+
+import numpy as np
+import pytest
+from cases import CASES
+from oracle import load, logits, make_hf, tokens
+from safetensors.numpy import load_file, save_file
+
+from ftjax.errors import UserError
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied-biases", "gpt-neox-serial"])
+def test_model_without_a_head(name, tmp_path):
+    """`GPT2Model.save_pretrained` writes `h.0...`, as the Hub's gpt2 does, where GPT2LMHeadModel has `transformer.h.0...`."""
+    hf = make_hf(BY_NAME[name], tmp_path / "whole")
+    hf.base_model.save_pretrained(tmp_path / "base")
+    assert not any(key.startswith(hf.base_model_prefix) for key in load_file(tmp_path / "base" / "model.safetensors"))
+    ids = tokens(1, 9)
+    want = logits(*load(tmp_path / "whole"), ids)
+    np.testing.assert_array_equal(logits(*load(tmp_path / "base"), ids), want)
+
+
+def test_a_missing_head_is_missing(tmp_path):
+    """transformers would start it at random; a model that is not tied needs it."""
+    make_hf(BY_NAME["gpt2-untied"], tmp_path).base_model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"missing: lm_head\.weight"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "add"),
+    [
+        ("gpt2", {"transformer.h.0.attn.bias": (1, 1, 8, 8), "transformer.h.0.attn.masked_bias": ()}),
+        ("gpt-neox", {
+            "gpt_neox.layers.0.attention.bias": (1, 1, 8, 8), "gpt_neox.layers.0.attention.masked_bias": (),
+            "gpt_neox.layers.0.attention.rotary_emb.inv_freq": (4,),
+        }),
+        ("mistral", {"model.layers.0.self_attn.rotary_emb.inv_freq": (6,)}),
+    ],
+)  # fmt: skip
+def test_tables_of_older_exports_are_passed_by(name, add, tmp_path):
+    make_hf(BY_NAME[name], tmp_path)
+    ids = tokens(1, 9)
+    want = logits(*load(tmp_path), ids)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {key: np.zeros(shape, np.float32) for key, shape in add.items()}, file)
+    np.testing.assert_array_equal(logits(*load(tmp_path), ids), want)
+    save_file(load_file(file) | {f"{next(iter(add))}_too": np.zeros(3, np.float32)}, file)
+    with pytest.raises(UserError, match="not part of this model"):
+        load(tmp_path)
+
+
+def test_the_head_of_gpt_neox_has_two_names(tmp_path):
+    """transformers 4 called it `embed_out`, transformers 5 calls it `lm_head`."""
+    make_hf(BY_NAME["gpt-neox"], tmp_path)
+    ids = tokens(1, 9)
+    want = logits(*load(tmp_path), ids)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    assert "embed_out.weight" in tensors  # what it writes, so that older versions can read it
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+    save_file(tensors, file)
+    np.testing.assert_array_equal(logits(*load(tmp_path), ids), want)
+
+
+def test_no_position_past_the_table_is_another_position(tmp_path):
+    make_hf(BY_NAME["gpt2"], tmp_path)
+    model, params = load(tmp_path)
+    assert model.max_positions == 64
+    assert np.isfinite(logits(model, params, tokens(1, 64))).all()
+    assert np.isnan(logits(model, params, tokens(1, 65))[:, 64]).all()
+
+
+def test_dropout_of_a_checkpoint_is_noted(tmp_path):
+    make_hf(BY_NAME["gpt2"], tmp_path)
+    (note,) = load(tmp_path)[0].notes
+    assert "attn_pdrop = 0.1, resid_pdrop = 0.1, embd_pdrop = 0.1" in note
+    make_hf(BY_NAME["llama"], tmp_path / "llama")
+    assert load(tmp_path / "llama")[0].notes == ()
