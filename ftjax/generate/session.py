@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ftjax.generate.context import context_length, end_ids, recomputes_at
 from ftjax.generate.decode import Rules, Runner, View
 from ftjax.generate.load import choose_dtype, load
 from ftjax.generate.sample import Sampling
+from ftjax.generate.score import Score, arrays, completion_ids, score_step
 from ftjax.generate.text import StopStrings, TextStream
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.mesh import make_mesh, spec
@@ -93,6 +95,7 @@ class Generator:
         self._prefill = jax.jit(self.runner.prefill, static_argnames=("slots", "longest", "block", "logprobs"))
         self._again = jax.jit(self.runner.again, static_argnames=("slots", "block"))
         self._decode = jax.jit(self.runner.decode, donate_argnums=1)
+        self._score = jax.jit(partial(score_step, self.runner), out_shardings=NamedSharding(mesh, spec(())))
 
     # ---- what is called ----
 
@@ -133,13 +136,13 @@ class Generator:
         rows = [Answer(i, limit, TextStream(self.tokenizer, i)) for i, limit in zip(ids, limits, strict=True)]
         batches, size = groups([len(prompt) for prompt in ids], batch_size, self.shards)
         found: dict[int, list[float]] = {}
-        keys = jax.random.split(jax.random.key(seed), 2)[0]
+        key = jax.random.key(seed)
         for batch in batches:
             numbers = np.zeros(size, np.uint32)
             numbers[: len(batch)] = batch
             rules = Rules(
                 sampling.numbers(),
-                jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.asarray(numbers)),
+                jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers)),
                 self._everywhere(np.array(sorted(ends) or [-1], np.int32)),
                 self._place(np.array([limits[i] for i in batch] + [0] * (size - len(batch)), np.int32)),
             )
@@ -157,6 +160,40 @@ class Generator:
             for i, row in enumerate(rows)
         ]
 
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]], *, batch_size: int = BATCH_SIZE,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Score]:  # fmt: skip
+        """The log-likelihood of each completion behind its prompt, token by token; no EOS is added.
+
+        Args:
+            completions: texts (tokenised as `ftjax.generate.score.completion_ids` says) or token ids.
+            progress: called with the number of scored completions so far.
+
+        Raises UserError for an empty completion, and for a text that does not fit into the model's context.
+        """
+        pairs = []
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            ids = self.encode(prompt, number)
+            pairs.append((ids, completion_ids(prompt, ids, completion, self.tokenizer)))
+            size = len(ids) + len(pairs[-1][1])
+            if size == len(ids) or size > self.context:
+                problem = "is empty" if size == len(ids) else f"ends at token {size}, and the model's context is {self.context}"
+                raise UserError(f"completion {number + 1} {problem}")
+        batches, rows = groups([len(prompt) + len(completion) for prompt, completion in pairs], batch_size, self.shards)
+        found: dict[int, Score] = {}
+        for batch in batches:
+            with jax.set_mesh(self.mesh):
+                placed = map(self._place, arrays([pairs[i] for i in batch], rows))
+                logprobs, greedy = map(np.asarray, self._score(self.params, *placed))
+            for row, i in enumerate(batch):
+                tokens = pairs[i][1]
+                values = logprobs[row, : len(tokens)].tolist()
+                found[i] = Score(tokens, values, bool(greedy[row, : len(tokens)].all()))
+            if progress:
+                progress(len(found))
+        return [found[i] for i in range(len(pairs))]
+
     def encode(self, prompt: Prompt, number: int = 0) -> list[int]:
         """The ids of a prompt. Raises UserError where there are none, too many, or some that the model does not have."""
         if not isinstance(prompt, str) and all(isinstance(token, int | np.integer) for token in prompt):
@@ -165,6 +202,10 @@ class Generator:
             ids = render_prompt(prompt, self.tokenizer)
         if not ids:
             raise UserError(f"prompt {number + 1} is empty, and this tokenizer puts nothing before it; give at least a word")
+        vocab = self.model.config["vocab_size"]
+        if not 0 <= min(ids) <= max(ids) < vocab:
+            wrong = next(i for i in ids if not 0 <= i < vocab)
+            raise UserError(f"prompt {number + 1} has the token {wrong}, and the model's are 0 to {vocab - 1}; is it another's?")
         if len(ids) >= self.context:
             raise UserError(
                 f"prompt {number + 1} has {len(ids)} tokens, and the model's context is {self.context}, answer included; "

@@ -1,0 +1,98 @@
+"""How probable given texts are: the log-likelihood of each token of a completion after its prompt.
+
+Legend: B batch, T length, C longest completion, E embed, V vocab.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.data.template import render_prompt
+from ftjax.generate.cache import bucket
+from ftjax.generate.decode import Runner
+from ftjax.models.context import Context
+
+LOGITS = 1 << 25  # logits that exist at one time, in numbers (128 MiB in float32)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one completion.
+
+    Attributes:
+        tokens: its ids.
+        logprobs: log p(token | everything before it), natural logarithm.
+        greedy: whether every token is the most probable one in its place.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    greedy: bool
+
+    @property
+    def total(self) -> float:
+        return sum(self.logprobs)
+
+
+def score_step(
+    runner: Runner, params: Mapping[str, jax.Array], tokens: jax.Array, segment_ids: jax.Array, index: jax.Array,
+    targets: jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """`(log p [B, C], is the most probable [B, C])` of `targets [B, C]`, each predicted at `index [B, C]` of its row."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    ctx = Context(positions, segment_ids, runner.dtype)
+    module = runner.model.bind(params)
+    hidden = jnp.take_along_axis(module.hidden(tokens, ctx)[0], index[..., None], axis=1)
+    rows, longest = targets.shape
+    vocab = jax.eval_shape(lambda h: module.unembed(h, ctx), hidden).shape[-1]
+    part = longest
+    while part % 2 == 0 and rows * part * vocab > LOGITS:
+        part //= 2
+
+    def of(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets = chunk
+        logits = module.unembed(hidden, ctx)
+        own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return own - jax.nn.logsumexp(logits, axis=-1), own >= jnp.max(logits, axis=-1)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(rows, longest // part, part, *x.shape[2:]), 1, 0)
+
+    found = jax.lax.map(of, (cut(hidden), cut(targets)))
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(rows, longest) for x in found)
+
+
+def completion_ids(prompt: Any, ids: Sequence[int], completion: str | Sequence[int], tokenizer: Any) -> list[int]:
+    """The ids of a completion behind a prompt of these ids, tokenised as training would, without an EOS.
+
+    Where the whole text is plain, it is tokenised in one, unless tokens would merge across the boundary.
+    """
+    if not isinstance(completion, str):
+        return [int(token) for token in completion]
+    if isinstance(prompt, str) and not tokenizer.chat_template:
+        whole = render_prompt(prompt + completion, tokenizer)
+        if whole[: len(ids)] == list(ids):
+            return whole[len(ids) :]
+    return tokenizer(completion, add_special_tokens=False)["input_ids"]
+
+
+def arrays(pairs: Sequence[tuple[list[int], list[int]]], rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """`(tokens, segment ids [rows, T], index, targets [rows, C])` of prompts with their completions, padded behind.
+
+    The prompt `5 6` with the completion `7 8` is the row `5 6 7`, whose places 1 and 2 predict 7 and 8.
+    """
+    length = bucket(max(len(prompt) + len(completion) - 1 for prompt, completion in pairs), 16)
+    longest = bucket(max(len(completion) for _, completion in pairs), 4)
+    tokens, segments = np.zeros((2, rows, length), np.int32)
+    index, targets = np.zeros((2, rows, longest), np.int32)
+    for row, (prompt, completion) in enumerate(pairs):
+        text = [*prompt, *completion]
+        tokens[row, : len(text) - 1] = text[:-1]
+        segments[row, : len(text) - 1] = 1
+        index[row, : len(completion)] = np.arange(len(prompt) - 1, len(text) - 1)
+        targets[row, : len(completion)] = completion
+    return tokens, segments, index, targets
