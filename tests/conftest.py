@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+os.environ.setdefault("FTJAX_CACHE", str(ROOT / ".cache" / "ftjax-tests"))
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("FTJAX_TEST_CACHE", str(ROOT / ".cache" / "jax-tests")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -49,6 +49,16 @@ def _adamw(value: Any) -> Any:
     return "adamw" if value in ("adamw_torch", "adamw_torch_fused", "adamw_hf") else value
 
 
+def _negated(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    raise ValueError("only true and false can be converted; write data.train_on_inputs")
+
+
+def _truncated(value: Any) -> Any:
+    return {"keep_start": "right", "keep_end": "left"}.get(value, value) if isinstance(value, str) else value
+
+
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
@@ -79,6 +89,12 @@ ALIASES: dict[str, Alias] = {
     **_same("data.max_length", "sequence_len", "cutoff_len", "max_seq_length", "max_seq_len", "model_max_length"),
     **_same("data.max_length", "seq_length", "seq_len", "sequence_length", "block_size"),
     **_same("data.packing", "sample_packing"),
+    **_same("data.validation_split", "val_size", "val_set_size"),
+    **_same("data.train_on_inputs", "train_on_prompt"),
+    **_same("data.train_on_inputs", "completion_only_loss", convert=_negated),
+    **_same("data.last_turn_only", "mask_history"),
+    **_same("data.truncation", "truncation_mode", convert=_truncated),
+    **_same("data.num_proc", "dataset_num_proc", "preprocessing_num_workers", "dataset_processes"),
     **_same("optimizer.learning_rate", "lr"),
     **_same("optimizer.name", "optim", convert=_adamw),
     **_same("optimizer.lr_scheduler_type", "lr_scheduler", "scheduler", "lr_schedule"),
@@ -125,10 +141,8 @@ EXPLAINED: dict[str, str] = {
     "adapter": "write method.name: lora (with model.quantization: nf4 for what is called qlora)",
     "fan_in_fan_out": "taken from the base model",
     "batch_size": "tools differ in what it counts; write training.global_batch_size: rows over all devices for one update",
-    "datasets": "write one path or Hub id in data.train",
-    "val_size": "write a file in data.validation",
-    "val_set_size": "write a file in data.validation",
-    "template": _TEMPLATE,
+    "datasets": "write one path or Hub id in data.train, or a list of {path, weight, format, columns}",
+    "assistant_only_loss": "leave it out: only the assistant's turns are trained unless data.train_on_inputs is true",
     "prompt_template": _TEMPLATE,
     "deepspeed": _MESH,
     "fsdp": _MESH,

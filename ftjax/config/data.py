@@ -1,19 +1,144 @@
 """`data:` -- where the examples come from and how they become rows of tokens."""
 
-from typing import Literal
+import string
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ftjax.config.base import Section
+
+_SYNONYMS = {"alpaca": "instruction", "sharegpt": "conversations", "chatml": "messages", "tokenized": "input_ids"}
+Format = Annotated[
+    Literal[
+        "auto", "messages", "conversations", "prompt_completion", "preference", "instruction", "question_answer",
+        "document_summary", "text_label", "text", "input_ids",
+    ],
+    BeforeValidator(lambda value: _SYNONYMS.get(value, value) if isinstance(value, str) else value),
+]  # fmt: skip
+
+
+def template_fields(template: str) -> list[str]:
+    """The column names in `Question: {question}\\nAnswer:`; `{{` and `}}` are braces.
+
+    Raises ValueError where it is not such a template.
+    """
+    names = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name or spec or conversion or not all(c.isalnum() or c in "_- " for c in name):
+            raise ValueError(f"{template!r} is not a template: write columns as {{name}}, and braces as {{{{ and }}}}")
+        names.append(name)
+    return names
+
+
+def _checked_template(template: str | None) -> str | None:
+    if template is not None and not template_fields(template):
+        raise ValueError(f"{template!r} names no column; write columns as {{name}}, such as 'Question: {{question}}\\nAnswer:'")
+    return template
+
+
+class SourceConfig(Section):
+    """One part of a mixture; what is null is taken from `data`."""
+
+    path: str = Field(min_length=1, description="a file, a folder, a glob or a Hub id")
+    weight: float = Field(1.0, gt=0, description="how many times an epoch sees each row; 0.5: half of them, then the others")
+    split: str | None = Field(None, description="split of a Hub data set; null: train, or validation")
+    subset: str | None = Field(None, description="configuration of a Hub data set that has several")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub data set")
+    format: Format | None = None
+    columns: dict[str, str] | None = None
+    template: str | None = None
+    completion_template: str | None = None
+
+    _check = field_validator("template", "completion_template")(_checked_template)
+
+
+Sources = str | SourceConfig | list[str | SourceConfig]
 
 
 class DataConfig(Section):
     """Training and validation data."""
 
-    train: str
-    validation: str | None = None
-    format: str = "auto"
+    train: Sources = Field(description="a file, a folder, a glob, a Hub id, or a list of {path, weight, ...}")
+    validation: Sources | None = None
+    validation_split: float | None = Field(
+        None, gt=0, description="where validation is null: this share (below 1) or this number of rows of train, by content"
+    )
+    format: Format = "auto"
     columns: dict[str, str] = Field(default_factory=dict, description="ftjax's column name: the file's column name")
+    template: str | None = Field(None, description="the prompt, with columns as {name}: 'Question: {question}\\nAnswer:'")
+    completion_template: str | None = Field(None, description="the completion, with columns as {name}, taken exactly")
+    prompt_format: Literal["auto", "chat", "raw"] = Field(
+        "auto", description="prompts that are text: through the chat template where there is one (auto), always, or never"
+    )
     max_length: int = Field(1024, ge=2)
     packing: bool = True
-    truncation: Literal["right", "left", "drop", "error"] = "drop"
+    mix_epochs: bool = Field(False, description="fill the last batch of an epoch with the first rows of the next")
+    truncation: Literal["drop", "right", "left", "middle", "split", "error"] = "drop"
+    train_on_inputs: bool = Field(False, description="train every token, not the completion or the assistant's turns alone")
+    last_turn_only: bool = Field(False, description="of a conversation, train the assistant's last turn alone")
+    on_error: Literal["error", "skip"] = Field("error", description="a broken row ends the run, or is left out and counted")
+    drop_empty: bool = Field(False, description="drop and count rows whose text or completion is empty")
+    min_tokens: int | None = Field(None, ge=1, description="drop rows of fewer tokens")
+    max_tokens: int | None = Field(None, ge=1, description="drop rows of more tokens, before truncation")
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    near_duplicate_threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of word 3-grams")
+    unicode_normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
+    contamination: Literal["ignore", "report", "drop"] = Field(
+        "report", description="rows of validation that are found in train too: dropped from train, or said"
+    )
+    streaming: bool = Field(False, description="for sets larger than the disk: no cache, packed window by window")
+    num_proc: int = Field(1, ge=1, description="processes that read and tokenise; tokenising alone uses all cores anyway")
+
+    _check = field_validator("template", "completion_template")(_checked_template)
+
+    @field_validator("deduplicate", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        """`false` and null mean none, `true` exact."""
+        return {None: "none", False: "none", True: "exact"}.get(value, value) if value in (None, False, True) else value
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _something(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("an empty list names no data; write a file, a folder, a glob or a Hub id")
+        return value
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "DataConfig":
+        if self.validation is not None and self.validation_split is not None:
+            raise ValueError("validation and validation_split are both given; keep one of them")
+        if self.validation_split is not None and self.validation_split >= 1 and self.validation_split % 1:
+            raise ValueError(f"validation_split {self.validation_split} is neither a share below 1 nor a number of rows")
+        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
+        if self.last_turn_only and self.train_on_inputs:
+            raise ValueError("last_turn_only and train_on_inputs contradict each other; keep one of them")
+        if self.mix_epochs and not self.packing:
+            raise ValueError("mix_epochs goes with packing: true only")
+        if self.streaming:
+            wants = {
+                "validation_split": self.validation_split is not None,
+                "deduplicate": self.deduplicate != "none",
+                "contamination: drop": self.contamination == "drop",
+                "packing: false": not self.packing,
+                "mix_epochs": self.mix_epochs,
+            }
+            if any(wants.values()):
+                names = ", ".join(name for name, wanted in wants.items() if wanted)
+                raise ValueError(f"streaming sees a window of the data at a time, which does not go with {names}")
+        return self
+
+    def sources(self, which: Literal["train", "validation"]) -> list[SourceConfig]:
+        """The parts of a set, each with `data`'s settings where it has none of its own; [] where there is none."""
+        given = getattr(self, which)
+        parts = given if isinstance(given, list) else [] if given is None else [given]
+        resolved = []
+        for part in parts:
+            source = SourceConfig(path=part) if isinstance(part, str) else part
+            own = {name: getattr(source, name) for name in ("format", "columns", "template", "completion_template")}
+            shared = {name: getattr(self, name) for name, value in own.items() if value is None}
+            resolved.append(source.model_copy(update={"split": source.split or which, **shared}))
+        return resolved

@@ -1,34 +1,101 @@
-"""Documents into rows of a fixed length: best fit, decreasing within a window of lookahead."""
+"""Documents into rows of a fixed length: best fit, longest first.
+
+Each document goes into the fullest row that still holds it. All documents of one length and all rows with one amount of
+room are handled together, so that the work grows with the number of different lengths, not of documents:
+`pack([5, 3, 3, 2], 8)` gives the rows `[5, 3]` and `[3, 2]`.
+"""
 
 from bisect import bisect_left, insort
+from dataclasses import dataclass
 
 import numpy as np
 
-LOOKAHEAD = 8192  # documents that are looked at together
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of document numbers: row `r` holds `documents[starts[r] : starts[r + 1]]`."""
+
+    documents: np.ndarray  # int64 [D]
+    starts: np.ndarray  # int64 [R + 1]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def row(self, number: int) -> np.ndarray:
+        return self.documents[self.starts[number] : self.starts[number + 1]]
 
 
-def pack(lengths: np.ndarray, capacity: int, rng: np.random.Generator | None) -> list[list[int]]:
-    """Rows of document numbers, none longer than `capacity` tokens.
+def pack(lengths: np.ndarray, capacity: int, rng: np.random.Generator | None) -> Plan:
+    """A plan with no row longer than `capacity` tokens, in which every document stands once.
 
-    With `rng`, documents are shuffled before and rows after packing; without it, the order is that of the data.
+    Args:
+        lengths: `[D]`, tokens of each document, 1 to `capacity`.
+        rng: shuffles which of equally long documents goes where, the order in a row and that of the rows. Without it rows
+            stand in the order of their first document.
     """
+    lengths = np.asarray(lengths)
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
+        raise ValueError(f"lengths must be 1 to {capacity}; found {lengths.min()} to {lengths.max()}")
     order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
-    rows: list[list[int]] = []
-    for start in range(0, len(order), LOOKAHEAD):
-        window = order[start : start + LOOKAHEAD]
-        window = window[np.argsort(-lengths[window], kind="stable")]
-        free: list[tuple[int, int]] = []  # (tokens left, row), sorted
-        for document in window.tolist():
-            size = int(lengths[document])
-            at = bisect_left(free, (size, -1))
-            if at < len(free):
-                left, row = free.pop(at)
-                rows[row].append(document)
-            else:
-                left, row = capacity, len(rows)
-                rows.append([document])
-            if left > size:
-                insort(free, (left - size, row))
-    if rng is not None:
-        rows = [rows[i] for i in rng.permutation(len(rows))]
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    rows = _best_fit(lengths[order], capacity)
+    count = int(rows.max()) + 1 if len(rows) else 0
+    if rng is None:
+        first = np.full(count, len(lengths))
+        np.minimum.at(first, rows, order)
+        rank = np.argsort(np.argsort(first, kind="stable"), kind="stable")
+        keys = (order, rank[rows])
+    else:
+        keys = (rng.random(len(order)), rng.permutation(count)[rows] if count else rows)
+    sort = np.lexsort(keys)
+    sizes = np.bincount(keys[1], minlength=count) if count else np.zeros(0, np.int64)
+    return Plan(order[sort], np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """The row of each document; `lengths` fall."""
+    rows = np.empty(len(lengths), np.int64)
+    room: dict[int, list[np.ndarray]] = {}  # tokens that are free: the rows that have so many, in parts
+    free: list[int] = []  # the keys of room, rising
+    count = 0
+    edges = np.flatnonzero(np.diff(lengths)) + 1
+    for start, stop in zip(np.r_[0, edges], np.r_[edges, len(lengths)], strict=True) if len(lengths) else ():
+        size = int(lengths[start])
+        while start < stop:
+            at = bisect_left(free, size)
+            if at < len(free):  # the rows that this leaves the least room in
+                left = free[at]
+                parts = room[left]
+                chosen = parts.pop()
+                if len(chosen) > stop - start:
+                    parts.append(chosen[stop - start :])
+                    chosen = chosen[: stop - start]
+                if not parts:
+                    del room[left], free[at]
+            else:  # new rows, each with as many of these documents as it holds
+                left = capacity
+                each = capacity // size
+                new = -(-int(stop - start) // each)
+                if each > 1 and new > 1:
+                    full = new - 1
+                    rows[start : start + full * each] = count + np.repeat(np.arange(full), each)
+                    _put(room, free, capacity - each * size, np.arange(count, count + full))
+                    start, count = start + full * each, count + full
+                    continue
+                chosen = np.arange(count, count + min(new, stop - start))
+                if each > 1:
+                    chosen = chosen[:1]
+                count += len(chosen)
+            rows[start : start + len(chosen)] = chosen
+            start += len(chosen)
+            _put(room, free, left - size, chosen)
     return rows
+
+
+def _put(room: dict[int, list[np.ndarray]], free: list[int], left: int, rows: np.ndarray) -> None:
+    if not left or not len(rows):
+        return
+    if left not in room:
+        room[left] = []
+        insort(free, left)
+    room[left].append(rows)

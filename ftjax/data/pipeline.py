@@ -1,170 +1,374 @@
 """Batches of packed rows: planned once for an epoch, built by Grain, the same for any number of processes.
 
-The plan of an epoch depends on the lengths, the seed and the epoch alone, so every process makes the same plan, reads only
-its own rows of each global batch, and a position is one global batch number.
+The plan of an epoch depends on the documents' lengths, the seed and the epoch alone, so every process makes the same plan,
+reads only its own rows of each global batch, and a position is one number of rows.
+
+One row of 12 tokens that holds two documents, `<s> Hi _there </s>` (weights 0 0 1 1) and `<s> Q A </s>` (0 0 1 1):
+
+    tokens       1 15 31  2  1 40 41  2  0  0  0  0
+    targets     15 31  2  0 40 41  2  0  0  0  0  0     the token that follows in the same document
+    weights      0  1  1  0  0  1  1  0  0  0  0  0     that of the target
+    positions    0  1  2  3  0  1  2  3  0  0  0  0
+    segment_ids  1  1  1  1  2  2  2  2  0  0  0  0
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 
-from ftjax.config import DataConfig
-from ftjax.data.formats import to_examples
-from ftjax.data.pack import pack
-from ftjax.data.read import read_rows
+from ftjax.config.data import DataConfig
+from ftjax.data.build import build_documents
+from ftjax.data.clean import held_out
+from ftjax.data.encode import Encoded
+from ftjax.data.pack import Plan, pack
 from ftjax.data.report import DataReport
-from ftjax.data.template import Encoded, encode
+from ftjax.data.store import Documents
 from ftjax.errors import UserError
 
 KEYS = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "positions": np.int32, "segment_ids": np.int32}
+Batch = dict[str, np.ndarray]
 
 
-def load_splits(config: DataConfig, tokenizer: Any, *, seed: int) -> tuple["Split", "Split | None"]:
-    """Training data, and validation data where the configuration names some.
+class BatchIterator(Protocol):
+    """Batches of this process's rows, `[batch_size / process_count, T]` of each of `KEYS`, and a global position."""
 
-    Raises UserError, with file and line, for anything that is wrong with them.
-    """
-    train = _load(config.train, config, tokenizer, seed, "train")
-    validation = _load(config.validation, config, tokenizer, seed, "validation") if config.validation else None
-    return train, validation
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> dict[str, int]:
+        """Where the next batch is, as JSON: independent of the number of processes."""
 
-
-def _load(path: str, config: DataConfig, tokenizer: Any, seed: int, name: str) -> "Split":
-    examples = to_examples(read_rows(path, name), config.format, config.columns)
-    report = DataReport(path, rows=len(examples))
-    documents = []
-    for example in examples:
-        encoded = encode(example, tokenizer)
-        document = fit(encoded, config, report)
-        if document is not None:
-            documents.append(document)
-    if not documents:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
-        raise UserError(f"{path}: none of {report.rows} examples is left ({reasons}); raise data.max_length or change the data")
-    report.kept = len(documents)
-    report.tokens = sum(len(d.tokens) for d in documents)
-    report.trained_tokens = int(sum(sum(d.weights[1:]) for d in documents))
-    split = Split(documents, config.max_length, config.packing, seed, report)
-    report.packed_rows = split.rows_per_epoch(0)
-    report.efficiency = report.tokens / (report.packed_rows * config.max_length)
-    return split
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go there."""
 
 
-def fit(document: Encoded, config: DataConfig, report: DataReport) -> Encoded | None:
-    """A document that is not too long and trains something, or None; what is done is counted."""
-    length = config.max_length
-    tokens, weights = document.tokens, document.weights
-    if len(tokens) > length:
-        if config.truncation == "error":
-            raise UserError(f"{document.where}: {len(tokens)} tokens are more than data.max_length {length}")
-        if config.truncation == "drop":
-            report.dropped["longer than max_length"] += 1
-            return None
-        report.truncated += 1
-        cut = slice(0, length) if config.truncation == "right" else slice(len(tokens) - length, None)
-        tokens, weights = tokens[cut], weights[cut]
-    if not any(weights[1:]):
-        report.dropped["without a trained token"] += 1
-        return None
-    return Encoded(tokens, weights, document.where)
+class Split(Protocol):
+    """One tokenised set."""
 
-
-@dataclass(frozen=True)
-class Split:
-    """One tokenised set, ready to be packed."""
-
-    documents: Sequence[Encoded]
-    max_length: int
-    packing: bool
-    seed: int
     report: DataReport
+    max_length: int
 
-    def __post_init__(self):
-        lengths = np.array([len(d.tokens) for d in self.documents])
-        object.__setattr__(self, "plan", lru_cache(maxsize=4)(lambda epoch, shuffle: self._plan(lengths, epoch, shuffle)))
+    @property
+    def lengths(self) -> np.ndarray:
+        """`[D]`, tokens of each document."""
 
-    def _plan(self, lengths: np.ndarray, epoch: int, shuffle: bool) -> list[list[int]]:
-        rng = np.random.default_rng((self.seed, epoch)) if shuffle else None
-        if self.packing:
-            return pack(lengths, self.max_length, rng)
-        order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
-        return [[int(i)] for i in order]
-
-    def rows_per_epoch(self, epoch: int) -> int:
-        return len(self.plan(epoch, True))
-
-    def example(self) -> Encoded:
-        """The first document, for showing."""
-        return self.documents[0]
-
-    def row(self, documents: Sequence[int]) -> dict[str, np.ndarray]:
-        """These documents side by side, `[T]` each; what is left is padding of segment 0."""
-        row = {name: np.zeros(self.max_length, dtype) for name, dtype in KEYS.items()}
-        start = 0
-        for segment, number in enumerate(documents, 1):
-            document = self.documents[number]
-            stop = start + len(document.tokens)
-            row["tokens"][start:stop] = document.tokens
-            row["targets"][start : stop - 1] = document.tokens[1:]
-            row["weights"][start : stop - 1] = document.weights[1:]
-            row["positions"][start:stop] = np.arange(stop - start)
-            row["segment_ids"][start:stop] = segment
-            start = stop
-        return row
+    def rows_per_epoch(self, epoch: int) -> int: ...
+    def example(self) -> Encoded: ...
+    def first(self, count: int) -> list[tuple[Encoded, tuple[int | None, int | None]]]:
+        """The first documents, each with its row and segment in the first epoch."""
 
     def batches(
         self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, process_index: int = 0, process_count: int = 1
-    ) -> "BatchIterator":
-        """Global batches of `batch_size` rows, of which this process gets its `1 / process_count`."""
-        if batch_size % process_count:
-            raise UserError(f"a batch of {batch_size} rows does not divide by {process_count} processes")
-        return BatchIterator(self, batch_size, shuffle, epochs, process_index, process_count)
+    ) -> BatchIterator: ...
 
 
-class BatchIterator(Iterator[dict[str, np.ndarray]]):
-    """`[batch_size / process_count, T]` at a time; the last batch of an epoch is filled up with rows of padding."""
+def load_splits(config: DataConfig, tokenizer: Any, *, seed: int, progress: Any = None) -> tuple[Split, Split | None]:
+    """Training data, and validation data where the configuration names some or splits some off.
 
-    def __init__(self, split: Split, batch_size: int, shuffle: bool, epochs: int | None, process_index: int, process_count: int):
-        self._split, self._batch_size, self._shuffle, self._epochs = split, batch_size, shuffle, epochs
-        share = batch_size // process_count
-        self._mine = slice(process_index * share, (process_index + 1) * share)
-        self._epoch = self._next = 0
+    `progress` is called now and then with the name of the set and the number of rows that were read.
+
+    Raises UserError, with file and line, for anything that is wrong with them.
+    """
+    validation = _load("validation", config, tokenizer, seed, progress) if config.validation is not None else None
+    if config.streaming:
+        from ftjax.data.stream import StreamSplit
+
+        return StreamSplit.load(config, tokenizer, seed), validation
+    train = _load("train", config, tokenizer, seed, progress)
+    if config.validation_split is not None:
+        train, validation = _divide(train, config.validation_split, seed)
+    elif validation is not None and config.contamination != "ignore":
+        train = _clean_of(validation, train, config.contamination)
+    return train, validation
+
+
+def _load(which: str, config: DataConfig, tokenizer: Any, seed: int, progress: Any) -> "PackedSplit":
+    sources = config.sources(which)
+    tell = (lambda rows: progress(which, rows)) if progress else None
+    documents, _ = build_documents(sources, config, tokenizer, tell)
+    report = DataReport.of_state(documents.report)
+    report.weights = {source.path: source.weight for source in sources}
+    weights = tuple(source.weight for source in sources)
+    return PackedSplit.of(documents, weights, config, seed, report)
+
+
+def _divide(split: "PackedSplit", share: float, seed: int) -> tuple["PackedSplit", "PackedSplit"]:
+    """`validation_split`: by content, so that rows that say the same are on one side."""
+    documents, report = split.documents, split.report
+    rows, first = np.unique(documents.row, return_index=True)
+    out = held_out(documents.digest[first], share, seed)
+    if not out.any() or out.all():
+        raise UserError(f"{report.source}: data.validation_split needs at least two rows that differ; found {len(rows):,} kept")
+    wanted = np.isin(documents.row, rows[out])
+    one = replace(report, held_out=int(out.sum()), kept=report.kept - int(out.sum()))
+    other = DataReport(
+        f"{report.source} (validation_split)", rows=int(out.sum()), kept=int(out.sum()), formats=report.formats,
+        max_length=report.max_length, packing=report.packing,
+    )  # fmt: skip
+    return split.choose(np.flatnonzero(~wanted), one), replace(split, weights=(1.0,) * len(split.weights)).choose(
+        np.flatnonzero(wanted), other
+    )
+
+
+def _clean_of(validation: "PackedSplit", train: "PackedSplit", what: str) -> "PackedSplit":
+    """Rows of validation that stand in train too are said, or dropped from train."""
+    same = np.isin(train.documents.digest, validation.documents.digest)
+    if not same.any():
+        return train
+    report = replace(train.report, dropped=Counter(train.report.dropped), warnings=list(train.report.warnings))
+    rows = len(np.unique(train.documents.row[same]))
+    shared = len(np.unique(validation.documents.row[np.isin(validation.documents.digest, train.documents.digest)]))
+    where = train.documents.where[int(np.argmax(same))].as_py()
+    if what == "report":
+        report.warnings.append(
+            f"{shared:,} rows of validation are found in train too, such as {where}, so its loss looks better than it is; "
+            "data.contamination: drop leaves them out of train"
+        )
+        return replace(train, report=report)
+    if same.all():
+        raise UserError(
+            f"{report.source}: every row stands in validation too; data.contamination: drop leaves nothing to train"
+        )
+    report.dropped["found in validation"] += rows
+    report.kept -= rows
+    return train.choose(np.flatnonzero(~same), report)
+
+
+@dataclass(frozen=True)
+class PackedSplit:
+    """One tokenised set in the cache, of which the documents `chosen` are used."""
+
+    documents: Documents
+    chosen: np.ndarray  # int64 [N]
+    weights: tuple[float, ...]  # of each source: how many times an epoch sees its documents
+    packing: bool
+    mix_epochs: bool
+    max_length: int
+    truncation: str
+    seed: int
+    report: DataReport
+
+    @classmethod
+    def of(cls, documents: Documents, weights: tuple[float, ...], config: DataConfig, seed: int, report: DataReport):
+        """All of the documents."""
+        chosen = np.arange(len(documents))
+        how = (config.packing, config.mix_epochs, config.max_length, config.truncation)
+        return cls(documents, chosen, weights, *how, seed, report).choose(chosen, report)
+
+    def choose(self, chosen: np.ndarray, report: DataReport) -> "PackedSplit":
+        """The same set with other documents of it; the report is brought up to date."""
+        split = replace(self, chosen=chosen, report=report)
+        lengths = split.lengths
+        cut = len(np.unique(self.documents.row[chosen[self.documents.cut[chosen] > 0]]))
+        report.truncated = Counter({self.truncation: cut} if cut else {})
+        report.documents, report.tokens = len(chosen), int(lengths.sum())
+        report.trained_tokens = int(self.documents.trained[chosen].sum())
+        report.measure(lengths)
+        plan = split.plan(0, True, self.seed)
+        report.packed_rows = len(plan)
+        used = np.diff(self.documents.starts)[plan.documents].sum()
+        width = self.max_length * len(plan) if self.packing else int(split.widths(plan.documents).sum())
+        report.efficiency = float(used / max(width, 1))
+        return split
+
+    def __post_init__(self):
+        object.__setattr__(self, "plan", lru_cache(maxsize=3)(self._plan))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.documents.starts)[self.chosen]
+
+    # ---- the plan of an epoch ----
+
+    def _plan(self, epoch: int, shuffle: bool, seed: int, batch_size: int = 0) -> Plan:
+        """`batch_size` matters where rows are not packed: those of one batch are of like lengths."""
+        rng = np.random.default_rng((seed, epoch)) if shuffle else None
+        seen = self._seen(epoch)
+        lengths = np.diff(self.documents.starts)[seen]
+        if self.packing:
+            plan = pack(lengths, self.max_length, rng)
+            return Plan(seen[plan.documents], plan.starts)
+        order = np.arange(len(seen)) if rng is None else rng.permutation(len(seen))
+        order = order[np.argsort(np.searchsorted(self.buckets, lengths[order]), kind="stable")]
+        full = len(order) // batch_size if batch_size else 0
+        if full and rng is not None:  # whole batches change places; the last, which may be smaller, stays
+            blocks = order[: full * batch_size].reshape(full, batch_size)
+            order = np.concatenate([blocks[rng.permutation(full)].ravel(), order[full * batch_size :]])
+        return Plan(seen[order], np.arange(len(order) + 1))
+
+    def _seen(self, epoch: int) -> np.ndarray:
+        """The documents of an epoch: whole copies of each source, and of a fraction the part whose turn it is."""
+        if all(weight == 1 for weight in self.weights):
+            return self.chosen
+        parts = []
+        for number, weight in enumerate(self.weights):
+            own = self.chosen[self.documents.source[self.chosen] == number]
+            whole = int(weight)
+            parts += [own] * whole
+            if weight > whole and len(own):
+                turn = np.random.default_rng((self.seed, 0x6D6978, number)).permutation(len(own))
+                low, high = (int((weight - whole) * len(own) * (epoch + step)) for step in (0, 1))
+                parts.append(own[turn[np.arange(low, high) % len(own)]])
+        return np.concatenate(parts)
+
+    @property
+    def buckets(self) -> np.ndarray:
+        """The widths of batches that are not packed: `max_length` and its halves, at most four."""
+        widths = [self.max_length]
+        while len(widths) < 4 and widths[-1] % 2 == 0 and widths[-1] >= 64:
+            widths.append(widths[-1] // 2)
+        return np.array(widths[::-1])
+
+    def widths(self, documents: np.ndarray) -> np.ndarray:
+        """Of each of these documents, the width of a row that holds it alone."""
+        starts = self.documents.starts
+        return self.buckets[np.searchsorted(self.buckets, starts[documents + 1] - starts[documents])]
+
+    def rows_per_epoch(self, epoch: int) -> int:
+        """Rows that hold documents; the last batch is filled up with rows of padding."""
+        return len(self.plan(epoch, True, self.seed))
+
+    # ---- rows ----
+
+    def example(self) -> Encoded:
+        """The first document, for showing."""
+        return self.documents.document(self.chosen[0])
+
+    def first(self, count: int) -> list[tuple[Encoded, tuple[int | None, int | None]]]:
+        """The first documents, each with its row and segment (from 1) in the first epoch."""
+        plan, found = self.plan(0, True, self.seed), []
+        for number in self.chosen[:count]:
+            at = np.flatnonzero(plan.documents == number)[:1]
+            row = np.searchsorted(plan.starts, at, side="right") - 1
+            place = (int(row[0]), int(at[0] - plan.starts[row[0]]) + 1) if len(at) else (None, None)
+            found.append((self.documents.document(number), place))
+        return found
+
+    def rows(self, plan: Plan, first: int, stop: int, count: int, width: int) -> Batch:
+        """Rows `[first, stop)` of a plan as `[count, width]`, the rest padding."""
+        stop = max(first, min(stop, len(plan)))
+        low, high = plan.starts[first] if first < stop else 0, plan.starts[stop] if first < stop else 0
+        numbers = plan.documents[low:high]
+        starts = self.documents.starts
+        per_row = np.diff(plan.starts[first : stop + 1]) if first < stop else np.zeros(0, np.int64)
+        return fill(self.documents, starts[numbers], starts[numbers + 1] - starts[numbers], per_row, count, width)
+
+    def batches(
+        self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, process_index: int = 0, process_count: int = 1
+    ) -> "PackedBatches":
+        """Global batches of `batch_size` rows, of which this process gets its `1 / process_count`.
+
+        Raises UserError where they do not divide.
+        """
+        check_processes(batch_size, process_index, process_count)
+        return PackedBatches(self, batch_size, seed, shuffle, epochs, process_index, process_count)
+
+
+def check_processes(batch_size: int, process_index: int, process_count: int) -> None:
+    """Raises UserError where a batch cannot be shared out evenly."""
+    if batch_size % process_count:
+        raise UserError(
+            f"a batch of {batch_size} rows does not divide by {process_count} processes; choose training.global_batch_size "
+            f"(and eval_batch_size) as a multiple of {process_count}"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process {process_index} of {process_count}")
+
+
+def fill(store: Any, starts: np.ndarray, lengths: np.ndarray, per_row: np.ndarray, count: int, width: int) -> Batch:
+    """`[count, width]` of each of `KEYS`, from documents `store.tokens[start : start + length]`, `per_row` of them in a row."""
+    batch = {name: np.zeros(count * width, dtype) for name, dtype in KEYS.items()}
+    if len(starts):
+        before = np.cumsum(lengths) - lengths  # tokens of all documents before each
+        first = np.cumsum(per_row) - per_row  # of each row, its first document
+        row = np.repeat(np.arange(len(per_row)), per_row)
+        within = np.arange(int(lengths.sum())) - np.repeat(before, lengths)
+        source = np.repeat(starts, lengths) + within
+        target = np.repeat(row * width + before - before[first[row]], lengths) + within
+        segment = np.arange(len(starts)) - first[row] + 1
+        batch["tokens"][target] = store.tokens[source]
+        batch["positions"][target] = within
+        batch["segment_ids"][target] = np.repeat(segment, lengths)
+        inner = within < np.repeat(lengths - 1, lengths)  # the last token of a document has no target
+        source, target = source[inner] + 1, target[inner]
+        batch["targets"][target] = store.tokens[source]
+        batch["weights"][target] = store.weights[source]
+    return {name: values.reshape(count, width) for name, values in batch.items()}
+
+
+class PackedBatches(Iterator[Batch]):
+    """The batches of a `PackedSplit`; the last one of an epoch is filled up with rows of padding, or (`mix_epochs`) with the
+    first rows of the next epoch."""
+
+    def __init__(
+        self,
+        split: PackedSplit,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        epochs: int | None,
+        process_index: int,
+        process_count: int,
+    ):
+        self._split, self._batch_size, self._seed, self._shuffle, self._epochs = split, batch_size, seed, shuffle, epochs
+        self._share = batch_size // process_count
+        self._offset = process_index * self._share
+        self._epoch = self._row = 0
         self._grain: Any = None
 
-    def _build(self, number: int) -> dict[str, np.ndarray]:
-        plan = self._split.plan(self._epoch, self._shuffle)
-        rows = plan[number * self._batch_size : (number + 1) * self._batch_size]
-        rows = [*rows, *([[]] * (self._batch_size - len(rows)))][self._mine]
-        built = [self._split.row(documents) for documents in rows]
-        return {name: np.stack([row[name] for row in built]) for name in KEYS}
+    def _plan(self, epoch: int) -> Plan:
+        return self._split.plan(epoch, self._shuffle, self._seed, 0 if self._split.packing else self._batch_size)
+
+    def _build(self, epoch: int, row: int) -> Batch:
+        """This process's rows of the batch that begins with `row` of `epoch`."""
+        split, plan, first = self._split, self._plan(epoch), row + self._offset
+        if not split.mix_epochs:
+            held = plan.documents[row : row + self._batch_size] if not split.packing else ()
+            width = split.max_length if split.packing else int(split.widths(held).max())
+            return split.rows(plan, first, first + self._share, self._share, width)
+        parts, missing = [], self._share
+        while missing and (self._epochs is None or epoch < self._epochs):
+            plan = self._plan(epoch)
+            taken = max(0, min(len(plan) - first, missing))
+            parts.append(split.rows(plan, first, first + taken, taken, split.max_length))
+            missing, first, epoch = missing - taken, max(0, first - len(plan)), epoch + 1
+        parts.append(split.rows(plan, len(plan), len(plan), missing, split.max_length))
+        return {name: np.concatenate([part[name] for part in parts]) for name in KEYS}
 
     def _open(self) -> None:
-        count = -(-len(self._split.plan(self._epoch, self._shuffle)) // self._batch_size)
+        epoch, start = self._epoch, self._row
+        count = max(0, -(-(len(self._plan(epoch)) - start) // self._batch_size))
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-        self._grain = iter(grain.MapDataset.range(self._next, count).map(self._build).to_iter_dataset(options))
+        build = grain.MapDataset.range(count).map(lambda number: self._build(epoch, start + number * self._batch_size))
+        self._grain = iter(build.to_iter_dataset(options))
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> Batch:
         while self._epochs is None or self._epoch < self._epochs:
+            rows = len(self._plan(self._epoch))
+            if self._row >= rows:
+                ahead = self._row - rows if self._split.mix_epochs else 0
+                self._epoch, self._row, self._grain = self._epoch + 1, ahead, None
+                continue
             if self._grain is None:
                 self._open()
-            try:
-                batch = next(self._grain)
-            except StopIteration:
-                self._epoch, self._next, self._grain = self._epoch + 1, 0, None
-                continue
-            self._next += 1
+            batch = next(self._grain)
+            self._row += self._batch_size
             return batch
         raise StopIteration
 
     def get_state(self) -> dict[str, int]:
-        """Where the next batch is: independent of the number of processes."""
-        return {"epoch": self._epoch, "batch": self._next, "batch_size": self._batch_size}
+        """Rows of the epoch that were given out, over all processes."""
+        return {"epoch": self._epoch, "row": self._row, "batch_size": self._batch_size}
 
     def set_state(self, state: dict[str, int]) -> None:
-        if state["batch_size"] != self._batch_size:
-            raise UserError(f"the checkpoint counts batches of {state['batch_size']} rows, this run's have {self._batch_size}")
-        self._epoch, self._next, self._grain = state["epoch"], state["batch"], None
+        """Go on from there. Raises UserError where the batches are of another size and the rows in them depend on it."""
+        if state["batch_size"] != self._batch_size and not self._split.packing:
+            raise UserError(
+                f"the checkpoint's batches have {state['batch_size']} rows and this run's {self._batch_size}; with "
+                "data.packing: false both must be the same"
+            )
+        self._epoch, self._row, self._grain = state["epoch"], state["row"], None

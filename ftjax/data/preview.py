@@ -1,18 +1,175 @@
-"""What the data looks like to the model."""
+"""`ftjax preview`: what the data looks like to the model, before anything is trained."""
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ftjax.data.template import Encoded
+import numpy as np
+
+from ftjax.config import Config
+from ftjax.data.encode import Encoded
+from ftjax.data.pipeline import Split, load_splits
+from ftjax.data.preview_html import write_html
+from ftjax.data.report import DataReport, histogram
+from ftjax.errors import UserError
+
+EXAMPLES = 3
+LONGEST = 400  # tokens of an example that the terminal shows
+BAR = 40  # characters
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One document, token by token: the text of each (which together are the document's), its weight, and its place."""
+
+    where: str
+    ids: list[int]
+    texts: list[str]
+    weights: list[float]
+    row: int | None  # of the first epoch
+    segment: int | None
+
+
+def preview(
+    config: Config, tokenizer: Any, *, html: Path | None = None, as_json: bool = False, console: Any, examples: int = EXAMPLES
+) -> None:
+    """Print (or write) the first examples with what is trained, the counts, a histogram of lengths, and warnings.
+
+    Args:
+        html: a file to write the same to, with a picture.
+        as_json: print one JSON object instead.
+        console: a `rich.console.Console`.
+
+    Raises UserError for anything that is wrong with the data, or where `html` cannot be written.
+    """
+    train, validation = load_splits(config.data, tokenizer, seed=config.training.seed)
+    shown = show_examples(train, tokenizer, examples)
+    sets = {"train": train, **({"validation": validation} if validation is not None else {})}
+    if html is not None:
+        try:
+            write_html(html, shown, {name: (split.report, histogram(split.lengths)) for name, split in sets.items()})
+        except OSError as error:
+            raise UserError(f"{html}: cannot be written: {error.strerror or error}") from None
+    if as_json:
+        print(json.dumps(as_object(shown, sets), ensure_ascii=False))
+        return
+    for number, example in enumerate(shown):
+        print_example(console, example, number)
+    for name, split in sets.items():
+        print_report(console, name, split.report, histogram(split.lengths))
+    if html is not None:
+        console.print(f"written: {html}", highlight=False, soft_wrap=True)
+
+
+def show_examples(split: Split, tokenizer: Any, count: int = EXAMPLES) -> list[Shown]:
+    """The first `count` documents of a set."""
+    return [shown(document, tokenizer, *place) for document, place in split.first(count)]
+
+
+def shown(document: Encoded, tokenizer: Any, row: int | None = None, segment: int | None = None) -> Shown:
+    ids = document.tokens.tolist()
+    return Shown(document.where, ids, token_texts(ids, tokenizer), document.weights.tolist(), row, segment)
+
+
+def token_texts(ids: list[int], tokenizer: Any) -> list[str]:
+    """The text of each token, such that all together are what the ids decode to; a part of a character is empty, and the
+    token that completes it holds it."""
+    texts: list[str] = []
+    start, before = 0, ""  # decoding begins a few tokens before, as a token's text depends on the one before it
+    for end in range(1, len(ids) + 1):
+        whole = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if whole.endswith("\ufffd") and end < len(ids) and end - start < 32:
+            texts.append("")
+            continue
+        texts.append(whole[len(before) :] if whole.startswith(before) else whole)
+        start = max(start, end - 4)
+        before = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return texts
 
 
 def render_example(document: Encoded, tokenizer: Any) -> str:
-    """One document as text, with what is trained between [[ and ]]."""
-    parts, inside = [], False
-    start = 0
-    for number in range(len(document.tokens) + 1):
-        now = number < len(document.tokens) and document.weights[number] > 0
-        if now != inside or number == len(document.tokens):
-            text = tokenizer.decode(document.tokens[start:number])
-            parts.append(f"[[{text}]]" if inside else text)
-            start, inside = number, now
-    return "".join(parts)
+    """One document as text, with what is trained between [[ and ]]; the middle of a long one is left out."""
+    item, parts, inside = shown(document, tokenizer), [], False
+    skipped = len(item.ids) - LONGEST
+    for number, (text, weight) in enumerate(zip(item.texts, item.weights, strict=True)):
+        if skipped > 0 and LONGEST // 2 <= number < LONGEST // 2 + skipped:
+            text = f" [... {skipped:,} tokens ...] " if number == LONGEST // 2 else ""
+        now = weight > 0
+        if now != inside:
+            parts.append("[[" if now else "]]")
+            inside = now
+        parts.append(text)
+    return "".join(parts) + ("]]" if inside else "")
+
+
+def as_object(shown: list[Shown], sets: dict[str, Split]) -> dict[str, Any]:
+    """Everything, as JSON."""
+    return {
+        "examples": [
+            {
+                "where": item.where, "row": item.row, "segment": item.segment,
+                "tokens": item.ids, "texts": item.texts, "weights": item.weights, "trained": [w > 0 for w in item.weights],
+            }
+            for item in shown
+        ],
+        **{
+            name: {
+                **split.report.state(),
+                "histogram": [{"from": a, "to": b, "documents": n} for a, b, n in histogram(split.lengths)],
+            }
+            for name, split in sets.items()
+        },
+    }  # fmt: skip
+
+
+def print_example(console: Any, item: Shown, number: int) -> None:
+    from rich.text import Text
+
+    place = f", row {item.row}, segment {item.segment}" if item.row is not None else ""
+    trained = int(np.count_nonzero(np.array(item.weights[1:])))
+    console.rule(
+        Text(f"example {number + 1}: {item.where}: {len(item.ids):,} tokens, {trained:,} trained{place}"), align="left"
+    )
+    line = Text()
+    for at, (text, weight) in enumerate(zip(item.texts, item.weights, strict=True)):
+        if at == LONGEST:
+            line.append(f" ... {len(item.ids) - at:,} more tokens", "italic dim")
+            break
+        colour = "green" if weight == 1 else "yellow" if weight > 0 else "bright_black"
+        line.append(_visible(text), f"{colour}{'' if at % 2 else ' underline' if weight > 0 else ''}")
+        if weight not in (0.0, 1.0):
+            line.append(f"({weight:g})", "yellow dim")
+    console.print(line, soft_wrap=not console.is_terminal)
+    if not console.color_system:  # without colour, marks say what is trained
+        console.print(Text("trained: " + " | ".join(_trained_texts(item))), soft_wrap=True)
+
+
+def _trained_texts(item: Shown) -> list[str]:
+    texts, inside = [], False
+    for text, weight in zip(item.texts, item.weights, strict=True):
+        if weight > 0:
+            texts[len(texts) - inside :] = [(texts[-1] if inside else "") + _visible(text)]
+        inside = weight > 0
+    return texts
+
+
+def _visible(text: str) -> str:
+    return text.replace("\n", "⏎\n").replace("\r", "␍").replace("\t", "⇥\t")
+
+
+def print_report(console: Any, name: str, report: DataReport, bins: list[tuple[int, int, int]]) -> None:
+    """Counts, a table of what was dropped, and a histogram of token lengths."""
+    from rich.text import Text
+
+    console.rule(Text(name), align="left")
+    for line in report.lines():
+        console.print(Text(line, "yellow" if line.startswith("warning") else ""), soft_wrap=True)
+    most = max((count for _, _, count in bins), default=1)
+    wide = len(f"{bins[-1][1]:,}") if bins else 1
+    console.print(Text("tokens a document"))
+    for low, high, count in bins:
+        bar = "█" * round(BAR * count / most) or ("▏" if count else "")
+        console.print(Text(f"  {low:>{wide},} - {high:>{wide},}  {bar} {count:,}"), soft_wrap=True)
+    quantiles = ", ".join(f"{name} {value:,}" for name, value in report.length_quantiles.items())
+    console.print(Text(f"  {quantiles}"), soft_wrap=True)

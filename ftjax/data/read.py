@@ -1,164 +1,159 @@
-"""Rows out of files, each with the place that it came from.
+"""Rows out of files and Hub data sets, each with the place that it came from, one after the other.
 
-JSONL (`.jsonl`, `.ndjson`), JSON (a list of objects), CSV, TSV and Parquet, plain or with `.gz`; folders and globs of them;
-Hub data sets through `datasets`.
+`{"prompt": "Hi", "completion": "Hello"}` on line 7 of a.jsonl becomes `Row({"prompt": ..., "completion": ...}, "a.jsonl:7")`.
 """
 
-import csv
-import glob
 import gzip
 import io
-import json
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftjax.config.data import SourceConfig
+from ftjax.data.faults import Faults
+from ftjax.data.find import TABLES, Files, HubSet, find, kind
+from ftjax.data.row import Row
+from ftjax.data.text_files import read_csv, read_json, read_jsonl
 from ftjax.errors import UserError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+__all__ = ["Row", "read_rows"]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One record. `where` is `file:line` for text files and `file[row]` for the others."""
+def read_rows(
+    source: SourceConfig | str, faults: Faults | None = None, *, found: Files | HubSet | None = None
+) -> Iterator[Row]:
+    """Every row of a source, in order.
 
-    values: dict[str, Any]
-    where: str
+    Args:
+        faults: what to do with a row that is broken; None raises.
+        found: what `find(source)` gave, where that is known.
 
-
-def read_rows(path: str, split: str = "train") -> list[Row]:
-    """Every row of a file, a folder, a glob, or a Hub data set (`name` or `name:split`).
-
-    Raises UserError, with file and line, for what is missing, broken or empty.
+    Raises UserError, with file and line, for what is missing, broken, empty, or changes while it is read.
     """
-    rows: list[Row] = []
-    for file in find_files(path, split):
-        rows += file if isinstance(file, list) else _read_file(file)
-    if not rows:
-        raise UserError(f"{path}: no rows; expected at least one example")
-    return rows
+    source = SourceConfig(path=source, split="train") if isinstance(source, str) else source
+    faults = faults or Faults()
+    found = find(source) if found is None else found
+    count = 0
+    for row in _rows(source, found, faults):
+        count += 1
+        yield row
+    if not count:
+        skipped = f"; all {faults.count} rows were broken, the first: {faults.messages[0]}" if faults.count else ""
+        raise UserError(f"{source.path}: the data is empty: no rows; expected at least one example{skipped}")
 
 
-def find_files(path: str, split: str) -> list[Path | list[Row]]:
-    """The files that a path means, or the rows of a Hub data set."""
-    place = Path(path).expanduser()
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        files = sorted(p for p in place.rglob("*") if p.is_file() and _kind(p))
-        if not files:
-            raise UserError(f"{path}: this folder holds no data file; expected {', '.join(SUFFIXES)} (or .gz of them)")
-        return list(files)
-    if any(c in path for c in "*?["):
-        files = [Path(p) for p in sorted(glob.glob(path, recursive=True))]
-        if not files:
-            raise UserError(f"{path}: this pattern matches no file")
-        return list(files)
-    if _kind(place) or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UserError(f"{path}: no such file. A relative path is looked up from the working directory, {Path.cwd()}")
-    return [_from_hub(path, split)]
+def _rows(source: SourceConfig, found: Files | HubSet, faults: Faults) -> Iterator[Row]:
+    if isinstance(found, HubSet):
+        for number, values in enumerate(found.load()):
+            yield Row(dict(values), f"{source.path}[{number}]")
+        return
+    before = found.state()
+    for path in found.paths:
+        yield from read_file(path, faults)
+    for path, one, other in zip(found.paths, before, found.state(), strict=True):
+        if one != other:
+            raise UserError(f"{path}: the file was changed while it was read; start again when it is complete")
 
 
-def _from_hub(name: str, split: str) -> list[Row]:
-    import datasets
-
-    name, _, part = name.partition(":")
+def read_file(path: Path, faults: Faults) -> Iterator[Row]:
+    """The rows of one file."""
+    suffix = kind(path)
+    if suffix in TABLES and path.suffix.lower() == suffix:
+        yield from _table(path, suffix)
+        return
     try:
-        data = datasets.load_dataset(name, split=part or split)
-    except Exception as error:  # the Hub's, the network's and the builder's errors have no common base
-        raise UserError(
-            f"{name}: neither a file here nor a Hub data set that could be loaded: {str(error).splitlines()[0]}"
-        ) from None
-    return [Row(dict(values), f"{name}[{number}]") for number, values in enumerate(data)]
+        with _open(path) as file:
+            if suffix in TABLES:
+                yield from _table(io.BytesIO(file.read()), suffix, str(path))
+            elif suffix == ".json":
+                yield from read_json(path, file, faults)
+            elif suffix in (".csv", ".tsv"):
+                yield from read_csv(path, file, "\t" if suffix == ".tsv" else ",", faults)
+            else:
+                yield from read_jsonl(path, file, faults)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
-def _kind(path: Path) -> str | None:
-    suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
-    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+def _open(path: Path) -> Any:
+    """The uncompressed bytes, as a binary file."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "rb")
+    if suffix == ".zst":
+        return io.BufferedReader(_Zst(path), 1 << 20)
+    return path.open("rb")
 
 
-def _read_file(path: Path) -> list[Row]:
-    kind = _kind(path)
-    if kind is None:
-        raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)} (or .gz of them)")
+class _Zst(io.RawIOBase):
+    """The uncompressed bytes of a .zst file; a file that ends too early is an error, not a short one."""
+
+    def __init__(self, path: Path):
+        import zstandard
+
+        self._error = zstandard.ZstdError
+        self._file = path.open("rb")
+        self._make = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._object, self._input, self._output, self._inside = self._make(), b"", b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._output:
+            if not self._input:
+                self._input = self._file.read(1 << 18)
+                if not self._input:
+                    if self._inside:
+                        raise OSError("the compressed file ends too early")
+                    return 0
+            try:
+                self._inside = True
+                self._output = self._object.decompress(self._input)
+            except self._error as error:
+                raise OSError(str(error)) from None
+            self._input = b""
+            if self._object.eof:  # a .zst file may be several, one behind the other
+                self._input, self._object, self._inside = self._object.unused_data, self._make(), False
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def _table(file: Path | io.BytesIO, suffix: str, name: str | None = None) -> Iterator[Row]:
+    """Parquet, or Arrow as `datasets.save_to_disk` (a stream) and pyarrow (a file) write it."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    path, number = name or str(file), 0
     try:
-        if kind == ".parquet":
-            import pyarrow.parquet as parquet
-
-            return [Row(values, f"{path}[{n}]") for n, values in enumerate(parquet.read_table(path).to_pylist())]
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except Exception as error:  # pyarrow's errors
-        raise UserError(f"{path}: not a readable {kind} file: {str(error).splitlines()[0]}") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 (byte {raw[error.start]:#04x}); convert the file to UTF-8") from None
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty; expected at least one example")
-    reader = {".json": _json, ".csv": _csv, ".tsv": _csv}.get(kind, _jsonl)
-    return list(reader(path, text))
+        batches = parquet.ParquetFile(file).iter_batches(batch_size=1024) if suffix == ".parquet" else _arrow_batches(file, pa)
+        for batch in batches:
+            if len(set(batch.schema.names)) != len(batch.schema.names):
+                raise UserError(f"{path}: a column name occurs twice: {', '.join(batch.schema.names)}")
+            for values in batch.to_pylist():
+                yield Row(values, f"{path}[{number}]")
+                number += 1
+    except (pa.ArrowException, OSError, ValueError, OverflowError, UnicodeDecodeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}[{number}]: not a readable {suffix} file: {reason}") from None
 
 
-def _jsonl(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield Row(_object(_parse(line, f"{path}:{number}"), f"{path}:{number}"), f"{path}:{number}")
-
-
-def _json(path: Path, text: str) -> Iterator[Row]:
-    if text.lstrip().startswith("{") and "\n" in text.strip():
-        try:
-            json.loads(text)
-        except json.JSONDecodeError:
-            yield from _jsonl(path, text)  # JSON lines under the name .json are common
-            return
-    value = _parse(text, str(path))
-    if isinstance(value, dict):
-        lists = [v for v in value.values() if isinstance(v, list)]
-        value = lists[0] if len(lists) == 1 and len(value) == 1 else [value]
-    if not isinstance(value, list):
-        raise UserError(f"{path}: expected a list of objects, found {type(value).__name__}")
-    for number, item in enumerate(value):
-        yield Row(_object(item, f"{path}[{number}]"), f"{path}[{number}]")
-
-
-def _csv(path: Path, text: str) -> Iterator[Row]:
-    delimiter = "\t" if _kind(path) == ".tsv" else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    csv.field_size_limit(1 << 30)
-    header: list[str] | None = None
-    while True:
-        start = reader.line_num + 1
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(f"{path}:{start}: broken {_kind(path)}: {error}") from None
-        if not fields:
-            continue
-        if header is None:
-            header = fields
-            if len(set(header)) != len(header):
-                raise UserError(f"{path}:{start}: a column name occurs twice: {', '.join(header)}")
-        elif len(fields) != len(header):
-            raise UserError(f"{path}:{start}: {len(fields)} fields, but the header has {len(header)}: {', '.join(header)}")
+def _arrow_batches(file: Path | io.BytesIO, pa: Any) -> Iterator[Any]:
+    source = pa.OSFile(str(file), "rb") if isinstance(file, Path) else pa.PythonFile(file)
+    with source:
+        if source.read(6) == b"ARROW1":
+            source.seek(0)
+            reader = pa.ipc.open_file(source)
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
-            yield Row(dict(zip(header, fields, strict=True)), f"{path}:{start}")
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: broken JSON: {error}") from None
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
-    return value
+            source.seek(0)
+            yield from pa.ipc.open_stream(source)

@@ -1,31 +1,80 @@
-"""What became of the data: counts that the start of a run prints and the model card repeats."""
+"""What became of the data: counts that the start of a run prints, `preview` shows and the model card repeats."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
 
 
 @dataclass
 class DataReport:
-    """Counts of one split."""
+    """Counts of one set. `rows` = `kept` + all of `dropped` + `held_out`; of what is kept, `truncated` were cut."""
 
     source: str
     rows: int = 0
-    kept: int = 0
-    truncated: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
+    kept: int = 0  # rows
+    documents: int = 0  # what they became: more than `kept` where long rows are split
+    truncated: Counter[str] = field(default_factory=Counter)  # by policy
+    dropped: Counter[str] = field(default_factory=Counter)  # by reason
+    held_out: int = 0  # rows that went to validation_split
     tokens: int = 0
     trained_tokens: int = 0
     packed_rows: int = 0
     efficiency: float = 0.0
+    max_length: int = 0
+    packing: bool = True
+    formats: dict[str, str] = field(default_factory=dict)  # of each source
+    weights: dict[str, float] = field(default_factory=dict)  # of each source, where there are several
+    notes: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
+    length_quantiles: dict[str, int] = field(default_factory=dict)
+    exact: bool = True  # False: a sample, of a set that is streamed
 
     def lines(self) -> list[str]:
         """For people: one line of examples, one of tokens, then warnings."""
-        reasons = "".join(f", {count:,} {reason}" for reason, count in self.dropped.items())
-        return [
-            f"{self.source}: {self.kept:,} of {self.rows:,} examples kept, {self.truncated:,} truncated, "
-            f"{sum(self.dropped.values()):,} dropped{reasons}",
-            f"{self.tokens:,} tokens, {self.trained_tokens:,} trained; {self.packed_rows:,} rows, "
-            f"packing efficiency {100 * self.efficiency:.1f}%",
-            *(f"warning: {warning}" for warning in self.warnings),
+        cut = "".join(f" ({policy})" for policy in self.truncated)
+        reasons = "".join(f"; {count:,} {reason}" for reason, count in self.dropped.items() if count)
+        held = f", {self.held_out:,} held out for validation" if self.held_out else ""
+        formats = ", ".join(dict.fromkeys(self.formats.values()))
+        sampled = "" if self.exact else "of a first part: "
+        lines = [
+            f"{self.source}{f' ({formats})' if formats else ''}: {sampled}{self.kept:,} of {self.rows:,} examples kept, "
+            f"{sum(self.truncated.values()):,} truncated{cut}, {sum(self.dropped.values()):,} dropped{held}{reasons}",
+            f"{self.tokens:,} tokens, {self.trained_tokens:,} trained ({self.trained_tokens / max(self.tokens, 1):.0%}); "
+            + (
+                f"{self.packed_rows:,} rows of {self.max_length:,}, packing efficiency {100 * self.efficiency:.1f}%"
+                if self.packing
+                else f"{self.packed_rows:,} rows, not packed, {100 * self.efficiency:.1f}% of their tokens are no padding"
+            ),
         ]
+        if len(self.weights) > 1:
+            lines.append("an epoch: " + ", ".join(f"{weight:g} x {path}" for path, weight in self.weights.items()))
+        return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            **asdict(self), "truncated": dict(self.truncated), "dropped": dict(self.dropped), "notes": dict(self.notes)
+        }  # fmt: skip
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> "DataReport":
+        counters = {name: Counter(state[name]) for name in ("truncated", "dropped", "notes")}
+        return cls(**{**state, **counters})
+
+    def measure(self, lengths: np.ndarray) -> None:
+        """Quantiles of the documents' lengths in tokens."""
+        if len(lengths):
+            values = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 0.95, 1], method="nearest")
+            self.length_quantiles = dict(zip(("min", "25%", "50%", "75%", "95%", "max"), map(int, values), strict=True))
+
+
+def histogram(lengths: np.ndarray, bins: int = 16) -> list[tuple[int, int, int]]:
+    """`(from, to, documents)`: equal steps of token lengths, the last one inclusive."""
+    if not len(lengths):
+        return []
+    low, high = int(lengths.min()), int(lengths.max())
+    edges = np.unique(np.linspace(low, high + 1, min(bins, high - low + 1) + 1).astype(int))
+    counts, _ = np.histogram(lengths, edges)
+    return [(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False)]

@@ -1,125 +1,179 @@
-"""From an example to token ids, each with the weight that it has in the loss.
+"""Chat templates: the text of a conversation, which of its characters the assistant wrote, and the prompt of an answer.
 
-Every token carries its weight from the moment it is encoded. The prompt `Hi` with the completion ` there`, for a tokenizer
-with BOS, is `<s> Hi _there </s>` with weights `0 0 1 1`.
-
-A prompt is tokenised exactly as `generate` will tokenise it, and the completion follows; where the tokenizer would merge
-characters across the boundary, the completion is tokenised by itself, since no generation starts in the middle of a token.
+`[user: Hi] [assistant: Hello]` with a ChatML template is
+`<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n`, and the assistant's characters are
+`Hello<|im_end|>\\n`: what the template writes between its generation prompt and the next turn.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftjax.data.formats import Example, Message
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ftjax.data.example import Example, Message
+from ftjax.data.tokens import Tokens
 from ftjax.errors import UserError
 
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one document, and 1.0 for each that is trained (as a target), else 0.0."""
-
-    tokens: list[int]
-    weights: list[float]
-    where: str
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+NOT_FOR_TEMPLATES = ("train", "weight")  # of a message: how it is trained, not what it says
+Span = tuple[int, int]
 
 
-def render_prompt(prompt: str | Sequence[Message], tokenizer: Any) -> list[int]:
-    """What comes before the answer, with exactly one BOS and, for a conversation, the generation prompt."""
-    if isinstance(prompt, str):
-        if tokenizer.chat_template:
-            prompt = [{"role": "user", "content": prompt}]
-        else:
-            return _prompt_ids(prompt, tokenizer)
-    return _chat_ids(_render(list(prompt), tokenizer, True, "the prompt"), tokenizer)[0]
+def render_prompt(
+    prompt: str | Sequence[Message],
+    tokenizer: Any,
+    *,
+    chat: bool | None = None,
+    tools: list[Any] | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The ids before the answer, with exactly one BOS (where the tokenizer has one) and, in a chat, the generation prompt.
 
+    Text goes through the chat template as a user's message where the tokenizer has one, as in training; `chat` says so, or
+    not. `render_prompt("Hi", tokenizer)` are the ids of `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n`; for a
+    tokenizer without a chat template, those of `<s>Hi`.
 
-def encode(example: Example, tokenizer: Any) -> Encoded:
-    """One document. A prompt with a completion goes through the chat template where the tokenizer has one.
-
-    Raises UserError where the tokenizer lacks an EOS token, or a chat template that the data needs.
+    Raises UserError where messages need a chat template that is not there.
     """
-    if example.text is not None:
-        tokens = _end(_prompt_ids(example.text, tokenizer), tokenizer)
-        first = 1 if tokens[:1] == [tokenizer.bos_token_id] and len(tokens) > 1 else 0
-        return Encoded(tokens, [0.0] * first + [1.0] * (len(tokens) - first), example.where)
-    if example.messages is not None:
-        return _encode_messages(example.messages, tokenizer, example.where)
-    if tokenizer.chat_template:
-        turns = ({"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion})
-        return _encode_messages(turns, tokenizer, example.where)
-    prompt = _prompt_ids(example.prompt, tokenizer)
-    whole = _prompt_ids(example.prompt + example.completion, tokenizer)
-    if whole[: len(prompt)] == prompt:
-        completion = whole[len(prompt) :]
-    else:
-        completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
-    completion = _end(completion, tokenizer)
-    return Encoded(prompt + completion, [0.0] * len(prompt) + [1.0] * len(completion), example.where)
+    tokens = Tokens(tokenizer)
+    if isinstance(prompt, str):
+        if not (bool(tokenizer.chat_template) if chat is None else chat):
+            return tokens.text_ids(prompt)
+        prompt = [{"role": "user", "content": prompt}]
+    template = Template(tokenizer, tools)
+    text = template.render(list(prompt), True, "the prompt", tools, template_arguments)
+    return with_chat_bos(tokens.batch([text])[0].ids, tokens)
 
 
-def _prompt_ids(text: str, tokenizer: Any) -> list[int]:
-    """With the special tokens that the tokenizer puts before a text, none behind it, and never two BOS."""
-    ids = tokenizer(text)["input_ids"]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if len(ids) > 1 and ids[0] == ids[1] == bos and bos is not None:
+def example_prompt(example: Example, tokenizer: Any) -> list[int] | None:
+    """The ids that training saw before the example's (last) answer; None where it has no prompt."""
+    question = example.question(tokenizer)
+    if question is None:
+        return None
+    return render_prompt(
+        question, tokenizer, chat=example.is_chat(tokenizer), tools=example.tools, template_arguments=example.template_arguments
+    )
+
+
+def with_chat_bos(ids: list[int], tokens: Tokens) -> list[int]:
+    """A rendered conversation with one BOS, also where the template writes none or the first message begins with one."""
+    if tokens.bos is None:
+        return ids
+    while ids[:1] == [tokens.bos]:
         ids = ids[1:]
-    if len(ids) > 1 and ids[-1] == eos and not text.endswith(tokenizer.eos_token or "\0"):
-        ids = ids[:-1]
-    return ids
+    return [tokens.bos, *ids]
 
 
-def _end(ids: list[int], tokenizer: Any) -> list[int]:
-    """With one EOS behind it."""
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token, so the model could not learn where an answer ends; set model.tokenizer")
-    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+class Template:
+    """The chat template of a tokenizer; `marked` where it tells by itself what the assistant wrote."""
 
+    def __init__(self, tokenizer: Any, tools: list[Any] | None = None):
+        self.tokenizer = tokenizer
+        if not tokenizer.chat_template:
+            raise UserError(
+                "this tokenizer has no chat template, which messages need: set model.chat_template to a Jinja template or the "
+                "path of a .jinja file, or give prompt and completion columns"
+            )
+        self.text: str = tokenizer.get_chat_template(None, tools)
+        self.marked = bool(GENERATION.search(self.text))
 
-def _render(messages: Sequence[Message], tokenizer: Any, generation: bool, where: str) -> str:
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{where}: this tokenizer has no chat template, which messages need; set model.chat_template (a Jinja template or "
-            "the path of a .jinja file), or give prompt and completion columns"
-        )
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
-    except Exception as error:  # Jinja's errors, and whatever a template raises about the roles it sees
-        raise UserError(f"{where}: the chat template refuses these messages: {error}") from None
+    def render(
+        self, messages: Sequence[Message], generation: bool, where: str, tools: Any = None, arguments: Any = None
+    ) -> str:
+        """The text of a conversation, with the prompt of the next answer where `generation`."""
+        return self._render(messages, generation, where, tools, arguments, False)[0]
 
+    def render_marked(self, messages: Sequence[Message], where: str, tools: Any, arguments: Any) -> tuple[str, list[Span]]:
+        """And the spans between `{% generation %}` and `{% endgeneration %}`."""
+        return self._render(messages, False, where, tools, arguments, True)
 
-def _chat_ids(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character spans; the template alone says which special tokens there are."""
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, spans = out["input_ids"], out["offset_mapping"]
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        ids, spans = ids[1:], spans[1:]
-    return ids, spans
+    def _render(self, messages, generation, where, tools, arguments, marks) -> tuple[str, list[Span]]:
+        plain = [
+            {key: value for key, value in m.items() if value is not None and key not in NOT_FOR_TEMPLATES} for m in messages
+        ]
+        try:
+            texts, spans = render_jinja_template(
+                [plain],
+                tools=tools,
+                chat_template=self.text,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=generation,
+                **{**self.tokenizer.special_tokens_map, **(arguments or {})},
+            )
+        except Exception as error:  # Jinja's errors, and whatever a template raises about the roles it sees
+            reason = str(error).strip() or type(error).__name__
+            raise UserError(f"{where}: the chat template refuses these messages: {reason}") from None
+        return texts[0], [tuple(span) for span in spans[0]] if marks else []
 
+    def turns(self, example: Example) -> tuple[str, list[tuple[int, Span]]]:
+        """The text of a conversation, and for each of the assistant's messages (by number) its characters.
 
-def _encode_messages(messages: Sequence[Message], tokenizer: Any, where: str) -> Encoded:
-    text = _render(messages, tokenizer, False, where)
-    ids, spans = _chat_ids(text, tokenizer)
-    trained = _assistant_spans(messages, text, tokenizer, where)
-    weights = [float(any(start < stop and a <= start and stop <= b for a, b in trained)) for start, stop in spans]
-    if messages[-1]["role"] == "assistant" and ids and ids[-1] not in tokenizer.all_special_ids and weights[-1]:
-        ids, weights = _end(ids, tokenizer), [*weights, 1.0]  # a template that does not close the last turn
-    return Encoded(ids, weights, where)
+        Raises UserError where the template does not tell them and they cannot be found by rendering turn by turn.
+        """
+        messages, where, extra = example.messages, example.where, (example.tools, example.template_arguments)
+        if self.marked:
+            text, spans = self.render_marked(messages, where, *extra)
+            spans = [span for span in spans if span[0] < span[1]]
+            numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+            if len(numbers) == len(spans):
+                return text, list(zip(numbers, spans, strict=True))
+            if any("train" in m or "weight" in m for m in messages):
+                raise UserError(
+                    f"{where}: the chat template marks {len(spans)} turns of the assistant and there are {len(numbers)}, so it "
+                    "cannot be told which of them train and weight mean"
+                )
+            return text, [(numbers[-1] if numbers and span == spans[-1] else -1, span) for span in spans]
+        text = self.render(messages, False, where, *extra)
+        found = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._before(messages, number, text, where, extra)
+            last = number == len(messages) - 1
+            after = text if last else self.render(messages[: number + 1], False, where, *extra)
+            if not (text.startswith(after) and after.startswith(before)):
+                raise UserError(
+                    f"{where}: the chat template writes a conversation's earlier turns differently once later ones follow, so "
+                    f"what the assistant said in message {number} cannot be told apart. Set model.chat_template to a version "
+                    "with {% generation %} marks around the assistant's turns, or set data.last_turn_only: true where the "
+                    "last turn alone is to be trained"
+                )
+            found.append((number, (len(before), len(after))))
+        return text, found
 
+    def _before(self, messages: Sequence[Message], number: int, text: str, where: str, extra: tuple) -> str:
+        """What stands before an answer, the generation prompt included."""
+        if number:
+            return self.render(messages[:number], True, where, *extra)
+        # Nothing precedes it, and most templates refuse to render nothing: the prompt is what they add behind the rest.
+        prompt = self.render(messages, True, where, *extra)[len(text) :]
+        at = text.find(prompt) if prompt else -1
+        content = text.find(messages[0].get("content") or "\0")
+        return text[: at + len(prompt)] if at >= 0 and at + len(prompt) <= content else ""
 
-def _assistant_spans(messages: Sequence[Message], text: str, tokenizer: Any, where: str) -> list[tuple[int, int]]:
-    """Character spans of the assistant's turns, end-of-turn token included, found by rendering turn by turn."""
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[:number], tokenizer, True, where) if number else ""
-        after = _render(messages[: number + 1], tokenizer, False, where)
+    def last_turn(self, example: Example) -> tuple[str, list[tuple[int, Span]]]:
+        """As `turns`, with the last of the assistant's messages alone, which needs no prefix but its own."""
+        messages, where, extra = example.messages, example.where, (example.tools, example.template_arguments)
+        last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+        if last is None:
+            return self.render(messages, False, where, *extra), []
+        if self.marked:
+            text, found = self.turns(example)
+            return text, found[-1:]
+        return self.split_at(example, last, last + 1)
+
+    def split_at(self, example: Example, prompt_turns: int, stop: int | None = None) -> tuple[str, list[tuple[int, Span]]]:
+        """The text, and the characters of the messages from `prompt_turns` on (to before `stop`)."""
+        messages, where, extra = example.messages, example.where, (example.tools, example.template_arguments)
+        text = self.render(messages, False, where, *extra)
+        before = self._before(messages, prompt_turns, text, where, extra)
+        rest = stop is not None and stop < len(messages)
+        after = self.render(messages[:stop], False, where, *extra) if rest else text
         if not (text.startswith(after) and after.startswith(before)):
             raise UserError(
-                f"{where}: the chat template writes earlier turns differently once later ones follow, so what the assistant "
-                "said cannot be told apart; use a template with {% generation %} marks (model.chat_template)"
+                f"{where}: the chat template writes the prompt differently once the answer follows, so the answer's tokens "
+                "cannot be told apart. Set model.chat_template to a version with {% generation %} marks around the "
+                "assistant's turns, and give messages"
             )
-        stop = len(before) + len(after[len(before) :].rstrip())
-        spans.append((len(before), stop))
-    return spans
+        return text, [(prompt_turns, (len(before), len(after)))]

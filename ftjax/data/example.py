@@ -1,0 +1,55 @@
+"""One example, whatever its file looked like."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What is learned from one row.
+
+    One of these is set: `text` (all of it is trained); `input_ids` with `labels`; `messages`; or a prompt that is text, as
+    both `prompt` with `completion` and `messages`: which of the two the model sees depends on `prompt_format` and on whether
+    the tokenizer has a chat template.
+
+    `{"instruction": "Add.", "input": "2 3", "output": "5"}` becomes
+    `Example(prompt="### Instruction:\\nAdd.\\n\\n### Input:\\n2 3\\n\\n### Response:\\n", completion="5",
+    messages=({"role": "user", "content": "Add.\\n\\n2 3"}, {"role": "assistant", "content": "5"}), references=("5",))`.
+    """
+
+    where: str
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: tuple[Message, ...] | None = None
+    prompt_turns: int | None = None  # so many of the messages are the prompt, and what follows is trained; None: roles tell
+    references: tuple[str, ...] = ()  # answers to compare with
+    rejected: str | None = None  # of a preference
+    tools: list[Any] | None = None
+    template_arguments: dict[str, Any] | None = None
+    input_ids: list[int] | None = None
+    labels: list[int] | None = None
+    prompt_format: Literal["auto", "chat", "raw"] = "auto"
+    source: int = 0  # number of the source in a mixture
+
+    def is_chat(self, tokenizer: Any) -> bool:
+        """Whether the model sees this example through the chat template."""
+        if self.messages is None:
+            return False
+        if self.prompt is None:
+            return True
+        return self.prompt_format == "chat" or (self.prompt_format == "auto" and bool(tokenizer.chat_template))
+
+    def question(self, tokenizer: Any) -> str | tuple[Message, ...] | None:
+        """What comes before the answer: text, or messages where the model sees the chat template; None where nothing does."""
+        if not self.is_chat(tokenizer):
+            return self.prompt
+        if self.prompt_turns is not None:
+            return self.messages[: self.prompt_turns]
+        last = max((n for n, message in enumerate(self.messages) if message["role"] == "assistant"), default=len(self.messages))
+        return self.messages[:last]
+
+    def with_source(self, source: int, prompt_format: str) -> "Example":
+        return replace(self, source=source, prompt_format=prompt_format)

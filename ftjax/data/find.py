@@ -1,0 +1,154 @@
+"""Which files a path means, and what they hold: the fingerprint changes when one byte of them does."""
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ftjax.config.data import SourceConfig
+from ftjax.errors import UserError
+
+TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+TABLES = (".parquet", ".arrow")
+SUFFIXES = (*TEXT, *TABLES)
+PACKED = (".gz", ".zst")
+KINDS = f"{', '.join(SUFFIXES)} (or {' and '.join(PACKED)} of them)"
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a source, in a fixed order."""
+
+    paths: tuple[Path, ...]
+
+    def fingerprint(self) -> str:
+        """A digest of every byte. Raises UserError for a file that cannot be read."""
+        digest = xxhash.xxh3_128()
+        for path in self.paths:
+            try:
+                digest.update(f"{path.name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+                with path.open("rb") as file:
+                    while block := file.read(1 << 22):
+                        digest.update(block)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        return digest.hexdigest()
+
+    def state(self) -> list[tuple[int, int]]:
+        """Sizes and times, which change when a file is written to."""
+        return [_state(path) for path in self.paths]
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set of the Hub, or of the local cache of one."""
+
+    source: SourceConfig
+
+    def load(self, streaming: bool = False) -> Any:
+        """A `datasets.Dataset`, or an `IterableDataset`. Raises UserError where there is none."""
+        import datasets
+
+        source = self.source
+        try:
+            return datasets.load_dataset(
+                source.path, source.subset, split=source.split, revision=source.revision, streaming=streaming
+            )
+        except Exception as error:  # the Hub's, the network's and the builders' errors have no common base
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{source.path}: neither a file here (looked up from {Path.cwd()}) nor a Hub data set that could be loaded "
+                f"(split {source.split}): {reason}. Give an existing path, or write {{path, subset, split, revision}}"
+            ) from None
+
+
+def find(source: SourceConfig) -> Files | HubSet:
+    """The files, or the Hub data set, that `source.path` means.
+
+    Raises UserError where there are none.
+    """
+    path = source.path
+    if not path.strip() or "\0" in path:
+        raise UserError(f"{path!r} names no data; write a file, a folder, a glob or a Hub id")
+    place = Path(path).expanduser()
+    try:
+        if place.is_file():
+            if kind(place) is None:
+                raise UserError(f"{path}: unknown kind of file; expected {KINDS}")
+            return Files((place,))
+        if place.is_dir():
+            found = sorted(p for p in place.rglob("*") if p.is_file() and kind(p) and not _hidden(p, place))
+            if not found:
+                raise UserError(f"{path}: this folder holds no data file; expected {KINDS}")
+            return Files(_one_split(found, source, place))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if any(c in path for c in "*?["):
+        found = [Path(p) for p in sorted(glob.glob(os.path.expanduser(path), recursive=True)) if Path(p).is_file()]
+        if not found:
+            raise UserError(f"{path}: this pattern matches no file in {Path.cwd()}")
+        if wrong := [p for p in found if kind(p) is None]:
+            raise UserError(f"{path}: it matches {wrong[0]}, an unknown kind of file; expected {KINDS}")
+        return Files(tuple(found))
+    parts = path.split("/")
+    if kind(place) or path.startswith((".", "/", "~")) or len(parts) > 2:
+        near = sorted(p.name for p in place.parent.iterdir() if kind(p))[:8] if place.parent.is_dir() else []
+        there = f"; {place.parent} holds {', '.join(near)}" if near else ""
+        raise UserError(f"{path}: no such file or folder (looked up from {Path.cwd()}){there}")
+    return HubSet(source)
+
+
+def kind(path: Path) -> str | None:
+    """`.jsonl` of `a.jsonl.gz`; None for what cannot be read."""
+    name = path.name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
+
+
+# What data sets on the Hub call their splits in file and folder names.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def _one_split(found: Sequence[Path], source: SourceConfig, root: Path) -> tuple[Path, ...]:
+    """Of a folder that holds train, validation and test files, those of the split that is meant."""
+
+    def split_of(path: Path) -> str | None:
+        words = {
+            w for part in path.relative_to(root).parts for w in part.lower().replace("-", ".").replace("_", ".").split(".")
+        }
+        return next((split for split, names in SPLITS.items() if words & set(names)), None)
+
+    splits = {path: split_of(path) for path in found}
+    if len({split for split in splits.values() if split}) < 2:
+        mixed = {kind(path) in (".json",) for path in found}
+        if mixed == {True, False}:  # dataset_info.json and the like stand beside the data
+            return tuple(path for path in found if kind(path) != ".json")
+        return tuple(found)
+    chosen = tuple(path for path in found if splits[path] == source.split)
+    if not chosen:
+        raise UserError(
+            f"{source.path}: this folder holds files of {', '.join(sorted({s for s in splits.values() if s}))}, none of "
+            f"{source.split}; name the file, or write {{path, split}}"
+        )
+    return chosen
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return found.st_size, found.st_mtime_ns

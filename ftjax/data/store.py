@@ -1,0 +1,192 @@
+"""Tokenised documents in one memory-mapped Arrow file, which a second start finds by what made it.
+
+The folder is `FTJAX_CACHE`, or `~/.cache/ftjax`; `tokens/KEY/` in it holds `documents.arrow` (one record batch: `tokens`,
+`weights` and, for each document, `trained`, `cut`, `row`, `digest`, `source`, `where`) and `report.json`. KEY is a digest of
+the data's bytes, the tokenizer with its chat template, and every option that decides which tokens come out.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from ftjax.data.encode import Encoded
+from ftjax.errors import UserError
+
+FILE, REPORT = "documents.arrow", "report.json"
+
+
+def cache_folder() -> Path:
+    """Where ftjax keeps what can be made again."""
+    return Path(os.environ.get("FTJAX_CACHE") or Path.home() / ".cache" / "ftjax").expanduser()
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Document `d` is `tokens[starts[d] : starts[d + 1]]`, with `weights` alike; all arrays are views of one file."""
+
+    tokens: np.ndarray  # int32 [all]
+    weights: np.ndarray  # float32 or, where each is 0 or 1, uint8 [all]
+    starts: np.ndarray  # int64 [D + 1]
+    trained: np.ndarray  # int32 [D], tokens that are trained as targets
+    cut: np.ndarray  # uint8 [D], 1 where the row was truncated
+    row: np.ndarray  # int64 [D], number of the row: documents that a long row was split into share it
+    digest: np.ndarray  # uint64 [D], of the row's content
+    source: np.ndarray  # int32 [D]
+    where: Any  # pyarrow string array [D]
+    report: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def document(self, number: int) -> Encoded:
+        part = slice(int(self.starts[number]), int(self.starts[number + 1]))
+        where = self.where[int(number)].as_py()
+        return Encoded(self.tokens[part], self.weights[part].astype(np.float32), where, int(self.source[number]))
+
+
+class Writer:
+    """Takes documents one by one and writes them once: their values go to disk as they come, not to memory."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._tokens: BinaryIO = (folder / "tokens.bin").open("w+b")
+        self._weights: BinaryIO = (folder / "weights.bin").open("w+b")
+        self._binary = True
+        self._facts: dict[str, list[Any]] = {
+            name: [] for name in ("length", "trained", "cut", "row", "digest", "source", "where")
+        }
+
+    def add(self, documents: Sequence[Encoded], cut: Sequence[bool], rows: Sequence[int], digests: Sequence[int]) -> None:
+        """Documents: whether each was truncated, the number of the row that it came from, the digest of that row's content."""
+        if not documents:
+            return
+        weights = np.concatenate([document.weights for document in documents])
+        self._binary = self._binary and bool(((weights == 0) | (weights == 1)).all())
+        self._tokens.write(np.concatenate([document.tokens for document in documents]).tobytes())
+        self._weights.write(weights.tobytes())
+        facts = self._facts
+        facts["length"] += [len(document.tokens) for document in documents]
+        facts["trained"] += [int(np.count_nonzero(document.weights[1:])) for document in documents]
+        facts["source"] += [document.source for document in documents]
+        facts["where"] += [document.where for document in documents]
+        facts["cut"] += cut
+        facts["row"] += rows
+        facts["digest"] += digests
+
+    def finish(self, report: dict[str, Any]) -> None:
+        """Put all of it into one Arrow file."""
+        self.close()
+        facts = self._facts
+        starts = np.concatenate([[0], np.cumsum(facts["length"], dtype=np.int64)])
+        tokens = _mapped(self._folder / "tokens.bin", np.int32)
+        weights = _mapped(self._folder / "weights.bin", np.float32)
+        if self._binary and len(weights):
+            small = np.memmap(self._folder / "weights8.bin", np.uint8, "w+", shape=weights.shape)
+            for start in range(0, len(weights), 1 << 24):
+                small[start : start + (1 << 24)] = weights[start : start + (1 << 24)]
+            weights = small
+        columns = {
+            "tokens": _lists(starts, tokens),
+            "weights": _lists(starts, weights),
+            "trained": pa.array(np.array(facts["trained"], np.int32)),
+            "cut": pa.array(np.array(facts["cut"], np.uint8)),
+            "row": pa.array(np.array(facts["row"], np.int64)),
+            "digest": pa.array(np.array(facts["digest"], np.uint64)),
+            "source": pa.array(np.array(facts["source"], np.int32)),
+            "where": pa.array(facts["where"], pa.large_string()),
+        }
+        batch = pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
+        with pa.OSFile(str(self._folder / FILE), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        for part in self._folder.glob("*.bin"):
+            part.unlink()
+        size = (self._folder / FILE).stat().st_size
+        (self._folder / REPORT).write_text(json.dumps({"size": size, "report": report}), encoding="utf-8")
+
+    def close(self) -> None:
+        self._tokens.close()
+        self._weights.close()
+
+
+def _lists(starts: np.ndarray, values: np.ndarray) -> pa.Array:
+    return pa.LargeListArray.from_arrays(pa.array(starts), pa.array(values))
+
+
+def _mapped(path: Path, dtype: Any) -> np.ndarray:
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def open_documents(folder: Path) -> Documents | None:
+    """What is in a folder of the cache, or None where it is not all there."""
+    try:
+        saved = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        if (folder / FILE).stat().st_size != saved["size"]:
+            return None
+        batch = pa.ipc.open_file(pa.memory_map(str(folder / FILE))).get_batch(0)
+        values = {name: batch.column(name).flatten().to_numpy() for name in ("tokens", "weights")}
+        starts = batch.column("tokens").offsets.to_numpy()
+        facts = [batch.column(name).to_numpy() for name in ("trained", "cut", "row", "digest", "source")]
+        return Documents(values["tokens"], values["weights"], starts, *facts, batch.column("where"), saved["report"])
+    except (OSError, ValueError, KeyError, pa.ArrowException):
+        return None
+
+
+def cached(key: str, build: Callable[[Writer], dict[str, Any]]) -> tuple[Documents, bool]:
+    """The documents of `key`, and whether they were there; `build` writes those that are not and gives their report.
+
+    Processes that want the same at the same time wait for the first of them.
+
+    Raises UserError where the folder cannot be written or the disk is full.
+    """
+    root = cache_folder() / "tokens"
+    folder = root / key
+    found = open_documents(folder)
+    if found is not None:
+        return found, True
+    with _disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{key}.lock"):
+            found = open_documents(folder)
+            if found is not None:
+                return found, True
+            temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}."))
+            writer = None
+            try:
+                writer = Writer(temporary)
+                writer.finish(build(writer))
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(temporary, folder)
+            finally:
+                if writer is not None:
+                    writer.close()
+                shutil.rmtree(temporary, ignore_errors=True)
+        found = open_documents(folder)
+    if found is None:
+        raise UserError(f"{folder}: the tokenised data that was just written cannot be read back; is the disk sound?")
+    return found, False
+
+
+@contextmanager
+def _disk_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(root if root.exists() else root.parent).free / 2**30
+            what = f"the disk is full ({free:.1f} GiB free)"
+        else:
+            what = f"cannot be written: {error.strerror or error}"
+        raise UserError(
+            f"{root}: {what}, and tokenised data is kept there; set FTJAX_CACHE to a folder with room, or data.streaming: true"
+        ) from None
