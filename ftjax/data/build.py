@@ -5,7 +5,7 @@ import multiprocessing
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -20,6 +20,7 @@ from ftjax.data.find import Files, HubSet, find
 from ftjax.data.formats import EmptyRow, Reader
 from ftjax.data.read import read_rows
 from ftjax.data.report import DataReport
+from ftjax.data.row import Row
 from ftjax.data.store import Documents, Writer, cached
 from ftjax.data.tokens import Tokens
 from ftjax.data.truncate import truncate
@@ -104,37 +105,59 @@ class Build:
                     rows.append(number)
                     digests.append(mark)
             writer.add(documents, cut, rows, digests)
-        return self.finish().state()
+        return self.summary().state()
+
+    def rows(self) -> Iterator[tuple[int, Reader, Row]]:
+        """`(number of the source, its reader, row)`: one source after the other, or, streamed, a bit of each in turn."""
+        normalize = normalizer(self.config.unicode_normalization)
+
+        def one(number: int) -> Iterator[tuple[int, Reader, Row]]:
+            source, reader = self.sources[number], None
+            for row in read_rows(source, self.unread, found=self.found[number], streaming=self.config.streaming):
+                reader = reader or Reader(source, row, normalize)
+                yield number, reader, row
+            self.described(source, reader)
+
+        if not self.config.streaming:
+            for number in range(len(self.sources)):
+                yield from one(number)
+            return
+        open_parts = {number: one(number) for number in range(len(self.sources))}
+        credit = dict.fromkeys(open_parts, 0.0)
+        while open_parts:  # the source that is furthest behind its weight gives the next row
+            for number in open_parts:
+                credit[number] += self.sources[number].weight
+            number = max(open_parts, key=lambda n: (credit[n], -n))
+            credit[number] -= sum(self.sources[n].weight for n in open_parts)
+            row = next(open_parts[number], None)
+            if row is None:
+                del open_parts[number]
+            else:
+                yield row
 
     def examples(self) -> Iterator[tuple[int, int, Example]]:
         """`(number of the row, digest of its content, example)` of every row that is to be encoded."""
-        normalize, total = normalizer(self.config.unicode_normalization), 0
-        for number, (source, found) in enumerate(zip(self.sources, self.found, strict=True)):
-            reader = None
-            for row in read_rows(source, self.unread, found=found):
-                reader = reader or Reader(source, row, normalize)
-                self.report.rows += 1
-                total += 1
-                if self.progress and total % CHUNK == 0:
-                    self.progress(total)
-                try:
-                    example = reader(row).with_source(number, self.config.prompt_format)
-                except EmptyRow as error:
-                    if self.config.drop_empty:
-                        self.report.dropped[EMPTY] += 1
-                    else:
-                        self.faults(error)
-                    continue
-                except UserError as error:
+        for number, reader, row in self.rows():
+            self.report.rows += 1
+            if self.progress and self.report.rows % CHUNK == 0:
+                self.progress(self.report.rows)
+            try:
+                example = reader(row).with_source(number, self.config.prompt_format)
+            except EmptyRow as error:
+                if self.config.drop_empty:
+                    self.report.dropped[EMPTY] += 1
+                else:
                     self.faults(error)
-                    continue
-                text = content(example)
-                mark = digest(text)
-                if self.duplicates and (reason := self.duplicates.reason(text, mark)):
-                    self.report.dropped[reason] += 1
-                    continue
-                yield total, mark, example
-            self.described(source, reader)
+                continue
+            except UserError as error:
+                self.faults(error)
+                continue
+            text = content(example)
+            mark = digest(text)
+            if self.duplicates and (reason := self.duplicates.reason(text, mark)):
+                self.report.dropped[reason] += 1
+                continue
+            yield self.report.rows, mark, example
 
     def described(self, source: SourceConfig, reader: Reader) -> None:
         self.report.formats[source.path] = reader.name
@@ -201,21 +224,17 @@ class Build:
         report.documents += len(kept)
         return kept
 
-    def finish(self) -> DataReport:
-        report, faults = self.report, self.unread
-        report.rows += faults.count  # the others were read as rows before they turned out to be broken
-        faults.count += self.faults.count
-        faults.messages = [*faults.messages, *self.faults.messages][:SHOWN]
-        if faults.count:
-            report.dropped[BROKEN] = faults.count
-        for name in [name for name, count in report.dropped.items() if not count]:
-            del report.dropped[name]
-        report.notes.update(self.encoder.notes)
-        report.notes = Counter({name: count for name, count in report.notes.items() if count})
-        report.warnings += warnings_of(report, faults, self.masked_where)
+    def summary(self) -> DataReport:
+        """The counts so far. Raises UserError where nothing is left of all rows."""
+        messages = [*self.unread.messages, *self.faults.messages][:SHOWN]
+        dropped = self.report.dropped + Counter({BROKEN: self.unread.count + self.faults.count})
+        # Rows that could not be read are no rows yet; the others turned out to be broken later.
+        report = replace(self.report, rows=self.report.rows + self.unread.count, dropped=dropped)
+        report.notes = self.report.notes + self.encoder.notes
+        report.warnings = [*self.report.warnings, *warnings_of(report, messages, self.masked_where)]
         if not report.kept:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
-            first = f" (the first: {faults.messages[0]})" if faults.messages else ""
+            first = f" (the first: {messages[0]})" if messages else ""
             raise UserError(
                 f"{report.source}: none of {report.rows:,} examples is left: {reasons}{first}. Raise data.max_length "
                 f"({self.config.max_length}), choose another data.truncation, or change the data"
@@ -223,12 +242,13 @@ class Build:
         return report
 
 
-def warnings_of(report: DataReport, faults: Faults, masked: list[str]) -> list[str]:
+def warnings_of(report: DataReport, broken: list[str], masked: list[str]) -> list[str]:
     """What a person should look at, from the counts."""
     notes, found = report.notes, []
-    if faults.count:
-        more = f" and {faults.count - len(faults.messages):,} more" if faults.count > len(faults.messages) else ""
-        found.append(f"{faults.count:,} broken rows were skipped: {' | '.join(faults.messages)}{more}")
+    if report.dropped[BROKEN]:
+        more = report.dropped[BROKEN] - len(broken)
+        rest = f" and {more:,} more" if more else ""
+        found.append(f"{report.dropped[BROKEN]:,} broken rows were skipped: {' | '.join(broken)}{rest}")
     if report.dropped[MASKED]:
         found.append(
             f"{report.dropped[MASKED]:,} rows have no trained token (left within max_length) and are dropped, such as "

@@ -49,6 +49,10 @@ class HubSet:
 
     source: SourceConfig
 
+    def fingerprint(self) -> str:
+        """That of `datasets`, which changes with the data. Raises UserError where there is none."""
+        return str(self.load()._fingerprint)
+
     def load(self, streaming: bool = False) -> Any:
         """A `datasets.Dataset`, or an `IterableDataset`. Raises UserError where there is none."""
         import datasets

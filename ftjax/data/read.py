@@ -21,13 +21,14 @@ __all__ = ["Row", "read_rows"]
 
 
 def read_rows(
-    source: SourceConfig | str, faults: Faults | None = None, *, found: Files | HubSet | None = None
+    source: SourceConfig | str, faults: Faults | None = None, *, found: Files | HubSet | None = None, streaming: bool = False
 ) -> Iterator[Row]:
     """Every row of a source, in order.
 
     Args:
         faults: what to do with a row that is broken; None raises.
         found: what `find(source)` gave, where that is known.
+        streaming: read a Hub data set as it comes, without downloading all of it.
 
     Raises UserError, with file and line, for what is missing, broken, empty, or changes while it is read.
     """
@@ -35,7 +36,7 @@ def read_rows(
     faults = faults or Faults()
     found = find(source) if found is None else found
     count = 0
-    for row in _rows(source, found, faults):
+    for row in _rows(source, found, faults, streaming):
         count += 1
         yield row
     if not count:
@@ -43,10 +44,15 @@ def read_rows(
         raise UserError(f"{source.path}: the data is empty: no rows; expected at least one example{skipped}")
 
 
-def _rows(source: SourceConfig, found: Files | HubSet, faults: Faults) -> Iterator[Row]:
+def _rows(source: SourceConfig, found: Files | HubSet, faults: Faults, streaming: bool) -> Iterator[Row]:
     if isinstance(found, HubSet):
-        for number, values in enumerate(found.load()):
-            yield Row(dict(values), f"{source.path}[{number}]")
+        number = 0
+        try:
+            for values in found.load(streaming):
+                yield Row(dict(values), f"{source.path}[{number}]")
+                number += 1
+        except (OSError, ValueError, RuntimeError) as error:  # the network, or a shard that is not what it should be
+            raise UserError(f"{source.path}[{number}]: cannot be read: {(str(error).splitlines() or ['?'])[0]}") from None
         return
     before = found.state()
     for path in found.paths:

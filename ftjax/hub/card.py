@@ -96,7 +96,7 @@ def run_card(config: Config, *, step: int, data: Sequence[str], metrics: Mapping
             metrics=metrics,
             step=step,
             versions=installed_versions(),
-            datasets=[config.data.train] if _is_hub_id(config.data.train) else [],
+            datasets=[source.path for source in config.data.sources("train") if _is_hub_id(source.path)],
             license=base_license(config.model.path, config.model.revision),
         )
     )

@@ -1,0 +1,246 @@
+"""`data.streaming`: sets that are larger than the disk, tokenised and packed window by window while they are read.
+
+A window is so many rows of the data; its documents are shuffled and packed together, and its rows follow those of the
+window before. Batches take them as they come, so that only the last batch of an epoch holds rows of padding. Every process
+reads and tokenises all of the data and keeps its own rows of each batch, so a position is the same for any number of
+processes: epoch, window, row in the window. To go on from there, the rows before the window are read, but not tokenised.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ftjax.config.data import DataConfig, SourceConfig
+from ftjax.data.build import Build
+from ftjax.data.encode import Encoded
+from ftjax.data.find import Files, HubSet, find
+from ftjax.data.pack import Plan, pack
+from ftjax.data.pipeline import KEYS, Batch, check_processes, fill
+from ftjax.data.report import DataReport
+from ftjax.errors import UserError
+
+WINDOW = 8192  # rows that are shuffled and packed together
+UNKNOWN = 10**9  # rows of an epoch whose end nobody knows
+
+
+@dataclass(frozen=True)
+class Window:
+    """The documents of some rows of the data, packed."""
+
+    number: int
+    documents: list[Encoded]
+    tokens: np.ndarray
+    weights: np.ndarray
+    starts: np.ndarray
+    plan: Plan
+    last: bool
+
+    @classmethod
+    def of(cls, number: int, documents: list[Encoded], length: int, rng: np.random.Generator | None, last: bool) -> "Window":
+        starts = np.concatenate([[0], np.cumsum([len(d.tokens) for d in documents], dtype=np.int64)])
+        tokens, weights = (
+            np.concatenate([np.zeros(0, dtype), *(getattr(d, name) for d in documents)]).astype(dtype)
+            for name, dtype in (("tokens", np.int32), ("weights", np.float32))
+        )
+        return cls(number, documents, tokens, weights, starts, pack(np.diff(starts), length, rng), last)
+
+    def rows(self, first: int, stop: int, width: int) -> Batch:
+        """Rows `[first, stop)` as `[stop - first, width]`."""
+        low, high = self.plan.starts[first], self.plan.starts[stop]
+        numbers = self.plan.documents[low:high]
+        lengths = self.starts[numbers + 1] - self.starts[numbers]
+        return fill(self, self.starts[numbers], lengths, np.diff(self.plan.starts[first : stop + 1]), stop - first, width)
+
+
+@dataclass
+class StreamSplit:
+    """One set, read from its beginning in each epoch."""
+
+    sources: list[SourceConfig]
+    found: list[Files | HubSet]
+    config: DataConfig
+    tokenizer: Any
+    seed: int
+    report: DataReport
+    window_rows: int = field(default_factory=lambda: WINDOW)
+
+    @classmethod
+    def load(cls, config: DataConfig, tokenizer: Any, seed: int) -> "StreamSplit":
+        """Read the first window, so that mistakes show at once.
+
+        Raises UserError, with file and line, for anything that is wrong with it.
+        """
+        sources = config.sources("train")
+        found = [find(source) for source in sources]
+        split = cls(sources, found, config, tokenizer, seed, DataReport(""))
+        split._states = [where.state() if isinstance(where, Files) else None for where in found]
+        build = split.build()
+        first = next(split.windows(build, 0, 0, shuffle=False))
+        split.report = build.summary()
+        split._first = first.documents
+        split._measure(first)
+        return split
+
+    @property
+    def max_length(self) -> int:
+        return self.config.max_length
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of the documents of the first window."""
+        return np.array([len(document.tokens) for document in self._first])
+
+    def _measure(self, first: Window) -> None:
+        report, lengths = self.report, self.lengths
+        report.tokens, report.documents = int(lengths.sum()), len(lengths)
+        report.trained_tokens = int(sum(np.count_nonzero(document.weights[1:]) for document in self._first))
+        report.packed_rows = len(first.plan)
+        report.efficiency = report.tokens / (max(1, len(first.plan)) * self.max_length)
+        report.weights = {source.path: source.weight for source in self.sources}
+        report.measure(lengths)
+        self._rows, report.exact = len(first.plan), first.last
+        if not first.last:
+            self._rows = self._estimate(len(first.plan))
+            number = "is not known" if self._rows == UNKNOWN else f"is estimated as {self._rows:,}"
+            report.warnings.append(
+                f"streaming: the number of rows in an epoch {number}; set training.max_steps to say how long"
+            )
+
+    def _estimate(self, rows: int) -> int:
+        """Rows of an epoch, by the rows of data that the Hub tells or the bytes of the files."""
+        count = 0.0
+        for source, found in zip(self.sources, self.found, strict=True):
+            if isinstance(found, HubSet):
+                splits = getattr(found.load(streaming=True).info, "splits", None) or {}
+                known = splits[source.split].num_examples if source.split in splits else 0
+            else:
+                mean = np.mean([len(self.tokenizer.decode(document.tokens)) for document in self._first[:64]])
+                known = sum(size for size, _ in found.state()) / max(float(mean), 1.0)
+            if not known:
+                return UNKNOWN
+            count += known
+        return max(1, round(rows * count / self.report.rows))
+
+    def rows_per_epoch(self, epoch: int) -> int:
+        """An estimate, unless one window holds all of the data."""
+        return self._rows
+
+    def example(self) -> Encoded:
+        return self._first[0]
+
+    def first(self, count: int) -> list[tuple[Encoded, tuple[int | None, int | None]]]:
+        """The first documents; their rows are those of the shuffled window, which is not known before it is read."""
+        return [(document, (None, None)) for document in self._first[:count]]
+
+    def build(self) -> Build:
+        """A new pass over the data. Raises UserError where a file was changed since the first."""
+        for found, before in zip(self.found, self._states, strict=True):
+            for path, one, other in zip(found.paths, before, found.state(), strict=True) if before is not None else ():
+                if one != other:
+                    raise UserError(f"{path}: the file was changed while the run goes on; start again with data that stays")
+        return Build(self.sources, self.found, self.config, self.tokenizer)
+
+    def windows(self, build: Build, epoch: int, start: int, *, shuffle: bool, seed: int | None = None) -> Iterator[Window]:
+        """The windows of an epoch from number `start` on."""
+        examples = build.examples()
+        for _ in islice(examples, start * self.window_rows):
+            pass
+        number, waiting = start, list(islice(examples, self.window_rows))
+        while True:
+            coming = list(islice(examples, self.window_rows))
+            documents = []
+            for chunk, encoded in build.encoded(iter(waiting)):
+                del chunk
+                documents += [piece for document in encoded if document is not None for piece in build.fit(document)]
+            rng = np.random.default_rng((self.seed if seed is None else seed, epoch, number)) if shuffle else None
+            yield Window.of(number, documents, self.max_length, rng, not coming)
+            if not coming:
+                return
+            number, waiting = number + 1, coming
+
+    def batches(
+        self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, process_index: int = 0, process_count: int = 1
+    ) -> "StreamBatches":
+        """As `PackedSplit.batches`."""
+        check_processes(batch_size, process_index, process_count)
+        return StreamBatches(self, batch_size, seed, shuffle, epochs, process_index, process_count)
+
+
+class StreamBatches(Iterator[Batch]):
+    """The batches of a `StreamSplit`; the next window is made while this one is trained."""
+
+    def __init__(
+        self,
+        split: StreamSplit,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        epochs: int | None,
+        process_index: int,
+        process_count: int,
+    ):
+        self._split, self._batch_size, self._seed, self._shuffle, self._epochs = split, batch_size, seed, shuffle, epochs
+        share = batch_size // process_count
+        self._mine = (process_index * share, (process_index + 1) * share)
+        self._pool = ThreadPoolExecutor(1, "windows")
+        self.set_state({"epoch": 0, "window": 0, "row": 0})
+
+    def _open(self) -> None:
+        split = self._split
+        build = split.build()
+        windows = split.windows(build, self._epoch, self._number, shuffle=self._shuffle, seed=self._seed)
+        self._ask = lambda: self._pool.submit(next, windows)
+        self._coming: Future | None = self._ask()
+        self._advance()
+
+    def _advance(self) -> None:
+        self._window = self._coming.result()
+        self._number = self._window.number
+        self._coming = None if self._window.last else self._ask()
+
+    def __next__(self) -> Batch:
+        while self._epochs is None or self._epoch < self._epochs:
+            if self._window is None:
+                self._open()
+            while self._row >= len(self._window.plan) and not self._window.last:
+                self._advance()
+                self._row = 0
+            if self._row >= len(self._window.plan):
+                self.set_state({"epoch": self._epoch + 1, "window": 0, "row": 0})
+                continue
+            return self._batch()
+        raise StopIteration
+
+    def _batch(self) -> Batch:
+        """This process's part of the next global batch, which may go over the end of a window."""
+        split, (low, high) = self._split, self._mine
+        parts, at = [], 0
+        while at < self._batch_size:
+            held = len(self._window.plan) - self._row
+            if not held:
+                if self._window.last:
+                    break
+                self._advance()
+                self._row = 0
+                continue
+            taken = min(held, self._batch_size - at)
+            first, stop = max(low, at), min(high, at + taken)
+            if first < stop:
+                parts.append(self._window.rows(self._row + first - at, self._row + stop - at, split.max_length))
+            at, self._row = at + taken, self._row + taken
+        got = sum(len(part["tokens"]) for part in parts)
+        parts.append({name: np.zeros((high - low - got, split.max_length), dtype) for name, dtype in KEYS.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in KEYS}
+
+    def get_state(self) -> dict[str, int]:
+        """Epoch, window, and row of the window: those of the next batch."""
+        return {"epoch": self._epoch, "window": self._number, "row": self._row}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self._epoch, self._number, self._row = state["epoch"], state["window"], state["row"]
+        self._window: Window | None = None
