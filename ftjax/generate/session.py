@@ -205,7 +205,9 @@ class Generator:
         vocab = self.model.config["vocab_size"]
         if not 0 <= min(ids) <= max(ids) < vocab:
             wrong = next(i for i in ids if not 0 <= i < vocab)
-            raise UserError(f"prompt {number + 1} has the token {wrong}, and the model's are 0 to {vocab - 1}; is it another's?")
+            raise UserError(
+                f"prompt {number + 1} has the token {wrong}, and the model's are 0 to {vocab - 1}; is it another's?"
+            )
         if len(ids) >= self.context:
             raise UserError(
                 f"prompt {number + 1} has {len(ids)} tokens, and the model's context is {self.context}, answer included; "

@@ -1,9 +1,11 @@
 """From tokens to text as it grows, and where a text has to stop."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # how tokenizers show bytes that are not yet a character
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a character that SentencePiece has no piece for
 CONTEXT = 16  # tokens of the prompt that are decoded along, so that spaces come out as they stand between words
 
 
@@ -25,6 +27,9 @@ class TextStream:
         return self._advance(finish=True)
 
     def _advance(self, finish: bool) -> str:
+        # A run of byte pieces is decoded as a whole: one wrong byte breaks the characters before it, too.
+        if not finish and self._tokens and BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(self._tokens[-1]) or ""):
+            return ""
         before, now = self._decode(self._tokens[self._start : self._read]), self._decode(self._tokens[self._start :])
         if not now.startswith(before):  # the prompt ends within a character
             before = before.rstrip(BROKEN)

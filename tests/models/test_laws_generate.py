@@ -6,17 +6,14 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, ONE_OF_EACH
+from generate.words import words
 from oracle import context, hf_logits, load, logits, make_hf, one_device, tokens
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
 
 from ftjax.config import MeshConfig
 from ftjax.generate.cache import cache_shape, forward, new_cache
 from ftjax.generate.session import Generator
 from ftjax.mesh import make_mesh
 
-VOCAB = 96
 NEW = 30
 LENGTHS = (7, 24, 16)  # shorter and longer than the windows of the cases; 24 + NEW is past every original length
 
@@ -27,12 +24,6 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
     hf = make_hf(request.param, folder)
     return request.param, hf, *load(folder)
-
-
-def words() -> PreTrainedTokenizerFast:
-    """A tokenizer as small as the models: the word `t7` is token 7."""
-    model = WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
 
 
 def generator(model, params, mesh=None) -> Generator:

@@ -1,0 +1,83 @@
+"""Text that grows token by token."""
+
+import random
+
+import pytest
+
+from ftjax.config import ModelConfig
+from ftjax.generate.text import StopStrings, TextStream, turn_end
+from ftjax.hub.tokenizer import load_tokenizer
+
+TEXTS = ["Once upon a time, there was  a fox.\n\n  It said: “hé!” 🦊🎉 done", "日本語のテキスト 🇩🇪 ok", "   leading", "x", ""]
+
+
+@pytest.fixture(params=["stories260k", "tokenizer_mistral_v1", "bytes"])
+def tokenizer(request, tmp_path):
+    if request.param == "bytes":  # byte-level BPE without merges: every byte is a token
+        from tokenizers import Tokenizer, decoders, pre_tokenizers
+        from tokenizers.models import BPE
+        from transformers import PreTrainedTokenizerFast
+
+        vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        made = Tokenizer(BPE(vocab, []))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+    shared = request.getfixturevalue("shared")
+    return load_tokenizer(ModelConfig(path=str(shared / "models" / request.param)))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_make_the_whole(tokenizer, text):
+    ids = tokenizer(text)["input_ids"]
+    stream = TextStream(tokenizer)
+    pieces = [stream.feed([token]) for token in ids]
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    assert "".join(pieces) + stream.finish() == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_any_tokens_in_any_portions(tokenizer):
+    """Random ids, broken characters and special tokens included."""
+    rng = random.Random(0)
+    for _ in range(40):
+        ids = [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(30))]
+        stream, rest, text = TextStream(tokenizer), list(ids), ""
+        while rest:
+            size = rng.randrange(1, 5)
+            text, rest = text + stream.feed(rest[:size]), rest[size:]
+        assert text + stream.finish() == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_the_space_behind_the_prompt_stays(tokenizer):
+    """Decoded by itself, a SentencePiece answer would lose its first space."""
+    ids = tokenizer("Once upon a time there was")["input_ids"]
+    prompt = tokenizer("Once upon a time")["input_ids"]
+    stream = TextStream(tokenizer, prompt)
+    assert stream.feed(ids[len(prompt) :]) + stream.finish() == " there was"
+
+
+def test_stop_strings():
+    stops = StopStrings(["</s>", "\nUser:", ""])
+    assert stops.strings == ("</s>", "\nUser:")
+    assert stops.find("a </s> b\nUser:") == 2 and stops.find("a </s> b\nUser:", 3) == 8 and stops.find("a") is None
+    assert stops.find("User:</s>", -4) == 5
+    assert stops.open("text\nUs") == 3 and stops.open("text</") == 2 and stops.open("text") == 0 and stops.open("") == 0
+    assert StopStrings().find("x") is None and StopStrings().open("x") == 0
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("{% for m in messages %}<u>{{ m.content }}<end_of_turn>\n{% endfor %}", "<end_of_turn>"),
+        ("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", "<end>"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+    ],
+)
+def test_turn_end(template, found):
+    from generate.words import words
+
+    tokenizer = words(eos_token="<end>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>", "<u>"]})
+    tokenizer.chat_template = template
+    assert turn_end(tokenizer) == (None if found is None else tokenizer.convert_tokens_to_ids(found))
