@@ -93,6 +93,7 @@ class Build:
             ", ".join(source.path for source in self.sources), max_length=config.max_length, packing=config.packing
         )
         self.masked_where: list[str] = []
+        self.readers: dict[int, Reader] = {}
 
     def run(self, writer: Writer) -> dict[str, Any]:
         """Write every document; gives the report."""
@@ -114,9 +115,10 @@ class Build:
         def one(number: int) -> Iterator[tuple[int, Reader, Row]]:
             source, reader = self.sources[number], None
             for row in read_rows(source, self.unread, found=self.found[number], streaming=self.config.streaming):
-                reader = reader or Reader(source, row, normalize)
+                if reader is None:
+                    reader = self.readers[number] = Reader(source, row, normalize)
+                    self.report.formats[source.path] = reader.name
                 yield number, reader, row
-            self.described(source, reader)
 
         if not self.config.streaming:
             for number in range(len(self.sources)):
@@ -159,15 +161,19 @@ class Build:
                 continue
             yield self.report.rows, mark, example
 
-    def described(self, source: SourceConfig, reader: Reader) -> None:
-        self.report.formats[source.path] = reader.name
-        if reader.unused:
-            self.report.warnings.append(f"{source.path}: columns that are not used: {', '.join(reader.unused)}")
-        if reader.name == "preference":
-            self.report.warnings.append(
-                f"{source.path}: the answers in `chosen` are trained; those in `rejected` are checked, and this objective "
-                "has no use for them"
-            )
+    def _described(self) -> list[str]:
+        """What is worth saying about the columns."""
+        found = []
+        for number, reader in self.readers.items():
+            path = self.sources[number].path
+            if reader.unused:
+                found.append(f"{path}: columns that are not used: {', '.join(reader.unused)}")
+            if reader.name == "preference":
+                found.append(
+                    f"{path}: the answers in `chosen` are trained; those in `rejected` are checked, and this objective "
+                    "has no use for them"
+                )
+        return found
 
     def encoded(self, examples: Iterable[tuple[int, int, Example]]) -> Iterator[tuple[list, list[Encoded | None]]]:
         """Chunks of examples with their documents, in order, by as many processes as `num_proc` says."""
@@ -231,7 +237,7 @@ class Build:
         # Rows that could not be read are no rows yet; the others turned out to be broken later.
         report = replace(self.report, rows=self.report.rows + self.unread.count, dropped=dropped)
         report.notes = self.report.notes + self.encoder.notes
-        report.warnings = [*self.report.warnings, *warnings_of(report, messages, self.masked_where)]
+        report.warnings = [*self._described(), *warnings_of(report, messages, self.masked_where)]
         if not report.kept:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
             first = f" (the first: {messages[0]})" if messages else ""

@@ -96,6 +96,7 @@ class StreamSplit:
 
     def _measure(self, first: Window) -> None:
         report, lengths = self.report, self.lengths
+        report.rows = report.kept + sum(report.dropped.values())  # some rows of the next window are read already
         report.tokens, report.documents = int(lengths.sum()), len(lengths)
         report.trained_tokens = int(sum(np.count_nonzero(document.weights[1:]) for document in self._first))
         report.packed_rows = len(first.plan)
