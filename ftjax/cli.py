@@ -80,6 +80,26 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def preview(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(min=0, help="How many examples to show.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="Write the same to this HTML file.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what the data looks like to the model, and what is trained, without training."""
+    from ftjax.config.load import load_config
+
+    settings = load_config(config, overrides or [])
+    from rich.console import Console
+
+    from ftjax.data.preview import preview as show
+    from ftjax.hub.tokenizer import load_tokenizer
+
+    show(settings, load_tokenizer(settings.model), html=html, as_json=as_json, console=Console(), examples=examples)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output_dir, or its final/ or best/.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],

@@ -23,7 +23,7 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 def test_help_lists_the_verbs_and_imports_nothing_heavy():
     code = "import sys; from ftjax.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
-    assert all(verb in done.stdout for verb in ("train", "doctor", "models"))
+    assert all(verb in done.stdout for verb in ("train", "preview", "export", "doctor", "models"))
     assert not {"jax", "flax", "transformers", "pydantic", "datasets", "numpy"} & set(done.stderr.split())
 
 
@@ -74,6 +74,29 @@ def test_models_lists_the_registry(monkeypatch, capsys):
 
     code, out, _ = run(monkeypatch, capsys, "models")
     assert code == 0 and all(name in out for name in FAMILIES)
+
+
+@pytest.fixture
+def run_file(tmp_path, stories):
+    """A configuration of a real small model and three rows of data."""
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {n}:", "completion": f" number {n}"}) + "\n" for n in range(3)))
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {{path: {stories}}}\ndata: {{train: {data}, max_length: 64}}\noutput_dir: {tmp_path / 'run'}\n")
+    return path
+
+
+def test_preview(monkeypatch, capsys, run_file):
+    code, out, _ = run(monkeypatch, capsys, "preview", str(run_file), "--examples", "1")
+    assert code == 0 and "say 0:" in out and "number 0" in out and "say 1:" not in out
+    code, out, _ = run(monkeypatch, capsys, "preview", str(run_file), "--json")
+    assert code == 0 and json.loads(out)
+
+
+@pytest.mark.parametrize("given, said", [("nowhere", "no such folder"), (".", "expected a run folder")])
+def test_export_of_what_is_no_run(monkeypatch, capsys, tmp_path, given, said):
+    code, _, err = run(monkeypatch, capsys, "export", str(tmp_path / given), "--out", str(tmp_path / "out"))
+    assert code == 2 and said in err and not (tmp_path / "out").exists()
 
 
 # doctor
