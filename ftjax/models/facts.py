@@ -19,7 +19,7 @@ INERT = {
     "problem_type", "return_dict", "rope_interleaved", "sep_token_id", "task_specific_params", "tokenizer_class",
     "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
     "use_cache", "use_bfloat16", "prefix", "pruned_heads", "finetuning_task", "_attn_implementation", "name_or_path",
-    "_num_labels", "gradient_checkpointing", "tie_last_hidden_states",
+    "cache_implementation", "_num_labels", "gradient_checkpointing", "tie_last_hidden_states",
 }  # fmt: skip
 
 # Fields of every transformers configuration that would change the model if they were set.
