@@ -14,8 +14,8 @@ from ftjax.models.attention import Pattern
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.layers import Embedding, Linear, RMSNorm
-from ftjax.models.llama import LlamaAttention, LlamaMLP
-from ftjax.models.rope import Rope, make_rope, refuse_partial
+from ftjax.models.llama import LlamaAttention, LlamaMLP, attention
+from ftjax.models.rope import Rope, angles, make_rope, refuse_partial
 from ftjax.models.stack import Stack
 
 
@@ -52,11 +52,7 @@ class GemmaModel(nnx.Module):
         x = self.embed_tokens(tokens, ctx.dtype)
         # The scale is rounded to the dtype, as in Google's own code: sqrt(3072) is 55.5 in bfloat16.
         x = constrain(x * jnp.asarray(self.scale, ctx.dtype), "batch", "length", None)
-        if isinstance(self.rope, dict):
-            angles = {name: rope.angles(ctx.positions, ctx.segment_ids) for name, rope in self.rope.items()}
-        else:
-            angles = self.rope.angles(ctx.positions, ctx.segment_ids)
-        x, cache, aux = self.layers(x, replace(ctx, rope=angles), cache)
+        x, cache, aux = self.layers(x, replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids)), cache)
         return self.norm(x), cache, aux
 
 
@@ -82,13 +78,9 @@ class GemmaForCausalLM(nnx.Module):
 
 def attention_and_mlp(facts: Facts, act: str, **norms: nnx.Module) -> tuple[LlamaAttention, LlamaMLP]:
     """The parts that every Gemma has; `act` is the config's field of the activation."""
-    embed, head_dim = facts["hidden_size"], facts["head_dim"]
-    facts.only("attention_dropout", 0.0, 0, None, why="dropout on attention probabilities is not implemented")
     facts.only("use_bidirectional_attention", None, False, why="it makes an encoder, not a causal language model")
-    attention = LlamaAttention(
-        embed, facts["num_attention_heads"], facts["num_key_value_heads"], head_dim, facts["attention_bias"], **norms
-    )
-    return attention, LlamaMLP(embed, facts["intermediate_size"], facts[act], False)
+    mlp = LlamaMLP(facts["hidden_size"], facts["intermediate_size"], facts[act], False)
+    return attention(facts, bias=facts["attention_bias"], **norms), mlp
 
 
 def build(facts: Facts) -> GemmaForCausalLM:

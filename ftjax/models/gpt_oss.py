@@ -12,7 +12,7 @@ from flax import nnx
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import patterns
 from ftjax.models.layers import RMSNorm
-from ftjax.models.llama import LlamaAttention, LlamaForCausalLM
+from ftjax.models.llama import LlamaForCausalLM, attention, head_size
 from ftjax.models.mixtral import router_loss
 from ftjax.models.moe import Group, MoeBlock, MoeModel, Router, SparseMoe, dispatch, grouped
 from ftjax.models.param import Init, param
@@ -66,12 +66,10 @@ class GptOssBlock(MoeBlock):
 
 def build(facts: Facts) -> LlamaForCausalLM:
     """The abstract model of a `gpt_oss` config.json."""
-    embed, heads, head_dim = facts["hidden_size"], facts["num_attention_heads"], facts["head_dim"]
+    embed, head_dim = facts["hidden_size"], head_size(facts)
     eps, vocab, experts = facts["rms_norm_eps"], facts["vocab_size"], facts["num_local_experts"]
-    facts.only("attention_dropout", 0.0, 0, None, why="dropout on attention probabilities is not implemented")
     # OpenAI's file names the experts of a token and the trained length twice; the activation is always the clamped SwiGLU.
     facts.inert("hidden_act", "experts_per_token", "initial_context_length")
-    attention = LlamaAttention(embed, heads, facts["num_key_value_heads"], head_dim, facts["attention_bias"], sinks=True)
     mlp = SparseMoe(
         Router(embed, experts, facts["num_experts_per_tok"], normalise=True, bias=True),
         GptOssExperts(embed, facts["intermediate_size"], experts, facts["swiglu_alpha"], facts["swiglu_limit"]),
@@ -79,7 +77,7 @@ def build(facts: Facts) -> LlamaForCausalLM:
     )
     kinds = patterns(facts, head_dim**-0.5)
     rope = make_rope(refuse_partial(facts["rope_parameters"]), head_dim, facts["max_position_embeddings"])
-    stack = Stack(GptOssBlock(attention, mlp, embed, eps, experts), kinds)
+    stack = Stack(GptOssBlock(attention(facts, bias=facts["attention_bias"], sinks=True), mlp, embed, eps, experts), kinds)
     model = MoeModel(vocab, embed, eps, stack, rope, router_loss(facts), len(kinds))
     model.norm = RMSNorm(embed, eps, round_first=False)
     return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])

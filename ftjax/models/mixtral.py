@@ -2,7 +2,7 @@
 
 from ftjax.models.attention import Pattern
 from ftjax.models.facts import Facts
-from ftjax.models.llama import LlamaAttention, LlamaForCausalLM
+from ftjax.models.llama import LlamaForCausalLM, attention, head_size
 from ftjax.models.moe import Experts, MoeBlock, MoeModel, Router, SparseMoe
 from ftjax.models.param import Layout
 from ftjax.models.rope import make_rope, refuse_partial
@@ -19,18 +19,14 @@ def router_loss(facts: Facts) -> float:
 
 def build(facts: Facts) -> LlamaForCausalLM:
     """The abstract model of a `mixtral` config.json."""
-    embed, heads, layers = facts["hidden_size"], facts["num_attention_heads"], facts["num_hidden_layers"]
-    head_dim = facts.get("head_dim") or embed // heads
+    embed, layers, head_dim = facts["hidden_size"], facts["num_hidden_layers"], head_size(facts)
     eps, vocab, experts = facts["rms_norm_eps"], facts["vocab_size"], facts["num_local_experts"]
-    facts.only("attention_dropout", 0.0, 0, None, why="dropout on attention probabilities is not implemented")
     facts.only("router_jitter_noise", 0.0, 0, None, why="noise on what the router sees while training is not implemented")
     rope = refuse_partial(facts["rope_parameters"])
     gate = Router(embed, experts, facts["num_experts_per_tok"], normalise=True, layout=Layout("weight", module=STORED))
     mlp = SparseMoe(gate, Experts(embed, facts["intermediate_size"], experts, facts["hidden_act"], ("w1", "w3", "w2"), STORED))
-    attention = LlamaAttention(embed, heads, facts["num_key_value_heads"], head_dim, False)
-    stack = Stack(
-        MoeBlock(attention, mlp, embed, eps, experts), (Pattern(head_dim**-0.5, facts.get("sliding_window")),) * layers
-    )
+    block = MoeBlock(attention(facts, bias=False), mlp, embed, eps, experts)
+    stack = Stack(block, (Pattern(head_dim**-0.5, facts.get("sliding_window")),) * layers)
     rope = make_rope(rope, head_dim, facts["max_position_embeddings"])
     model = MoeModel(vocab, embed, eps, stack, rope, router_loss(facts), layers)
     return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])

@@ -6,7 +6,7 @@ Source: Qwen Team 2025 (arXiv:2505.09388).
 from ftjax.models.attention import Pattern
 from ftjax.models.facts import Facts
 from ftjax.models.layers import RMSNorm
-from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
+from ftjax.models.llama import LlamaForCausalLM, LlamaMLP, attention, head_size
 from ftjax.models.mixtral import router_loss
 from ftjax.models.moe import Experts, MoeBlock, MoeModel, Router, SparseMoe
 from ftjax.models.rope import make_rope, refuse_partial
@@ -21,10 +21,8 @@ def sparse_layers(facts: Facts, layers: int, experts: int) -> tuple[bool, ...]:
 
 def build(facts: Facts) -> LlamaForCausalLM:
     """The abstract model of a `qwen3_moe` config.json."""
-    embed, heads, layers = facts["hidden_size"], facts["num_attention_heads"], facts["num_hidden_layers"]
-    head_dim = facts.get("head_dim", embed // heads)
+    embed, layers, head_dim = facts["hidden_size"], facts["num_hidden_layers"], head_size(facts)
     eps, vocab, experts = facts["rms_norm_eps"], facts["vocab_size"], facts["num_local_experts"]
-    facts.only("attention_dropout", 0.0, 0, None, why="dropout on attention probabilities is not implemented")
     # transformers has set sliding_window to none where use_sliding_window is off, and knows no max_window_layers here.
     facts.inert("use_sliding_window", "max_window_layers")
     rope = refuse_partial(facts["rope_parameters"])
@@ -32,10 +30,7 @@ def build(facts: Facts) -> LlamaForCausalLM:
     dense, small = facts["intermediate_size"], facts["moe_intermediate_size"]
 
     def block(sparse: bool) -> MoeBlock:
-        attention = LlamaAttention(
-            embed, heads, facts["num_key_value_heads"], head_dim, facts["attention_bias"],
-            q_norm=RMSNorm(head_dim, eps), k_norm=RMSNorm(head_dim, eps),
-        )  # fmt: skip
+        norms = {"q_norm": RMSNorm(head_dim, eps), "k_norm": RMSNorm(head_dim, eps)}
         if sparse:
             names = ("gate_proj", "up_proj", "down_proj")
             mlp = SparseMoe(
@@ -45,7 +40,7 @@ def build(facts: Facts) -> LlamaForCausalLM:
             mlp = LlamaMLP(embed, dense, act, False)
             # PEFT takes these names for the experts of checkpoints that transformers 4 wrote, wherever they stand.
             mlp.gate_proj.adaptable = mlp.up_proj.adaptable = mlp.down_proj.adaptable = False
-        return MoeBlock(attention, mlp, embed, eps, max(experts, 1))
+        return MoeBlock(attention(facts, bias=facts["attention_bias"], **norms), mlp, embed, eps, max(experts, 1))
 
     sparse = sparse_layers(facts, layers, experts)
     kinds = (Pattern(head_dim**-0.5, facts.get("sliding_window")),) * layers
