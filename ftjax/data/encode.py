@@ -193,18 +193,30 @@ class Encoder:
         if self.train_on_inputs or not weights.any():
             trained = len(ids) - 1 if weights.any() else None
         else:
-            weights = self._with_ends(ids, weights)
+            weights = self._with_ends(ids, weights, plan.answered)
             trained = int(np.flatnonzero(weights)[-1])
-        if trained is None or not plan.answered or self.tokens.ends.intersection(ids[max(0, trained - 2) :]):
+        if trained is None or not plan.answered or self.tokens.ends.intersection(ids[max(0, trained - 3) :]):
             return ids, weights
         self._need_eos()
         self.notes["end added"] += 1
         return [*ids[: trained + 1], self.tokens.eos], np.append(weights[: trained + 1], weights[trained])
 
-    def _with_ends(self, ids: list[int], weights: np.ndarray) -> np.ndarray:
-        """An end of turn that stands right behind a trained span which holds none is trained with it."""
+    def _with_ends(self, ids: list[int], weights: np.ndarray, answered: bool) -> np.ndarray:
+        """An end of turn that stands right behind a trained span which holds none is trained with it.
+
+        Behind the last answer a special token can only be its end; behind an earlier one it may begin the next turn.
+        """
+        ends = {self.tokens.eos}
+        last = int(np.flatnonzero(weights)[-1])
+        if answered and last + 1 < len(ids) and ids[last + 1] in self.tokens.ends:
+            ends.add(ids[last + 1])
         for stop in np.flatnonzero((weights[:-1] > 0) & (weights[1:] == 0)).tolist():
-            if ids[stop + 1] in self.tokens.ends and not self.tokens.ends.intersection(ids[max(0, stop - 1) : stop + 1]):
+            tail = [
+                token
+                for token, weight in zip(ids[max(0, stop - 3) : stop + 1], weights[max(0, stop - 3) :], strict=False)
+                if weight
+            ]
+            if ids[stop + 1] in ends and not self.tokens.ends.intersection(tail):
                 weights[stop + 1] = weights[stop]
                 self.notes["end outside the marks"] += 1
         return weights
