@@ -1,7 +1,7 @@
 """One answer, from the tokens as they come to the text as it is given."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ftjax.generate.text import StopStrings, TextStream
@@ -26,40 +26,63 @@ class Generation:
     prompt_tokens: int
 
 
-@dataclass
 class Answer:
-    """One prompt on its way to a `Generation`."""
+    """One prompt on its way to a `Generation`: the host's side of a row."""
 
-    prompt: list[int]
-    limit: int
-    stream: TextStream
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    finish: Literal["stop", "length"] | None = None
+    def __init__(self, prompt: list[int], limit: int, ends: frozenset[int], stops: StopStrings, stream: TextStream):
+        """`limit`: tokens of the longest answer. `ends`: ids that end it; `stops`: texts that do."""
+        self.prompt, self.limit = prompt, limit
+        self.text = ""
+        self.tokens: list[int] = []
+        self.logprobs: list[float] | None = None
+        self.finish: Literal["stop", "length"] | None = None
+        self._ends, self._stops, self._stream = ends, stops, stream
+        self._shown = 0  # characters that `piece` has given
+        self._fed = 0  # tokens whose text is in `text`
 
-    def read(self, tokens: Sequence[int], ends: frozenset[int], stops: StopStrings) -> None:
-        """Take new tokens up to the end of the answer; what a finished row still brings is nothing."""
+    def read(self, tokens: Sequence[int]) -> None:
+        """Take new tokens up to the end of the answer; what a finished row still brings means nothing."""
         for token in tokens:
             if self.finish:
                 return
             self.tokens.append(token)
-            if token in ends:
+            if token in self._ends:
                 self.finish = "stop"
-            elif stops.strings:
-                self._grow(self.stream.feed([token]), stops)
+            elif self._stops.strings:
+                self._grow()
             if not self.finish and len(self.tokens) >= self.limit:
                 self.finish = "length"
 
-    def close(self, ends: frozenset[int], stops: StopStrings) -> None:
-        """The whole text."""
-        if not stops.strings:
-            self.text = self.stream.feed([token for token in self.tokens if token not in ends])
-        if self.finish != "stop" or self.tokens[-1] in ends:
-            self._grow(self.stream.finish(), stops)
+    def piece(self) -> str:
+        """The text that is new since the last piece and will not change; all that is left, once the answer is finished."""
+        if self.finish:
+            self._close()
+        else:
+            self._grow()
+        until = len(self.text) - (0 if self.finish else self._stops.open(self.text))
+        shown, self._shown = self._shown, max(until, self._shown)
+        return self.text[shown:until]
 
-    def _grow(self, more: str, stops: StopStrings) -> None:
-        start = len(self.text) - stops.reach
+    def generation(self) -> Generation:
+        self._close()
+        return Generation(self.text, self.tokens, self.finish, self.logprobs, len(self.prompt))
+
+    def _grow(self) -> None:
+        tokens, self._fed = self.tokens[self._fed :], len(self.tokens)
+        self._add(self._stream.feed([token for token in tokens if token not in self._ends]))
+
+    def _close(self) -> None:
+        if self._stream is None:
+            return
+        ended_by_text = self.finish == "stop" and self.tokens[-1] not in self._ends
+        if not ended_by_text:
+            self._grow()
+            self._add(self._stream.finish())
+        self._stream = None
+
+    def _add(self, more: str) -> None:
+        start = len(self.text) - self._stops.reach
         self.text += more
-        at = stops.find(self.text, start)
+        at = self._stops.find(self.text, start)
         if at is not None:
             self.text, self.finish = self.text[:at], "stop"

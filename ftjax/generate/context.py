@@ -37,6 +37,11 @@ def recomputes_at(config: Mapping[str, Any]) -> int | None:
     return int(min(switches)) if switches else None
 
 
+def depends_on_length(config: Mapping[str, Any]) -> bool:
+    """Whether tokens are rotated by frequencies that depend on the length of the whole text."""
+    return any(rope.get("rope_type") in ("longrope", "dynamic") for rope in ropes(config))
+
+
 def generation_config(source: Path | None) -> dict[str, Any]:
     """generation_config.json of a model folder; empty where there is none."""
     path = None if source is None or not source.is_dir() else source / "generation_config.json"
@@ -51,10 +56,10 @@ def generation_config(source: Path | None) -> dict[str, Any]:
     return values
 
 
-def end_ids(config: Mapping[str, Any], source: Path | None, tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer: the EOS of generation_config.json (or else of config.json), the tokenizer's, and what
-    closes an answer in its chat template."""
-    stated = generation_config(source).get("eos_token_id")
+def end_ids(config: Mapping[str, Any], settings: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer: the EOS of generation_config.json (`settings`) or else of config.json, the tokenizer's, and
+    what closes an answer in its chat template."""
+    stated = settings.get("eos_token_id")
     stated = config.get("eos_token_id") if stated is None else stated
     ids = [*stated] if isinstance(stated, list) else [stated]
     if tokenizer is not None:

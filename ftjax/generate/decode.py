@@ -100,6 +100,22 @@ class Runner:
         logits, cache = self.absorb(params, cache, tokens, segment_ids, positions_of(segment_ids), last, block=block)
         return self._view(self.pick(state._replace(cache=cache), logits, rules))
 
+    def resume(
+        self, params: Mapping[str, jax.Array], cache: KVCache, length: jax.Array, tokens: jax.Array, count: jax.Array,
+        seen: jax.Array, rules: Rules, *, longest: int, block: int, logprobs: bool,
+    ) -> tuple[State, View]:  # fmt: skip
+        """Go on behind the first `length` slots of a cache, in which slot and position are the same: with the first
+        `count` of `tokens [B, T]`, and the first token of each answer."""
+        index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        segment_ids = (index < count).astype(jnp.int32)
+        last = jnp.full(tokens.shape[0], count - 1, jnp.int32)
+        # Padding stays within the positions that exist: what is not a number would outlive its slot.
+        positions = length + jnp.minimum(index, count - 1)
+        logits, cache = self.absorb(params, rewound(cache, length), tokens, segment_ids, positions, last, block=block)
+        cache = replace(cache, length=length + count)  # the padding's slots are written over
+        seen = seen if "repetition_penalty" in rules.numbers else None
+        return self.start(logits, cache, length + last + 1, seen, rules, longest=longest, logprobs=logprobs)
+
     def absorb(
         self, params: Mapping[str, jax.Array], cache: KVCache, tokens: jax.Array, segment_ids: jax.Array,
         positions: jax.Array, last: jax.Array, *, block: int,

@@ -84,19 +84,15 @@ def test_messages_go_through_the_chat_template(stories):
     assert storyteller.encode(messages) == storyteller.tokenizer("Once upon a time")["input_ids"]
 
 
-def test_a_long_prompt_goes_through_in_blocks(storyteller, monkeypatch):
+def test_a_long_prompt_goes_through_in_blocks(stories, storyteller, monkeypatch):
     """The scores of a whole prompt never exist at once; the answers are the same."""
     import ftjax.generate.batch as batch
 
     want = storyteller.generate(STORIES, max_new_tokens=12)
-    seen = []
-    prefill = storyteller._prefill
-    monkeypatch.setattr(batch, "SCORES", 400)
-    monkeypatch.setattr(
-        storyteller, "_prefill", lambda *a, **k: (seen.append((a[1].shape[1], k["block"])), prefill(*a, **k))[1]
-    )
-    assert storyteller.generate(STORIES, max_new_tokens=12) == want
-    assert all(block < length for length, block in seen) and seen
+    monkeypatch.setattr(batch, "SCORES", 600)
+    parts = Generator(str(stories), dtype="float32")
+    assert parts.engine.block(3, 16, 32) == 1
+    assert parts.generate(STORIES, max_new_tokens=12) == want
 
 
 def test_logprobs_are_the_models_own(storyteller, hf):
@@ -193,7 +189,7 @@ def test_stop_strings_cut_the_text(storyteller):
 def test_any_of_several_ends_stops(storyteller, hf):
     want, _ = hf_generate(hf, STORIES[0], max_new_tokens=60, eos_token_id=[426, 2])  # 426 is the full stop
     several = Generator.of(
-        storyteller.model, storyteller.params, storyteller.tokenizer, mesh=storyteller.mesh, dtype=jnp.float32
+        storyteller.model, storyteller.params, storyteller.tokenizer, mesh=storyteller.engine.mesh, dtype=jnp.float32
     )
     several.ends = frozenset({426, 2})
     one, long = several.generate([STORIES[0], STORIES[1]], max_new_tokens=60)
@@ -205,15 +201,18 @@ def test_any_of_several_ends_stops(storyteller, hf):
 def test_the_loop_stops_when_all_rows_have(storyteller, monkeypatch):
     """On the device: what was chosen behind the last row's end is nothing."""
     several = Generator.of(
-        storyteller.model, storyteller.params, storyteller.tokenizer, mesh=storyteller.mesh, dtype=jnp.float32
+        storyteller.model, storyteller.params, storyteller.tokenizer, mesh=storyteller.engine.mesh, dtype=jnp.float32
     )
     several.ends = frozenset({426})
     steps = []
-    monkeypatch.setattr(
-        several,
-        "_decode",
-        lambda *a, decode=several._decode: (lambda out: (steps.append(int(out[1].step)), out)[1])(decode(*a)),
-    )
+    decode = several.engine._decode
+
+    def watched(*arguments):
+        state, view = decode(*arguments)
+        steps.append(int(view.step))
+        return state, view
+
+    monkeypatch.setattr(several.engine, "_decode", watched)
     answers = several.generate(STORIES, max_new_tokens=200)
     assert steps[-1] == max(len(answer.tokens) for answer in answers) < 200
 
