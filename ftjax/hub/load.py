@@ -45,14 +45,12 @@ def load_base(model: Model, source: TensorSource, mesh: Mesh, dtype, where: str)
 def check_tied(model: Model, source: TensorSource, where: str) -> None:
     """UserError where config.json ties the output to the embedding, but the file holds another output."""
     embedding = f"{model.output}.weight"
-    names = [
-        name for name in source.keys() if name != embedding and name.endswith("head.weight") and name.endswith(model.ignored)
-    ]
-    for name in names:
+    heads = [name for name in ("lm_head.weight", "embed_out.weight") if name in model.ignored and name in source.keys()]
+    for name in heads:
         if embedding in source.keys() and not np.array_equal(source.read(name), source.read(embedding)):
             raise UserError(
-                f"{where}: config.json says tie_word_embeddings, but {name} is not {embedding}; set tie_word_embeddings to false "
-                f"to use {name}, or remove that tensor"
+                f"{where}: config.json says tie_word_embeddings, but {name} is not {embedding}; to use {name}, set "
+                "tie_word_embeddings to false, or else remove that tensor"
             )
 
 

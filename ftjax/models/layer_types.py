@@ -1,8 +1,18 @@
-"""`layer_types` of a config.json: which layers see the whole text, and which only a window of it."""
+"""`layer_types` of a config.json: which layers see the whole text, which only a window of it, and the RoPE of each."""
+
+from typing import NamedTuple
 
 from ftjax.errors import UserError
 from ftjax.models.attention import Pattern
 from ftjax.models.facts import Facts
+from ftjax.models.rope import Rope, make_rope, refuse_partial
+
+
+class Kind(NamedTuple):
+    """What tells layers apart where each type has a RoPE of its own."""
+
+    pattern: Pattern
+    rope: str  # the layer type, under which `rope_parameters` has its RoPE
 
 
 def window(facts: Facts) -> int | None:
@@ -35,3 +45,25 @@ def patterns(facts: Facts, scale: float, softcap: float | None = None) -> tuple[
             "give the number of tokens that they see"
         )
     return tuple(Pattern(scale, window if kind == "sliding_attention" else None, softcap) for kind in types)
+
+
+def ropes(facts: Facts, head_dim: int) -> dict[str, Rope]:
+    """The RoPE of each layer type; UserError for parameters that belong to none."""
+    parameters = facts["rope_parameters"]
+    other = sorted(key for key in parameters if key not in ("full_attention", "sliding_attention"))
+    if other:
+        raise UserError(
+            f"config.json of this {facts.model_type} model has rope_parameters {', '.join(other)} beside the two layer types; "
+            "put them into rope_parameters.full_attention or rope_parameters.sliding_attention"
+        )
+
+    def make(kind: str) -> Rope:
+        own = refuse_partial(parameters[kind])
+        if own.get("truncate") is False:
+            raise UserError(
+                f"rope_parameters.{kind}: truncate = False is not supported (transformers ignores it where each layer type "
+                "has parameters of its own); remove it"
+            )
+        return make_rope(own, head_dim, facts["max_position_embeddings"])
+
+    return {kind: make(kind) for kind in sorted(set(facts["layer_types"]))}

@@ -17,7 +17,7 @@ from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.layers import Embedding, Linear, RMSNorm, activation
 from ftjax.models.param import param
-from ftjax.models.rope import Rope, make_rope, refuse_partial
+from ftjax.models.rope import Rope, angles, make_rope, refuse_partial
 from ftjax.models.self_attention import self_attention
 from ftjax.models.stack import Stack
 
@@ -93,7 +93,9 @@ class LlamaBlock(nnx.Module):
 
 
 class LlamaModel(nnx.Module):
-    def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope):
+    """Blocks find in `ctx.rope` what `rope` gives: the one that there is, or a dict of all by name."""
+
+    def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope | dict[str, Rope]):
         self.rope = rope
         self.embed_tokens = Embedding(vocab, embed)
         self.layers = layers
@@ -102,7 +104,7 @@ class LlamaModel(nnx.Module):
     def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
         """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
         x = constrain(self.embed_tokens(tokens, ctx.dtype), "batch", "length", None)
-        ctx = replace(ctx, rope=self.rope.angles(ctx.positions, ctx.segment_ids))
+        ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids))
         x, cache, aux = self.layers(x, ctx, cache)
         return self.norm(x), cache, aux
 
@@ -126,15 +128,15 @@ class LlamaForCausalLM(nnx.Module):
         return logits.astype(jnp.float32)
 
 
-def attention(facts: Facts, *, bias: bool, **options) -> LlamaAttention:
-    """The attention of a config.json with Llama's names; `head_dim` is optional in them."""
+def attention(facts: Facts, *, bias: bool, kind: type[LlamaAttention] = LlamaAttention, **options) -> LlamaAttention:
+    """The attention of a config.json with Llama's names."""
     facts.dropout("attention_dropout")
     heads, kv_heads = facts["num_attention_heads"], facts["num_key_value_heads"]
-    return LlamaAttention(facts["hidden_size"], heads, kv_heads, head_size(facts), bias, **options)
+    return kind(facts["hidden_size"], heads, kv_heads, head_size(facts), bias, **options)
 
 
 def head_size(facts: Facts) -> int:
-    """H."""
+    """H: `head_dim`, which is optional in every config with Llama's names."""
     embed, heads = facts["hidden_size"], facts["num_attention_heads"]
     return facts.get("head_dim", embed // heads)
 
@@ -143,10 +145,14 @@ def mlp(facts: Facts, *, bias: bool = False) -> LlamaMLP:
     return LlamaMLP(facts["hidden_size"], facts["intermediate_size"], facts["hidden_act"], bias)
 
 
-def decoder(facts: Facts, block: nnx.Module, kinds: tuple[Pattern, ...]) -> LlamaForCausalLM:
+def whole_rope(facts: Facts) -> Rope:
+    """The RoPE of a model whose heads are rotated as a whole, the same in all layers."""
+    return make_rope(refuse_partial(facts["rope_parameters"]), head_size(facts), facts["max_position_embeddings"])
+
+
+def decoder(facts: Facts, block: nnx.Module, kinds: tuple, rope: Rope | dict[str, Rope]) -> LlamaForCausalLM:
     """The whole model around a block; `kinds` has what tells each layer from the others."""
     embed, eps, vocab = facts["hidden_size"], facts["rms_norm_eps"], facts["vocab_size"]
-    rope = make_rope(refuse_partial(facts["rope_parameters"]), head_size(facts), facts["max_position_embeddings"])
     model = LlamaModel(vocab, embed, eps, Stack(block, kinds), rope)
     return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])
 
@@ -156,4 +162,5 @@ def build(facts: Facts) -> LlamaForCausalLM:
     facts.inert("pretraining_tp")  # transformers 5 has no sliced matrix products any more, whatever the config asks
     parts = attention(facts, bias=facts["attention_bias"]), mlp(facts, bias=facts["mlp_bias"])
     block = LlamaBlock(*parts, facts["hidden_size"], facts["rms_norm_eps"])
-    return decoder(facts, block, (Pattern(scale=head_size(facts) ** -0.5),) * facts["num_hidden_layers"])
+    kinds = (Pattern(scale=head_size(facts) ** -0.5),) * facts["num_hidden_layers"]
+    return decoder(facts, block, kinds, whole_rope(facts))

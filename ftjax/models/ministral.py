@@ -5,10 +5,10 @@ transformers takes a `mistral` config.json with `layer_types` for one of these, 
 
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import patterns
-from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp, whole_rope
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
     """The abstract model of a `ministral` config.json."""
     block = LlamaBlock(attention(facts, bias=False), mlp(facts), facts["hidden_size"], facts["rms_norm_eps"])
-    return decoder(facts, block, patterns(facts, head_size(facts) ** -0.5))
+    return decoder(facts, block, patterns(facts, head_size(facts) ** -0.5), whole_rope(facts))

@@ -3,10 +3,11 @@
 from ftjax.models.attention import Pattern
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import window
-from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp, whole_rope
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
     """The abstract model of a `mistral` config.json."""
     block = LlamaBlock(attention(facts, bias=False), mlp(facts), facts["hidden_size"], facts["rms_norm_eps"])
-    return decoder(facts, block, (Pattern(head_size(facts) ** -0.5, window(facts)),) * facts["num_hidden_layers"])
+    kinds = (Pattern(head_size(facts) ** -0.5, window(facts)),) * facts["num_hidden_layers"]
+    return decoder(facts, block, kinds, whole_rope(facts))

@@ -5,7 +5,7 @@ Source: Qwen Team 2024 (arXiv:2407.10671).
 
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import patterns
-from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp, whole_rope
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
@@ -14,4 +14,4 @@ def build(facts: Facts) -> LlamaForCausalLM:
     facts.inert("use_sliding_window", "max_window_layers")
     parts = attention(facts, bias=True, bias_out=False), mlp(facts)
     block = LlamaBlock(*parts, facts["hidden_size"], facts["rms_norm_eps"])
-    return decoder(facts, block, patterns(facts, head_size(facts) ** -0.5))
+    return decoder(facts, block, patterns(facts, head_size(facts) ** -0.5), whole_rope(facts))

@@ -6,7 +6,7 @@ Source: Qwen Team 2025 (arXiv:2505.09388).
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import patterns
 from ftjax.models.layers import RMSNorm
-from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp, whole_rope
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
@@ -16,4 +16,4 @@ def build(facts: Facts) -> LlamaForCausalLM:
     head_dim, eps = head_size(facts), facts["rms_norm_eps"]
     norms = {"q_norm": RMSNorm(head_dim, eps), "k_norm": RMSNorm(head_dim, eps)}
     block = LlamaBlock(attention(facts, bias=facts["attention_bias"], **norms), mlp(facts), facts["hidden_size"], eps)
-    return decoder(facts, block, patterns(facts, head_dim**-0.5))
+    return decoder(facts, block, patterns(facts, head_dim**-0.5), whole_rope(facts))

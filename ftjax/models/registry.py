@@ -29,13 +29,18 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family("gpt2", "openai-community/gpt2", "GPT-2, DistilGPT-2, Cerebras-GPT", prefix="transformer"),
     "gpt_neox": Family("gpt_neox", "EleutherAI/pythia-160m", "Pythia, GPT-NeoX", prefix="gpt_neox"),
     "gpt_oss": Family("gpt_oss", "openai/gpt-oss-20b", "gpt-oss; routed experts, attention sinks, MXFP4 files"),
+    "granite": Family("granite", "ibm-granite/granite-3.3-2b-instruct", "Granite 3, dense"),
     "llama": Family("llama", "meta-llama/Llama-3.2-1B-Instruct", "Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2, TinyLlama"),
     "ministral": Family("ministral", "mistralai/Ministral-8B-Instruct-2410", "Ministral 8B; some layers see a window"),
     "mistral": Family("mistral", "mistralai/Mistral-7B-Instruct-v0.3", "Mistral 7B, Mistral Nemo, Mistral Small"),
     "mixtral": Family("mixtral", "mistralai/Mixtral-8x7B-Instruct-v0.1", "Mixtral; routed experts"),
+    "olmo2": Family("olmo2", "allenai/OLMo-2-0425-1B-Instruct", "OLMo 2"),
+    "olmo3": Family("olmo3", "allenai/Olmo-3-7B-Instruct", "OLMo 3; three windowed layers to one global"),
+    "phi3": Family("phi3", "microsoft/Phi-4-mini-instruct", "Phi-3 and Phi-3.5 mini, Phi-4, Phi-4-mini"),
     "qwen2": Family("qwen2", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen 2, Qwen 2.5, distillations of DeepSeek R1"),
     "qwen3": Family("qwen3", "Qwen/Qwen3-0.6B", "Qwen 3, dense"),
     "qwen3_moe": Family("qwen3_moe", "Qwen/Qwen3-30B-A3B", "Qwen 3 with routed experts"),
+    "smollm3": Family("smollm3", "HuggingFaceTB/SmolLM3-3B", "SmolLM 3; layers without RoPE"),
 }
 
 

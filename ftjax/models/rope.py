@@ -7,6 +7,7 @@ Legend: B batch, T query length, N heads, H head dim.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,13 @@ class Rope:
                 inv_freq = 1.0 / base ** (jnp.arange(0, self.dim, 2, dtype=jnp.float32) / self.dim)
         angle = positions[..., None].astype(jnp.float32) * inv_freq
         return jnp.cos(angle) * self.scaling, jnp.sin(angle) * self.scaling
+
+
+def angles(rope: "Rope | Mapping[str, Rope]", positions: jax.Array, segment_ids: jax.Array) -> Any:
+    """`(cos, sin)` of one RoPE, or of each of several by name."""
+    if isinstance(rope, Rope):
+        return rope.angles(positions, segment_ids)
+    return {name: one.angles(positions, segment_ids) for name, one in rope.items()}
 
 
 def document_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:

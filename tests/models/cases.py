@@ -136,6 +136,53 @@ CASES: list[Case] = [
         "max_position_embeddings": 16,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0, "partial_rotary_factor": 0.75},
     }),
+    Case("phi3", "phi3", {
+        "sliding_window": 8, "num_hidden_layers": 3, "max_position_embeddings": 64, "original_max_position_embeddings": 16,
+        "partial_rotary_factor": 0.5, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0],
+        },
+    }),
+    Case("phi3-plain", "phi3", {
+        "tie_word_embeddings": True, "num_key_value_heads": 4, "hidden_act": "gelu", "rms_norm_eps": 1e-3, "resid_pdrop": 0.1,
+        "head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    }),
+    Case("phi3-whole-heads", "phi3", {
+        "original_max_position_embeddings": 16, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.5, 1.0, 2.0],
+            "long_factor": [2.0, 4.0, 5.0, 6.0], "attention_factor": 1.3, "factor": 8.0,
+        },
+    }),
+    Case("olmo2", "olmo2", {"num_hidden_layers": 3, "attention_bias": True}),
+    Case("olmo2-tied", "olmo2", {
+        "tie_word_embeddings": True, "num_key_value_heads": 4, "hidden_act": "gelu", "rms_norm_eps": 1e-3, "head_dim": 12,
+        "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("olmo3", "olmo3", {
+        "sliding_window": 8, "num_hidden_layers": 5, "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+        },
+    }),
+    Case("olmo3-other-layers", "olmo3", {
+        "sliding_window": 5, "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 4,
+        "hidden_act": "gelu", "rms_norm_eps": 1e-3, "layer_types": ["full_attention", "sliding_attention"],
+    }),
+    Case("smollm3", "smollm3", {"num_hidden_layers": 5, "no_rope_layer_interval": 2, "mlp_bias": True}),
+    Case("smollm3-windows", "smollm3", {
+        "num_hidden_layers": 4, "no_rope_layers": [0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 8,
+        "tie_word_embeddings": False, "attention_bias": True, "head_dim": 12, "hidden_act": "gelu", "rms_norm_eps": 1e-3,
+        "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("granite", "granite", {
+        "num_hidden_layers": 3, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2, "attention_dropout": 0.1,
+    }),
+    Case("granite-tied-biases", "granite", {
+        "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 12, "num_key_value_heads": 4,
+        "hidden_act": "gelu", "rms_norm_eps": 1e-3, "attention_multiplier": 0.3, "rope_parameters": LLAMA3_ROPE,
+    }),
 ]  # fmt: skip
 
 ONE_OF_EACH = list({case.model_type: case for case in reversed(CASES)}.values())[::-1]

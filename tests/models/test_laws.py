@@ -80,6 +80,8 @@ def test_gradients(pair):
     (hf(torch.tensor(ids).long()).logits * torch.tensor(weights)).sum().backward()
     theirs = {name: parameter.grad for name, parameter in hf.named_parameters()}
     hf.zero_grad()
+    # Some are zero but for rounding: a bias of the keys shifts all scores of a query alike where there is no RoPE.
+    rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in theirs.values())
     checked = 0
     for path, spec in model.specs.items():
         for piece in spec.pieces():
@@ -88,7 +90,7 @@ def test_gradients(pair):
                 np.testing.assert_allclose(
                     ours[path][piece.index].reshape(want.shape),
                     want,
-                    atol=1e-3 * np.abs(want).max(),
+                    atol=max(1e-3 * np.abs(want).max(), rounding),
                     rtol=0,
                     err_msg=piece.name,
                 )

@@ -1,0 +1,71 @@
+"""Granite 3 and 4 dense: Llama with a multiplier on embeddings, scores, residuals and logits (IBM Granite Team 2024).
+
+Legend: B batch, T query length, E embed, V vocab.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ftjax.mesh import constrain
+from ftjax.models.attention import Pattern
+from ftjax.models.context import Context, KVCache
+from ftjax.models.facts import Facts
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, LlamaModel, attention, mlp, whole_rope
+from ftjax.models.rope import Rope, angles
+from ftjax.models.stack import Stack
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """In float32: in bfloat16 the factor itself would be rounded."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+class GraniteBlock(LlamaBlock):
+    """What a sublayer adds to the stream is `residual` times its result."""
+
+    def __init__(self, attention: nnx.Module, mlp: nnx.Module, embed: int, eps: float, residual: float):
+        super().__init__(attention, mlp, embed, eps)
+        self.residual = residual
+
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+        y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
+        x = constrain(x + times(y, self.residual), "batch", "length", None)
+        x = x + times(self.mlp(self.post_attention_layernorm(x), ctx), self.residual)
+        return constrain(x, "batch", "length", None), cache, jnp.float32(0)
+
+
+class GraniteModel(LlamaModel):
+    def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope, multiplier: float):
+        """`multiplier`: of the embeddings."""
+        super().__init__(vocab, embed, eps, layers, rope)
+        self.multiplier = multiplier
+
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+        """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
+        x = constrain(times(self.embed_tokens(tokens, ctx.dtype), self.multiplier), "batch", "length", None)
+        ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids))
+        x, cache, aux = self.layers(x, ctx, cache)
+        return self.norm(x), cache, aux
+
+
+class GraniteForCausalLM(LlamaForCausalLM):
+    def __init__(self, model: GraniteModel, vocab: int, embed: int, tied: bool, scaling: float):
+        """`scaling`: what logits are divided by."""
+        super().__init__(model, vocab, embed, tied)
+        self.scaling = scaling
+
+    def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return super().unembed(x, ctx) / self.scaling
+
+
+def build(facts: Facts) -> GraniteForCausalLM:
+    """The abstract model of a `granite` config.json."""
+    embed, eps, vocab = facts["hidden_size"], facts["rms_norm_eps"], facts["vocab_size"]
+    parts = attention(facts, bias=facts["attention_bias"]), mlp(facts, bias=facts["mlp_bias"])
+    block = GraniteBlock(*parts, embed, eps, facts["residual_multiplier"])
+    layers = Stack(block, (Pattern(facts["attention_multiplier"]),) * facts["num_hidden_layers"])
+    model = GraniteModel(vocab, embed, eps, layers, whole_rope(facts), facts["embedding_multiplier"])
+    return GraniteForCausalLM(model, vocab, embed, facts["tie_word_embeddings"], facts["logits_scaling"])

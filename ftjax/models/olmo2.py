@@ -1,0 +1,61 @@
+"""OLMo 2: norms after each sublayer and not before it, and over all queries and all keys (OLMo Team 2024, arXiv:2501.00656).
+
+Legend: B batch, T query length, E embed, N heads, K kv heads, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ftjax.mesh import constrain
+from ftjax.models.attention import Pattern
+from ftjax.models.context import Context, KVCache
+from ftjax.models.facts import Facts
+from ftjax.models.layers import RMSNorm
+from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, attention, decoder, head_size, mlp, whole_rope
+
+
+def olmo_norm(size: int, eps: float) -> RMSNorm:
+    return RMSNorm(size, eps, round_first=False)
+
+
+class Olmo2Attention(LlamaAttention):
+    """`q_norm` and `k_norm` see all heads of a token at once."""
+
+    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        b, t, _ = x.shape
+        q, k = self.q_norm(self.q_proj(x, ctx)), self.k_norm(self.k_proj(x, ctx))
+        return tuple(y.reshape(b, t, -1, self.head_dim) for y in (q, k, self.v_proj(x, ctx)))
+
+
+class Olmo2Block(nnx.Module):
+    def __init__(self, attention: nnx.Module, mlp: nnx.Module, embed: int, eps: float):
+        self.self_attn = attention
+        self.mlp = mlp
+        self.post_attention_layernorm = olmo_norm(embed, eps)
+        self.post_feedforward_layernorm = olmo_norm(embed, eps)
+
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+        y, cache = self.self_attn(x, ctx, pattern, layer, cache)
+        x = constrain(x + self.post_attention_layernorm(y), "batch", "length", None)
+        x = x + self.post_feedforward_layernorm(self.mlp(x, ctx))
+        return constrain(x, "batch", "length", None), cache, jnp.float32(0)
+
+
+def parts(facts: Facts) -> tuple[LlamaAttention, nnx.Module, int, float]:
+    """Attention, MLP, E and epsilon: what a block of OLMo 2 or 3 is made of."""
+    head_dim, eps = head_size(facts), facts["rms_norm_eps"]
+    norms = {
+        "q_norm": olmo_norm(facts["num_attention_heads"] * head_dim, eps),
+        "k_norm": olmo_norm(facts["num_key_value_heads"] * head_dim, eps),
+    }
+    made = attention(facts, bias=facts["attention_bias"], kind=Olmo2Attention, **norms)
+    return made, mlp(facts), facts["hidden_size"], eps
+
+
+def build(facts: Facts) -> LlamaForCausalLM:
+    """The abstract model of an `olmo2` config.json."""
+    kinds = (Pattern(head_size(facts) ** -0.5),) * facts["num_hidden_layers"]
+    model = decoder(facts, Olmo2Block(*parts(facts)), kinds, whole_rope(facts))
+    model.model.norm = olmo_norm(facts["hidden_size"], facts["rms_norm_eps"])
+    return model

@@ -1,0 +1,28 @@
+"""OLMo 3: OLMo 2 with three windowed layers before each that sees the whole text, and a RoPE for each of the two types.
+
+Source: OLMo Team 2025 (arXiv:2512.13961).
+"""
+
+from dataclasses import replace
+
+import jax
+
+from ftjax.models.context import Context, KVCache
+from ftjax.models.facts import Facts
+from ftjax.models.layer_types import Kind, patterns, ropes
+from ftjax.models.llama import LlamaForCausalLM, decoder, head_size
+from ftjax.models.olmo2 import Olmo2Block, olmo_norm, parts
+
+
+class Olmo3Block(Olmo2Block):
+    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: KVCache | None):
+        return super().__call__(x, replace(ctx, rope=ctx.rope[kind.rope]), kind.pattern, layer, cache)
+
+
+def build(facts: Facts) -> LlamaForCausalLM:
+    """The abstract model of an `olmo3` config.json."""
+    head_dim = head_size(facts)
+    kinds = tuple(map(Kind, patterns(facts, head_dim**-0.5), facts["layer_types"]))
+    model = decoder(facts, Olmo3Block(*parts(facts)), kinds, ropes(facts, head_dim))
+    model.model.norm = olmo_norm(facts["hidden_size"], facts["rms_norm_eps"])
+    return model

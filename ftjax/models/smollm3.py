@@ -1,0 +1,41 @@
+"""SmolLM 3: Llama in which some layers have no RoPE (Yang et al. 2025, arXiv:2501.18795; Hugging Face 2025)."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+
+from ftjax.errors import UserError
+from ftjax.models.attention import Pattern
+from ftjax.models.context import Context, KVCache
+from ftjax.models.facts import Facts
+from ftjax.models.layer_types import patterns
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp, whole_rope
+
+
+class Kind(NamedTuple):
+    """What tells SmolLM 3's layers apart."""
+
+    pattern: Pattern
+    rope: bool
+
+
+class SmolLM3Block(LlamaBlock):
+    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: KVCache | None):
+        return super().__call__(x, ctx if kind.rope else replace(ctx, rope=None), kind.pattern, layer, cache)
+
+
+def build(facts: Facts) -> LlamaForCausalLM:
+    """The abstract model of a `smollm3` config.json."""
+    # transformers has made `layer_types` and `no_rope_layers` of the first three; the released model's file has the others.
+    facts.inert("use_sliding_window", "no_rope_layer_interval", "max_window_layers", "pretraining_tp")
+    layers, with_rope = facts["num_hidden_layers"], facts["no_rope_layers"]  # 1 for a layer that has one
+    if len(with_rope) < layers:
+        raise UserError(
+            f"config.json of this smollm3 model has {len(with_rope)} no_rope_layers and num_hidden_layers = {layers}; "
+            "give a 1 (RoPE) or a 0 (none) for each layer"
+        )
+    parts = attention(facts, bias=facts["attention_bias"]), mlp(facts, bias=facts["mlp_bias"])
+    block = SmolLM3Block(*parts, facts["hidden_size"], facts["rms_norm_eps"])
+    kinds = tuple(map(Kind, patterns(facts, head_size(facts) ** -0.5), map(bool, with_rope[:layers])))
+    return decoder(facts, block, kinds, whole_rope(facts))
