@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ftjax.errors import UserError
+from ftjax.generate.sample import Sampling
 from ftjax.generate.text import turn_end
 
 LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
@@ -66,3 +67,16 @@ def end_ids(config: Mapping[str, Any], settings: Mapping[str, Any], tokenizer: A
         ids.append(tokenizer.eos_token_id)
         ids.append(turn_end(tokenizer) if tokenizer.chat_template else None)
     return frozenset(int(i) for i in ids if i is not None)
+
+
+def recommended(settings: Mapping[str, Any], asked: Mapping[str, Any]) -> Sampling:
+    """Sampling as `asked`, and where that is None as generation_config.json says; greedy where neither says anything.
+
+    A model that is not meant to be sampled from (`do_sample`) is decoded greedily unless a temperature is asked for.
+    """
+    own = {name: settings.get(name) for name in asked} if settings.get("do_sample") else {}
+    own["repetition_penalty"] = settings.get("repetition_penalty")
+    if settings.get("do_sample") and own.get("temperature") is None:
+        own["temperature"] = 1.0
+    chosen = {name: own.get(name) if value is None else value for name, value in asked.items()}
+    return Sampling(**{name: value for name, value in chosen.items() if value is not None})

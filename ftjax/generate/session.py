@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ftjax.config import MeshConfig, ModelConfig
-from ftjax.data.example import Message
-from ftjax.data.template import render_prompt
+from ftjax.data.example import Example, Message
+from ftjax.data.template import example_prompt, render_prompt
 from ftjax.errors import UserError
 from ftjax.generate.answer import Answer, Generation
 from ftjax.generate.batch import groups
@@ -28,7 +28,7 @@ from ftjax.models.model import Model
 
 log = logging.getLogger(__name__)
 
-Prompt = str | Sequence[Message] | Sequence[int]
+Prompt = str | Sequence[Message] | Sequence[int] | Example
 CHUNK, CHUNK_WITH_STOPS = 32, 8  # tokens between two looks of the host
 BATCH_SIZE = 32
 
@@ -102,9 +102,9 @@ class Generator:
     ) -> list[Generation]:  # fmt: skip
         """An answer to each prompt, in their order.
 
-        A prompt is a text, a list of messages, or token ids; texts and messages become what training saw
-        (`ftjax.data.template.render_prompt`). An answer depends on its prompt, the settings, the seed and its number among
-        the prompts; not on the batch that it happens to be in.
+        A prompt is a text, a list of messages, an `Example` of data (its prompt), or token ids; all but the last become what
+        training saw (`ftjax.data.template.render_prompt`). An answer depends on its prompt, the settings, the seed and its
+        number among the prompts; not on the batch that it happens to be in.
 
         Args:
             max_new_tokens: the longest answer; shorter where the model's context ends.
@@ -176,7 +176,11 @@ class Generator:
 
         Raises UserError where there are none, too many, or some that the model does not have.
         """
-        if not isinstance(prompt, str) and all(isinstance(token, int | np.integer) for token in prompt):
+        if isinstance(prompt, Example):
+            ids = example_prompt(prompt, self.tokenizer)
+            if ids is None:
+                raise UserError(f"{prompt.where}: it has no prompt, so that there is nothing to answer")
+        elif not isinstance(prompt, str) and all(isinstance(token, int | np.integer) for token in prompt):
             ids = [int(token) for token in prompt]
         else:
             ids = render_prompt(prompt, self.tokenizer, chat=chat)

@@ -1,0 +1,178 @@
+"""`ftjax generate`: answers to prompts from the command line or a file."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ftjax.data.example import Example
+from ftjax.errors import UserError
+
+
+def generate(
+    model: str,
+    *,
+    prompt: Sequence[str] = (),
+    prompts: Path | None = None,
+    adapter: Path | None = None,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    chat_template: str | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    batch_size: int = 32,
+    dtype: str = "auto",
+    as_json: bool = False,
+) -> None:
+    """Print an answer to each prompt, in order: the text, or one JSON object a line.
+
+    Args:
+        prompt: texts; `-` is what stands on the standard input.
+        prompts: a file of prompts (`read_prompts`).
+        system: a system message before each prompt.
+        raw: give texts to the model as they are, without its chat template.
+
+    Raises UserError where a file, the model, the adapter or a setting is wrong.
+    """
+    given: list[str | Example] = [sys.stdin.read() if text == "-" else text for text in prompt]
+    given += read_prompts(prompts) if prompts else []
+    if not given:
+        raise UserError("generate: no prompt; give --prompt TEXT (- reads the standard input) or --prompts FILE")
+    if system is not None:
+        if raw:
+            raise UserError("generate: --system needs the chat template, which --raw leaves out; choose one")
+        given = [_with_system(one, system) for one in given]
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from ftjax.generate.session import Generator
+
+    notes = Console(stderr=True, highlight=False)
+    with notes.status(f"loading {model}"):
+        generator = Generator(model, adapter, revision=revision, tokenizer=tokenizer, chat_template=chat_template, dtype=dtype)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("answers", total=len(given))
+
+        def show(done: int, tokens: int) -> None:
+            bar.update(task, completed=done, description=f"{tokens:,} tokens")
+
+        answers = generator.generate(
+            given, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, stop=stop, seed=seed, batch_size=batch_size, chat=False if raw else None,
+            progress=show,
+        )  # fmt: skip
+    import jax
+
+    if jax.process_index():
+        return
+    for asked, answer in zip(given, answers, strict=True):
+        if as_json:
+            row = {
+                "prompt": _as_json(asked),
+                "text": answer.text,
+                "finish_reason": answer.finish_reason,
+                "prompt_tokens": answer.prompt_tokens,
+                "completion_tokens": len(answer.tokens),
+            }
+            print(json.dumps(row, ensure_ascii=False))
+        elif len(given) == 1:
+            print(answer.text)
+        else:
+            print(f"--- {_shown(asked)}\n{answer.text}\n")
+
+
+def read_prompts(path: Path) -> list[str | Example]:
+    """The prompts of a file.
+
+    `.txt` has one on each line; empty lines are between them. Any file that training reads (`.jsonl`, `.json`, `.csv`,
+    `.parquet` ...) has one in each row: the column `prompt` (text, or messages) or `messages`, of which the answer at the
+    end is left out, or the columns of one of training's formats.
+
+    Raises UserError, with file and line, for what is missing or broken.
+    """
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        found = [line for line in lines if line.strip()]
+        if not found:
+            raise UserError(f"{path}: the file is empty; expected one prompt on each line")
+        return found
+
+    from ftjax.config.data import SourceConfig
+    from ftjax.data.formats import Reader
+    from ftjax.data.read import read_rows
+
+    found, reader, source = [], None, SourceConfig(path=str(path), split="train")
+    for row in read_rows(source):
+        value = row.values.get("messages", row.values.get("prompt"))
+        if isinstance(value, list):
+            found.append(_question(value, row.values.get("tools"), row.where))
+        elif isinstance(value, str) and "messages" not in row.values:
+            if not value.strip():
+                raise UserError(f"{row.where}: the prompt is empty; fill it or remove the row")
+            found.append(value)
+        else:
+            reader = reader or Reader(source, row)
+            found.append(reader(row))
+    return found
+
+
+def _question(messages: list[Any], tools: Any, where: str) -> Example:
+    """Messages without the answer at the end."""
+    from ftjax.data.conversation import check_messages, read_json_column
+
+    checked = check_messages(messages, where)
+    turns = len(checked)
+    while turns and checked[turns - 1]["role"] == "assistant":
+        turns -= 1
+    if not turns:
+        raise UserError(f"{where}: only the assistant speaks, so that there is nothing to answer")
+    tools = read_json_column(tools, "tools", where) if isinstance(tools, str) else tools
+    return Example(where, messages=checked[:turns], prompt_turns=turns, tools=tools)
+
+
+def _with_system(prompt: str | Example, system: str) -> Example:
+    """A conversation that begins with this system message, in place of its own."""
+    messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else _messages(prompt)
+    if messages is None:
+        raise UserError(f"{prompt.where}: --system goes before messages, and this is plain text")
+    messages = ({"role": "system", "content": system}, *(m for m in messages if m["role"] != "system"))
+    example = Example("the prompt") if isinstance(prompt, str) else prompt
+    return replace(example, prompt=None, messages=messages, prompt_turns=len(messages))
+
+
+def _messages(example: Example) -> tuple[dict[str, Any], ...] | None:
+    """The messages before the answer."""
+    if example.messages is None or example.prompt_turns is not None:
+        return example.messages and example.messages[: example.prompt_turns]
+    last = max((n for n, m in enumerate(example.messages) if m["role"] == "assistant"), default=len(example.messages))
+    return example.messages[:last]
+
+
+def _as_json(prompt: str | Example) -> str | list[dict[str, Any]]:
+    if isinstance(prompt, str):
+        return prompt
+    return list(_messages(prompt)) if prompt.prompt is None else prompt.prompt
+
+
+def _shown(prompt: str | Example) -> str:
+    """One line of a prompt."""
+    value = _as_json(prompt)
+    text = " ".join((value if isinstance(value, str) else str(value[-1].get("content"))).split())
+    return text if len(text) <= 100 else f"{text[:99]}…"

@@ -1,0 +1,100 @@
+"""`ftjax generate`: prompts in, answers out."""
+
+import io
+import json
+
+import pytest
+
+from ftjax.errors import UserError
+from ftjax.generate.command import generate, read_prompts
+from ftjax.generate.session import Generator
+
+TEMPLATE = "{{ tools if tools }}{% for m in messages %}{{ m.content }} {% endfor %}"
+
+
+def written(path, *rows) -> object:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_one_prompt_prints_the_text(stories, capsys):
+    generate(str(stories), prompt=["Once upon a time"], max_new_tokens=10, dtype="float32")
+    want = Generator(str(stories), dtype="float32").generate(["Once upon a time"], max_new_tokens=10)[0]
+    assert capsys.readouterr().out == want.text + "\n"
+
+
+def test_many_prompts_as_json(stories, tmp_path, capsys, monkeypatch):
+    """Files, arguments and the standard input; a conversation's own answer is not shown to the model."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("from stdin"))
+    turns = [{"role": "user", "content": "Once upon"}, {"role": "assistant", "content": "NEVER"}]
+    path = written(tmp_path / "a.jsonl", {"prompt": "Tom"}, {"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]})
+    settings = {"max_new_tokens": 6, "temperature": 0.8, "seed": 2, "dtype": "float32", "chat_template": TEMPLATE}
+    generate(str(stories), prompt=["Lily", "-"], prompts=path, as_json=True, **settings)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    asked = ["Lily", "from stdin", "Tom", turns[:1], turns[:1]]
+    assert [row["prompt"] for row in rows] == asked
+    ours = Generator(str(stories), dtype="float32", chat_template=TEMPLATE)
+    want = ours.generate(asked, max_new_tokens=6, temperature=0.8, seed=2)
+    assert [row["text"] for row in rows] == [answer.text for answer in want]
+    assert {(row["finish_reason"], row["completion_tokens"]) for row in rows} == {("length", 6)}
+    assert [row["prompt_tokens"] for row in rows] == [answer.prompt_tokens for answer in want]
+
+
+def test_many_prompts_as_text(stories, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("Once upon a time\n\nTom  \n")
+    generate(str(stories), prompts=tmp_path / "a.txt", max_new_tokens=4, dtype="float32")
+    out = capsys.readouterr().out
+    assert out.startswith("--- Once upon a time\n") and "\n\n--- Tom\n" in out
+
+
+def test_raw_and_system(stories, capsys):
+    ours = Generator(str(stories), dtype="float32", chat_template=TEMPLATE)
+    settings = {"max_new_tokens": 8, "dtype": "float32", "chat_template": TEMPLATE, "as_json": True}
+    generate(str(stories), prompt=["Tom"], raw=True, **settings)
+    raw = json.loads(capsys.readouterr().out)
+    assert raw["prompt_tokens"] == len(ours.tokenizer("Tom")["input_ids"])
+    generate(str(stories), prompt=["Tom"], system="Lily", **settings)
+    system = json.loads(capsys.readouterr().out)
+    assert system["prompt"] == [{"role": "system", "content": "Lily"}, {"role": "user", "content": "Tom"}]
+    assert system["text"] == ours.generate([system["prompt"]], max_new_tokens=8)[0].text != raw["text"]
+    with pytest.raises(UserError, match="choose one"):
+        generate(str(stories), prompt=["Tom"], raw=True, system="x")
+
+
+def test_rows_in_trainings_formats(stories, tmp_path):
+    """A data set's rows are asked as training saw them, tools included."""
+    from ftjax.data.formats import to_examples
+    from ftjax.data.read import read_rows
+    from ftjax.data.template import example_prompt
+
+    ours = Generator(str(stories), dtype="float32", chat_template=TEMPLATE)
+    path = written(tmp_path / "qa.jsonl", {"question": "Who?", "answer": "Tom"})
+    (row,), (example,) = read_prompts(path), to_examples(read_rows(str(path)))
+    assert ours.encode(row) == example_prompt(example, ours.tokenizer)
+    tool = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    path = written(tmp_path / "tools.jsonl", {"messages": [{"role": "user", "content": "Who?"}], "tools": tool})
+    assert len(ours.encode(read_prompts(path)[0])) > len(ours.encode([{"role": "user", "content": "Who?"}])) + 10
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.txt", "\n", "a.txt: the file is empty"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": ""}\n', r"a.jsonl:2: the prompt is empty"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt"}\n', r"a.jsonl:2"),
+        ("a.jsonl", '{"colour": "x"}\n', r"a.jsonl:1.*colour"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', r"a.jsonl:1: only the assistant"),
+        ("a.jsonl", "", "empty"),
+    ],
+)
+def test_wrong_files(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_prompts(tmp_path / name)
+
+
+def test_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_prompts(tmp_path / "no.txt")
+    with pytest.raises(UserError, match="--prompts FILE"):
+        generate("anything")
