@@ -154,7 +154,7 @@ def _table(file: Path | io.BytesIO, suffix: str, name: str | None = None) -> Ite
 
 
 def _arrow_batches(file: Path | io.BytesIO, pa: Any) -> Iterator[Any]:
-    source = pa.OSFile(str(file), "rb") if isinstance(file, Path) else pa.PythonFile(file)
+    source = pa.OSFile(str(file), "rb") if isinstance(file, Path) else pa.BufferReader(file.getvalue())
     with source:
         if source.read(6) == b"ARROW1":
             source.seek(0)

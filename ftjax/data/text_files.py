@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from ftjax.data.faults import Faults
 from ftjax.data.row import Row
@@ -115,7 +115,11 @@ def _json_list(path: Path, text: str, start: int, faults: Faults) -> Iterator[Ro
 def read_csv(path: Path, file: BinaryIO, delimiter: str, faults: Faults) -> Iterator[Row]:
     """A header and records of as many fields; empty lines are passed over. A record's place is the line it starts on."""
     # Bytes that are not UTF-8 become surrogates, which no text contains, so that the record that holds them is known.
-    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
+        yield from _records(path, text, delimiter, faults)
+
+
+def _records(path: Path, text: TextIO, delimiter: str, faults: Faults) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_LINE)
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] | None = None
