@@ -55,6 +55,21 @@ Overrides = Annotated[
 ]
 
 
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a folder or a .gguf file.", show_default=False)]
+Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="A PEFT folder.", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)]
+Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer where it is not the model's own.", show_default=False)]
+ChatTemplate = Annotated[str | None, typer.Option(help="A Jinja template or the path of a .jinja file.", show_default=False)]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.", show_default=False)]
+TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.", show_default=False)]
+TopP = Annotated[float | None, typer.Option(help="Sample from the tokens that make up this probability.", show_default=False)]
+MinP = Annotated[float | None, typer.Option(help="Leave out tokens below this share of the likeliest.", show_default=False)]
+Stop = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this; repeatable.", show_default=False)
+]
+DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(f"ftjax {__version__}")
@@ -97,6 +112,76 @@ def preview(
     from ftjax.hub.tokenizer import load_tokenizer
 
     show(settings, load_tokenizer(settings.model), html=html, as_json=as_json, console=Console(), examples=examples)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A prompt, - for standard input; repeatable.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A file of prompts: .txt, .jsonl, .csv, ...", show_default=False)
+    ] = None,
+    adapter: Adapter = None,
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
+    chat_template: ChatTemplate = None,
+    system: System = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not put prompts into the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that occurred become less likely.")] = 1.0,
+    stop: Stop = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered at a time.")] = 32,
+    dtype: DType = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """Answer prompts, one after the other or many at a time."""
+    from ftjax.generate.command import generate as run
+
+    run(
+        model, prompt=prompt or (), prompts=prompts, adapter=adapter, revision=revision, tokenizer=tokenizer,
+        chat_template=chat_template, system=system, raw=raw, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
+        batch_size=batch_size, dtype=dtype, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+def chat(
+    model: Model,
+    adapter: Adapter = None,
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
+    chat_template: ChatTemplate = None,
+    system: System = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0: always the likeliest token.", show_default="the model's")
+    ] = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: tokens that occurred become less likely.", show_default="the model's")
+    ] = None,
+    stop: Stop = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    dtype: DType = "auto",
+) -> None:
+    """Talk to a model."""
+    from ftjax.generate.chat import chat as run
+
+    run(
+        model, adapter=adapter, revision=revision, tokenizer=tokenizer, chat_template=chat_template, system=system,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, stop=stop or (), seed=seed, dtype=dtype,
+    )  # fmt: skip
 
 
 @app.command()

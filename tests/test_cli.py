@@ -1,8 +1,11 @@
 """The command line: exit codes, messages without a traceback, doctor."""
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +26,7 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 def test_help_lists_the_verbs_and_imports_nothing_heavy():
     code = "import sys; from ftjax.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
-    assert all(verb in done.stdout for verb in ("train", "preview", "export", "doctor", "models"))
+    assert all(verb in done.stdout for verb in ("train", "preview", "generate", "chat", "export", "doctor", "models"))
     assert not {"jax", "flax", "transformers", "pydantic", "datasets", "numpy"} & set(done.stderr.split())
 
 
@@ -97,6 +100,49 @@ def test_preview(monkeypatch, capsys, run_file):
 def test_export_of_what_is_no_run(monkeypatch, capsys, tmp_path, given, said):
     code, _, err = run(monkeypatch, capsys, "export", str(tmp_path / given), "--out", str(tmp_path / "out"))
     assert code == 2 and said in err and not (tmp_path / "out").exists()
+
+
+OPTIONS = {
+    "adapter": "a", "revision": "b", "tokenizer": "c", "chat_template": "d", "system": "e", "max_new_tokens": 7,
+    "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5, "stop": ["x", "y"], "seed": 5,
+    "dtype": "float32",
+}  # fmt: skip
+GENERATE_ONLY = {"prompt": ["p", "-"], "prompts": "f.txt", "raw": True, "batch_size": 4, "as_json": True}
+
+
+@pytest.mark.parametrize("verb, options", [("generate", OPTIONS | GENERATE_ONLY), ("chat", OPTIONS)])
+def test_options_of_generation_arrive(monkeypatch, capsys, verb, options):
+    """Every option reaches the function behind the verb, and the function has no setting without an option."""
+    module = importlib.import_module("ftjax.generate.command" if verb == "generate" else "ftjax.generate.chat")
+    signature = inspect.signature(getattr(module, verb))
+    called = {}
+    monkeypatch.setattr(module, verb, lambda *args, **kwargs: called.update(signature.bind(*args, **kwargs).arguments))
+    arguments = []
+    for name, value in options.items():
+        flag = "--json" if name == "as_json" else f"--{name.replace('_', '-')}"
+        arguments += (
+            [flag]
+            if value is True
+            else [x for one in (value if isinstance(value, list) else [value]) for x in (flag, str(one))]
+        )
+    assert run(monkeypatch, capsys, verb, "some/model", *arguments)[0] == 0
+    paths = {key: str(value) if isinstance(value, Path) else value for key, value in called.items()}
+    assert paths == {"model": "some/model", **options}
+    assert set(called) == set(signature.parameters)
+    # and what is not given is what the function takes by default
+    called.clear()
+    run(monkeypatch, capsys, verb, "some/model")
+    assert called == {"model": "some/model", **{n: p.default for n, p in signature.parameters.items() if n != "model"}}
+
+
+def test_generate_without_a_prompt(monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "generate", "some/model")
+    assert code == 2 and "no prompt" in err
+
+
+def test_generate_answers(monkeypatch, capsys, stories):
+    code, out, _ = run(monkeypatch, capsys, "generate", str(stories), "--prompt", "Once upon a time", "--max-new-tokens", "8")
+    assert code == 0 and out.startswith(", there was")
 
 
 # doctor
