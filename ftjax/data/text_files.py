@@ -37,12 +37,12 @@ def read_jsonl(path: Path, file: BinaryIO, faults: Faults) -> Iterator[Row]:
 def read_json(path: Path, file: BinaryIO, faults: Faults) -> Iterator[Row]:
     """A list of objects, alone or as the one list in an object; JSON lines under the name .json are read too."""
     raw = file.read().removeprefix(b"\xef\xbb\xbf")
-    if not raw.strip():
-        return
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise UserError(_not_utf8(f"{path}:{raw.count(10, 0, error.start) + 1}", raw[error.start])) from None
+    if not text.strip():
+        return
     if text.lstrip()[0] == "[":
         yield from _json_list(path, text, len(text) - len(text.lstrip()), faults)
         return
