@@ -41,7 +41,8 @@ class Duplicates:
         if self.near:
             from datasketch import MinHash, MinHashLSH
 
-            self._index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+            # What the index finds is compared once more, so it may rather find too much than miss some.
+            self._index = MinHashLSH(threshold=min(threshold, 0.9), num_perm=PERMUTATIONS, weights=(0.1, 0.9))
             self._hashes: list[MinHash] = []
             self._threshold, self._new = threshold, MinHash(num_perm=PERMUTATIONS)
 
