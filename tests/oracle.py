@@ -52,15 +52,19 @@ def one_device():
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
+def hf_config(case: Case) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[case.model_type]
+    known = {field.name for field in dataclasses.fields(kind)}  # GPT-2 has names of its own
+    return kind(**{**{name: value for name, value in TINY.items() if name in known}, **case.values})
+
+
 def make_hf(case: Case, folder: Path, seed: int = 0, **save) -> Any:
     """A randomly initialised float32 model of transformers, saved to `folder`. Vectors get random values too: a norm of
     ones or a bias of zeros would hide that it is not read."""
-    from transformers import CONFIG_MAPPING
-
     torch.manual_seed(seed)
-    kind = CONFIG_MAPPING[case.model_type]
-    known = {field.name for field in dataclasses.fields(kind)}  # GPT-2 has names of its own
-    config = kind(**{**{name: value for name, value in TINY.items() if name in known}, **case.values})
+    config = hf_config(case)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,0 +1,77 @@
+"""Two training steps of each family, pinned: what they come to must not move unless somebody means it.
+
+The weights are made by numpy from the names of Hugging Face's tensors, so that neither PyTorch nor the way in which ftjax
+stacks parameters has a part in them.
+"""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from cases import ONE_OF_EACH
+from oracle import TINY, attach_full, hf_config, one_device
+from tiny_run import make_batch, make_config, run_steps
+
+from ftjax.mesh import sharding
+from ftjax.models.facts import complete_config
+from ftjax.models.model import Model, build_module
+from ftjax.models.param import Spec
+from ftjax.train.setup import Setup
+from ftjax.train.step import Runtime
+
+GOLDEN = Path(__file__).with_name("golden.json")
+NAMES = ("loss", "grad_norm", "update_norm")
+MOVED = """
+{case}: {name} of two training steps was {old} and is {new}.
+If you did not mean to change what this model computes, look at what you changed. The other laws say whether it still is
+what transformers computes. If you did mean it, or new versions of JAX or transformers round otherwise, write the new numbers
+and say why in the commit:
+    FTJAX_WRITE_GOLDEN=1 python -m pytest tests/models/test_golden.py
+"""
+
+
+def weights(spec: Spec) -> np.ndarray:
+    value = np.empty(spec.shape, np.float32)
+    for piece in spec.pieces():
+        rng = np.random.default_rng(zlib.crc32(piece.name.encode()))
+        part = rng.normal(size=value[piece.index].shape) * 0.15
+        value[piece.index] = part + 1 if len(piece.shape) == 1 and piece.name.endswith(".weight") else part  # a norm's
+    return value
+
+
+def two_steps(case) -> dict[str, list[float]]:
+    config = complete_config(hf_config(case).to_dict(), case.name)
+    root = build_module(config)
+    attach_full(root)
+    model, mesh = Model.of(root, config), one_device()
+    params = {
+        path: jax.device_put(weights(spec), sharding(mesh, path, spec.shape, spec.row.axes))
+        for path, spec in model.specs.items()
+    }
+    # A large epsilon: where a gradient is zero but for rounding, Adam would make a full step of it.
+    settings = make_config(case.name, method={"name": "full"}, optimizer={"learning_rate": 1e-2, "adam_epsilon": 1e-3})
+    setup = Setup(settings, Path(case.name), mesh, model, params, {}, Runtime())
+    batches = [make_batch(4, 32, TINY["vocab_size"], seed) for seed in (0, 1)]
+    metrics, _ = run_steps(setup, batches)
+    return {name: [float(getattr(out, name)) for out in metrics] for name in NAMES}
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+def test_golden_steps(case):
+    pinned = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    new = two_steps(case)
+    if os.environ.get("FTJAX_WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(dict(sorted({**pinned, case.name: new}.items())), indent=1) + "\n")
+        return
+    assert case.name in pinned, f"{case}: no numbers are pinned yet; write them with FTJAX_WRITE_GOLDEN=1 (see {__file__})"
+    for name in NAMES:
+        old = pinned[case.name][name]
+        assert np.allclose(new[name], old, rtol=2e-4), MOVED.format(case=case, name=name, old=old, new=new[name])
+
+
+def test_nothing_is_pinned_for_nothing():
+    assert set(json.loads(GOLDEN.read_text())) == {case.name for case in ONE_OF_EACH}
