@@ -80,7 +80,7 @@ class _Prefixed:
                 f"{folder}: its weights are a pickle (adapter_model.bin), which is never loaded; save as safetensors"
             )
         self._source = SafetensorsFolder(folder, single=WEIGHTS)
-        self._names = {name.removeprefix(PREFIX): name for name in self._source.keys()}  # noqa: SIM118
+        self._names = {name.removeprefix(PREFIX): name for name in self._source.keys()}
 
     def keys(self) -> list[str]:
         return list(self._names)
