@@ -211,17 +211,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 
 
 @app.command()
-def models() -> None:
-    """List the model families that are supported."""
-    from rich.console import Console
-    from rich.table import Table
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
+    """List the model families that are supported, what each can do, and a model of each."""
+    from ftjax.models.table import show
 
-    from ftjax.models.registry import FAMILIES
-
-    table = Table("model_type", "example", "notes", box=None, header_style="bold")
-    for name, family in sorted(FAMILIES.items()):
-        table.add_row(name, family.example, family.notes)
-    Console().print(table)
+    show(as_json=as_json)
 
 
 def main() -> None:
