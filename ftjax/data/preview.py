@@ -76,15 +76,16 @@ def token_texts(ids: list[int], tokenizer: Any) -> list[str]:
     """The text of each token, such that all together are what the ids decode to; a part of a character is empty, and the
     token that completes it holds it."""
     texts: list[str] = []
-    start, before = 0, ""  # decoding begins a few tokens before, as a token's text depends on the one before it
+    # Decoding begins a few tokens before, where a character begins: a token's text depends on those in front of it.
+    begins, before, last = [0], "", 0
     for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if whole.endswith("\ufffd") and end < len(ids) and end - start < 32:
+        whole = tokenizer.decode(ids[begins[0] : end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if whole.endswith("\ufffd") and end < len(ids) and end - last < 32:
             texts.append("")
             continue
         texts.append(whole[len(before) :] if whole.startswith(before) else whole)
-        start = max(start, end - 4)
-        before = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        begins, last = [*begins, end][-4:], end
+        before = tokenizer.decode(ids[begins[0] : end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return texts
 
 
@@ -128,8 +129,9 @@ def print_example(console: Any, item: Shown, number: int) -> None:
 
     place = f", row {item.row}, segment {item.segment}" if item.row is not None else ""
     trained = int(np.count_nonzero(np.array(item.weights[1:])))
-    console.rule(
-        Text(f"example {number + 1}: {item.where}: {len(item.ids):,} tokens, {trained:,} trained{place}"), align="left"
+    console.print(
+        Text(f"example {number + 1}: {item.where}: {len(item.ids):,} tokens, {trained:,} trained{place}", "bold reverse"),
+        soft_wrap=True,
     )
     line = Text()
     for at, (text, weight) in enumerate(zip(item.texts, item.weights, strict=True)):
@@ -162,7 +164,7 @@ def print_report(console: Any, name: str, report: DataReport, bins: list[tuple[i
     """Counts, a table of what was dropped, and a histogram of token lengths."""
     from rich.text import Text
 
-    console.rule(Text(name), align="left")
+    console.print(Text(name, "bold reverse"), soft_wrap=True)
     for line in report.lines():
         console.print(Text(line, "yellow" if line.startswith("warning") else ""), soft_wrap=True)
     most = max((count for _, _, count in bins), default=1)
