@@ -105,13 +105,14 @@ class Runner:
         seen: jax.Array, rules: Rules, *, longest: int, block: int, logprobs: bool,
     ) -> tuple[State, View]:  # fmt: skip
         """Go on behind the first `length` slots of a cache, in which slot and position are the same: with the first
-        `count` of `tokens [B, T]`, and the first token of each answer."""
+        `count` of `tokens [B, T]`, and the first token of each answer. What is in later slots nobody sees: attention is
+        causal by slot, and each is written over before its turn comes."""
         index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         segment_ids = (index < count).astype(jnp.int32)
         last = jnp.full(tokens.shape[0], count - 1, jnp.int32)
         # Padding stays within the positions that exist: what is not a number would outlive its slot.
         positions = length + jnp.minimum(index, count - 1)
-        logits, cache = self.absorb(params, rewound(cache, length), tokens, segment_ids, positions, last, block=block)
+        logits, cache = self.absorb(params, replace(cache, length=length), tokens, segment_ids, positions, last, block=block)
         cache = replace(cache, length=length + count)  # the padding's slots are written over
         seen = seen if "repetition_penalty" in rules.numbers else None
         return self.start(logits, cache, length + last + 1, seen, rules, longest=longest, logprobs=logprobs)
@@ -217,9 +218,3 @@ def seen_in(tokens: jax.Array, segment_ids: jax.Array, vocab: int) -> jax.Array:
     """`[B, V]` bool: the tokens that occur in each row, padding not counted."""
     rows = jnp.arange(tokens.shape[0])[:, None]
     return jnp.zeros((tokens.shape[0], vocab), bool).at[rows, tokens].max(segment_ids > 0)
-
-
-def rewound(cache: KVCache, length: jax.Array) -> KVCache:
-    """The cache as it was after `length` slots."""
-    kept = jnp.arange(cache.segment_ids.shape[1]) < length
-    return replace(cache, segment_ids=jnp.where(kept, cache.segment_ids, 0), length=jnp.asarray(length, jnp.int32))
