@@ -69,7 +69,14 @@ def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Cal
         return weight
     lora_A, lora_B = (fetch(f"{layer}.{name}", index).astype(np.float32) for name in ("lora_A", "lora_B"))
     update = (lora_B * model.buffers[f"{layer}.scale"][index]) @ lora_A
-    return weight.astype(np.float32) + (update if update.shape == weight.shape else update.T)
+    return weight.astype(np.float32) + (update.T if is_conv1d(model, layer) else update)
+
+
+def is_conv1d(model: Model, layer: str) -> bool:
+    """Whether the weight that a LoRA layer wraps is stored (in, out), as GPT-2's are."""
+    axis_in = model.specs[f"{layer}.lora_A"].row.axes[-1]
+    axis_out = model.specs[f"{layer}.lora_B"].row.axes[-2]
+    return model.specs[f"{layer}.base.weight"].row.axes[-2:] == (axis_in, axis_out)
 
 
 def attach(root: nnx.Module, config: LoraConfig) -> None:
@@ -156,6 +163,7 @@ def peft_config(config: LoraConfig, base_model: str, model: Model) -> dict:
         base_model: what `base_model_name_or_path` says.
     """
     targets = config.target_modules
+    layers = [path.removesuffix(".lora_A") for path in model.specs if path.endswith(".lora_A")]
     if targets == "all-linear":
         targets = sorted({spec.module.rsplit(".", 1)[-1] for spec in model.specs.values() if spec.row.name == "lora_A.weight"})
     return {
@@ -173,7 +181,7 @@ def peft_config(config: LoraConfig, base_model: str, model: Model) -> dict:
         "alpha_pattern": config.alpha_pattern,
         "layers_to_transform": config.layers_to_transform,
         "modules_to_save": config.modules_to_save or None,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(is_conv1d(model, layer) for layer in layers),
         "bias": "none",
         "init_lora_weights": True,
     }
