@@ -40,6 +40,6 @@ def build(facts: Facts) -> GemmaForCausalLM:
     facts.inert("hidden_act", "sliding_window_size")
     rope = refuse_partial(facts["rope_parameters"])
     block = Gemma2Block(*attention_and_mlp(facts, "hidden_activation"), embed, eps)
-    kinds = patterns(facts, facts["query_pre_attn_scalar"] ** -0.5, facts.get("attn_logit_softcapping"))
+    kinds = patterns(facts, facts["query_pre_attn_scalar"] ** -0.5, facts["attn_logit_softcapping"])
     model = GemmaModel(vocab, embed, eps, Stack(block, kinds), make_rope(rope, head_dim, facts["max_position_embeddings"]))
-    return GemmaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"], facts.get("final_logit_softcapping"))
+    return GemmaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"], facts["final_logit_softcapping"])

@@ -29,4 +29,4 @@ def build(facts: Facts) -> GemmaForCausalLM:
     block = Gemma3Block(*attention_and_mlp(facts, "hidden_activation", **norms), embed, eps)
     kinds = tuple(map(Kind, patterns(facts, facts["query_pre_attn_scalar"] ** -0.5), facts["layer_types"]))
     model = GemmaModel(vocab, embed, eps, Stack(block, kinds), ropes(facts, head_dim))
-    return GemmaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"], facts.get("final_logit_softcapping"))
+    return GemmaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"], facts["final_logit_softcapping"])

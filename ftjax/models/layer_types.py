@@ -31,7 +31,7 @@ def patterns(facts: Facts, scale: float, softcap: float | None = None) -> tuple[
 
     Raises UserError for another layer type, and where a sliding layer has no window.
     """
-    types, window = facts["layer_types"], facts.get("sliding_window")
+    types, window = facts["layer_types"], facts["sliding_window"]
     assert len(types) == facts["num_hidden_layers"]  # transformers' configuration class has checked it
     other = sorted(set(types) - {"full_attention", "sliding_attention"})
     if other:

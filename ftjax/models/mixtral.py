@@ -2,6 +2,7 @@
 
 from ftjax.models.attention import Pattern
 from ftjax.models.facts import Facts
+from ftjax.models.layer_types import window
 from ftjax.models.llama import LlamaForCausalLM, attention, head_size
 from ftjax.models.moe import Experts, MoeBlock, MoeModel, Router, SparseMoe
 from ftjax.models.param import Layout
@@ -26,7 +27,7 @@ def build(facts: Facts) -> LlamaForCausalLM:
     gate = Router(embed, experts, facts["num_experts_per_tok"], normalise=True, layout=Layout("weight", module=STORED))
     mlp = SparseMoe(gate, Experts(embed, facts["intermediate_size"], experts, facts["hidden_act"], ("w1", "w3", "w2"), STORED))
     block = MoeBlock(attention(facts, bias=False), mlp, embed, eps, experts)
-    stack = Stack(block, (Pattern(head_dim**-0.5, facts.get("sliding_window")),) * layers)
+    stack = Stack(block, (Pattern(head_dim**-0.5, window(facts)),) * layers)
     rope = make_rope(rope, head_dim, facts["max_position_embeddings"])
     model = MoeModel(vocab, embed, eps, stack, rope, router_loss(facts), layers)
     return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])

@@ -5,6 +5,7 @@ Source: Qwen Team 2025 (arXiv:2505.09388).
 
 from ftjax.models.attention import Pattern
 from ftjax.models.facts import Facts
+from ftjax.models.layer_types import window
 from ftjax.models.layers import RMSNorm
 from ftjax.models.llama import LlamaForCausalLM, LlamaMLP, attention, head_size
 from ftjax.models.mixtral import router_loss
@@ -43,7 +44,7 @@ def build(facts: Facts) -> LlamaForCausalLM:
         return MoeBlock(attention(facts, bias=facts["attention_bias"], **norms), mlp, embed, eps, max(experts, 1))
 
     sparse = sparse_layers(facts, layers, experts)
-    kinds = (Pattern(head_dim**-0.5, facts.get("sliding_window")),) * layers
+    kinds = (Pattern(head_dim**-0.5, window(facts)),) * layers
     if len(set(sparse)) == 1:
         stack = Stack(block(sparse[0]), kinds)
     else:

@@ -169,12 +169,12 @@ CASES: list[Case] = [
         "sliding_window": 5, "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 4,
         "hidden_act": "gelu", "rms_norm_eps": 1e-3, "layer_types": ["full_attention", "sliding_attention"],
     }),
-    Case("smollm3", "smollm3", {"num_hidden_layers": 5, "no_rope_layer_interval": 2, "mlp_bias": True}),
-    Case("smollm3-windows", "smollm3", {
+    Case("smollm3", "smollm3", {
         "num_hidden_layers": 4, "no_rope_layers": [0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 8,
         "tie_word_embeddings": False, "attention_bias": True, "head_dim": 12, "hidden_act": "gelu", "rms_norm_eps": 1e-3,
         "rope_parameters": LLAMA3_ROPE,
     }),
+    Case("smollm3-no-windows", "smollm3", {"num_hidden_layers": 5, "no_rope_layer_interval": 2, "mlp_bias": True}),
     Case("granite", "granite", {
         "num_hidden_layers": 3, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
         "attention_multiplier": 0.2, "attention_dropout": 0.1,
