@@ -10,12 +10,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 os.environ.setdefault("FTJAX_CACHE", str(ROOT / ".cache" / "ftjax-tests"))
+
+# The same examples in every run: a red run says what a change broke. `--hypothesis-profile default` explores.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same")
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("FTJAX_TEST_CACHE", str(ROOT / ".cache" / "jax-tests")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
