@@ -179,8 +179,15 @@ class Build:
         """Chunks of examples with their documents, in order, by as many processes as `num_proc` says."""
         chunks = iter(lambda: list(islice(examples, CHUNK)), [])
         if self.config.num_proc == 1:
-            for chunk in chunks:
-                yield chunk, self.encoder([example for _, _, example in chunk], self.faults)
+            read: deque[list] = deque()
+
+            def examples_of() -> Iterator[list[Example]]:
+                for chunk in chunks:
+                    read.append(chunk)
+                    yield [example for _, _, example in chunk]
+
+            for documents in self.encoder.stream(examples_of(), self.faults):
+                yield read.popleft(), documents
             return
         # Threads of the parent (JAX has many) do not survive a fork, so workers start fresh.
         context = multiprocessing.get_context("spawn")

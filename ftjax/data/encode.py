@@ -11,7 +11,8 @@ same that `render_prompt` makes.
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,18 +69,37 @@ class Encoder:
         Raises UserError where the tokenizer lacks an EOS token or a chat template that the data needs, and, with file and
         line, where the template refuses a conversation.
         """
+        (documents,) = self.stream([examples], faults)
+        return documents
+
+    def stream(self, chunks: Iterable[Sequence[Example]], faults: Faults | None = None) -> Iterator[list[Encoded | None]]:
+        """As a call for each of many chunks. While one is tokenised, by threads without Python, templates are rendered for the
+        next and weights found for the one before."""
         faults = faults or Faults()
-        plans: list[_Plan | Encoded | None] = []
-        for example in examples:
-            try:
-                plans.append(self._ready(example) if example.input_ids is not None else self._plan(example))
-            except NoWay:
-                raise
-            except UserError as error:
-                faults(error)
-                plans.append(None)
-        encodings = iter(self.tokens.batch([plan.text for plan in plans if isinstance(plan, _Plan)]))
+        waiting: tuple[list[_Plan | Encoded | None], Future] | None = None
+        with ThreadPoolExecutor(1, "tokenize") as pool:
+            for examples in chunks:
+                plans = [self._planned(example, faults) for example in examples]
+                texts = [plan.text for plan in plans if isinstance(plan, _Plan)]
+                coming = plans, pool.submit(self.tokens.batch, texts)
+                if waiting is not None:
+                    yield self._encoded(*waiting)
+                waiting = coming
+            if waiting is not None:
+                yield self._encoded(*waiting)
+
+    def _encoded(self, plans: list["_Plan | Encoded | None"], batch: Future) -> list[Encoded | None]:
+        encodings = iter(batch.result())
         return [self._encode(plan, next(encodings)) if isinstance(plan, _Plan) else plan for plan in plans]
+
+    def _planned(self, example: Example, faults: Faults) -> "_Plan | Encoded | None":
+        try:
+            return self._ready(example) if example.input_ids is not None else self._plan(example)
+        except NoWay:
+            raise
+        except UserError as error:
+            faults(error)
+            return None
 
     # ---- what is trained ----
 

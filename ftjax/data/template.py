@@ -69,7 +69,6 @@ class Template:
     """The chat template of a tokenizer; `marked` where it tells by itself what the assistant wrote."""
 
     def __init__(self, tokenizer: Any, tools: list[Any] | None = None):
-        self.tokenizer = tokenizer
         if not tokenizer.chat_template:
             raise UserError(
                 "this tokenizer has no chat template, which messages need: set model.chat_template to a Jinja template or the "
@@ -77,6 +76,7 @@ class Template:
             )
         self.text: str = tokenizer.get_chat_template(None, tools)
         self.marked = bool(GENERATION.search(self.text))
+        self._special = tokenizer.special_tokens_map
 
     def render(
         self, messages: Sequence[Message], generation: bool, where: str, tools: Any = None, arguments: Any = None
@@ -99,7 +99,7 @@ class Template:
                 chat_template=self.text,
                 return_assistant_tokens_mask=marks,
                 add_generation_prompt=generation,
-                **{**self.tokenizer.special_tokens_map, **(arguments or {})},
+                **{**self._special, **(arguments or {})},
             )
         except Exception as error:  # Jinja's errors, and whatever a template raises about the roles it sees
             reason = str(error).strip() or type(error).__name__

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -22,6 +21,12 @@ from ftjax.models.context import KVCache
 from ftjax.models.model import Model
 
 SMALLEST_MEMORY = 1024  # slots of a conversation's cache
+
+
+@jax.jit
+def _keys(seed: jax.Array, numbers: jax.Array) -> jax.Array:
+    """One PRNG key for each prompt, by its number."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
 
 
 class Memory:
@@ -54,7 +59,7 @@ class Engine:
     ) -> Rules:
         """`numbers`: of the prompts, for their random keys; rows without an answer are padding."""
         padding = [0] * (rows - len(answers))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.array([*numbers, *padding], jnp.uint32))
+        keys = _keys(np.uint32(seed % 2**32), np.array([*numbers, *padding], np.uint32))
         limits = np.array([answer.limit for answer in answers] + padding, np.int32)
         return Rules(sampling.numbers(), keys, self.everywhere(np.array(sorted(ends) or [-1], np.int32)), self.place(limits))
 

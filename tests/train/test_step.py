@@ -23,11 +23,16 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_any_split_is_the_same(folder, method, on_one_device):
-    """Loss, gradient norm and weights after two updates, for every number of microbatches; a row of padding included."""
+    """Loss, gradient norm and weights after two updates, for every number of microbatches; a row of padding included.
+
+    Epsilon is large, so that an update depends on the gradient smoothly: where a gradient is almost zero, Adam's first steps
+    make of its rounding errors a change of the size of the learning rate.
+    """
     batches = [make_batch(8, 32, 96, seed) for seed in (0, 1)]
     want = None
     for microbatches in (1, 2, 4, 8):
-        metrics, params = run_steps(prepare(make_config(folder, method=METHODS[method])), batches, microbatches)
+        config = make_config(folder, method=METHODS[method], optimizer={"adam_epsilon": 1e-3})
+        metrics, params = run_steps(prepare(config), batches, microbatches)
         got = [float(value) for out in metrics for value in (out.loss, out.weight, out.grad_norm)]
         want = want or (got, params)
         np.testing.assert_allclose(got, want[0], rtol=1e-5)

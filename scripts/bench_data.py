@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""How fast data becomes tokens, and tokens become batches.
+
+    python scripts/bench_data.py --model MODEL --train FILE [--columns prompt=text,completion=label] [--max-length 2048]
+
+MODEL is whatever has a tokenizer: a folder, a .gguf file, a Hub id. Prints
+- tokenising: the bare batch call of `tokenizers` on the texts that the model sees, and ftjax's encoder on the same examples
+  in the same chunks (template, spans, boundaries, weights, BOS and EOS included), and the ratio of the two;
+- a first start, which also reads, checks, packs and writes the cache, and a second one, which reads it;
+- packed tokens a second from the cache, as batches on the host.
+Each is the best of `--times` runs, in an empty cache folder of its own. Nothing else should run on the machine.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ftjax.config import DataConfig, ModelConfig
+from ftjax.data.build import CHUNK
+from ftjax.data.encode import Encoder
+from ftjax.data.formats import to_examples
+from ftjax.data.pipeline import load_splits
+from ftjax.data.read import read_rows
+from ftjax.hub.tokenizer import load_tokenizer
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", required=True)
+    p.add_argument("--train", required=True)
+    p.add_argument("--columns", default="", help="ours=theirs,...")
+    p.add_argument("--max-length", type=int, default=2048)
+    p.add_argument("--batch", type=int, default=16, help="rows of a batch")
+    p.add_argument("--times", type=int, default=3)
+    p.add_argument(
+        "--target-tokens", type=float, default=2e7, help="packed tokens that are read, in as many epochs as it takes"
+    )
+    return p.parse_args()
+
+
+def best(times: int, run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of the quickest run, and what it gave."""
+    quickest, value = float("inf"), None
+    for _ in range(times):
+        start = time.perf_counter()
+        value = run()
+        quickest = min(quickest, time.perf_counter() - start)
+    return quickest, value
+
+
+def tokenising(config: DataConfig, tokenizer: Any, times: int) -> None:
+    source = config.sources("train")[0]
+    examples = list(to_examples(read_rows(source), source))
+    chunks = [examples[start : start + CHUNK] for start in range(0, len(examples), CHUNK)]
+    encoder = Encoder(tokenizer)
+    texts = [[encoder._plan(example).text for example in chunk] for chunk in chunks]
+    backend = tokenizer.backend_tokenizer
+
+    def bare() -> int:
+        return sum(len(e.ids) for chunk in texts for e in backend.encode_batch(chunk, add_special_tokens=False))
+
+    def rendered() -> int:
+        return sum(len(encoder._plan(example).text) for chunk in chunks for example in chunk)
+
+    def ours() -> int:
+        return sum(len(document.tokens) for chunk in encoder.stream(chunks) for document in chunk)
+
+    bare()
+    seconds, tokens = best(times, bare)
+    print(f"tokenizers, bare batch call:  {tokens / seconds / 1e6:8.2f} million tokens/s  ({tokens:,} tokens, {seconds:.2f} s)")
+    template, _ = best(times, rendered)
+    other, count = best(times, ours)
+    print(f"ftjax, template to weights:   {count / other / 1e6:8.2f} million tokens/s  ({other:.2f} s)")
+    print(
+        f"ratio: {other / seconds:.2f}, target 1.2; the rendering of templates alone takes {template:.2f} s, beside tokenising"
+    )
+
+
+def starting(config: DataConfig, tokenizer: Any, times: int) -> Any:
+    def first() -> Any:
+        os.environ["FTJAX_CACHE"] = tempfile.mkdtemp(dir=root)
+        return load_splits(config, tokenizer, seed=0)[0]
+
+    with tempfile.TemporaryDirectory() as root:
+        seconds, split = best(1, first)
+        again, split = best(times, lambda: load_splits(config, tokenizer, seed=0)[0])
+        print(f"first start: {seconds:.2f} s; second start, from the cache: {again:.2f} s")
+        for line in split.report.lines():
+            print(f"  {line}")
+        yield split
+
+
+def packing(split: Any, batch: int, target: float, times: int) -> None:
+    epochs = max(1, round(target / split.report.tokens))
+
+    def read() -> int:
+        batches = split.batches(batch, seed=0, shuffle=True, epochs=epochs)
+        return sum(int((rows["segment_ids"] > 0).sum()) for rows in batches)
+
+    seconds, tokens = best(times, read)
+    print(f"packed tokens from the cache: {tokens / seconds / 1e6:8.2f} million/s ({epochs} epochs, {seconds:.2f} s); target 5")
+
+
+def main() -> None:
+    options = arguments()
+    columns = dict(pair.split("=", 1) for pair in options.columns.split(",") if pair)
+    config = DataConfig(train=options.train, columns=columns, max_length=options.max_length)
+    tokenizer = load_tokenizer(ModelConfig(path=options.model))
+    print(f"{Path(options.train).name}, {type(tokenizer).__name__} of {len(tokenizer):,} tokens, {os.cpu_count()} cores")
+    tokenising(config, tokenizer, options.times)
+    for split in starting(config, tokenizer, options.times):
+        packing(split, options.batch, options.target_tokens, options.times)
+
+
+if __name__ == "__main__":
+    main()
