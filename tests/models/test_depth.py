@@ -1,0 +1,53 @@
+"""A program does not grow with the number of layers, so neither does the time that compiling takes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from oracle import Case, hf_config
+
+from ftjax.config import LoraConfig
+from ftjax.methods import method_module
+from ftjax.models.context import Context
+from ftjax.models.facts import complete_config
+from ftjax.models.model import Model, build_module
+from ftjax.models.registry import FAMILIES
+from ftjax.objectives import sft
+
+DEPTHS = (12, 36)  # whole periods of every family: the longest is six layers
+
+
+def operations(family: str, layers: int) -> int:
+    """Lines of the lowered gradient of a LoRA step."""
+    values = {"n_layer" if family == "gpt2" else "num_hidden_layers": layers}
+    values |= (
+        {"num_experts": 4, "num_experts_per_tok": 2}
+        if family == "qwen3_moe"
+        else {"num_local_experts": 4}
+        if family == "gpt_oss"
+        else {}
+    )
+    facts = complete_config(hf_config(Case(family, family, values)).to_dict(), family)
+    root = build_module(facts)
+    config = LoraConfig(target_modules="all-linear")
+    method_module(config).attach(root, config)
+    model = Model.of(root, facts)
+    assert max(spec.stacked[0] for spec in model.specs.values() if spec.stacked) * 6 >= layers
+
+    def loss(trainable, frozen, batch):
+        ctx = Context(batch["positions"], batch["segment_ids"], remat="full")
+        sums, aux = sft.sums(model, trainable, frozen, batch, ctx, 64)
+        return sums.loss + aux
+
+    parts = [{path: jax.ShapeDtypeStruct(s.shape, s.dtype) for path, s in p.items()} for p in (model.trainable, model.frozen)]
+    batch = {name: jax.ShapeDtypeStruct((2, 16), jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
+    batch["weights"] = jax.ShapeDtypeStruct((2, 16), jnp.float32)
+    return len(jax.jit(jax.grad(loss)).lower(*parts, batch).as_text().splitlines())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_deep_programs_are_as_long_as_shallow_ones(family):
+    count = functools.partial(operations, family)
+    shallow, deep = map(count, DEPTHS)
+    assert shallow == deep
