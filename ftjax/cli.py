@@ -115,6 +115,41 @@ def preview(
 
 
 @app.command()
+def evaluate(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help="A run, a configuration, a model or a PEFT folder.", show_default=False),
+    ],
+    overrides: Overrides = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="What to evaluate on: evaluate.data.", show_default=False)
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="loss, exact_match, f1, rouge, ... or a .py file: evaluate.task.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows: evaluate.limit.", show_default=False)] = None,
+    adapter: Adapter = None,
+    compare_base: Annotated[
+        bool, typer.Option("--compare-base", help="Measure the base model too, with a paired test.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to write.", show_default="TARGET/evaluation/...")
+    ] = None,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="The task `code` runs what the model wrote.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure a model on data, with confidence intervals, and beside its base model."""
+    from ftjax.evaluate.command import evaluate as run
+
+    run(
+        target, overrides or [], adapter=adapter, data=data, task=task, limit=limit, out=out, compare_base=compare_base,
+        allow_code_execution=allow_code_execution, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[

@@ -209,7 +209,7 @@ def test_every_alias_stands_for_a_key_and_hides_none():
         assert not any(name in model.model_fields for model in models), f"{name} is a key of {section}"
         assert name not in Config.model_fields
     assert not set(EXPLAINED) & set(ALIASES)
-    assert set(EXPLAINED) & set(homes()) == {"fsdp"}  # the axis of mesh: and another tool's section
+    assert set(EXPLAINED) & set(homes()) == {"fsdp", "batch_size"}  # of mesh: and of evaluate:, and another tool's
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_diff_names_the_keys(load):
 
 
 def test_every_section_is_frozen_and_strict():
-    assert set(section_fields()) == {"model", "method", "data", "objective", "optimizer", "training", "mesh"}
+    assert set(section_fields()) == {"model", "method", "data", "objective", "optimizer", "training", "evaluate", "mesh"}
     for name in section_fields():
         for model in models_at((name,), {}):
             assert model.model_config["frozen"] and model.model_config["extra"] == "forbid"

@@ -2,6 +2,7 @@
 
 from ftjax.config.base import Section
 from ftjax.config.data import DataConfig
+from ftjax.config.evaluate import EvaluateConfig
 from ftjax.config.method import FullConfig, LoraConfig, MethodConfig
 from ftjax.config.model import ModelConfig
 from ftjax.config.objective import ObjectiveConfig, SftConfig
@@ -9,8 +10,8 @@ from ftjax.config.optimizer import GroupConfig, OptimizerConfig
 from ftjax.config.training import MeshConfig, TrainingConfig
 
 __all__ = [
-    "Config", "DataConfig", "FullConfig", "GroupConfig", "LoraConfig", "MeshConfig", "MethodConfig", "ModelConfig",
-    "ObjectiveConfig", "OptimizerConfig", "Section", "SftConfig", "TrainingConfig",
+    "Config", "DataConfig", "EvaluateConfig", "FullConfig", "GroupConfig", "LoraConfig", "MeshConfig", "MethodConfig",
+    "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "Section", "SftConfig", "TrainingConfig",
 ]  # fmt: skip
 
 
@@ -23,5 +24,6 @@ class Config(Section):
     objective: ObjectiveConfig = SftConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     mesh: MeshConfig = MeshConfig()
     output_dir: str = "runs/default"

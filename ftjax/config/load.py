@@ -48,6 +48,25 @@ def load_config(path: str | FilePath, overrides: Sequence[str] = (), *, note: Ca
     return loading.finish()
 
 
+def config_of(
+    tree: dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    source: str = "the command line",
+    note: Callable[[str], None] = print_note,
+) -> Config:
+    """The configuration of plain values, with overrides, as `load_config` reads one from a file.
+
+    Raises:
+        UserError: naming every mistake found.
+    """
+    loading = _Loading(source, note)
+    loading.tree = tree
+    for override in overrides:
+        loading.override(override)
+    return loading.finish()
+
+
 def save_config(config: Config, path: str | FilePath) -> None:
     """Writes every key of `config`, resolved; `load_config` gives an equal one back. The file appears whole or not at all."""
     path = FilePath(path)

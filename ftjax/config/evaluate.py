@@ -1,0 +1,66 @@
+"""`evaluate:` -- how a model is measured, by `ftjax evaluate` and while it trains."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ftjax.config.base import Section
+from ftjax.config.data import SourceConfig
+
+TASKS = (
+    "loss", "exact_match", "numeric_answer", "f1", "bleu", "chrf", "rouge", "classification", "json_match", "code",
+)  # fmt: skip
+
+
+class EvaluateConfig(Section):
+    """Task, data and decoding of an evaluation."""
+
+    task: str = Field("loss", description=f"{', '.join(TASKS)}, or a Python file with one function")
+    data: str | SourceConfig | None = Field(None, description="what is evaluated on; null: data.validation")
+    limit: int | None = Field(None, ge=1, description="at most so many rows, evenly spread over the data; null: all")
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(0.0, ge=0, description="0: always the likeliest token")
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    stop: list[str] = Field(default_factory=list, description="strings that end an answer and are not part of it")
+    num_samples: int = Field(1, ge=1, description="answers to each prompt, for pass@k")
+    batch_size: int = Field(32, ge=1, description="prompts that are answered at a time")
+    seed: int = Field(0, description="of sampling and of resampling")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPUs")
+    normalize: bool = Field(True, description="exact_match ignores case, punctuation, articles and white space")
+    labels: list[str] | None = Field(None, description="classification: the classes; null: those that occur in the data")
+    rouge_types: list[Literal["rouge1", "rouge2", "rouge3", "rouge4", "rougeL", "rougeLsum"]] = Field(
+        default_factory=lambda: ["rouge1", "rouge2", "rougeL"]
+    )
+    rouge_stemmer: bool = Field(False, description="words are compared by their stems")
+    fields: list[str] | None = Field(None, description="json_match: the fields that count; null: those of the references")
+    pass_at_k: list[int] = Field(default_factory=lambda: [1], description="code: each at most num_samples")
+    code_timeout: float = Field(10.0, gt=0, description="code: seconds that one program may run")
+    code_memory: int = Field(1024, ge=64, description="code: MiB that one program may take")
+    confidence: float = Field(0.95, gt=0, lt=1)
+    resamples: int = Field(1000, ge=100, description="of the bootstrap and of the paired test")
+    training_rows: int | None = Field(
+        None, ge=1, description="measure `task` on so many rows at every evaluation while training; null: not"
+    )
+    training_prompts: list[str] = Field(default_factory=list, description="prompts that are answered at every evaluation")
+    training_examples: int = Field(2, ge=0, description="rows of the validation data that are answered at every evaluation")
+    training_max_new_tokens: int = Field(64, ge=1, description="the longest of those answers")
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, task: str) -> str:
+        if task not in TASKS and not task.endswith(".py"):
+            raise ValueError(f"found {task!r}; known: {', '.join(TASKS)}, or the path of a Python file (.py) with one function")
+        return task
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "EvaluateConfig":
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(f"num_samples {self.num_samples} with temperature 0 gives equal answers; set temperature")
+        if not self.pass_at_k or min(self.pass_at_k) < 1 or max(self.pass_at_k) > self.num_samples:
+            raise ValueError(f"pass_at_k {self.pass_at_k} must lie between 1 and num_samples {self.num_samples}")
+        if self.labels is not None and len(set(self.labels)) < 2:
+            raise ValueError(f"labels {self.labels}: a classification has two classes at least")
+        return self

@@ -1,0 +1,117 @@
+"""`ftjax evaluate`: a model on data, with intervals, and beside its base model."""
+
+import re
+from collections.abc import Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ftjax import __version__
+from ftjax.compile_cache import keep_compiled_programs
+from ftjax.errors import UserError
+from ftjax.evaluate.measure import Measured, check, measure
+from ftjax.evaluate.result import PREDICTIONS, RESULTS, print_results, write_predictions, write_results
+from ftjax.evaluate.rows import read_items, sources
+from ftjax.evaluate.statistic import compare, intervals
+from ftjax.evaluate.target import Target, find_target
+
+
+def evaluate(
+    target: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, data: str | None = None,
+    task: str | None = None, limit: int | None = None, out: Path | None = None, compare_base: bool = False,
+    allow_code_execution: bool = False, as_json: bool = False, console: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure, print, and write `results.json` and `predictions.jsonl`; the results come back.
+
+    Args:
+        target: a run, a configuration file, a model or a PEFT folder (`find_target`).
+        overrides: `key=value`; the next three are short for evaluate.data, evaluate.task and evaluate.limit.
+        out: the folder to write; None: `evaluation/TASK-DATA` in the run's folder, or here.
+        compare_base: measure the base model on the same rows too, with a paired test.
+        allow_code_execution: `code` runs what the model wrote.
+
+    Raises UserError where the target, the data, the task or a package is wrong or missing.
+    """
+    from rich.console import Console
+
+    console = console or Console(stderr=as_json, highlight=False)
+    given = {"data": data, "task": task, "limit": limit}
+    overrides = [*overrides, *(f"evaluate.{name}={_quoted(value)}" for name, value in given.items() if value is not None)]
+    found = find_target(target, overrides, adapter=adapter)
+    settings = found.config.evaluate
+    check(settings, allow_code_execution)
+    base = found.base() if compare_base else None
+    items, left_out = read_items(found.config, settings.limit)
+    keep_compiled_programs()
+    place = [source.path for source in sources(found.config)]
+    folder = out or (found.run or Path()) / "evaluation" / _name(found, settings.task, place)
+
+    tokenizer, measured = None, {}
+    for label, one in (("tuned", found), *((("base", base),) if base else ())):
+        with console.status(f"loading {one.name}"):
+            generator = one.load(tokenizer)
+        tokenizer = generator.tokenizer
+        with _bar(one.name) as progress:
+            measured[label] = measure(generator, items, found.config, progress)
+        generator = None  # the next model needs its memory
+    results = {
+        "model": found.name, "task": settings.task, "data": ", ".join(place), "rows": len(items), "rows_left_out": left_out,
+        **_summary(measured["tuned"], settings), "confidence": settings.confidence,
+    }  # fmt: skip
+    numbers = {"confidence": settings.confidence, "resamples": settings.resamples, "seed": settings.seed}
+    if base:
+        results["base"] = {"model": base.name, **_summary(measured["base"], settings)}
+        results["difference"] = compare(measured["base"].scores, measured["tuned"].scores, **numbers)
+    results |= {
+        "settings": settings.model_dump(mode="json"), "version": __version__,
+        "device": jax.devices()[0].device_kind, "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    if jax.process_index():
+        return results
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_predictions(folder / PREDICTIONS, items, tokenizer, measured["tuned"], measured.get("base"))
+        write_results(folder / RESULTS, results)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder with --out") from None
+    if as_json:
+        print((folder / RESULTS).read_text(encoding="utf-8"), end="")
+    else:
+        print_results(results, console)
+    console.print(f"written: {folder / RESULTS}, {folder / PREDICTIONS}", soft_wrap=True)
+    return results
+
+
+def _summary(measured: Measured, settings: Any) -> dict[str, Any]:
+    numbers = {"confidence": settings.confidence, "resamples": settings.resamples, "seed": settings.seed}
+    return {
+        "metrics": intervals(measured.scores, **numbers), **measured.extra, "seconds": measured.seconds,
+        "tokens": measured.tokens, "tokens_per_second": measured.tokens / max(measured.seconds, 1e-9),
+    }  # fmt: skip
+
+
+def _quoted(value: Any) -> str:
+    return f"'{value.replace(chr(39), 2 * chr(39))}'" if isinstance(value, str) else str(value)
+
+
+def _name(target: Target, task: str, place: Sequence[str]) -> str:
+    """Of the folder: of the task, the data, and the model where it is no run's `final/`."""
+    which = "" if target.run and target.name.endswith("final") else f"{Path(target.name).name}-"
+    path = Path(place[0])
+    words = f"{which}{Path(task).stem}-{path.parent.name + '-' if path.suffix else ''}{path.stem}"
+    return re.sub(r"[^\w.-]+", "_", words)
+
+
+@contextmanager
+def _bar(name: str):
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    notes = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,85 @@
+"""How likely the trained tokens of examples are, tokenised and weighted as training does it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ftjax.config.data import DataConfig
+from ftjax.data.encode import Encoded, Encoder
+from ftjax.data.example import Example
+from ftjax.data.truncate import truncate
+from ftjax.errors import UserError
+from ftjax.generate.batch import SCORES, groups
+from ftjax.generate.cache import bucket
+from ftjax.generate.score import arrays
+from ftjax.generate.session import Generator
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of one document: sums over its trained tokens.
+
+    Attributes:
+        loss: sum of weight times -log p(token | what stands before it), natural logarithm.
+        weight: sum of the weights.
+        correct: weight of the tokens that are the most likely ones in their places.
+    """
+
+    loss: float
+    weight: float
+    correct: float
+
+
+def encode(examples: Sequence[Example], tokenizer, config: DataConfig) -> list[list[Encoded]]:
+    """The documents that each example becomes in training; none where nothing of it would be trained."""
+    encoder = Encoder(tokenizer, config.train_on_inputs, config.last_turn_only)
+    found = []
+    for document in encoder(examples):
+        pieces = [document]
+        if len(document.tokens) > config.max_length:
+            pieces = truncate(document, config.max_length, config.truncation, encoder.tokens.bos)
+        found.append([piece for piece in pieces if piece.weights[1:].any()])
+    return found
+
+
+def likelihoods(
+    generator: Generator, documents: Sequence[Encoded], batch_size: int, progress: Callable[[int], None] | None = None
+) -> list[Likelihood]:
+    """Of each document, batched by length. `progress` is called with the number of documents so far.
+
+    Raises UserError for a document that does not fit into the model's context.
+    """
+    pairs, weights = [], []
+    for document in documents:
+        if len(document.tokens) > generator.context:
+            raise UserError(
+                f"{document.where}: {len(document.tokens)} tokens, and the model's context is {generator.context}; lower "
+                "data.max_length, which leaves longer rows out (or cuts them: data.truncation)"
+            )
+        first = int(np.flatnonzero(document.weights[1:])[0]) + 1
+        ids = document.tokens.tolist()
+        pairs.append((ids[:first], ids[first:]))
+        weights.append(document.weights[first:].astype(np.float64))
+    found: dict[int, Likelihood] = {}
+    for batch, rows in _batches(generator, [len(a) + len(b) for a, b in pairs], batch_size):
+        logprobs, best = generator.engine.score(generator.params, *arrays([pairs[i] for i in batch], rows))
+        for row, i in enumerate(batch):
+            size = len(weights[i])
+            loss = -float(weights[i] @ logprobs[row, :size].astype(np.float64))
+            found[i] = Likelihood(loss, float(weights[i].sum()), float(weights[i] @ best[row, :size]))
+        if progress:
+            progress(len(found))
+    return [found[i] for i in range(len(pairs))]
+
+
+def _batches(generator: Generator, lengths: Sequence[int], batch_size: int):
+    """`(numbers of the documents, rows of the arrays)`, the longest first; fewer rows where attention scores are large."""
+    heads = generator.model.config.get("num_attention_heads") or generator.model.config["n_head"]
+    left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while left:
+        longest = bucket(lengths[left[0]], 16)
+        fits = max(1, SCORES // (heads * longest * longest))
+        size = min(batch_size, 1 << (fits.bit_length() - 1))
+        batch, left = left[:size], left[size:]
+        yield batch, groups([lengths[i] for i in batch], size, generator.engine.shards)[1]

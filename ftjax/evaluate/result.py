@@ -1,0 +1,87 @@
+"""What an evaluation leaves: results.json, predictions.jsonl, and a table for the terminal."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ftjax.evaluate.measure import Measured, prompt_text
+from ftjax.evaluate.rows import Item
+from ftjax.evaluate.statistic import Difference, Interval
+
+RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
+LOWER_IS_BETTER = ("loss", "perplexity")
+
+
+def plain(value: Any) -> Any:
+    """For JSON: what is not a number is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Interval | Difference):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def write_predictions(path: Path, items: Sequence[Item], tokenizer: Any, tuned: Measured, base: Measured | None) -> None:
+    """One JSON object a row: place, prompt, references, prediction, scores; and the base model's beside them."""
+    with path.open("w", encoding="utf-8") as file:
+        for number, item in enumerate(items):
+            row: dict[str, Any] = {"where": item.where, "prompt": prompt_text(item, tokenizer)}
+            row["references"] = list(item.example.references)
+            for prefix, measured in (("", tuned), ("base_", base)):
+                if measured is None:
+                    continue
+                if measured.predictions is not None:
+                    several = measured.predictions[number]
+                    row[f"{prefix}prediction"] = several[0]
+                    if len(several) > 1:
+                        row[f"{prefix}predictions"] = several
+                if measured.finished is not None:
+                    row[f"{prefix}finish_reason"] = measured.finished[number][0]
+                row[f"{prefix}scores"] = measured.scores.each[number]
+            file.write(json.dumps(plain(row), ensure_ascii=False, default=str) + "\n")
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(plain(dict(results)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def print_results(results: Mapping[str, Any], console: Any) -> None:
+    """The metrics as a table, the confusion matrix beneath."""
+    from rich.table import Table
+
+    head = f"{results['task']} on {results['rows']:,} rows of {results['data']}"
+    console.print(f"{results['model']}: {head}", soft_wrap=True, markup=False)
+    table = Table()
+    table.add_column("metric")
+    for name in (f"value ({share(results)})", *(("base", "difference", "p") if "base" in results else ())):
+        table.add_column(name, justify="right")
+    for name, found in results["metrics"].items():
+        cells = [name, _cell(found)]
+        if "base" in results:
+            difference = results["difference"][name]
+            cells += [_cell(results["base"]["metrics"][name]), _cell(difference, "+"), f"{difference.p_value:.3g}"]
+        table.add_row(*cells)
+    console.print(table)
+    for name, found in (("", results), ("base: ", results.get("base", {}))):
+        if "confusion_matrix" in found:
+            labels = found["labels"]
+            console.print(f"{name}true class (rows), chosen class (columns)")
+            matrix = Table()
+            for label in ("", *labels):
+                matrix.add_column(label, justify="right")
+            for label, row in zip(labels, found["confusion_matrix"], strict=True):
+                matrix.add_row(label, *map(str, row))
+            console.print(matrix)
+
+
+def share(results: Mapping[str, Any]) -> str:
+    return f"{100 * results['confidence']:g} % interval"
+
+
+def _cell(found: Interval | Difference, sign: str = "") -> str:
+    return f"{found.value:{sign}.4g} ({found.low:{sign}.4g} to {found.high:{sign}.4g})"

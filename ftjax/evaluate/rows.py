@@ -1,0 +1,82 @@
+"""The rows that are evaluated, read and formatted as training reads them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ftjax.config import Config
+from ftjax.config.data import SourceConfig
+from ftjax.data.clean import normalizer
+from ftjax.data.example import Example
+from ftjax.data.faults import Faults
+from ftjax.data.find import find
+from ftjax.data.formats import EmptyRow, Reader
+from ftjax.data.read import read_rows
+from ftjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row: as an example, and as its file has it."""
+
+    example: Example
+    values: Mapping[str, Any]
+
+    @property
+    def where(self) -> str:
+        return self.example.where
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Answers to compare with. Raises UserError where the row has none."""
+        if not self.example.references:
+            raise UserError(f"{self.where}: the row has no answer to compare with; evaluate.task: loss needs none")
+        return self.example.references
+
+    @property
+    def label(self) -> str:
+        return self.references[0].strip()
+
+
+def sources(config: Config) -> list[SourceConfig]:
+    """Where the rows come from, with `data`'s formats, columns and templates. Raises UserError where nothing is named."""
+    given = config.evaluate.data if config.evaluate.data is not None else config.data.validation
+    if given is None:
+        raise UserError("evaluate: there is no data; name it with --data FILE, evaluate.data or data.validation")
+    return config.data.model_copy(update={"validation": given}).sources("validation")
+
+
+def read_items(config: Config, limit: int | None = None) -> tuple[list[Item], int]:
+    """`(the rows, how many broken or empty ones were left out)`.
+
+    Args:
+        limit: at most so many rows, evenly spread, so that a file in the order of its classes is no trap.
+
+    Raises UserError, with file and line, for a row that is wrong, unless `data.on_error` skips it.
+    """
+    faults, empty, found = Faults(config.data.on_error == "skip"), 0, []
+    normalize = normalizer(config.data.unicode_normalization)
+    for number, source in enumerate(sources(config)):
+        reader = None
+        for row in read_rows(source, faults, found=find(source)):
+            reader = reader or Reader(source, row, normalize)
+            try:
+                example = reader(row).with_source(number, config.data.prompt_format)
+            except EmptyRow as error:
+                empty += 1
+                if not config.data.drop_empty:
+                    faults(error)
+                    empty -= 1
+                continue
+            except UserError as error:
+                faults(error)
+                continue
+            found.append(Item(example, row.values))
+    if not found:
+        first = f" (the first: {faults.messages[0]})" if faults.messages else ""
+        raise UserError(f"evaluate: no row is left of {sources(config)[0].path}{first}")
+    if limit is not None and limit < len(found):
+        found = [found[i] for i in np.linspace(0, len(found) - 1, limit).round().astype(int)]
+    return found, faults.count + empty

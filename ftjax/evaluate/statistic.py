@@ -1,0 +1,129 @@
+"""How sure a metric is: intervals by the bootstrap, and whether two models differ on the same rows.
+
+A metric is made of what adds up over rows: a mean of the scores and their number, BLEU of n-gram counts, macro F1 of the
+confusion matrix. So a resample is a matrix product, and a corpus metric is resampled as exactly as a mean.
+
+Legend: N rows, R resamples, K statistics.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+BLOCK = 1 << 24  # numbers of the resampling matrix that exist at one time
+
+# sums [R, K] -> each metric [R]
+Combine = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a task says of its rows.
+
+    Attributes:
+        each: of each row, what is written beside its prediction.
+        statistics: float64 [N, K], what is added over rows.
+        combine: turns sums of `statistics` into metrics.
+    """
+
+    each: Sequence[Mapping[str, Any]]
+    statistics: np.ndarray
+    combine: Combine
+    _drawn: dict[tuple[int, int], dict[str, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
+
+    def values(self) -> dict[str, float]:
+        """The metrics of all rows."""
+        return {name: float(value[0]) for name, value in self.combine(self.statistics.sum(0, keepdims=True)).items()}
+
+    def drawn(self, resamples: int, seed: int) -> dict[str, np.ndarray]:
+        """The metrics `[R]` of rows drawn with replacement; remembered, as intervals and differences both need them."""
+        if (resamples, seed) not in self._drawn:
+            self._drawn[resamples, seed] = self.combine(_resampled(self.statistics, resamples, seed))
+        return self._drawn[resamples, seed]
+
+
+def means(each: Sequence[Mapping[str, float]], shown: Sequence[Mapping[str, Any]] | None = None) -> Scores:
+    """Metrics that are means over the rows which have them; `shown` is written to the predictions instead."""
+    names = list(dict.fromkeys(name for row in each for name in row))
+    values = np.array([[float(row.get(name, 0)) for name in names] for row in each]).reshape(len(each), -1)
+    there = np.array([[name in row for name in names] for row in each], np.float64).reshape(len(each), -1)
+    width = len(names)
+
+    def combine(sums: np.ndarray) -> dict[str, np.ndarray]:
+        with np.errstate(invalid="ignore"):  # a resample may hold no row that has the metric
+            found = sums[:, :width] / sums[:, width:]
+        return {name: found[:, column] for column, name in enumerate(names)}
+
+    return Scores(shown if shown is not None else each, np.concatenate([values, there], axis=1), combine)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A metric with the bounds of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Tuned minus base: the interval is the paired bootstrap's, `p_value` the two-sided permutation test's."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+
+
+def intervals(scores: Scores, *, confidence: float, resamples: int, seed: int) -> dict[str, Interval]:
+    """Percentile bootstrap over rows (Efron 1979); the same seed gives the same bounds."""
+    drawn = scores.drawn(resamples, seed)
+    return {name: Interval(value, *_bounds(drawn[name], confidence)) for name, value in scores.values().items()}
+
+
+def compare(base: Scores, tuned: Scores, *, confidence: float, resamples: int, seed: int) -> dict[str, Difference]:
+    """Two models on the same rows, in the same order.
+
+    The interval is that of the differences in resamples of whole rows; the test exchanges the two models' results row by
+    row at random (Noreen 1989, approximate randomisation) and counts how often the difference is as large.
+    """
+    assert base.statistics.shape == tuned.statistics.shape, "the rows of the two models differ"
+    draws = [one.drawn(resamples, seed) for one in (base, tuned)]
+    before, after = base.values(), tuned.values()
+    step = tuned.statistics - base.statistics
+    exchanged = _product(lambda rng, size: rng.integers(0, 2, (size, len(step))), step, resamples, seed + 1)
+    swapped = [one.combine(total) for one, total in (
+        (base, base.statistics.sum(0) + exchanged), (tuned, tuned.statistics.sum(0) - exchanged)
+    )]  # fmt: skip
+    found = {}
+    for name in before:
+        value = after[name] - before[name]
+        low, high = _bounds(draws[1][name] - draws[0][name], confidence)
+        chance = np.abs(swapped[1][name] - swapped[0][name])
+        as_large = np.count_nonzero(chance >= abs(value) - 1e-12)
+        found[name] = Difference(value, low, high, (as_large + 1) / (resamples + 1))
+    return found
+
+
+def _resampled(statistics: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Sums `[R, K]` over N rows drawn with replacement."""
+    rows = len(statistics)
+    return _product(lambda rng, size: rng.multinomial(rows, np.full(rows, 1 / rows), size), statistics, resamples, seed)
+
+
+def _product(draw: Callable, statistics: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    rng, step = np.random.default_rng(seed), max(1, BLOCK // max(1, len(statistics)))
+    parts = [draw(rng, min(step, resamples - start)) @ statistics for start in range(0, resamples, step)]
+    return np.concatenate(parts)
+
+
+def _bounds(drawn: np.ndarray, confidence: float) -> tuple[float, float]:
+    drawn = drawn[~np.isnan(drawn)]
+    if not len(drawn):
+        return float("nan"), float("nan")
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return float(low), float(high)

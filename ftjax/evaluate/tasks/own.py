@@ -1,0 +1,60 @@
+"""A metric of the user's: a Python file with one function."""
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from ftjax.errors import UserError
+from ftjax.evaluate.rows import Item
+from ftjax.evaluate.statistic import Scores, means
+
+ARGUMENTS = ("prediction", "references", "prompt", "row")
+EXPECTED = (
+    "expected one function such as `def brevity(prediction, references): return ...`; it may take prediction (text), "
+    "references (a list of text), prompt (text), row (the columns of the data) and gives a number or {name: number}"
+)
+
+
+def load_metric(path: str) -> Callable[..., Any]:
+    """The one public function that the file defines. Raises UserError where there is none, or several."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"evaluate.task: {path}: no such file; {EXPECTED}")
+    spec = importlib.util.spec_from_file_location("ftjax_own_metric", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path}: it cannot be imported: {type(error).__name__}: {error}") from None
+    found = [
+        value for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    ]  # fmt: skip
+    if len(found) != 1:
+        names = ", ".join(function.__name__ for function in found) or "none"
+        raise UserError(f"{path}: functions found: {names}; {EXPECTED}. Begin the names of helpers with _")
+    unknown = [name for name in inspect.signature(found[0]).parameters if name not in ARGUMENTS]
+    if unknown:
+        raise UserError(f"{path}: {found[0].__name__} takes {', '.join(unknown)}; {EXPECTED}")
+    return found[0]
+
+
+def own(items: Sequence[Item], answers: Sequence[str], function: Callable[..., Any], prompts: Sequence[str]) -> Scores:
+    """Means of what the function gives. Raises UserError where it fails, or gives something else than numbers."""
+    takes, name, found = list(inspect.signature(function).parameters), function.__name__, []
+    for item, answer, prompt in zip(items, answers, prompts, strict=True):
+        given = {"prediction": answer, "references": list(item.references), "prompt": prompt, "row": dict(item.values)}
+        try:
+            value = function(**{key: given[key] for key in takes})
+        except Exception as error:
+            raise UserError(f"{item.where}: {name} failed: {type(error).__name__}: {error}") from None
+        scores = value if isinstance(value, dict) else {name: value}
+        if not scores or not all(isinstance(one, Real) for one in scores.values()):
+            raise UserError(f"{item.where}: {name} gave {value!r}; expected a number or {{name: number}}")
+        found.append({str(key): float(one) for key, one in scores.items()})
+    if len({tuple(sorted(row)) for row in found}) > 1:
+        raise UserError(f"{name} gives different names for different rows; expected the same for all")
+    return means(found)

@@ -1,0 +1,71 @@
+"""What the tests of evaluation share."""
+
+import json
+
+import pytest
+from oracle import Case, make_hf, one_device
+from tiny_tokenizer import save_tokenizer
+
+from ftjax.config import Config
+from ftjax.train.loop import train
+
+WORDS = ["abc", "bad", "cab", "dab", "fed", "ace", "beef", "cafe", "deaf", "face", "fade", "bead"]
+
+
+@pytest.fixture(autouse=True)
+def one_device_here(monkeypatch):
+    """Models are loaded on one device, as on most users' machines."""
+    import ftjax.evaluate.target as target
+
+    monkeypatch.setattr(target, "make_mesh", lambda config: one_device())
+
+
+@pytest.fixture
+def written(tmp_path):
+    """`written("a.jsonl", {...}, {...})` is the path of a file with these rows."""
+
+    def write(name, *rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random Llama of two layers whose tokens are characters."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_hf(Case("llama", "llama"), folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory):
+    """Words, and whether they begin with one of the first three letters."""
+    path = tmp_path_factory.mktemp("rows") / "words.jsonl"
+    rows = [{"prompt": f"{word}:", "completion": "yes" if word[0] in "abc" else "no"} for word in WORDS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(tiny, rows_file, tmp_path_factory):
+    """A LoRA run that has learned the words."""
+    from _pytest.monkeypatch import MonkeyPatch
+
+    import ftjax.train.setup as setup
+
+    folder = tmp_path_factory.mktemp("runs") / "words"
+    config = Config.model_validate({
+        "model": {"path": str(tiny), "dtype": "float32", "compute_dtype": "float32", "remat": "none"},
+        "method": {"name": "lora", "r": 8, "lora_alpha": 16},
+        "data": {"train": str(rows_file), "validation": str(rows_file), "max_length": 32, "contamination": "ignore"},
+        "optimizer": {"learning_rate": 1e-2},
+        "training": {"max_steps": 80, "global_batch_size": 4, "eval_steps": 40, "report_to": [], "logging_steps": 20},
+        "output_dir": str(folder),
+    })  # fmt: skip
+    with MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda config: one_device())
+        train(config)
+    return folder

@@ -1,0 +1,58 @@
+"""Intervals and paired tests against scipy and sacrebleu."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from ftjax.evaluate.statistic import compare, intervals, means
+
+OPTIONS = {"confidence": 0.95, "resamples": 4000, "seed": 1}
+
+
+def scores(values):
+    return means([{"x": float(value)} for value in values])
+
+
+@pytest.fixture(scope="module")
+def two():
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 1, 80)
+    return base, base + rng.normal(0.12, 0.5, 80)
+
+
+def test_interval_is_scipys(two):
+    found = intervals(scores(two[0]), **OPTIONS)["x"]
+    want = scipy.stats.bootstrap((two[0],), np.mean, n_resamples=4000, method="percentile", rng=1).confidence_interval
+    assert found.value == pytest.approx(two[0].mean())
+    np.testing.assert_allclose([found.low, found.high], want, atol=0.015)
+    narrow = intervals(scores(two[0]), **{**OPTIONS, "confidence": 0.5})["x"]
+    assert found.low < narrow.low < narrow.high < found.high
+
+
+def test_the_seed_decides(two):
+    one, same, other = (intervals(scores(two[0]), **{**OPTIONS, "seed": seed})["x"] for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_paired_test_is_scipys(two):
+    found = compare(scores(two[0]), scores(two[1]), **OPTIONS)["x"]
+    want = scipy.stats.permutation_test(
+        two, lambda a, b: np.mean(b) - np.mean(a), permutation_type="samples", n_resamples=4000, rng=3
+    )
+    assert found.value == pytest.approx(want.statistic) and 0.005 < want.pvalue < 0.2
+    assert found.p_value == pytest.approx(want.pvalue, abs=0.012)
+    low, high = scipy.stats.bootstrap(
+        (two[1] - two[0],), np.mean, n_resamples=4000, method="percentile", rng=1
+    ).confidence_interval
+    np.testing.assert_allclose([found.low, found.high], [low, high], atol=0.01)
+
+
+def test_no_difference_has_no_evidence(two):
+    found = compare(scores(two[0]), scores(two[0]), **OPTIONS)["x"]
+    assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
+
+
+def test_rows_that_lack_a_metric_do_not_count():
+    found = means([{"a": 1.0, "b": 1.0}, {"a": 0.0}, {"a": 0.5}])
+    assert found.values() == {"a": 0.5, "b": 1.0}
+    assert intervals(found, **OPTIONS)["b"].low == 1.0
