@@ -68,6 +68,9 @@ Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this; repeatable.", show_default=False)
 ]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Quantization = Annotated[
+    str | None, typer.Option(metavar="KIND", help="int8 or nf4: hold the weights in few bits.", show_default=False)
+]
 
 
 def _version(asked: bool) -> None:
@@ -89,9 +92,10 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     from ftjax.config.load import load_config
 
     settings = load_config(config, overrides or [])
+    from ftjax.evaluate.observe import make_observer
     from ftjax.train.loop import train as run
 
-    run(settings, config_path=config)
+    run(settings, config_path=config, make_observer=make_observer)
 
 
 @app.command()
@@ -174,6 +178,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered at a time.")] = 32,
     dtype: DType = "auto",
+    quantization: Quantization = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Answer prompts, one after the other or many at a time."""
@@ -183,7 +188,7 @@ def generate(
         model, prompt=prompt or (), prompts=prompts, adapter=adapter, revision=revision, tokenizer=tokenizer,
         chat_template=chat_template, system=system, raw=raw, max_new_tokens=max_new_tokens, temperature=temperature,
         top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
-        batch_size=batch_size, dtype=dtype, as_json=as_json,
+        batch_size=batch_size, dtype=dtype, quantization=quantization, as_json=as_json,
     )  # fmt: skip
 
 
@@ -208,6 +213,7 @@ def chat(
     stop: Stop = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: DType = "auto",
+    quantization: Quantization = None,
 ) -> None:
     """Talk to a model."""
     from ftjax.generate.chat import chat as run
@@ -216,6 +222,7 @@ def chat(
         model, adapter=adapter, revision=revision, tokenizer=tokenizer, chat_template=chat_template, system=system,
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, stop=stop or (), seed=seed, dtype=dtype,
+        quantization=quantization,
     )  # fmt: skip
 
 

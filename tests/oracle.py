@@ -16,7 +16,7 @@ from ftjax.config import FullConfig, MeshConfig
 from ftjax.hub.load import load_base, open_model
 from ftjax.hub.model_folder import from_params, model_tensors, write_folder
 from ftjax.mesh import make_mesh
-from ftjax.methods import method_module
+from ftjax.methods import method_of
 from ftjax.models.context import Context
 from ftjax.models.model import Model, build_module
 
@@ -86,7 +86,7 @@ def load(folder: Path, attach: Callable | None = None, mesh=None, dtype=jnp.floa
 
 
 def attach_full(root) -> None:
-    method_module(FullConfig()).attach(root, FullConfig())
+    method_of(FullConfig()).attach(root, FullConfig())
 
 
 def tokens(rows: int, length: int, vocab: int = 96, seed: int = 0) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The configuration of a run: one strict schema, one section a file."""
 
+from pydantic import model_validator
+
 from ftjax.config.base import Section
 from ftjax.config.data import DataConfig
 from ftjax.config.evaluate import EvaluateConfig
@@ -27,3 +29,12 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     mesh: MeshConfig = MeshConfig()
     output_dir: str = "runs/default"
+
+    @model_validator(mode="after")
+    def _quantised_weights_do_not_train(self) -> "Config":
+        if self.model.quantization and self.method.name == "full":
+            raise ValueError(
+                f"model.quantization: {self.model.quantization} is for weights that stay as they are, and method "
+                f"{self.method.name} trains them; use an adapter (method.name: lora), or leave model.quantization out"
+            )
+        return self

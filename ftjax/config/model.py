@@ -26,4 +26,6 @@ class ModelConfig(Section):
     compute_dtype: DType = "bfloat16"
     attention: Attention = "auto"
     remat: Remat = "auto"
-    quantization: Literal["int8", "nf4"] | None = None
+    quantization: Literal["int8", "nf4"] | None = Field(
+        None, description="hold the frozen weights of dense layers in 8 or 4 bits (QLoRA); null: in `dtype`"
+    )

@@ -20,8 +20,8 @@ class TrainingConfig(Section):
     save_total_limit: int = Field(2, ge=1)
     logging_steps: int = Field(10, ge=1)
     seed: int = 42
-    metric_for_best_model: str = "eval/loss"
-    greater_is_better: bool = False
+    metric_for_best_model: str = Field("eval/loss", description="any metric of an evaluation, or the latest train/ one")
+    greater_is_better: bool | None = Field(None, description="null: no for losses and perplexity, yes for all others")
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without improvement before the run stops")
     early_stopping_threshold: float = Field(0.0, ge=0)
     loss_spike_factor: float | None = Field(
@@ -36,6 +36,17 @@ class TrainingConfig(Section):
         if value is None or value == "none":
             return []
         return [value] if isinstance(value, str) else value
+
+    @field_validator("metric_for_best_model")
+    @classmethod
+    def _as_written(cls, name: str) -> str:
+        """TrainingArguments' `loss` and `eval_loss` are `eval/loss` here."""
+        return name if "/" in name else f"eval/{name.removeprefix('eval_')}"
+
+    @property
+    def best_is_greatest(self) -> bool:
+        name = self.metric_for_best_model
+        return not name.endswith(("loss", "perplexity")) if self.greater_is_better is None else self.greater_is_better
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainingConfig":

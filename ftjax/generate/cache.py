@@ -60,7 +60,7 @@ jax.tree_util.register_pytree_node(_Probe, lambda probe: ((), probe.notes), lamb
 def cache_shape(model: Model) -> CacheShape:
     """Found by tracing the model, so that no family has to say it."""
     notes = _Notes()
-    params = {path: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for path, spec in model.specs.items()}
+    params = {path: spec.abstract for path, spec in model.specs.items()}
 
     def trace(params, tokens):
         module = model.bind(params)

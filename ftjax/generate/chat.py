@@ -31,6 +31,7 @@ def chat(
     stop: Sequence[str] = (),
     seed: int = 0,
     dtype: str = "auto",
+    quantization: str | None = None,
 ) -> None:
     """Ask, answer, remember, until /quit.
 
@@ -47,7 +48,10 @@ def chat(
 
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     with notes.status(f"loading {model}"):
-        generator = Generator(model, adapter, revision=revision, tokenizer=tokenizer, chat_template=chat_template, dtype=dtype)
+        generator = Generator(
+            model, adapter, revision=revision, tokenizer=tokenizer, chat_template=chat_template, dtype=dtype,
+            quantization=quantization,
+        )  # fmt: skip
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     asked["repetition_penalty"] = repetition_penalty
     sampling = recommended(generator.settings, asked)

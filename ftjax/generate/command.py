@@ -32,6 +32,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
     dtype: str = "auto",
+    quantization: str | None = None,
     as_json: bool = False,
 ) -> None:
     """Print an answer to each prompt, in order: the text, or one JSON object a line.
@@ -60,7 +61,10 @@ def generate(
 
     notes = Console(stderr=True, highlight=False)
     with notes.status(f"loading {model}"):
-        generator = Generator(model, adapter, revision=revision, tokenizer=tokenizer, chat_template=chat_template, dtype=dtype)
+        generator = Generator(
+            model, adapter, revision=revision, tokenizer=tokenizer, chat_template=chat_template, dtype=dtype,
+            quantization=quantization,
+        )  # fmt: skip
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task("answers", total=len(given))

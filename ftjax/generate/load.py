@@ -16,8 +16,10 @@ from ftjax.hub.load import load_base, open_model
 from ftjax.hub.model_folder import from_source, model_tensors
 from ftjax.hub.peft import attach_adapter, load_adapter
 from ftjax.hub.safetensors import Tensor
-from ftjax.methods import method_module
+from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
+from ftjax.models.quantized import FORMATS
+from ftjax.models.quantized_linear import quantise
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,22 +43,31 @@ def choose_dtype(name: str) -> Any:
 
 
 def load(
-    model_path: str, adapter: Path | None, mesh: Mesh, dtype: Any, *, revision: str | None = None, merge: bool = True
-) -> Loaded:
+    model_path: str, adapter: Path | None, mesh: Mesh, dtype: Any, *, revision: str | None = None, merge: bool = True,
+    quantization: str | None = None,
+) -> Loaded:  # fmt: skip
     """The model in `dtype`; what the adapter trained in float32, or merged where the method can do that.
+
+    With `quantization` (`int8`, `nf4`) dense layers are held in it, and an adapter stays apart.
 
     Raises UserError where model or adapter is missing, damaged or not supported.
     """
     path = resolve_model(model_path, revision)
     config, source = open_model(path)
     root = build_module(config)
+    if quantization is not None and quantization not in FORMATS:
+        raise UserError(f"quantization: {quantization!r} is not known; choose one of {', '.join(FORMATS)}")
     if adapter is None:
+        if quantization:
+            quantise(root, quantization)
         model = Model.of(root, config)
         return Loaded(model, load_base(model, source, mesh, dtype, str(path)), path)
     method = attach_adapter(root, adapter)
+    if quantization:
+        quantise(root, quantization)
     model = Model.of(root, config)
     trained = load_adapter(model, adapter, mesh)
-    if merge and hasattr(method_module(method), "merged"):
+    if merge and not quantization and hasattr(method_of(method), "merged"):
         merged = TensorList(model_tensors(model, from_source(source, trained), trained, method, np.float32))
         plain = Model.of(build_module(config), config)
         return Loaded(plain, load_base(plain, merged, mesh, dtype, str(path)), path)

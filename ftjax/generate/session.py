@@ -48,6 +48,7 @@ class Generator:
     def __init__(
         self, model_path: str, adapter: str | Path | None = None, *, revision: str | None = None, dtype: str = "auto",
         mesh: Mesh | None = None, tokenizer: Any = None, chat_template: str | None = None, merge: bool = True,
+        quantization: str | None = None,
     ):  # fmt: skip
         """Load a model and, where one is given, an adapter.
 
@@ -59,12 +60,16 @@ class Generator:
             tokenizer: where it is not the model's own: one that is loaded, or the folder or Hub id of one.
             chat_template: where it is not the tokenizer's own: a Jinja template, or the path of a .jinja file.
             merge: add the adapter to the weights, which is faster; false keeps it apart.
+            quantization: `int8` or `nf4`: hold the dense layers' weights in few bits, and the adapter apart.
 
         Raises UserError where something is missing, damaged or not supported.
         """
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
         kind = choose_dtype(dtype)
-        loaded = load(model_path, Path(adapter) if adapter else None, mesh, kind, revision=revision, merge=merge)
+        loaded = load(
+            model_path, Path(adapter) if adapter else None, mesh, kind, revision=revision, merge=merge,
+            quantization=quantization,
+        )  # fmt: skip
         if tokenizer is None or isinstance(tokenizer, str):
             settings = ModelConfig(path=model_path, revision=revision, tokenizer=tokenizer, chat_template=chat_template)
             tokenizer = load_tokenizer(_with_adapters_tokenizer(settings, adapter))

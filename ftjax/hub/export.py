@@ -8,17 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.config import Config
+from ftjax.config import Config, LoraConfig
 from ftjax.config.load import load_config
 from ftjax.errors import UserError
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import open_model
 from ftjax.hub.model_folder import from_source, model_tensors, write_folder
 from ftjax.hub.output import replacing
-from ftjax.hub.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter, read_adapter_config
+from ftjax.hub.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter, method_that_reads, read_adapter_config
 from ftjax.hub.safetensors import SafetensorsFolder, Tensor, write_file
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.mesh import make_mesh
+from ftjax.methods import method_named, method_of
+from ftjax.methods.lora import from_saved, scale_of
 from ftjax.models.model import Model, build_module
 
 
@@ -84,6 +86,8 @@ def write_merged(adapter: Path, folder: Path, config: Config) -> None:
     facts, source = open_model(path)
     root = build_module(facts)
     method = attach_adapter(root, adapter)
+    if reason := method_of(method).no_merge:
+        raise UserError(f"export: --merge: {reason}; leave --merge out")
     model = Model.of(root, facts)
     trained = load_adapter(model, adapter, mesh)
     tensors = model_tensors(model, from_source(source, trained), trained, method, jnp.dtype(config.model.dtype))
@@ -97,11 +101,13 @@ def write_portable(adapter: Path, folder: Path) -> None:
     Raises UserError where the adapter has parts that vLLM and llama.cpp do not read.
     """
     saved = read_adapter_config(adapter)
-    source = SafetensorsFolder(adapter, single=WEIGHTS)
+    source = SafetensorsFolder(adapter, single=method_that_reads(adapter, saved).weights_file)
     other = sorted(name for name in source.keys() if not name.endswith((".lora_A.weight", ".lora_B.weight")))
-    if saved["peft_type"] != "LORA" or other:
-        what = f"peft_type {saved['peft_type']}" if saved["peft_type"] != "LORA" else f"tensors such as {other[0]}"
-        raise UserError(f"{adapter}: vLLM and llama.cpp read plain LoRA only, and this adapter has {what}; use --merge instead")
+    if not method_named("lora").reads(saved) or other:
+        method = method_that_reads(adapter, saved)
+        what = f"tensors such as {other[0]}" if method.config is LoraConfig else method.kind
+        instead = "leave --portable out" if method.no_merge else "use --merge instead"
+        raise UserError(f"{adapter}: vLLM and llama.cpp read plain LoRA only, and this adapter has {what}; {instead}")
     layers = sorted(name.removesuffix(".lora_A.weight") for name in source.keys() if name.endswith(".lora_A.weight"))
     ranks = {layer: source.shape(f"{layer}.lora_A.weight")[0] for layer in layers}
     rank = max(ranks.values())
@@ -138,7 +144,4 @@ def write_portable(adapter: Path, folder: Path) -> None:
 
 def _scale(saved: dict, module: str, rank: int) -> float:
     """The factor that this module's update has, by PEFT's rules."""
-    from ftjax.config import LoraConfig
-    from ftjax.methods.lora import from_peft, scale_of
-
-    return scale_of(module, rank, from_peft(LoraConfig(), saved))
+    return scale_of(module, rank, from_saved(LoraConfig(), saved))

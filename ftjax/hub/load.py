@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 
 from ftjax.errors import UserError
 from ftjax.hub.mxfp4 import Mxfp4Source, is_mxfp4
+from ftjax.hub.quantize import quantised_array
 from ftjax.hub.safetensors import SafetensorsFolder
 from ftjax.hub.source import TensorSource
 from ftjax.mesh import sharding
 from ftjax.models.facts import complete_config, read_config
 from ftjax.models.model import Model
 from ftjax.models.param import Layout, Spec
+from ftjax.models.quantized import Quantized
 from ftjax.models.registry import FAMILIES
 
 
@@ -57,7 +59,7 @@ def check_tied(model: Model, source: TensorSource, where: str) -> None:
 def load_params(
     specs: Mapping[str, Spec], source: TensorSource, mesh: Mesh, dtype, where: str, ignored: Sequence[str] = ()
 ) -> dict[str, jax.Array]:
-    """These parameters as sharded arrays: trained ones in float32, frozen ones in `dtype`.
+    """These parameters as sharded arrays: trained ones in float32, frozen ones in `dtype` or quantised, as their row says.
 
     The whole key set is compared first. Raises UserError that lists missing, unused and misshapen tensors.
     """
@@ -127,7 +129,7 @@ def read_block(spec: Spec, source: TensorSource, index: tuple[slice, ...], layou
     return out
 
 
-def _load(spec: Spec, source: TensorSource, mesh: Mesh, have: Container[str]) -> jax.Array:
+def _load(spec: Spec, source: TensorSource, mesh: Mesh, have: Container[str]) -> jax.Array | Quantized:
     """One parameter; each device's shard is read by itself."""
     where = sharding(mesh, spec.path, spec.shape, spec.row.axes)
     if spec.row.ranks is not None:  # layers differ, and adapters are small: put it together on the host
@@ -136,6 +138,8 @@ def _load(spec: Spec, source: TensorSource, mesh: Mesh, have: Container[str]) ->
             whole[piece.index] = source.read(piece.name)
         return jax.make_array_from_callback(spec.shape, where, lambda index: whole[index])
     layout = layout_in(spec, have)
+    if spec.row.quantization is not None:
+        return quantised_array(spec, mesh, lambda index: read_block(spec, source, index, layout))
     # Each shard is asked for once per device; devices that hold the same part share one read.
     return jax.make_array_from_callback(spec.shape, where, lambda index: read_block(spec, source, index, layout, spec.dtype))
 

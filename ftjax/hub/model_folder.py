@@ -13,7 +13,7 @@ from ftjax.hub.gather import host_piece
 from ftjax.hub.load import layout_in, read_block
 from ftjax.hub.safetensors import Tensor, write_model
 from ftjax.hub.source import TensorSource
-from ftjax.methods import method_module
+from ftjax.methods import method_of
 from ftjax.models.model import Model
 from ftjax.models.param import Piece, Spec
 
@@ -50,7 +50,7 @@ def model_tensors(
     Args:
         trained: the adapter's parameters (at least), by path.
     """
-    merge = getattr(method_module(config), "merged", None)
+    merge = method_of(config).merged
     dtype = np.dtype(dtype)
 
     def fetch(path: str, index: tuple) -> np.ndarray:

@@ -15,6 +15,7 @@ from ftjax.hub.card import run_card
 from ftjax.hub.model_folder import from_params, model_tensors, write_folder
 from ftjax.hub.peft import adapter_tensors, write_adapter
 from ftjax.hub.safetensors import Tensor
+from ftjax.methods import method_of
 from ftjax.models.model import Model
 
 
@@ -30,16 +31,16 @@ def write_output(
     data: Sequence[str] = (),
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """What a run leaves: a PEFT folder, or a whole model where the method trains in full.
+    """What a run leaves: an adapter folder, or a whole model where the method trains the base model itself.
 
     Args:
         params: all parameters, frozen ones too.
         source: the base model's folder or file.
         data: lines that say what it was trained on, for the card.
     """
-    whole = config.method.name == "full"
+    whole = not method_of(config.method).adapter
     if jax.process_index():  # arrays that are spread over processes are fetched by all of them together
-        tensors = _whole(model, params, config) if whole else adapter_tensors(model, params)
+        tensors = _whole(model, params, config) if whole else adapter_tensors(model, params, config.method)
         for tensor in tensors:
             tensor.data()
         return

@@ -1,10 +1,11 @@
-"""PEFT folders: `adapter_config.json` and `adapter_model.safetensors`, written and read.
+"""Adapter folders: `adapter_config.json` beside one safetensors file, written and read.
 
-A key is `base_model.model.` plus the Hugging Face name that the parameter's row gives.
+What the two hold is the method's to say (`ftjax.methods.method`): for most of them what PEFT writes, where a key is
+`base_model.model.` plus the Hugging Face name that the parameter's row gives.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -13,74 +14,127 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from ftjax.config import LoraConfig, MethodConfig
+from ftjax.config import MethodConfig
 from ftjax.errors import UserError
 from ftjax.hub.gather import host_piece
-from ftjax.hub.load import load_params
+from ftjax.hub.load import init_params, load_params
 from ftjax.hub.safetensors import SafetensorsFolder, Tensor, write_file
-from ftjax.methods import method_module
+from ftjax.mesh import sharding
+from ftjax.methods import METHODS, method_named, method_of
+from ftjax.methods.method import Fetch, Method, Start, Stored
 from ftjax.models.model import Model
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
 
 
-def adapter_tensors(model: Model, params: Mapping[str, jax.Array]) -> list[Tensor]:
-    """Everything that trains, under PEFT's names, in float32."""
-    return [
-        Tensor(PREFIX + piece.name, piece.shape, np.dtype(np.float32), host_piece(params[path], piece.index, piece.shape))
-        for path, spec in model.trainable.items()
-        for piece in spec.pieces()
-    ]
+def fetch_from(params: Mapping[str, jax.Array]) -> Fetch:
+    """Parts of these parameters on the host."""
+    return lambda path, index: host_piece(params[path], index)()
+
+
+def adapter_tensors(model: Model, params: Mapping[str, jax.Array], config: MethodConfig) -> list[Tensor]:
+    """What an adapter's file holds, in float32: everything that trains, unless the method says otherwise."""
+    method = method_of(config)
+    if method.stored is not None:
+        stored = list(method.stored(config, model, fetch_from(params)))
+    else:
+        stored = [
+            Stored(method.file_name(model, spec, piece), piece.shape, host_piece(params[path], piece.index, piece.shape))
+            for path, spec in model.trainable.items()
+            for piece in spec.pieces()
+        ]
+    return [Tensor(name, shape, np.dtype(np.float32), data) for name, shape, data in stored]
 
 
 def write_adapter(folder: Path, model: Model, params: Mapping[str, jax.Array], config: MethodConfig, base_model: str) -> None:
-    """A folder that `peft.PeftModel.from_pretrained` loads.
+    """A folder that `peft.PeftModel.from_pretrained` (or what else the method's format is made for) loads.
 
     Args:
         base_model: what `base_model_name_or_path` says: a Hub id or a folder.
     """
-    settings = method_module(config).peft_config(config, base_model, model)
+    method = method_of(config)
+    settings = method.saved_config(config, base_model, model)
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    write_file(folder / WEIGHTS, adapter_tensors(model, params))
+    write_file(folder / method.weights_file, adapter_tensors(model, params, config))
+
+
+def start_adapter(
+    model: Model, base: Mapping[str, jax.Array], config: MethodConfig, mesh: Mesh, seed: int, tokenize: Callable
+) -> dict[str, jax.Array]:
+    """The new parameters of a method where training starts.
+
+    Args:
+        base: the base model's parameters, from which some methods start.
+        tokenize: text -> ids, for prompts that start from a text.
+    """
+    new = {path: spec for path, spec in model.specs.items() if spec.row.adapter}
+    params = init_params(new, mesh, seed)
+    method = method_of(config)
+    if method.start is not None:
+        values = method.start(config, model, Start(fetch_from({**base, **params}), tokenize, seed))
+        for path, value in values.items():
+            where = sharding(mesh, path, value.shape, model.specs[path].row.axes)
+            value = np.asarray(value, np.float32)
+            params[path] = jax.make_array_from_callback(value.shape, where, lambda index, value=value: value[index])
+    return params
 
 
 def read_adapter_config(folder: Path) -> dict:
-    """UserError where the folder is not PEFT's."""
+    """UserError where the folder is not an adapter's."""
     path = folder / CONFIG
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
-        raise UserError(f"{folder}: expected a PEFT adapter folder with {CONFIG}; found {found}")
+        raise UserError(f"{folder}: expected an adapter folder with {CONFIG}; found {found}")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(saved, dict) or "peft_type" not in saved:
-        raise UserError(f"{path}: it has no peft_type, so it is not an adapter of PEFT's")
+    if not isinstance(saved, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(saved).__name__}")
     return saved
 
 
-def attach_adapter(root: nnx.Module, folder: Path) -> MethodConfig:
-    """Put an adapter's layers into an abstract model, in place; its settings come back."""
+def method_that_reads(folder: Path, saved: Mapping) -> Method:
+    """The method whose file `adapter_config.json` is; UserError where it is none's."""
+    known = [method_named(name) for name in METHODS]
+    found = next((method for method in known if method.reads(saved)), None)
+    if found is None:
+        if "peft_type" not in saved:
+            raise UserError(f"{folder / CONFIG}: it has no peft_type, so it is not an adapter of PEFT's")
+        kinds = ", ".join(method.kind for method in known if method.kind)
+        raise UserError(f"{folder}: peft_type {saved['peft_type']!r} is not supported; those that are: {kinds}")
+    return found
+
+
+def attach_adapter(root: nnx.Module, folder: Path, config: MethodConfig | None = None) -> MethodConfig:
+    """Put an adapter's layers into an abstract model, in place; its settings come back.
+
+    Args:
+        config: of a run that starts from the folder; UserError where that is for another method.
+    """
     saved = read_adapter_config(folder)
-    if saved["peft_type"] != "LORA":
-        raise UserError(f"{folder}: peft_type {saved['peft_type']!r} is not supported; those that are: LORA")
-    config = method_module(LoraConfig()).from_peft(LoraConfig(adapter_path=str(folder)), saved)
-    method_module(config).attach(root, config)
-    return config
+    method = method_that_reads(folder, saved)
+    if config is not None and not isinstance(config, method.config):
+        raise UserError(f"method.adapter_path: {folder} holds {method.kind}, but method.name is {config.name}")
+    settings = method.from_saved(config or method.config(adapter_path=str(folder)), saved)
+    method.attach(root, settings)
+    return settings
 
 
-class _Prefixed:
-    """An adapter file under the names that the model's rows use."""
+class _AsInModel:
+    """An adapter file under the names that the model's rows use; tensors that it has beyond these keep their own."""
 
-    def __init__(self, folder: Path):
-        if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+    def __init__(self, folder: Path, model: Model, method: Method):
+        if not (folder / method.weights_file).is_file() and (folder / "adapter_model.bin").is_file():
             raise UserError(
                 f"{folder}: its weights are a pickle (adapter_model.bin), which is never loaded; save as safetensors"
             )
-        self._source = SafetensorsFolder(folder, single=WEIGHTS)
-        self._names = {name.removeprefix(PREFIX): name for name in self._source.keys()}
+        self._source = SafetensorsFolder(folder, single=method.weights_file)
+        named = {
+            method.file_name(model, spec, piece): piece.name for spec in model.trainable.values() for piece in spec.pieces()
+        }
+        self._names = {named.get(name, name): name for name in self._source.keys()}
 
     def keys(self) -> list[str]:
         return list(self._names)
@@ -96,5 +150,7 @@ class _Prefixed:
 
 
 def load_adapter(model: Model, folder: Path, mesh: Mesh) -> dict[str, jax.Array]:
-    """The trained parameters of a PEFT folder, float32. Raises UserError where its tensors are not those of the model."""
-    return load_params(model.trainable, _Prefixed(folder), mesh, jnp.float32, where=str(folder))
+    """The trained parameters of an adapter folder, float32. UserError where its tensors are not those of the model."""
+    method = method_that_reads(folder, read_adapter_config(folder))
+    source = _AsInModel(folder, model, method)
+    return load_params(model.trainable, source, mesh, jnp.float32, where=str(folder), ignored=method.ignored)

@@ -1,13 +1,17 @@
-"""What trains: one file a method, each with `attach(root, config)`."""
+"""What trains: one file a method, each of which says in a `METHOD` what it offers."""
 
 import importlib
-from types import ModuleType
 
 from ftjax.config import MethodConfig
+from ftjax.methods.method import Method
 
-METHODS = {"full": "full", "lora": "lora"}
+METHODS = {"full": "full", "lora": "lora"}  # name in the configuration -> file
 
 
-def method_module(config: MethodConfig) -> ModuleType:
-    """The file that implements a method's configuration."""
-    return importlib.import_module(f"ftjax.methods.{METHODS[config.name]}")
+def method_named(name: str) -> Method:
+    return importlib.import_module(f"ftjax.methods.{METHODS[name]}").METHOD
+
+
+def method_of(config: MethodConfig) -> Method:
+    """What the method of a configuration offers."""
+    return method_named(config.name)

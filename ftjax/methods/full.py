@@ -3,6 +3,7 @@
 from flax import nnx
 
 from ftjax.config import FullConfig
+from ftjax.methods.method import Method
 from ftjax.methods.save import train
 from ftjax.models.param import variables
 
@@ -12,3 +13,6 @@ def attach(root: nnx.Module, config: FullConfig) -> None:
     for _, variable in variables(root):
         if isinstance(variable, nnx.Param):
             train(variable)
+
+
+METHOD = Method(FullConfig, attach, adapter=False)

@@ -18,6 +18,7 @@ from flax import nnx
 
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
+from ftjax.methods.method import Method
 from ftjax.methods.save import mark_modules_to_save
 from ftjax.methods.walk import Site, describe, layer_index, linears, matches, refuse_unmatched
 from ftjax.models.context import Context
@@ -156,7 +157,7 @@ def _check(config: LoraConfig, names: list[str]) -> None:
             raise UserError(f"method.layers_to_transform: {absent} do not exist; layers are 0 to {max(exist)}")
 
 
-def peft_config(config: LoraConfig, base_model: str, model: Model) -> dict:
+def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
     """adapter_config.json for PEFT; `all-linear` is written out as the names that it came to.
 
     Args:
@@ -187,10 +188,8 @@ def peft_config(config: LoraConfig, base_model: str, model: Model) -> dict:
     }
 
 
-def from_peft(config: LoraConfig, saved: dict) -> LoraConfig:
+def from_saved(config: LoraConfig, saved: dict) -> LoraConfig:
     """The settings of a PEFT folder, for starting from it. Raises UserError for what ftjax's LoRA does not have."""
-    if saved.get("peft_type") != "LORA":
-        raise UserError(f"{config.adapter_path}: peft_type is {saved.get('peft_type')!r}, but method.name is lora")
     neutral = {"bias": ("none",), "use_dora": (False, None), "target_parameters": (None, []), "layers_pattern": (None, [])}
     neutral |= {"trainable_token_indices": (None, [], {}), "lora_bias": (False, None), "alora_invocation_tokens": (None,)}
     odd = [f"{key} = {saved[key]!r}" for key, allowed in neutral.items() if key in saved and saved[key] not in allowed]
@@ -200,3 +199,14 @@ def from_peft(config: LoraConfig, saved: dict) -> LoraConfig:
     keys += ("layers_to_transform", "modules_to_save")
     values = {key: saved[key] for key in keys if saved.get(key) is not None}
     return LoraConfig(**values, lora_dropout=config.lora_dropout, adapter_path=config.adapter_path)
+
+
+METHOD = Method(
+    LoraConfig,
+    attach,
+    reads=lambda saved: saved.get("peft_type") == "LORA",
+    kind="LORA",
+    saved_config=saved_config,
+    from_saved=from_saved,
+    merged=merged,
+)

@@ -57,7 +57,7 @@ class Model:
     def bind(self, params: Mapping[str, jax.Array]) -> Any:
         """The module with these arrays in it; for use inside jit."""
         leaves = [self.buffers[path] if path in self.buffers else params[path] for path in self.order]
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, jax.tree.leaves(leaves)))
 
     @property
     def trainable(self) -> dict[str, Spec]:

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ftjax.models.quantized import Quantization, Quantized
+
 INDEXED = {"layers"}  # stacked axes: one Hugging Face tensor for each index
 
 
@@ -76,6 +78,7 @@ class Row:
         hf_shape: Hugging Face's shape of one layer's tensor, where memory splits one of its dimensions in two.
         layouts: how checkpoints hold the parameter, where they do it otherwise; the first is what is written. Under
             its own name it can always be read.
+        quantization: how a frozen weight is held in few bits; its value is then a pytree of arrays.
     """
 
     axes: tuple[str | None, ...]
@@ -86,6 +89,7 @@ class Row:
     ranks: tuple[int, ...] | None = None
     hf_shape: tuple[int, ...] | None = None
     layouts: tuple[Layout, ...] = ()
+    quantization: Quantization | None = None
 
 
 def param(shape: tuple[int, ...], axes: tuple[str | None, ...], name: str, dtype=jnp.float32, **row) -> nnx.Param:
@@ -117,7 +121,10 @@ class Stacked(Protocol):
 
 @dataclass(frozen=True)
 class Spec:
-    """A parameter as seen from outside the module tree: where it is, and its row."""
+    """A parameter as seen from outside the module tree: where it is, and its row.
+
+    Shape and dtype are those of the weight; what stands for a quantised one is `abstract`.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -164,6 +171,13 @@ class Spec:
         yield from (self.layers[i] if self.layers else i for i in index[:stacked])
         yield from (text[i] if text else i for i, text in zip(index[stacked:], labels, strict=True))
 
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct | Quantized:
+        """What the parameter's value looks like."""
+        if self.row.quantization is not None:
+            return self.row.quantization.abstract(self.shape)
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
     def written(self) -> Iterator[Piece]:
         """The tensors of the checkpoints that are written."""
         return self.pieces(self.row.layouts[0] if self.row.layouts else None)
@@ -193,5 +207,6 @@ def specs(module: nnx.Module) -> dict[str, Spec]:
             value, name = leaf.get_value(), ".".join(map(str, path))
             above = next((path[:end] for end in range(len(path) - 1) if path[:end] in stacks), None)
             layers = None if above is None else stacks[above].layers_of(path[len(above)])
-            found[name] = Spec(name, tuple(value.shape), jnp.dtype(value.dtype), leaf.row, layers)
+            dtype = jnp.float32 if leaf.row.quantization else value.dtype
+            found[name] = Spec(name, tuple(value.shape), jnp.dtype(dtype), leaf.row, layers)
     return dict(sorted(found.items()))

@@ -7,7 +7,7 @@ are written while training goes on.
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,35 @@ from ftjax.errors import UserError
 from ftjax.hub.output import write_output
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.mesh import spec
+from ftjax.methods import method_of
 from ftjax.train.checkpoint import Checkpoints
 from ftjax.train.progress import Progress, say
 from ftjax.train.setup import Setup, compile_steps, prepare
 from ftjax.train.step import StepMetrics, init_state
-from ftjax.train.track import Tracker
-from ftjax.train.watch import BestMetric, Diverged, LossWatch
+from ftjax.train.track import Observation, Tracker
+from ftjax.train.watch import BestMetric, Diverged, LossWatch, OverfitWatch
 
 # What may differ when a run goes on: it does not change which numbers come out, or only their rounding.
 FREE_TO_CHANGE = (
     "mesh.", "training.logging_steps", "training.save_steps", "training.save_total_limit", "training.report_to",
-    "training.eval_batch_size", "model.remat", "model.attention", "objective.loss_chunk", "output_dir",
+    "training.eval_batch_size", "model.remat", "model.attention", "objective.loss_chunk", "output_dir", "evaluate.",
 )  # fmt: skip
 
 
-def train(config: Config, *, config_path: Path | None = None) -> None:
+# all parameters -> what was measured of them
+Observer = Callable[[Mapping[str, jax.Array]], Observation]
+
+
+def train(
+    config: Config,
+    *,
+    config_path: Path | None = None,
+    make_observer: Callable[[Setup, Any, Split | None], Observer | None] | None = None,
+) -> None:
     """Fine-tune from start, or from the newest checkpoint in `output_dir`, to the end; writes the run folder.
+
+    Args:
+        make_observer: of set-up, tokenizer and validation data; what it gives is called at every evaluation.
 
     Raises UserError for whatever in the configuration, the model or the data is wrong.
     """
@@ -49,7 +62,8 @@ def train(config: Config, *, config_path: Path | None = None) -> None:
     train_split, validation = load_splits(config.data, tokenizer, seed=config.training.seed)
     setup = prepare(config)
     with jax.set_mesh(setup.mesh):
-        Run(setup, tokenizer, train_split, validation, folder, config_path).go()
+        observer = make_observer(setup, tokenizer, validation) if make_observer else None
+        Run(setup, tokenizer, train_split, validation, folder, config_path, observer).go()
 
 
 def open_run_folder(folder: Path, config: Config) -> Config:
@@ -82,10 +96,11 @@ class Run:
     """One run of the loop; what it prints and writes is the run folder of the documentation."""
 
     def __init__(
-        self, setup: Setup, tokenizer: Any, split: Split, validation: Split | None, folder: Path, config_path: Path | None
-    ):
+        self, setup: Setup, tokenizer: Any, split: Split, validation: Split | None, folder: Path, config_path: Path | None,
+        observer: Observer | None = None,
+    ):  # fmt: skip
         self.setup, self.tokenizer, self.split, self.validation, self.folder = setup, tokenizer, split, validation, folder
-        self.config, self.config_path = setup.config, config_path
+        self.config, self.config_path, self.observer = setup.config, config_path, observer
         options = self.options = setup.config.training
         self.epoch_steps = math.ceil(split.rows_per_epoch(0) / options.global_batch_size)
         self.total = options.max_steps or self.steps_of(options.num_train_epochs)
@@ -98,11 +113,14 @@ class Run:
         self.watch = LossWatch(options.loss_spike_factor)
         self.best = BestMetric(
             options.metric_for_best_model,
-            options.greater_is_better,
+            options.best_is_greatest,
             options.early_stopping_patience,
             options.early_stopping_threshold,
         )
+        self.overfit = OverfitWatch()
         self.window = np.zeros(2)  # sums of loss * weight and of weight since the last log
+        self.since_eval = np.zeros(2)  # and since the last evaluation
+        self.latest: dict[str, float] = {}  # metrics of the last log
         self.last_eval = 0
         self.key = jax.random.key(options.seed)
         self.interrupted: str | None = None
@@ -156,12 +174,13 @@ class Run:
                 if pending:
                     self.read(*pending, progress)
                 pending = (step, metrics)
-                evaluate = self.validation is not None and self.options.eval_steps and step % self.options.eval_steps == 0
+                evaluates = self.validation is not None or self.observer is not None
+                evaluate = evaluates and self.options.eval_steps and step % self.options.eval_steps == 0
                 save = step % self.options.save_steps == 0
                 if evaluate or save or self.interrupted or step == self.total:
                     self.read(*pending, progress)  # a bad update must not be saved or called the best
                     pending = None
-                if evaluate or (step == self.total and self.validation is not None):
+                if evaluate or (step == self.total and evaluates):
                     self.evaluate(step, progress)
                 if save or self.interrupted or step == self.total:
                     self.save(step)
@@ -197,6 +216,7 @@ class Run:
         loss, weight, tokens, grad_norm, update_norm, good = (np.asarray(value).item() for value in metrics)
         self.watch.see(step, loss, grad_norm, good)
         self.window += (loss * weight, weight)
+        self.since_eval += (loss * weight, weight)
         progress.update(step, loss, tokens)
         if step % self.options.logging_steps == 0 or step == self.total:
             row = {
@@ -209,34 +229,51 @@ class Run:
                 "train/epoch": step / self.epoch_steps,
             }
             self.window[:] = 0
+            self.latest = row
             self.tracker.log(step, row)
             progress.report(step, row)
 
     def evaluate(self, step: int, progress: Progress) -> None:
-        """Loss and token accuracy over the whole validation set; keeps the best."""
+        """Loss and token accuracy over the whole validation set, and what the observer sees; keeps the best."""
         if self.last_eval == step:
             return
         self.last_eval = step
+        start, row = time.perf_counter(), self.losses() if self.validation is not None else {}
+        if self.observer is not None:
+            seen = self.observer({**self.setup.frozen, **self.state.params})
+            row |= seen.metrics
+            self.tracker.log_texts(step, "eval/generations", seen.texts)
+        row["eval/seconds"] = time.perf_counter() - start
+        self.tracker.log(step, row)
+        progress.report(step, row)
+        progress.skip_time()
+        if "eval/loss" in row:
+            warning = self.overfit.see(step, self.since_eval[0] / max(self.since_eval[1], 1e-9), row["eval/loss"])
+            if warning:
+                say(f"warning: {warning}")
+                self.tracker.warn(step, warning)
+        self.since_eval[:] = 0
+        if self.validation is None and self.best.name not in row:
+            return  # answers to prompts alone say nothing of which step is the best
+        if self.best.see(step, {**self.latest, **row}):
+            self.write("best", step, row)
+
+    def losses(self) -> dict[str, float]:
+        """Over the whole validation set."""
         options = self.options
         rows = options.eval_batch_size or options.global_batch_size // options.gradient_accumulation_steps
         batches = self.validation.batches(
             rows, seed=0, shuffle=False, epochs=1, process_index=jax.process_index(), process_count=jax.process_count()
         )
-        start, sums = time.perf_counter(), np.zeros(3)
+        sums = np.zeros(3)
         for batch in batches:
             sums += np.array(self.eval_step(self.state.params, self.setup.frozen, self.place(batch, None)), np.float64)
         loss = sums[0] / max(sums[1], 1e-9)
-        row = {
+        return {
             "eval/loss": loss,
             "eval/perplexity": math.exp(min(loss, 700.0)),
             "eval/token_accuracy": sums[2] / max(sums[1], 1e-9),
-            "eval/seconds": time.perf_counter() - start,
         }
-        self.tracker.log(step, row)
-        progress.report(step, row)
-        progress.skip_time()
-        if self.best.see(step, row):
-            self.write("best", step, row)
 
     # ---- what is kept ----
 
@@ -250,6 +287,9 @@ class Run:
             "recent_losses": list(self.watch.recent),
             "window": self.window.tolist(),
             "last_eval": self.last_eval,
+            "since_eval": self.since_eval.tolist(),
+            "latest": self.latest,
+            "overfit": self.overfit.state(),
         }
         self.checkpoints.save(step, self.state, meta)
 
@@ -260,6 +300,9 @@ class Run:
         self.watch.recent.extend(meta["recent_losses"])
         self.window[:] = meta["window"]
         self.last_eval = meta["last_eval"]
+        self.since_eval[:] = meta["since_eval"]
+        self.latest = meta["latest"]
+        self.overfit.load(meta["overfit"])
         return meta["step"]
 
     def write(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -302,13 +345,16 @@ class Run:
 def next_commands(folder: Path, config: Config) -> list[str]:
     """What one does with a finished run."""
     final, base = folder / "final", config.model.path
-    adapter = config.method.name != "full"
+    method = method_of(config.method)
+    adapter = method.adapter
     model = f"{base} --adapter {final}" if adapter else str(final)
     merged = folder / "merged" if adapter else final
     lines = [
         f"done; the result is in {final}",
         f"  try it:     ftjax generate {model} --prompt '...'",
     ]
+    if adapter and method.merged is None:
+        return [*lines, f"  in Python:  peft.PeftModel.from_pretrained(model, {str(final)!r}) ({method.no_merge})"]
     if adapter:
         lines.append(f"  one model:  ftjax export {folder} --out {merged} --merge")
     return [

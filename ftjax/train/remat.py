@@ -31,7 +31,7 @@ def saved_bytes(sums_fn: SumsFn, runtime: Runtime, model: Model, policy: str, ro
     """Bytes that the forward pass leaves for the backward pass, beyond the parameters themselves."""
 
     def shapes(specs):
-        return {path: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for path, spec in specs.items()}
+        return {path: spec.abstract for path, spec in specs.items()}
 
     trainable, frozen = shapes(model.trainable), shapes(model.frozen)
     ints, floats = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))

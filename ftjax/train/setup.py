@@ -15,13 +15,15 @@ from ftjax import tree
 from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.hub.fetch import resolve_model
-from ftjax.hub.load import init_params, load_base, open_model
-from ftjax.hub.peft import attach_adapter, load_adapter
+from ftjax.hub.load import load_base, open_model
+from ftjax.hub.peft import attach_adapter, load_adapter, start_adapter
+from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.mesh import make_mesh
-from ftjax.methods import method_module
+from ftjax.methods import method_of
 from ftjax.models.attention import choose
 from ftjax.models.model import Model, build_module
 from ftjax.models.param import variables
+from ftjax.models.quantized_linear import quantise
 from ftjax.objectives import sft
 from ftjax.train.optimizer import frozen_by_groups, make_optimizer, make_schedule
 from ftjax.train.remat import choose_remat
@@ -66,10 +68,11 @@ def build(config: Config) -> tuple[Model, Any, Path, Config]:
     root = build_module(facts)
     adapter = getattr(config.method, "adapter_path", None)
     if adapter:
-        method = attach_adapter(root, Path(adapter)).model_copy(update={"lora_dropout": config.method.lora_dropout})
-        config = config.model_copy(update={"method": method})
+        config = config.model_copy(update={"method": attach_adapter(root, Path(adapter), config.method)})
     else:
-        method_module(config.method).attach(root, config.method)
+        method_of(config.method).attach(root, config.method)
+    if config.model.quantization:
+        quantise(root, config.model.quantization)
     model = Model.of(root, facts)
     frozen = frozen_by_groups(config.optimizer, model.trainable)
     for name, variable in variables(root):
@@ -91,9 +94,15 @@ def prepare(config: Config) -> Setup:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     runtime = Runtime(jnp.dtype(config.model.compute_dtype), choose(config.model.attention, mesh.size), config.model.remat)
     adapter = getattr(config.method, "adapter_path", None)
-    new = {name: spec for name, spec in model.specs.items() if spec.row.adapter}
-    params = load_adapter(model, Path(adapter), mesh) if adapter else init_params(new, mesh, config.training.seed)
     base = load_base(model, source, mesh, jnp.dtype(config.model.dtype), str(path))
+    if adapter:
+        params = load_adapter(model, Path(adapter), mesh)
+    else:
+
+        def tokenize(text: str) -> list[int]:
+            return load_tokenizer(config.model)(text)["input_ids"]
+
+        params = start_adapter(model, base, config.method, mesh, config.training.seed, tokenize)
     params, frozen = tree.split({**base, **params}, lambda name: model.specs[name].row.trainable)
     setup = Setup(config, path, mesh, model, params, frozen, runtime)
     remat = choose_remat(setup.sums_fn, runtime, model, max(1, rows // shards), config.data.max_length)

@@ -1,11 +1,20 @@
 """Where metrics go: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was measured of a model in training: metrics by name, and answers (`prompt`, `text`, and the `reference`)."""
+
+    metrics: Mapping[str, float]
+    texts: Sequence[Mapping[str, str]]
 
 
 class Tracker:
@@ -43,12 +52,41 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
 
+    def log_texts(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
+        """Answers to fixed prompts: a list in metrics.jsonl, text in TensorBoard, a table in W&B."""
+        if self._file is None or not rows:
+            return
+        self._file.write(json.dumps({"step": step, name: [dict(row) for row in rows]}, ensure_ascii=False) + "\n")
+        if self._board is not None:
+            for number, row in enumerate(rows):
+                text = "\n\n".join(f"**{key}**\n\n{_indented(value)}" for key, value in row.items())
+                self._board.add_text(f"{name}/{number}", text, step)
+        if self._wandb is not None:
+            import wandb
+
+            keys = list(dict.fromkeys(key for row in rows for key in row))
+            table = wandb.Table(columns=keys, data=[[row.get(key, "") for key in keys] for row in rows])
+            self._wandb.log({name: table}, step=step)
+
+    def warn(self, step: int, text: str) -> None:
+        """A warning, kept beside the metrics."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, "warning": text}, ensure_ascii=False) + "\n")
+        if self._board is not None:
+            self._board.add_text("warning", text, step)
+
     def close(self) -> None:
         for one in (self._file, self._board):
             if one is not None:
                 one.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _indented(text: str) -> str:
+    """As a Markdown block, which keeps line breaks."""
+    return "\n".join(f"    {line}" for line in text.splitlines()) or "    "
 
 
 def _complete_lines(path: Path) -> list[str]:

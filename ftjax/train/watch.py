@@ -1,5 +1,6 @@
 """The watchdog: notices a loss that is not a number or has jumped, and an evaluation that no longer improves."""
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -44,6 +45,40 @@ class Diverged(UserError):
         )
 
 
+RISES = 2  # evaluations in a row whose loss is higher than the one before
+
+
+class OverfitWatch:
+    """Notices that the validation loss rises while the training loss falls."""
+
+    def __init__(self):
+        self.seen: list[list[float]] = []  # [step, training loss since the evaluation before, validation loss]
+        self.warned = False
+
+    def see(self, step: int, train_loss: float, eval_loss: float) -> str | None:
+        """A warning, where this evaluation gives reason for one that was not given before."""
+        if self.seen and eval_loss < min(row[2] for row in self.seen):
+            self.warned = False
+        self.seen.append([step, train_loss, eval_loss])
+        last = self.seen[-RISES - 1 :]
+        rises = len(last) > RISES and all(a[2] < b[2] for a, b in itertools.pairwise(last))
+        if self.warned or not rises or not last[-1][1] < last[0][1]:
+            return None
+        self.warned = True
+        best = min(self.seen, key=lambda row: row[2])
+        return (
+            f"overfitting: the validation loss rises ({best[2]:.4g} at step {best[0]:.0f}, now {eval_loss:.4g}) while the "
+            f"training loss falls ({last[0][1]:.4g} to {train_loss:.4g}). best/ has the best of them; fewer epochs, a lower "
+            "optimizer.learning_rate, dropout or more data may help, and training.early_stopping_patience ends such a run"
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {"seen": self.seen, "warned": self.warned}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.seen, self.warned = [list(row) for row in state["seen"]], state["warned"]
+
+
 @dataclass
 class BestMetric:
     """Tells whether an evaluation is the best so far, and when to stop waiting for a better one."""
@@ -65,7 +100,7 @@ class BestMetric:
             raise UserError(f"training.metric_for_best_model: {self.name!r} is not measured; there are {', '.join(metrics)}")
         value = metrics[self.name]
         sign = 1 if self.greater_is_better else -1
-        if self.value is None or sign * (value - self.value) > self.threshold:
+        if not math.isnan(value) and (self.value is None or sign * (value - self.value) > self.threshold):
             self.value, self.step, self.waited = value, step, 0
             return True
         self.waited += 1

@@ -8,7 +8,7 @@ import pytest
 from oracle import Case, hf_config
 
 from ftjax.config import LoraConfig
-from ftjax.methods import method_module
+from ftjax.methods import method_of
 from ftjax.models.context import Context
 from ftjax.models.facts import complete_config
 from ftjax.models.model import Model, build_module
@@ -31,7 +31,7 @@ def operations(family: str, layers: int) -> int:
     facts = complete_config(hf_config(Case(family, family, values)).to_dict(), family)
     root = build_module(facts)
     config = LoraConfig(target_modules="all-linear")
-    method_module(config).attach(root, config)
+    method_of(config).attach(root, config)
     model = Model.of(root, facts)
     assert max(spec.stacked[0] for spec in model.specs.values() if spec.stacked) * 6 >= layers
 

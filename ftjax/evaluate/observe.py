@@ -1,0 +1,83 @@
+"""What is measured while a model trains, besides its loss: answers to a few fixed prompts, and the task's metric."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ftjax.data.encode import Encoded
+from ftjax.data.pipeline import Split
+from ftjax.errors import UserError
+from ftjax.evaluate.measure import check, measure
+from ftjax.evaluate.rows import read_items
+from ftjax.generate.session import Generator
+from ftjax.train.setup import Setup
+from ftjax.train.track import Observation
+
+START = 16  # tokens of a text that has no prompt, after which the model goes on
+
+
+def make_observer(setup: Setup, tokenizer: Any, validation: Split | None) -> "Observer | None":
+    """For `ftjax.train.loop.train`; None where the configuration asks for nothing.
+
+    Raises UserError, before anything is trained, where rows or prompts cannot be used.
+    """
+    settings = setup.config.evaluate
+    documents = [document for document, _ in validation.first(settings.training_examples)] if validation else []
+    if not documents and not settings.training_prompts and not settings.training_rows:
+        return None
+    return Observer(setup, tokenizer, documents)
+
+
+class Observer:
+    """`observer(params)` answers and measures with the parameters as they are."""
+
+    def __init__(self, setup: Setup, tokenizer: Any, documents: list[Encoded]):
+        self.config, self.settings = setup.config, setup.config.evaluate
+        self.generator = Generator.of(
+            setup.model, {}, tokenizer, mesh=setup.mesh, dtype=setup.runtime.dtype, source=setup.source
+        )  # fmt: skip
+        self.prompts: list[list[int]] = []
+        self.shown: list[dict[str, str]] = []
+        for text in self.settings.training_prompts:
+            self.prompts.append(self.generator.encode(text, len(self.prompts)))
+            self.shown.append({"prompt": text})
+        for document in documents:
+            prompt, answer = _divided(document)
+            if len(prompt) < self.generator.context:
+                self.prompts.append(prompt)
+                self.shown.append({"prompt": self._text(prompt), "reference": self._text(answer)})
+        self.items = []
+        if self.settings.training_rows:
+            if self.settings.task == "code":
+                raise UserError("evaluate.training_rows: the task code does not run while training; use ftjax evaluate later")
+            check(self.settings, False)
+            self.items, _ = read_items(self.config, self.settings.training_rows)
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.generator.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def __call__(self, params: Mapping[str, jax.Array]) -> Observation:
+        """Args: params: all of them, trained and frozen."""
+        generator = self.generator
+        generator.params = dict(params)
+        try:
+            most = self.settings.training_max_new_tokens
+            answers = generator.generate(self.prompts, max_new_tokens=most) if self.prompts else []
+            texts = [{**shown, "text": answer.text} for shown, answer in zip(self.shown, answers, strict=True)]
+            metrics = measure(generator, self.items, self.config).scores.values() if self.items else {}
+        finally:
+            generator.params = {}  # the next update gives these arrays away
+        # The loss over the whole validation data has these names already.
+        prefix = "eval/task_" if self.settings.task == "loss" else "eval/"
+        return Observation({f"{prefix}{name}": value for name, value in metrics.items()}, texts)
+
+
+def _divided(document: Encoded) -> tuple[list[int], list[int]]:
+    """`(prompt, what follows)`: up to the first trained token, or the beginning of a text that is trained as a whole."""
+    tokens = document.tokens.tolist()
+    first = int(np.flatnonzero(document.weights[1:])[0]) + 1
+    if first == 1:
+        first = min(START, max(1, len(tokens) // 2))
+    return tokens[:first], tokens[first:]

@@ -1,0 +1,221 @@
+"""Frozen weights in 8 or 4 bits, and their matrix product.
+
+`int8`: one scale for each output channel. `nf4`: NormalFloat4 in blocks of 64 with double quantisation (Dettmers et al.
+2023, arXiv:2305.14314, sections 3 and 4), about 4.14 bits a weight. An array is a pytree of its parts, which are stacked,
+scanned and sharded like any other parameters.
+
+Two things differ from bitsandbytes, whose blocks run through a flattened matrix, so that any part of a matrix can be made
+and used by itself: blocks end with the row, and the scales of a row's blocks are rounded to 8 bits in groups of 256 that
+end with the row as well. A group keeps the middle of its scales where bitsandbytes subtracts one mean from all.
+
+qwix's arrays were the first candidate (0.1.8). They have no double quantisation (with bfloat16 scales 4.25 bits a weight,
+which is 100 MB more for an 8B model), and a dimension that does not divide by the block is refused (Llama's 172, 11008).
+
+Legend: R rows, C columns of a matrix in memory.
+"""
+
+import itertools
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 64  # weights that share a scale
+GROUP = 256  # scales that share theirs
+
+# The quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (Dettmers et al. 2023, appendix E).
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+class Part(NamedTuple):
+    """One of the arrays that stand for a weight."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: tuple[str | None, ...]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
+@dataclass(frozen=True)
+class Int8:
+    """`values * scale`; rounded to the nearest of 255 steps, so off by at most half of `scale`.
+
+    Attributes:
+        values: int8 [..., R, C].
+        scale: float32 [..., R, 1], or [..., 1, C] where columns are the outputs.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+    @staticmethod
+    def parts(shape: tuple[int, ...], axes: tuple[str | None, ...], conv1d: bool) -> dict[str, Part]:
+        along = -2 if conv1d else -1  # the inputs
+        scale_shape, scale_axes = list(shape), list(axes)
+        scale_shape[along], scale_axes[along] = 1, None
+        return {
+            "values": Part(shape, jnp.dtype(jnp.int8), axes),
+            "scale": Part(tuple(scale_shape), jnp.dtype(jnp.float32), tuple(scale_axes)),
+        }
+
+    @staticmethod
+    def whole_axis(conv1d: bool) -> int:
+        """The axis of which a part cannot be quantised by itself."""
+        return -2 if conv1d else -1
+
+    @classmethod
+    def of_parts(cls, shape: tuple[int, ...], parts: dict) -> Self:
+        return cls(**parts)
+
+    @classmethod
+    def quantise(cls, weight: jax.Array, conv1d: bool) -> Self:
+        weight = weight.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(weight), axis=cls.whole_axis(conv1d), keepdims=True) / 127
+        return cls(jnp.round(weight / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def dequantise(self, dtype) -> jax.Array:
+        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "scales", "group_scale", "group_middle"], meta_fields=["columns"]
+)
+@dataclass(frozen=True)
+class Nf4:
+    """`NF4[code] * s`, where `s = group_middle + group_scale * scales` is about the largest magnitude of the block.
+
+    Attributes:
+        codes: uint8 [..., R, C / 2]: two columns a byte, the first in the lower half.
+        scales: int8 [..., R, blocks].
+        group_scale, group_middle: float32 [..., R, groups].
+        columns: C.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    group_scale: jax.Array
+    group_middle: jax.Array
+    columns: int
+
+    @staticmethod
+    def parts(shape: tuple[int, ...], axes: tuple[str | None, ...], conv1d: bool) -> dict[str, Part]:
+        rows, columns = shape[:-1], shape[-1]
+        blocks = -(-columns // BLOCK)
+        groups = Part((*rows, -(-blocks // GROUP)), jnp.dtype(jnp.float32), (*axes[:-1], None))
+        return {
+            "codes": Part((*rows, -(-columns // 2)), jnp.dtype(jnp.uint8), axes),
+            "scales": Part((*rows, blocks), jnp.dtype(jnp.int8), axes),
+            "group_scale": groups,
+            "group_middle": groups,
+        }
+
+    @staticmethod
+    def whole_axis(conv1d: bool) -> int:
+        return -1
+
+    @classmethod
+    def of_parts(cls, shape: tuple[int, ...], parts: dict) -> Self:
+        return cls(**parts, columns=shape[-1])
+
+    @classmethod
+    def quantise(cls, weight: jax.Array, conv1d: bool) -> Self:
+        columns = weight.shape[-1]
+        blocks = -(-columns // BLOCK)
+        padding = [(0, 0)] * (weight.ndim - 1) + [(0, blocks * BLOCK - columns)]
+        weight = jnp.pad(weight.astype(jnp.float32), padding).reshape(*weight.shape[:-1], blocks, BLOCK)
+        scales, group_scale, group_middle = _double(jnp.max(jnp.abs(weight), axis=-1))
+        # What the scale came to is what the weights are divided by, so that its own rounding does not add to theirs.
+        s = _scales(scales, group_scale, group_middle)[..., None]
+        weight = weight / jnp.where(s > 0, s, 1)
+        codes = jnp.zeros(weight.shape, jnp.uint8)
+        for low, high in itertools.pairwise(NF4):
+            codes += (weight > (low + high) / 2).astype(jnp.uint8)
+        codes = codes.reshape(*weight.shape[:-2], -1)[..., : columns + columns % 2]
+        return cls(codes[..., 0::2] | codes[..., 1::2] << 4, scales, group_scale, group_middle, columns)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codes.shape[:-1], self.columns)
+
+    def dequantise(self, dtype) -> jax.Array:
+        codes = jnp.stack([self.codes & 15, self.codes >> 4], axis=-1).reshape(*self.codes.shape[:-1], -1)
+        s = jnp.repeat(_scales(self.scales, self.group_scale, self.group_middle), BLOCK, axis=-1)
+        return (_look_up(codes[..., : self.columns]) * s[..., : self.columns]).astype(dtype)
+
+
+def _double(s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The scales of blocks `[..., blocks]` in 8 bits: int8 steps around the middle of each group."""
+    blocks = s.shape[-1]
+    groups = -(-blocks // GROUP)
+    padded = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, groups * GROUP - blocks)], mode="edge")
+    padded = padded.reshape(*s.shape[:-1], groups, GROUP)
+    low, high = jnp.min(padded, axis=-1), jnp.max(padded, axis=-1)
+    middle, step = (low + high) / 2, (high - low) / 254
+    steps = jnp.round((padded - middle[..., None]) / jnp.where(step > 0, step, 1)[..., None])
+    return steps.reshape(*s.shape[:-1], -1)[..., :blocks].astype(jnp.int8), step, middle
+
+
+def _scales(steps: jax.Array, step: jax.Array, middle: jax.Array) -> jax.Array:
+    """float32 `[..., blocks]`."""
+    size = min(GROUP, steps.shape[-1])
+    step, middle = (jnp.repeat(x, size, axis=-1)[..., : steps.shape[-1]] for x in (step, middle))
+    return jnp.maximum(middle + step * steps.astype(jnp.float32), 0)
+
+
+def _look_up(codes: jax.Array) -> jax.Array:
+    """float32 values of uint8 codes, by a tree of selections: a gather from a table of 16 is slow on most devices.
+
+    The first level is arithmetic, because JAX takes arrays that hold nothing but a constant out of a scan and keeps them.
+    """
+    bits = [codes >> bit & 1 for bit in range(4)]
+    first = bits[0].astype(jnp.float32)
+    level = [low + (high - low) * first for low, high in zip(NF4[::2], NF4[1::2], strict=True)]
+    for bit in bits[1:]:
+        level = [jnp.where(bit.astype(bool), high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+    return level[0]
+
+
+Quantized = Int8 | Nf4
+FORMATS: dict[str, type[Int8] | type[Nf4]] = {"int8": Int8, "nf4": Nf4}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a parameter is held.
+
+    Attributes:
+        kind: the format.
+        conv1d: columns are the outputs and rows the inputs, as in GPT-2; otherwise it is the other way round.
+    """
+
+    kind: Literal["int8", "nf4"]
+    conv1d: bool
+
+    def parts(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, Part]:
+        """The arrays that stand for a weight of this shape and with these logical axes."""
+        return FORMATS[self.kind].parts(shape, axes, self.conv1d)
+
+    def of_parts(self, shape: tuple[int, ...], parts: dict) -> Quantized:
+        return FORMATS[self.kind].of_parts(shape, parts)
+
+    def abstract(self, shape: tuple[int, ...]) -> Quantized:
+        parts = self.parts(shape, (None,) * len(shape))
+        return self.of_parts(shape, {name: jax.ShapeDtypeStruct(part.shape, part.dtype) for name, part in parts.items()})
+
+    @property
+    def whole_axis(self) -> int:
+        """The axis of which a part cannot be quantised by itself; -1 or -2."""
+        return FORMATS[self.kind].whole_axis(self.conv1d)
+
+    def quantise(self, weight: jax.Array) -> Quantized:
+        return FORMATS[self.kind].quantise(weight, self.conv1d)

@@ -1,0 +1,170 @@
+"""What is measured while a model trains."""
+
+import json
+import math
+
+import pytest
+from oracle import one_device
+
+import ftjax.train.setup as setup
+from ftjax.config import Config, TrainingConfig
+from ftjax.errors import UserError
+from ftjax.evaluate.command import evaluate
+from ftjax.evaluate.observe import make_observer
+from ftjax.generate.session import Generator
+from ftjax.train.loop import train
+from ftjax.train.watch import BestMetric, OverfitWatch
+
+
+def make_config(tiny, rows_file, out, **over) -> Config:
+    values = {
+        "model": {"path": str(tiny), "dtype": "float32", "compute_dtype": "float32", "remat": "none"},
+        "method": {"name": "lora", "r": 8, "lora_alpha": 16},
+        "data": {"train": str(rows_file), "validation": str(rows_file), "max_length": 32, "contamination": "ignore"},
+        "optimizer": {"learning_rate": 1e-2},
+        "training": {"max_steps": 40, "global_batch_size": 4, "eval_steps": 10, "logging_steps": 5},
+        "evaluate": {"task": "exact_match", "max_new_tokens": 5, "training_max_new_tokens": 6},
+        "output_dir": str(out),
+    }  # fmt: skip
+    for section, more in over.items():
+        values[section] = {**values[section], **more}
+    return Config.model_validate(values)
+
+
+def go(config, monkeypatch):
+    monkeypatch.setattr(setup, "make_mesh", lambda config: one_device())
+    train(config, make_observer=make_observer)
+
+
+def lines(folder, key):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+@pytest.fixture(scope="module")
+def watched(tiny, rows_file, tmp_path_factory):
+    """A run that is watched, and stops by its task's metric."""
+    folder = tmp_path_factory.mktemp("watched")
+    training = {
+        "metric_for_best_model": "exact_match", "early_stopping_patience": 1, "early_stopping_threshold": 0.01, "max_steps": 300
+    }  # fmt: skip
+    more = {"training_rows": 6, "training_prompts": ["abc:"]}
+    with pytest.MonkeyPatch.context() as patch:
+        go(make_config(tiny, rows_file, folder, training=training, evaluate=more), patch)
+    return folder
+
+
+def test_answers_are_those_of_the_model_at_that_step(watched, tiny):
+    """The last ones are what the saved result gives, in metrics.jsonl and in TensorBoard."""
+    found = lines(watched, "eval/generations")
+    assert list(found) == list(lines(watched, "eval/loss"))
+    last = found[max(found)]
+    assert [row.get("reference") for row in last] == [None, "yes</s>", "no</s>"] and last[0]["prompt"] == "abc:"
+    tuned = Generator(str(tiny), watched / "final", dtype="float32")
+    prompts = [tuned.encode("abc:"), tuned.encode("abc:"), tuned.encode("bad:")]
+    assert last[1]["prompt"] == "<s>abc:"
+    assert last[0]["text"] == tuned.generate(prompts[:1], max_new_tokens=6)[0].text == last[1]["text"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(watched / "tensorboard"))
+    events.Reload()
+    board = events.Tensors("eval/generations/1/text_summary")
+    assert [event.step for event in board] == list(found) and "abc:" in str(board[-1].tensor_proto.string_val[0])
+
+
+def test_the_tasks_metric_chooses_and_stops(watched):
+    """best/ is where exact_match was highest, the run ends an evaluation later, and the metric is `ftjax evaluate`'s."""
+    metric = lines(watched, "eval/exact_match")
+    best = min(step for step, value in metric.items() if value == max(metric.values()))
+    assert metric[best] > metric[10] and max(metric) == best + 10 < 300
+    assert f"{best} optimizer steps" in (watched / "best" / "README.md").read_text()
+    found = evaluate(str(watched / "best"), limit=6, out=watched / "here")
+    assert found["metrics"]["exact_match"].value == metric[best]
+
+
+def test_prompts_without_validation_data(tiny, rows_file, tmp_path, monkeypatch):
+    over = {
+        "data": {"validation": None},
+        "training": {"max_steps": 4, "eval_steps": 2},
+        "evaluate": {"training_prompts": ["a"]},
+    }
+    go(make_config(tiny, rows_file, tmp_path, **over), monkeypatch)
+    assert list(lines(tmp_path, "eval/generations")) == [2, 4] and not (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ({"task": "code", "training_rows": 2}, "not run while training"),
+        ({"task": "numeric_answer", "training_rows": 2}, "holds no number"),
+        ({"training_prompts": ["a" * 100]}, "prompt 1 has 101 tokens"),
+    ],
+)
+def test_refused(tiny, rows_file, tmp_path, monkeypatch, over, says):
+    with pytest.raises(UserError, match=says):
+        go(make_config(tiny, rows_file, tmp_path, training={"max_steps": 2, "eval_steps": 1}, evaluate=over), monkeypatch)
+
+
+# ---- the watchers ----
+
+
+def test_best_up_and_down():
+    up = BestMetric("x", True, patience=2, threshold=0.1)
+    assert [up.see(n, {"x": x}) for n, x in enumerate([math.nan, 0.5, 0.55, 0.7, 0.75, 0.6])] == [
+        False, True, False, True, False, False
+    ]  # fmt: skip
+    assert up.exhausted and (up.value, up.step) == (0.7, 3)
+    down = BestMetric("x", False, patience=None, threshold=0.0)
+    assert [down.see(n, {"x": x}) for n, x in enumerate([2, 1, 1, 0])] == [True, True, False, True] and not down.exhausted
+    with pytest.raises(UserError, match="'y' is not measured; there are x"):
+        BestMetric("y", False, None, 0).see(1, {"x": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "metric", "greatest"),
+    [
+        ("eval/loss", None, "eval/loss", False), ("eval_loss", None, "eval/loss", False), ("loss", None, "eval/loss", False),
+        ("eval/task_perplexity", None, "eval/task_perplexity", False), ("rougeL", None, "eval/rougeL", True),
+        ("eval/token_accuracy", False, "eval/token_accuracy", False), ("train/loss", None, "train/loss", False),
+    ],
+)  # fmt: skip
+def test_which_way_is_better(name, given, metric, greatest):
+    options = TrainingConfig(metric_for_best_model=name, greater_is_better=given)
+    assert (options.metric_for_best_model, options.best_is_greatest) == (metric, greatest)
+
+
+@pytest.mark.parametrize(
+    ("train_losses", "eval_losses", "warned"),
+    [
+        ([3, 2, 1, 0.5], [2, 1, 1.5, 2], [3]),  # rises twice while training goes on falling
+        ([3, 2, 1, 0.5, 0.2], [2, 1, 1.5, 2, 3], [3]),  # said once
+        ([3, 2, 1, 1, 0.9, 0.8], [2, 1, 1.5, 2, 0.5, 0.6], [3]),
+        ([5, 4, 3, 2, 1, 0.9, 0.8], [2, 1, 1.5, 2, 0.5, 0.6, 0.7], [3, 6]),  # a new best, and then again
+        ([3, 2, 1, 0.5], [2, 1, 1.5, 1.4], []),  # one rise is noise
+        ([3, 2, 3, 4], [2, 1, 1.5, 2], []),  # both rise: that is no overfitting
+    ],
+)
+def test_overfitting(train_losses, eval_losses, warned):
+    watch, found = OverfitWatch(), []
+    for step, (a, b) in enumerate(zip(train_losses, eval_losses, strict=True)):
+        state = json.loads(json.dumps(watch.state()))  # as a checkpoint keeps it
+        watch = OverfitWatch()
+        watch.load(state)
+        if said := watch.see(step, a, b):
+            found.append(step)
+            assert "at step 1" in said or "at step 4" in said
+    assert found == warned
+
+
+def test_a_run_that_overfits_says_so(tiny, tmp_path, monkeypatch, capsys):
+    for name, letters in (("train", "abcd"), ("validation", "wxyz")):
+        rows = [{"prompt": f"{a}{b}:", "completion": f"{b}{a}"} for a in letters for b in letters]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "validation.jsonl")}
+    config = make_config(
+        tiny, tmp_path / "train.jsonl", tmp_path / "run", data=data, evaluate={"training_examples": 0},
+        training={"max_steps": 40, "eval_steps": 5},
+    )  # fmt: skip
+    go(config, monkeypatch)
+    (said,) = lines(tmp_path / "run", "warning").values()
+    assert "overfitting" in said and f"warning: {said}" in capsys.readouterr().out
