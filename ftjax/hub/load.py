@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from ftjax.errors import UserError
 from ftjax.hub.mxfp4 import Mxfp4Source, is_mxfp4
-from ftjax.hub.quantize import quantised_array
+from ftjax.hub.quantize import abstract_quantised, quantised_array
 from ftjax.hub.safetensors import SafetensorsFolder
 from ftjax.hub.source import TensorSource
 from ftjax.mesh import sharding
@@ -67,9 +67,21 @@ def load_params(
     # Largest first: the one parameter that exists twice for a moment, on its way to the device, is then no addition
     # to a nearly complete model.
     order = sorted(specs, key=lambda path: -specs[path].size)
-    stored = {path: jnp.float32 if specs[path].row.trainable else dtype for path in order}
     have = set(source.keys())
-    return {path: _load(specs[path].astype(stored[path]), source, mesh, have) for path in order}
+    return {path: _load(stored(specs[path], dtype), source, mesh, have) for path in order}
+
+
+def stored(spec: Spec, dtype) -> Spec:
+    """A parameter in the dtype in which a run holds it: trained ones are float32 masters, frozen ones are in `dtype`."""
+    return spec.astype(jnp.float32 if spec.row.trainable else dtype)
+
+
+def abstract_param(spec: Spec, mesh: Mesh, dtype) -> jax.ShapeDtypeStruct | Quantized:
+    """What a run holds of a parameter, as a shape with its sharding. Raises UserError where a size does not divide."""
+    where = sharding(mesh, spec.path, spec.shape, spec.row.axes)
+    if spec.row.quantization is not None:
+        return abstract_quantised(spec, mesh)
+    return jax.ShapeDtypeStruct(spec.shape, stored(spec, dtype).dtype, sharding=where)
 
 
 def check_keys(specs: Mapping[str, Spec], source: TensorSource, ignored: Sequence[str], where: str) -> None:

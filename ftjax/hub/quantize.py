@@ -41,6 +41,13 @@ def quantised_array(spec: Spec, mesh: Mesh, read: Callable[[tuple[slice, ...]], 
     return how.of_parts(shape, arrays)
 
 
+def abstract_quantised(spec: Spec, mesh: Mesh) -> Quantized:
+    """What `quantised_array` gives, as shapes with shardings."""
+    parts = spec.row.quantization.parts(spec.shape, spec.row.axes)
+    shapes = {name: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=_where(mesh, part)) for name, part in parts.items()}
+    return spec.row.quantization.of_parts(spec.shape, shapes)
+
+
 def _where(mesh: Mesh, part: Part) -> NamedSharding:
     """Like the weight itself; an axis of its scales that does not divide is on every device."""
     axes = [

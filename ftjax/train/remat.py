@@ -11,17 +11,18 @@ from ftjax.train.step import Runtime, SumsFn
 SHARE = 0.5  # of the device's memory may go to activations
 
 
-def choose_remat(sums_fn: SumsFn, runtime: Runtime, model: Model, rows: int, length: int) -> str:
+def choose_remat(sums_fn: SumsFn, runtime: Runtime, model: Model, rows: int, length: int, memory: int | None = None) -> str:
     """`none`, `dots` or `full`: what is asked for, or the first whose saved activations fit.
 
     The size is exact: the bytes of everything that the backward pass of one device's microbatch keeps, from shapes alone.
 
     Args:
         rows: rows of a microbatch on one device.
+        memory: bytes of the device; None for this process's own.
     """
     if runtime.remat != "auto":
         return runtime.remat
-    budget = SHARE * device_memory()
+    budget = SHARE * (memory or device_memory())
     return next(
         (policy for policy in ("none", "dots") if saved_bytes(sums_fn, runtime, model, policy, rows, length) < budget), "full"
     )

@@ -1,6 +1,11 @@
-"""From a configuration to everything that a run needs on its devices."""
+"""From a configuration to everything that a run needs on its devices.
+
+A `Design` comes from config.json alone: the model with its method, a mesh, and where every array lies. The same design is
+what `ftjax plan` compiles for chips that are not there, and what a run loads weights into.
+"""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +18,13 @@ from jax.sharding import Mesh
 
 from ftjax import tree
 from ftjax.config import Config
+from ftjax.data.pipeline import KEYS
 from ftjax.errors import UserError
 from ftjax.hub.fetch import resolve_model
-from ftjax.hub.load import load_base, open_model
+from ftjax.hub.load import abstract_param, load_base, open_model
 from ftjax.hub.peft import attach_adapter, load_adapter, start_adapter
 from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.mesh import make_mesh
+from ftjax.mesh import make_mesh, replicated, sharding
 from ftjax.methods import method_of
 from ftjax.models.attention import choose
 from ftjax.models.model import Model, build_module
@@ -27,19 +33,16 @@ from ftjax.models.quantized_linear import quantise
 from ftjax.objectives import sft
 from ftjax.train.optimizer import frozen_by_groups, make_optimizer, make_schedule
 from ftjax.train.remat import choose_remat
-from ftjax.train.step import Runtime, SumsFn, TrainState, init_state, make_eval_step, make_train_step
+from ftjax.train.step import Runtime, SumsFn, TrainState, abstract_state, init_state, make_eval_step, make_train_step
 
 
 @dataclass
-class Setup:
-    """A model with its method, on a mesh, with weights."""
+class Design:
+    """A model with its method on a mesh, as shapes."""
 
     config: Config
-    source: Path  # the base model's folder or file
     mesh: Mesh
     model: Model
-    params: dict[str, jax.Array]  # trained
-    frozen: dict[str, jax.Array]
     runtime: Runtime
 
     @property
@@ -52,19 +55,53 @@ class Setup:
         total = trained + sum(spec.size for spec in self.model.frozen.values())
         return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
 
+    def abstract_params(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`(trained, frozen)` parameters by path, as shapes with their dtypes and shardings."""
+        dtype = jnp.dtype(self.config.model.dtype)
+        found = {path: abstract_param(spec, self.mesh, dtype) for path, spec in self.model.specs.items()}
+        return tree.split(found, lambda path: self.model.specs[path].row.trainable)
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """One update's rows `[A, B, T]`, A of them microbatches."""
+        options = self.config.training
+        micro = options.gradient_accumulation_steps
+        shape = (micro, options.global_batch_size // micro, self.config.data.max_length)
+        where = sharding(self.mesh, "training.global_batch_size", shape, (None, "batch", "length"))
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in KEYS.items()}
+
+    def abstract_inputs(self, optimizer: optax.GradientTransformation) -> tuple:
+        """What the train step of `compile_steps` takes, as shapes with shardings: state, frozen, batch, key, limit."""
+        params, frozen = self.abstract_params()
+        everywhere = replicated(self.mesh)
+        key = jax.eval_shape(jax.random.key, 0)
+        return (
+            abstract_state(params, optimizer),
+            frozen,
+            self.abstract_batch(),
+            jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
+            jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere),
+        )
+
+
+@dataclass
+class Setup(Design):
+    """A design with its weights on the devices."""
+
+    source: Path  # the base model's folder or file
+    params: dict[str, jax.Array]  # trained
+    frozen: dict[str, jax.Array]
+
 
 def _sums(model, chunk, batch_shards, trainable, frozen, batch, ctx):
     """`loss_chunk` counts the tokens of one device; the rows of a batch lie on several."""
     return sft.sums(model, trainable, frozen, batch, ctx, chunk * batch_shards)
 
 
-def build(config: Config) -> tuple[Model, Any, Path, Config]:
-    """The abstract model with its method attached, its tensors' source, and where they are.
+def build(config: Config, facts: Mapping[str, Any]) -> tuple[Model, Config]:
+    """The abstract model of a completed config.json, with its method attached.
 
     A run that starts from a PEFT folder takes that folder's settings; the configuration comes back with them.
     """
-    path = resolve_model(config.model.path, config.model.revision)
-    facts, source = open_model(path)
     root = build_module(facts)
     adapter = getattr(config.method, "adapter_path", None)
     if adapter:
@@ -78,13 +115,19 @@ def build(config: Config) -> tuple[Model, Any, Path, Config]:
     for name, variable in variables(root):
         if name in frozen:
             variable.set_metadata("row", dataclasses.replace(variable.row, trainable=False))
-    return (Model.of(root, facts) if frozen else model), source, path, config
+    return (Model.of(root, facts) if frozen else model), config
 
 
-def prepare(config: Config) -> Setup:
-    """Build, shard and load. Raises UserError for anything in the configuration or the files that is wrong."""
-    mesh = make_mesh(config.mesh)
-    model, source, path, config = build(config)
+def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | None = None) -> Design:
+    """What a run of `config` on `mesh` is made of, from shapes alone.
+
+    Args:
+        facts: config.json as `ftjax.models.facts` completes it.
+        memory: bytes of one device of the mesh, where they are not this process's devices.
+
+    Raises UserError for whatever in the configuration does not fit the model.
+    """
+    model, config = build(config, facts)
     if model.max_positions is not None and config.data.max_length > model.max_positions:
         raise UserError(
             f"data.max_length: {config.data.max_length} tokens are more than the {model.max_positions} positions that this "
@@ -93,6 +136,19 @@ def prepare(config: Config) -> Setup:
     rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     runtime = Runtime(jnp.dtype(config.model.compute_dtype), choose(config.model.attention, mesh.size), config.model.remat)
+    made = Design(config, mesh, model, runtime)
+    remat = choose_remat(made.sums_fn, runtime, model, max(1, rows // shards), config.data.max_length, memory)
+    made.runtime = dataclasses.replace(runtime, remat=remat)
+    return made
+
+
+def prepare(config: Config) -> Setup:
+    """Build, shard and load. Raises UserError for anything in the configuration or the files that is wrong."""
+    mesh = make_mesh(config.mesh)
+    path = resolve_model(config.model.path, config.model.revision)
+    facts, source = open_model(path)
+    made = design(config, facts, mesh)
+    config, model = made.config, made.model
     adapter = getattr(config.method, "adapter_path", None)
     base = load_base(model, source, mesh, jnp.dtype(config.model.dtype), str(path))
     if adapter:
@@ -104,13 +160,10 @@ def prepare(config: Config) -> Setup:
 
         params = start_adapter(model, base, config.method, mesh, config.training.seed, tokenize)
     params, frozen = tree.split({**base, **params}, lambda name: model.specs[name].row.trainable)
-    setup = Setup(config, path, mesh, model, params, frozen, runtime)
-    remat = choose_remat(setup.sums_fn, runtime, model, max(1, rows // shards), config.data.max_length)
-    setup.runtime = dataclasses.replace(runtime, remat=remat)
-    return setup
+    return Setup(config, mesh, model, made.runtime, path, params, frozen)
 
 
-def compile_steps(setup: Setup, steps: int) -> tuple[Any, Any, optax.GradientTransformation, Any]:
+def compile_steps(setup: Design, steps: int) -> tuple[Any, Any, optax.GradientTransformation, Any]:
     """`(train step, evaluation step, optimizer, schedule)` for a run of `steps` updates; the train step donates its state."""
     optimizer = make_optimizer(setup.config.optimizer, setup.model.trainable, steps)
     train = jax.jit(make_train_step(setup.sums_fn, optimizer, setup.runtime), donate_argnums=0)

@@ -100,13 +100,32 @@ def make_eval_step(sums_fn: SumsFn, runtime: Runtime):
 
 
 def init_state(params: dict[str, jax.Array], optimizer: optax.GradientTransformation) -> TrainState:
-    """Moments lie where their parameters lie; scalars are on every device."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    """The state before the first update."""
+    abstract = abstract_state(params, optimizer)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+    opt_state = jax.jit(optimizer.init, out_shardings=placed)(params)
+    return TrainState(params, opt_state, jax.device_put(jnp.int32(0), abstract.step.sharding))
+
+
+def abstract_state(params: Mapping[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
+    """What `init_state` gives, as shapes: moments lie where their parameters lie, scalars are on every device.
+
+    Args:
+        params: arrays, or shapes with shardings.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, dict(params))
     example = next(iter(shardings.values()))
     everywhere = jax.sharding.NamedSharding(example.mesh, jax.sharding.PartitionSpec())
-    abstract = jax.eval_shape(optimizer.init, params)
+    shapes = jax.eval_shape(optimizer.init, params)
     placed = optax.tree.map_params(
-        optimizer, lambda _, where: where, abstract, shardings, transform_non_params=lambda _: everywhere
+        optimizer, lambda _, where: where, shapes, shardings, transform_non_params=lambda _: everywhere
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=placed)(params)
-    return TrainState(params, opt_state, jax.device_put(jnp.int32(0), everywhere))
+
+    def at(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return TrainState(
+        {path: at(leaf, leaf.sharding) for path, leaf in params.items()},
+        jax.tree.map(at, shapes, placed),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+    )

@@ -184,7 +184,7 @@ def compiled_step(model, remat, length, dtype):
     state = TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
     ints, floats = (jax.ShapeDtypeStruct((1, 1, length), kind) for kind in (jnp.int32, jnp.float32))
     batch = {"tokens": ints, "targets": ints, "weights": floats, "positions": ints, "segment_ids": ints}
-    setup = Setup(make_config("none"), None, one_device(), model, {}, {}, None)
+    setup = Setup(make_config("none"), one_device(), model, None, None, {}, {})
     step = make_train_step(setup.sums_fn, optimizer, Runtime(dtype, "xla", remat))
     key, limit = jax.eval_shape(partial(jax.random.key, 0)), jax.ShapeDtypeStruct((), jnp.float32)
     return jax.jit(step, donate_argnums=0).lower(state, frozen, batch, key, limit).compile().memory_analysis()
