@@ -63,7 +63,24 @@ def train(
     setup = prepare(config)
     with jax.set_mesh(setup.mesh):
         observer = make_observer(setup, tokenizer, validation) if make_observer else None
+        check_early_stopping(config, evaluates=validation is not None or observer is not None)
         Run(setup, tokenizer, train_split, validation, folder, config_path, observer).go()
+
+
+def check_early_stopping(config: Config, *, evaluates: bool) -> None:
+    """UserError where a run is to stop by an evaluation that never comes."""
+    options = config.training
+    if options.early_stopping_patience is None:
+        return
+    if options.eval_steps is None:
+        raise UserError(
+            "training.early_stopping_patience: it counts evaluations, and there are none before the end; set eval_steps"
+        )
+    if not evaluates:
+        raise UserError(
+            "training.early_stopping_patience: there is nothing to evaluate; set data.validation (or data.validation_split), "
+            "or evaluate.training_rows with evaluate.data"
+        )
 
 
 def open_run_folder(folder: Path, config: Config) -> Config:
@@ -253,9 +270,10 @@ class Run:
                 say(f"warning: {warning}")
                 self.tracker.warn(step, warning)
         self.since_eval[:] = 0
-        if self.validation is None and self.best.name not in row:
+        measured = {**self.latest, **row}
+        if self.validation is None and self.best.name == "eval/loss" and self.best.patience is None:
             return  # answers to prompts alone say nothing of which step is the best
-        if self.best.see(step, {**self.latest, **row}):
+        if self.best.see(step, measured):
             self.write("best", step, row)
 
     def losses(self) -> dict[str, float]:

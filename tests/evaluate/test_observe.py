@@ -105,6 +105,29 @@ def test_refused(tiny, rows_file, tmp_path, monkeypatch, over, says):
         go(make_config(tiny, rows_file, tmp_path, training={"max_steps": 2, "eval_steps": 1}, evaluate=over), monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("training", "says"),
+    [
+        ({"early_stopping_patience": 1, "eval_steps": None}, "none before the end; set eval_steps"),
+        ({"early_stopping_patience": 1}, "nothing to evaluate; set data.validation"),
+    ],
+)
+def test_early_stopping_that_could_never_stop(tiny, rows_file, tmp_path, monkeypatch, training, says):
+    with pytest.raises(UserError, match=says):
+        go(make_config(tiny, rows_file, tmp_path, data={"validation": None}, training=training), monkeypatch)
+
+
+def test_a_metric_that_nothing_measures(tiny, rows_file, tmp_path, monkeypatch):
+    """The base's own default, `eval/loss`, is no mistake where prompts are answered; another name is."""
+    over = {"data": {"validation": None}, "evaluate": {"training_prompts": ["a"]}}
+    training = {"max_steps": 2, "eval_steps": 1, "metric_for_best_model": "rouge1"}
+    with pytest.raises(UserError, match="'eval/rouge1' is not measured"):
+        go(make_config(tiny, rows_file, tmp_path / "a", training=training, **over), monkeypatch)
+    training |= {"metric_for_best_model": "train/loss", "logging_steps": 1}
+    go(make_config(tiny, rows_file, tmp_path / "b", training=training, **over), monkeypatch)
+    assert (tmp_path / "b" / "best" / "adapter_config.json").is_file()
+
+
 # ---- the watchers ----
 
 
