@@ -8,9 +8,21 @@ from ftjax.config.base import Section
 
 
 class FullConfig(Section):
-    """Full fine-tuning: every weight trains."""
+    """The model's own weights train: all of them, or a part.
+
+    `train` and `last_layers` add up; `freeze` takes away from what they name. Patterns are regexes that are searched for
+    in Hugging Face's parameter names. `norms` (weights and biases of normalisations) and `biases` (of everything) are
+    words: `train: [norms, biases]` is BitFit (Ben Zaken et al. 2022, arXiv:2106.10199) with norms.
+    """
 
     name: Literal["full"] = "full"
+    train: list[str] | None = Field(None, description="patterns, `norms` or `biases`: what trains; null: everything")
+    freeze: list[str] = Field(default_factory=list, description="patterns, `norms` or `biases`: what does not")
+    last_layers: int | None = Field(None, ge=1, description="train the last so many layers, and else only what `train` names")
+
+    @property
+    def partial(self) -> bool:
+        return bool(self.train is not None or self.freeze or self.last_layers)
 
 
 class LoraConfig(Section):

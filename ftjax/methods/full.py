@@ -1,18 +1,97 @@
-"""Full fine-tuning: every weight of the base model trains, as float32 masters."""
+"""Full fine-tuning: the weights of the base model train, as float32 masters; all of them, or those that are named."""
+
+import re
+from collections.abc import Iterator
 
 from flax import nnx
 
 from ftjax.config import FullConfig
+from ftjax.errors import UserError
 from ftjax.methods.method import Method
 from ftjax.methods.save import train
-from ftjax.models.param import variables
+from ftjax.methods.walk import describe
+from ftjax.models.layers import LayerNorm, RMSNorm
+from ftjax.models.param import Piece, Spec, specs, variables
+from ftjax.models.stack import Stack
 
 
 def attach(root: nnx.Module, config: FullConfig) -> None:
-    """Mark every parameter as trained, in place."""
-    for _, variable in variables(root):
-        if isinstance(variable, nnx.Param):
+    """Mark what trains, in place. Layers of which other parts train are stacked apart.
+
+    Raises UserError for a pattern that no parameter has, and where nothing would train.
+    """
+    chosen = _chosen(root, config)
+    for path, stack in _stacks(root):
+        stack.part(_groups(root, path, len(stack.kinds), chosen))
+    trained = {path for path, spec in specs(root).items() if any(piece.name in chosen for piece in spec.pieces())}
+    for path, variable in variables(root):
+        if path in trained:
             train(variable)
+
+
+def _chosen(root: nnx.Module, config: FullConfig) -> set[str]:
+    """The Hugging Face names of what trains."""
+    rows = [(spec, piece) for spec in specs(root).values() for piece in spec.pieces()]
+    names = {piece.name for _, piece in rows}
+    if not config.partial:
+        return names
+    chosen = set().union(*(_named(root, rows, pattern, "train") for pattern in config.train or ()))
+    if config.last_layers is not None:
+        depth = max(len(stack.kinds) for _, stack in _stacks(root))
+        if config.last_layers > depth:
+            raise UserError(f"method.last_layers: {config.last_layers} is more than the {depth} layers of this model")
+        chosen |= {piece.name for spec, piece in rows if spec.stacked and _layer(spec, piece) >= depth - config.last_layers}
+    elif config.train is None:
+        chosen = names
+    for pattern in config.freeze:
+        chosen = chosen - _named(root, rows, pattern, "freeze")
+    if not chosen:
+        raise UserError("method: train, last_layers and freeze leave nothing that trains")
+    return chosen
+
+
+def _named(root: nnx.Module, rows: list[tuple[Spec, Piece]], pattern: str, option: str) -> set[str]:
+    """The parameters that one entry of `train` or `freeze` names."""
+    if pattern == "norms":
+        norms = {".".join(map(str, path)) for path, node in nnx.iter_graph(root) if isinstance(node, RMSNorm | LayerNorm)}
+        found = {piece.name for spec, piece in rows if spec.path.rpartition(".")[0] in norms}
+    elif pattern == "biases":
+        found = {piece.name for spec, piece in rows if spec.row.name.endswith("bias")}
+    else:
+        try:
+            found = {piece.name for _, piece in rows if re.search(pattern, piece.name)}
+        except re.error as error:
+            raise UserError(f"method.{option}: {pattern!r} is not a regular expression: {error}") from None
+    if not found:
+        raise UserError(
+            f"method.{option}: {pattern!r} matches no parameter; the model has {describe(piece.name for _, piece in rows)}"
+        )
+    return found
+
+
+def _stacks(root: nnx.Module) -> Iterator[tuple[str, Stack]]:
+    for path, node in list(nnx.iter_graph(root)):  # listed first: what is done to a stack changes the graph
+        if isinstance(node, Stack):
+            yield ".".join(map(str, path)), node
+
+
+def _layer(spec: Spec, piece: Piece) -> int:
+    """Which layer of the model a tensor of a stacked parameter belongs to."""
+    return spec.layers[piece.index[0]] if spec.layers else piece.index[0]
+
+
+def _groups(root: nnx.Module, stack: str, depth: int, chosen: set[str]) -> tuple[str, ...]:
+    """A name for each layer, the same for layers of which the same parts train."""
+    parts: list[set[str]] = [set() for _ in range(depth)]
+    for path, spec in specs(root).items():
+        if path.startswith(f"{stack}."):
+            for piece in spec.pieces():
+                if piece.name in chosen:
+                    parts[_layer(spec, piece)].add(spec.hf_template)
+    names: dict[frozenset[str], str] = {frozenset(): "frozen"}
+    for part in map(frozenset, parts):
+        names.setdefault(part, "trained" if len(names) == 1 else f"trained{len(names)}")
+    return tuple(names[frozenset(part)] for part in parts)
 
 
 METHOD = Method(FullConfig, attach, adapter=False)

@@ -81,6 +81,34 @@ class Stack(nnx.Module):
         """Which layers of the model are stacked in this block."""
         return tuple(layer for layer, chosen in enumerate(self.choice) if chosen == name)
 
+    def part(self, groups: tuple[str, ...]) -> None:
+        """Stack layers of different groups apart, in place, while the model is abstract.
+
+        Where some layers train and others do not, each then is an array of its own, so that the frozen ones have neither
+        gradient nor moments, and those before the first trained one no backward pass.
+
+        Args:
+            groups: the name of each layer's group; block `<name>_block` becomes `<name>_<group>_block`.
+        """
+        choice = list(self.choice)
+        for name in sorted(set(self.choice)):
+            layers = self.layers_of(name)
+            found = sorted({groups[layer] for layer in layers})
+            if len(found) == 1:
+                continue
+            whole = getattr(self, name)
+            delattr(self, name)
+            for group in found:
+                members = [layer for layer in layers if groups[layer] == group]
+                block, own = nnx.clone(whole), f"{name.removesuffix('block')}{group}_block"
+                for _, variable in variables(block):
+                    value = variable.get_value()
+                    variable.set_value(jax.ShapeDtypeStruct((len(members), *value.shape[1:]), value.dtype))
+                setattr(self, own, block)
+                for layer in members:
+                    choice[layer] = own
+        self.choice = tuple(choice)
+
     def __call__(self, x: jax.Array, ctx: Context, cache: KVCache | None = None):
         """`(x, cache, aux)` after all layers."""
         cut = segments(tuple(zip(self.choice, self.kinds, strict=True)))

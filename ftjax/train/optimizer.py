@@ -80,7 +80,8 @@ def frozen_by_groups(config: OptimizerConfig, specs: Mapping[str, Spec]) -> set[
         elif any(flags):
             raise UserError(
                 f"optimizer.groups: a group freezes some layers of {spec.hf_template.format('*')} and not others; layers are "
-                "stacked in one array, so freeze all of them, or give those layers learning_rate: 0"
+                "stacked in one array, so freeze all of them, give those layers learning_rate: 0, or (with method full) name "
+                "them in method.freeze"
             )
     return frozen
 

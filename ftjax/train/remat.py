@@ -1,6 +1,9 @@
 """`model.remat: auto`: keep all activations where they fit, recompute where they do not."""
 
+import math
 import os
+from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +14,15 @@ from ftjax.train.step import Runtime, SumsFn
 SHARE = 0.5  # of the device's memory may go to activations
 
 
-def choose_remat(sums_fn: SumsFn, runtime: Runtime, model: Model, rows: int, length: int, memory: int | None = None) -> str:
+def choose_remat(
+    sums_fn: SumsFn, runtime: Runtime, model: Model, dtype: Any, rows: int, length: int, memory: int | None = None
+) -> str:
     """`none`, `dots` or `full`: what is asked for, or the first whose saved activations fit.
 
     The size is exact: the bytes of everything that the backward pass of one device's microbatch keeps, from shapes alone.
 
     Args:
+        dtype: of frozen weights.
         rows: rows of a microbatch on one device.
         memory: bytes of the device; None for this process's own.
     """
@@ -24,17 +30,18 @@ def choose_remat(sums_fn: SumsFn, runtime: Runtime, model: Model, rows: int, len
         return runtime.remat
     budget = SHARE * (memory or device_memory())
     return next(
-        (policy for policy in ("none", "dots") if saved_bytes(sums_fn, runtime, model, policy, rows, length) < budget), "full"
+        (policy for policy in ("none", "dots") if saved_bytes(sums_fn, runtime, model, dtype, policy, rows, length) < budget),
+        "full",
     )
 
 
-def saved_bytes(sums_fn: SumsFn, runtime: Runtime, model: Model, policy: str, rows: int, length: int) -> int:
+def saved_bytes(sums_fn: SumsFn, runtime: Runtime, model: Model, dtype: Any, policy: str, rows: int, length: int) -> int:
     """Bytes that the forward pass leaves for the backward pass, beyond the parameters themselves."""
 
     def shapes(specs):
         return {path: spec.abstract for path, spec in specs.items()}
 
-    trainable, frozen = shapes(model.trainable), shapes(model.frozen)
+    trainable, frozen = shapes(model.trainable), shapes({path: spec.astype(dtype) for path, spec in model.frozen.items()})
     ints, floats = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
     batch = {"tokens": ints, "targets": ints, "weights": floats, "positions": ints, "segment_ids": ints}
     runtime = Runtime(runtime.dtype, runtime.attention, policy)
@@ -45,10 +52,10 @@ def saved_bytes(sums_fn: SumsFn, runtime: Runtime, model: Model, policy: str, ro
 
         return jax.vjp(loss, trainable)[1]
 
-    leaves = jax.tree.leaves(jax.eval_shape(residuals, trainable, frozen, batch))
-    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    params = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((trainable, frozen)))
-    return max(0, kept - params)
+    # A parameter that the backward pass reads is among what it keeps, and takes no memory of its own.
+    params = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((trainable, frozen)))
+    kept = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(residuals, trainable, frozen, batch)))
+    return sum(count * math.prod(shape) * dtype.itemsize for (shape, dtype), count in (kept - params).items())
 
 
 def device_memory() -> int:

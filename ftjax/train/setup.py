@@ -137,7 +137,8 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     runtime = Runtime(jnp.dtype(config.model.compute_dtype), choose(config.model.attention, mesh.size), config.model.remat)
     made = Design(config, mesh, model, runtime)
-    remat = choose_remat(made.sums_fn, runtime, model, max(1, rows // shards), config.data.max_length, memory)
+    dtype, rows = jnp.dtype(config.model.dtype), max(1, rows // shards)
+    remat = choose_remat(made.sums_fn, runtime, model, dtype, rows, config.data.max_length, memory)
     made.runtime = dataclasses.replace(runtime, remat=remat)
     return made
 
