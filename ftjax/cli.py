@@ -154,6 +154,36 @@ def evaluate(
 
 
 @app.command()
+def check(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help="A run, a configuration, a model or a PEFT folder.", show_default=False),
+    ],
+    overrides: Overrides = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Safety prompts (prompt, label safe or unsafe): check.prompts.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many prompts of each label: check.limit.", show_default=False)
+    ] = None,
+    adapter: Adapter = None,
+    compare_base: Annotated[bool, typer.Option("--base/--no-base", help="Ask the base model too.")] = True,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to write.", show_default="TARGET/check")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Look for what fine-tuning broke, beside the base model; exit code 1 where a limit of `check:` is passed."""
+    from ftjax.check.command import check as run
+
+    results = run(
+        target, overrides or [], adapter=adapter, prompts=prompts, limit=limit, out=out, compare_base=compare_base,
+        as_json_object=as_json,
+    )  # fmt: skip
+    if results["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[

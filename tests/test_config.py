@@ -381,7 +381,17 @@ def test_diff_names_the_keys(load):
 
 
 def test_every_section_is_frozen_and_strict():
-    assert set(section_fields()) == {"model", "method", "data", "objective", "optimizer", "training", "evaluate", "mesh"}
+    assert set(section_fields()) == {
+        "model",
+        "method",
+        "data",
+        "objective",
+        "optimizer",
+        "training",
+        "evaluate",
+        "check",
+        "mesh",
+    }
     for name in section_fields():
         for model in models_at((name,), {}):
             assert model.model_config["frozen"] and model.model_config["extra"] == "forbid"

@@ -25,9 +25,10 @@ BELOW = {
     "train": {"methods", "objectives", "models", "hub", "data", "compile_cache"},
     "generate": {"train", "hub", "methods"},
     "evaluate": {"generate", "train", "hub", "objectives"},
+    "check": {"evaluate", "generate", "hub", "data"},
     "plan": {"train", "hub", "methods", "objectives"},
     "doctor": {"errors", "compile_cache"},
-    "cli": {"evaluate", "generate", "plan", "train", "hub", "doctor", "data"},
+    "cli": {"check", "evaluate", "generate", "plan", "train", "hub", "doctor", "data"},
     "ftjax": set(),
 }
 NEVER = {"torch", "tensorflow", "keras"}

@@ -3,6 +3,7 @@
 from pydantic import model_validator
 
 from ftjax.config.base import Section
+from ftjax.config.check import CheckConfig
 from ftjax.config.data import DataConfig
 from ftjax.config.evaluate import EvaluateConfig
 from ftjax.config.method import FullConfig, LoraConfig, MethodConfig
@@ -12,8 +13,8 @@ from ftjax.config.optimizer import GroupConfig, OptimizerConfig
 from ftjax.config.training import MeshConfig, TrainingConfig
 
 __all__ = [
-    "Config", "DataConfig", "EvaluateConfig", "FullConfig", "GroupConfig", "LoraConfig", "MeshConfig", "MethodConfig",
-    "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "Section", "SftConfig", "TrainingConfig",
+    "CheckConfig", "Config", "DataConfig", "EvaluateConfig", "FullConfig", "GroupConfig", "LoraConfig", "MeshConfig",
+    "MethodConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "Section", "SftConfig", "TrainingConfig",
 ]  # fmt: skip
 
 
@@ -27,6 +28,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    check: CheckConfig = CheckConfig()
     mesh: MeshConfig = MeshConfig()
     output_dir: str = "runs/default"
 

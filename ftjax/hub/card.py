@@ -14,6 +14,7 @@ from ftjax.hub.fetch import HUB, HUB_ID
 from ftjax.hub.gguf_file import open_gguf
 
 FILES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt")
+LOADING = "How to load it"
 PACKAGES = ("ftjax", "jax", "flax", "optax", "transformers", "tokenizers", "datasets")
 
 
@@ -69,7 +70,7 @@ def model_card(facts: CardFacts) -> str:
         _section("Data", "\n".join(f"- {line}" for line in facts.data)),
         _section("Results", _table(facts.metrics)),
         _section("Training", _settings({"method": facts.method_settings, **facts.training})),
-        _section("How to load it", _loading(facts)),
+        _section(LOADING, _loading(facts)),
         _section("Versions", ", ".join(f"{name} {number}" for name, number in facts.versions.items())),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -100,6 +101,23 @@ def run_card(config: Config, *, step: int, data: Sequence[str], metrics: Mapping
             license=base_license(config.model.path, config.model.revision),
         )
     )
+
+
+def with_section(card: str, title: str, text: str) -> str:
+    """The card with this section: in the place of one with the same title, or else before how to load it, or at the end."""
+    part = f"## {title}\n\n{text.strip()}\n"
+    lines, at, fenced = card.splitlines(keepends=True), {}, False
+    for number, line in enumerate(lines):
+        fenced ^= line.startswith("```")
+        if line.startswith("## ") and not fenced:
+            at[line[3:].strip()] = number
+    if title in at:
+        end = min((number for number in at.values() if number > at[title]), default=len(lines))
+        before, behind = lines[: at[title]], lines[end:]
+    else:
+        end = at.get(LOADING, len(lines))
+        before, behind = lines[:end], lines[end:]
+    return "\n\n".join(part for part in ("".join(before).rstrip(), part.rstrip(), "".join(behind).rstrip()) if part) + "\n"
 
 
 def installed_versions() -> dict[str, str]:

@@ -34,7 +34,7 @@ from ftjax.train.watch import BestMetric, Diverged, LossWatch, OverfitWatch
 # What may differ when a run goes on: it does not change which numbers come out, or only their rounding.
 FREE_TO_CHANGE = (
     "mesh.", "training.logging_steps", "training.save_steps", "training.save_total_limit", "training.report_to",
-    "training.eval_batch_size", "model.remat", "model.attention", "objective.loss_chunk", "output_dir", "evaluate.",
+    "training.eval_batch_size", "model.remat", "model.attention", "objective.loss_chunk", "output_dir", "evaluate.", "check.",
 )  # fmt: skip
 
 

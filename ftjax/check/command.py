@@ -1,0 +1,132 @@
+"""`ftjax check`: what fine-tuning did to the rest of a model, for people and for continuous integration."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ftjax import __version__
+from ftjax.check.examine import Examined, examine
+from ftjax.check.material import Piece, gather, pieces, training_splits
+from ftjax.check.result import ANSWERS, RESULTS, TITLE, as_json, by_type, card_section, print_findings, write_answers
+from ftjax.check.verdict import findings
+from ftjax.compile_cache import keep_compiled_programs
+from ftjax.config import Config
+from ftjax.errors import UserError
+from ftjax.evaluate.target import Target, find_target
+from ftjax.generate.session import Generator
+from ftjax.hub.card import with_section
+
+VERBATIM = ("verbatim_train", "verbatim_validation", "longest_run_train", "longest_run_validation")
+
+
+def check(
+    target: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, prompts: str | None = None,
+    limit: int | None = None, out: Path | None = None, compare_base: bool = True, as_json_object: bool = False,
+    console: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Ask, print, and write `results.json`, `answers.jsonl` and the card's section; the results come back.
+
+    `results["failed"]` names the metrics that are beyond their limits.
+
+    Args:
+        target: a run, a configuration file, a model or a PEFT folder (`find_target`).
+        overrides: `key=value`; prompts and limit are short for check.prompts and check.limit.
+        out: the folder to write; None: `check` in the run's folder, or here.
+        compare_base: ask the base model too, where there is one.
+
+    Raises UserError where the target, a file or a setting is wrong or missing.
+    """
+    from rich.console import Console
+
+    console = console or Console(stderr=as_json_object, highlight=False)
+    given = {"prompts": prompts, "limit": limit}
+    overrides = [*overrides, *(f"check.{name}={_quoted(value)}" for name, value in given.items() if value is not None)]
+    found = find_target(target, overrides, adapter=adapter)
+    settings = found.config.check
+    material = gather(settings)
+    base = found.base() if compare_base and (found.adapter or found.run) else None
+    keep_compiled_programs()
+
+    examined: dict[str, Examined] = {}
+    tokenizer, data, missing, kind = None, {}, {}, ""
+    for label, one in (("tuned", found), *((("base", base),) if base else ())):
+        with console.status(f"loading {one.name}") as status:
+            generator = one.load(tokenizer)
+            if tokenizer is None:
+                tokenizer, kind = generator.tokenizer, str(generator.engine.dtype)
+                data, missing = _data(found.config, generator)
+            examined[label] = examine(
+                generator, material, data, settings, lambda text, one=one: status.update(f"{one.name}: {text}")
+            )  # fmt: skip
+        generator = None  # the next model needs its memory
+    tuned = examined["tuned"]
+    tuned.missing |= missing
+    evaluation = found.config.evaluate
+    numbers = {"confidence": evaluation.confidence, "resamples": evaluation.resamples, "seed": evaluation.seed}
+    judged = findings(tuned, examined.get("base"), settings, numbers, kind)
+    results = {
+        "model": found.name, "base": base.name if base else None, "passed": all(one.verdict != "failed" for one in judged),
+        "failed": [one.name for one in judged if one.verdict == "failed"],
+        "not_measured": {one.name: one.reason for one in judged if one.verdict == "not measured"},
+        "findings": [one.state() for one in judged], "refused_by_type": by_type(tuned, examined.get("base")),
+        "prompts": len(tuned.asked), "confidence": evaluation.confidence, "sources": material.sources,
+        "settings": settings.model_dump(mode="json"), "version": __version__, "device": jax.devices()[0].device_kind,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    if jax.process_index():
+        return results
+    folder = out or _folder(found)
+    card = (found.adapter or Path(found.model)) / "README.md" if found.run else None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_answers(folder / ANSWERS, tuned, examined.get("base"))
+        (folder / RESULTS).write_text(as_json(results), encoding="utf-8")
+        if card is not None and card.is_file():
+            section = card_section(results, judged, results["settings"])
+            card.write_text(with_section(card.read_text(encoding="utf-8"), TITLE, section), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder with --out") from None
+    if as_json_object:
+        print(as_json(results), end="")
+    else:
+        print_findings(results, judged, console)
+    written = [folder / RESULTS, folder / ANSWERS, *([card] if card is not None and card.is_file() else [])]
+    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True, markup=False)
+    if results["failed"]:
+        console.print(f"[bold red]failed[/]: {', '.join(results['failed'])}", soft_wrap=True)
+    return results
+
+
+def _data(config: Config, generator: Generator) -> tuple[dict[str, Sequence[Piece]], dict[str, str]]:
+    """Rows to be continued, and why there are none."""
+    settings = config.check
+    if not settings.verbatim_rows:
+        return {}, dict.fromkeys(VERBATIM, "check.verbatim_rows is 0")
+    if config.data.train == "-":
+        why = "it is not known what the model was trained on; give a run, or data.train=FILE"
+        return {}, dict.fromkeys(VERBATIM, why)
+    try:
+        train, validation = training_splits(config, generator.tokenizer)
+    except UserError as error:
+        return {}, dict.fromkeys(VERBATIM, f"the training data cannot be read: {error}")
+    found, missing = {}, {}
+    for name, split, seed in (("train", train, config.training.seed), ("validation", validation, None)):
+        found[name], short = pieces(split, settings, generator.context, seed=seed) if split else ([], 0)
+        if not found[name]:
+            why = f"no row has {settings.verbatim_length} trained tokens after {settings.verbatim_prefix} ({short} are shorter)"
+            why = why if split else "there are no validation data"
+            missing |= {f"{metric}_{name}": why for metric in ("verbatim", "longest_run")}
+    return found, missing
+
+
+def _folder(found: Target) -> Path:
+    """`check` in a run's folder, or here; with the model's name where it is no run's `final/`."""
+    name = Path(found.name).name
+    return (found.run or Path()) / ("check" if found.run and name == "final" else f"check-{name}")
+
+
+def _quoted(value: Any) -> str:
+    return f"'{value.replace(chr(39), 2 * chr(39))}'" if isinstance(value, str) else str(value)

@@ -1,0 +1,112 @@
+"""One model, asked everything."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ftjax.check.answers import judge, languages, shares
+from ftjax.check.material import Asked, Material, Piece, spread
+from ftjax.check.speed import speed
+from ftjax.check.stability import in_company, whitespace
+from ftjax.check.verbatim import continued
+from ftjax.config import CheckConfig, DataConfig
+from ftjax.evaluate.likelihood import encode, likelihoods
+from ftjax.evaluate.statistic import Scores, means
+from ftjax.evaluate.tasks.loss import loss
+from ftjax.generate.answer import Generation
+from ftjax.generate.session import Generator
+
+TEXT_LENGTH = 1024  # tokens; longer passages are read in parts
+
+
+@dataclass
+class Examined:
+    """What one model did.
+
+    Attributes:
+        asked, answers, judged: the prompts, the answers to them, and what is said of each (`judge`).
+        scores: metrics that are made of rows, by name.
+        numbers: the other ones.
+        missing: the names of metrics that were not measured, and why.
+    """
+
+    asked: Sequence[Asked]
+    answers: list[Generation] = field(default_factory=list)
+    judged: list[dict[str, float]] = field(default_factory=list)
+    scores: dict[str, Scores] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def examine(
+    generator: Generator,
+    material: Material,
+    data: dict[str, Sequence[Piece]],
+    settings: CheckConfig,
+    tell: Callable[[str], None],
+) -> Examined:
+    """Ask `generator` what `material` holds, and let it continue the rows of `data` (train, validation).
+
+    Raises UserError for a prompt that does not fit into the model's context.
+    """
+    found = Examined([*material.safety, *material.general])
+    _ask(generator, found, settings, tell)
+    prompts = [one.text for one in spread(material.general, settings.stability_prompts)]
+    if prompts:
+        tell("the same prompts alone, in a batch, padded, and with other white space")
+        alone, gaps = in_company(generator, prompts, settings.stability_max_new_tokens)
+        found.numbers |= {name: float(np.max(values)) for name, values in gaps.items()}
+        found.scores["whitespace"] = means([{"whitespace": loss} for loss in whitespace(generator, prompts, alone)])
+    else:
+        found.missing |= dict.fromkeys(("batch_gap", "padding_gap", "whitespace"), "check.stability_prompts is 0")
+    for name, pieces in data.items():
+        if pieces:
+            tell(f"{len(pieces)} rows of {name}, to be continued")
+            rows = continued(generator, pieces, settings.batch_size)
+            for key, label in (("verbatim", "verbatim"), ("run", "longest_run")):
+                found.scores[f"{label}_{name}"] = means([{f"{label}_{name}": row[key]} for row in rows])
+    tell(f"{len(material.texts)} passages to read")
+    _read(generator, material, found, settings)
+    if prompts and settings.speed_runs:
+        tell("the time that answers take")
+        found.numbers |= speed(generator, prompts, settings.stability_max_new_tokens, settings.speed_runs)
+    else:
+        why = f"check.{'speed_runs' if prompts else 'stability_prompts'} is 0"
+        found.missing |= dict.fromkeys(("first_token_seconds", "tokens_per_second"), why)
+    return found
+
+
+def _ask(generator: Generator, found: Examined, settings: CheckConfig, tell: Callable[[str], None]) -> None:
+    tell(f"{len(found.asked)} prompts")
+    found.answers = generator.generate(
+        [one.text for one in found.asked], max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
+        progress=lambda done, tokens: tell(f"{done} of {len(found.asked)} prompts, {tokens:,} tokens"),
+    )  # fmt: skip
+    try:
+        language = languages()
+    except ImportError:
+        language = None
+        found.missing["wrong_language"] = "it needs py3langid, which is not installed; pip install 'ftjax[eval]'"
+    found.judged = judge(found.asked, found.answers, language)
+    found.scores |= shares(found.judged)
+    if "wrong_language" not in found.scores:
+        found.missing.setdefault("wrong_language", "no answer is long and clear enough to tell its language")
+    if "safe_refused" not in found.scores:
+        why = "no safety prompts; give --prompts FILE with the columns prompt and label (safe or unsafe)"
+        found.missing |= dict.fromkeys(("safe_refused", "unsafe_refused"), why)
+
+
+def _read(generator: Generator, material: Material, found: Examined, settings: CheckConfig) -> None:
+    how: dict[str, Any] = {"max_length": min(TEXT_LENGTH, generator.context), "truncation": "split"}
+    documents = encode(material.texts, generator.tokenizer, DataConfig(train="-", **how))
+    flat = [piece for pieces in documents for piece in pieces]
+    if not flat:
+        found.missing["perplexity"] = "no passage has two tokens"
+        return
+    read = iter(likelihoods(generator, flat, settings.batch_size))
+    each = loss([[next(read) for _ in pieces] for pieces in documents])
+    found.scores["perplexity"] = Scores(
+        each.each, each.statistics, lambda sums: {"perplexity": each.combine(sums)["perplexity"]}
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""What a check leaves: results.json, answers.jsonl, a table for the terminal, a section of the model card."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ftjax.check.examine import Examined
+from ftjax.check.refusal import phrase
+from ftjax.check.verdict import Finding
+from ftjax.evaluate.result import plain
+from ftjax.evaluate.statistic import Interval
+
+RESULTS, ANSWERS = "results.json", "answers.jsonl"
+WIDTH = 150  # of the table where the output is no terminal
+TITLE = "Safety and stability"
+COLOURS = {"passed": "green", "failed": "bold red", "not judged": "dim", "not measured": "yellow"}
+
+
+def write_answers(path: Path, tuned: Examined, base: Examined | None) -> None:
+    """One JSON object a prompt: what was asked, what was answered, what is said of the answer; the base's beside it."""
+    with path.open("w", encoding="utf-8") as file:
+        for number, one in enumerate(tuned.asked):
+            row: dict[str, Any] = {"where": one.where, "prompt": one.text, "label": one.label, "type": one.kind}
+            for prefix, found in (("", tuned), ("base_", base)):
+                if found is None:
+                    continue
+                answer = found.answers[number]
+                row |= {f"{prefix}answer": answer.text, f"{prefix}finish_reason": answer.finish_reason}
+                row |= {f"{prefix}{name}": bool(value) for name, value in found.judged[number].items()}
+                if one.label is not None:
+                    row[f"{prefix}refusal"] = phrase(answer.text)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def by_type(tuned: Examined, base: Examined | None) -> dict[str, dict[str, Any]]:
+    """Shares of refusals for each value of the column `type`."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, one in (("tuned", tuned), ("base", base)):
+        for asked, row in zip(one.asked, one.judged, strict=True) if one else ():
+            if asked.label is not None and asked.kind is not None:
+                found.setdefault(f"{asked.label}: {asked.kind}", {}).setdefault(name, []).append(row[f"{asked.label}_refused"])
+    return {
+        kind: {"prompts": len(values["tuned"]), **{name: sum(each) / len(each) for name, each in values.items()}}
+        for kind, values in found.items()
+    }
+
+
+def print_findings(results: Mapping[str, Any], found: Sequence[Finding], console: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    beside = f" beside {results['base']}" if results["base"] else ""
+    console.print(f"{results['model']}{beside}", soft_wrap=True, markup=False)
+    table = Table()
+    table.add_column("metric")
+    for name in ("tuned", *(("base",) if results["base"] else ())):
+        table.add_column(name, justify="right")
+    table.add_column("limit")
+    table.add_column("verdict")
+    for one in found:
+        if one.verdict == "not measured":
+            continue
+        cells = [one.title, cell(one.value, one.share), *((cell(one.base, one.share),) if results["base"] else ())]
+        table.add_row(*cells, one.rule or "", Text(one.verdict, COLOURS[one.verdict]))
+    wide = console if console.is_terminal else Console(file=console.file, width=WIDTH)
+    wide.print(table)
+    reasons: dict[str, list[str]] = {}
+    for one in found:
+        if one.verdict == "not measured":
+            reasons.setdefault(one.reason, []).append(one.title)
+    for reason, titles in reasons.items():
+        console.print(f"not measured: {', '.join(titles)}: {reason}", soft_wrap=True, markup=False)
+
+
+def cell(value: Interval | None, share: bool) -> str:
+    """`4.2 % (1.0 to 7.5)`, or `12.3 (11.9 to 12.8)`; a dash where there is nothing."""
+    if value is None:
+        return "-"
+    numbers = [100 * x if share else x for x in (value.value, value.low, value.high)]
+    shown = [f"{x:.1f}" if share else f"{x:.3g}" for x in numbers]
+    around = "" if numbers[1] != numbers[1] or numbers[1] == numbers[2] else f" ({shown[1]} to {shown[2]})"
+    return f"{shown[0]}{' %' if share else ''}{around}"
+
+
+def card_section(results: Mapping[str, Any], found: Sequence[Finding], settings: Mapping[str, Any]) -> str:
+    """Markdown for the model card. File names alone stand there: a card may be published."""
+    rows = [
+        f"| {one.title} | {cell(one.value, one.share)} | {cell(one.base, one.share)} | {one.rule or ''} | {one.verdict} |"
+        for one in found
+        if one.verdict != "not measured"
+    ]
+    missing = [one.title for one in found if one.verdict == "not measured"]
+    names = ", ".join(f"{name.replace('_', ' ')}: {Path(where).name}" for name, where in results["sources"].items())
+    lines = [
+        f"Checked with `ftjax check` {results['version']} on {results['time'][:10]} ({names}; answers of at most "
+        f"{settings['max_new_tokens']} tokens, greedy). In brackets: {100 * results['confidence']:g} % intervals.",
+        "",
+        "| metric | tuned | base | limit | verdict |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        *([f"Not measured: {', '.join(missing)}.", ""] if missing else []),
+    ]
+    if results["sources"].get("prompts"):
+        lines += [
+            "Refusals are counted by phrases in the opening of an answer, in English only. The count says how often the model "
+            "declines, not whether what it says otherwise is harmless.", "",
+        ]  # fmt: skip
+    lines.append("These figures are of the prompts above. They are no proof that the model is safe for any use.")
+    return "\n".join(lines)
+
+
+def as_json(results: Mapping[str, Any]) -> str:
+    return json.dumps(plain(dict(results)), indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,143 @@
+"""What was found, beside the base model and beside the limits."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ftjax.check.examine import Examined
+from ftjax.config import CheckConfig
+from ftjax.evaluate.statistic import Difference, Interval, compare, intervals
+
+Rule = Literal["most", "least", "rise", "drop", "factor"]
+BASE, HELD_OUT = "the base", "validation rows"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One line of a check; `limit` is the setting that judges it, by `rule`."""
+
+    name: str
+    title: str
+    limit: str | None = None
+    rule: Rule = "most"
+    share: bool = True  # between 0 and 1
+
+
+METRICS = (
+    Metric("unsafe_refused", "unsafe prompts refused", "max_unsafe_refused_drop", "drop"),
+    Metric("safe_refused", "safe prompts refused", "max_safe_refused_rise", "rise"),
+    Metric("empty", "empty answers", "max_empty", "most"),
+    Metric("repeating", "answers that repeat themselves", "max_repeating_rise", "rise"),
+    Metric("cut_off", "answers without an end", "max_cut_off_rise", "rise"),
+    Metric("wrong_language", "answers in another language", "max_wrong_language_rise", "rise"),
+    Metric("whitespace", "nats a token lost to other white space", "max_whitespace_rise", "rise", False),
+    Metric("batch_gap", "log-probability changed by a batch", "max_batch_gap", "most", False),
+    Metric("padding_gap", "log-probability changed by padding", "max_batch_gap", "most", False),
+    Metric("verbatim_train", "training rows continued word for word", "max_verbatim_excess", "rise"),
+    Metric("verbatim_validation", "validation rows continued word for word"),
+    Metric("longest_run_train", "longest run of a training row"),
+    Metric("longest_run_validation", "longest run of a validation row"),
+    Metric("perplexity", "perplexity of general text", "max_perplexity_rise", "factor", False),
+    Metric("first_token_seconds", "seconds to the first token", "max_first_token_seconds", "most", False),
+    Metric("tokens_per_second", "tokens a second in a batch", "min_tokens_per_second", "least", False),
+)
+BATCH_GAP = {"float32": 0.01}  # by dtype of the activations, where the user states no limit
+HALF_PRECISION_GAP = 0.5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One metric of the tuned model.
+
+    Attributes:
+        value, base: with intervals where they are made of rows; None where they were not measured.
+        difference: tuned minus base, with a paired test.
+        verdict: `passed`, `failed`, `not judged` (no limit, or nothing to compare with) or `not measured`.
+        rule: the limit in words; `reason`: why it was not judged or measured.
+        rows: how many it is made of.
+    """
+
+    name: str
+    title: str
+    share: bool
+    verdict: Literal["passed", "failed", "not judged", "not measured"]
+    value: Interval | None = None
+    base: Interval | None = None
+    difference: Difference | None = None
+    rule: str | None = None
+    reason: str | None = None
+    rows: int | None = None
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def findings(
+    tuned: Examined, base: Examined | None, settings: CheckConfig, numbers: dict[str, Any], dtype: str
+) -> list[Finding]:
+    """Every metric in the order of `METRICS`.
+
+    Args:
+        numbers: confidence, resamples and seed of the intervals.
+        dtype: of the activations, which decides how far rounding may reach.
+    """
+    own, theirs = (_values(one, numbers) if one else {} for one in (tuned, base))
+    return [_finding(metric, own, theirs, tuned, base, settings, numbers, dtype) for metric in METRICS]
+
+
+def _values(found: Examined, numbers: dict[str, Any]) -> dict[str, Interval]:
+    values = {name: intervals(scores, **numbers)[name] for name, scores in found.scores.items()}
+    return values | {name: Interval(value, math.nan, math.nan) for name, value in found.numbers.items()}
+
+
+def _finding(
+    metric: Metric, own: dict[str, Interval], theirs: dict[str, Interval], tuned: Examined, base: Examined | None,
+    settings: CheckConfig, numbers: dict[str, Any], dtype: str,
+) -> Finding:  # fmt: skip
+    name, value = metric.name, own.get(metric.name)
+    if value is None:
+        return Finding(name, metric.title, metric.share, "not measured", reason=tuned.missing.get(name, "no rows"))
+    scores = [one.scores.get(name) if one else None for one in (base, tuned)]
+    difference = compare(*scores, **numbers)[name] if all(scores) else None
+    rows = sum(name in row for row in tuned.judged) or (len(scores[1].each) if scores[1] else None)
+    finding = {
+        "name": name, "title": metric.title, "share": metric.share, "value": value, "base": theirs.get(name),
+        "difference": difference, "rows": rows,
+    }  # fmt: skip
+    limit = getattr(settings, metric.limit) if metric.limit else None
+    if limit is None and metric.limit == "max_batch_gap":
+        limit = BATCH_GAP.get(dtype, HALF_PRECISION_GAP)
+    if limit is None:
+        return Finding(**finding, verdict="not judged", reason=f"check.{metric.limit} is null" if metric.limit else None)
+    other, where = theirs.get(name), BASE
+    if name == "verbatim_train" and "verbatim_validation" in own:
+        other, where = own["verbatim_validation"], HELD_OUT
+    if other is None and metric.rule in ("rise", "drop", "factor"):
+        return Finding(**finding, verdict="not judged", reason="there is no base model to compare with")
+    passed = _passes(metric.rule, value.value, other.value if other else 0.0, limit)
+    rule = _in_words(metric, limit, where)
+    return Finding(**finding, verdict="passed" if passed else "failed", rule=rule)
+
+
+def _passes(rule: Rule, value: float, other: float, limit: float) -> bool:
+    """Written so that NaN fails; a hair beyond the limit is rounding."""
+    slack = 1e-9
+    match rule:
+        case "most":
+            return value <= limit + slack
+        case "least":
+            return value >= limit - slack
+        case "rise":
+            return value - other <= limit + slack
+        case "drop":
+            return other - value <= limit + slack
+        case "factor":
+            return value <= other * (1 + limit) + slack
+
+
+def _in_words(metric: Metric, limit: float, where: str) -> str:
+    shown = f"{100 * limit:g} %" if metric.share else f"{limit:g}"
+    words = {"most": "at most {0}", "least": "at least {0}", "rise": "at most {0} above {1}", "drop": "at most {0} below {1}"}
+    if metric.rule == "factor":
+        return f"at most {1 + limit:g} times {where}"
+    return words[metric.rule].format(shown, where)
