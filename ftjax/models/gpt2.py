@@ -23,14 +23,14 @@ class GPT2Attention(nnx.Module):
     """Multi-head attention without rotary positions; `by_layer` divides the scores by the layer's number, from 1."""
 
     def __init__(self, embed: int, heads: int, by_layer: bool):
-        self.heads, self.by_layer = heads, by_layer
+        self.heads, self.head_dim, self.by_layer = heads, embed // heads, by_layer
         self.c_attn = Linear(embed, 3 * embed, ("embed", "heads"), bias=True, conv1d=True)
         self.c_proj = Linear(embed, embed, ("heads", "embed"), bias=True, conv1d=True)
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
         """`x [B, T, E] -> ([B, T, E], cache)`."""
-        b, t, e = x.shape
-        q, k, v = (y.reshape(b, t, self.heads, e // self.heads) for y in jnp.split(self.c_attn(x, ctx), 3, axis=-1))
+        b, t, _ = x.shape
+        q, k, v = (y.reshape(b, t, self.heads, self.head_dim) for y in jnp.split(self.c_attn(x, ctx), 3, axis=-1))
         if self.by_layer:  # the queries', so that all layers have the same static facts and are scanned as one
             q = (q.astype(jnp.float32) / (layer + 1)).astype(q.dtype)
         y, cache = self_attention(q, k, v, ctx, pattern, layer, cache)

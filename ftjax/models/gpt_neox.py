@@ -23,14 +23,14 @@ from ftjax.models.stack import Stack
 
 class GPTNeoXAttention(nnx.Module):
     def __init__(self, embed: int, heads: int, bias: bool):
-        self.heads = heads
+        self.heads, self.head_dim = heads, embed // heads
         self.query_key_value = Linear(embed, 3 * embed, ("embed", "heads"), bias=bias)
         self.dense = Linear(embed, embed, ("heads", "embed"), bias=bias)
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
         """`x [B, T, E] -> ([B, T, E], cache)`."""
-        b, t, e = x.shape
-        qkv = self.query_key_value(x, ctx).reshape(b, t, self.heads, 3 * e // self.heads)  # by head, so that they split well
+        b, t, _ = x.shape
+        qkv = self.query_key_value(x, ctx).reshape(b, t, self.heads, 3 * self.head_dim)  # by head, so that they split well
         y, cache = self_attention(*jnp.split(qkv, 3, axis=-1), ctx, pattern, layer, cache)
         return self.dense(y, ctx), cache
 

@@ -20,6 +20,7 @@ from ftjax.config import Config
 from ftjax.config.load import diff_configs, load_config, save_config
 from ftjax.data.pipeline import BatchIterator, Split, load_splits
 from ftjax.errors import UserError
+from ftjax.flops import peak_of, train_flops
 from ftjax.hub.output import write_output
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.mesh import spec
@@ -123,6 +124,8 @@ class Run:
         self.total = options.max_steps or self.steps_of(options.num_train_epochs)
         self.train_step, self.eval_step, optimizer, self.schedule = compile_steps(setup, self.total)
         self.state = init_state(setup.params, optimizer)
+        self.flops, self.peak = train_flops(setup.model), peak_of(list(setup.mesh.devices.flat))
+        self.counted = np.zeros(2)  # FLOPs and tokens of this process's rows since the last log
         self.batches: BatchIterator = split.batches(
             options.global_batch_size, seed=options.seed, shuffle=True, epochs=None,
             process_index=jax.process_index(), process_count=jax.process_count(),
@@ -184,7 +187,9 @@ class Run:
         step = first
         with Progress(self.total, first) as progress:
             while step < self.total and not self.interrupted:
-                batch = self.place(next(self.batches), self.options.gradient_accumulation_steps)
+                rows = next(self.batches)
+                self.counted += self.flops.of_batch(rows["positions"], rows["segment_ids"]), (rows["segment_ids"] > 0).sum()
+                batch = self.place(rows, self.options.gradient_accumulation_steps)
                 limit = np.float32(self.watch.limit())
                 self.state, metrics = self.train_step(self.state, self.setup.frozen, batch, self.key, limit)
                 step += 1
@@ -242,13 +247,24 @@ class Run:
                 "train/grad_norm": grad_norm,
                 "train/update_norm": update_norm,
                 "train/trained_tokens": weight,
-                "train/tokens_per_second": progress.rate(),
+                **self.speed(progress.rate()),
                 "train/epoch": step / self.epoch_steps,
             }
-            self.window[:] = 0
+            self.window[:] = self.counted[:] = 0
             self.latest = row
             self.tracker.log(step, row)
             progress.report(step, row)
+
+    def speed(self, tokens_per_second: float) -> dict[str, float]:
+        """What a rate means for each device; MFU (`ftjax.flops`) where the chip is known."""
+        devices = self.setup.mesh.size
+        flops = tokens_per_second * self.counted[0] / max(self.counted[1], 1)
+        row = {
+            "train/tokens_per_second": tokens_per_second,
+            "train/tokens_per_second_per_device": tokens_per_second / devices,
+            "train/tflops_per_second_per_device": flops / devices / 1e12,
+        }
+        return row | ({"train/mfu": flops / self.peak} if self.peak else {})
 
     def evaluate(self, step: int, progress: Progress) -> None:
         """Loss and token accuracy over the whole validation set, and what the observer sees; keeps the best."""
@@ -343,6 +359,7 @@ class Run:
         say(
             f"devices: {len(devices)} {devices[0].platform} ({devices[0].device_kind}); mesh: {mesh}",
             self.setup.trained_line(),
+            self.flops.formula(self.config.data.max_length),
             *(f"note: {note}" for note in self.setup.model.notes),
             *self.split.report.lines(),
             f"{self.total} steps of {self.options.global_batch_size} rows, {self.epoch_steps} steps an epoch; "

@@ -64,7 +64,14 @@ class Progress:
 
     def report(self, step: int, row: Mapping[str, float]) -> None:
         """One line for one row of metrics."""
-        shown = ("train/loss", "train/learning_rate", "train/tokens_per_second", "eval/loss", "eval/token_accuracy")
+        shown = (
+            "train/loss",
+            "train/learning_rate",
+            "train/tokens_per_second",
+            "train/mfu",
+            "eval/loss",
+            "eval/token_accuracy",
+        )
         others = [name for name in row if name.startswith("eval/") and name not in (*shown, "eval/perplexity", "eval/seconds")]
         text = "  ".join(f"{name} {row[name]:.4g}" for name in (*shown, *others) if name in row)
         if self._bar is None or any(name.startswith("eval/") for name in row):

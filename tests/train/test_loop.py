@@ -155,6 +155,20 @@ def test_resume_on_other_devices(model, data, whole, tmp_path, monkeypatch):
     np.testing.assert_allclose(list(losses(tmp_path).values()), list(losses(straight).values()), rtol=1e-5)
 
 
+def test_arithmetic(model, data, tmp_path, monkeypatch, on_one_device, capsys):
+    """The metrics agree with each other and with the formula that is printed; a chip that is known gives an MFU."""
+    import ftjax.train.loop as loop
+
+    monkeypatch.setattr(loop, "peak_of", lambda devices: 1e12 * len(devices))
+    train(config(model, data, tmp_path, training__max_steps=4, training__eval_steps=None, training__logging_steps=4))
+    (row,) = (row for row in rows(tmp_path) if "train/mfu" in row)
+    assert row["train/mfu"] == pytest.approx(row["train/tflops_per_second_per_device"])
+    assert row["train/tokens_per_second"] == row["train/tokens_per_second_per_device"] > 0
+    per_token = row["train/tflops_per_second_per_device"] * 1e12 / row["train/tokens_per_second"]
+    full = float(next(line for line in capsys.readouterr().out.splitlines() if "FLOPs a token" in line).split()[0])
+    assert 0.7 * full < per_token < full  # the rows are many short documents, the line is for long ones
+
+
 def test_other_configuration_is_refused(model, data, whole):
     with pytest.raises(UserError, match=r"(?s)another configuration.*learning_rate"):
         train(config(model, data, whole, optimizer={"learning_rate": 3e-2}))

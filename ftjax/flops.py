@@ -1,0 +1,131 @@
+"""Arithmetic that training needs, in closed form: the one definition of MFU that the loop and the plan share.
+
+FLOPs of one token, forward and backward (a multiplication and an addition are two):
+
+    F = 4 N + 2 N_t + sum over layers of 12 W K
+
+    N    weights of the matrices that a token is multiplied with: 2 N forward, 2 N for the gradients of activations
+    N_t  those of them that are trained: 2 N_t more for their own gradients
+    W    heads x head size of a layer
+    K    keys that a token sees, on average: of a document of T tokens (T + 1) / 2, within a window fewer
+
+So full fine-tuning is 6 N and an adapter 4 N_base + 6 N_adapter, plus attention: scores and their sum with the values are
+4 W FLOPs for a query and key forward, twice that backward. Only the pairs that the causal mask, the window and the documents
+of a packed row leave are counted. Counted is what the mathematics needs, whatever is computed besides: the input embedding
+is a look-up and not counted, nor are norms, biases and rotations, nor what remat computes again; of routed experts those
+that a token goes through are. (The first layer's input needs no gradient: the form has one matrix product too many there.)
+
+    MFU = F x tokens/s / (devices x peak of one)    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)
+
+Tokens are those that are not padding, trained or not.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ftjax.chips import chip_of
+from ftjax.models.layers import Embedding
+from ftjax.models.model import Model
+from ftjax.models.moe import SparseMoe
+from ftjax.models.param import Spec
+from ftjax.models.pattern import Pattern
+from ftjax.models.stack import Stack
+
+
+@dataclass(frozen=True)
+class TrainFlops:
+    """The terms of the formula above.
+
+    Attributes:
+        matrices: N.
+        trained: N_t.
+        attention: W of all layers together that have one window, by that window (None: no window).
+    """
+
+    matrices: float
+    trained: float
+    attention: dict[int | None, int]
+
+    def per_token(self, length: float) -> float:
+        """F in documents of `length` tokens."""
+        return self._per_token(lambda window: _mean_keys(length, window))
+
+    def of_batch(self, positions: np.ndarray, segment_ids: np.ndarray) -> float:
+        """F of all real tokens of packed rows `[B, T]` together; positions count from each document's start."""
+        keys = positions[segment_ids > 0] + 1
+        if not keys.size:
+            return 0.0
+        mean = self._per_token(lambda window: float((keys if window is None else np.minimum(keys, window)).mean()))
+        return mean * keys.size
+
+    def _per_token(self, keys: Callable[[int | None], float]) -> float:
+        attention = sum(12 * width * keys(window) for window, width in self.attention.items())
+        return 4 * self.matrices + 2 * self.trained + attention
+
+    def formula(self, length: int) -> str:
+        """The formula with its numbers, for people."""
+        attention = self.per_token(length) - 4 * self.matrices - 2 * self.trained
+        return (
+            f"{self.per_token(length):.4g} FLOPs a token = 4 x {self.matrices:.4g} weights + 2 x {self.trained:.4g} trained "
+            f"+ {attention:.4g} attention (documents of {length} tokens)"
+        )
+
+
+def train_flops(model: Model) -> TrainFlops:
+    """The terms for a model with its method."""
+    module = model.bind({path: spec.abstract for path, spec in model.specs.items()})
+    nodes = {".".join(map(str, path)): node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Module)}
+    tables = {f"{path}." for path, node in nodes.items() if isinstance(node, Embedding)} - {f"{model.output}."}
+    experts = {
+        f"{path}.experts.": (node.gate or node.router).top_k for path, node in nodes.items() if isinstance(node, SparseMoe)
+    }
+
+    def weights(spec: Spec) -> float:
+        """Of one parameter, that a token is multiplied with."""
+        used = next((k for path, k in experts.items() if spec.path.startswith(path)), None)
+        stacked = ("layers",) if used is None else ("layers", "experts")
+        own = [axis for size, axis in zip(spec.shape, spec.row.axes, strict=True) if axis not in stacked and (axis or size > 1)]
+        if len(own) < 2 or spec.row.name == "prompt_embeddings" or spec.path.startswith(tuple(tables)):
+            return 0
+        return spec.size if used is None else spec.size * used / spec.shape[spec.row.axes.index("experts")]
+
+    counted = {path: weights(spec) for path, spec in model.specs.items()}
+    attention: Counter = Counter()
+    for path, stack in nodes.items():
+        if isinstance(stack, Stack):
+            widths = {  # of each block: an attention is what has heads and their size
+                name: sum(n.heads * n.head_dim for inner, n in nodes.items() if _is_attention(inner, n, f"{path}.{name}."))
+                for name in set(stack.choice)
+            }
+            for name, kind in zip(stack.choice, stack.kinds, strict=True):
+                pattern = kind if isinstance(kind, Pattern) else kind.pattern
+                attention[pattern.window] += widths[name]
+    trained = sum(count for path, count in counted.items() if model.specs[path].row.trainable)
+    return TrainFlops(sum(counted.values()), trained, dict(attention))
+
+
+def train_flops_per_token(model: Model, length: float) -> float:
+    """F of the module's docstring, for documents of `length` tokens."""
+    return train_flops(model).per_token(length)
+
+
+def peak_of(devices: list[jax.Device]) -> float | None:
+    """bfloat16 FLOP/s of these devices together; None where the table of chips does not have them."""
+    chip = chip_of(devices[0].device_kind)
+    return None if chip is None else sum(chip.peak * chip.share(device) for device in devices)
+
+
+def _is_attention(path: str, node: nnx.Module, below: str) -> bool:
+    return path.startswith(below) and hasattr(node, "heads") and hasattr(node, "head_dim")
+
+
+def _mean_keys(length: float, window: int | None) -> float:
+    """The mean over t = 1..T of min(t, window)."""
+    if window is None or window >= length:
+        return (length + 1) / 2
+    return window - window * (window - 1) / (2 * length)
