@@ -69,6 +69,11 @@ def sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | No
             raise UserError(
                 f"{name}: its axis {axis!r} has size {size}, which does not divide by mesh {mesh_axes}; "
                 f"sizes that work there: {', '.join(map(str, works))}"
+                + (
+                    f"; or model.pad_vocab_to_multiple_of: {parts}, which makes it {size + -size % parts}"
+                    if axis == "vocab"
+                    else ""
+                )
             )
     return NamedSharding(mesh, spec(axes))
 

@@ -49,6 +49,13 @@ def _adamw(value: Any) -> Any:
     return "adamw" if value in ("adamw_torch", "adamw_torch_fused", "adamw_hf") else value
 
 
+def _last(value: Any) -> Any:
+    """LLaMA-Factory counts from the first layer where the number is negative."""
+    if isinstance(value, int) and value > 0:
+        return value
+    raise ValueError("only the last layers can be counted; name others in method.train")
+
+
 def _negated(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
@@ -72,6 +79,9 @@ ALIASES: dict[str, Alias] = {
     **_same("model.revision", "model_revision", "revision_of_model"),
     **_same("model.tokenizer", "tokenizer_name_or_path", "tokenizer_name", "tokenizer_path"),
     **_same("model.dtype", "torch_dtype"),
+    **_same("model.add_tokens", "tokens", "new_tokens", convert=_listed),
+    **_same("model.add_special_tokens", "new_special_tokens", "additional_special_tokens", convert=_listed),
+    **_same("method.last_layers", "freeze_trainable_layers", convert=_last),
     **_same("model.remat", "gradient_checkpointing", convert=_checkpointing),
     **_same("method.name", "finetuning_type", "peft_type", convert=_lower),
     **_same("method.r", "lora_r", "lora_rank", "rank"),
@@ -144,6 +154,7 @@ EXPLAINED: dict[str, str] = {
     "datasets": "write one path or Hub id in data.train, or a list of {path, weight, format, columns}",
     "assistant_only_loss": "leave it out: only the assistant's turns are trained unless data.train_on_inputs is true",
     "prompt_template": _TEMPLATE,
+    "unfrozen_parameters": "write method: {name: full, train: [PATTERNS]}; a pattern is found anywhere in a name",
     "deepspeed": _MESH,
     "fsdp": _MESH,
     "fsdp_config": _MESH,

@@ -22,6 +22,13 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
     tokenizer: str | None = Field(None, description="tokenizer folder or Hub id, where it is not the model's own")
     chat_template: str | None = Field(None, description="a Jinja template or the path of a .jinja file")
+    add_tokens: list[str] = Field(default_factory=list, description="words that become one token each, with an embedding")
+    add_special_tokens: list[str] = Field(
+        default_factory=list, description="the same, for markers that generated text leaves out"
+    )
+    pad_vocab_to_multiple_of: int | None = Field(
+        None, ge=1, description="rows of the embedding, for a mesh.tensor that does not divide them"
+    )
     dtype: DType = "bfloat16"
     compute_dtype: DType = "bfloat16"
     attention: Attention = "auto"
@@ -29,3 +36,7 @@ class ModelConfig(Section):
     quantization: Literal["int8", "nf4"] | None = Field(
         None, description="hold the frozen weights of dense layers in 8 or 4 bits (QLoRA); null: in `dtype`"
     )
+
+    @property
+    def adds_tokens(self) -> bool:
+        return bool(self.add_tokens or self.add_special_tokens)

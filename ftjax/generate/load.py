@@ -16,6 +16,7 @@ from ftjax.hub.load import load_base, open_model
 from ftjax.hub.model_folder import from_source, model_tensors
 from ftjax.hub.peft import attach_adapter, load_adapter
 from ftjax.hub.safetensors import Tensor
+from ftjax.hub.vocabulary import with_adapters_tokens
 from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
 from ftjax.models.quantized import FORMATS
@@ -54,6 +55,8 @@ def load(
     """
     path = resolve_model(model_path, revision)
     config, source = open_model(path)
+    if adapter is not None:
+        config, source = with_adapters_tokens(adapter, config, source)
     root = build_module(config)
     if quantization is not None and quantization not in FORMATS:
         raise UserError(f"quantization: {quantization!r} is not known; choose one of {', '.join(FORMATS)}")

@@ -33,6 +33,7 @@ class CardFacts:
         versions: package -> version.
         datasets: Hub ids of the training data.
         license: the base model's, as the Hub spells it.
+        rows: of the embedding, where the adapter's differs from the base model's.
     """
 
     base_model: str
@@ -47,6 +48,7 @@ class CardFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     datasets: Sequence[str] = ()
     license: str | None = None
+    rows: int | None = None
 
 
 def model_card(facts: CardFacts) -> str:
@@ -76,11 +78,14 @@ def model_card(facts: CardFacts) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def run_card(config: Config, *, step: int, data: Sequence[str], metrics: Mapping[str, float], whole: bool) -> str:
+def run_card(
+    config: Config, *, step: int, data: Sequence[str], metrics: Mapping[str, float], whole: bool, rows: int | None = None
+) -> str:
     """The card of a run. Paths of this machine are left out: a card may be published.
 
     Args:
         whole: a whole model, not an adapter.
+        rows: of the embedding, where the run changed their number.
     """
     sections = config.model_dump(mode="json")
     return model_card(
@@ -99,6 +104,7 @@ def run_card(config: Config, *, step: int, data: Sequence[str], metrics: Mapping
             versions=installed_versions(),
             datasets=[source.path for source in config.data.sources("train") if _is_hub_id(source.path)],
             license=base_license(config.model.path, config.model.revision),
+            rows=rows,
         )
     )
 
@@ -198,6 +204,7 @@ def _loading(facts: CardFacts) -> str:
             "- llama.cpp: `python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf`"
         )
     note, shown = "", base
+    resize = f"model.resize_token_embeddings({facts.rows}, mean_resizing=False)\n" if facts.rows else ""
     if not _on_hub(base):
         base, shown = "BASE_FOLDER", base if base.endswith(".gguf") else "BASE_FOLDER"
         note = (
@@ -210,6 +217,7 @@ def _loading(facts: CardFacts) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
         f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        f"{resize}"
         'model = PeftModel.from_pretrained(model, "THIS_FOLDER")\n'
         "```\n\n"
         f"- ftjax: `ftjax generate {shown} --adapter THIS_FOLDER --prompt TEXT`\n"

@@ -18,6 +18,7 @@ from ftjax.hub.output import replacing
 from ftjax.hub.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter, method_that_reads, read_adapter_config
 from ftjax.hub.safetensors import SafetensorsFolder, Tensor, write_file
 from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.vocabulary import with_adapters_tokens
 from ftjax.mesh import make_mesh
 from ftjax.methods import method_named, method_of
 from ftjax.methods.lora import from_saved, scale_of
@@ -83,7 +84,7 @@ def write_merged(adapter: Path, folder: Path, config: Config) -> None:
     the size of the model nor a quantised run's rounding matters."""
     mesh = make_mesh(config.mesh.model_copy(update={"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}), jax.devices()[:1])
     path = resolve_model(config.model.path, config.model.revision)
-    facts, source = open_model(path)
+    facts, source = with_adapters_tokens(adapter, *open_model(path))
     root = build_module(facts)
     method = attach_adapter(root, adapter)
     if reason := method_of(method).no_merge:

@@ -50,7 +50,9 @@ def write_output(
         else:
             write_adapter(partial, model, params, config.method, config.model.path)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(run_card(config, step=step, data=data, metrics=metrics or {}, whole=whole))
+        rows = model.config["vocab_size"] if config.model.adds_tokens or config.model.pad_vocab_to_multiple_of else None
+        card = run_card(config, step=step, data=data, metrics=metrics or {}, whole=whole, rows=rows)
+        (partial / "README.md").write_text(card)
 
 
 def _whole(model: Model, params: Mapping[str, jax.Array], config: Config) -> list[Tensor]:

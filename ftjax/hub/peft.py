@@ -22,10 +22,13 @@ from ftjax.hub.safetensors import SafetensorsFolder, Tensor, write_file
 from ftjax.mesh import sharding
 from ftjax.methods import METHODS, method_named, method_of
 from ftjax.methods.method import Fetch, Method, Start, Stored
+from ftjax.methods.save import train
 from ftjax.models.model import Model
+from ftjax.models.param import specs, variables
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."  # of the names of the base model's modules in PEFT's files
 
 
 def fetch_from(params: Mapping[str, jax.Array]) -> Fetch:
@@ -119,18 +122,32 @@ def attach_adapter(root: nnx.Module, folder: Path, config: MethodConfig | None =
         raise UserError(f"method.adapter_path: {folder} holds {method.kind}, but method.name is {config.name}")
     settings = method.from_saved(config or method.config(adapter_path=str(folder)), saved)
     method.attach(root, settings)
+    # PEFT also saves embeddings that were resized, without saying so in its configuration.
+    have = set(adapter_file(folder, method).keys())
+    beside = {
+        path
+        for path, spec in specs(root).items()
+        if "vocab" in spec.row.axes and all(f"{PREFIX}{piece.name}" in have for piece in spec.pieces())
+    }
+    for path, variable in variables(root):
+        if path in beside and not variable.row.trainable:
+            train(variable)
     return settings
+
+
+def adapter_file(folder: Path, method: Method | None = None) -> SafetensorsFolder:
+    """The weights of an adapter folder. UserError where they are missing, or in a pickle."""
+    method = method or method_that_reads(folder, read_adapter_config(folder))
+    if not (folder / method.weights_file).is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(f"{folder}: its weights are a pickle (adapter_model.bin), which is never loaded; save as safetensors")
+    return SafetensorsFolder(folder, single=method.weights_file)
 
 
 class _AsInModel:
     """An adapter file under the names that the model's rows use; tensors that it has beyond these keep their own."""
 
     def __init__(self, folder: Path, model: Model, method: Method):
-        if not (folder / method.weights_file).is_file() and (folder / "adapter_model.bin").is_file():
-            raise UserError(
-                f"{folder}: its weights are a pickle (adapter_model.bin), which is never loaded; save as safetensors"
-            )
-        self._source = SafetensorsFolder(folder, single=method.weights_file)
+        self._source = adapter_file(folder, method)
         named = {
             method.file_name(model, spec, piece): piece.name for spec in model.trainable.values() for piece in spec.pieces()
         }
@@ -138,6 +155,13 @@ class _AsInModel:
 
     def keys(self) -> list[str]:
         return list(self._names)
+
+    def tied_copies(self, model: Model) -> list[str]:
+        """The output projection of a model that ties it, where it is the embedding once more."""
+        embedding, heads = f"{model.output}.weight", [f"{PREFIX}{name}" for name in model.ignored]
+        if embedding not in self._names:
+            return []
+        return [name for name in heads if name in self._names and np.array_equal(self.read(name), self.read(embedding))]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(self._names[name])
@@ -153,4 +177,5 @@ def load_adapter(model: Model, folder: Path, mesh: Mesh) -> dict[str, jax.Array]
     """The trained parameters of an adapter folder, float32. UserError where its tensors are not those of the model."""
     method = method_that_reads(folder, read_adapter_config(folder))
     source = _AsInModel(folder, model, method)
-    return load_params(model.trainable, source, mesh, jnp.float32, where=str(folder), ignored=method.ignored)
+    ignored = (*method.ignored, *source.tied_copies(model))
+    return load_params(model.trainable, source, mesh, jnp.float32, where=str(folder), ignored=ignored)

@@ -16,7 +16,7 @@ VOCABULARIES = ("tokenizer.json", SENTENCEPIECE, "vocab.json", "vocab.txt", "spi
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """A `PreTrainedTokenizerFast`, as the checkpoint saved it: no token is added, none is given another meaning.
+    """A `PreTrainedTokenizerFast`, as the checkpoint saved it, and with the tokens that the configuration adds.
 
     `model.tokenizer` replaces the model's own, `model.chat_template` (a template, or a .jinja file) its template.
 
@@ -34,6 +34,8 @@ def load_tokenizer(model: ModelConfig) -> Any:
         tokenizer = _from_folder(place, asked)
     if model.chat_template is not None:
         tokenizer.chat_template = read_chat_template(model.chat_template)
+    tokenizer.add_tokens(model.add_tokens)
+    tokenizer.add_tokens(model.add_special_tokens, special_tokens=True)
     return tokenizer
 
 

@@ -24,6 +24,7 @@ from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import abstract_param, load_base, open_model
 from ftjax.hub.peft import attach_adapter, load_adapter, start_adapter
 from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.vocabulary import refuse_untrained_rows, with_adapters_tokens, with_new_tokens
 from ftjax.mesh import make_mesh, replicated, sharding
 from ftjax.methods import method_of
 from ftjax.models.attention import choose
@@ -148,9 +149,15 @@ def prepare(config: Config) -> Setup:
     mesh = make_mesh(config.mesh)
     path = resolve_model(config.model.path, config.model.revision)
     facts, source = open_model(path)
+    adapter = getattr(config.method, "adapter_path", None)
+    if adapter:
+        facts, source = with_adapters_tokens(Path(adapter), facts, source)
+    had = facts["vocab_size"]
+    facts, source = with_new_tokens(config.model, facts, source)
     made = design(config, facts, mesh)
     config, model = made.config, made.model
-    adapter = getattr(config.method, "adapter_path", None)
+    if config.model.adds_tokens:
+        refuse_untrained_rows(model, had, config.method.name)
     base = load_base(model, source, mesh, jnp.dtype(config.model.dtype), str(path))
     if adapter:
         params = load_adapter(model, Path(adapter), mesh)

@@ -1,0 +1,120 @@
+"""Room for new tokens: more rows in the embedding, and in the projection to the vocabulary, than the checkpoint has.
+
+A new row is the mean of the old ones, in float32 (Hewitt 2021, "Initializing new word embeddings for pretrained language
+models"): transformers' `resize_token_embeddings`, without the noise of a billionth of the covariance that it adds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftjax.config import ModelConfig
+from ftjax.errors import UserError
+from ftjax.hub.peft import PREFIX, adapter_file
+from ftjax.hub.source import TensorSource
+from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.models.model import Model, build_module
+from ftjax.models.param import Spec, specs
+
+CHUNK = 4096  # rows that are read at a time for their mean
+
+
+class Resized:
+    """A `TensorSource` whose tensors `names` have `rows` rows."""
+
+    def __init__(self, source: TensorSource, names: set[str], rows: int):
+        self._source, self._names, self._rows = source, names, rows
+        self._means: dict[str, np.ndarray] = {}
+
+    def keys(self) -> Sequence[str]:
+        return self._source.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = tuple(self._source.shape(name))
+        return (self._rows, *shape[1:]) if name in self._names else shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._source.dtype(name)
+
+    def read(self, name: str, index: Sequence[slice] = ()) -> np.ndarray:
+        if name not in self._names:
+            return self._source.read(name, index)
+        first, *rest = index or (slice(None),)
+        start, stop, _ = first.indices(self._rows)
+        have = self._source.shape(name)[0]
+        old = self._source.read(name, (slice(min(start, have), min(stop, have)), *rest))
+        new = np.broadcast_to(self._mean(name)[tuple(rest)], (stop - max(start, min(stop, have)), *old.shape[1:]))
+        return np.concatenate([old, new.astype(old.dtype)])
+
+    def _mean(self, name: str) -> np.ndarray:
+        if name not in self._means:
+            rows = self._source.shape(name)[0]
+            chunks = (self._source.read(name, (slice(at, min(at + CHUNK, rows)),)) for at in range(0, rows, CHUNK))
+            self._means[name] = (sum(chunk.astype(np.float64).sum(0) for chunk in chunks) / rows).astype(np.float32)
+        return self._means[name]
+
+
+def with_new_tokens(model: ModelConfig, facts: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], TensorSource]:
+    """config.json and tensors of a base model, with rows for the tokens that the configuration adds.
+
+    A vocabulary that is larger than its tokenizer has room already, and then keeps the checkpoint's rows.
+    """
+    rows, multiple = facts["vocab_size"], model.pad_vocab_to_multiple_of or 1
+    if model.adds_tokens:
+        rows = max(rows, _ids(load_tokenizer(model)))
+    return _resized(facts, source, math.ceil(rows / multiple) * multiple)
+
+
+def with_adapters_tokens(adapter: Path, facts: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], TensorSource]:
+    """config.json and tensors of a base model, with the rows that an adapter's folder needs: those of the embedding that it
+    holds, or those of the tokens that its tokenizer has beyond the model's."""
+    stored = adapter_file(adapter)
+    names = {f"{PREFIX}{name}" for name in _tensors(facts)} & set(stored.keys())
+    rows = {stored.shape(name)[0] for name in names}
+    if len(rows) > 1:
+        raise UserError(f"{adapter}: its embeddings have different numbers of rows: {', '.join(map(str, sorted(rows)))}")
+    if rows:
+        return _resized(facts, source, max(rows.pop(), facts["vocab_size"]))
+    if (adapter / "tokenizer_config.json").is_file():
+        return _resized(facts, source, max(facts["vocab_size"], _ids(load_tokenizer(ModelConfig(path=str(adapter))))))
+    return facts, source
+
+
+def refuse_untrained_rows(model: Model, old: int, method: str) -> None:
+    """UserError where the rows past the first `old` are new and do not train: no token could be told from another."""
+    rows = model.config["vocab_size"]
+    fixed = [spec.module for spec in model.frozen.values() if "vocab" in spec.row.axes]
+    if rows == old or not fixed:
+        return
+    names = [name.rpartition(".")[2] for name in fixed]
+    if method == "full":
+        instead = f"name them in method.train: [{', '.join(names)}]"
+    elif method == "lora" and len([spec for spec in model.specs.values() if "vocab" in spec.row.axes]) > 1:
+        instead = f"write method.modules_to_save: [{', '.join(names)}]"
+    else:
+        instead = "use method.name: full"
+    raise UserError(
+        f"model.add_tokens: {' and '.join(fixed)} get {rows - old} new rows, and this method trains neither these nor the old "
+        f"ones, so that all new tokens would stay the same; {instead}"
+    )
+
+
+def _ids(tokenizer: Any) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _resized(facts: dict[str, Any], source: TensorSource, rows: int) -> tuple[dict[str, Any], TensorSource]:
+    if rows == facts["vocab_size"]:
+        return facts, source
+    return {**facts, "vocab_size": rows}, Resized(source, _tensors(facts), rows)
+
+
+def _tensors(facts: Mapping[str, Any]) -> set[str]:
+    """What checkpoints call the tensors that have a row for each token."""
+    root = build_module(facts)
+    rows: list[Spec] = [spec for spec in specs(root).values() if "vocab" in spec.row.axes]
+    named = {piece.name for spec in rows for layout in (*spec.row.layouts, None) for piece in spec.pieces(layout)}
+    return named | {name for name in root.ignored if name.endswith(("lm_head.weight", "embed_out.weight"))}  # a tied copy
