@@ -27,7 +27,15 @@ class TrainingConfig(Section):
     loss_spike_factor: float | None = Field(
         10.0, gt=1, description="stop when the loss exceeds this many times its running median; null: only on NaN or infinity"
     )
+    profile_steps: tuple[int, int] | None = Field(None, description="first and last update of a trace, in profile/ of the run")
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(f"expected the first and the last step, from 1 on; found {list(steps)}")
+        return steps
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -26,6 +26,7 @@ from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.mesh import spec
 from ftjax.methods import method_of
 from ftjax.train.checkpoint import Checkpoints
+from ftjax.train.profile import Profile
 from ftjax.train.progress import Progress, say
 from ftjax.train.setup import Setup, compile_steps, prepare
 from ftjax.train.step import StepMetrics, init_state
@@ -35,6 +36,7 @@ from ftjax.train.watch import BestMetric, Diverged, LossWatch, OverfitWatch
 # What may differ when a run goes on: it does not change which numbers come out, or only their rounding.
 FREE_TO_CHANGE = (
     "mesh.", "training.logging_steps", "training.save_steps", "training.save_total_limit", "training.report_to",
+    "training.profile_steps",
     "training.eval_batch_size", "model.remat", "model.attention", "objective.loss_chunk", "output_dir", "evaluate.", "check.",
 )  # fmt: skip
 
@@ -123,6 +125,7 @@ class Run:
         self.epoch_steps = math.ceil(split.rows_per_epoch(0) / options.global_batch_size)
         self.total = options.max_steps or self.steps_of(options.num_train_epochs)
         self.train_step, self.eval_step, optimizer, self.schedule = compile_steps(setup, self.total)
+        self.profile = Profile(options.profile_steps, folder / "profile", self.total)
         self.state = init_state(setup.params, optimizer)
         self.flops, self.peak = train_flops(setup.model), peak_of(list(setup.mesh.devices.flat))
         self.counted = np.zeros(2)  # FLOPs and tokens of this process's rows since the last log
@@ -172,6 +175,7 @@ class Run:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            self.profile.close()
             self.tracker.close()
         if self.interrupted:
             self.checkpoints.close()
@@ -191,8 +195,10 @@ class Run:
                 self.counted += self.flops.of_batch(rows["positions"], rows["segment_ids"]), (rows["segment_ids"] > 0).sum()
                 batch = self.place(rows, self.options.gradient_accumulation_steps)
                 limit = np.float32(self.watch.limit())
-                self.state, metrics = self.train_step(self.state, self.setup.frozen, batch, self.key, limit)
+                with self.profile.step(step + 1):
+                    self.state, metrics = self.train_step(self.state, self.setup.frozen, batch, self.key, limit)
                 step += 1
+                self.profile.dispatched(step, metrics)
                 if pending:
                     self.read(*pending, progress)
                 pending = (step, metrics)

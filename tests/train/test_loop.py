@@ -169,6 +169,21 @@ def test_arithmetic(model, data, tmp_path, monkeypatch, on_one_device, capsys):
     assert 0.7 * full < per_token < full  # the rows are many short documents, the line is for long ones
 
 
+def test_profile(model, data, tmp_path, on_one_device):
+    """The trace holds those updates and no others, by their numbers."""
+    from jax.profiler import ProfileData
+
+    train(config(model, data, tmp_path, training__max_steps=6, training__eval_steps=None, training__profile_steps=[3, 5]))
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    events = [e for plane in ProfileData.from_file(str(trace)).planes for line in plane.lines for e in line.events]
+    assert sorted({dict(e.stats)["step_num"] for e in events if e.name == "train"}) == [3, 4, 5]
+
+
+def test_profile_after_the_end(model, data, tmp_path, on_one_device):
+    with pytest.raises(UserError, match=r"profile_steps.*12 steps"):
+        train(config(model, data, tmp_path, training__profile_steps=[10, 15]))
+
+
 def test_other_configuration_is_refused(model, data, whole):
     with pytest.raises(UserError, match=r"(?s)another configuration.*learning_rate"):
         train(config(model, data, whole, optimizer={"learning_rate": 3e-2}))
