@@ -131,6 +131,9 @@ def evaluate(
     task: Annotated[
         str | None, typer.Option(help="loss, exact_match, f1, rouge, ... or a .py file: evaluate.task.", show_default=False)
     ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead, by commas.", show_default=False)
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows: evaluate.limit.", show_default=False)] = None,
     adapter: Adapter = None,
     compare_base: Annotated[
@@ -145,6 +148,16 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a model on data, with confidence intervals, and beside its base model."""
+    if lm_eval is not None:
+        from ftjax.evaluate.harness_command import evaluate_harness
+
+        if data is not None or task is not None:
+            raise UserError("--lm-eval brings tasks and data of its own; leave --data and --task out")
+        evaluate_harness(
+            target, overrides or [], tasks=lm_eval.split(","), adapter=adapter, limit=limit, out=out, compare_base=compare_base,
+            allow_code_execution=allow_code_execution, as_json=as_json,
+        )  # fmt: skip
+        return
     from ftjax.evaluate.command import evaluate as run
 
     run(

@@ -31,6 +31,7 @@ BELOW = {
     "plan": {"train", "hub", "methods", "objectives"},
     "doctor": {"errors", "compile_cache"},
     "cli": {"check", "evaluate", "generate", "plan", "train", "hub", "doctor", "data"},
+    "lm_eval": {"evaluate"},
     "ftjax": set(),
 }
 NEVER = {"torch", "tensorflow", "keras"}

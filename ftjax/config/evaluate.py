@@ -12,6 +12,17 @@ TASKS = (
 )  # fmt: skip
 
 
+class LmEvalConfig(Section):
+    """`ftjax evaluate --lm-eval`: tasks of lm-evaluation-harness. Names are its own."""
+
+    tasks: list[str] = Field(default_factory=list, description="names, groups, or .yaml files of tasks")
+    include_path: str | None = Field(None, description="a folder with more tasks")
+    num_fewshot: int | None = Field(None, ge=0, description="null: as each task says")
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = Field(True, description="with the chat template: each example a turn of its own")
+    system_instruction: str | None = None
+
+
 class EvaluateConfig(Section):
     """Task, data and decoding of an evaluation."""
 
@@ -39,6 +50,7 @@ class EvaluateConfig(Section):
     pass_at_k: list[int] = Field(default_factory=lambda: [1], description="code: each at most num_samples")
     code_timeout: float = Field(10.0, gt=0, description="code: seconds that one program may run")
     code_memory: int = Field(1024, ge=64, description="code: MiB that one program may take")
+    lm_eval: LmEvalConfig = Field(default_factory=LmEvalConfig)
     confidence: float = Field(0.95, gt=0, lt=1)
     resamples: int = Field(1000, ge=100, description="of the bootstrap and of the paired test")
     training_rows: int | None = Field(

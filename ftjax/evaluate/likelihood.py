@@ -12,7 +12,7 @@ from ftjax.data.truncate import truncate
 from ftjax.errors import UserError
 from ftjax.generate.batch import SCORES, groups
 from ftjax.generate.cache import bucket
-from ftjax.generate.score import arrays
+from ftjax.generate.score import Query, arrays
 from ftjax.generate.session import Generator
 
 
@@ -62,8 +62,8 @@ def likelihoods(
         pairs.append((ids[:first], ids[first:]))
         weights.append(document.weights[first:].astype(np.float64))
     found: dict[int, Likelihood] = {}
-    for batch, rows in _batches(generator, [len(a) + len(b) for a, b in pairs], batch_size):
-        logprobs, best = generator.engine.score(generator.params, *arrays([pairs[i] for i in batch], rows))
+    for batch, rows in batches(generator, [len(a) + len(b) for a, b in pairs], batch_size):
+        logprobs, best = generator.engine.score(generator.params, *arrays([Query.of(*pairs[i]) for i in batch], rows))
         for row, i in enumerate(batch):
             size = len(weights[i])
             loss = -float(weights[i] @ logprobs[row, :size].astype(np.float64))
@@ -73,7 +73,7 @@ def likelihoods(
     return [found[i] for i in range(len(pairs))]
 
 
-def _batches(generator: Generator, lengths: Sequence[int], batch_size: int):
+def batches(generator: Generator, lengths: Sequence[int], batch_size: int):
     """`(numbers of the documents, rows of the arrays)`, the longest first; fewer rows where attention scores are large."""
     heads = generator.model.config.get("num_attention_heads") or generator.model.config["n_head"]
     left = sorted(range(len(lengths)), key=lambda i: -lengths[i])

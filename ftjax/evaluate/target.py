@@ -45,6 +45,7 @@ class Target:
             self.model, self.adapter, revision=settings.revision if self.model == settings.path else None,
             dtype=self.config.evaluate.dtype, mesh=make_mesh(self.config.mesh),
             tokenizer=settings.tokenizer if tokenizer is None else tokenizer, chat_template=settings.chat_template,
+            quantization=settings.quantization,
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ Legend: B batch, T length, C longest completion, E embed, V vocab.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,19 +80,29 @@ def completion_ids(prompt: Any, ids: Sequence[int], completion: str | Sequence[i
     return tokenizer(completion, add_special_tokens=False)["input_ids"]
 
 
-def arrays(pairs: Sequence[tuple[list[int], list[int]]], rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """`(tokens, segment ids [rows, T], index, targets [rows, C])` of prompts with their completions, padded behind.
+class Query(NamedTuple):
+    """One row of `score_step`: `tokens` that go through the model, and the `targets` that its places `index` predict."""
 
-    The prompt `5 6` with the completion `7 8` is the row `5 6 7`, whose places 1 and 2 predict 7 and 8.
-    """
-    length = bucket(max(len(prompt) + len(completion) - 1 for prompt, completion in pairs), 16)
-    longest = bucket(max(len(completion) for _, completion in pairs), 4)
+    tokens: Sequence[int]
+    index: Sequence[int]
+    targets: Sequence[int]
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], completion: Sequence[int]) -> "Query":
+        """The prompt `5 6` with the completion `7 8` is the row `5 6 7`, whose places 1 and 2 predict 7 and 8."""
+        text = [*prompt, *completion]
+        return cls(text[:-1], range(len(prompt) - 1, len(text) - 1), completion)
+
+
+def arrays(queries: Sequence[Query], rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """`(tokens, segment ids [rows, T], index, targets [rows, C])`, padded behind."""
+    length = bucket(max(len(query.tokens) for query in queries), 16)
+    longest = bucket(max(len(query.targets) for query in queries), 4)
     tokens, segments = np.zeros((2, rows, length), np.int32)
     index, targets = np.zeros((2, rows, longest), np.int32)
-    for row, (prompt, completion) in enumerate(pairs):
-        text = [*prompt, *completion]
-        tokens[row, : len(text) - 1] = text[:-1]
-        segments[row, : len(text) - 1] = 1
-        index[row, : len(completion)] = np.arange(len(prompt) - 1, len(text) - 1)
-        targets[row, : len(completion)] = completion
+    for row, query in enumerate(queries):
+        tokens[row, : len(query.tokens)] = query.tokens
+        segments[row, : len(query.tokens)] = 1
+        index[row, : len(query.index)] = query.index
+        targets[row, : len(query.targets)] = query.targets
     return tokens, segments, index, targets

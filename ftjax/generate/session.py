@@ -20,7 +20,7 @@ from ftjax.generate.context import context_length, end_ids, generation_config
 from ftjax.generate.engine import Engine
 from ftjax.generate.load import choose_dtype, load
 from ftjax.generate.sample import Sampling
-from ftjax.generate.score import Score, arrays, completion_ids
+from ftjax.generate.score import Query, Score, arrays, completion_ids
 from ftjax.generate.text import StopStrings, TextStream
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.mesh import make_mesh
@@ -167,7 +167,7 @@ class Generator:
         batches, rows = groups([len(prompt) + len(completion) for prompt, completion in pairs], batch_size, self.engine.shards)
         found: dict[int, Score] = {}
         for batch in batches:
-            logprobs, greedy = self.engine.score(self.params, *arrays([pairs[i] for i in batch], rows))
+            logprobs, greedy = self.engine.score(self.params, *arrays([Query.of(*pairs[i]) for i in batch], rows))
             for row, i in enumerate(batch):
                 tokens = pairs[i][1]
                 values = logprobs[row, : len(tokens)].tolist()

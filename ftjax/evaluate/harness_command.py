@@ -1,0 +1,133 @@
+"""`ftjax evaluate TARGET --lm-eval TASKS`: lm-evaluation-harness' tasks and metrics, its tables and its results."""
+
+import glob
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ftjax.compile_cache import keep_compiled_programs
+from ftjax.config.evaluate import LmEvalConfig
+from ftjax.errors import UserError
+from ftjax.evaluate.extra import need
+from ftjax.evaluate.result import RESULTS
+from ftjax.evaluate.target import find_target
+from ftjax.generate.session import Generator
+
+
+def evaluate_harness(
+    target: str, overrides: Sequence[str] = (), *, tasks: Sequence[str] | None = None, adapter: Path | None = None,
+    limit: int | None = None, out: Path | None = None, compare_base: bool = False, allow_code_execution: bool = False,
+    as_json: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Run the tasks, print their table, and write `results.json` and `samples_TASK.jsonl`, which lm_eval's are; the results
+    come back.
+
+    Args:
+        target: as in `ftjax.evaluate.command.evaluate`, and so are `out` and `compare_base`.
+        tasks: None: `evaluate.lm_eval.tasks`.
+        limit: rows of each task.
+        allow_code_execution: tasks may run what the model wrote, without the guards that ftjax's own task `code` has.
+
+    Raises UserError where a task is not known, or the target or lm_eval is missing.
+    """
+    found = find_target(target, overrides, adapter=adapter)
+    settings = found.config.evaluate
+    asked = settings.lm_eval.model_copy(update={"tasks": list(tasks)} if tasks is not None else {})
+    limit = settings.limit if limit is None else limit
+    base = found.base() if compare_base else None
+    need("lm_eval", "--lm-eval")
+    load_tasks(asked)
+    keep_compiled_programs()
+    results = run_tasks(found.load(), asked, limit=limit, batch_size=settings.batch_size, unsafe=allow_code_execution)
+    results["model_name"] = found.name
+    samples = results.pop("samples")
+    if base:
+        results["base"] = run_tasks(
+            base.load(), asked, limit=limit, batch_size=settings.batch_size, unsafe=allow_code_execution
+        )
+        results["base"]["model_name"] = base.name
+        results["base"].pop("samples")
+    if jax.process_index():
+        return results
+    name = "-".join(Path(task).stem for task in asked.tasks)
+    folder = out or (found.run or Path()) / "evaluation" / f"lm-eval-{name}"[:120]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULTS).write_text(_json(results, indent=2) + "\n", encoding="utf-8")
+        for task, rows in samples.items():
+            path = folder / f"samples_{task.replace('/', '_')}.jsonl"
+            path.write_text("".join(_json(row) + "\n" for row in rows), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder with --out") from None
+    if as_json:
+        print((folder / RESULTS).read_text(encoding="utf-8"), end="")
+    else:
+        _print(results)
+        print(f"written: {folder}")
+    return results
+
+
+def load_tasks(asked: LmEvalConfig) -> tuple[list[Any], Any]:
+    """`(tasks as lm_eval's simple_evaluate takes them, its TaskManager)`. Raises UserError for one that does not exist."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    files_only = asked.tasks and all(task.endswith(".yaml") for task in asked.tasks)  # lm_eval's own are thousands to look at
+    manager = TaskManager(include_path=asked.include_path, include_defaults=not files_only)
+    found: list[Any] = []
+    for task in asked.tasks:
+        if task.endswith(".yaml"):
+            more = [load_yaml(str(Path(path).absolute()), resolve_func=True) for path in sorted(glob.glob(task))]
+        else:
+            more = manager.match_tasks([task])
+        if not more:
+            raise UserError(
+                f"--lm-eval: no task is named {task!r}; `lm-eval ls tasks` lists them, evaluate.lm_eval.include_path adds a "
+                "folder, and a .yaml file may be named"
+            )
+        found += more
+    if not found:
+        raise UserError("--lm-eval: there is no task; name some, by commas")
+    return found, manager
+
+
+def run_tasks(
+    generator: Generator, asked: LmEvalConfig, *, limit: int | None = None, batch_size: int = 32, unsafe: bool = False
+) -> dict[str, Any]:
+    """What lm_eval's `simple_evaluate` gives: `results` by task, `samples`, `versions`, `n-shot` and more."""
+    from lm_eval import simple_evaluate
+
+    from ftjax.evaluate.harness import FtjaxLM
+
+    tasks, manager = load_tasks(asked)
+    return simple_evaluate(
+        FtjaxLM(generator, batch_size=batch_size),
+        tasks=tasks,
+        task_manager=manager,
+        limit=limit,
+        num_fewshot=asked.num_fewshot,
+        apply_chat_template=asked.apply_chat_template,
+        fewshot_as_multiturn=asked.fewshot_as_multiturn and asked.apply_chat_template,
+        system_instruction=asked.system_instruction,
+        confirm_run_unsafe_code=unsafe,
+    )
+
+
+def _json(value: Any, **options: Any) -> str:
+    from lm_eval.utils import handle_non_serializable
+
+    return json.dumps(value, default=handle_non_serializable, ensure_ascii=False, **options)
+
+
+def _print(results: dict[str, Any]) -> None:
+    from lm_eval.utils import make_table
+
+    for one in (results, results.get("base")):
+        if one is not None:
+            print(f"{one['model_name']}:")
+            print(make_table(one))
+            if "groups" in one:
+                print(make_table(one, "groups"))

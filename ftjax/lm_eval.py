@@ -1,0 +1,24 @@
+"""lm-evaluation-harness' own command line, with the model `ftjax` known to it: `python -m ftjax.lm_eval --model ftjax ...`.
+
+lm_eval finds models in its registry only, which has no entry points, so something must import this one before.
+"""
+
+import sys
+
+from ftjax.errors import UserError
+from ftjax.evaluate.extra import need
+
+
+def main() -> None:
+    """Every option is lm_eval's; exit code 2 where the user's input is wrong."""
+    try:
+        command = need("lm_eval.__main__", "python -m ftjax.lm_eval")
+        need("ftjax.evaluate.harness", "python -m ftjax.lm_eval")  # registers the model
+        command.cli_evaluate()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
