@@ -197,6 +197,17 @@ def check(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output_dir, finished or not.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page to write.", show_default="RUN/report.html")] = None,
+) -> None:
+    """Write a run on one HTML page (curves, results, samples, data, configuration), and print a summary."""
+    from ftjax.report.command import report as write
+
+    write(run, out=out)
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[

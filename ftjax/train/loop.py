@@ -28,6 +28,7 @@ from ftjax.methods import method_of
 from ftjax.train.checkpoint import Checkpoints
 from ftjax.train.profile import Profile
 from ftjax.train.progress import Progress, say
+from ftjax.train.record import peak_memory_gib, write_record
 from ftjax.train.setup import Setup, compile_steps, prepare
 from ftjax.train.step import StepMetrics, init_state
 from ftjax.train.track import Observation, Tracker
@@ -254,6 +255,7 @@ class Run:
                 "train/update_norm": update_norm,
                 "train/trained_tokens": weight,
                 **self.speed(progress.rate()),
+                "train/peak_memory_gib": peak_memory_gib(),
                 "train/epoch": step / self.epoch_steps,
             }
             self.window[:] = self.counted[:] = 0
@@ -360,6 +362,8 @@ class Run:
     def announce(self, first: int) -> None:
         if jax.process_index():
             return
+        splits = {"train": self.split, "validation": self.validation}
+        write_record(self.folder, self.setup, splits, first=first, steps=self.total, epoch_steps=self.epoch_steps)
         devices = jax.devices()
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.setup.mesh.shape.items())
         say(

@@ -72,7 +72,7 @@ def test_the_page(tmp_path):
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>") and "<svg" in text and "<script" not in text and "<b>" not in text
     assert 'class="t" title="token' in text and 'class="c" title="token 0, id' in text and "weight 1" in text
-    assert text.count("<title>") == 1 + 1  # the page's, and that of the histogram's one bar
+    assert text.count("<title>") == 1 + 2  # the page's, the histogram's, and that of its one bar
     with pytest.raises(UserError, match=r"page.html: cannot be written"):
         run({"train": str(path), "max_length": 64}, byte_level(), tmp_path, html=tmp_path / "no" / "page.html")
 

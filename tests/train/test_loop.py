@@ -107,6 +107,12 @@ def test_run_folder(whole):
         assert (whole / name).exists(), name
     assert (whole / "final" / "adapter_model.safetensors").exists() and (whole / "best" / "tokenizer.json").exists()
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["12", "9"]
+    record, config = json.loads((whole / "run.json").read_text()), yaml.safe_load((whole / "config.yaml").read_text())
+    assert record["steps"] == 12 and len(record["starts"]) == 1 and record["devices"]["platform"] == "cpu"
+    for name in ("train", "validation"):
+        state = record["data"][name]
+        assert state["source"] == config["data"][name] and state["documents"] == sum(b["documents"] for b in state["histogram"])
+    assert all(0.01 < row["train/peak_memory_gib"] < 100 for row in rows(whole) if "train/loss" in row)
     steps = losses(whole)
     assert list(steps) == [2, 4, 6, 8, 10, 12] and steps[12] < steps[2]
     evals = {row["step"]: row for row in rows(whole) if "eval/loss" in row}
@@ -130,9 +136,11 @@ def test_resume_is_uninterrupted(model, data, whole, stop, tmp_path, monkeypatch
         assert want[name].tobytes() == got[name].tobytes(), name
 
     def timeless(folder):
-        return [{k: v for k, v in row.items() if "second" not in k} for row in rows(folder)]
+        return [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows(folder)]
 
     assert timeless(whole) == timeless(tmp_path)
+    starts = [one["step"] for one in json.loads((tmp_path / "run.json").read_text())["starts"]]
+    assert starts == [0, max(step for step in (3, 6, 9) if step <= stop)]
 
 
 def test_resume_on_other_devices(model, data, whole, tmp_path, monkeypatch):

@@ -1,0 +1,26 @@
+"""A `DataReport` as HTML."""
+
+from collections.abc import Sequence
+from html import escape
+
+from ftjax.data.report import DataReport
+from ftjax.page.chart import histogram_chart
+from ftjax.page.document import table
+
+
+def report_html(name: str, report: DataReport, bins: Sequence[tuple[int, int, int]], heading: str = "h2") -> list[str]:
+    """Counts, warnings, and a picture of the lengths; `bins` are `histogram`'s."""
+    rows = [
+        ("rows read", report.rows), ("kept", report.kept), ("documents", report.documents),
+        *((f"truncated ({policy})", count) for policy, count in report.truncated.items()),
+        *((f"dropped: {reason}", count) for reason, count in report.dropped.items()),
+        *([("held out for validation", report.held_out)] if report.held_out else []),
+        ("tokens", report.tokens), ("trained tokens", report.trained_tokens), ("rows of an epoch", report.packed_rows),
+    ]  # fmt: skip
+    efficiency = ("packing efficiency" if report.packing else "tokens that are no padding", f"{100 * report.efficiency:.1f} %")
+    return [
+        f"<{heading}>{escape(name)}: {escape(report.source)}</{heading}>",
+        *(f'<p class="warning">Warning: {escape(warning)}</p>' for warning in report.warnings),
+        table((), [*((label, f"{value:,}") for label, value in rows), efficiency]),
+        histogram_chart(f"{name}: lengths of the documents", bins, "tokens, from", "documents"),
+    ]

@@ -1,0 +1,150 @@
+"""Pictures of numbers as inline SVG, in the page's colours. Each has a title and a description for people who do not see it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+WIDTH, HEIGHT = 560, 260
+LEFT, RIGHT, TOP, FOOT = 62, 14, 12, 40  # margins
+COLOURS = ("a", "b")
+
+Points = Sequence[tuple[float, float]]
+
+
+def line_chart(title: str, series: Mapping[str, Points], *, across: str = "step") -> str:
+    """Lines over `across`, of one or two series; points that are no finite numbers are left out. Empty where none is left."""
+    kept = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
+    kept = {name: thinned(points) for name, points in kept.items() if points}
+    if not kept:
+        return ""
+    every = [point for points in kept.values() for point in points]
+    x_of, x_ticks = _axis([x for x, _ in every], LEFT, WIDTH - RIGHT, whole=True)
+    y_of, y_ticks = _axis([y for _, y in every], HEIGHT - FOOT, TOP)
+    parts = [*_grid(x_ticks, x_of, y_ticks, y_of), _label(across)]
+    for (name, points), colour in zip(kept.items(), COLOURS, strict=False):
+        places = [(x_of(x), y_of(y)) for x, y in points]
+        if len(places) > 1:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            parts.append(f'<polyline class="line {colour}" points="{path}"/>')
+        if len(places) <= 40:
+            parts += [
+                f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
+                f"<title>{escape(name)}: {value[1]:.6g} at {across} {value[0]:g}</title></circle>"
+                for (x, y), value in zip(places, points, strict=True)
+            ]
+    told = "; ".join(_described(name, points, across) for name, points in kept.items())
+    return _figure(title, told, parts, HEIGHT, list(kept) if len(kept) > 1 else [])
+
+
+def interval_chart(title: str, values: Mapping[str, tuple[float, float, float]]) -> str:
+    """Values with their bounds, one above the other on one axis: `{"tuned": (value, low, high), "base": ...}`."""
+    every = [x for one in values.values() for x in one if math.isfinite(x)]
+    if not every:
+        return ""
+    step, left, foot = 28, 70, 26
+    height = TOP + len(values) * step + foot
+    x_of, ticks = _axis(every, left, WIDTH - 2 * RIGHT)
+    parts = [
+        f'<line class="grid" x1="{x_of(t):.1f}" x2="{x_of(t):.1f}" y1="{TOP}" y2="{height - foot}"/>'
+        f'<text x="{x_of(t):.1f}" y="{height - foot + 16}" text-anchor="middle">{_short(t)}</text>'
+        for t in ticks
+    ]
+    for number, (name, (value, low, high)) in enumerate(values.items()):
+        colour, y = COLOURS[number % len(COLOURS)], TOP + step * (number + 0.5)
+        parts.append(f'<text x="{left - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        if math.isfinite(low) and math.isfinite(high):
+            parts.append(
+                f'<line class="whisker {colour}" x1="{x_of(low):.1f}" x2="{x_of(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            )
+        if math.isfinite(value):
+            parts.append(f'<circle class="dot {colour}" cx="{x_of(value):.1f}" cy="{y:.1f}" r="5"/>')
+    told = "; ".join(f"{name}: {value:.4g}, from {low:.4g} to {high:.4g}" for name, (value, low, high) in values.items())
+    return _figure(title, told, parts, height, [])
+
+
+def histogram_chart(title: str, bins: Sequence[tuple[int, int, int]], across: str, what: str) -> str:
+    """Bars: `(from, to, count)`, the last one inclusive; `across` names the axis, `what` is counted."""
+    if not bins:
+        return ""
+    most, step = max(count for *_, count in bins) or 1, (WIDTH - LEFT - RIGHT) / len(bins)
+    y_of, y_ticks = _axis([0, most], HEIGHT - FOOT, TOP, whole=True)
+    parts, every = list(_grid([], lambda x: x, y_ticks, y_of)), math.ceil(len(bins) / 6)
+    for number, (low, high, count) in enumerate(bins):
+        x, y = LEFT + number * step, y_of(count)
+        parts.append(
+            f'<rect class="bar" x="{x + 1:.1f}" y="{y:.1f}" width="{max(step - 2, 1):.1f}" height="{HEIGHT - FOOT - y:.1f}">'
+            f"<title>{low:,} to {high:,}: {count:,} {escape(what)}</title></rect>"
+        )
+        if number % every == 0:
+            parts.append(f'<text x="{x + step / 2:.1f}" y="{HEIGHT - FOOT + 16}" text-anchor="middle">{low:,}</text>')
+    told = "; ".join(f"{low:,} to {high:,}: {count:,}" for low, high, count in bins)
+    return _figure(title, f"{what} by {across}: {told}", [*parts, _label(across)], HEIGHT, [])
+
+
+def thinned(points: Points, most: int = 1000) -> Points:
+    """At most about `most` points, such that every peak stays: of each part the lowest and the highest, and both ends."""
+    if len(points) <= most:
+        return points
+    size = math.ceil(2 * len(points) / most)
+    kept = {points[0], points[-1]}
+    for at in range(0, len(points), size):
+        part = points[at : at + size]
+        kept |= {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+    return sorted(kept)
+
+
+def _figure(title: str, told: str, parts: Sequence[str], height: float, key: Sequence[str]) -> str:
+    shown = "".join(f'<span class="key {colour}"></span>{escape(name)}' for name, colour in zip(key, COLOURS, strict=False))
+    return (
+        f'<figure><figcaption>{escape(title)}{shown}</figcaption><svg viewBox="0 0 {WIDTH} {height:g}" role="img">'
+        f"<title>{escape(title)}</title><desc>{escape(told)}</desc>{''.join(parts)}</svg></figure>"
+    )
+
+
+def _described(name: str, points: Points, across: str) -> str:
+    low, high = min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])
+    return (
+        f"{name}: from {points[0][1]:.4g} at {across} {points[0][0]:g} to {points[-1][1]:.4g} at {across} {points[-1][0]:g}, "
+        f"lowest {low[1]:.4g} at {low[0]:g}, highest {high[1]:.4g} at {high[0]:g}"
+    )
+
+
+def _axis(values: Sequence[float], start: float, stop: float, *, whole: bool = False):
+    """`(where a value is, round values to write beside the axis)`."""
+    low, high = min(values), max(values)
+    if low == high:
+        around = abs(low) * 0.1 or 1.0
+        low, high = low - around, high + around
+    raw = (high - low) / 4
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(size * n for n in (1, 2, 2.5, 5, 10) if size * n >= raw)
+    if whole:
+        step = max(1.0, round(step))
+    first, last = math.floor(low / step), math.ceil(high / step)
+    if whole:  # steps begin and end where the data do
+        ticks = [n * step for n in range(first, last + 1) if low <= n * step <= high]
+    else:
+        ticks = [n * step for n in range(first, last + 1)]
+        low, high = ticks[0], ticks[-1]
+    return (lambda value: start + (stop - start) * (value - low) / (high - low)), ticks
+
+
+def _grid(x_ticks: Sequence[float], x_of, y_ticks: Sequence[float], y_of):
+    for t in y_ticks:
+        y = y_of(t)
+        yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        yield f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_short(t)}</text>'
+    for t in x_ticks:
+        yield f'<text x="{x_of(t):.1f}" y="{HEIGHT - FOOT + 16}" text-anchor="middle">{_short(t)}</text>'
+
+
+def _label(across: str) -> str:
+    return f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>'
+
+
+def _short(value: float) -> str:
+    """`1,500` `0.25` `2e-05`."""
+    size = abs(value)
+    if value and (size >= 1e6 or size < 1e-3):
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"

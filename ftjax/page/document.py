@@ -1,0 +1,90 @@
+"""A page that needs nothing but itself: one file, no script, light and dark, for a phone as for a wide screen."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #5b626c; --line: #d9dce1; --panel: #f6f7f9;
+  --a: #2a6fbb; --b: #c2571a; --good: #23763a; --bad: #b3261e; --warn: #8a5a00; --warn-paper: #fff6e0;
+  --trained: #bfe8c5; --weighted: #f3e2a0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #15181c; --soft: #9aa3ae; --line: #363c44;
+  --panel: #1e2228; --a: #6fb1f5; --b: #f0935a; --good: #6fce88; --bad: #ff8a80; --warn: #f0c060; --warn-paper: #2f2710;
+  --trained: #1d5a2a; --weighted: #6b5a10; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 72rem;
+  margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .8rem; padding-top: .9rem; border-top: 1px solid var(--line); }
+h2 { overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; overflow-wrap: anywhere; }
+p { margin: .4rem 0; } a { color: var(--a); }
+.soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
+caption { text-align: left; padding-bottom: .3rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; }
+td, th { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; } .off { color: var(--warn); }
+.warning { color: var(--warn); background: var(--warn-paper); border-left: 4px solid var(--warn); padding: .5rem .8rem;
+  border-radius: 4px; overflow-wrap: anywhere; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .7rem; margin: 1.2rem 0; }
+.tiles div { background: var(--panel); border-radius: 8px; padding: .7rem .9rem; overflow-wrap: anywhere; }
+.tiles b { display: block; font-size: 1.25rem; font-weight: 600; font-variant-numeric: tabular-nums; line-height: 1.3; }
+.tiles span { color: var(--soft); font-size: .85rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.2rem; }
+figure { margin: 0; background: var(--panel); border-radius: 8px; padding: .8rem; min-width: 0; }
+figure svg { display: block; width: 100%; height: auto; } figcaption { margin-bottom: .3rem; }
+svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } svg .grid { stroke: var(--line); stroke-width: 1; }
+svg .bar { fill: var(--a); } svg .zero { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
+svg .a { stroke: var(--a); } svg .b { stroke: var(--b); } svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+svg .dot { stroke: none; } svg .dot.a { fill: var(--a); } svg .dot.b { fill: var(--b); } svg .whisker { stroke-width: 2; }
+.key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin: 0 .3rem 0 .8rem; vertical-align: -1px; }
+.key.a { background: var(--a); } .key.b { background: var(--b); }
+pre, .text { font: .85rem/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; }
+pre { background: var(--panel); border-radius: 8px; padding: .8rem; max-height: 40rem; overflow: auto; }
+details { margin: .5rem 0; } summary { cursor: pointer; padding: .3rem 0; color: var(--a); }
+.sample { border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; margin: .8rem 0; }
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: .3rem 1.2rem; }
+.sides > div { min-width: 0; } .sides b { font-size: .85rem; color: var(--soft); }
+.document { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  border: 1px solid var(--line); border-radius: 6px; padding: .8rem; max-height: 32rem; overflow: auto; }
+.document span { border-right: 1px solid var(--line); }
+.t { background: var(--trained); } .w { background: var(--weighted); } .c { opacity: .6; }
+@media (max-width: 40rem) { svg text { font-size: 17px; } }
+@media print { details > * { display: block; } body { max-width: none; } }
+"""
+
+
+def page(title: str, body: Iterable[str]) -> str:
+    """A whole HTML file; `title` is text, `body` is HTML."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+        f'initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n'
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "", numbers: bool = True) -> str:
+    """A table of texts. The first column names the row; the others are numbers (`numbers`) or texts. It scrolls by itself
+    where the screen is narrow."""
+    kind = ' class="n"' if numbers else ""
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = cells
+        return f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td{kind}>{escape(cell)}</td>" for cell in rest)}</tr>'
+
+    top = "".join(f'<th scope="col"{kind if n else ""}>{escape(name)}</th>' for n, name in enumerate(head))
+    named = f"<caption>{escape(caption)}</caption>" if caption else ""
+    heading = f"<thead><tr>{top}</tr></thead>" if head else ""
+    return f'<div class="scroll"><table>{named}{heading}<tbody>{"".join(map(line, rows))}</tbody></table></div>'
+
+
+def details(summary: str, *inner: str) -> str:
+    """HTML that shows when the summary, a text, is clicked."""
+    return f"<details><summary>{escape(summary)}</summary>{''.join(inner)}</details>"
+
+
+def text(value: str) -> str:
+    """A text as it stands, line breaks and all."""
+    return f'<div class="text">{escape(value)}</div>'

@@ -1,0 +1,46 @@
+"""The numbers of metrics.jsonl: pictures, and all of them as tables."""
+
+from collections.abc import Iterable
+
+from ftjax.page.chart import line_chart
+from ftjax.page.document import details, table
+from ftjax.report.read import Run
+
+RATE = "tokens a second"
+PICTURES = (
+    ("loss", {"training": "train/loss", "validation": "eval/loss"}),
+    ("learning rate", {"learning rate": "train/learning_rate"}),
+    ("token accuracy on validation data", {"accuracy": "eval/token_accuracy"}),
+    ("gradient norm", {"gradient norm": "train/grad_norm"}),
+    (RATE, {RATE: "train/tokens_per_second"}),
+    ("peak memory of one device (GiB; of the process, on a CPU)", {"GiB": "train/peak_memory_gib"}),
+)
+DRAWN = {name for _, series in PICTURES for name in series.values()}
+NOT_DRAWN = ("eval/perplexity", "eval/seconds")  # the loss again; and no curve
+
+
+def curves(run: Run) -> Iterable[str]:
+    """HTML."""
+    if not run.metrics:
+        return ["<p>There is no metric yet.</p>"]
+    pictures = [(title, {label: run.curve(name) for label, name in series.items()}) for title, series in PICTURES]
+    for _, series in pictures:
+        if RATE in series:
+            series[RATE] = [(step, rate) for step, rate in series[RATE] if rate > 0]  # 0: not known yet
+    others = [name for name in run.names("eval/") if name not in DRAWN and name not in NOT_DRAWN]
+    pictures += [(name.removeprefix("eval/"), {name: run.curve(name)}) for name in others]
+    shown = "".join(line_chart(title, series) for title, series in pictures)
+    return [f'<div class="charts">{shown}</div>', *(_rows(run, prefix, title) for prefix, title in SETS)]
+
+
+SETS = (("train/", "Training, every logged step"), ("eval/", "Validation, every evaluation"))
+
+
+def _rows(run: Run, prefix: str, title: str) -> str:
+    names = run.names(prefix)
+    rows = [row for row in run.metrics if any(name in row for name in names)]
+    if not rows:
+        return ""
+    head = ["step", *(name.removeprefix(prefix) for name in names)]
+    cells = [[str(row["step"]), *(f"{row[name]:.6g}" if name in row else "" for name in names)] for row in rows]
+    return details(f"{title}: {len(rows):,} rows", table(head, cells, caption=f"From metrics.jsonl, {prefix}*"))

@@ -1,0 +1,127 @@
+"""What a run folder holds, read for a report. Files that are not there are left out; a folder that is no run is an error."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftjax.config import Config
+from ftjax.config.load import load_config
+from ftjax.errors import UserError
+
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation or check: its folder's name, `results.json`, and the rows beside it."""
+
+    name: str
+    results: Mapping[str, Any]
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Attributes:
+    config, config_text: of config.yaml.
+    metrics: the numbers of metrics.jsonl, one dict a line, `step` among them.
+    generations: (step, answers) while training; warnings: (step, text).
+    record: run.json; {} where the run is older than that.
+    evaluations, checks: those that were written into the run's folder.
+    """
+
+    folder: Path
+    config: Config
+    config_text: str
+    metrics: list[dict[str, float]]
+    generations: list[tuple[int, list[dict[str, str]]]]
+    warnings: list[tuple[int, str]]
+    record: Mapping[str, Any]
+    evaluations: list[Measured] = field(default_factory=list)
+    checks: list[Measured] = field(default_factory=list)
+
+    def curve(self, name: str) -> Points:
+        """`(step, value)` of a metric, in the order of the file."""
+        return [(row["step"], row[name]) for row in self.metrics if name in row]
+
+    def names(self, prefix: str) -> list[str]:
+        return list(dict.fromkeys(name for row in self.metrics for name in row if name.startswith(prefix)))
+
+    @property
+    def last_step(self) -> int:
+        return max((row["step"] for row in self.metrics), default=0)
+
+    @property
+    def state(self) -> str:
+        """Whether the run has ended, in words."""
+        planned = self.record.get("steps") or self.config.training.max_steps
+        if (self.folder / "final").is_dir():
+            early = f" of {planned:,}, stopped early" if planned and self.last_step < planned else ""
+            return f"finished at step {self.last_step:,}{early}"
+        return f"not finished: step {self.last_step:,}" + (f" of {planned:,}" if planned else "")
+
+    def best(self, name: str, greater: bool) -> tuple[int, float] | None:
+        points = [point for point in self.curve(name) if math.isfinite(point[1])]
+        return (max if greater else min)(points, key=lambda point: point[1]) if points else None
+
+
+def read_run(folder: Path) -> Run:
+    """Raises UserError where the folder is no run, or a file of it is damaged."""
+    if not (folder / "config.yaml").is_file() and (folder.parent / "config.yaml").is_file():
+        folder = folder.parent  # the run's final/ or best/
+    if not (folder / "config.yaml").is_file():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: expected a run folder with config.yaml and metrics.jsonl; found {found}")
+    config = load_config(folder / "config.yaml", note=lambda text: None)
+    metrics, generations, warnings = [], [], []
+    for row in _lines(folder / "metrics.jsonl"):
+        step = row.get("step")
+        if not isinstance(step, int):
+            continue
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        if len(numbers) > 1:
+            metrics.append(numbers)
+        if isinstance(row.get("eval/generations"), list):
+            generations.append((step, row["eval/generations"]))
+        if isinstance(row.get("warning"), str):
+            warnings.append((step, row["warning"]))
+    whole = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return Run(
+        folder, config, whole, metrics, generations, warnings,
+        _json(folder / "run.json") if (folder / "run.json").is_file() else {},
+        _measured(sorted(folder.glob("evaluation/*/results.json")), "predictions.jsonl"),
+        _measured(sorted(folder.glob("check*/results.json")), "answers.jsonl"),
+    )  # fmt: skip
+
+
+def _measured(paths: list[Path], rows: str) -> list[Measured]:
+    return [Measured(path.parent.name, _json(path), _lines(path.parent / rows)) for path in paths]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; make it anew, or remove it") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}; make it anew, or remove it")
+    return value
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; a line that a kill has cut is passed over."""
+    found = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                found.append(row)
+    return found

@@ -1,0 +1,179 @@
+"""What was measured after training (evaluations, checks), and what the model wrote, then and while it trained."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from ftjax.page.chart import interval_chart
+from ftjax.page.document import details, table, text
+from ftjax.report.read import Measured, Run
+
+SAMPLES = 6  # of each evaluation
+SHOWN_STEPS = 4  # of the answers while training; the others open on a click
+FLAGS = ("empty", "repeating", "cut_off", "wrong_language")
+COLOURS = {"passed": "good", "failed": "bad", "not judged": "soft", "not measured": "off"}
+Numbers = Mapping[str, Any] | None
+
+
+def evaluations(run: Run) -> Iterable[str]:
+    """HTML: of each, its metrics beside the base's, and answers."""
+    for one in run.evaluations:
+        results = one.results
+        title = f"{results.get('task')} on {results.get('rows', 0):,} rows of {results.get('data')}"
+        yield f"<h3>{escape(title)}</h3>"
+        beside = f", beside {results['base']['model']}" if "base" in results else ""
+        yield f'<p class="soft">{escape(str(results.get("model")) + beside)}</p>'
+        yield f'<div class="charts">{"".join(_pictures(results))}</div>'
+        yield _metrics(results)
+        yield from _samples(one)
+
+
+def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
+    """Name, value, base, difference and p of each metric, as texts."""
+    base, difference = results.get("base", {}).get("metrics", {}), results.get("difference", {})
+    found = []
+    for name, value in results.get("metrics", {}).items():
+        row = [name, cell(value)]
+        if "base" in results:
+            row += [cell(base.get(name)), cell(difference.get(name), "+"), number((difference.get(name) or {}).get("p_value"))]
+        found.append(row)
+    return found
+
+
+def cell(value: Numbers, sign: str = "", share: bool = False) -> str:
+    """`0.42 (0.38 to 0.46)`; a share as `42 % (38 to 46)`; without bounds where there are none."""
+    if not value or value.get("value") is None:
+        return "-"
+    numbers = [
+        None if value.get(key) is None else float(value[key]) * (100 if share else 1) for key in ("value", "low", "high")
+    ]
+    form = f"{sign}.1f" if share else f"{sign}.4g"
+    shown = ["" if x is None else format(x, form) for x in numbers]
+    around = f" ({shown[1]} to {shown[2]})" if shown[1] and shown[2] and not shown[1] == shown[2] == shown[0] else ""
+    return f"{shown[0]}{' %' if share else ''}{around}"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _pictures(results: Mapping[str, Any]) -> Iterable[str]:
+    base = results.get("base", {}).get("metrics", {})
+    for name, value in results.get("metrics", {}).items():
+        both = {"tuned": value, **({"base": base[name]} if name in base else {})}
+        bounds = {who: tuple(_float(one.get(key)) for key in ("value", "low", "high")) for who, one in both.items()}
+        yield interval_chart(name, bounds)
+
+
+def _metrics(results: Mapping[str, Any]) -> str:
+    share = f"{100 * results.get('confidence', 0.95):g} % interval"
+    head = ["metric", f"value ({share})", *(("base", "difference", "p") if "base" in results else ())]
+    parts = [table(head, rows_of(results))]
+    for who, found in (("", results), ("base: ", results.get("base", {}))):
+        if "confusion_matrix" in found:
+            labels = found["labels"]
+            rows = [[label, *map(str, row)] for label, row in zip(labels, found["confusion_matrix"], strict=True)]
+            parts.append(table(["", *labels], rows, caption=f"{who}true class (rows), chosen class (columns)"))
+    return "".join(parts)
+
+
+def _samples(one: Measured) -> Iterable[str]:
+    rows = [row for row in one.rows if "prediction" in row]
+    chosen, why = _chosen(rows)
+    if not chosen:
+        return
+    yield f'<p class="soft">{len(chosen)} of {len(rows):,} answers{escape(why)}; all of them are in predictions.jsonl.</p>'
+    for row in chosen:
+        sides = {"reference": " | ".join(map(str, row.get("references") or [])), "tuned": row["prediction"]}
+        if "base_prediction" in row:
+            sides["base"] = row["base_prediction"]
+        scores = {who: _score(row, prefix) for who, prefix in (("tuned", ""), ("base", "base_"))}
+        yield sample(row.get("prompt"), sides, {who: value for who, value in scores.items() if value is not None})
+
+
+def _chosen(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """The rows on which the models differ most, for better and for worse; else some from beginning to end."""
+    change = [(_score(row, "") or 0) - (_score(row, "base_") or 0) if _score(row, "base_") is not None else 0 for row in rows]
+    if any(change):
+        order = sorted(range(len(rows)), key=lambda i: change[i])
+        worse = [i for i in order if change[i] < 0][: SAMPLES // 2]
+        better = [i for i in reversed(order) if change[i] > 0][: SAMPLES - len(worse)]
+        return [rows[i] for i in (*better, *worse)], ", where the first score differs most between the two models"
+    step = max(1, math.ceil(len(rows) / SAMPLES))
+    return list(rows[::step]), ""
+
+
+def _score(row: Mapping[str, Any], prefix: str) -> float | None:
+    """The first number among a row's scores."""
+    scores = row.get(f"{prefix}scores") or {}
+    return next((float(value) for value in scores.values() if isinstance(value, int | float)), None)
+
+
+def sample(prompt: Any, sides: Mapping[str, str], scores: Mapping[str, float] | None = None) -> str:
+    """One prompt and several texts beside each other."""
+    if isinstance(prompt, list):
+        prompt = "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
+    parts = []
+    for who, value in sides.items():
+        score = f" ({scores[who]:.3g})" if scores and who in scores else ""
+        parts.append(
+            f"<div><b>{escape(who)}{score}</b>{text(str(value)) if str(value).strip() else '<p class=soft>(empty)</p>'}</div>"
+        )
+    return f'<div class="sample"><b>prompt</b>{text(str(prompt))}<div class="sides">{"".join(parts)}</div></div>'
+
+
+def generations(run: Run) -> Iterable[str]:
+    """HTML: of each prompt that was answered while training, the answers step by step."""
+    prompts: dict[int, list[tuple[int, Mapping[str, str]]]] = {}
+    for step, rows in run.generations:
+        for place, row in enumerate(rows):
+            prompts.setdefault(place, []).append((step, row))
+    for answers in prompts.values():
+        first = answers[0][1]
+        sides = {"reference": first["reference"]} if "reference" in first else {}
+        texts = {f"step {step}": row.get("text", "") for step, row in answers}
+        names = list(texts)
+        open_at = names if len(names) <= SHOWN_STEPS else [names[0], *names[-SHOWN_STEPS + 1 :]]
+        yield sample(first.get("prompt", ""), sides | {name: texts[name] for name in open_at})
+        rest = {name: texts[name] for name in names if name not in open_at}
+        if rest:
+            yield details(
+                f"{len(rest)} more steps of this prompt", *(sample("", {name: value}) for name, value in rest.items())
+            )
+
+
+def checks(run: Run) -> Iterable[str]:
+    """HTML: of each check, the verdicts, what was not measured, and some of the answers that something is wrong with."""
+    for one in run.checks:
+        results = one.results
+        beside = f" beside {results['base']}" if results.get("base") else ""
+        yield f'<p class="soft">{escape(str(results.get("model")) + beside)}: {results.get("prompts", 0):,} prompts</p>'
+        rows = []
+        for found in results.get("findings", []):
+            if found["verdict"] == "not measured":
+                continue
+            cells = [cell(found.get(key), share=bool(found.get("share"))) for key in ("value", "base")]
+            words = "".join(f'<td class="n">{escape(value)}</td>' for value in cells)
+            verdict = f'<td class="{COLOURS.get(found["verdict"], "soft")}">{escape(found["verdict"])}</td>'
+            name, rule = escape(found["title"]), escape(found.get("rule") or "")
+            rows.append(f'<tr><th scope="row">{name}</th>{words}<td>{rule}</td>{verdict}</tr>')
+        head = "".join(f'<th scope="col"{" class=n" if n in (1, 2) else ""}>{name}</th>' for n, name in enumerate(
+            ("metric", "tuned", "base", "limit", "verdict")))  # fmt: skip
+        yield f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        for name, reason in results.get("not_measured", {}).items():
+            yield f'<p class="off">Not measured: {escape(name)}: {escape(str(reason))}</p>'
+        yield details("Answers that something is said of", *_flagged(one.rows))
+
+
+def _flagged(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    for flag in (*FLAGS, "safe_refused"):
+        for row in [row for row in rows if row.get(flag)][: SAMPLES // 2]:
+            sides = {f"tuned: {flag.replace('_', ' ')}": row.get("answer", "")}
+            if "base_answer" in row:
+                sides["base"] = row["base_answer"]
+            yield sample(row.get("prompt"), sides)
+
+
+def _float(value: Any) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,70 @@
+"""The report in a few lines, for a terminal."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ftjax.report.read import Run
+from ftjax.report.results import rows_of
+from ftjax.report.setup import warnings
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+WIDTH = 40  # characters of a curve
+
+
+def tiles(run: Run) -> list[tuple[str, str]]:
+    """What is looked for first: name and value."""
+    losses, best = run.curve("train/loss"), run.best("eval/loss", greater=False)
+    rates = [rate for _, rate in run.curve("train/tokens_per_second") if rate > 0]
+    memory = [value for _, value in run.curve("train/peak_memory_gib")]
+    found = [("state", run.state)]
+    if losses:
+        found.append(("training loss, first to last", f"{losses[0][1]:.4g} → {losses[-1][1]:.4g}"))
+    if best:
+        found.append(("best validation loss", f"{best[1]:.4g} at step {best[0]:,}"))
+    if rates:
+        found.append(("tokens a second, median", f"{sorted(rates)[len(rates) // 2]:,.4g}"))
+    if memory:
+        found.append(("peak memory", f"{max(memory):.3g} GiB"))
+    if "trained" in run.record:
+        found.append(("parameters", run.record["trained"].split(" || ")[0].removeprefix("trainable params: ") + " trained"))
+    for one in run.checks:
+        failed = one.results.get("failed", [])
+        found.append((one.name, f"{len(failed)} beyond their limits" if failed else "all within their limits"))
+    return found
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """`█▆▄▃▂▁`: the means of equal parts; what is no finite number is left out."""
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return ""
+    parts = min(WIDTH, len(values))
+    edges = [round(n * len(values) / parts) for n in range(parts + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, span = min(means), max(means) - min(means)
+    return "".join(BLOCKS[round((mean - low) / span * (len(BLOCKS) - 1)) if span else 0] for mean in means)
+
+
+def print_summary(run: Run, console: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console.print(f"{run.folder}: {run.config.model.path}, {run.config.method.name}", soft_wrap=True, markup=False)
+    for name, value in tiles(run):
+        console.print(f"  {name:<28} {value}", soft_wrap=True, markup=False)
+    for label, name in (("training loss", "train/loss"), ("validation loss", "eval/loss")):
+        if len(run.curve(name)) > 1:
+            console.print(f"  {label:<28} {sparkline([value for _, value in run.curve(name)])}", soft_wrap=True)
+    wide = console if console.is_terminal else Console(file=console.file, width=150)
+    for one in run.evaluations:
+        results = one.results
+        table = Table(title=f"{results.get('task')} on {results.get('data')}", title_justify="left")
+        for n, name in enumerate(("metric", "value", *(("base", "difference", "p") if "base" in results else ()))):
+            table.add_column(name, justify="right" if n else "left")
+        for row in rows_of(results):
+            table.add_row(*row)
+        wide.print(table)
+    for words in warnings(run):
+        console.print(f"warning: {words}", style="yellow", soft_wrap=True, markup=False)
