@@ -16,6 +16,7 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
     "vocab": ("tensor",),
+    "loss_vocab": ("tensor", "fsdp"),  # the output projection while the loss is computed (ftjax.objectives.sft)
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -82,17 +83,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: jax.Array, *axes: str | None, without: str | None = None) -> jax.Array:
     """Lay an activation out by its logical axes, under `jax.set_mesh`; a dimension that does not divide stays replicated.
 
     Without a mesh (or with one device) this is the identity.
+
+    Args:
+        without: a mesh axis along which the array is whole all the same.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     entries = []
     for size, axis in zip(x.shape, axes, strict=True):
-        rule = RULES.get(axis) if axis else None
+        rule = tuple(name for name in RULES.get(axis) or () if name != without) if axis else None
         fits = rule and size % math.prod(mesh.shape[a] for a in rule) == 0
         entries.append(rule if fits else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))

@@ -22,7 +22,7 @@ from ftjax.methods.method import Method
 from ftjax.methods.save import mark_modules_to_save
 from ftjax.methods.walk import Site, describe, layer_index, linears, matches, refuse_unmatched
 from ftjax.models.context import Context
-from ftjax.models.layers import project
+from ftjax.models.layers import project_sharded
 from ftjax.models.model import Model
 from ftjax.models.param import Buffer, Init, Row, param
 
@@ -53,8 +53,9 @@ class LoraLinear(nnx.Module):
         if self.dropout and ctx.dropout is not None:
             keep = jax.random.bernoulli(jax.random.fold_in(ctx.dropout, self.salt), 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        low = project(x, self.lora_A[...]) * self.scale[...].astype(x.dtype)
-        return y + project(low, self.lora_B[...])
+        axes_in, axes_out = self.base.axes
+        low = project_sharded(x, self.lora_A[...], ("rank", axes_in), ctx) * self.scale[...].astype(x.dtype)
+        return y + project_sharded(low, self.lora_B[...], (axes_out, "rank"), ctx)
 
 
 def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Callable[[str, tuple], np.ndarray]) -> np.ndarray:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from ftjax.errors import UserError
 from ftjax.models.context import Context
+from ftjax.models.gathered import fully_sharded, gathered
 from ftjax.models.param import Init, param
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -45,6 +46,21 @@ def project(x: jax.Array, weight: jax.Array, *, conv1d: bool = False) -> jax.Arr
     return jax.lax.dot_general(x, weight.astype(x.dtype), contract, precision=precision)
 
 
+def project_sharded(x: jax.Array, weight: jax.Array, axes: tuple[str | None, ...], ctx: Context, *, conv1d=False) -> jax.Array:
+    """`project` with a weight whose logical axes are known: where it is cut along `fsdp`, it is gathered for the product.
+
+    The output projection is left to the objective, which needs it for every chunk of its loss.
+    """
+    if "vocab" in axes or not fully_sharded():
+        return project(x, weight, conv1d=conv1d)
+
+    def product(x, weight):
+        return project(x, gathered(weight.astype(x.dtype), axes), conv1d=conv1d)
+
+    # Where the block around it is not recomputed, the shard is kept for the backward pass all the same, not what it came to.
+    return jax.checkpoint(product)(x, weight) if ctx.remat == "none" else product(x, weight)
+
+
 class Linear(nnx.Module):
     """`y[..., O] = x[..., I] @ weight[O, I].T + bias[O]`."""
 
@@ -58,11 +74,15 @@ class Linear(nnx.Module):
         self.adaptable = True
         self.size_in, self.size_out, self.axes, self.conv1d = size_in, size_out, axes, conv1d
         shape = (size_in, size_out) if conv1d else (size_out, size_in)
-        self.weight = param(shape, axes if conv1d else axes[::-1], "weight")
+        self.weight = param(shape, self.weight_axes, "weight")
         self.bias = param((size_out,), (axes[1],), "bias", init=Init("zeros")) if bias else None
 
+    @property
+    def weight_axes(self) -> tuple[str | None, str | None]:
+        return self.axes if self.conv1d else self.axes[::-1]
+
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        y = project(x, self.weight[...], conv1d=self.conv1d)
+        y = project_sharded(x, self.weight[...], self.weight_axes, ctx, conv1d=self.conv1d)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -26,7 +26,19 @@ class Sums(NamedTuple):
     correct: jax.Array  # sum of weight where the most likely token is the target
 
 
-def _chunk_sums(unembed: Unembed, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
+# (hidden [B, C, E], targets [B, C], weights [B, C]) -> the same, laid out over the devices as the projection needs them
+Arrange = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def as_it_is(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Leaves a chunk where it lies."""
+    return hidden, targets, weights
+
+
+def _chunk_sums(
+    unembed: Unembed, arrange: Arrange, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> Sums:
+    hidden, targets, weights = arrange(hidden, targets, weights)
     logits = unembed(params, hidden)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     loss = jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
@@ -41,9 +53,14 @@ def _chunks(x: jax.Array, length: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def chunked_cross_entropy(
-    unembed: Unembed, length: int, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+    unembed: Unembed,
+    length: int,
+    params: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    arrange: Arrange = as_it_is,
 ) -> Sums:
     """Weighted sums of the cross-entropy over all tokens.
 
@@ -54,22 +71,27 @@ def chunked_cross_entropy(
         hidden: [B, T, E].
         targets: [B, T] int32, the token to be predicted at each place.
         weights: [B, T] float32; zero where nothing is trained.
+        arrange: lays each chunk out over the devices.
     """
+    return _cross_entropy(unembed, arrange, length, params, hidden, targets, weights)
 
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _cross_entropy(unembed, arrange, length, params, hidden, targets, weights):
     def body(sums, chunk):
-        return jax.tree.map(jnp.add, sums, _chunk_sums(unembed, params, *chunk)), None
+        return jax.tree.map(jnp.add, sums, _chunk_sums(unembed, arrange, params, *chunk)), None
 
     xs = tuple(_chunks(x, length) for x in (hidden, targets, weights))
     return jax.lax.scan(body, Sums(*(jnp.zeros((), jnp.float32),) * 3), xs)[0]
 
 
-def _forward(unembed, length, params, hidden, targets, weights):
+def _forward(unembed, arrange, length, params, hidden, targets, weights):
     def body(carry, chunk):
         sums, d_params = carry
         h, *rest = chunk
 
         def loss(params, h):
-            sums = _chunk_sums(unembed, params, h, *rest)
+            sums = _chunk_sums(unembed, arrange, params, h, *rest)
             return sums.loss, sums
 
         _, pull, more = jax.vjp(loss, params, h, has_aux=True)
@@ -85,9 +107,9 @@ def _forward(unembed, length, params, hidden, targets, weights):
     return sums, (d_params, d_hidden)
 
 
-def _backward(unembed, length, residuals, cotangent: Sums):
+def _backward(unembed, arrange, length, residuals, cotangent: Sums):
     d_params, d_hidden = jax.tree.map(lambda g: (g * cotangent.loss).astype(g.dtype), residuals)
     return d_params, d_hidden, None, None
 
 
-chunked_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward)

@@ -7,13 +7,16 @@ One row of a batch, for the text "Hi there" (ids 12, 57) in a row of 4 after BOS
     positions    0   1   2   3        segment_ids  1   1   1   1
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
 
+from ftjax.mesh import RULES, constrain
 from ftjax.models.context import Context
+from ftjax.models.gathered import fully_sharded, gathered
 from ftjax.models.model import Model
-from ftjax.objectives.loss import Sums, chunked_cross_entropy
+from ftjax.objectives.loss import Arrange, Sums, as_it_is, chunked_cross_entropy
 
 
 def sums(
@@ -31,12 +34,40 @@ def sums(
     """
     module = model.bind({**frozen, **trainable})
     hidden, _, aux = module.hidden(batch["tokens"], ctx)
-    inside = {path: leaf for path, leaf in trainable.items() if path.startswith(f"{model.output}.")}
+    output, arrange = output_projection(model, {**frozen, **trainable})
+    inside = {path: leaf for path, leaf in output.items() if path in trainable}
     outside = {path: jax.lax.stop_gradient(leaf) for path, leaf in trainable.items() if path not in inside}
 
     def unembed(inside, h):
-        return model.bind({**frozen, **outside, **inside}).unembed(h, ctx)
+        return model.bind({**frozen, **outside, **output, **inside}).unembed(h, ctx)
 
     b, t = batch["tokens"].shape
     length = min(t, max(1, loss_chunk // b))
-    return chunked_cross_entropy(unembed, length, inside, hidden, batch["targets"], batch["weights"]), aux
+    return chunked_cross_entropy(unembed, length, inside, hidden, batch["targets"], batch["weights"], arrange), aux
+
+
+def output_projection(model: Model, params: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], Arrange]:
+    """The parameters of the projection to the vocabulary, laid out for the loss, and how its chunks are.
+
+    Every chunk of the loss needs the whole projection. Where parameters are cut along `fsdp`, it is cut by words instead,
+    once for all chunks, and each chunk's hidden states, which are much smaller, go to every device of that axis; every
+    device computes the logits of its words. Where the words do not divide, the projection is gathered, once.
+    """
+    specs = {path: spec for path, spec in model.specs.items() if path.startswith(f"{model.output}.")}
+    own = {path: params[path] for path in specs}
+    if not fully_sharded():
+        return own, as_it_is
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape[name] for name in RULES["loss_vocab"])
+    words = {size for spec in specs.values() for size, axis in zip(spec.shape, spec.row.axes, strict=True) if axis == "vocab"}
+    divides = bool(words) and all(size % parts == 0 for size in words)
+
+    def lay_out(path: str) -> jax.Array:
+        axes = [("loss_vocab" if axis == "vocab" and divides else axis) for axis in specs[path].row.axes]
+        return constrain(own[path], *(None if axis == "embed" else axis for axis in axes))
+
+    def arrange(hidden, targets, weights):
+        rows = "batch", "length"
+        return gathered(hidden, (*rows, None)), *(constrain(x, *rows, without="fsdp") for x in (targets, weights))
+
+    return {path: lay_out(path) for path in own}, arrange if divides else as_it_is

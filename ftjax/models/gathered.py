@@ -1,0 +1,37 @@
+"""Fully sharded parameters: each weight is gathered where a product needs it, once forward and once backward.
+
+Left to itself, the partitioner often gathers a weight for each of its uses, moves it in the masters' float32, or turns the
+product into a loop that passes parts around. Here the weight is cast first, then gathered over `fsdp`, and its gradient is
+reduced straight into the shards (Rajbhandari et al. 2020, ZeRO-3, arXiv:1910.02054, section 5.3). Cuts along `tensor` stay.
+"""
+
+from functools import partial
+
+import jax
+
+from ftjax.mesh import constrain
+
+Axes = tuple[str | None, ...]
+
+
+def fully_sharded() -> bool:
+    """Whether parameters are cut along `fsdp` here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape.get("fsdp", 1) > 1
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(weight: jax.Array, axes: Axes) -> jax.Array:
+    """A weight (or activations) with these logical axes, whole along `fsdp`; the gradient is reduced into the parts."""
+    return constrain(weight, *axes, without="fsdp")
+
+
+def _forward(weight: jax.Array, axes: Axes) -> tuple[jax.Array, None]:
+    return gathered(weight, axes), None
+
+
+def _backward(axes: Axes, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (constrain(gradient, *axes),)
+
+
+gathered.defvjp(_forward, _backward)
