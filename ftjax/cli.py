@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 the user's input is wrong (a message, no traceback), 130 interrupted, 1 anything else.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -293,6 +294,64 @@ def export(
     from ftjax.hub.export import export as write
 
     write(run, out, merge=merge, portable=portable, push_to_hub=push_to_hub, private=not public)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    topology: Annotated[
+        str,
+        typer.Option(
+            help="v5e-16, v5p-64 (TensorCores, as Cloud counts), v6e:2x4, v5e with --chips, or cpu:8.", show_default=False
+        ),
+    ] = ...,
+    chips: Annotated[int | None, typer.Option(min=1, help="Chips of one slice.", show_default=False)] = None,
+    slices: Annotated[int, typer.Option(min=1, help="Slices, joined by the data centre's network.")] = 1,
+    price: Annotated[float | None, typer.Option(help="What a chip costs an hour.", show_default=False)] = None,
+    shardings: Annotated[bool, typer.Option("--shardings", help="List where every array lies.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compile a run for chips that need not be there: memory, traffic, the least time of a step.
+
+    Reads nothing of the model but its config.json. Exit code 1 where it does not fit.
+    """
+    from ftjax.config.load import load_config
+
+    settings = load_config(config, overrides or [])
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the chips that are planned for are not this machine's
+    from ftjax.plan.command import plan as run
+
+    fits = run(settings, topology, chips=chips, slices=slices, price=price, as_json=as_json, placed=shardings)
+    if not fits:
+        raise typer.Exit(1)
+
+
+@app.command()
+def sweep(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    topologies: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Slices, as for plan: v5e-8,v5e-16,v5e-32.", show_default=False)
+    ] = ...,
+    weak: Annotated[
+        bool, typer.Option("--weak/--strong", help="The global batch grows with the slice, or stays what it is.")
+    ] = True,
+    price: Annotated[float | None, typer.Option(help="What a chip costs an hour.", show_default=False)] = None,
+    run: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="A run's folder, measured; repeatable.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where sweep.csv and sweep.svg go.")] = Path("sweep"),
+) -> None:
+    """Plan a run for several slices: a table, a plot, and where more chips stop to pay."""
+    from ftjax.config.load import load_config
+
+    settings = load_config(config, overrides or [])
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from ftjax.plan.sweep import sweep as plan_all
+
+    names = [name.strip() for name in topologies.split(",") if name.strip()]
+    plan_all(config, settings, overrides or [], names, weak=weak, price=price, runs=run or [], out=out, say=print)
 
 
 @app.command()

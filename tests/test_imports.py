@@ -30,7 +30,7 @@ BELOW = {
     "evaluate": {"generate", "train", "hub", "objectives"},
     "check": {"evaluate", "generate", "hub", "data"},
     "report": {"page", "data", "config"},
-    "plan": {"train", "hub", "methods", "objectives"},
+    "plan": {"train", "hub", "methods", "objectives", "chips", "flops"},
     "doctor": {"errors", "compile_cache"},
     "cli": {"check", "report", "evaluate", "generate", "plan", "train", "hub", "doctor", "data"},
     "lm_eval": {"evaluate"},
@@ -38,7 +38,7 @@ BELOW = {
 }
 NEVER = {"torch", "tensorflow", "keras"}
 NOT_IN_DATA = {"jax", "jaxlib", "flax", "optax", "orbax"}
-CLI_MAY_IMPORT_AT_TOP = {"sys", "pathlib", "typing", "typer", "typer.core", "ftjax", "ftjax.errors"}  # quick ones only
+CLI_MAY_IMPORT_AT_TOP = {"os", "sys", "pathlib", "typing", "typer", "typer.core", "ftjax", "ftjax.errors"}  # quick ones only
 
 
 def allowed(room: str) -> set[str]:

@@ -39,6 +39,12 @@ def resolve_tokenizer(path: str, revision: str | None = None) -> Path:
     return local if local is not None else _download(path, revision, CONFIGURATION)
 
 
+def resolve_config(path: str, revision: str | None = None) -> Path:
+    """As `resolve_model`, but of a folder its config.json alone."""
+    local = _local(path, revision)
+    return local if local is not None else _download(path, revision, ("config.json",))
+
+
 def _local(path: str, revision: str | None) -> Path | None:
     """The local file or folder that is meant; None for a Hub id."""
     if path.startswith(HUB):

@@ -25,16 +25,26 @@ from ftjax.models.registry import FAMILIES
 
 def open_model(path: Path) -> tuple[dict, TensorSource]:
     """`(config.json as transformers completes it, the tensors)` of a model folder or a .gguf file."""
+    facts = read_facts(path)
     if path.suffix == ".gguf":
         from ftjax.hub.gguf import GGUFSource
+
+        return facts, GGUFSource(path)
+    source = SafetensorsFolder(path)
+    source.add_prefix(FAMILIES[facts["model_type"]].prefix, but=("lm_head.", "embed_out."))
+    return facts, Mxfp4Source(source) if is_mxfp4(read_config(path)) else source
+
+
+def read_facts(path: Path) -> dict:
+    """config.json of a model folder or a .gguf file as transformers completes it; the weights need not be there."""
+    if path.suffix == ".gguf":
         from ftjax.hub.gguf import read_config as read_gguf_config
 
-        return complete_config(read_gguf_config(path), str(path)), GGUFSource(path)
-    config, source = read_config(path), SafetensorsFolder(path)
-    source.add_prefix(FAMILIES[config["model_type"]].prefix, but=("lm_head.", "embed_out."))
+        return complete_config(read_gguf_config(path), str(path))
+    config = read_config(path)
     if is_mxfp4(config):  # what is written is not quantised any more
-        return {key: value for key, value in config.items() if key != "quantization_config"}, Mxfp4Source(source)
-    return config, source
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+    return config
 
 
 def load_base(model: Model, source: TensorSource, mesh: Mesh, dtype, where: str) -> dict[str, jax.Array]:

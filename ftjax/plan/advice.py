@@ -1,0 +1,44 @@
+"""What to change where a plan does not fit, or is slower than it could be."""
+
+from ftjax.plan.result import Plan
+from ftjax.train.setup import Design
+
+
+def advice(plan: Plan, made: Design) -> list[str]:
+    """Settings to try, the most effective first."""
+    return _to_fit(plan, made) if plan.fits is False else _to_speed_up(plan)
+
+
+def _to_fit(plan: Plan, made: Design) -> list[str]:
+    config, memory = made.config, plan.memory
+    shards = plan.mesh["data"] * plan.mesh["fsdp"]
+    rows = plan.rows // plan.microbatches // shards
+    state = sum(memory[kind] for kind in ("weights", "trained", "optimizer"))
+    lines = []
+    if plan.remat != "full" and memory["temporaries"] > 0.2 * plan.limit:
+        lines.append(f"model.remat: full (it is {plan.remat}): keep one activation a layer and compute the others again")
+    if rows > 1:
+        more = plan.microbatches * rows
+        lines.append(f"training.gradient_accumulation_steps: {more}: one row of {plan.max_length} tokens at a time and device")
+    if plan.mesh["data"] > 1 and state > 0.2 * plan.limit:
+        lines.append(f"mesh: {{data: 1, fsdp: {shards}}}: parameters and moments cut in {shards}, not {plan.mesh['fsdp']}")
+    if config.method.name == "full":
+        lines.append("method: {name: lora, r: 16}: no moments and gradients for the weights")
+    elif config.model.quantization is None and memory["weights"] > 0.2 * plan.limit:
+        lines.append("model.quantization: nf4: the frozen weights in a quarter of their bytes")
+    if rows <= 1 and plan.max_length >= 4096:
+        lines.append("mesh.sequence: 2 or more: each row's activations divided")
+    lines.append("a larger slice: parameters are divided by its chips")
+    return lines
+
+
+def _to_speed_up(plan: Plan) -> list[str]:
+    if not plan.seconds or plan.bound == "matrix units":
+        return []
+    shards = plan.mesh["data"] * plan.mesh["fsdp"]
+    if plan.bound in ("ICI", "DCN"):
+        return [
+            f"bound by {plan.bound}: more rows for each gathered parameter hide it; training.global_batch_size "
+            f"{2 * plan.rows}, now {plan.rows // plan.microbatches / shards:g} row(s) a device and microbatch"
+        ]
+    return ["bound by HBM: more rows a device and microbatch, or longer ones, use each weight that is read more often"]

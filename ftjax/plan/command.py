@@ -1,0 +1,41 @@
+"""`ftjax plan`."""
+
+import json
+
+from rich.console import Console
+
+from ftjax.config import Config
+from ftjax.plan.plan import check_price, design_for, make_plan, trace_step
+from ftjax.plan.result import as_json as plain
+from ftjax.plan.shardings import shardings
+from ftjax.plan.show import show, show_shardings
+from ftjax.plan.topology import parse
+
+
+def plan(
+    config: Config, topology: str, *, chips: int | None, slices: int, price: float | None, as_json: bool, placed: bool
+) -> bool:
+    """Print the plan; whether it fits (True where that is not known).
+
+    Args:
+        placed: list where every array lies, instead of compiling.
+
+    Raises UserError for a name that is none, and whatever in the configuration is wrong.
+    """
+    check_price(price)
+    where = parse(topology, chips, slices)
+    console = Console()
+    if placed:
+        made = design_for(config, where)
+        rows = shardings(made, *trace_step(made))
+        if as_json:
+            print(json.dumps([row._asdict() for row in rows], indent=1))
+        else:
+            show_shardings(rows, console)
+        return True
+    result = make_plan(config, where, price)
+    if as_json:
+        print(json.dumps(plain(result), indent=1))
+    else:
+        show(result, console)
+    return result.fits is not False

@@ -1,0 +1,354 @@
+"""What a compiled program moves: bytes through HBM and over links, read from XLA's text of it, loops by their trip counts.
+
+The text is the program of one device. XLA's own analysis counts the body of a loop once; here it counts as often as it runs.
+
+Bytes of a collective are those that one device receives, of a ring or anything as good:
+
+    all-gather, reduce-scatter, all-to-all    B (n - 1) / n        B: bytes of the whole, n: devices of a group
+    all-reduce                                2 B (n - 1) / n
+    collective-permute                        B
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+_HEAD = re.compile(r"^(?:ENTRY )?%([\w.$-]+) .*\{$")
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_NO_TRAFFIC = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+    "partition-id", "replica-id", "opt-barrier", "domain", "add-dependency",
+}  # fmt: skip
+_RENAMED = ("bitcast", "reshape", "copy", "convert", "transpose")
+
+
+class Array(NamedTuple):
+    bytes: float
+    in_hbm: bool  # the other memories (a TPU's VMEM and SMEM) are marked in the layout
+
+
+class Instruction(NamedTuple):
+    name: str
+    arrays: tuple[Array, ...]  # its results
+    opcode: str
+    operands: tuple[str, ...]
+    text: str  # what follows the operands
+    root: bool
+
+    @property
+    def bytes(self) -> float:
+        return sum(array.bytes for array in self.arrays)
+
+    def called(self, key: str) -> str | None:
+        found = re.search(rf"\b{key}=%?([\w.$-]+)", self.text)
+        return found and found[1]
+
+
+class Transfer(NamedTuple):
+    """A collective, as often as it runs in one step."""
+
+    kind: str
+    bytes: float  # that one device receives in a step
+    runs: float
+    groups: tuple[tuple[int, ...], ...]  # places in the mesh, in its flat order
+
+
+@dataclass(frozen=True)
+class Program:
+    """An optimised HLO module as text (`jax.stages.Compiled.as_text()`) of `devices` devices."""
+
+    text: str
+    devices: int
+
+    @cached_property
+    def computations(self) -> dict[str, dict[str, Instruction]]:
+        found: dict[str, dict[str, Instruction]] = {}
+        current: dict[str, Instruction] = {}
+        for line in self.text.splitlines():
+            if line.startswith((" ", "\t")):
+                instruction = _instruction(line)
+                if instruction:
+                    current[instruction.name] = instruction
+            elif head := _HEAD.match(line):
+                current = found.setdefault(head[1], {})
+        return found
+
+    @cached_property
+    def entry(self) -> str:
+        return re.search(r"^ENTRY %?([\w.$-]+)", self.text, re.MULTILINE)[1]
+
+    @cached_property
+    def runs(self) -> dict[str, float]:
+        """How often each computation runs in one step; fused ones are left out."""
+        counts: dict[str, float] = {}
+
+        def visit(name: str, times: float) -> None:
+            counts[name] = counts.get(name, 0) + times
+            for instruction in self.computations[name].values():
+                if instruction.opcode == "while":
+                    visit(instruction.called("body"), times * self.trip_count(instruction))
+                elif instruction.opcode == "call" or instruction.opcode.startswith("async-start"):
+                    visit(instruction.called("to_apply") or instruction.called("calls"), times)
+                elif instruction.opcode == "conditional":
+                    for branch in _branches(instruction.text):
+                        visit(branch, times)
+
+        visit(self.entry, 1.0)
+        return counts
+
+    def trip_count(self, loop: Instruction) -> int:
+        """XLA's note where it left one, else the bound that the condition compares the counter with."""
+        noted = re.search(r'"?known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.text)
+        if noted:
+            return int(noted[1])
+        bounds = [
+            int(instruction.text[1:].split(")")[0])
+            for instruction in self._with_fused(loop.called("condition"))
+            if instruction.opcode == "constant" and re.match(r"\(\d+\)", instruction.text)
+        ]
+        return max(bounds, default=1)
+
+    def _with_fused(self, name: str) -> Iterator[Instruction]:
+        for instruction in self.computations[name].values():
+            yield instruction
+            if instruction.opcode == "fusion":
+                yield from self._with_fused(instruction.called("calls"))
+
+    # ---- links ----
+
+    def transfers(self) -> list[Transfer]:
+        """Every collective of a step."""
+        found = []
+        for name, times in self.runs.items():
+            for instruction, inside in self._started(name):
+                kind = instruction.opcode.removesuffix("-start")
+                if inside.startswith("all-reduce-scatter"):  # a TPU's reduce-scatter is such a fusion
+                    kind = "reduce-scatter"
+                groups = _groups(instruction.text, self.devices)
+                size = _payload(instruction, self.computations[inside], kind)
+                n = max(map(len, groups), default=self.devices)
+                if n > 1:
+                    found.append(Transfer(kind, times * size * _factor(kind, n), times, groups))
+        return found
+
+    def _started(self, name: str) -> list[tuple[Instruction, str]]:
+        """A computation's collectives, and where each stands. A TPU works on one in several fusions, between its start and
+        its end, and writes it into each: what has the same channel is the same."""
+        found = {}
+        for instruction, inside in self._collectives(name):
+            channel = re.search(r"channel_id=\d+", instruction.text)
+            found.setdefault(channel[0] if channel else instruction.name, (instruction, inside))
+        return list(found.values())
+
+    def _collectives(self, name: str) -> Iterator[tuple[Instruction, str]]:
+        for instruction in self.computations[name].values():
+            if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+                yield instruction, name
+            elif instruction.opcode == "fusion":
+                yield from self._collectives(instruction.called("calls"))
+
+    # ---- HBM ----
+
+    def hbm_bytes(self) -> float:
+        """Bytes read and written in a device's main memory in a step; what a fusion keeps inside is free."""
+        total = 0.0
+        for name, times in self.runs.items():
+            own = self.computations[name]
+            total += times * sum(self._traffic(instruction, own) for instruction in own.values())
+            for instruction, inside in self._started(name):
+                operands = [self.computations[inside].get(operand) for operand in instruction.operands]
+                arrays = [*instruction.arrays, *(array for operand in operands if operand for array in operand.arrays)]
+                halves = 2 if instruction.opcode.endswith("-start") else 1  # whose results hold the operands again
+                total += times * sum(array.bytes for array in arrays if array.in_hbm) / halves
+        return total
+
+    def _traffic(self, instruction: Instruction, others: Mapping[str, Instruction]) -> float:
+        opcode = instruction.opcode
+        if opcode in _NO_TRAFFIC or opcode.endswith("-done") or "ConcatBitcast" in instruction.text[:200]:
+            return 0
+        if opcode.removesuffix("-start") in COLLECTIVES or instruction.name.startswith("async-collective-"):
+            return 0  # counted with the collectives
+        out = sum(array.bytes for array in instruction.arrays if array.in_hbm)
+        operands = [others.get(name) for name in instruction.operands]
+        if opcode == "fusion":
+            return self._fusion_traffic(instruction, operands)
+        if opcode in ("dynamic-slice", "slice", "gather"):
+            return out + (instruction.bytes if operands[0] and _in_hbm(operands[0]) else 0)
+        if opcode in ("copy-start", "slice-start"):  # results: source and destination (the source may be a part of a tuple)
+            moved = instruction.arrays[0 if opcode == "copy-start" else 1].bytes
+            return moved * sum(array.in_hbm for array in instruction.arrays[:2])
+        if opcode == "dynamic-update-slice":
+            update = operands[1]
+            return (update.bytes if update else 0) * ((1 if update and _in_hbm(update) else 0) + (1 if out else 0))
+        return out + sum(o.bytes for o in operands if o is not None and _in_hbm(o))
+
+    def _fusion_traffic(self, fusion: Instruction, operands: list[Instruction | None]) -> float:
+        inner = self.computations[fusion.called("calls")]
+        parameters = {int(i.text[1:].split(")")[0]): i for i in inner.values() if i.opcode == "parameter"}
+        users: dict[str, list[Instruction]] = {}
+        for instruction in inner.values():
+            for name in instruction.operands:
+                users.setdefault(name, []).append(instruction)
+        total, in_place = 0.0, self._in_place(inner)
+        passed: dict[int, int] = {}  # results that are operands on their way to a collective's end
+        if any(instruction.opcode in COLLECTIVES for instruction in inner.values()):
+            passed = {int(a): int(b) for a, b in re.findall(r"\{(\d+)\}: \((\d+),", fusion.text.partition("calls=")[0])}
+        for number, operand in enumerate(operands):
+            if operand is None or not _in_hbm(operand) or number not in parameters or number in passed.values():
+                continue
+            total += _read(parameters[number], users, operand.bytes)
+        roots = [i for i in inner.values() if i.root]
+        results = [inner[name] for name in roots[0].operands] if roots and roots[0].opcode == "tuple" else roots
+        for number, (array, result) in enumerate(zip(fusion.arrays, results, strict=False)):
+            if array.in_hbm and number not in passed:
+                total += in_place.get(result.name, array.bytes)
+        return total
+
+    @staticmethod
+    def _in_place(inner: Mapping[str, Instruction]) -> dict[str, float]:
+        """Results that are an operand with a part overwritten, and the bytes of that part."""
+        found = {}
+        for instruction in inner.values():
+            at = instruction
+            while at.opcode in _RENAMED and at.operands and at.operands[0] in inner:
+                at = inner[at.operands[0]]
+            if at.opcode == "dynamic-update-slice":
+                found[instruction.name] = inner[at.operands[1]].bytes
+        return found
+
+
+def _read(parameter: Instruction, users: Mapping[str, list[Instruction]], whole: float) -> float:
+    """Bytes that a fusion reads of a parameter: all, or the slices that it takes; nothing of what it only overwrites."""
+    total = 0.0
+    for user in users.get(parameter.name, ()):
+        if user.opcode in ("dynamic-slice", "slice", "gather"):
+            total += user.bytes
+        elif user.opcode == "bitcast":
+            total += _read(user, users, whole)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+            continue
+        else:
+            return whole
+    return min(total, whole)
+
+
+def _in_hbm(instruction: Instruction) -> bool:
+    return any(array.in_hbm for array in instruction.arrays)
+
+
+def _balanced(text: str, start: int) -> int:
+    """The place after the bracket that closes the one at `start`."""
+    depth = 0
+    for place in range(start, len(text)):
+        if text[place] in "([{":
+            depth += 1
+        elif text[place] in ")]}":
+            depth -= 1
+            if not depth:
+                return place + 1
+    return len(text)
+
+
+def _instruction(line: str) -> Instruction | None:
+    left, equals, right = line.strip().partition(" = ")
+    if not equals or not right:
+        return None
+    end = _balanced(right, 0) if right[0] == "(" else right.find(" ")
+    shape, rest = right[:end], right[end:].lstrip()
+    at = rest.find("(")
+    if at < 0:
+        return None
+    close = _balanced(rest, at)
+    opcode, inside = rest[:at], rest[at:close]
+    operands = tuple(re.findall(r"%([\w.$-]+)", inside))
+    text = inside if opcode in ("constant", "parameter") else rest[close:]
+    name = left.removeprefix("ROOT ").lstrip("%")
+    return Instruction(name, _arrays(shape), opcode, operands, text, left.startswith("ROOT "))
+
+
+def _arrays(shape: str) -> tuple[Array, ...]:
+    found = []
+    for dtype, dims, layout in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape)):
+        number = re.search(r"\d+", dtype)
+        bits = _BITS.get(dtype, int(number[0]) if number else 8)
+        size = math.prod(int(d) for d in dims.split(",") if d)
+        found.append(Array(size * bits / 8, not re.search(r"S\([1-9]\d*\)", layout)))
+    return tuple(found)
+
+
+def _branches(text: str) -> list[str]:
+    several = re.search(r"branch_computations=\{([^}]*)\}", text)
+    if several:
+        return re.findall(r"%?([\w.$-]+)", several[1])
+    return re.findall(r"(?:true|false)_computation=%?([\w.$-]+)", text)
+
+
+def _payload(instruction: Instruction, others: Mapping[str, Instruction], kind: str) -> float:
+    """Bytes of the whole array: what a gather gives, what a reduction or an exchange takes."""
+    operands = sum(others[name].bytes for name in instruction.operands if name in others)
+    if kind == "all-gather":
+        return instruction.bytes - (operands if instruction.opcode.endswith("-start") else 0)
+    return operands
+
+
+def _factor(kind: str, n: int) -> float:
+    if kind == "collective-permute":
+        return 1.0
+    return (2 if kind == "all-reduce" else 1) * (n - 1) / n
+
+
+def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """The devices that take part with each other, from any of the ways in which XLA writes them."""
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
+    if pairs:
+        return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", pairs[0] + "}"))
+    at = text.find("replica_groups=")
+    rest = text[at + len("replica_groups=") :] if at >= 0 else ""
+    if rest.startswith("mesh["):
+        return _mesh_groups(rest, devices)
+    if rest.startswith("["):  # [groups, size]<=[dims]T(permutation)
+        match = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+        shape, dims = ([int(n) for n in part.split(",")] for part in match.groups()[:2])
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        if match[3]:
+            ids = ids.transpose([int(n) for n in match[3].split(",")])
+        return tuple(map(tuple, ids.reshape(shape).tolist()))
+    if rest.startswith("{{"):
+        listed = re.findall(r"\{([\d, ]+)\}", rest[: rest.find("}}") + 1])
+        return tuple(tuple(map(int, re.findall(r"\d+", group))) for group in listed)
+    return (tuple(range(devices)),)
+
+
+def _mesh_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """`mesh['a'=4,'b'=4] {'a'}`, where an axis may be cut: `'a':(2)2` is the part of size 2 after a part of size 2."""
+    end = _balanced(text, 4)
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text[:end])}
+    rest = text[end:]
+    order = re.match(r",?\s*device_ids=\(?\[?([\d,]+)\]?(?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?\)?", rest)
+    ids = np.arange(devices)
+    if order and order[2]:
+        ids = np.arange(devices).reshape([int(n) for n in order[2].split(",")])
+        ids = ids.transpose([int(n) for n in order[3].split(",")]) if order[3] else ids
+    elif order and "," in order[1]:
+        ids = np.array([int(n) for n in order[1].split(",")])
+    chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", rest[rest.find("{") : rest.find("}") + 1])
+    axes, dims = [], []
+    for name, size in sizes.items():
+        parts = [(int(before or 1), int(part or size)) for other, before, part in chosen if other == name]
+        cuts = sorted({1, size, *itertools.chain.from_iterable((before, before * part) for before, part in parts)})
+        for low, high in itertools.pairwise(cuts):
+            axes.append(any(before <= low and high <= before * part for before, part in parts))
+            dims.append(high // low)
+    ids = ids.reshape(dims or [devices])
+    last = [i for i, inside in enumerate(axes) if inside]
+    first = [i for i, inside in enumerate(axes) if not inside]
+    size = math.prod(dims[i] for i in last)
+    return tuple(map(tuple, ids.transpose(first + last).reshape(-1, size).tolist()))

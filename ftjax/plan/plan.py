@@ -1,0 +1,161 @@
+"""`ftjax plan`: the very step that a run would run, compiled for chips that need not be there, and what it needs of them.
+
+Nothing of the model is read but its config.json. The step is that of `ftjax.train.setup.compile_steps`, and its arguments are
+the shapes and shardings that loading would give.
+"""
+
+import math
+import re
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ftjax.config import Config
+from ftjax.errors import UserError
+from ftjax.flops import train_flops
+from ftjax.hub.fetch import resolve_config
+from ftjax.hub.load import read_facts
+from ftjax.mesh import make_mesh
+from ftjax.plan.advice import advice
+from ftjax.plan.arithmetic import program_flops
+from ftjax.plan.hlo import Program
+from ftjax.plan.result import Plan
+from ftjax.plan.roofline import seconds, traffic
+from ftjax.plan.topology import Topology
+from ftjax.train.setup import Design, compile_steps, design
+
+STEPS = 1000  # of the schedule; the program is the same for any
+DAY = 86400
+
+
+def make_plan(config: Config, topology: Topology, price: float | None = None) -> Plan:
+    """Compile the step of `config` for `topology`.
+
+    Args:
+        price: of a chip-hour, in any currency.
+
+    Raises UserError for whatever in the configuration does not fit the model or the topology.
+    """
+    start = time.perf_counter()
+    made = design_for(config, topology)
+    traced, inputs = trace_step(made)
+    memory = {
+        "weights": shard_bytes(inputs[1]),
+        "trained": shard_bytes(inputs[0].params),
+        "optimizer": shard_bytes(inputs[0].opt_state),
+        "input": shard_bytes(inputs[2]),
+    }
+    plan = _describe(made, topology, memory, program_flops(traced))
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = _out_of_memory(str(error))
+        if used is None:
+            raise
+        memory["temporaries"] = max(0.0, used - sum(memory.values()))
+    else:
+        _measure(plan, compiled, made.mesh, topology)
+    memory["total"] = sum(memory.values())
+    if plan.limit is not None:
+        plan.fits = plan.hbm_bytes is not None and memory["total"] <= plan.limit
+    if plan.seconds:
+        _rates(plan, topology, price)
+    plan.advice = advice(plan, made)
+    plan.plan_seconds = time.perf_counter() - start
+    return plan
+
+
+def design_for(config: Config, topology: Topology) -> Design:
+    """The design of a run on these chips, from config.json alone."""
+    facts = read_facts(resolve_config(config.model.path, config.model.revision))
+    devices = topology.devices()
+    mesh = make_mesh(config.mesh, devices)
+    return design(config, facts, mesh, int(_limit(topology, mesh)) if topology.chip else None)
+
+
+def trace_step(made: Design) -> tuple[Any, tuple]:
+    """`(the traced train step, its abstract inputs)`."""
+    step, _, optimizer, _ = compile_steps(made, made.config.training.max_steps or STEPS)
+    inputs = made.abstract_inputs(optimizer)
+    with jax.sharding.use_abstract_mesh(made.mesh.abstract_mesh):
+        return step.trace(*inputs), inputs
+
+
+def shard_bytes(values: Any) -> float:
+    """Bytes that one device holds of a tree of shapes with shardings."""
+    return float(
+        sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(values))
+    )
+
+
+def _limit(topology: Topology, mesh: Mesh) -> float:
+    return topology.chip.hbm * topology.chip.share(mesh.devices.flat[0])
+
+
+def _describe(made: Design, topology: Topology, memory: dict[str, float], flops: float) -> Plan:
+    config, options = made.config, made.config.training
+    needed = train_flops(made.model)
+    return Plan(
+        topology=topology.name,
+        chips=topology.chips,
+        devices=made.mesh.size,
+        slices=topology.slices,
+        mesh=dict(made.mesh.shape),
+        model=config.model.path,
+        method=config.method.name,
+        parameters=made.trained_line(),
+        attention=str(made.runtime.attention),
+        remat=str(made.runtime.remat),
+        rows=options.global_batch_size,
+        microbatches=options.gradient_accumulation_steps,
+        max_length=config.data.max_length,
+        memory=memory,
+        limit=_limit(topology, made.mesh) if topology.chip else None,
+        fits=None,
+        flops=flops,
+        needed_flops=needed.per_token(config.data.max_length) * options.global_batch_size * config.data.max_length,
+        formula=needed.formula(config.data.max_length),
+    )
+
+
+def _measure(plan: Plan, compiled: Any, mesh: Mesh, topology: Topology) -> None:
+    """What XLA says of the compiled program: its memory, and from its text what it moves."""
+    stats = compiled.memory_analysis()
+    memory = plan.memory
+    memory["padding"] = max(0.0, stats.argument_size_in_bytes - sum(memory.values()))
+    memory["temporaries"] = stats.temp_size_in_bytes + max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
+    memory["program"] = float(stats.generated_code_size_in_bytes)
+    program = Program(compiled.as_text(), mesh.size)
+    plan.hbm_bytes = program.hbm_bytes()
+    plan.traffic = traffic(program.transfers(), mesh, topology)
+    if topology.chip:
+        plan.seconds = seconds(plan.flops, plan.hbm_bytes, plan.traffic, mesh, topology)
+
+
+def _rates(plan: Plan, topology: Topology, price: float | None) -> None:
+    plan.bound = max(plan.seconds, key=plan.seconds.get)
+    plan.step_seconds = plan.seconds[plan.bound]
+    plan.tokens_per_second = plan.tokens / plan.step_seconds
+    plan.tokens_per_second_per_chip = plan.tokens_per_second / plan.chips
+    plan.tokens_per_day = plan.tokens_per_second * DAY
+    plan.mfu = plan.needed_flops / plan.step_seconds / (plan.chips * topology.chip.peak)
+    if price is not None:
+        plan.price = price
+        plan.cost_per_day = price * plan.chips * 24
+        plan.cost_per_million_tokens = plan.cost_per_day / plan.tokens_per_day * 1e6
+
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def _out_of_memory(message: str) -> float | None:
+    """Bytes that the program wanted, where XLA refused it for that."""
+    found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
+    return float(found[1]) * _UNITS[found[2]] if found else None
+
+
+def check_price(price: float | None) -> None:
+    if price is not None and price < 0:
+        raise UserError(f"--price {price}: expected what a chip costs an hour, at least 0")

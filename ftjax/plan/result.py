@@ -1,0 +1,64 @@
+"""What a plan says, as data."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftjax.plan.roofline import Traffic
+
+
+@dataclass
+class Plan:
+    """What a step needs. Memory and bytes are of one device; times are the least possible."""
+
+    topology: str
+    chips: int
+    devices: int
+    slices: int
+    mesh: dict[str, int]
+    model: str
+    method: str
+    parameters: str  # PEFT's line
+    attention: str
+    remat: str
+    rows: int  # of an update
+    microbatches: int
+    max_length: int
+    memory: dict[str, float]
+    limit: float | None
+    fits: bool | None  # None where the limit is not known
+    flops: float  # of the program, on all devices together
+    needed_flops: float  # of the closed form that MFU is measured by
+    formula: str
+    hbm_bytes: float | None = None
+    traffic: list[Traffic] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    step_seconds: float | None = None
+    bound: str | None = None
+    tokens_per_second: float | None = None
+    tokens_per_second_per_chip: float | None = None
+    mfu: float | None = None
+    tokens_per_day: float | None = None
+    price: float | None = None  # of a chip-hour
+    cost_per_day: float | None = None
+    cost_per_million_tokens: float | None = None
+    advice: list[str] = field(default_factory=list)
+    plan_seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Of an update, where every row is full."""
+        return self.rows * self.max_length
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Plain values."""
+    values = dataclasses.asdict(plan)
+    values["traffic"] = [row._asdict() for row in plan.traffic]
+    return values
+
+
+def from_json(values: dict[str, Any]) -> Plan:
+    """The inverse of `as_json`."""
+    rows = [Traffic(**{**row, "axes": tuple(row["axes"])}) for row in values["traffic"]]
+    return Plan(**{**values, "traffic": rows})

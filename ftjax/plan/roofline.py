@@ -1,0 +1,97 @@
+"""How long a step must take at least: what each unit of a chip has to do, over what it can do.
+
+    matrix units    FLOPs of the program / chips / peak
+    HBM             bytes read and written / bandwidth
+    ICI             bytes received over the links of a slice / bandwidth of the links that lie along those mesh axes
+    DCN             bytes received from other slices / a chip's share of its host's network
+
+The four work at the same time, so the largest is the bound, and the time is what no schedule can beat; a real step is longer.
+Along a dimension of the torus a chip has two links; where the dimension does not close to a ring, the chips at its ends have
+one, and the whole collective waits for them. Between slices, only what they do not have from each other crosses: the parts of
+a gather or reduction are first joined within the slices.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from ftjax.plan.hlo import Transfer
+from ftjax.plan.topology import Topology
+
+
+class Traffic(NamedTuple):
+    """What one kind of collective moves along some mesh axes in a step; bytes are those that one device receives."""
+
+    kind: str
+    axes: tuple[str, ...]
+    runs: float
+    ici_bytes: float
+    dcn_bytes: float
+    ici_seconds: float
+    dcn_seconds: float
+
+
+def traffic(transfers: Sequence[Transfer], mesh: Mesh, topology: Topology) -> list[Traffic]:
+    """The transfers of a program by kind and mesh axes, the largest first."""
+    found: dict[tuple, np.ndarray] = {}
+    for transfer in transfers:
+        axes = mesh_axes(transfer.groups, mesh)
+        ici, dcn = _split(transfer, mesh)
+        seconds = (ici / _ici(transfer, mesh, topology), dcn / _dcn(mesh, topology)) if topology.chip else (0.0, 0.0)
+        key = transfer.kind, axes
+        found[key] = found.get(key, np.zeros(5)) + np.array([transfer.runs, ici, dcn, *seconds])
+    rows = [Traffic(*key, *map(float, sums)) for key, sums in found.items()]
+    return sorted(rows, key=lambda row: -(row.ici_bytes + row.dcn_bytes))
+
+
+def mesh_axes(groups: Sequence[Sequence[int]], mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes along which devices of a group differ."""
+    shape = mesh.devices.shape
+    places = [np.array(np.unravel_index(group, shape)) for group in groups]
+    return tuple(axis for i, axis in enumerate(mesh.axis_names) if any(np.ptp(place[i]) for place in places))
+
+
+def _split(transfer: Transfer, mesh: Mesh) -> tuple[float, float]:
+    """Bytes that a device receives from its slice, and from others."""
+    devices = mesh.devices.flat
+    slices = [{getattr(devices[i], "slice_index", 0) for i in group} for group in transfer.groups]
+    s, n = max(map(len, slices)), max(map(len, transfer.groups))
+    if s == 1:
+        return transfer.bytes, 0.0
+    if transfer.kind == "collective-permute":
+        share = sum(len(found) > 1 for found in slices) / len(slices)
+        return transfer.bytes * (1 - share), transfer.bytes * share
+    m = n // s
+    whole = transfer.bytes * n / (n - 1)
+    across = whole * (s - 1) / s / (1 if transfer.kind == "all-to-all" else m)
+    return whole * (m - 1) / m, across
+
+
+def _ici(transfer: Transfer, mesh: Mesh, topology: Topology) -> float:
+    """Bytes/s that a device can receive from the others of its group over the slice's links."""
+    chip, devices = topology.chip, mesh.devices.flat
+    share = chip.share(devices[0])
+    group = np.array([devices[i].coords[: chip.torus] for i in transfer.groups[0]])
+    along = [i for i in range(chip.torus) if np.ptp(group[:, i])]
+    if transfer.kind == "collective-permute":  # each goes to one neighbour; there are two at a time, one in each direction
+        return 2 * chip.link_bandwidth * share
+    links = sum(2 if topology.wraps(i) else 1 for i in along)
+    return max(links, 1) * chip.link_bandwidth * share
+
+
+def _dcn(mesh: Mesh, topology: Topology) -> float:
+    return topology.chip.dcn_per_chip * topology.chip.share(mesh.devices.flat[0])
+
+
+def seconds(flops: float, hbm_bytes: float, rows: Sequence[Traffic], mesh: Mesh, topology: Topology) -> dict[str, float]:
+    """The least time of each unit; `flops` of all devices together, `hbm_bytes` of one."""
+    chip, device = topology.chip, mesh.devices.flat[0]
+    share = chip.share(device)
+    return {
+        "matrix units": flops / mesh.size / (chip.peak * share),
+        "HBM": hbm_bytes / (chip.hbm_bandwidth * share),
+        "ICI": sum(row.ici_seconds for row in rows),
+        "DCN": sum(row.dcn_seconds for row in rows),
+    }

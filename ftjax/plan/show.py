@@ -1,0 +1,85 @@
+"""A plan for people."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ftjax.plan.result import Plan
+from ftjax.plan.shardings import Placed
+
+KINDS = {
+    "weights": "frozen weights",
+    "trained": "trained parameters",
+    "optimizer": "optimizer",
+    "input": "input",
+    "padding": "layout padding of these",
+    "temporaries": "activations, gradients and other temporaries",
+    "program": "the program",
+    "total": "total",
+}
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Everything on one screen."""
+
+    def say(text: str) -> None:
+        console.print(Text(text), soft_wrap=True)
+
+    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    say(f"{plan.model}, {plan.method}, on {plan.topology} ({plan.chips} chips, {plan.devices} devices); mesh: {mesh}")
+    say(plan.parameters)
+    micro = f" in {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
+    say(
+        f"one step: {plan.rows} rows of {plan.max_length} tokens{micro}; attention: {plan.attention}; remat: {plan.remat}; "
+        f"planned in {plan.plan_seconds:.0f} s"
+    )
+    rows = [(label, plan.memory.get(kind)) for kind, label in KINDS.items()] + [("what it has", plan.limit)]
+    console.print(_table(("memory of a device", ""), [(label, size(value)) for label, value in rows if value]))
+    if plan.fits is not None:
+        say("it fits" if plan.fits else "it does not fit")
+    say(f"{plan.flops:.4g} FLOPs a step in the program; {plan.formula}")
+    if plan.traffic:
+        rows = [(t.kind, " x ".join(t.axes), f"{t.runs:g}", size(t.ici_bytes), size(t.dcn_bytes)) for t in plan.traffic]
+        console.print(_table(("collective", "along", "runs", "ICI", "DCN"), rows))
+    if plan.seconds:
+        parts = ", ".join(f"{name} {value:.4g} s" for name, value in plan.seconds.items())
+        say(f"least time of a step: {plan.step_seconds:.4g} s, bound by {plan.bound} ({parts})")
+        say(
+            f"at most {plan.tokens_per_second:,.0f} tokens/s ({plan.tokens_per_second_per_chip:,.0f} a chip), "
+            f"{plan.tokens_per_day:.3g} a day; MFU at most {100 * plan.mfu:.1f} %"
+        )
+    if plan.cost_per_day is not None:
+        say(
+            f"at {plan.price:g} a chip-hour: {plan.cost_per_day:,.2f} a day, at least {plan.cost_per_million_tokens:.4g} for a "
+            "million tokens"
+        )
+    if plan.advice:
+        say("what to change:" if plan.fits is False else "to be faster:")
+        for line in plan.advice:
+            say(f"  {line}")
+
+
+def size(count: float) -> str:
+    """Bytes for people, by thousands."""
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= unit), (1, "B"))
+    return f"{count / unit:.4g} {name}"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+    table = Table(*head, box=None, header_style="bold", pad_edge=False)
+    for column in table.columns[-3 if len(head) > 2 else -1 :]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def show_shardings(rows: Sequence[Placed], console: Console) -> None:
+    """One line an array."""
+    for row in rows:
+        shape = "x".join(map(str, row.shape)) or "scalar"
+        axes = f" ({row.axes})" if row.axes else ""
+        line = f"{row.kind:10} {row.name}: {row.dtype} {shape}{axes} -> {row.partition}: {row.bytes / 1e6:.3f} MB a device"
+        console.print(Text(line), soft_wrap=True)
