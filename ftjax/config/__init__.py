@@ -6,15 +6,24 @@ from ftjax.config.base import Section
 from ftjax.config.check import CheckConfig
 from ftjax.config.data import DataConfig
 from ftjax.config.evaluate import EvaluateConfig
-from ftjax.config.method import FullConfig, LoraConfig, MethodConfig
+from ftjax.config.method import (
+    BottleneckConfig,
+    DoubleSeqBnConfig,
+    FullConfig,
+    LoraConfig,
+    MethodConfig,
+    ParBnConfig,
+    SeqBnConfig,
+)
 from ftjax.config.model import ModelConfig
 from ftjax.config.objective import ObjectiveConfig, SftConfig
 from ftjax.config.optimizer import GroupConfig, OptimizerConfig
 from ftjax.config.training import MeshConfig, TrainingConfig
 
 __all__ = [
-    "CheckConfig", "Config", "DataConfig", "EvaluateConfig", "FullConfig", "GroupConfig", "LoraConfig", "MeshConfig",
-    "MethodConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "Section", "SftConfig", "TrainingConfig",
+    "BottleneckConfig", "CheckConfig", "Config", "DataConfig", "DoubleSeqBnConfig", "EvaluateConfig", "FullConfig",
+    "GroupConfig", "LoraConfig", "MeshConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig",
+    "ParBnConfig", "Section", "SeqBnConfig", "SftConfig", "TrainingConfig",
 ]  # fmt: skip
 
 

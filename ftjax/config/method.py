@@ -44,4 +44,41 @@ class LoraConfig(Section):
     adapter_path: str | None = Field(None, description="start from this PEFT folder; its settings replace the ones above")
 
 
-MethodConfig = Annotated[FullConfig | LoraConfig, Field(discriminator="name")]
+class BottleneckConfig(Section):
+    """What the bottleneck adapters have in common; names and defaults are those of the `adapters` library (1.3)."""
+
+    name: str
+    reduction_factor: float = Field(gt=0, description="size of the hidden states over that of the bottleneck")
+    non_linearity: str
+    scaling: float = 1.0
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    adapter_name: str = Field("default", pattern=r"^\w+$", description="what the file calls the adapter")
+    adapter_path: str | None = Field(None, description="start from this folder; its settings replace the ones above")
+
+
+class SeqBnConfig(BottleneckConfig):
+    """A bottleneck after each feed-forward layer (Pfeiffer et al. 2020, arXiv:2005.00247)."""
+
+    name: Literal["seq_bn"] = "seq_bn"
+    reduction_factor: float = Field(16, gt=0)
+    non_linearity: str = "relu"
+
+
+class DoubleSeqBnConfig(BottleneckConfig):
+    """Bottlenecks after attention and feed-forward layers (Houlsby et al. 2019, arXiv:1902.00751)."""
+
+    name: Literal["double_seq_bn"] = "double_seq_bn"
+    reduction_factor: float = Field(16, gt=0)
+    non_linearity: str = "swish"
+
+
+class ParBnConfig(BottleneckConfig):
+    """A bottleneck beside each feed-forward layer (He et al. 2021, arXiv:2110.04366)."""
+
+    name: Literal["par_bn"] = "par_bn"
+    reduction_factor: float = Field(2, gt=0)
+    non_linearity: str = "relu"
+    scaling: float = 4.0
+
+
+MethodConfig = Annotated[FullConfig | LoraConfig | SeqBnConfig | DoubleSeqBnConfig | ParBnConfig, Field(discriminator="name")]

@@ -70,7 +70,7 @@ def load(
         quantise(root, quantization)
     model = Model.of(root, config)
     trained = load_adapter(model, adapter, mesh)
-    if merge and not quantization and hasattr(method_of(method), "merged"):
+    if merge and not quantization and method_of(method).merged is not None:
         merged = TensorList(model_tensors(model, from_source(source, trained), trained, method, np.float32))
         plain = Model.of(build_module(config), config)
         return Loaded(plain, load_base(plain, merged, mesh, dtype, str(path)), path)

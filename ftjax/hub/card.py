@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from ftjax.config import Config
 from ftjax.hub.fetch import HUB, HUB_ID
 from ftjax.hub.gguf_file import open_gguf
+from ftjax.methods import method_of
 
 FILES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt")
 LOADING = "How to load it"
@@ -34,6 +35,7 @@ class CardFacts:
         datasets: Hub ids of the training data.
         license: the base model's, as the Hub spells it.
         rows: of the embedding, where the adapter's differs from the base model's.
+        library: whose adapter it is, `peft` or `adapters`.
     """
 
     base_model: str
@@ -49,6 +51,7 @@ class CardFacts:
     datasets: Sequence[str] = ()
     license: str | None = None
     rows: int | None = None
+    library: str = "peft"
 
 
 def model_card(facts: CardFacts) -> str:
@@ -56,7 +59,9 @@ def model_card(facts: CardFacts) -> str:
     on_hub = _on_hub(facts.base_model)
     data = ModelCardData(
         base_model=facts.base_model if on_hub else None,
-        library_name="peft" if facts.kind == "adapter" else "transformers",
+        library_name={"peft": "peft", "adapters": "adapter-transformers"}[facts.library]
+        if facts.kind == "adapter"
+        else "transformers",
         pipeline_tag="text-generation",
         license=facts.license,
         datasets=list(facts.datasets) or None,
@@ -105,6 +110,7 @@ def run_card(
             datasets=[source.path for source in config.data.sources("train") if _is_hub_id(source.path)],
             license=base_license(config.model.path, config.model.revision),
             rows=rows,
+            library=method_of(config.method).library,
         )
     )
 
@@ -210,6 +216,19 @@ def _loading(facts: CardFacts) -> str:
         note = (
             f"`BASE_FOLDER` is the Hugging Face folder of `{facts.base_model}`. Where there is none at hand, "
             "`ftjax export RUN --merge --out FOLDER` writes base and adapter as one model.\n\n"
+        )
+    if facts.library == "adapters":
+        return (
+            "```python\n"
+            "import adapters\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
+            f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
+            "adapters.init(model)\n"
+            'model.load_adapter("THIS_FOLDER", use_safetensors=True, set_active=True)\n'
+            "```\n\n"
+            f"- ftjax: `ftjax generate {shown} --adapter THIS_FOLDER --prompt TEXT`\n\n"
+            "Families that the library does not know need an `AdapterModelInterface`: see its documentation."
         )
     return (
         f"{note}```python\n"

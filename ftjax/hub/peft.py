@@ -104,7 +104,10 @@ def method_that_reads(folder: Path, saved: Mapping) -> Method:
     found = next((method for method in known if method.reads(saved)), None)
     if found is None:
         if "peft_type" not in saved:
-            raise UserError(f"{folder / CONFIG}: it has no peft_type, so it is not an adapter of PEFT's")
+            raise UserError(
+                f"{folder / CONFIG}: it has no peft_type, so it is not an adapter of PEFT's, and its config is none of the "
+                f"bottlenecks of AdapterHub's that are supported: seq_bn, double_seq_bn, par_bn"
+            )
         kinds = ", ".join(method.kind for method in known if method.kind)
         raise UserError(f"{folder}: peft_type {saved['peft_type']!r} is not supported; those that are: {kinds}")
     return found
@@ -138,8 +141,9 @@ def attach_adapter(root: nnx.Module, folder: Path, config: MethodConfig | None =
 def adapter_file(folder: Path, method: Method | None = None) -> SafetensorsFolder:
     """The weights of an adapter folder. UserError where they are missing, or in a pickle."""
     method = method or method_that_reads(folder, read_adapter_config(folder))
-    if not (folder / method.weights_file).is_file() and (folder / "adapter_model.bin").is_file():
-        raise UserError(f"{folder}: its weights are a pickle (adapter_model.bin), which is never loaded; save as safetensors")
+    pickles = [name for name in ("adapter_model.bin", "pytorch_adapter.bin") if (folder / name).is_file()]
+    if not (folder / method.weights_file).is_file() and pickles:
+        raise UserError(f"{folder}: its weights are a pickle ({pickles[0]}), which is never loaded; save as safetensors")
     return SafetensorsFolder(folder, single=method.weights_file)
 
 

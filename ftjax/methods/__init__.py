@@ -5,7 +5,8 @@ import importlib
 from ftjax.config import MethodConfig
 from ftjax.methods.method import Method
 
-METHODS = {"full": "full", "lora": "lora"}  # name in the configuration -> file
+# name in the configuration -> file
+METHODS = {name: name for name in ("full", "lora", "seq_bn", "double_seq_bn", "par_bn")}
 
 
 def method_named(name: str) -> Method:

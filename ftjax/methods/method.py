@@ -65,6 +65,7 @@ class Method:
         merged: `(model, path, index, weight, fetch)` -> one base weight with what was trained in it; weights that the
             method leaves alone come back as they are.
         no_merge: why the base model cannot take up what was trained, or None.
+        library: whose files the folder holds, `peft` or `adapters`.
     """
 
     config: type[Section]
@@ -81,3 +82,4 @@ class Method:
     start: Callable[[Any, Model, Start], Mapping[str, np.ndarray]] | None = None
     merged: Callable[[Model, str, tuple, np.ndarray, Fetch], np.ndarray] | None = None
     no_merge: str | None = None
+    library: str = "peft"

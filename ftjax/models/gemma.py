@@ -13,7 +13,7 @@ from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
-from ftjax.models.layers import Embedding, Linear, RMSNorm
+from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm
 from ftjax.models.llama import LlamaAttention, LlamaMLP, attention
 from ftjax.models.rope import Rope, angles, make_rope, refuse_partial
 from ftjax.models.stack import Stack
@@ -29,11 +29,12 @@ class GemmaBlock(nnx.Module):
         self.mlp = mlp
         self.input_layernorm = gemma_norm(embed, eps)
         self.post_attention_layernorm = gemma_norm(embed, eps)
+        self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
-        x = constrain(x + y, "batch", "length", None)
-        x = x + self.mlp(self.post_attention_layernorm(x), ctx)
+        x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
+        x = x + self.output_adapters(x, self.mlp(self.post_attention_layernorm(x), ctx), ctx)
         return constrain(x, "batch", "length", None), cache, jnp.float32(0)
 
 

@@ -13,6 +13,7 @@ from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.gemma import GemmaForCausalLM, GemmaModel, attention_and_mlp, gemma_norm
 from ftjax.models.layer_types import patterns
+from ftjax.models.layers import AsItIs
 from ftjax.models.rope import make_rope, refuse_partial
 from ftjax.models.stack import Stack
 
@@ -25,11 +26,14 @@ class Gemma2Block(nnx.Module):
         self.post_attention_layernorm = gemma_norm(embed, eps)
         self.pre_feedforward_layernorm = gemma_norm(embed, eps)
         self.post_feedforward_layernorm = gemma_norm(embed, eps)
+        self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
+        y = self.attention_adapters(x, y, ctx)
         x = constrain(x + self.post_attention_layernorm(y), "batch", "length", None)
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), ctx))
+        y = self.output_adapters(x, self.mlp(self.pre_feedforward_layernorm(x), ctx), ctx)
+        x = x + self.post_feedforward_layernorm(y)
         return constrain(x, "batch", "length", None), cache, jnp.float32(0)
 
 

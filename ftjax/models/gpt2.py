@@ -14,7 +14,7 @@ from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
-from ftjax.models.layers import Embedding, LayerNorm, Linear, activation
+from ftjax.models.layers import AsItIs, Embedding, LayerNorm, Linear, activation
 from ftjax.models.self_attention import self_attention
 from ftjax.models.stack import Stack
 
@@ -53,11 +53,12 @@ class GPT2Block(nnx.Module):
         self.mlp = mlp
         self.ln_1 = LayerNorm(embed, eps)
         self.ln_2 = LayerNorm(embed, eps)
+        self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
         y, cache = self.attn(self.ln_1(x), ctx, pattern, layer, cache)
-        x = constrain(x + y, "batch", "length", None)
-        x = x + self.mlp(self.ln_2(x), ctx)
+        x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
+        x = x + self.output_adapters(x, self.mlp(self.ln_2(x), ctx), ctx)
         return constrain(x, "batch", "length", None), cache, jnp.float32(0)
 
 

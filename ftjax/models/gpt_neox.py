@@ -14,7 +14,7 @@ from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
-from ftjax.models.layers import Embedding, LayerNorm, Linear, activation
+from ftjax.models.layers import AsItIs, Embedding, LayerNorm, Linear, activation
 from ftjax.models.param import Layout
 from ftjax.models.rope import Rope, make_rope
 from ftjax.models.self_attention import self_attention
@@ -54,11 +54,13 @@ class GPTNeoXBlock(nnx.Module):
         self.mlp = mlp
         self.input_layernorm = LayerNorm(embed, eps)
         self.post_attention_layernorm = LayerNorm(embed, eps)
+        self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
         y, cache = self.attention(self.input_layernorm(x), ctx, pattern, layer, cache)
-        attended = constrain(x + y, "batch", "length", None)
-        out = attended + self.mlp(self.post_attention_layernorm(x if self.parallel else attended), ctx)
+        attended = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
+        read = x if self.parallel else attended
+        out = attended + self.output_adapters(read, self.mlp(self.post_attention_layernorm(read), ctx), ctx)
         return constrain(out, "batch", "length", None), cache, jnp.float32(0)
 
 

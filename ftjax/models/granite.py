@@ -32,8 +32,9 @@ class GraniteBlock(LlamaBlock):
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
-        x = constrain(x + times(y, self.residual), "batch", "length", None)
-        x = x + times(self.mlp(self.post_attention_layernorm(x), ctx), self.residual)
+        x = constrain(x + times(self.attention_adapters(x, y, ctx), self.residual), "batch", "length", None)
+        y = self.mlp(self.post_attention_layernorm(x), ctx)
+        x = x + times(self.output_adapters(x, y, ctx), self.residual)
         return constrain(x, "batch", "length", None), cache, jnp.float32(0)
 
 

@@ -100,6 +100,17 @@ class Embedding(nnx.Module):
         return project(x, self.weight[...])
 
 
+class AsItIs(nnx.Module):
+    """What a sublayer gives, before anything is done with it: the place of bottleneck adapters.
+
+    A block calls it as `attention_adapters(x, o, ctx)` and `output_adapters(x, o, ctx)`, with the stream x that the
+    sublayer's input was taken from and its result o; both [B, T, E].
+    """
+
+    def __call__(self, x: jax.Array, o: jax.Array, ctx: Context) -> jax.Array:
+        return o
+
+
 class RMSNorm(nnx.Module):
     """`x / rms(x) * weight` in float32 (Zhang and Sennrich 2019, arXiv:1910.07467).
 

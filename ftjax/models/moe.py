@@ -222,12 +222,13 @@ class MoeBlock(LlamaBlock):
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer: Any, cache: KVCache | None):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
-        x = constrain(x + y, "batch", "length", None)
+        x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
         y = self.mlp(self.post_attention_layernorm(x), ctx)
         if isinstance(y, tuple):
             y, sums = y
         else:
             sums = {"chosen": jnp.zeros(self.experts), "probability": jnp.zeros(self.experts)}
+        y = self.output_adapters(x, y, ctx)
         return constrain(x + y, "batch", "length", None), cache, sums
 
 

@@ -11,7 +11,7 @@ from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
-from ftjax.models.layers import RMSNorm
+from ftjax.models.layers import AsItIs, RMSNorm
 from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, attention, decoder, head_size, mlp, whole_rope
 
 
@@ -34,11 +34,12 @@ class Olmo2Block(nnx.Module):
         self.mlp = mlp
         self.post_attention_layernorm = olmo_norm(embed, eps)
         self.post_feedforward_layernorm = olmo_norm(embed, eps)
+        self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
         y, cache = self.self_attn(x, ctx, pattern, layer, cache)
-        x = constrain(x + self.post_attention_layernorm(y), "batch", "length", None)
-        x = x + self.post_feedforward_layernorm(self.mlp(x, ctx))
+        x = constrain(x + self.post_attention_layernorm(self.attention_adapters(x, y, ctx)), "batch", "length", None)
+        x = x + self.post_feedforward_layernorm(self.output_adapters(x, self.mlp(x, ctx), ctx))
         return constrain(x, "batch", "length", None), cache, jnp.float32(0)
 
 

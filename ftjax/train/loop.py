@@ -399,7 +399,11 @@ def next_commands(folder: Path, config: Config) -> list[str]:
         f"  try it:     ftjax generate {model} --prompt '...'",
     ]
     if adapter and method.merged is None:
-        return [*lines, f"  in Python:  peft.PeftModel.from_pretrained(model, {str(final)!r}) ({method.no_merge})"]
+        load = {
+            "peft": "peft.PeftModel.from_pretrained(model, {})",
+            "adapters": "adapters.init(model); model.load_adapter({}, use_safetensors=True)",
+        }
+        return [*lines, f"  in Python:  {load[method.library].format(repr(str(final)))} ({method.no_merge})"]
     if adapter:
         lines.append(f"  one model:  ftjax export {folder} --out {merged} --merge")
     return [
