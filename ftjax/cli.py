@@ -88,11 +88,25 @@ def root(
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Fine-tune a model. Goes on by itself where output_dir holds a checkpoint of the same configuration."""
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of process 0, where several are one run.", show_default=False)
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(min=1, help="Of the whole run.", show_default=False)] = None,
+    process_id: Annotated[int | None, typer.Option(min=0, help="Of this process, from 0.", show_default=False)] = None,
+) -> None:
+    """Fine-tune a model. Goes on by itself where output_dir holds a checkpoint of the same configuration.
+
+    On Cloud TPU, GKE and SLURM the processes of a run find each other; elsewhere the three options join them.
+    """
     from ftjax.config.load import load_config
 
     settings = load_config(config, overrides or [])
+    from ftjax.distributed import start
+
+    start(coordinator, num_processes, process_id)
     from ftjax.evaluate.observe import make_observer
     from ftjax.train.loop import train as run
 

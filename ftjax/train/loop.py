@@ -5,6 +5,7 @@ are written while training goes on.
 """
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
 from ftjax.config.load import diff_configs, load_config, save_config
 from ftjax.data.pipeline import BatchIterator, Split, load_splits
+from ftjax.distributed import asked_to_stop, together
 from ftjax.errors import UserError
 from ftjax.flops import peak_of, train_flops
 from ftjax.hub.output import write_output
@@ -60,15 +62,16 @@ def train(
     Raises UserError for whatever in the configuration, the model or the data is wrong.
     """
     keep_compiled_programs()
-    folder = Path(config.output_dir)
-    config = open_run_folder(folder, config)
-    tokenizer = load_tokenizer(config.model)
-    train_split, validation = load_splits(config.data, tokenizer, seed=config.training.seed)
-    setup = prepare(config)
-    with jax.set_mesh(setup.mesh):
-        observer = make_observer(setup, tokenizer, validation) if make_observer else None
-        check_early_stopping(config, evaluates=validation is not None or observer is not None)
-        Run(setup, tokenizer, train_split, validation, folder, config_path, observer).go()
+    with together():
+        folder = Path(config.output_dir)
+        config = open_run_folder(folder, config)
+        tokenizer = load_tokenizer(config.model)
+        train_split, validation = load_splits(config.data, tokenizer, seed=config.training.seed)
+        setup = prepare(config)
+        with jax.set_mesh(setup.mesh):
+            observer = make_observer(setup, tokenizer, validation) if make_observer else None
+            check_early_stopping(config, evaluates=validation is not None or observer is not None)
+            Run(setup, tokenizer, train_split, validation, folder, config_path, observer).go()
 
 
 def check_early_stopping(config: Config, *, evaluates: bool) -> None:
@@ -165,7 +168,9 @@ class Run:
             active=jax.process_index() == 0, resume_from=first,
         )  # fmt: skip
         self.announce(first)
-        handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        # With several processes SIGTERM is JAX's, which has them all agree on the step after which they stop.
+        numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
+        handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         try:
             done = self.loop(first)
         except Diverged:
@@ -200,6 +205,8 @@ class Run:
                     self.state, metrics = self.train_step(self.state, self.setup.frozen, batch, self.key, limit)
                 step += 1
                 self.profile.dispatched(step, metrics)
+                if jax.process_count() > 1 and asked_to_stop(step):
+                    self.interrupted = signal.SIGTERM.name
                 if pending:
                     self.read(*pending, progress)
                 pending = (step, metrics)
@@ -357,7 +364,10 @@ class Run:
     def on_signal(self, number: int, frame: Any) -> None:
         if self.interrupted:  # a second one means it
             raise KeyboardInterrupt
-        self.interrupted = signal.Signals(number).name
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.interrupted = signal.Signals(number).name
 
     def announce(self, first: int) -> None:
         if jax.process_index():
