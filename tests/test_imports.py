@@ -30,7 +30,7 @@ BELOW = {
     "generate": {"train", "hub", "methods"},
     "evaluate": {"generate", "train", "hub", "objectives"},
     "check": {"evaluate", "generate", "hub", "data"},
-    "report": {"page", "data", "config"},
+    "report": {"page", "data", "config", "evaluate"},
     "plan": {"train", "hub", "methods", "objectives", "chips", "flops"},
     "doctor": {"errors", "compile_cache"},
     "cli": {"check", "report", "evaluate", "generate", "plan", "train", "hub", "doctor", "data", "distributed"},

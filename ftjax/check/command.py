@@ -15,6 +15,8 @@ from ftjax.check.verdict import findings
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
 from ftjax.errors import UserError
+from ftjax.evaluate.extra import need
+from ftjax.evaluate.harness_command import load_tasks
 from ftjax.evaluate.target import Target, find_target
 from ftjax.generate.session import Generator
 from ftjax.hub.card import with_section
@@ -47,6 +49,10 @@ def check(
     found = find_target(target, overrides, adapter=adapter)
     settings = found.config.check
     material = gather(settings)
+    lm_eval = found.config.evaluate.lm_eval.model_copy(update={"tasks": settings.lm_eval_tasks})
+    if lm_eval.tasks:  # a task that does not exist is said before anything is loaded
+        need("lm_eval", "check.lm_eval_tasks")
+        load_tasks(lm_eval)
     base = found.base() if compare_base and (found.adapter or found.run) else None
     keep_compiled_programs()
 
@@ -59,7 +65,7 @@ def check(
                 tokenizer, kind = generator.tokenizer, str(generator.engine.dtype)
                 data, missing = _data(found.config, generator)
             examined[label] = examine(
-                generator, material, data, settings, lambda text, one=one: status.update(f"{one.name}: {text}")
+                generator, material, data, settings, lm_eval, lambda text, one=one: status.update(f"{one.name}: {text}")
             )  # fmt: skip
         generator = None  # the next model needs its memory
     tuned = examined["tuned"]

@@ -12,6 +12,8 @@ from ftjax.check.speed import speed
 from ftjax.check.stability import in_company, whitespace
 from ftjax.check.verbatim import continued
 from ftjax.config import CheckConfig, DataConfig
+from ftjax.config.evaluate import LmEvalConfig
+from ftjax.evaluate.harness_scores import HarnessScore, harness_scores
 from ftjax.evaluate.likelihood import encode, likelihoods
 from ftjax.evaluate.statistic import Scores, means
 from ftjax.evaluate.tasks.loss import loss
@@ -30,6 +32,7 @@ class Examined:
         scores: metrics that are made of rows, by name.
         numbers: the other ones.
         missing: the names of metrics that were not measured, and why.
+        tasks: of lm-evaluation-harness, by `TASK: METRIC`.
     """
 
     asked: Sequence[Asked]
@@ -38,6 +41,7 @@ class Examined:
     scores: dict[str, Scores] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    tasks: dict[str, HarnessScore] = field(default_factory=dict)
 
 
 def examine(
@@ -45,6 +49,7 @@ def examine(
     material: Material,
     data: dict[str, Sequence[Piece]],
     settings: CheckConfig,
+    lm_eval: LmEvalConfig,
     tell: Callable[[str], None],
 ) -> Examined:
     """Ask `generator` what `material` holds, and let it continue the rows of `data` (train, validation).
@@ -69,6 +74,12 @@ def examine(
                 found.scores[f"{label}_{name}"] = means([{f"{label}_{name}": row[key]} for row in rows])
     tell(f"{len(material.texts)} passages to read")
     _read(generator, material, found, settings)
+    if lm_eval.tasks:
+        tell(f"lm-evaluation-harness: {', '.join(lm_eval.tasks)}")
+        from ftjax.evaluate.harness_command import run_tasks  # lm_eval takes long to import
+
+        ran = run_tasks(generator, lm_eval, limit=settings.limit, batch_size=settings.batch_size)
+        found.tasks = {f"{one.task}: {one.metric}": one for one in harness_scores(ran)}
     if prompts and settings.speed_runs:
         tell("the time that answers take")
         found.numbers |= speed(generator, prompts, settings.stability_max_new_tokens, settings.speed_runs)

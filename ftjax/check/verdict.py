@@ -75,18 +75,24 @@ class Finding:
 def findings(
     tuned: Examined, base: Examined | None, settings: CheckConfig, numbers: dict[str, Any], dtype: str
 ) -> list[Finding]:
-    """Every metric in the order of `METRICS`.
+    """Every metric in the order of `METRICS`, and behind them those of lm-evaluation-harness.
 
     Args:
         numbers: confidence, resamples and seed of the intervals.
         dtype: of the activations, which decides how far rounding may reach.
     """
     own, theirs = (_values(one, numbers) if one else {} for one in (tuned, base))
-    return [_finding(metric, own, theirs, tuned, base, settings, numbers, dtype) for metric in METRICS]
+    tasks = [
+        Metric(name, name, "max_task_drop" if score.higher_is_better else None, "drop", False)
+        for name, score in tuned.tasks.items()
+    ]
+    return [_finding(metric, own, theirs, tuned, base, settings, numbers, dtype) for metric in (*METRICS, *tasks)]
 
 
 def _values(found: Examined, numbers: dict[str, Any]) -> dict[str, Interval]:
     values = {name: intervals(scores, **numbers)[name] for name, scores in found.scores.items()}
+    for name, score in found.tasks.items():
+        values[name] = Interval(score.value, *(math.nan if bound is None else bound for bound in score.bounds))
     return values | {name: Interval(value, math.nan, math.nan) for name, value in found.numbers.items()}
 
 

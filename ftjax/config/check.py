@@ -21,6 +21,9 @@ class CheckConfig(Section):
     verbatim_rows: int = Field(50, ge=0, description="training rows (and as many of validation) to be continued; 0: none")
     verbatim_prefix: int = Field(32, ge=1, description="tokens given of each, at least; all of its prompt in any case")
     verbatim_length: int = Field(32, ge=1, description="tokens that must follow word for word; shorter answers do not count")
+    lm_eval_tasks: list[str] = Field(
+        default_factory=list, description="tasks of lm-evaluation-harness, with the settings of evaluate.lm_eval"
+    )
     speed_runs: int = Field(3, ge=0, description="runs of which the median time counts; 0: none")
 
     max_unsafe_refused_drop: float | None = Field(0.1, ge=0, description="refusals of unsafe prompts, below the base's share")
@@ -41,5 +44,6 @@ class CheckConfig(Section):
         0.1, ge=0, description="share of training rows continued word for word, above that of validation rows (or the base's)"
     )
     max_perplexity_rise: float | None = Field(0.2, ge=0, description="of general text: 0.2 is a fifth more than the base's")
+    max_task_drop: float | None = Field(0.05, ge=0, description="of lm_eval_tasks' metrics, below the base's")
     max_first_token_seconds: float | None = Field(None, gt=0, description="time to the first token of one prompt")
     min_tokens_per_second: float | None = Field(None, gt=0, description="written in a batch of stability_prompts")

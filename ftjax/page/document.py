@@ -20,7 +20,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; overflow-wrap: anywhere; }
 p { margin: .4rem 0; } a { color: var(--a); }
 .soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
 caption { text-align: left; padding-bottom: .3rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .charts + .scroll, .scroll + figure { margin-top: 1rem; } td.v { white-space: nowrap; }
 table { border-collapse: collapse; font-size: .92rem; }
 td, th { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -32,7 +32,7 @@ th { font-weight: 600; } td.n, th.n { text-align: right; font-variant-numeric: t
 .tiles b { display: block; font-size: 1.25rem; font-weight: 600; font-variant-numeric: tabular-nums; line-height: 1.3; }
 .tiles span { color: var(--soft); font-size: .85rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.2rem; }
-figure { margin: 0; background: var(--panel); border-radius: 8px; padding: .8rem; min-width: 0; }
+figure { margin: 0; background: var(--panel); border-radius: 8px; padding: .8rem; min-width: 0; max-width: 44rem; }
 figure svg { display: block; width: 100%; height: auto; } figcaption { margin-bottom: .3rem; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .bar { fill: var(--a); } svg .zero { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
@@ -44,8 +44,10 @@ pre, .text { font: .85rem/1.5 ui-monospace, monospace; white-space: pre-wrap; ov
 pre { background: var(--panel); border-radius: 8px; padding: .8rem; max-height: 40rem; overflow: auto; }
 details { margin: .5rem 0; } summary { cursor: pointer; padding: .3rem 0; color: var(--a); }
 .sample { border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; margin: .8rem 0; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: .3rem 1.2rem; }
-.sides > div { min-width: 0; } .sides b { font-size: .85rem; color: var(--soft); }
+.sides { display: grid; margin-top: .6rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: .3rem 1.2rem; }
+.sample .text { max-height: 15rem; overflow: auto; }
+.sides > div { min-width: 0; } .sample b { font-size: .85rem; color: var(--soft); }
 .document { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   border: 1px solid var(--line); border-radius: 6px; padding: .8rem; max-height: 32rem; overflow: auto; }
 .document span { border-right: 1px solid var(--line); }
@@ -77,7 +79,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = 
     top = "".join(f'<th scope="col"{kind if n else ""}>{escape(name)}</th>' for n, name in enumerate(head))
     named = f"<caption>{escape(caption)}</caption>" if caption else ""
     heading = f"<thead><tr>{top}</tr></thead>" if head else ""
-    return f'<div class="scroll"><table>{named}{heading}<tbody>{"".join(map(line, rows))}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0"><table>{named}{heading}<tbody>{"".join(map(line, rows))}</tbody></table></div>'
 
 
 def details(summary: str, *inner: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ftjax.evaluate.harness_scores import harness_scores
 from ftjax.page.chart import interval_chart
 from ftjax.page.document import details, table, text
 from ftjax.report.read import Measured, Run
@@ -20,6 +21,9 @@ def evaluations(run: Run) -> Iterable[str]:
     """HTML: of each, its metrics beside the base's, and answers."""
     for one in run.evaluations:
         results = one.results
+        if "results" in results:
+            yield from _harness(one)
+            continue
         title = f"{results.get('task')} on {results.get('rows', 0):,} rows of {results.get('data')}"
         yield f"<h3>{escape(title)}</h3>"
         beside = f", beside {results['base']['model']}" if "base" in results else ""
@@ -27,6 +31,26 @@ def evaluations(run: Run) -> Iterable[str]:
         yield f'<div class="charts">{"".join(_pictures(results))}</div>'
         yield _metrics(results)
         yield from _samples(one)
+
+
+def harness_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of lm-evaluation-harness' results, as texts."""
+    base = {(one.task, one.metric): one for one in harness_scores(results.get("base", {}))}
+    rows = []
+    for one in harness_scores(results):
+        row = [f"{one.task}: {one.metric}"]
+        for found in (one, base.get((one.task, one.metric))):
+            bounds = (None, None) if found is None else found.bounds
+            row.append(cell({"value": found.value, "low": bounds[0], "high": bounds[1]} if found else None))
+        rows.append(row if base else row[:2])
+    return ["metric", "value (95 % interval)", *(("base",) if base else ())], rows
+
+
+def _harness(one: Measured) -> Iterable[str]:
+    head, rows = harness_rows(one.results)
+    yield f"<h3>lm-evaluation-harness: {escape(one.name)}</h3>"
+    yield f'<p class="soft">{escape(str(one.results.get("model_name")))}</p>'
+    yield table(head, rows)
 
 
 def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
@@ -155,12 +179,13 @@ def checks(run: Run) -> Iterable[str]:
                 continue
             cells = [cell(found.get(key), share=bool(found.get("share"))) for key in ("value", "base")]
             words = "".join(f'<td class="n">{escape(value)}</td>' for value in cells)
-            verdict = f'<td class="{COLOURS.get(found["verdict"], "soft")}">{escape(found["verdict"])}</td>'
+            verdict = f'<td class="v {COLOURS.get(found["verdict"], "soft")}">{escape(found["verdict"])}</td>'
             name, rule = escape(found["title"]), escape(found.get("rule") or "")
             rows.append(f'<tr><th scope="row">{name}</th>{words}<td>{rule}</td>{verdict}</tr>')
         head = "".join(f'<th scope="col"{" class=n" if n in (1, 2) else ""}>{name}</th>' for n, name in enumerate(
             ("metric", "tuned", "base", "limit", "verdict")))  # fmt: skip
-        yield f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+        yield f'<div class="scroll" tabindex="0"><table>{inner}</table></div>'
         for name, reason in results.get("not_measured", {}).items():
             yield f'<p class="off">Not measured: {escape(name)}: {escape(str(reason))}</p>'
         yield details("Answers that something is said of", *_flagged(one.rows))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ftjax.report.read import Run
-from ftjax.report.results import rows_of
+from ftjax.report.results import harness_rows, rows_of
 from ftjax.report.setup import warnings
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -60,10 +60,15 @@ def print_summary(run: Run, console: Any) -> None:
     wide = console if console.is_terminal else Console(file=console.file, width=150)
     for one in run.evaluations:
         results = one.results
-        table = Table(title=f"{results.get('task')} on {results.get('data')}", title_justify="left")
-        for n, name in enumerate(("metric", "value", *(("base", "difference", "p") if "base" in results else ()))):
+        if "results" in results:
+            title, (head, rows) = f"lm-evaluation-harness: {one.name}", harness_rows(results)
+        else:
+            title, rows = f"{results.get('task')} on {results.get('data')}", rows_of(results)
+            head = ["metric", "value", *(("base", "difference", "p") if "base" in results else ())]
+        table = Table(title=title, title_justify="left")
+        for n, name in enumerate(head):
             table.add_column(name, justify="right" if n else "left")
-        for row in rows_of(results):
+        for row in rows:
             table.add_row(*row)
         wide.print(table)
     for words in warnings(run):

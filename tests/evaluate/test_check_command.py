@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from ftjax import cli
 from ftjax.check.command import check
@@ -92,10 +93,20 @@ def test_limits_decide_the_exit_code(tiny, files, tmp_path, monkeypatch, capsys)
     assert caught.value.code == 1 and "tokens_per_second" in capsys.readouterr().out
 
 
-def test_what_was_trained_on_may_be_gone(run, files, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # lm_eval's, of its own packages
+def test_what_was_trained_on_may_be_gone(run, files, written, tmp_path):
     (tmp_path / "long.md").write_text("a long text " * 20)  # longer than the context
-    overrides = [*files, "data.train=gone.jsonl", "check.stability_prompts=0", f"check.general_text={tmp_path / 'long.md'}"]
+    rows = [{"q": f"{word}:", "gold": gold} for word, gold in (("abc", 0), ("fed", 1), ("cab", 1))]
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump({
+        "task": "letters", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": written("q.jsonl", *rows)}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": ["yes", "no"],
+        "doc_to_target": "gold", "target_delimiter": "", "metric_list": [{"metric": "acc"}],
+    }))  # fmt: skip
+    overrides = [*files, "data.train=gone.jsonl", "check.stability_prompts=0", f"check.general_text={tmp_path / 'long.md'}",
+                 f"check.lm_eval_tasks=[{tmp_path / 'task.yaml'}]"]  # fmt: skip
     results = check(str(run / "final"), overrides, out=tmp_path / "o", compare_base=False)
+    found = {one["name"]: one for one in results["findings"]}
+    assert found["letters: acc"]["value"]["value"] == 2 / 3  # it says yes, no, yes, as the rows do but for the last
     missing = results["not_measured"]
     assert "gone.jsonl: no such file" in missing["verbatim_train"] and missing["batch_gap"] == "check.stability_prompts is 0"
 

@@ -15,6 +15,7 @@ from ftjax.check.verbatim import continued
 from ftjax.check.verdict import findings
 from ftjax.config import CheckConfig, Config
 from ftjax.data.pipeline import load_splits
+from ftjax.evaluate.harness_scores import harness_scores
 from ftjax.evaluate.statistic import means
 from ftjax.generate.answer import Generation
 from ftjax.generate.session import Generator
@@ -272,3 +273,18 @@ def test_speed_limits():
     found = verdicts(tuned, max_first_token_seconds=0.4, min_tokens_per_second=20)
     assert [found[n].verdict for n in ("first_token_seconds", "tokens_per_second")] == ["failed", "passed"]
     assert verdicts(tuned)["tokens_per_second"].verdict == "not judged"
+
+
+def test_tasks_of_lm_eval():
+    def of(value, perplexity):
+        results = {
+            "results": {"t": {"alias": "t", "acc,none": value, "acc_stderr,none": 0.1, "ppl,strict": perplexity,
+                              "ppl_stderr,strict": "N/A"}},
+            "higher_is_better": {"t": {"acc": True, "ppl": False}},
+        }  # fmt: skip
+        return Examined([], tasks={f"{one.task}: {one.metric}": one for one in harness_scores(results)})
+
+    found = verdicts(of(0.4, 9.0), of(0.5, 3.0))
+    assert (found["t: acc"].verdict, found["t: ppl (strict)"].verdict) == ("failed", "not judged")
+    assert found["t: acc"].value.low == pytest.approx(0.4 - 0.196) and found["t: acc"].rule == "at most 0.05 below the base"
+    assert verdicts(of(0.46, 9.0), of(0.5, 3.0))["t: acc"].verdict == "passed"

@@ -97,6 +97,10 @@ def folder(tmp_path):
          "base_prediction": HOSTILE, "scores": {"f1": n / 20}, "base_scores": {"f1": 0.2}} for n in range(9)
     ]  # fmt: skip
     (place / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    place = run / "evaluation" / "lm-eval-t"
+    place.mkdir()
+    scores = {"results": {HOSTILE: {"alias": "t", "acc,none": 0.4321, "acc_stderr,none": 0.1}}, "higher_is_better": {}}
+    (place / "results.json").write_text(json.dumps({**scores, "model_name": HOSTILE, "base": scores}))
     (run / "check").mkdir()
     findings = [
         {"name": "empty", "title": "empty answers", "share": True, "verdict": "failed", "value": metric, "base": base,
@@ -119,7 +123,8 @@ def test_every_number_is_there(folder):
                 assert f"{value:.6g}" in cells, (name, value)
     everything = " ".join(page.texts)
     for text in ("0.6235 (0.51 to 0.73)", "0.0123", "90 % interval", "62.3 % (51.0 to 73.0)", "at most 5 %", "1,234", "98.7 %",
-                 "29,088", "0.10.2", "not measured", "finished at step 40", "gpt2", "22", "careful <i>"):  # fmt: skip
+                 "29,088", "0.10.2", "not measured", "finished at step 40", "gpt2", "22", "careful <i>",
+                 "0.4321 (0.2361 to 0.6281)"):  # fmt: skip
         assert text.lower() in everything.lower(), text
     assert page.count("svg") == 9  # loss, rate, gradient, tokens/s, memory, rougeL; two metrics; a histogram
     shown = [text for text in page.texts if text.startswith("answer ")]
