@@ -368,6 +368,23 @@ def sweep(
     plan_all(config, settings, overrides or [], names, weak=weak, price=price, runs=run or [], out=out, say=print)
 
 
+@app.command(name="merge-adapters")
+def merge_adapters(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER=WEIGHT...", help="LoRA folders of one base model, and their weights.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+) -> None:
+    """Write one LoRA whose update is the weighted sum of others'."""
+    from ftjax.hub.combine import merge_adapters as write
+    from ftjax.hub.combine import parse
+
+    write(parse(adapters), out)
+
+
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Show versions, devices and caches, and what is missing."""

@@ -1,27 +1,24 @@
 """`ftjax export`: a run's result as a folder that other tools load."""
 
-import json
 import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ftjax.config import Config, LoraConfig
+from ftjax.config import Config
 from ftjax.config.load import load_config
 from ftjax.errors import UserError
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import open_model
 from ftjax.hub.model_folder import from_source, model_tensors, write_folder
 from ftjax.hub.output import replacing
-from ftjax.hub.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter, method_that_reads, read_adapter_config
-from ftjax.hub.safetensors import SafetensorsFolder, Tensor, write_file
+from ftjax.hub.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter
+from ftjax.hub.plain_lora import read_updates, targets, write_plain
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.hub.vocabulary import with_adapters_tokens
 from ftjax.mesh import make_mesh
-from ftjax.methods import method_named, method_of
-from ftjax.methods.lora import from_saved, scale_of
+from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
 
 
@@ -97,52 +94,12 @@ def write_merged(adapter: Path, folder: Path, config: Config) -> None:
 
 
 def write_portable(adapter: Path, folder: Path) -> None:
-    """A LoRA whose every layer has the same rank and scale 1: the scale goes into B, smaller ranks are padded with zeros.
+    """A LoRA whose every layer has the same rank and scale 1.
 
     Raises UserError where the adapter has parts that vLLM and llama.cpp do not read.
     """
-    saved = read_adapter_config(adapter)
-    source = SafetensorsFolder(adapter, single=method_that_reads(adapter, saved).weights_file)
-    other = sorted(name for name in source.keys() if not name.endswith((".lora_A.weight", ".lora_B.weight")))
-    if not method_named("lora").reads(saved) or other:
-        method = method_that_reads(adapter, saved)
-        what = f"tensors such as {other[0]}" if method.config is LoraConfig else method.kind
-        instead = "leave --portable out" if method.no_merge else "use --merge instead"
-        raise UserError(f"{adapter}: vLLM and llama.cpp read plain LoRA only, and this adapter has {what}; {instead}")
-    layers = sorted(name.removesuffix(".lora_A.weight") for name in source.keys() if name.endswith(".lora_A.weight"))
-    ranks = {layer: source.shape(f"{layer}.lora_A.weight")[0] for layer in layers}
-    rank = max(ranks.values())
-    tensors = []
-    for layer in layers:
-        scale = _scale(saved, layer.removeprefix("base_model.model."), ranks[layer])
-        a, b = source.read(f"{layer}.lora_A.weight"), source.read(f"{layer}.lora_B.weight")
-        pad = rank - ranks[layer]
-        parts = {
-            "lora_A": np.pad(a, ((0, pad), (0, 0))),
-            "lora_B": np.pad((b * np.float32(scale)).astype(b.dtype), ((0, 0), (0, pad))),
-        }
-        for name, value in parts.items():
-            tensors.append(Tensor(f"{layer}.{name}.weight", value.shape, value.dtype, lambda value=value: value))
-    write_file(folder / WEIGHTS, tensors)
-    modules = sorted({layer.rsplit(".", 1)[-1] for layer in layers})
-    plain = {
-        "r": rank,
-        "lora_alpha": rank,
-        "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": modules,
-    }
-    plain |= {"layers_to_transform": None, "exclude_modules": None}
-    every = {layer.removeprefix("base_model.model.") for layer in layers}
-    if saved.get("layers_to_transform") is not None or saved.get("exclude_modules") or isinstance(saved["target_modules"], str):
-        plain["target_modules"] = sorted(every)
-    (folder / CONFIG).write_text(json.dumps({**saved, **plain}, indent=2, sort_keys=True) + "\n")
+    saved, updates = read_updates(adapter, "vLLM and llama.cpp read plain LoRA only")
+    write_plain(folder, saved, updates, targets(saved, updates))
     for path in adapter.iterdir():
         if path.name not in (CONFIG, WEIGHTS) and path.is_file():
             shutil.copyfile(path, folder / path.name)
-
-
-def _scale(saved: dict, module: str, rank: int) -> float:
-    """The factor that this module's update has, by PEFT's rules."""
-    return scale_of(module, rank, from_saved(LoraConfig(), saved))

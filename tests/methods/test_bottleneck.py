@@ -155,7 +155,7 @@ def test_refused(bases, tmp_path):
         load(bases("llama"), lambda root: method.attach(root, method.config(non_linearity="step")))
     model, params, config = ours(bases("llama"), "seq_bn")
     write_adapter(tmp_path, model, params, config, "")
-    with pytest.raises(UserError, match="has seq_bn; leave --portable out"):
+    with pytest.raises(UserError, match="has seq_bn; leave it as it is"):
         write_portable(tmp_path, tmp_path / "out")
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     for key, value in (("leave_out", [0]), ("use_gating", True), ("scaling", "learned"), ("inv_adapter", "nice")):

@@ -1,0 +1,78 @@
+"""LoRA in the form that every tool reads: one rank for all layers, alpha = rank, and keys for A and B alone.
+
+Whatever scale a layer had is multiplied into its B; smaller ranks are padded with zeros, which changes no product.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax.config import LoraConfig
+from ftjax.errors import UserError
+from ftjax.hub.peft import CONFIG, PREFIX, WEIGHTS, adapter_file, method_that_reads, read_adapter_config
+from ftjax.hub.safetensors import Tensor, write_file
+from ftjax.methods import method_named
+from ftjax.methods.lora import from_saved, scale_of
+
+
+class Update(NamedTuple):
+    """What a layer's weight gains is `b @ a`; a is [r, in], b [out, r]."""
+
+    a: np.ndarray
+    b: np.ndarray
+
+
+def read_updates(adapter: Path, why: str) -> tuple[dict, dict[str, Update]]:
+    """`(adapter_config.json, the update of each module by its Hugging Face name)`.
+
+    Args:
+        why: who needs plain LoRA; for the message.
+
+    Raises UserError where the adapter has parts that are no such update.
+    """
+    saved = read_adapter_config(adapter)
+    method, source = method_that_reads(adapter, saved), adapter_file(adapter)
+    other = sorted(name for name in source.keys() if not name.endswith((".lora_A.weight", ".lora_B.weight")))
+    if not method_named("lora").reads(saved) or other:
+        what = f"tensors such as {other[0]}" if method.config is LoraConfig else method.kind
+        instead = "leave it as it is" if method.no_merge else "ftjax export --merge folds it into its base model"
+        raise UserError(f"{adapter}: {why}, and this adapter has {what}; {instead}")
+    config, updates = from_saved(LoraConfig(adapter_path=str(adapter)), saved), {}
+    for name in source.keys():
+        if name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            module, a, b = layer.removeprefix(PREFIX), source.read(name), source.read(f"{layer}.lora_B.weight")
+            scale = np.float32(scale_of(module, a.shape[0], config))
+            updates[module] = Update(a, (b * scale).astype(b.dtype))
+    return saved, dict(sorted(updates.items()))
+
+
+def write_plain(folder: Path, saved: Mapping, updates: Mapping[str, Update], target_modules: list[str]) -> None:
+    """The two files of a PEFT folder.
+
+    Args:
+        saved: an adapter_config.json, of which what does not concern ranks and layers is kept.
+    """
+    rank = max(update.a.shape[0] for update in updates.values())
+    tensors = []
+    for module, (a, b) in updates.items():
+        pad = rank - a.shape[0]
+        parts = {"lora_A": np.pad(a, ((0, pad), (0, 0))), "lora_B": np.pad(b, ((0, 0), (0, pad)))}
+        for name, value in parts.items():
+            tensors.append(Tensor(f"{PREFIX}{module}.{name}.weight", value.shape, value.dtype, lambda value=value: value))
+    write_file(folder / WEIGHTS, tensors)
+    plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    plain |= {"layers_to_transform": None, "exclude_modules": None, "target_modules": target_modules}
+    (folder / CONFIG).write_text(json.dumps({**saved, **plain}, indent=2, sort_keys=True) + "\n")
+
+
+def targets(saved: Mapping, updates: Mapping[str, Update]) -> list[str]:
+    """`target_modules` that name these modules of an adapter: last parts where the adapter's own configuration chose by
+    these alone, whole names otherwise."""
+    some = saved.get("layers_to_transform") is not None or saved.get("exclude_modules")
+    if some or isinstance(saved["target_modules"], str):
+        return sorted(updates)
+    return sorted({module.rsplit(".", 1)[-1] for module in updates})
