@@ -18,6 +18,9 @@ class TrainingConfig(Section):
     eval_batch_size: int | None = Field(None, ge=1, description="null: the rows of one micro-batch")
     save_steps: int = Field(200, ge=1)
     save_total_limit: int = Field(2, ge=1)
+    checkpoint_dir: str | None = Field(
+        None, description="a folder that all hosts share, such as gs://bucket/run; null: checkpoints/ of output_dir"
+    )
     logging_steps: int = Field(10, ge=1)
     seed: int = 42
     metric_for_best_model: str = Field("eval/loss", description="any metric of an evaluation, or the latest train/ one")

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from ftjax.errors import UserError
 from ftjax.train.step import TrainState
@@ -19,12 +20,12 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of
 
 
 class Checkpoints:
-    """`checkpoints/STEP/` of one run; the newest `keep` are kept."""
+    """`checkpoints/STEP/` of one run; the newest `keep` are kept. The folder may be in a bucket: `gs://...`."""
 
-    def __init__(self, folder: Path, keep: int):
-        self._folder = folder
+    def __init__(self, folder: epath.PathLike, keep: int):
+        self._folder = folder = place(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "meta"))
+        self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "meta"))
 
     @property
     def latest(self) -> int | None:
@@ -68,6 +69,24 @@ class Checkpoints:
                 f"{self._folder}: a checkpoint could not be written: {_root(error)}. The checkpoint before it is whole "
                 f"(step {self.latest}); make room and run the same command again to go on from there"
             ) from None
+
+
+def place(folder: epath.PathLike) -> epath.Path:
+    """A folder on a disk, made absolute, or in a bucket.
+
+    Raises UserError for a scheme that cannot be opened here.
+    """
+    if "://" not in str(folder):
+        return epath.Path(Path(folder).absolute())
+    try:
+        path = epath.Path(folder)
+        path.exists()
+    except Exception as error:  # each kind of bucket has errors of its own
+        raise UserError(
+            f"training.checkpoint_dir: {folder} cannot be opened: {error}. For gs:// install gcsfs (ftjax[tpu] has it) and "
+            "check the name and your rights with: gcloud storage ls"
+        ) from None
+    return path
 
 
 def _chain(error: BaseException | None):

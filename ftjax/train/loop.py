@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding
 
 from ftjax.compile_cache import keep_compiled_programs
@@ -27,7 +28,7 @@ from ftjax.hub.output import write_output
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.mesh import spec
 from ftjax.methods import method_of
-from ftjax.train.checkpoint import Checkpoints
+from ftjax.train.checkpoint import Checkpoints, place
 from ftjax.train.profile import Profile
 from ftjax.train.progress import Progress, say
 from ftjax.train.record import peak_memory_gib, write_record
@@ -39,7 +40,7 @@ from ftjax.train.watch import BestMetric, Diverged, LossWatch, OverfitWatch
 # What may differ when a run goes on: it does not change which numbers come out, or only their rounding.
 FREE_TO_CHANGE = (
     "mesh.", "training.logging_steps", "training.save_steps", "training.save_total_limit", "training.report_to",
-    "training.profile_steps",
+    "training.profile_steps", "training.checkpoint_dir",
     "training.eval_batch_size", "model.remat", "model.attention", "objective.loss_chunk", "output_dir", "evaluate.", "check.",
 )  # fmt: skip
 
@@ -102,18 +103,30 @@ def open_run_folder(folder: Path, config: Config) -> Config:
             (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}; choose another output_dir") from None
-    saved = folder / "config.yaml"
-    if saved.exists() and any((folder / "checkpoints").glob("[0-9]*")):
+    saved, checkpoints = folder / "config.yaml", checkpoints_of(config)
+    elsewhere = checkpoints / "config.yaml" if config.training.checkpoint_dir else None
+    if elsewhere and elsewhere.exists():  # this host may be a new one, whose disk is empty
+        saved.write_text(elsewhere.read_text())
+    if saved.exists() and any(checkpoints.glob("[0-9]*")):
         differences = [d for d in diff_configs(load_config(saved), config) if not d.startswith(FREE_TO_CHANGE)]
         if differences:
             raise UserError(
-                f"output_dir: {folder} holds checkpoints of another configuration, which differs in\n  "
+                f"output_dir: {config.training.checkpoint_dir or folder} holds checkpoints of another configuration, which "
+                "differs in\n  "
                 + "\n  ".join(differences)
                 + "\nChoose another output_dir, remove that folder, or undo the difference to go on with that run"
             )
     if jax.process_index() == 0:
         save_config(config, saved)
+        if elsewhere:
+            elsewhere.parent.mkdir(parents=True, exist_ok=True)
+            elsewhere.write_text(saved.read_text())
     return config
+
+
+def checkpoints_of(config: Config) -> epath.Path:
+    """Where a run keeps its checkpoints."""
+    return place(config.training.checkpoint_dir or Path(config.output_dir) / "checkpoints")
 
 
 class Run:
@@ -161,7 +174,7 @@ class Run:
     # ---- start, middle, end ----
 
     def go(self) -> None:
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.options.save_total_limit)
+        self.checkpoints = Checkpoints(checkpoints_of(self.config), self.options.save_total_limit)
         first = self.restore() if self.checkpoints.latest is not None else 0
         self.tracker = Tracker(
             self.folder, self.options.report_to, self.config.model_dump(mode="json"),

@@ -143,6 +143,30 @@ def test_resume_is_uninterrupted(model, data, whole, stop, tmp_path, monkeypatch
     assert starts == [0, max(step for step in (3, 6, 9) if step <= stop)]
 
 
+def test_checkpoints_elsewhere(model, data, whole, tmp_path, monkeypatch, on_one_device):
+    """A new host, whose disk is empty, goes on from a folder that all hosts share; another configuration is refused there."""
+    shared = str(tmp_path / "bucket" / "run")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(Stop):
+            train(config(model, data, tmp_path / "first", training__checkpoint_dir=shared))
+    assert not (tmp_path / "first" / "checkpoints").exists()
+    with pytest.raises(UserError, match=r"(?s)bucket.*another configuration.*optimizer.learning_rate"):
+        train(config(model, data, tmp_path / "other", training__checkpoint_dir=shared, optimizer={"learning_rate": 1.0}))
+    train(config(model, data, tmp_path / "second", training__checkpoint_dir=shared))
+    assert min(losses(tmp_path / "second")) == 8
+    want, got = (load_file(folder / "final" / "adapter_model.safetensors") for folder in (whole, tmp_path / "second"))
+    for name in want:
+        assert want[name].tobytes() == got[name].tobytes(), name
+
+
+def test_bucket_that_cannot_be_opened(model, data, tmp_path, monkeypatch):
+    """Without gcsfs, or without rights: said at the start."""
+    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"checkpoint_dir.*gs://nowhere/run.*gcsfs"):
+        train(config(model, data, tmp_path / "run", training__checkpoint_dir="gs://nowhere/run"))
+
+
 def test_resume_on_other_devices(model, data, whole, tmp_path, monkeypatch):
     """A checkpoint of one device goes on on eight: the same batches, losses within 1e-5."""
     from oracle import one_device
