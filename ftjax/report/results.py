@@ -188,6 +188,12 @@ def checks(run: Run) -> Iterable[str]:
         yield f'<div class="scroll" tabindex="0"><table>{inner}</table></div>'
         for name, reason in results.get("not_measured", {}).items():
             yield f'<p class="off">Not measured: {escape(name)}: {escape(str(reason))}</p>'
+        if kinds := results.get("refused_by_type"):
+            shares = [
+                [kind, str(found["prompts"]), *(_share(found.get(who)) for who in ("tuned", "base"))]
+                for kind, found in kinds.items()
+            ]
+            yield details("Refusals by type of prompt", table(["type", "prompts", "tuned", "base"], shares))
         yield details("Answers that something is said of", *_flagged(one.rows))
 
 
@@ -198,6 +204,10 @@ def _flagged(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             if "base_answer" in row:
                 sides["base"] = row["base_answer"]
             yield sample(row.get("prompt"), sides)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def _float(value: Any) -> float:

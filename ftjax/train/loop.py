@@ -420,6 +420,7 @@ def next_commands(folder: Path, config: Config) -> list[str]:
     lines = [
         f"done; the result is in {final}",
         f"  try it:     ftjax generate {model} --prompt '...'",
+        f"  look at it: ftjax report {folder}",
     ]
     if adapter and method.merged is None:
         load = {

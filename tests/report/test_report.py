@@ -108,7 +108,8 @@ def folder(tmp_path):
         {"name": "cut_off", "title": HOSTILE, "share": True, "verdict": "not measured", "value": None},
     ]  # fmt: skip
     results = {"model": "m", "base": HOSTILE, "prompts": 5, "failed": ["empty"], "findings": findings,
-               "not_measured": {"cut_off": HOSTILE}}  # fmt: skip
+               "not_measured": {"cut_off": HOSTILE},
+               "refused_by_type": {f"safe: {HOSTILE}": {"prompts": 3, "tuned": 0.3125, "base": 0.0}}}  # fmt: skip
     (run / "check" / "results.json").write_text(json.dumps(results))
     (run / "check" / "answers.jsonl").write_text(json.dumps({"prompt": HOSTILE, "answer": HOSTILE, "empty": True}) + "\n")
     return run
@@ -124,7 +125,7 @@ def test_every_number_is_there(folder):
     everything = " ".join(page.texts)
     for text in ("0.6235 (0.51 to 0.73)", "0.0123", "90 % interval", "62.3 % (51.0 to 73.0)", "at most 5 %", "1,234", "98.7 %",
                  "29,088", "0.10.2", "not measured", "finished at step 40", "gpt2", "22", "careful <i>",
-                 "0.4321 (0.2361 to 0.6281)"):  # fmt: skip
+                 "0.4321 (0.2361 to 0.6281)", "31.2 %"):  # fmt: skip
         assert text.lower() in everything.lower(), text
     assert page.count("svg") == 9  # loss, rate, gradient, tokens/s, memory, rougeL; two metrics; a histogram
     shown = [text for text in page.texts if text.startswith("answer ")]
