@@ -93,7 +93,7 @@ def _kernel(eqn: JaxprEqn, known: Values) -> float:
     mapping = eqn.params["grid_mapping"]
     steps = math.prod(size for size in mapping.grid if isinstance(size, int))
     share = 1.0
-    if "splash" in str(eqn.params["name_and_src_info"]):
+    if "splash" in str(eqn.params.get("name")):
         # Its second table has an entry for each head, block of queries and block of keys: 0 where the mask leaves nothing.
         table = _value(eqn.invars[1], known)
         share = 1.0 if table is None else float(np.mean(np.asarray(table) != 0))

@@ -178,3 +178,26 @@ def test_a_plan_for_chips_that_are_not_there(bare):
     assert plan.step_seconds == max(plan.seconds.values()) == plan.seconds[plan.bound]
     assert plan.tokens_per_second == pytest.approx(4 * 128 / plan.step_seconds)
     assert plan.cost_per_day == 96 and 0 < plan.mfu < 1
+
+
+@pytest.mark.parametrize("window, share", [(None, 10 / 16), (512, 7 / 16)])
+def test_flops_of_a_kernel_that_skips_blocks(window, share):
+    """Splash attention with blocks of 512 in 2048 tokens: of 16 blocks a causal mask leaves 10, and a window of 512 leaves 7.
+    Forward there are two products in each, backward three for the queries and four for keys and values."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    shape, (b, n, t, h) = (2048, 2048), (2, 4, 2048, 128)
+    mask = kernels.CausalMask(shape) if window is None else kernels.LocalMask(shape, (window - 1, 0), 0)
+    names = "block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"
+    sizes = kernels.BlockSizes(**dict.fromkeys(names, 512))
+    kernel = kernels.make_splash_mha(kernels.MultiHeadMask([mask] * n), block_sizes=sizes, head_shards=1, q_seq_shards=1)
+
+    def layers(q, k, v):
+        def layer(q, _):
+            return jax.vmap(kernel)(q, k, v), None
+
+        return jax.lax.scan(layer, q, length=3)[0].astype(jnp.float32).sum()
+
+    x = jax.ShapeDtypeStruct((b, n, t, h), jnp.bfloat16)
+    traced = jax.jit(jax.grad(layers, (0, 1, 2))).trace(x, x, x)
+    assert program_flops(traced) == pytest.approx(3 * (2 + 3 + 4) * 2 * b * n * t * t * h * share, rel=1e-3)
