@@ -24,8 +24,14 @@ COUNTED_IN_CORES = ("v4", "v5p", "v7x")
 PLANAR = {2**k: (2 ** (k // 2), 2 ** ((k + 1) // 2)) for k in range(9) if k != 1}
 CUBIC = {2**k: tuple(2 ** ((k + i) // 3) for i in range(3)) for k in range(3, 13)}
 CUBIC |= {1: (1, 1, 1), 4: (2, 2, 1), 6144: (16, 16, 24)}
-# Without the first, libtpu asks for the machine's metadata for minutes; without the others it says that it found none.
-NO_TPU_HERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+# Without the first, libtpu asks for the machine's metadata for minutes; without the next two it says that it found none;
+# without the last, one process at a time may load it, as if each took hold of chips.
+NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 TPUS = ("v4", "v5e", "v5p", "v6e", "v7x")
 
 
