@@ -105,7 +105,9 @@ def train(
 
     settings = load_config(config, overrides or [])
     from ftjax.distributed import start
+    from ftjax.gpu import set_flags
 
+    set_flags()
     start(coordinator, num_processes, process_id)
     from ftjax.evaluate.observe import make_observer
     from ftjax.train.loop import train as run

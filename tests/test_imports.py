@@ -26,6 +26,7 @@ BELOW = {
     "hub": {"methods", "objectives", "models", "data"},
     "compile_cache": set(),
     "distributed": {"errors"},
+    "gpu": set(),
     "train": {"methods", "objectives", "models", "hub", "data", "flops", "compile_cache", "distributed"},
     "generate": {"train", "hub", "methods"},
     "evaluate": {"generate", "train", "hub", "objectives"},
@@ -33,7 +34,7 @@ BELOW = {
     "report": {"page", "data", "config", "evaluate"},
     "plan": {"train", "hub", "methods", "objectives", "chips", "flops"},
     "doctor": {"errors", "compile_cache"},
-    "cli": {"check", "report", "evaluate", "generate", "plan", "train", "hub", "doctor", "data", "distributed"},
+    "cli": {"check", "report", "evaluate", "generate", "plan", "train", "hub", "doctor", "data", "distributed", "gpu"},
     "lm_eval": {"evaluate"},
     "ftjax": set(),
 }

@@ -391,6 +391,7 @@ class Run:
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.setup.mesh.shape.items())
         say(
             f"devices: {len(devices)} {devices[0].platform} ({devices[0].device_kind}); mesh: {mesh}",
+            *([f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', 'none')}"] if devices[0].platform == "gpu" else []),
             self.setup.trained_line(),
             self.flops.formula(self.config.data.max_length),
             *(f"note: {note}" for note in self.setup.model.notes),

@@ -75,10 +75,31 @@ def rows(out) -> dict[int, dict]:
 
 
 def wait_for_step(running, out, step: int) -> None:
+    """Until that update is logged, or a process has ended."""
     deadline = time.monotonic() + 240
-    while step not in rows(out):
-        assert time.monotonic() < deadline and all(process.poll() is None for process in running), end(running, kill=True)
+    while step not in rows(out) and all(process.poll() is None for process in running):
+        assert time.monotonic() < deadline, end(running, kill=True)
         time.sleep(0.005)
+
+
+def run(count: int, settings: dict, out, then=lambda running: None) -> tuple[list[subprocess.Popen], list[str]]:
+    """Launch, do something with the running processes, wait: `(processes, what they said)`.
+
+    Gloo, which joins CPUs, gives a process 30 seconds to come after the first; where the machine is too busy for that, again.
+    """
+    before = out.with_name("before")
+    if out.exists():
+        shutil.copytree(out, before)
+    for _ in range(3):
+        running = launch(count, settings, out)
+        then(running)
+        said = end(running)
+        if "Gloo context initialization failed" not in "".join(said):
+            break
+        shutil.rmtree(out)
+        if before.exists():
+            shutil.copytree(before, out)
+    return running, said
 
 
 def end(running, kill=False, timeout=240) -> list[str]:
@@ -116,10 +137,12 @@ def whole(settings, tmp_path_factory):
 def stopped(settings, whole, tmp_path_factory):
     """Four processes, of which the third got SIGTERM: all have saved the same step and ended; what they said, too."""
     out = tmp_path_factory.mktemp("four") / "run"
-    running = launch(4, settings, out)
-    wait_for_step(running, out, 3)
-    running[2].send_signal(signal.SIGTERM)
-    said = end(running)
+
+    def then(running):
+        wait_for_step(running, out, 3)
+        running[2].send_signal(signal.SIGTERM)
+
+    running, said = run(4, settings, out, then)
     assert [process.returncode for process in running] == [1] * 4, "\n".join(said)
     return out, said
 
@@ -136,8 +159,7 @@ def test_four_processes(stopped, whole):
 def test_two_go_on(stopped, whole, settings, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(stopped[0], out)
-    running = launch(2, settings, out)
-    said = end(running)
+    running, said = run(2, settings, out)
     assert [process.returncode for process in running] == [0, 0], "\n".join(said)
     same_losses(rows(out), rows(whole))
     assert len(rows(out)) == STEPS
@@ -163,11 +185,15 @@ def test_one_is_killed(settings, tmp_path):
     """The other does not wait for it for ever, and says why it ends."""
     out = tmp_path / "run"
     longer = {**settings, "training": {**settings["training"], "max_steps": 100_000}}
-    running = launch(2, longer, out)
-    wait_for_step(running, out, 2)
-    running[1].kill()
-    start = time.monotonic()
-    said = end(running[:1], timeout=60)[0]
-    end(running[1:])
-    assert time.monotonic() - start < 60 and running[0].returncode not in (0, None)
-    assert "another process of this run has ended" in said and "same command on all hosts" in said, said
+    took = []
+
+    def then(running):
+        wait_for_step(running, out, 2)
+        running[1].kill()
+        start = time.monotonic()
+        running[0].wait(timeout=120)
+        took.append(time.monotonic() - start)
+
+    running, said = run(2, longer, out, then)
+    assert took[-1] < 60 and running[0].returncode not in (0, None)
+    assert "another process of this run has ended" in said[0] and "same command on all hosts" in said[0], said[0]

@@ -1,0 +1,103 @@
+"""How a process finds out that it is one of several, and the flags of GPUs; real processes are in train/test_processes.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ftjax import distributed, gpu
+from ftjax.errors import UserError
+
+
+def test_options():
+    assert distributed.explicit(None, None, None, {}) is None
+    asked = distributed.explicit("host:1", 4, 3, {})
+    assert (asked["coordinator_address"], asked["num_processes"], asked["process_id"]) == ("host:1", 4, 3)
+    variables = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+    assert distributed.explicit(None, None, None, variables) == asked
+    assert distributed.explicit("other:1", 2, 0, variables)["coordinator_address"] == "other:1"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [(("h:1", None, 0), "belong together"), (("h", 2, 0), "host:port"), (("h:1", 2, 2), "ids are 0 to 1")],
+)
+def test_wrong_options(given, message):
+    with pytest.raises(UserError, match=message):
+        distributed.explicit(*given, {})
+
+
+def test_slurm(monkeypatch):
+    """A step of several tasks; a lone task on each host takes all GPUs of it, a task for each GPU takes its own."""
+    monkeypatch.setattr(distributed, "_tpu_here", lambda: False)
+    assert distributed.detect({}) is None
+    assert distributed.detect({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}) is None  # a batch script, outside of srun
+    assert distributed.detect({"SLURM_STEP_NUM_TASKS": "1", "SLURM_GPUS_ON_NODE": "8"}) is None
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_GPUS_ON_NODE": "8"}
+    alone = {"cluster_detection_method": "slurm", "local_device_ids": list(range(8))}
+    assert distributed.detect({**step, "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}) == alone
+    assert distributed.detect({**step, "SLURM_STEP_TASKS_PER_NODE": "4"}) == {"cluster_detection_method": "slurm"}
+
+
+def test_jax_knows_slurm(monkeypatch):
+    """What JAX makes of a step's variables: the coordinator is the first host."""
+    from jax._src.clusters.slurm_cluster import SlurmCluster
+
+    variables = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[003-006]", "SLURM_NTASKS": "4", "SLURM_PROCID": "2",
+        "SLURM_LOCALID": "0",
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert SlurmCluster.name == "slurm" and SlurmCluster.is_env_present()
+    assert SlurmCluster.get_coordinator_address(None, None).startswith("node003:")
+    assert (SlurmCluster.get_process_count(), SlurmCluster.get_process_id()) == (4, 2)
+
+
+def test_tpu(monkeypatch):
+    monkeypatch.setattr(distributed, "_tpu_here", lambda: True)
+    assert distributed.detect({}) == {} and distributed.detect({"JAX_PLATFORMS": "tpu,cpu"}) == {}
+    assert distributed.detect({"JAX_PLATFORMS": "cpu"}) is None
+
+
+def test_processes_that_do_not_come(monkeypatch):
+    import jax
+
+    def initialize(**_):
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out\nand more")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match=r"could not be joined \(DEADLINE_EXCEEDED: Barrier timed out\)"):
+        distributed.start("h:1", 2, 0)
+
+
+def test_gpu_flags(monkeypatch):
+    """What a person has set stays; without GPUs, or told to use another platform, nothing is set."""
+    monkeypatch.setattr(gpu, "_gpus_here", lambda: True)
+    environment = {"XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=false"}
+    added = gpu.set_flags(environment)
+    assert len(added) == len(gpu.FLAGS) - 1 and environment["XLA_FLAGS"].count("latency_hiding_scheduler") == 1
+    assert gpu.set_flags(environment) == []
+    assert gpu.set_flags({"JAX_PLATFORMS": "cpu"}) == []
+    monkeypatch.undo()
+    if not gpu._gpus_here():
+        assert gpu.set_flags({}) == []
+
+
+def test_xla_knows_the_flags():
+    """A flag that XLA does not know ends the process."""
+    flags = " ".join(f"--{name}={value}" for name, (value, _) in gpu.FLAGS.items())
+    for more, returncode in (("", 0), (" --xla_gpu_no_such_flag=true", 1)):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags + more}
+        done = subprocess.run(
+            [sys.executable, "-c", "import jax; jax.device_count()"], env=environment, capture_output=True, timeout=120
+        )
+        assert bool(done.returncode) == bool(returncode), done.stderr
+
+
+def test_gpu_page_has_the_table():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "gpu.md").read_text()
+    for name, (value, why) in gpu.FLAGS.items():
+        assert f"| `{name}` | {value} | {why} |" in page
