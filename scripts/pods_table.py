@@ -1,0 +1,76 @@
+"""Fill in the table of docs/pods.md: one `ftjax plan` for each line, one at a time.
+
+    python scripts/pods_table.py [--plans DIR] [--have]
+
+A plan that DIR already holds is not made again; `--have` makes none, and lines without a plan say so.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "pods.md"
+START, END = "<!-- table: scripts/pods_table.py -->", "<!-- end of table -->"
+CASES = [  # what, configuration, slice, rows
+    ("Llama-3.1-8B, LoRA", "8b-lora", "v5e-8", 16),
+    ("Llama-3.1-8B, LoRA", "8b-lora", "v5e-16", 32),
+    ("Llama-3.1-8B, LoRA", "8b-lora", "v5e-256", 512),
+    ("Llama-3.1-8B, LoRA", "8b-lora", "v6e-8", 16),
+    ("Llama-3.1-8B, full, float32", "8b-full", "v5p-16", 16),
+    ("Llama-3.1-70B, LoRA", "70b-lora", "v5p-64", 64),
+]
+COLUMNS = (
+    "", "slice", "chips", "rows", "arguments + temporaries", "a chip has", "fits", "least step", "bound",
+    "tokens/s a chip, at most", "MFU, at most",
+)  # fmt: skip
+
+
+def command(name: str, slice_: str, rows: int) -> list[str]:
+    return ["plan", f"configs/plan/{name}.yaml", "--topology", slice_, f"training.global_batch_size={rows}"]
+
+
+def line(what: str, slice_: str, rows: int, plan: dict | None) -> str:
+    if plan is None:
+        return table_line([what, slice_, "", rows, "not planned yet", "", "", "", "", "", ""])
+    memory = plan["memory"]
+    used = (memory["total"] - memory.get("program", 0)) / 1e9
+    fits = "yes" if plan["fits"] else "no"
+    cells = [what, slice_, plan["chips"], plan["rows"], f"{used:.2f} GB", f"{plan['limit'] / 1e9:.1f} GB", fits]
+    if plan["step_seconds"] is None:
+        return table_line([*cells, "", "", "", ""])
+    speed = f"{plan['tokens_per_second_per_chip']:,.0f}"
+    return table_line([*cells, f"{plan['step_seconds']:.2f} s", plan["bound"], speed, f"{plan['mfu']:.0%}"])
+
+
+def table_line(cells: list) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plans", type=Path, default=ROOT / ".cache" / "pods", help="where plans are kept, as JSON")
+    parser.add_argument("--have", action="store_true", help="make none")
+    options = parser.parse_args()
+    options.plans.mkdir(parents=True, exist_ok=True)
+    lines = [table_line(COLUMNS), table_line(["---"] * len(COLUMNS))]
+    for what, name, slice_, rows in CASES:
+        kept = options.plans / f"plan_{name}_{slice_}.json"
+        if not kept.exists() and not options.have:
+            ask = [sys.executable, "-m", "ftjax.cli", *command(name, slice_, rows), "--json"]
+            done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode not in (0, 1) or not done.stdout:
+                raise SystemExit(f"{name} on {slice_}: {done.stderr[-2000:]}")
+            kept.write_text(done.stdout)
+        plan = json.loads(kept.read_text()) if kept.exists() and kept.stat().st_size else None
+        lines.append(line(what, slice_, rows, plan))
+        print(lines[-1])
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.split(START)[0], text.split(END)[1]
+    PAGE.write_text(before + "\n".join([START, *lines, END]) + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
