@@ -13,6 +13,7 @@ PICTURES = (
     ("token accuracy on validation data", {"accuracy": "eval/token_accuracy"}),
     ("gradient norm", {"gradient norm": "train/grad_norm"}),
     (RATE, {RATE: "train/tokens_per_second"}),
+    ("share of the chips' peak (MFU)", {"MFU": "train/mfu"}),
     ("peak memory of one device (GiB; of the process, on a CPU)", {"GiB": "train/peak_memory_gib"}),
 )
 DRAWN = {name for _, series in PICTURES for name in series.values()}
