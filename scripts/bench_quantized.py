@@ -27,7 +27,7 @@ def config_of(options: argparse.Namespace, quantization: str | None) -> Config:
     return Config.model_validate({
         "model": {"path": options.model, "dtype": "float32", "compute_dtype": "float32", "quantization": quantization},
         "method": {"name": "lora", "r": 8, "lora_alpha": 16},
-        "data": {"train": options.data, "max_length": options.length},
+        "data": {"train": options.data, "max_length": options.length, "truncation": "right"},
         "optimizer": {"learning_rate": options.learning_rate, "lr_scheduler_type": "constant"},
         "training": {"max_steps": options.steps, "global_batch_size": options.rows},
         "mesh": {"fsdp": 1, "data": 1},

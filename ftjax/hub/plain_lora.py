@@ -36,8 +36,8 @@ def read_updates(adapter: Path, why: str) -> tuple[dict, dict[str, Update]]:
     saved = read_adapter_config(adapter)
     method, source = method_that_reads(adapter, saved), adapter_file(adapter)
     other = sorted(name for name in source.keys() if not name.endswith((".lora_A.weight", ".lora_B.weight")))
-    if not method_named("lora").reads(saved) or other:
-        what = f"tensors such as {other[0]}" if method.config is LoraConfig else method.kind
+    if not method_named("lora").reads(saved) or other or saved.get("use_dora"):
+        what = method.kind if method.config is not LoraConfig else f"tensors such as {other[0]}" if other else "DoRA"
         instead = "leave it as it is" if method.no_merge else "ftjax export --merge folds it into its base model"
         raise UserError(f"{adapter}: {why}, and this adapter has {what}; {instead}")
     config, updates = from_saved(LoraConfig(adapter_path=str(adapter)), saved), {}
