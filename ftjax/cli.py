@@ -129,9 +129,11 @@ def preview(
     settings = load_config(config, overrides or [])
     from rich.console import Console
 
+    from ftjax.data.classes import with_labels
     from ftjax.data.preview import preview as show
     from ftjax.hub.tokenizer import load_tokenizer
 
+    settings = with_labels(settings)
     show(settings, load_tokenizer(settings.model), html=html, as_json=as_json, console=Console(), examples=examples)
 
 

@@ -109,7 +109,7 @@ def _texts(path: str | None) -> tuple[Example, ...]:
 
 def training_splits(config: Config, tokenizer: Any) -> tuple[Split, Split | None]:
     """The run's own data, as it trained on them. Raises UserError where they are no longer there."""
-    return load_splits(config.data, tokenizer, seed=config.training.seed)
+    return load_splits(config.data, tokenizer, seed=config.training.seed, classes=config.objective.classes)
 
 
 def pieces(split: Split, settings: CheckConfig, context: int, *, seed: int | None) -> tuple[list[Piece], int]:

@@ -16,12 +16,13 @@ from ftjax.config.method import (
     SeqBnConfig,
 )
 from ftjax.config.model import ModelConfig
-from ftjax.config.objective import ObjectiveConfig, SftConfig
+from ftjax.config.objective import ClassificationConfig, ObjectiveConfig, SftConfig
 from ftjax.config.optimizer import GroupConfig, OptimizerConfig
 from ftjax.config.training import MeshConfig, TrainingConfig
 
 __all__ = [
-    "BottleneckConfig", "CheckConfig", "Config", "DataConfig", "DoubleSeqBnConfig", "EvaluateConfig", "FullConfig",
+    "BottleneckConfig", "CheckConfig", "ClassificationConfig", "Config", "DataConfig", "DoubleSeqBnConfig",
+    "EvaluateConfig", "FullConfig",
     "GroupConfig", "LoraConfig", "MeshConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig",
     "ParBnConfig", "Section", "SeqBnConfig", "SftConfig", "TrainingConfig",
 ]  # fmt: skip
@@ -40,6 +41,23 @@ class Config(Section):
     check: CheckConfig = CheckConfig()
     mesh: MeshConfig = MeshConfig()
     output_dir: str = "runs/default"
+
+    @model_validator(mode="after")
+    def _classification(self) -> "Config":
+        """Its runs are evaluated by their classes, unless something else is asked for."""
+        if self.objective.name != "classification":
+            return self
+        if self.data.streaming:
+            raise ValueError("objective classification looks for the labels of all rows first, which data.streaming does not")
+        if self.objective.head and self.method.name not in ("full", "lora"):
+            raise ValueError(f"objective.head trains with method full or lora, not {self.method.name}; leave head out")
+        given, evaluate = {}, self.evaluate
+        if "task" not in evaluate.model_fields_set:
+            given["task"] = "classification"
+        if evaluate.labels is None:
+            given["labels"] = self.objective.labels
+        object.__setattr__(self, "evaluate", evaluate.model_copy(update=given))
+        return self
 
     @model_validator(mode="after")
     def _quantised_weights_do_not_train(self) -> "Config":

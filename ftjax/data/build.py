@@ -12,6 +12,8 @@ from typing import Any
 import xxhash
 
 from ftjax.config.data import DataConfig, SourceConfig
+from ftjax.data.classes import cut as cut_document
+from ftjax.data.classes import make_encoder
 from ftjax.data.clean import Duplicates, content, digest, normalizer
 from ftjax.data.encode import Encoded, Encoder
 from ftjax.data.example import Example
@@ -23,7 +25,6 @@ from ftjax.data.report import DataReport
 from ftjax.data.row import Row
 from ftjax.data.store import Documents, Writer, cached
 from ftjax.data.tokens import Tokens
-from ftjax.data.truncate import truncate
 from ftjax.errors import UserError
 
 VERSION = 2  # of the tokens and weights that one row becomes: a new one makes every cache anew
@@ -36,22 +37,29 @@ BROKEN, EMPTY, MASKED, LONG = "broken (on_error: skip)", "empty", "without a tra
 
 
 def build_documents(
-    sources: Sequence[SourceConfig], config: DataConfig, tokenizer: Any, progress: Any = None
-) -> tuple[Documents, bool]:
+    sources: Sequence[SourceConfig], config: DataConfig, tokenizer: Any, progress: Any = None,
+    classes: Sequence[str] | None = None,
+) -> tuple[Documents, bool]:  # fmt: skip
     """The tokenised documents of a set, and whether they were in the cache.
+
+    Args:
+        classes: of a classification head.
 
     Raises UserError, with file and line, for anything that is wrong with the data.
     """
     found = [find(source) for source in sources]
-    key = cache_key(sources, found, config, tokenizer)
+    key = cache_key(sources, found, config, tokenizer, classes)
 
     def build(writer: Writer) -> dict[str, Any]:
-        return Build(sources, found, config, tokenizer, progress).run(writer)
+        return Build(sources, found, config, tokenizer, progress, classes).run(writer)
 
     return cached(key, build)
 
 
-def cache_key(sources: Sequence[SourceConfig], found: Sequence[Files | HubSet], config: DataConfig, tokenizer: Any) -> str:
+def cache_key(
+    sources: Sequence[SourceConfig], found: Sequence[Files | HubSet], config: DataConfig, tokenizer: Any,
+    classes: Sequence[str] | None = None,
+) -> str:  # fmt: skip
     """A digest of everything that decides which documents come out."""
     facts = {
         "version": VERSION,
@@ -63,6 +71,8 @@ def cache_key(sources: Sequence[SourceConfig], found: Sequence[Files | HubSet], 
         ],
         "data": [where.fingerprint() for where in found],
     }
+    if classes is not None:
+        facts["classes"] = list(classes)
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogateescape"))
 
 
@@ -80,11 +90,12 @@ class Build:
     config: DataConfig
     tokenizer: Any
     progress: Any = None  # called with the number of rows read
+    classes: Sequence[str] | None = None  # of a classification head
 
     def __post_init__(self):
         config = self.config
         self.unread, self.faults = Faults(config.on_error == "skip"), Faults(config.on_error == "skip")
-        self.encoder = Encoder(self.tokenizer, config.train_on_inputs, config.last_turn_only)
+        self.encoder = make_encoder(self.tokenizer, config, self.classes)
         self.ends = self.encoder.tokens.ends | {self.encoder.tokens.eos}
         self.duplicates = (
             Duplicates(config.deduplicate, config.near_duplicate_threshold) if config.deduplicate != "none" else None
@@ -191,7 +202,7 @@ class Build:
             return
         # Threads of the parent (JAX has many) do not survive a fork, so workers start fresh.
         context = multiprocessing.get_context("spawn")
-        made = (self.tokenizer, self.config.train_on_inputs, self.config.last_turn_only)
+        made = (self.tokenizer, self.config, self.classes)
         with context.Pool(self.config.num_proc, _start_worker, made) as pool:
             waiting: deque = deque()
             for chunk in chunks:
@@ -219,11 +230,11 @@ class Build:
             return ()
         pieces: Sequence[Encoded] = [document]
         if count > config.max_length:
-            pieces = truncate(document, config.max_length, config.truncation, self.encoder.tokens.bos)
+            pieces = cut_document(document, config, self.encoder)
             if not pieces:
                 report.dropped[LONG] += 1
                 return ()
-        else:
+        elif self.classes is None:
             last = document.tokens[1:][document.weights[1:] > 0][-3:].tolist()
             report.notes["no end trained"] += bool(last) and not self.ends.intersection(last)
         kept = [piece for piece in pieces if piece.weights[1:].any()]
@@ -299,10 +310,10 @@ def warnings_of(report: DataReport, broken: list[str], masked: list[str]) -> lis
 _encoder: Encoder | None = None
 
 
-def _start_worker(tokenizer: Any, train_on_inputs: bool, last_turn_only: bool) -> None:
+def _start_worker(tokenizer: Any, config: DataConfig, classes: Sequence[str] | None) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = Encoder(tokenizer, train_on_inputs, last_turn_only)
+    _encoder = make_encoder(tokenizer, config, classes)
 
 
 def _work(examples: list[Example]) -> tuple[list[Encoded | None], list[str], Counter[str]]:

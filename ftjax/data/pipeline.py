@@ -13,7 +13,7 @@ One row of 12 tokens that holds two documents, `<s> Hi _there </s>` (weights 0 0
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -66,19 +66,23 @@ class Split(Protocol):
     ) -> BatchIterator: ...
 
 
-def load_splits(config: DataConfig, tokenizer: Any, *, seed: int, progress: Any = None) -> tuple[Split, Split | None]:
+def load_splits(
+    config: DataConfig, tokenizer: Any, *, seed: int, progress: Any = None, classes: Sequence[str] | None = None
+) -> tuple[Split, Split | None]:
     """Training data, and validation data where the configuration names some or splits some off.
 
-    `progress` is called now and then with the name of the set and the number of rows that were read.
+    Args:
+        progress: called now and then with the name of the set and the number of rows that were read.
+        classes: of a classification head, in the order of their numbers.
 
     Raises UserError, with file and line, for anything that is wrong with them.
     """
-    validation = _load("validation", config, tokenizer, seed, progress) if config.validation is not None else None
+    validation = _load("validation", config, tokenizer, seed, progress, classes) if config.validation is not None else None
     if config.streaming:
         from ftjax.data.stream import StreamSplit
 
         return StreamSplit.load(config, tokenizer, seed), validation
-    train = _load("train", config, tokenizer, seed, progress)
+    train = _load("train", config, tokenizer, seed, progress, classes)
     if config.validation_split is not None:
         train, validation = _divide(train, config.validation_split, seed)
     elif validation is not None and config.contamination != "ignore":
@@ -86,10 +90,12 @@ def load_splits(config: DataConfig, tokenizer: Any, *, seed: int, progress: Any 
     return train, validation
 
 
-def _load(which: str, config: DataConfig, tokenizer: Any, seed: int, progress: Any) -> "PackedSplit":
+def _load(
+    which: str, config: DataConfig, tokenizer: Any, seed: int, progress: Any, classes: Sequence[str] | None
+) -> "PackedSplit":
     sources = config.sources(which)
     tell = (lambda rows: progress(which, rows)) if progress else None
-    documents, _ = build_documents(sources, config, tokenizer, tell)
+    documents, _ = build_documents(sources, config, tokenizer, tell, classes)
     report = DataReport.of_state(documents.report)
     report.weights = {source.path: source.weight for source in sources}
     weights = tuple(source.weight for source in sources)

@@ -43,7 +43,7 @@ def preview(
 
     Raises UserError for anything that is wrong with the data, or where `html` cannot be written.
     """
-    train, validation = load_splits(config.data, tokenizer, seed=config.training.seed)
+    train, validation = load_splits(config.data, tokenizer, seed=config.training.seed, classes=config.objective.classes)
     shown = show_examples(train, tokenizer, examples)
     sets = {"train": train, **({"validation": validation} if validation is not None else {})}
     if html is not None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ftjax.config.data import DataConfig
-from ftjax.data.encode import Encoded, Encoder
+from ftjax.data.classes import cut, make_encoder
+from ftjax.data.encode import Encoded
 from ftjax.data.example import Example
-from ftjax.data.truncate import truncate
 from ftjax.errors import UserError
 from ftjax.generate.batch import SCORES, groups
 from ftjax.generate.cache import bucket
@@ -31,14 +31,16 @@ class Likelihood:
     correct: float
 
 
-def encode(examples: Sequence[Example], tokenizer, config: DataConfig) -> list[list[Encoded]]:
+def encode(
+    examples: Sequence[Example], tokenizer, config: DataConfig, classes: Sequence[str] | None = None
+) -> list[list[Encoded]]:
     """The documents that each example becomes in training; none where nothing of it would be trained."""
-    encoder = Encoder(tokenizer, config.train_on_inputs, config.last_turn_only)
+    encoder = make_encoder(tokenizer, config, classes)
     found = []
     for document in encoder(examples):
         pieces = [document]
         if len(document.tokens) > config.max_length:
-            pieces = truncate(document, config.max_length, config.truncation, encoder.tokens.bos)
+            pieces = cut(document, config, encoder)
         found.append([piece for piece in pieces if piece.weights[1:].any()])
     return found
 
@@ -71,6 +73,26 @@ def likelihoods(
         if progress:
             progress(len(found))
     return [found[i] for i in range(len(pairs))]
+
+
+def class_logprobs(
+    generator: Generator,
+    texts: Sequence[list[int]],
+    classes: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """log p of each class `[N, classes]` by a classification head, read at the last token of each text."""
+    found = np.zeros((len(texts), classes))
+    done = 0
+    for batch, rows in batches(generator, [len(text) for text in texts], batch_size):
+        queries = [Query(texts[i], [len(texts[i]) - 1] * classes, range(classes)) for i in batch]
+        logprobs, _ = generator.engine.score(generator.params, *arrays(queries, rows))
+        found[batch] = logprobs[: len(batch), :classes]
+        done += len(batch)
+        if progress:
+            progress(done)
+    return found
 
 
 def batches(generator: Generator, lengths: Sequence[int], batch_size: int):

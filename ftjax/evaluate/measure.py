@@ -10,7 +10,7 @@ import numpy as np
 from ftjax.config import Config, EvaluateConfig
 from ftjax.data.example import Example
 from ftjax.errors import UserError
-from ftjax.evaluate.likelihood import encode, likelihoods
+from ftjax.evaluate.likelihood import class_logprobs, encode, likelihoods
 from ftjax.evaluate.rows import Item
 from ftjax.evaluate.statistic import Scores
 from ftjax.evaluate.tasks.classify import classification, confusion_matrix, labels_of, with_label
@@ -20,6 +20,7 @@ from ftjax.evaluate.tasks.match import exact_match, f1, json_match, numeric_answ
 from ftjax.evaluate.tasks.overlap import bleu, chrf, rouge
 from ftjax.evaluate.tasks.own import load_metric, own
 from ftjax.generate.session import Generator
+from ftjax.models.classifier import classes_of
 
 TEXT_TASKS = {
     "exact_match": exact_match, "f1": f1, "numeric_answer": numeric_answer, "json_match": json_match, "bleu": bleu,
@@ -62,7 +63,12 @@ def check(config: EvaluateConfig, allow_code_execution: bool) -> None:
 def measure(generator: Generator, items: Sequence[Item], config: Config, progress: Progress | None = None) -> Measured:
     """The task of `config.evaluate` on these rows. Raises UserError where a row does not fit the task or the model."""
     start, task = perf_counter(), config.evaluate.task
-    if task == "loss":
+    classes = head_classes(generator, config)
+    if classes and task not in ("loss", "classification"):
+        raise UserError(f"evaluate.task {task}: a classification head writes no answers; the tasks are classification and loss")
+    if classes and task == "classification":
+        measured = _head(generator, items, config, classes, progress)
+    elif task == "loss":
         measured = _losses(generator, items, config, progress)
     elif task == "classification":
         measured = _classes(generator, items, config, progress)
@@ -72,8 +78,35 @@ def measure(generator: Generator, items: Sequence[Item], config: Config, progres
     return measured
 
 
+def head_classes(generator: Generator, config: Config) -> tuple[str, ...]:
+    """Of a classification head, by number; empty where there is none. A run knows the names that its adapter does not hold."""
+    stored = classes_of(generator.model.config)
+    return tuple(config.objective.classes) if stored and config.objective.classes else stored
+
+
+def _head(
+    generator: Generator, items: Sequence[Item], config: Config, classes: Sequence[str], progress: Progress | None
+) -> Measured:
+    """The class with the highest score."""
+    documents = encode([item.example for item in items], generator.tokenizer, config.data, classes)
+    for item, pieces in zip(items, documents, strict=True):
+        if len(pieces) != 1:
+            raise UserError(
+                f"{item.where}: the text is longer than data.max_length {config.data.max_length}; raise it, or set "
+                "data.truncation: right"
+            )
+    texts = [pieces[0].tokens[:-1].tolist() for pieces in documents]
+    table = class_logprobs(generator, texts, len(classes), config.evaluate.batch_size, _counting(progress, len(texts)))
+    labels = labels_of(items, config.evaluate.model_copy(update={"labels": list(classes)}))
+    chosen, scores = classification(items, table, labels)
+    extra = {"labels": labels, "confusion_matrix": confusion_matrix(items, chosen, labels)}
+    return Measured(scores, [[one] for one in chosen], extra=extra, tokens=sum(map(len, texts)))
+
+
 def _losses(generator: Generator, items: Sequence[Item], config: Config, progress: Progress | None) -> Measured:
-    documents = encode([item.example for item in items], generator.tokenizer, config.data)
+    documents = encode(
+        [item.example for item in items], generator.tokenizer, config.data, head_classes(generator, config) or None
+    )
     flat = [piece for pieces in documents for piece in pieces]
     if not flat:
         raise UserError("evaluate: no row has a trained token within data.max_length")

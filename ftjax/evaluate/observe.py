@@ -12,6 +12,7 @@ from ftjax.errors import UserError
 from ftjax.evaluate.measure import check, measure
 from ftjax.evaluate.rows import read_items
 from ftjax.generate.session import Generator
+from ftjax.models.classifier import classes_of
 from ftjax.train.setup import Setup
 from ftjax.train.track import Observation
 
@@ -24,7 +25,10 @@ def make_observer(setup: Setup, tokenizer: Any, validation: Split | None) -> "Ob
     Raises UserError, before anything is trained, where rows or prompts cannot be used.
     """
     settings = setup.config.evaluate
-    documents = [document for document, _ in validation.first(settings.training_examples)] if validation else []
+    head = bool(classes_of(setup.model.config))
+    if head and settings.training_prompts:
+        raise UserError("evaluate.training_prompts: a classification head writes no answers; use evaluate.training_rows")
+    documents = [d for d, _ in validation.first(settings.training_examples)] if validation and not head else []
     if not documents and not settings.training_prompts and not settings.training_rows:
         return None
     return Observer(setup, tokenizer, documents)

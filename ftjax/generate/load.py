@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ftjax.errors import UserError
+from ftjax.hub.classifier import with_adapters_head
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import load_base, open_model
 from ftjax.hub.model_folder import from_source, model_tensors
@@ -57,6 +58,7 @@ def load(
     config, source = open_model(path)
     if adapter is not None:
         config, source = with_adapters_tokens(adapter, config, source)
+        config, source = with_adapters_head(adapter, config, source)
     root = build_module(config)
     if quantization is not None and quantization not in FORMATS:
         raise UserError(f"quantization: {quantization!r} is not known; choose one of {', '.join(FORMATS)}")

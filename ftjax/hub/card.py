@@ -36,6 +36,7 @@ class CardFacts:
         license: the base model's, as the Hub spells it.
         rows: of the embedding, where the adapter's differs from the base model's.
         library: whose adapter it is, `peft` or `adapters`.
+        classes: of a classification head, by number.
     """
 
     base_model: str
@@ -52,6 +53,7 @@ class CardFacts:
     license: str | None = None
     rows: int | None = None
     library: str = "peft"
+    classes: Sequence[str] = ()
 
 
 def model_card(facts: CardFacts) -> str:
@@ -62,7 +64,7 @@ def model_card(facts: CardFacts) -> str:
         library_name={"peft": "peft", "adapters": "adapter-transformers"}[facts.library]
         if facts.kind == "adapter"
         else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if facts.classes else "text-generation",
         license=facts.license,
         datasets=list(facts.datasets) or None,
         tags=["ftjax", facts.method, facts.objective],
@@ -111,6 +113,7 @@ def run_card(
             license=base_license(config.model.path, config.model.revision),
             rows=rows,
             library=method_of(config.method).library,
+            classes=config.objective.classes or (),
         )
     )
 
@@ -196,7 +199,32 @@ def _settings(sections: Mapping[str, Any]) -> str:
     return f"```yaml\n{yaml.safe_dump(kept, sort_keys=False)}```" if kept else ""
 
 
+def _loading_head(facts: CardFacts) -> str:
+    if facts.kind == "model":
+        return (
+            "```python\n"
+            "from transformers import pipeline\n\n"
+            'classify = pipeline("text-classification", "THIS_FOLDER")\n'
+            "```\n\n"
+            "- ftjax: `ftjax evaluate THIS_FOLDER --task classification --data FILE`"
+        )
+    base = facts.base_model if _on_hub(facts.base_model) else "BASE_FOLDER"
+    return (
+        "```python\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForSequenceClassification\n\n"
+        f"id2label = {dict(enumerate(facts.classes))}\n"
+        f'model = AutoModelForSequenceClassification.from_pretrained("{base}", id2label=id2label)\n'
+        "model.config.pad_token_id = ...  # the tokenizer's, for batches of several texts\n"
+        'model = PeftModel.from_pretrained(model, "THIS_FOLDER")\n'
+        "```\n\n"
+        "- `ftjax export RUN --merge --out FOLDER` writes base, adapter and head as one model, with the names of its classes"
+    )
+
+
 def _loading(facts: CardFacts) -> str:
+    if facts.classes:
+        return _loading_head(facts)
     base = facts.base_model
     if facts.kind == "model":
         return (

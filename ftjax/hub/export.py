@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ftjax.config import Config
 from ftjax.config.load import load_config
 from ftjax.errors import UserError
+from ftjax.hub.classifier import with_adapters_head
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import open_model
 from ftjax.hub.model_folder import from_source, model_tensors, write_folder
@@ -82,6 +83,7 @@ def write_merged(adapter: Path, folder: Path, config: Config) -> None:
     mesh = make_mesh(config.mesh.model_copy(update={"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}), jax.devices()[:1])
     path = resolve_model(config.model.path, config.model.revision)
     facts, source = with_adapters_tokens(adapter, *open_model(path))
+    facts, source = with_adapters_head(adapter, facts, source, config.objective.classes)
     root = build_module(facts)
     method = attach_adapter(root, adapter)
     if reason := method_of(method).no_merge:

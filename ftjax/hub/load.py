@@ -31,7 +31,7 @@ def open_model(path: Path) -> tuple[dict, TensorSource]:
 
         return facts, GGUFSource(path)
     source = SafetensorsFolder(path)
-    source.add_prefix(FAMILIES[facts["model_type"]].prefix, but=("lm_head.", "embed_out."))
+    source.add_prefix(FAMILIES[facts["model_type"]].prefix, but=("lm_head.", "embed_out.", "score."))
     return facts, Mxfp4Source(source) if is_mxfp4(read_config(path)) else source
 
 

@@ -21,6 +21,7 @@ from ftjax.errors import UserError
 from ftjax.methods.method import Method
 from ftjax.methods.save import mark_modules_to_save
 from ftjax.methods.walk import Site, describe, layer_index, linears, matches, refuse_unmatched
+from ftjax.models.classifier import HEAD
 from ftjax.models.context import Context
 from ftjax.models.layers import project_sharded
 from ftjax.models.model import Model
@@ -104,7 +105,12 @@ def attach(root: nnx.Module, config: LoraConfig) -> None:
         unused = [key for key in getattr(config, option) if not any(_fits(key, name) for name in wrapped)]
         if unused:
             raise UserError(f"method.{option}: {', '.join(map(repr, unused))} matches none of {describe(iter(wrapped))}")
-    mark_modules_to_save(root, config.modules_to_save)
+    mark_modules_to_save(root, saved_modules(config, root.output))
+
+
+def saved_modules(config: LoraConfig, output: str) -> list[str]:
+    """`modules_to_save`; a classification head is always one of them, as in PEFT."""
+    return list(dict.fromkeys([*config.modules_to_save, *([HEAD] if output == HEAD else [])]))
 
 
 def _rank(name: str, config: LoraConfig, targets: str | list[str]) -> int:
@@ -170,7 +176,7 @@ def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
         targets = sorted({spec.module.rsplit(".", 1)[-1] for spec in model.specs.values() if spec.row.name == "lora_A.weight"})
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if model.output == HEAD else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": config.r,
@@ -182,7 +188,7 @@ def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
         "layers_to_transform": config.layers_to_transform,
-        "modules_to_save": config.modules_to_save or None,
+        "modules_to_save": saved_modules(config, model.output) or None,
         "fan_in_fan_out": any(is_conv1d(model, layer) for layer in layers),
         "bias": "none",
         "init_lora_weights": True,
@@ -199,6 +205,9 @@ def from_saved(config: LoraConfig, saved: dict) -> LoraConfig:
     keys = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern")
     keys += ("layers_to_transform", "modules_to_save")
     values = {key: saved[key] for key in keys if saved.get(key) is not None}
+    if saved.get("task_type") == "SEQ_CLS":  # PEFT names the heads of all its models; this one's is added by itself
+        heads = ("classifier", HEAD)
+        values["modules_to_save"] = [name for name in values.get("modules_to_save", ()) if name not in heads]
     return LoraConfig(**values, lora_dropout=config.lora_dropout, adapter_path=config.adapter_path)
 
 

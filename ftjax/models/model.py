@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from ftjax import tree
+from ftjax.models.classifier import classes_of, to_classifier
 from ftjax.models.facts import Facts
 from ftjax.models.param import Buffer, Spec, specs, variables
 from ftjax.models.registry import FAMILIES
@@ -73,5 +74,7 @@ def build_module(config: Mapping[str, Any]) -> nnx.Module:
     facts = Facts(config)
     module = FAMILIES[facts.model_type].build(facts)
     facts.finish()
+    if classes_of(config):
+        to_classifier(module, config)
     module.notes, module.max_positions = tuple(facts.notes), facts.max_positions
     return module

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
 from ftjax.config.load import diff_configs, load_config, save_config
+from ftjax.data.classes import with_labels
 from ftjax.data.pipeline import BatchIterator, Split, load_splits
 from ftjax.distributed import asked_to_stop, together
 from ftjax.errors import UserError
@@ -64,10 +65,12 @@ def train(
     """
     keep_compiled_programs()
     with together():
-        folder = Path(config.output_dir)
+        folder, config = Path(config.output_dir), with_labels(config)
         config = open_run_folder(folder, config)
         tokenizer = load_tokenizer(config.model)
-        train_split, validation = load_splits(config.data, tokenizer, seed=config.training.seed)
+        train_split, validation = load_splits(
+            config.data, tokenizer, seed=config.training.seed, classes=config.objective.classes
+        )
         setup = prepare(config)
         with jax.set_mesh(setup.mesh):
             observer = make_observer(setup, tokenizer, validation) if make_observer else None
@@ -408,6 +411,10 @@ class Run:
         """One row as the model sees it, with what is trained marked."""
         from ftjax.data.preview import render_example
 
+        if (classes := self.config.objective.classes) is not None:
+            *text, number = self.split.example().tokens.tolist()
+            say("an example:", self.tokenizer.decode(text), f"its class: {classes[number]}")
+            return
         say("an example (what is trained is marked):", render_example(self.split.example(), self.tokenizer))
 
 
@@ -416,6 +423,11 @@ def next_commands(folder: Path, config: Config) -> list[str]:
     final, base = folder / "final", config.model.path
     method = method_of(config.method)
     adapter = method.adapter
+    if config.objective.classes is not None:
+        lines = [f"done; the result is in {final}", f"  measure it: ftjax evaluate {folder} --data FILE"]
+        if adapter:
+            return [*lines, f"  one model:  ftjax export {folder} --out {folder / 'merged'} --merge"]
+        return [*lines, f"  in Python:  transformers.pipeline('text-classification', {str(final)!r})"]
     model = f"{base} --adapter {final}" if adapter else str(final)
     merged = folder / "merged" if adapter else final
     lines = [

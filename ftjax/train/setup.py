@@ -20,6 +20,7 @@ from ftjax import tree
 from ftjax.config import Config
 from ftjax.data.pipeline import KEYS
 from ftjax.errors import UserError
+from ftjax.hub.classifier import objectives_facts, with_objectives_head
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import abstract_param, load_base, open_model
 from ftjax.hub.peft import attach_adapter, load_adapter, start_adapter
@@ -28,10 +29,11 @@ from ftjax.hub.vocabulary import refuse_untrained_rows, with_adapters_tokens, wi
 from ftjax.mesh import make_mesh, replicated, sharding
 from ftjax.methods import method_of
 from ftjax.models.attention import choose
+from ftjax.models.classifier import classes_of
 from ftjax.models.model import Model, build_module
 from ftjax.models.param import variables
 from ftjax.models.quantized_linear import quantise
-from ftjax.objectives import sft
+from ftjax.objectives import classification, sft
 from ftjax.train.optimizer import frozen_by_groups, make_optimizer, make_schedule
 from ftjax.train.remat import choose_remat
 from ftjax.train.step import Runtime, SumsFn, TrainState, abstract_state, init_state, make_eval_step, make_train_step
@@ -95,7 +97,8 @@ class Setup(Design):
 
 def _sums(model, chunk, batch_shards, trainable, frozen, batch, ctx):
     """`loss_chunk` counts the tokens of one device; the rows of a batch lie on several."""
-    return sft.sums(model, trainable, frozen, batch, ctx, chunk * batch_shards)
+    objective = classification if classes_of(model.config) else sft
+    return objective.sums(model, trainable, frozen, batch, ctx, chunk * batch_shards)
 
 
 def build(config: Config, facts: Mapping[str, Any]) -> tuple[Model, Config]:
@@ -128,7 +131,7 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
 
     Raises UserError for whatever in the configuration does not fit the model.
     """
-    model, config = build(config, facts)
+    model, config = build(config, objectives_facts(config, facts))
     if model.max_positions is not None and config.data.max_length > model.max_positions:
         raise UserError(
             f"data.max_length: {config.data.max_length} tokens are more than the {model.max_positions} positions that this "
@@ -154,6 +157,7 @@ def prepare(config: Config) -> Setup:
         facts, source = with_adapters_tokens(Path(adapter), facts, source)
     had = facts["vocab_size"]
     facts, source = with_new_tokens(config.model, facts, source)
+    facts, source = with_objectives_head(config, facts, source)
     made = design(config, facts, mesh)
     config, model = made.config, made.model
     if config.model.adds_tokens:

@@ -1,0 +1,105 @@
+"""A causal language model's files, read as those of a sequence classifier: without the old head, with a new one."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftjax.config import Config
+from ftjax.errors import UserError
+from ftjax.hub.peft import adapter_file, read_adapter_config
+from ftjax.hub.source import TensorSource
+from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.models.classifier import HEAD, classes_of, classifier_config
+
+TASK = "SEQ_CLS"  # PEFT's name
+OLD = ("lm_head.weight", "embed_out.weight")
+WEIGHT = f"{HEAD}.weight"
+
+
+class WithHead:
+    """A `TensorSource` with a new head; normal, with standard deviation `scale`, as transformers starts it."""
+
+    def __init__(self, source: TensorSource, shape: tuple[int, int], scale: float, seed: int):
+        self._source = source
+        self._new = (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
+
+    def keys(self) -> Sequence[str]:
+        return [*(name for name in self._source.keys() if name not in OLD), WEIGHT]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._new.shape if name == WEIGHT else self._source.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._new.dtype if name == WEIGHT else self._source.dtype(name)
+
+    def read(self, name: str, index: Sequence[slice] = ()) -> np.ndarray:
+        return self._new[tuple(index)].copy() if name == WEIGHT else self._source.read(name, index)
+
+
+def with_head(
+    facts: Mapping[str, Any], source: TensorSource, classes: Sequence[str], *, seed: int = 0, pad_token_id: int | None = None
+) -> tuple[dict[str, Any], TensorSource]:
+    """config.json and tensors of a base model as those of a classifier; one that has these classes already keeps its head.
+
+    Raises UserError where the model is a classifier of others.
+    """
+    have = classes_of(facts)
+    if have and set(have) != set(classes):
+        raise UserError(
+            f"objective.labels: the model is a classifier of {', '.join(have)} already, and the labels are "
+            f"{', '.join(classes)}; map the labels of the data to those, or start from the causal language model"
+        )
+    if have:
+        return dict(facts), source
+    facts = classifier_config(facts, classes, pad_token_id)
+    embed = facts.get("hidden_size") or facts["n_embd"]
+    return facts, WithHead(source, (len(classes), embed), facts.get("initializer_range") or 0.02, seed)
+
+
+def objectives_facts(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a base model as that of the classifier that a run makes of it, where it makes one.
+
+    Raises UserError where the objective has a head whose classes nobody has named or looked for.
+    """
+    objective = config.objective
+    if objective.name != "classification" or not objective.head or classes_of(facts):
+        return facts
+    if objective.classes is None:
+        raise UserError("objective.head: its classes are not known without the data; name them in objective.labels")
+    return classifier_config(facts, objective.classes)
+
+
+def with_objectives_head(config: Config, facts: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], TensorSource]:
+    """As the objective of a run has it."""
+    classes = config.objective.classes
+    if classes is None:
+        if classes_of(facts):
+            raise UserError(
+                f"{config.model.path} is a sequence classifier, and the objective {config.objective.name} trains the words of "
+                "answers; write objective: {name: classification, head: true}"
+            )
+        return facts, source
+    tokenizer = load_tokenizer(config.model)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return with_head(facts, source, classes, seed=config.training.seed, pad_token_id=pad)
+
+
+def with_adapters_head(
+    adapter: Path, facts: dict[str, Any], source: TensorSource, classes: Sequence[str] | None = None
+) -> tuple[dict[str, Any], TensorSource]:
+    """As an adapter's folder needs it: a classifier where PEFT's task_type says so.
+
+    Args:
+        classes: their names, which no adapter folder holds; None: LABEL_0 and so on, as transformers calls them.
+    """
+    if read_adapter_config(adapter).get("task_type") != TASK:
+        return facts, source
+    stored, name = adapter_file(adapter), f"base_model.model.{WEIGHT}"
+    if name not in stored.keys():
+        raise UserError(f"{adapter}: its task_type is {TASK}, but its file holds no {name}")
+    count = stored.shape(name)[0]
+    if classes_of(facts):
+        classes = classes_of(facts)
+    return with_head(facts, source, classes or [f"LABEL_{number}" for number in range(count)])
