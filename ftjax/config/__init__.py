@@ -10,9 +10,13 @@ from ftjax.config.method import (
     BottleneckConfig,
     DoubleSeqBnConfig,
     FullConfig,
+    IA3Config,
     LoraConfig,
     MethodConfig,
     ParBnConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PTuningConfig,
     SeqBnConfig,
 )
 from ftjax.config.model import ModelConfig
@@ -22,9 +26,9 @@ from ftjax.config.training import MeshConfig, TrainingConfig
 
 __all__ = [
     "BottleneckConfig", "CheckConfig", "ClassificationConfig", "Config", "DataConfig", "DoubleSeqBnConfig",
-    "EvaluateConfig", "FullConfig",
-    "GroupConfig", "LoraConfig", "MeshConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig",
-    "ParBnConfig", "Section", "SeqBnConfig", "SftConfig", "TrainingConfig",
+    "EvaluateConfig", "FullConfig", "GroupConfig", "IA3Config", "LoraConfig", "MeshConfig", "MethodConfig", "ModelConfig",
+    "ObjectiveConfig", "OptimizerConfig", "PTuningConfig", "ParBnConfig", "PrefixTuningConfig", "PromptTuningConfig",
+    "Section", "SeqBnConfig", "SftConfig", "TrainingConfig",
 ]  # fmt: skip
 
 

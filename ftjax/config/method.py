@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ftjax.config.base import Section
 
@@ -37,6 +37,7 @@ class LoraConfig(Section):
     )
     exclude_modules: str | list[str] | None = None
     use_rslora: bool = False
+    use_dora: bool = Field(False, description="train each output's magnitude apart from its direction (arXiv:2402.09353)")
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
@@ -81,4 +82,65 @@ class ParBnConfig(BottleneckConfig):
     scaling: float = 4.0
 
 
-MethodConfig = Annotated[FullConfig | LoraConfig | SeqBnConfig | DoubleSeqBnConfig | ParBnConfig, Field(discriminator="name")]
+class IA3Config(Section):
+    """Learned factors on activations (Liu et al. 2022, arXiv:2205.05638)."""
+
+    name: Literal["ia3"] = "ia3"
+    target_modules: str | list[str] | None = Field(
+        None, description="as for LoRA; null: keys, values and the second feed-forward layer, as in the paper"
+    )
+    exclude_modules: str | list[str] | None = None
+    feedforward_modules: str | list[str] | None = Field(
+        None, description="which of the targets have their input scaled; null: second feed-forward layers"
+    )
+    modules_to_save: list[str] = Field(default_factory=list)
+    adapter_path: str | None = Field(None, description="start from this PEFT folder; its settings replace the ones above")
+
+
+class PrefixTuningConfig(Section):
+    """Learned keys and values before every text, in every layer (Li and Liang 2021, arXiv:2101.00190)."""
+
+    name: Literal["prefix_tuning"] = "prefix_tuning"
+    num_virtual_tokens: int = Field(20, ge=1)
+    prefix_projection: bool = Field(False, description="make them by a two-layer MLP while training")
+    encoder_hidden_size: int | None = Field(None, ge=1, description="of that MLP; null: kv heads times head size")
+    init_weights: Literal["zero"] | None = Field(None, description="`zero`: the (projected) prefix starts at zero")
+    adapter_path: str | None = Field(None, description="start from this PEFT folder; its settings replace the ones above")
+
+    @model_validator(mode="after")
+    def _hidden_needs_projection(self) -> "PrefixTuningConfig":
+        if self.encoder_hidden_size and not self.prefix_projection:
+            raise ValueError("method.encoder_hidden_size is of the MLP that prefix_projection: true asks for; it has no effect")
+        return self
+
+
+class PromptTuningConfig(Section):
+    """Learned embeddings before every text (Lester et al. 2021, arXiv:2104.08691)."""
+
+    name: Literal["prompt_tuning"] = "prompt_tuning"
+    num_virtual_tokens: int = Field(20, ge=1)
+    prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = "RANDOM"
+    prompt_tuning_init_text: str | None = Field(None, description="with TEXT: what the embeddings start from")
+    adapter_path: str | None = Field(None, description="start from this PEFT folder; its settings replace the ones above")
+
+    @model_validator(mode="after")
+    def _text_for_text(self) -> "PromptTuningConfig":
+        if (self.prompt_tuning_init == "TEXT") != bool(self.prompt_tuning_init_text):
+            raise ValueError("prompt_tuning_init: TEXT and prompt_tuning_init_text belong together; set both or neither")
+        return self
+
+
+class PTuningConfig(Section):
+    """Learned embeddings before every text, made by an MLP while training (Liu et al. 2021, arXiv:2103.10385)."""
+
+    name: Literal["p_tuning"] = "p_tuning"
+    num_virtual_tokens: int = Field(20, ge=1)
+    encoder_hidden_size: int | None = Field(None, ge=1, description="of the MLP; null: the model's width")
+    adapter_path: str | None = Field(None, description="start from this PEFT folder; its settings replace the ones above")
+
+
+MethodConfig = Annotated[
+    FullConfig | LoraConfig | SeqBnConfig | DoubleSeqBnConfig | ParBnConfig
+    | IA3Config | PrefixTuningConfig | PromptTuningConfig | PTuningConfig,
+    Field(discriminator="name"),
+]  # fmt: skip

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ftjax.generate.cache import CacheShape, forward, new_cache
+from ftjax.generate.cache import forward, new_cache
 from ftjax.generate.sample import choose, process
 from ftjax.mesh import constrain
+from ftjax.models.cache_shape import CacheShape
 from ftjax.models.context import Context, KVCache
 from ftjax.models.model import Model
 

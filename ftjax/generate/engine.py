@@ -11,12 +11,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from ftjax.generate.answer import Answer
 from ftjax.generate.batch import block_length, left_padded
-from ftjax.generate.cache import bucket, cache_shape, new_cache
+from ftjax.generate.cache import bucket, new_cache
 from ftjax.generate.context import depends_on_length, recomputes_at
 from ftjax.generate.decode import Rules, Runner, State, View
 from ftjax.generate.sample import Sampling
 from ftjax.generate.score import score_step
 from ftjax.mesh import spec
+from ftjax.models.cache_shape import cache_shape
 from ftjax.models.context import KVCache
 from ftjax.models.model import Model
 

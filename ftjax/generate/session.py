@@ -96,6 +96,8 @@ class Generator:
         self.engine = Engine(model, mesh, dtype)
         self.settings = generation_config(source)
         self.context, self.ends = context_length(model.config), end_ids(model.config, self.settings, tokenizer)
+        if model.max_positions is not None:  # virtual tokens take some of them
+            self.context = min(self.context, model.max_positions)
 
     # ---- what is called ----
 

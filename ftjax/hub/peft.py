@@ -25,6 +25,7 @@ from ftjax.methods.method import Fetch, Method, Start, Stored
 from ftjax.methods.save import train
 from ftjax.models.model import Model
 from ftjax.models.param import specs, variables
+from ftjax.models.quantized import Quantized
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -32,8 +33,15 @@ PREFIX = "base_model.model."  # of the names of the base model's modules in PEFT
 
 
 def fetch_from(params: Mapping[str, jax.Array]) -> Fetch:
-    """Parts of these parameters on the host."""
-    return lambda path, index: host_piece(params[path], index)()
+    """Parts of these parameters on the host, dequantised."""
+
+    def fetch(path: str, index: tuple) -> np.ndarray:
+        value = params[path]
+        if isinstance(value, Quantized):
+            return np.asarray(jax.tree.map(lambda leaf: leaf[index], value).dequantise(jnp.float32))
+        return host_piece(value, index)()
+
+    return fetch
 
 
 def adapter_tensors(model: Model, params: Mapping[str, jax.Array], config: MethodConfig) -> list[Tensor]:

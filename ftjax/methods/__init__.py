@@ -6,7 +6,20 @@ from ftjax.config import MethodConfig
 from ftjax.methods.method import Method
 
 # name in the configuration -> file
-METHODS = {name: name for name in ("full", "lora", "seq_bn", "double_seq_bn", "par_bn")}
+METHODS = {
+    name: name
+    for name in (
+        "full",
+        "lora",
+        "ia3",
+        "prefix_tuning",
+        "prompt_tuning",
+        "p_tuning",
+        "seq_bn",
+        "double_seq_bn",
+        "par_bn",
+    )  # fmt: skip
+}
 
 
 def method_named(name: str) -> Method:

@@ -1,6 +1,8 @@
 """LoRA: `y = W x + scale * B A x` with A (r, in) and B (out, r) (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
-Scale is `alpha / r`, or `alpha / sqrt(r)` with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). Names, matching rules,
+Scale is `alpha / r`, or `alpha / sqrt(r)` with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). With DoRA (Liu et al. 2024,
+arXiv:2402.09353, eq. 5 and section 4.3) the weight is `m (W + scale * B A) / ||W + scale * B A||`, with a norm for each output
+that is a constant for the gradient. Names, matching rules,
 initialisation and scaling are PEFT's, so that an adapter means the same there and here.
 
 Legend: L layers, I in, O out, R rank (the largest of the layers that are stacked together).
@@ -18,20 +20,21 @@ from flax import nnx
 
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
-from ftjax.methods.method import Method
+from ftjax.methods.method import Method, Start
 from ftjax.methods.save import mark_modules_to_save
 from ftjax.methods.walk import Site, describe, layer_index, linears, matches, refuse_unmatched
 from ftjax.models.classifier import HEAD
 from ftjax.models.context import Context
-from ftjax.models.layers import project_sharded
+from ftjax.models.layers import project, project_sharded
 from ftjax.models.model import Model
 from ftjax.models.param import Buffer, Init, Row, param
+from ftjax.models.quantized import Quantized
 
 
 class LoraLinear(nnx.Module):
     """A frozen Linear plus its low-rank update; layers may differ in rank and scale, zero for layers without an adapter."""
 
-    def __init__(self, site: Site, ranks: np.ndarray, scales: np.ndarray, dropout: float):
+    def __init__(self, site: Site, ranks: np.ndarray, scales: np.ndarray, dropout: float, dora: bool = False):
         """`ranks` and `scales`: one for each stacked index."""
         self.base = base = site.linear
         self.dropout = dropout
@@ -46,17 +49,45 @@ class LoraLinear(nnx.Module):
         self.lora_B = param(
             (*site.stack, base.size_out, rank), (*site.stack_axes, axes_out, "rank"), "lora_B.weight", init=Init("zeros"), **row
         )
+        self.lora_magnitude_vector = (
+            param((*site.stack, base.size_out), (*site.stack_axes, axes_out), "lora_magnitude_vector", init=Init("ones"), **row)
+            if dora  # `start` gives it the base weight's norms
+            else None
+        )
         scale = np.where(np.arange(rank) < ranks[:, None], scales[:, None], 0).astype(np.float32)
         self.scale = Buffer(scale.reshape(*site.stack, rank), row=Row((*site.stack_axes, "rank"), "scale"))
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        y = self.base(x, ctx)
-        if self.dropout and ctx.dropout is not None:
-            keep = jax.random.bernoulli(jax.random.fold_in(ctx.dropout, self.salt), 1 - self.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        dropped = self._drop(x, ctx)
         axes_in, axes_out = self.base.axes
-        low = project_sharded(x, self.lora_A[...], ("rank", axes_in), ctx) * self.scale[...].astype(x.dtype)
-        return y + project_sharded(low, self.lora_B[...], (axes_out, "rank"), ctx)
+        low = project_sharded(dropped, self.lora_A[...], ("rank", axes_in), ctx) * self.scale[...].astype(x.dtype)
+        update = project_sharded(low, self.lora_B[...], (axes_out, "rank"), ctx)
+        if self.lora_magnitude_vector is None:
+            return self.base(x, ctx) + update
+        y = self.base(x, ctx)
+        direct = y if dropped is x else self.base(dropped, ctx)  # what is scaled sees the same dropout as the update
+        if self.base.bias is not None:
+            direct = direct - self.base.bias[...].astype(x.dtype)
+        adapted = jnp.any(self.scale[...] != 0)
+        factor = jnp.where(adapted, self.lora_magnitude_vector[...] / jax.lax.stop_gradient(self._norm()), 1)
+        return y + ((factor - 1) * direct + factor * update).astype(x.dtype)
+
+    def _drop(self, x: jax.Array, ctx: Context) -> jax.Array:
+        if not self.dropout or ctx.dropout is None:
+            return x
+        keep = jax.random.bernoulli(jax.random.fold_in(ctx.dropout, self.salt), 1 - self.dropout, x.shape)
+        return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+
+    def _norm(self) -> jax.Array:
+        """`||W + B diag(scale) A||` for each output [O], float32, without a matrix of W's size:
+        `||w + b A||^2 = ||w||^2 + 2 w A^T b + b A A^T b` for a row w of W and b of `B diag(scale)`."""
+        weight = self.base.weight.get_value()
+        weight = weight.dequantise(jnp.float32) if isinstance(weight, Quantized) else weight.astype(jnp.float32)
+        lora_A, scaled_B = self.lora_A[...], self.lora_B[...] * self.scale[...]
+        own = jnp.sum(jnp.square(weight), axis=0 if self.base.conv1d else 1)
+        cross = project(lora_A, weight, conv1d=self.base.conv1d).T
+        both = project(scaled_B, project(lora_A, lora_A))
+        return jnp.sqrt(jnp.maximum(own + jnp.sum((2 * cross + both) * scaled_B, axis=1), 1e-30))
 
 
 def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Callable[[str, tuple], np.ndarray]) -> np.ndarray:
@@ -72,7 +103,28 @@ def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Cal
         return weight
     lora_A, lora_B = (fetch(f"{layer}.{name}", index).astype(np.float32) for name in ("lora_A", "lora_B"))
     update = (lora_B * model.buffers[f"{layer}.scale"][index]) @ lora_A
-    return weight.astype(np.float32) + (update.T if is_conv1d(model, layer) else update)
+    conv1d = is_conv1d(model, layer)
+    weight = weight.astype(np.float32) + (update.T if conv1d else update)
+    if f"{layer}.lora_magnitude_vector" in model.specs and model.buffers[f"{layer}.scale"][index].any():
+        factor = fetch(f"{layer}.lora_magnitude_vector", index) / np.linalg.norm(weight, axis=0 if conv1d else 1)
+        weight = weight * (factor if conv1d else factor[:, None])
+    return weight
+
+
+def start(config: LoraConfig, model: Model, begin: Start) -> dict[str, np.ndarray]:
+    """DoRA's magnitudes: the norms of the base weight, to which B = 0 adds nothing."""
+    found = {}
+    for path, spec in model.specs.items():
+        layer, is_magnitude, _ = path.rpartition(".lora_magnitude_vector")
+        if not is_magnitude:
+            continue
+        axis = 0 if is_conv1d(model, layer) else 1
+        norms = [
+            np.linalg.norm(begin.fetch(f"{layer}.base.weight", index).astype(np.float32), axis=axis)
+            for index in np.ndindex(spec.stacked)
+        ]
+        found[path] = np.stack(norms).reshape(spec.shape)
+    return found
 
 
 def is_conv1d(model: Model, layer: str) -> bool:
@@ -98,7 +150,7 @@ def attach(root: nnx.Module, config: LoraConfig) -> None:
             continue
         wrapped += [name for name, rank in zip(site.names, ranks, strict=True) if rank]
         scales = np.array([scale_of(name, rank, config) if rank else 0 for name, rank in zip(site.names, ranks, strict=True)])
-        site.replace(LoraLinear(site, ranks, scales, config.lora_dropout))
+        site.replace(LoraLinear(site, ranks, scales, config.lora_dropout, config.use_dora))
     if not wrapped:
         raise UserError(f"method.target_modules: {targets!r} matches no linear layer; the model has {describe(iter(names))}")
     for option in ("rank_pattern", "alpha_pattern"):
@@ -185,6 +237,7 @@ def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
         "target_modules": targets,
         "exclude_modules": config.exclude_modules,
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
         "layers_to_transform": config.layers_to_transform,
@@ -197,13 +250,13 @@ def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
 
 def from_saved(config: LoraConfig, saved: dict) -> LoraConfig:
     """The settings of a PEFT folder, for starting from it. Raises UserError for what ftjax's LoRA does not have."""
-    neutral = {"bias": ("none",), "use_dora": (False, None), "target_parameters": (None, []), "layers_pattern": (None, [])}
+    neutral = {"bias": ("none",), "target_parameters": (None, []), "layers_pattern": (None, [])}
     neutral |= {"trainable_token_indices": (None, [], {}), "lora_bias": (False, None), "alora_invocation_tokens": (None,)}
     odd = [f"{key} = {saved[key]!r}" for key, allowed in neutral.items() if key in saved and saved[key] not in allowed]
     if odd:
         raise UserError(f"{config.adapter_path}: adapter_config.json asks for {', '.join(odd)}, which is not supported")
-    keys = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern")
-    keys += ("layers_to_transform", "modules_to_save")
+    keys = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "rank_pattern")
+    keys += ("alpha_pattern", "layers_to_transform", "modules_to_save")
     values = {key: saved[key] for key in keys if saved.get(key) is not None}
     if saved.get("task_type") == "SEQ_CLS":  # PEFT names the heads of all its models; this one's is added by itself
         heads = ("classifier", HEAD)
@@ -218,5 +271,6 @@ METHOD = Method(
     kind="LORA",
     saved_config=saved_config,
     from_saved=from_saved,
+    start=start,
     merged=merged,
 )

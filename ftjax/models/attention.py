@@ -40,17 +40,22 @@ def xla(
     offset,
     pattern: Pattern,
     sinks: jax.Array | None = None,
+    prefix: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """The reference: scores in full, softmax in float32."""
     b, t, n, h = q.shape
     kv = k.shape[2]
+    mask = visible(q_segments, k_segments, offset, pattern.window)
+    if prefix is not None:
+        before = [jnp.broadcast_to(x, (b, *x.shape)).astype(k.dtype) for x in prefix[:2]]
+        k, v = (jnp.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
+        mask = jnp.concatenate([prefix[2], mask], axis=-1)
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     q = q.reshape(b, t, kv, n // kv, h)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32) * pattern.scale
     if pattern.softcap is not None:
         scores = pattern.softcap * jnp.tanh(scores / pattern.softcap)
-    mask = visible(q_segments, k_segments, offset, pattern.window)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     if sinks is not None:  # one more score in the sum, to which no value belongs
         sink = sinks.astype(jnp.float32).reshape(1, kv, n // kv, 1, 1)
@@ -59,10 +64,11 @@ def xla(
     return jnp.einsum("bkgts,bskh->btkgh", probabilities, v, precision=precision).reshape(b, t, n, h)
 
 
-def _blockwise(q, k, v, q_segments, k_segments, offset, pattern: Pattern, sinks=None) -> jax.Array:
-    """In blocks where the keys are the queries' own row; a KV cache, whose one query has few scores, goes the plain way."""
-    if k_segments is not q_segments:
-        return xla(q, k, v, q_segments, k_segments, offset, pattern, sinks)
+def _blockwise(q, k, v, q_segments, k_segments, offset, pattern: Pattern, sinks=None, prefix=None) -> jax.Array:
+    """In blocks where the keys are the queries' own row; a KV cache, whose one query has few scores, goes the plain way, and
+    so do rows behind a prefix."""
+    if k_segments is not q_segments or prefix is not None:
+        return xla(q, k, v, q_segments, k_segments, offset, pattern, sinks, prefix)
     return blockwise(q, k, v, q_segments, sinks, pattern)
 
 
@@ -81,7 +87,7 @@ def choose(name: str, devices: int = 1) -> str:
     return name
 
 
-def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: str, sinks=None) -> jax.Array:
+def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: str, sinks=None, prefix=None):
     """`[B, T, N, H]`: q `[B, T, N, H]` attends to k and v `[B, S, K, H]`.
 
     Args:
@@ -91,5 +97,6 @@ def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: s
         pattern: scale, window and softcap of this layer.
         backend: one of BACKENDS.
         sinks: [N], a learned score of each head that takes its share of the softmax and gives nothing (gpt-oss); or None.
+        prefix: keys and values [V, K, H] that stand before every document, and who sees them: bool [B, T, V]; or None.
     """
-    return BACKENDS[backend](q, k, v, q_segments, k_segments, offset, pattern, sinks)
+    return BACKENDS[backend](q, k, v, q_segments, k_segments, offset, pattern, sinks, prefix)

@@ -1,6 +1,6 @@
 """What every layer of one forward pass may need to know, and the KV cache.
 
-Legend: B batch, T query length, S cache slots, K kv heads, H head dim, L layers.
+Legend: B batch, T query length, S cache slots, K kv heads, H head dim, L layers, V virtual tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -51,6 +51,14 @@ class KVCache:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """Keys and values of virtual tokens before every document; keys as they are after RoPE, at positions 0 to V - 1."""
+
+    keys: jax.Array  # [L, V, K, H]
+    values: jax.Array  # [L, V, K, H]
+
+
+@dataclass(frozen=True)
 class Context:
     """One forward pass, as its layers see it.
 
@@ -62,6 +70,7 @@ class Context:
         remat: what a block recomputes in its backward pass: `none`, `dots` or `full`.
         dropout: key of this layer's dropout masks; None outside of training.
         rope: what the family's position embedding prepared once for all layers.
+        prefix: what every document can see before itself (`ftjax.models.virtual`); or None.
     """
 
     positions: jax.Array
@@ -71,3 +80,4 @@ class Context:
     remat: str = "none"
     dropout: jax.Array | None = None
     rope: Any = None
+    prefix: Prefix | None = None

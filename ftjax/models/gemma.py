@@ -13,10 +13,11 @@ from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
-from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm
+from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm, is_virtual
 from ftjax.models.llama import LlamaAttention, LlamaMLP, attention
 from ftjax.models.rope import Rope, angles, make_rope, refuse_partial
 from ftjax.models.stack import Stack
+from ftjax.models.virtual import behind_virtual_tokens
 
 
 def gemma_norm(size: int, eps: float) -> RMSNorm:
@@ -51,8 +52,10 @@ class GemmaModel(nnx.Module):
     def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
         """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
         x = self.embed_tokens(tokens, ctx.dtype)
-        # The scale is rounded to the dtype, as in Google's own code: sqrt(3072) is 55.5 in bfloat16.
-        x = constrain(x * jnp.asarray(self.scale, ctx.dtype), "batch", "length", None)
+        if not is_virtual(tokens):  # those are what would come out of here
+            # The scale is rounded to the dtype, as in Google's own code: sqrt(3072) is 55.5 in bfloat16.
+            x = x * jnp.asarray(self.scale, ctx.dtype)
+        x = constrain(x, "batch", "length", None)
         x, cache, aux = self.layers(x, replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids)), cache)
         return self.norm(x), cache, aux
 
@@ -68,7 +71,7 @@ class GemmaForCausalLM(nnx.Module):
         self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
 
     def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
-        return self.model(tokens, ctx, cache)
+        return self.model(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
         """Hidden states `[..., E]` -> float32 logits `[..., V]`."""

@@ -17,6 +17,7 @@ from ftjax.models.facts import Facts
 from ftjax.models.layers import AsItIs, Embedding, LayerNorm, Linear, activation
 from ftjax.models.self_attention import self_attention
 from ftjax.models.stack import Stack
+from ftjax.models.virtual import behind_virtual_tokens
 
 
 class GPT2Attention(nnx.Module):
@@ -88,7 +89,7 @@ class GPT2LMHeadModel(nnx.Module):
         self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
 
     def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
-        return self.transformer(tokens, ctx, cache)
+        return self.transformer(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
         """Hidden states `[..., E]` -> float32 logits `[..., V]`."""

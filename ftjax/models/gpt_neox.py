@@ -19,6 +19,7 @@ from ftjax.models.param import Layout
 from ftjax.models.rope import Rope, make_rope
 from ftjax.models.self_attention import self_attention
 from ftjax.models.stack import Stack
+from ftjax.models.virtual import behind_virtual_tokens
 
 
 class GPTNeoXAttention(nnx.Module):
@@ -93,7 +94,7 @@ class GPTNeoXForCausalLM(nnx.Module):
             weight.set_metadata("row", dataclasses.replace(weight.row, layouts=(layout,)))
 
     def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
-        return self.gpt_neox(tokens, ctx, cache)
+        return self.gpt_neox(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
         """Hidden states `[..., E]` -> float32 logits `[..., V]`."""

@@ -86,13 +86,23 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+def is_virtual(tokens: jax.Array) -> bool:
+    """Whether these are embeddings `[B, T, E]`, not ids `[B, T]`."""
+    return bool(jnp.issubdtype(tokens.dtype, jnp.floating))
+
+
 class Embedding(nnx.Module):
-    """Rows of `weight[V, E]` by token id; `attend` is the tied output projection."""
+    """Rows of `weight[V, E]` by token id; `attend` is the tied output projection.
+
+    Virtual tokens have no id: in their place come their embeddings `[B, T, E]`, and go through.
+    """
 
     def __init__(self, vocab: int, embed: int, vocab_axis: str | None = "vocab"):
         self.weight = param((vocab, embed), (vocab_axis, "embed"), "weight")
 
     def __call__(self, tokens: jax.Array, dtype) -> jax.Array:
+        if is_virtual(tokens):
+            return tokens.astype(dtype)
         return jnp.take(self.weight[...], tokens, axis=0).astype(dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:

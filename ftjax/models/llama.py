@@ -20,6 +20,7 @@ from ftjax.models.param import param
 from ftjax.models.rope import Rope, angles, make_rope, refuse_partial
 from ftjax.models.self_attention import self_attention
 from ftjax.models.stack import Stack
+from ftjax.models.virtual import behind_virtual_tokens
 
 
 class LlamaAttention(nnx.Module):
@@ -121,7 +122,7 @@ class LlamaForCausalLM(nnx.Module):
         self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
 
     def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
-        return self.model(tokens, ctx, cache)
+        return self.model(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
         """Hidden states `[..., E]` -> float32 logits `[..., V]`."""

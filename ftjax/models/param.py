@@ -73,8 +73,8 @@ class Row:
         init: where the parameter starts when it is not loaded.
         trainable: a method sets this; everything else is frozen.
         adapter: a method added the parameter; it is initialised, not loaded with the base model.
-        ranks: for each stacked index, how much of the `rank` axis exists (0: that layer has no adapter). The rest is
-            padding, which neither trains nor is exported.
+        ranks: for each stacked index, how much of the `rank` axis exists (0: that layer has no adapter, whether or not the
+            parameter has that axis). The rest is padding, which neither trains nor is exported.
         hf_shape: Hugging Face's shape of one layer's tensor, where memory splits one of its dimensions in two.
         layouts: how checkpoints hold the parameter, where they do it otherwise; the first is what is written. Under
             its own name it can always be read.
@@ -161,8 +161,9 @@ class Spec:
             if self.row.ranks is not None:
                 if not self.row.ranks[number]:
                     continue
-                at = self.row.axes.index("rank") - depth
-                cut = (*cut[:at], slice(0, self.row.ranks[number]), *cut[at + 1 :])
+                if "rank" in self.row.axes:
+                    at = self.row.axes.index("rank") - depth
+                    cut = (*cut[:at], slice(0, self.row.ranks[number]), *cut[at + 1 :])
             shape = self.row.hf_shape if self.row.hf_shape and layout is None else tuple(c.stop for c in cut)
             yield Piece(template.format(*self._labels(index, labels)), index + cut, shape)
 

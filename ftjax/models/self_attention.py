@@ -4,6 +4,7 @@ Legend: B batch, T query length, N heads, K kv heads, H head dim.
 """
 
 import jax
+import jax.numpy as jnp
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern, attend
@@ -33,5 +34,15 @@ def self_attention(
     if cache is not None:
         cache = cache.write(layer, k, v)
         (k, v), segments, offset = cache.read(layer), cache.segment_ids, cache.length
-    y = attend(q, k, v, ctx.segment_ids, segments, offset, pattern, ctx.attention, sinks)
+    y = attend(q, k, v, ctx.segment_ids, segments, offset, pattern, ctx.attention, sinks, _before(ctx, pattern, layer))
     return y.reshape(b, t, n * h), cache
+
+
+def _before(ctx: Context, pattern: Pattern, layer) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+    """This layer's virtual tokens `[V, K, H]`, and which tokens see them: all whose window reaches back so far."""
+    if ctx.prefix is None:
+        return None
+    keys, values = ctx.prefix.keys[layer], ctx.prefix.values[layer]
+    distance = ctx.positions[:, :, None] - jnp.arange(keys.shape[0], dtype=jnp.int32)
+    seen = jnp.ones(distance.shape, bool) if pattern.window is None else distance < pattern.window
+    return keys, values, seen

@@ -10,9 +10,10 @@ from generate.words import words
 from oracle import context, hf_logits, load, logits, make_hf, one_device, tokens
 
 from ftjax.config import MeshConfig
-from ftjax.generate.cache import cache_shape, forward, new_cache
+from ftjax.generate.cache import forward, new_cache
 from ftjax.generate.session import Generator
 from ftjax.mesh import make_mesh
+from ftjax.models.cache_shape import cache_shape
 
 NEW = 30
 LENGTHS = (7, 24, 16)  # shorter and longer than the windows of the cases; 24 + NEW is past every original length

@@ -1,0 +1,160 @@
+"""IA3: learned factors on keys, values and the input of the second feed-forward layer (Liu et al. 2022, arXiv:2205.05638,
+section 3.3).
+
+A layer's output is multiplied, `l * (W x + b)`, or the input of a feed-forward layer, `W (l * x) + b`; factors start at one.
+Names, shapes and matching rules are PEFT's.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ftjax.config import IA3Config
+from ftjax.errors import UserError
+from ftjax.methods.method import Method
+from ftjax.methods.save import mark_modules_to_save
+from ftjax.methods.walk import Site, describe, linears, matches, refuse_unmatched
+from ftjax.models.context import Context
+from ftjax.models.model import Model
+from ftjax.models.param import Buffer, Init, Row, param
+
+# Keys, values (or the projection that holds them) and the second feed-forward layer, as the families call them.
+OUTPUTS = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
+INPUTS = ("down_proj", "mlp.c_proj", "dense_4h_to_h")
+
+
+class IA3Linear(nnx.Module):
+    """A frozen Linear whose output (or, for a feed-forward layer, input) is scaled; layers without factors are as before."""
+
+    def __init__(self, site: Site, chosen: np.ndarray, feedforward: bool):
+        """`chosen`: [layers] bool."""
+        self.base, self.feedforward = site.linear, feedforward
+        axis_in, axis_out = site.linear.axes
+        shape, axes = ((1, site.linear.size_in), ("rank", axis_in)) if feedforward else (
+            (site.linear.size_out, 1), (axis_out, "rank")
+        )  # fmt: skip
+        self.ia3_l = param(
+            (*site.stack, *shape), (*site.stack_axes, *axes), "ia3_l", init=Init("ones"), trainable=True, adapter=True,
+            ranks=tuple(map(int, chosen)),
+        )  # fmt: skip
+        self.on = Buffer(chosen.reshape(site.stack), row=Row(site.stack_axes, "on"))
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        factor = jnp.where(self.on[...], self.ia3_l[...].reshape(-1), 1).astype(x.dtype)
+        return self.base(x * factor, ctx) if self.feedforward else self.base(x, ctx) * factor
+
+
+def attach(root: nnx.Module, config: IA3Config) -> None:
+    """Wrap every matching dense layer of an abstract model, in place.
+
+    Raises UserError, naming what the model has, where a target matches nothing.
+    """
+    sites = [site for site in linears(root) if site.path != root.output]
+    names = [name for site in sites for name in site.names]
+    targets, inputs = _targets(config, names), _inputs(config, names)
+    for option, wanted in (("target_modules", targets), ("feedforward_modules", inputs)):
+        if isinstance(wanted, list):
+            refuse_unmatched(f"method.{option}", wanted, names)
+    found = False
+    for site in sites:
+        chosen = np.array([_chosen(name, targets, config) for name in site.names])
+        if not chosen.any():
+            continue
+        kinds = {matches(name, inputs) for name, one in zip(site.names, chosen, strict=True) if one}
+        if len(kinds) > 1:
+            raise UserError(
+                f"method.feedforward_modules: {config.feedforward_modules!r} takes some layers' {site.names[0].split('.')[-1]} "
+                "for feed-forward layers and others' not; name all of them or none"
+            )
+        site.replace(IA3Linear(site, chosen, kinds.pop()))
+        found = True
+    if not found:
+        raise UserError(f"method.target_modules: {targets!r} matches no linear layer; the model has {describe(iter(names))}")
+    mark_modules_to_save(root, config.modules_to_save)
+
+
+def _targets(config: IA3Config, names: list[str]) -> str | list[str]:
+    if config.target_modules == "all-linear":
+        return sorted({name.rsplit(".", 1)[-1] for name in names})
+    if config.target_modules is not None:
+        return config.target_modules
+    return [one for one in (*OUTPUTS, *INPUTS) if any(matches(name, [one]) for name in names)]
+
+
+def _inputs(config: IA3Config, names: list[str]) -> str | list[str]:
+    if config.feedforward_modules is not None:
+        return config.feedforward_modules
+    return [one for one in INPUTS if any(matches(name, [one]) for name in names)]
+
+
+def _chosen(name: str, targets: str | list[str], config: IA3Config) -> bool:
+    if config.exclude_modules and matches(name, config.exclude_modules):
+        return False
+    return matches(name, targets)
+
+
+def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Callable[[str, tuple], np.ndarray]) -> np.ndarray:
+    """One base weight, or bias, times the factors, in float32."""
+    layer, found, part = path.rpartition(".base.")
+    if not found or f"{layer}.ia3_l" not in model.specs or not model.buffers[f"{layer}.on"][index]:
+        return weight
+    factor = fetch(f"{layer}.ia3_l", index).astype(np.float32)  # (out, 1) or (1, in): it fits a weight (out, in)
+    if part == "bias":
+        return weight if _feedforward(model, layer) else weight.astype(np.float32) * factor[:, 0]
+    return weight.astype(np.float32) * (factor.T if _is_conv1d(model, layer) else factor)
+
+
+def _feedforward(model: Model, layer: str) -> bool:
+    return model.specs[f"{layer}.ia3_l"].row.axes[-2] == "rank"
+
+
+def _is_conv1d(model: Model, layer: str) -> bool:
+    """Whether the weight that is wrapped is stored (in, out), as GPT-2's are."""
+    own, weight = model.specs[f"{layer}.ia3_l"].row.axes, model.specs[f"{layer}.base.weight"].row.axes
+    return weight[-2] == own[-1] if _feedforward(model, layer) else weight[-1] == own[-2]
+
+
+def saved_config(config: IA3Config, base_model: str, model: Model) -> dict:
+    """adapter_config.json for PEFT, with the names that the defaults came to."""
+    layers = [path.removesuffix(".ia3_l") for path in model.specs if path.endswith(".ia3_l")]
+    own = {layer: [piece.name.removesuffix(".ia3_l") for piece in model.specs[f"{layer}.ia3_l"].pieces()] for layer in layers}
+    names = [name for layer in layers for name in own[layer]]
+    inputs = [name for layer in layers if _feedforward(model, layer) for name in own[layer]]
+    targets, feedforward = config.target_modules, config.feedforward_modules
+    if targets is None or targets == "all-linear":
+        targets = _targets(config, names)
+    if feedforward is None:
+        feedforward = _inputs(config, inputs)
+    return {
+        "peft_type": "IA3",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "target_modules": targets,
+        "exclude_modules": config.exclude_modules,
+        "feedforward_modules": feedforward,
+        "fan_in_fan_out": any(_is_conv1d(model, layer) for layer in layers),
+        "modules_to_save": config.modules_to_save or None,
+        "init_ia3_weights": True,
+    }
+
+
+def from_saved(config: IA3Config, saved: dict) -> IA3Config:
+    """The settings of a PEFT folder."""
+    keys = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
+    values = {key: saved[key] for key in keys if saved.get(key) is not None}
+    return IA3Config(**values, adapter_path=config.adapter_path)
+
+
+METHOD = Method(
+    IA3Config,
+    attach,
+    reads=lambda saved: saved.get("peft_type") == "IA3",
+    kind="IA3",
+    saved_config=saved_config,
+    from_saved=from_saved,
+    merged=merged,
+)

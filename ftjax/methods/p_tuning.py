@@ -1,0 +1,72 @@
+"""P-tuning: virtual tokens whose embeddings an MLP makes while training (Liu et al. 2021, arXiv:2103.10385, section 3.2).
+
+The MLP (three layers, ReLU) and the file are PEFT's: what is saved is what the MLP gives, `prompt_embeddings [V, E]`.
+
+Legend: V virtual tokens, E embed, C hidden size of the MLP.
+"""
+
+import jax
+from flax import nnx
+
+from ftjax.config import PTuningConfig
+from ftjax.methods.method import Method
+from ftjax.methods.prefix_tuning import NO_MERGE, dense, file_name, put, stored_by
+from ftjax.methods.prompt_tuning import PromptTokens, embedding_spec, virtual_settings
+from ftjax.models.cache_shape import CacheShape, cache_shape
+from ftjax.models.layers import project
+from ftjax.models.model import Model
+from ftjax.models.param import specs
+
+
+class EncodedTokens(PromptTokens):
+    """Prompt tokens behind an MLP; without one (read from a file) they are as they are."""
+
+    def __init__(self, shape: CacheShape, count: int, embed: int, hidden: int | None):
+        super().__init__(shape, count, embed)
+        self.encoded = hidden is not None
+        if self.encoded:
+            self.weight_0, self.bias_0 = dense(embed, hidden, 0)
+            self.weight_2, self.bias_2 = dense(hidden, hidden, 2)
+            self.weight_4, self.bias_4 = dense(hidden, embed, 4)
+
+    def flat(self) -> jax.Array:
+        x = super().flat()
+        if not self.encoded:
+            return x
+        x = jax.nn.relu(project(x, self.weight_0[...]) + self.bias_0[...])
+        x = jax.nn.relu(project(x, self.weight_2[...]) + self.bias_2[...])
+        return project(x, self.weight_4[...]) + self.bias_4[...]
+
+
+def attach(root: nnx.Module, config: PTuningConfig) -> None:
+    """Put virtual tokens before every text of an abstract model, in place."""
+    shape, embed = cache_shape(Model.of(root, {})), embedding_spec(specs(root)).shape[1]
+    hidden = None if config.adapter_path else config.encoder_hidden_size or embed
+    put(root, EncodedTokens(shape, config.num_virtual_tokens, embed, hidden), config.num_virtual_tokens)
+
+
+def saved_config(config: PTuningConfig, base_model: str, model: Model) -> dict:
+    """adapter_config.json for PEFT."""
+    values = virtual_settings("P_TUNING", base_model, model)
+    hidden = config.encoder_hidden_size or values["token_dim"]
+    return values | {"encoder_reparameterization_type": "MLP", "encoder_hidden_size": hidden}
+
+
+def from_saved(config: PTuningConfig, saved: dict) -> PTuningConfig:
+    """The settings of a PEFT folder, which holds what the MLP (or LSTM) gave and not the MLP."""
+    hidden = saved.get("encoder_hidden_size")
+    count = saved["num_virtual_tokens"]
+    return PTuningConfig(num_virtual_tokens=count, encoder_hidden_size=hidden, adapter_path=config.adapter_path)
+
+
+METHOD = Method(
+    PTuningConfig,
+    attach,
+    reads=lambda saved: saved.get("peft_type") == "P_TUNING",
+    kind="P_TUNING",
+    saved_config=saved_config,
+    from_saved=from_saved,
+    file_name=file_name,
+    stored=stored_by(EncodedTokens.flat),
+    no_merge=NO_MERGE,
+)

@@ -1,0 +1,131 @@
+"""Prefix tuning: keys and values of virtual tokens, learned for every layer (Li and Liang 2021, arXiv:2101.00190, section 4).
+
+With `prefix_projection` a two-layer MLP makes them from small embeddings while training (section 4.3); what is saved is what it
+gives. Layout and names are PEFT's: one tensor `[V, L * 2 * K * H]`, in which layer l has its keys at 2l and its values at
+2l + 1. Keys enter after RoPE.
+
+Legend: V virtual tokens, L layers, K kv heads, H head dim, D = K H, C hidden size of the MLP.
+"""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ftjax.config import PrefixTuningConfig
+from ftjax.methods.method import Fetch, Method, Stored
+from ftjax.models.cache_shape import CacheShape, cache_shape
+from ftjax.models.context import Context, Prefix
+from ftjax.models.layers import project
+from ftjax.models.model import Model
+from ftjax.models.param import Init, Piece, Spec, param
+
+TENSOR = "prompt_embeddings"
+NO_MERGE = "virtual tokens stand before the text and are no part of any weight"
+
+
+class PrefixTokens(nnx.Module):
+    """`Prefix` of a model whose cache has this shape."""
+
+    def __init__(self, shape: CacheShape, config: PrefixTuningConfig):
+        self.shape, dim = shape, shape.kv_heads * shape.head_dim
+        wide = shape.layers * 2 * dim
+        self.projected = config.prefix_projection
+        zero = config.init_weights == "zero"
+        if not self.projected:
+            self.embedding = own((config.num_virtual_tokens, wide), "embedding", Init("zeros" if zero else "normal"))
+            return
+        hidden = config.encoder_hidden_size or dim
+        self.embedding = own((config.num_virtual_tokens, dim), "embedding", Init("normal"))
+        self.weight_0, self.bias_0 = dense(dim, hidden, 0)
+        self.weight_2, self.bias_2 = dense(hidden, wide, 2, zero=zero)
+
+    def flat(self) -> jax.Array:
+        """`[V, L * 2 * D]`."""
+        if not self.projected:
+            return self.embedding[...]
+        x = jnp.tanh(project(self.embedding[...], self.weight_0[...]) + self.bias_0[...])
+        return project(x, self.weight_2[...]) + self.bias_2[...]
+
+    def __call__(self, root: nnx.Module, ctx: Context) -> Prefix:
+        layers, kv_heads, head_dim = self.shape
+        parts = self.flat().astype(ctx.dtype).reshape(-1, layers, 2, kv_heads, head_dim).transpose(2, 1, 0, 3, 4)
+        return Prefix(parts[0], parts[1])
+
+
+def own(shape: tuple[int, ...], name: str, init: Init):
+    return param(shape, (None,) * len(shape), name, init=init, trainable=True, adapter=True)
+
+
+def dense(size_in: int, size_out: int, number: int, *, zero: bool = False) -> tuple[nnx.Param, nnx.Param]:
+    """Weight (out, in) and bias of a layer of the MLP, which start as torch.nn.Linear's."""
+    init = Init("zeros") if zero else Init("uniform", 1 / math.sqrt(size_in))
+    return own((size_out, size_in), f"weight_{number}", init), own((size_out,), f"bias_{number}", init)
+
+
+def attach(root: nnx.Module, config: PrefixTuningConfig) -> None:
+    """Put virtual tokens before every text of an abstract model, in place."""
+    put(root, PrefixTokens(cache_shape(Model.of(root, {})), config), config.num_virtual_tokens)
+
+
+def put(root: nnx.Module, virtual: nnx.Module, count: int) -> None:
+    """What a method's virtual tokens take of a table of positions is not there for the text."""
+    root.virtual = virtual
+    if root.max_positions is not None:
+        root.max_positions -= count
+
+
+def file_name(model: Model, spec: Spec, piece: Piece) -> str:
+    return TENSOR
+
+
+def stored_by(make) -> object:
+    """`Method.stored` for virtual tokens: `make(module)` is the one tensor, whatever computes it while training."""
+
+    def stored(config, model: Model, fetch: Fetch) -> Iterator[Stored]:
+        params = {path: jnp.asarray(fetch(path, ())) for path in model.trainable}
+        rest = {path: spec.abstract for path, spec in model.specs.items() if path not in params}
+        value = np.asarray(make(model.bind({**rest, **params}).virtual))
+        yield Stored(TENSOR, value.shape, lambda: value)
+
+    return stored
+
+
+def saved_config(config: PrefixTuningConfig, base_model: str, model: Model) -> dict:
+    """adapter_config.json for PEFT."""
+    shape = model.bind({path: spec.abstract for path, spec in model.specs.items()}).virtual.shape
+    dim = shape.kv_heads * shape.head_dim
+    return {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "num_transformer_submodules": 1,
+        "num_layers": shape.layers,
+        "num_attention_heads": shape.kv_heads,
+        "token_dim": dim,
+        "encoder_hidden_size": config.encoder_hidden_size or dim,
+        "prefix_projection": config.prefix_projection,
+    }
+
+
+def from_saved(config: PrefixTuningConfig, saved: dict) -> PrefixTuningConfig:
+    """The settings of a PEFT folder, which holds what an MLP gave and not the MLP."""
+    return PrefixTuningConfig(num_virtual_tokens=saved["num_virtual_tokens"], adapter_path=config.adapter_path)
+
+
+METHOD = Method(
+    PrefixTuningConfig,
+    attach,
+    reads=lambda saved: saved.get("peft_type") == "PREFIX_TUNING",
+    kind="PREFIX_TUNING",
+    saved_config=saved_config,
+    from_saved=from_saved,
+    file_name=file_name,
+    stored=stored_by(PrefixTokens.flat),
+    no_merge=NO_MERGE,
+)

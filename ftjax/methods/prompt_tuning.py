@@ -1,0 +1,114 @@
+"""Prompt tuning: learned embeddings of virtual tokens (Lester et al. 2021, arXiv:2104.08691, section 2).
+
+Names, initialisations and the file are PEFT's: one tensor `prompt_embeddings [V, E]`.
+
+Legend: V virtual tokens, E embed.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ftjax.config import PromptTuningConfig
+from ftjax.errors import UserError
+from ftjax.methods.method import Method, Start
+from ftjax.methods.prefix_tuning import NO_MERGE, file_name, own, put
+from ftjax.models.cache_shape import CacheShape, cache_shape
+from ftjax.models.context import Context, KVCache, Prefix
+from ftjax.models.gemma import GemmaModel
+from ftjax.models.model import Model
+from ftjax.models.param import Init, Spec, specs
+
+
+class PromptTokens(nnx.Module):
+    """`Prefix` out of embeddings: the model reads them once, and every document behind them sees their keys and values."""
+
+    def __init__(self, shape: CacheShape, count: int, embed: int):
+        self.shape = shape
+        self.embedding = own((count, embed), "embedding", Init("normal"))
+
+    def flat(self) -> jax.Array:
+        """`[V, E]`."""
+        return self.embedding[...]
+
+    def __call__(self, root: nnx.Module, ctx: Context) -> Prefix:
+        embeddings = self.flat()[None]
+        ones = jnp.ones(embeddings.shape[:2], jnp.int32)
+        cache = KVCache.empty(self.shape.layers, 1, ones.shape[1], self.shape.kv_heads, self.shape.head_dim, ctx.dtype)
+        own_ctx = replace(ctx, positions=jnp.cumsum(ones, axis=1) - 1, segment_ids=ones, dropout=None)
+        _, cache, _ = root.hidden(embeddings, own_ctx, cache.claim(ones))
+        return Prefix(cache.keys[:, 0], cache.values[:, 0])
+
+
+def embedding_spec(found: dict[str, Spec]) -> Spec:
+    """The row of the input embedding."""
+    return next(s for s in found.values() if s.row.axes[:1] == ("vocab",) and s.module != "lm_head")
+
+
+def attach(root: nnx.Module, config: PromptTuningConfig) -> None:
+    """Put virtual tokens before every text of an abstract model, in place."""
+    shape, embed = cache_shape(Model.of(root, {})), embedding_spec(specs(root)).shape[1]
+    put(root, PromptTokens(shape, config.num_virtual_tokens, embed), config.num_virtual_tokens)
+
+
+def start(config: PromptTuningConfig, model: Model, begin: Start) -> dict[str, np.ndarray]:
+    """Random values stay; a text's tokens (cut, or repeated to the end), or tokens drawn at random, give their embeddings."""
+    embedding, count = embedding_spec(dict(model.specs)), config.num_virtual_tokens
+    if config.prompt_tuning_init == "RANDOM":
+        return {}
+    if config.prompt_tuning_init == "TEXT":
+        ids = begin.tokenize(config.prompt_tuning_init_text)
+        if not ids:
+            raise UserError(f"method.prompt_tuning_init_text: {config.prompt_tuning_init_text!r} has no tokens")
+        ids = np.resize(np.array(ids), count)
+    else:
+        ids = np.random.default_rng(begin.seed).integers(0, embedding.shape[0], count)
+    module = model.bind({path: spec.abstract for path, spec in model.specs.items()})
+    scale = next((node.scale for _, node in nnx.iter_graph(module) if isinstance(node, GemmaModel)), 1)
+    return {"virtual.embedding": begin.fetch(embedding.path, (ids,)) * scale}
+
+
+def virtual_settings(kind: str, base_model: str, model: Model) -> dict:
+    """What adapter_config.json says of virtual tokens that are embeddings."""
+    virtual = model.bind({path: spec.abstract for path, spec in model.specs.items()}).virtual
+    heads = model.config.get("num_attention_heads") or model.config.get("n_head")
+    return {
+        "peft_type": kind,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "num_virtual_tokens": virtual.embedding.get_value().shape[0],
+        "num_transformer_submodules": 1,
+        "num_layers": virtual.shape.layers,
+        "num_attention_heads": heads,
+        "token_dim": virtual.embedding.get_value().shape[1],
+    }
+
+
+def saved_config(config: PromptTuningConfig, base_model: str, model: Model) -> dict:
+    """adapter_config.json for PEFT."""
+    values = virtual_settings("PROMPT_TUNING", base_model, model) | {"prompt_tuning_init": config.prompt_tuning_init}
+    if config.prompt_tuning_init == "TEXT":
+        values |= {"prompt_tuning_init_text": config.prompt_tuning_init_text, "tokenizer_name_or_path": base_model}
+    return values
+
+
+def from_saved(config: PromptTuningConfig, saved: dict) -> PromptTuningConfig:
+    """The settings of a PEFT folder; how its values once started does not matter any more."""
+    return PromptTuningConfig(num_virtual_tokens=saved["num_virtual_tokens"], adapter_path=config.adapter_path)
+
+
+METHOD = Method(
+    PromptTuningConfig,
+    attach,
+    reads=lambda saved: saved.get("peft_type") == "PROMPT_TUNING",
+    kind="PROMPT_TUNING",
+    saved_config=saved_config,
+    from_saved=from_saved,
+    file_name=file_name,
+    start=start,
+    no_merge=NO_MERGE,
+)

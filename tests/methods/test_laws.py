@@ -1,0 +1,297 @@
+"""What every method keeps, on three families: a method that is registered is tried here by itself.
+
+The oracle is PEFT, for methods whose files it reads. A method that is not in VARIANTS is tried with its defaults.
+"""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from oracle import Case, context, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
+from tiny_run import make_batch, make_config, run_steps
+from transformers import AutoModelForCausalLM
+
+from ftjax.hub.peft import attach_adapter, load_adapter, start_adapter, write_adapter
+from ftjax.methods import METHODS, method_named, method_of
+from ftjax.train.setup import compile_steps, prepare
+from ftjax.train.step import init_state
+
+FAMILIES = [
+    Case("llama", "llama", {"attention_bias": True}),
+    Case("gpt2", "gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}),
+    Case("qwen3", "qwen3", {"head_dim": 12}),
+]
+VARIANTS: dict[str, dict[str, dict]] = {
+    "lora": {"lora": {"r": 4, "lora_alpha": 8}, "dora": {"r": 4, "lora_alpha": 8, "use_dora": True}},
+    "prefix_tuning": {
+        "prefix": {"num_virtual_tokens": 5},
+        "projected": {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 12},
+    },
+    "prompt_tuning": {
+        "prompt": {"num_virtual_tokens": 5},
+        "text": {"num_virtual_tokens": 5, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "Once upon a time"},
+    },
+    "p_tuning": {"p_tuning": {"num_virtual_tokens": 5, "encoder_hidden_size": 12}},
+}
+MOVES_AT_ONCE = {
+    "prefix",
+    "projected",
+    "prompt",
+    "text",
+    "p_tuning",
+}  # the output is another before the first step
+
+NAMES = {
+    variant: {"name": method, **values} for method in METHODS for variant, values in VARIANTS.get(method, {method: {}}).items()
+}
+ADAPTERS = [name for name, values in NAMES.items() if method_named(values["name"]).adapter]
+
+
+def in_peft(name: str) -> bool:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return any(
+        method_named(NAMES[name]["name"]).reads({"peft_type": kind}) for kind in map(str.upper, PEFT_TYPE_TO_CONFIG_MAPPING)
+    )
+
+
+PEFT = [name for name in ADAPTERS if in_peft(name)]
+
+
+ONLY_LLAMA = {"projected", "text", "p_tuning"}  # on the other families they differ from `prefix` and `prompt` in nothing
+
+
+@pytest.fixture(autouse=True)
+def _fewer_runs(request):
+    values = getattr(request.node, "callspec", None)
+    if values and values.params.get("name") in ONLY_LLAMA and str(values.params.get("base", "llama")) != "llama":
+        pytest.skip("tried on llama")
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=str)
+def base(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param.name)
+    return make_hf(request.param, folder), folder
+
+
+def their_logits(hf, ids):
+    """Those of the text: PEFT gives virtual tokens logits too."""
+    return hf_logits(hf, ids)[:, -ids.shape[1] :]
+
+
+def config_of(folder, name: str):
+    return make_config(folder, method=NAMES[name]).method
+
+
+def started(folder, name: str, noise: float = 0.0, seed: int = 0):
+    """`(config, model, parameters)` with the method's own start, or with noise on what trains."""
+    config = config_of(folder, name)
+    method = method_of(config)
+    model, params = load(folder, lambda root: method.attach(root, config))
+    if method.adapter:
+        params |= start_adapter(model, params, config, one_device(), seed, lambda text: [5, 6, 7])
+    rng = np.random.default_rng(seed)
+    for path, spec in model.trainable.items() if noise else ():
+        value = np.array(params[path])
+        for piece in spec.pieces():
+            part = value[piece.index]
+            value[piece.index] = part + rng.normal(size=part.shape).astype(np.float32) * noise
+        params[path] = jax.device_put(value, params[path].sharding)
+    return config, model, params
+
+
+def peft_model(folder, adapter, trainable: bool = False):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter, is_trainable=trainable)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_starts_from_the_base(base, name):
+    hf, folder = base
+    _, model, params = started(folder, name)
+    ids = tokens(2, 20)
+    difference = np.abs(logits(model, params, ids) - hf_logits(hf, ids)).max()
+    assert difference > 1e-3 if name in MOVES_AT_ONCE else difference < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_its_own_moves(base, name, on_one_device, monkeypatch):
+    """Moments and gradients exist for what trains alone, and the base is what it was."""
+    monkeypatch.setattr("ftjax.train.setup.load_tokenizer", lambda config: lambda text: {"input_ids": [5, 6, 7]})
+    setup = prepare(make_config(base[1], method=NAMES[name], optimizer={"weight_decay": 0.1}))
+    before = {path: np.asarray(leaf) for path, leaf in {**setup.frozen, **setup.params}.items()}
+    assert set(setup.params) == set(setup.model.trainable) and not set(setup.params) & set(setup.frozen)
+    _, _, optimizer, _ = compile_steps(setup, 10)
+    state = init_state({path: leaf.copy() for path, leaf in setup.params.items()}, optimizer)
+    trained = sum(leaf.size for leaf in setup.params.values())
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim) == 2 * trained
+    _, after = run_steps(setup, [make_batch(8, 32, 96, seed) for seed in (0, 1)])
+    for path in setup.frozen:
+        np.testing.assert_array_equal(setup.frozen[path], before[path])
+    still = [path for path, value in after.items() if np.array_equal(value, before[path])]
+    assert not still, f"no gradient reaches {still}"
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_ours_in_peft(base, name, tmp_path):
+    """A folder that ftjax writes: PEFT gives the same logits, and counts as many weights; read again it is the same."""
+    hf, folder = base
+    config, model, params = started(folder, name, 0.3)
+    write_adapter(tmp_path, model, params, config, str(folder))
+    ids = tokens(2, 20)
+    got = logits(model, params, ids)
+    np.testing.assert_allclose(got, their_logits(peft_model(folder, tmp_path), ids), atol=1e-4, rtol=0)
+    assert np.abs(got - hf_logits(hf, ids)).max() > 1e-2, "the adapter has no effect, so nothing was compared"
+    again, values = load(folder, lambda root: attach_adapter(root, tmp_path))
+    values |= load_adapter(again, tmp_path, one_device())
+    np.testing.assert_allclose(logits(again, values, ids), got, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_theirs_in_ours(base, name, tmp_path):
+    """A folder that PEFT writes, from the configuration that ftjax writes: the same logits and count."""
+    from peft import PeftConfig, get_peft_model
+
+    _, folder = base
+    config, model, params = started(folder, name)
+    (tmp_path / "ours").mkdir()
+    write_adapter(tmp_path / "ours", model, params, config, str(folder))
+    settings = PeftConfig.from_pretrained(tmp_path / "ours")
+    settings.inference_mode = False
+    if NAMES[name].get("prompt_tuning_init"):  # its values are replaced below; there is no tokenizer here
+        settings.prompt_tuning_init = "RANDOM"
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), settings).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = tokens(2, 20)
+    again, values = load(folder, lambda root: attach_adapter(root, tmp_path / "theirs"))
+    values |= load_adapter(again, tmp_path / "theirs", one_device())
+    np.testing.assert_allclose(logits(again, values, ids), their_logits(theirs, ids), atol=1e-4, rtol=0)
+    trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert sum(spec.size for spec in model.trainable.values()) == trained
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_merged_or_refused(base, name, tmp_path):
+    _, folder = base
+    config, model, params = started(folder, name, 0.2)
+    method = method_of(config)
+    if method.merged is None:
+        assert method.no_merge
+        return
+    write_merged(tmp_path, model, params, config, folder)
+    ids = tokens(2, 20)
+    plain, weights = load(tmp_path)
+    np.testing.assert_allclose(logits(plain, weights, ids), logits(model, params, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_packed_is_unpacked(base, name):
+    """What a method adds keeps documents apart: two in a row give what each gives alone."""
+    _, folder = base
+    _, model, params = started(folder, name, 0.3)
+    one, two = tokens(1, 9, seed=1), tokens(1, 7, seed=2)
+    ids = np.concatenate([one, two], axis=1)
+    segments = np.repeat([[1, 2]], [9, 7], axis=1).astype(np.int32)
+    positions = np.concatenate([np.arange(9), np.arange(7)])[None].astype(np.int32)
+    got = logits(model, params, ids, segments=segments, positions=positions)
+    np.testing.assert_allclose(got[:, :9], logits(model, params, one), atol=1e-5)
+    np.testing.assert_allclose(got[:, 9:], logits(model, params, two), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_cached_is_uncached(base, name):
+    """Token by token through the KV cache, left-padded: the logits of the whole text at once."""
+    from ftjax.generate.cache import forward, new_cache
+    from ftjax.models.cache_shape import cache_shape
+
+    _, folder = base
+    _, model, params = started(folder, name, 0.3)
+    ids = tokens(1, 8)
+    padded = np.concatenate([np.zeros((1, 2), np.int32), ids], axis=1)
+    segments = (np.arange(10) >= 2).astype(np.int32)[None]
+    positions = np.maximum(np.arange(10) - 2, 0).astype(np.int32)[None]
+
+    def parts(params):
+        module, cache, found = model.bind(params), new_cache(cache_shape(model), 1, 12, jnp.float32), []
+        for begin, end in ((0, 5), (5, 6), (6, 10)):
+            cut = slice(begin, end)
+            ctx = context(padded[:, cut], segments[:, cut], positions[:, cut])
+            hidden, cache = forward(module, jnp.asarray(padded[:, cut]), ctx, cache)
+            found.append(module.unembed(hidden, ctx))
+        return jnp.concatenate(found, axis=1)
+
+    np.testing.assert_allclose(np.asarray(jax.jit(parts)(params))[:, 2:], logits(model, params, ids), atol=2e-5)
+
+
+def peer_losses(stories, setup, name: str, batches, adapter, shared) -> tuple[list[float], int]:
+    """Losses before each update and the number of trained weights: by the script that stands beside the project; for virtual
+    tokens, which PEFT trains from no file, by its steps here."""
+    if name not in MOVES_AT_ONCE:
+        script, out = str(shared / "bench" / "peft_reference.py"), adapter / "ref.json"
+        files = ["--model", str(stories), "--batches", str(batches), "--out", str(out), "--adapter", str(adapter)]
+        subprocess.run([sys.executable, script, *files, "--lr", "1e-2"], check=True, capture_output=True)
+        want = json.loads(out.read_text())
+        return want["loss"], want["trainable"]
+    from peft import PeftConfig, get_peft_model
+
+    settings = PeftConfig.from_pretrained(adapter)
+    settings.inference_mode, settings.prompt_tuning_init = False, "RANDOM"
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(stories), settings).train()
+    with torch.no_grad():
+        for key, parameter in theirs.prompt_encoder["default"].named_parameters():  # embedding.weight, transform.0.bias ...
+            _, number, part = ["", *key.split(".")][-3:]
+            ours = "embedding" if key == "embedding.weight" else f"{part}_{number}"
+            parameter.copy_(torch.tensor(np.asarray(setup.params[f"virtual.{ours}"])))
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    losses, data = [], np.load(batches)
+    for ids, labels in zip(data["input_ids"], data["labels"], strict=True):
+        ids, labels = torch.tensor(ids), torch.tensor(labels)
+        loss = theirs(input_ids=ids, labels=labels, attention_mask=torch.ones_like(ids)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, sum(parameter.numel() for parameter in trained)
+
+
+@pytest.mark.parametrize("name", [name for name in PEFT if name != "lora"])  # LoRA: tests/train/test_step.py
+def test_ten_steps_of_the_peer(shared, stories, name, tmp_path, on_one_device):
+    """PEFT from the same adapter on the same batches: ten losses within 1e-4, in float32."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, 512, (2, 4, 32))[np.arange(10) % 2]
+    labels = np.where(rng.random(ids.shape[1:]) < 0.6, ids, -100)
+    labels[..., 0] = -100  # where virtual tokens are embeddings, PEFT would have the last of them predict it
+    np.savez(tmp_path / "batches.npz", input_ids=ids, labels=labels)
+    config = make_config(stories, method=NAMES[name], optimizer={"learning_rate": 1e-2}, global_batch_size=4)
+    setup = prepare(config)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write_adapter(folder, setup.model, setup.params, config.method, str(stories))
+    losses, trainable = peer_losses(stories, setup, name, tmp_path / "batches.npz", folder, shared)
+    shifted = np.concatenate([labels[..., 1:], np.full((10, 4, 1), -100)], axis=-1)
+    ones = np.ones((4, 32), np.int32)
+    batches = [
+        {
+            "tokens": ids[step].astype(np.int32), "targets": np.maximum(shifted[step], 0).astype(np.int32),
+            "weights": (shifted[step] >= 0).astype(np.float32), "segment_ids": ones,
+            "positions": np.broadcast_to(np.arange(32, dtype=np.int32), (4, 32)),
+        }
+        for step in range(10)
+    ]  # fmt: skip
+    metrics, _ = run_steps(setup, batches)
+    np.testing.assert_allclose([float(m.loss) for m in metrics], losses, atol=1e-4)
+    assert losses[8] < losses[0] - 0.01, "nothing was learned, so nothing was compared"
+    assert sum(spec.size for spec in setup.model.trainable.values()) == trainable
