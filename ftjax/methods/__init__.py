@@ -18,7 +18,7 @@ METHODS = {
         "seq_bn",
         "double_seq_bn",
         "par_bn",
-    )  # fmt: skip
+    )
 }
 
 
