@@ -160,6 +160,50 @@ def test_checkpoints_elsewhere(model, data, whole, tmp_path, monkeypatch, on_one
         assert want[name].tobytes() == got[name].tobytes(), name
 
 
+BUCKET = """
+import os, sys
+from gcp_storage_emulator.server import create_server
+
+server = create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="bucket")
+server.start()
+for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+    os.environ[name] = f"http://localhost:{sys.argv[1]}"
+os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "any"
+import numpy as np
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ftjax.train.checkpoint import Checkpoints, place
+from ftjax.train.step import TrainState
+
+where = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("x",)), PartitionSpec())
+state = TrainState(*jax.device_put(({"a": np.arange(8.0)}, {"m": np.ones(3)}, np.int32(3)), where))
+folder = "gs://bucket/run/checkpoints"
+checkpoints = Checkpoints(folder, 2)
+for step in (3, 4, 5):
+    checkpoints.save(step, state, {"step": step})
+checkpoints.close()
+assert sorted(path.name for path in place(folder).glob("[0-9]*")) == ["4", "5"]
+again, meta = Checkpoints(folder, 2).restore(state)
+assert meta == {"step": 5} and (np.asarray(again.params["a"]) == np.arange(8)).all()
+server.stop()
+print("went through the bucket")
+"""
+
+
+def test_checkpoints_in_a_bucket():
+    """`gs://` through epath, gcsfs and tensorstore, against an emulated service, where the two packages are installed."""
+    pytest.importorskip("gcp_storage_emulator")
+    pytest.importorskip("gcsfs")
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    done = subprocess.run([sys.executable, "-c", BUCKET, str(port)], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0 and "went through the bucket" in done.stdout, done.stderr[-3000:]
+
+
 def test_bucket_that_cannot_be_opened(model, data, tmp_path, monkeypatch):
     """Without gcsfs, or without rights: said at the start."""
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)

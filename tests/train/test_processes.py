@@ -76,7 +76,7 @@ def rows(out) -> dict[int, dict]:
 
 def wait_for_step(running, out, step: int) -> None:
     """Until that update is logged, or a process has ended."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while step not in rows(out) and all(process.poll() is None for process in running):
         assert time.monotonic() < deadline, end(running, kill=True)
         time.sleep(0.005)
@@ -102,7 +102,7 @@ def run(count: int, settings: dict, out, then=lambda running: None) -> tuple[lis
     return running, said
 
 
-def end(running, kill=False, timeout=240) -> list[str]:
+def end(running, kill=False, timeout=900) -> list[str]:
     """What each has said, once all have ended."""
     if kill:
         for process in running:
@@ -191,7 +191,7 @@ def test_one_is_killed(settings, tmp_path):
         wait_for_step(running, out, 2)
         running[1].kill()
         start = time.monotonic()
-        running[0].wait(timeout=120)
+        running[0].wait(timeout=300)
         took.append(time.monotonic() - start)
 
     running, said = run(2, longer, out, then)
