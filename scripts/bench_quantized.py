@@ -5,7 +5,7 @@
 MODEL is a Hub id, a folder or a .gguf file; DATA any file that `ftjax train` takes. One JSON object a line, for float32, int8
 and nf4: `bits` a weight of the quantised layers, `weight_error` (mean |error| over mean |weight|), `logit_error` (the same of
 logits), `agree` (share of tokens whose likeliest next one is the same), `loss_before` and `loss_after` (of the last tenth of
-the steps), all on the same rows.
+the steps), all on the same rows. `--steps 0` leaves out the losses.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def config_of(options: argparse.Namespace, quantization: str | None) -> Config:
         "method": {"name": "lora", "r": 8, "lora_alpha": 16},
         "data": {"train": options.data, "max_length": options.length, "truncation": "right"},
         "optimizer": {"learning_rate": options.learning_rate, "lr_scheduler_type": "constant"},
-        "training": {"max_steps": options.steps, "global_batch_size": options.rows},
+        "training": {"max_steps": max(1, options.steps), "global_batch_size": options.rows},
         "mesh": {"fsdp": 1, "data": 1},
     })  # fmt: skip
 
@@ -68,6 +68,8 @@ def measure(options: argparse.Namespace, quantization: str | None, exact: dict) 
         line["weight_error"] = round(sums[0] / sums[1], 5)
         line["logit_error"] = round(float(np.abs(logits - exact["logits"]).mean() / np.abs(exact["logits"]).mean()), 5)
         line["agree"] = round(float((logits.argmax(-1) == exact["logits"].argmax(-1)).mean()), 4)
+    if not options.steps:
+        return line
     step, _, optimizer, _ = compile_steps(setup, options.steps)
     state, losses = new_state(setup, optimizer), []
     with jax.set_mesh(setup.mesh):
