@@ -83,6 +83,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def fitting(mesh: Mesh | jax.sharding.AbstractMesh, axis: str, size: int) -> tuple[str, ...] | None:
+    """The mesh axes of a logical axis where a dimension of this size divides by them; otherwise None: replicated."""
+    rule = RULES.get(axis)
+    return rule if rule and size % math.prod(mesh.shape[name] for name in rule) == 0 else None
+
+
 def constrain(x: jax.Array, *axes: str | None, without: str | None = None) -> jax.Array:
     """Lay an activation out by its logical axes, under `jax.set_mesh`; a dimension that does not divide stays replicated.
 

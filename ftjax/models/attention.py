@@ -6,16 +6,21 @@ left-padded prompts and the KV cache.
 Legend: B batch, T query length, S key length, N heads, K kv heads, G = N / K, H head dim.
 """
 
+import warnings
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from ftjax.errors import UserError
 from ftjax.models.attention_blockwise import blockwise
+from ftjax.models.attention_cudnn import cudnn, missing_for, missing_here
+from ftjax.models.attention_sharded import on_each_device
+from ftjax.models.attention_splash import splash
 from ftjax.models.pattern import MASKED, Pattern
 
-__all__ = ["BACKENDS", "MASKED", "Pattern", "attend", "choose", "visible"]
+__all__ = ["KERNELS", "MASKED", "Pattern", "attend", "choose", "visible"]
 
 
 def visible(q_segments: jax.Array, k_segments: jax.Array, offset: jax.Array | int, window: int | None) -> jax.Array:
@@ -64,26 +69,42 @@ def xla(
     return jnp.einsum("bkgts,bskh->btkgh", probabilities, v, precision=precision).reshape(b, t, n, h)
 
 
-def _blockwise(q, k, v, q_segments, k_segments, offset, pattern: Pattern, sinks=None, prefix=None) -> jax.Array:
-    """In blocks where the keys are the queries' own row; a KV cache, whose one query has few scores, goes the plain way, and
-    so do rows behind a prefix."""
-    if k_segments is not q_segments or prefix is not None:
-        return xla(q, k, v, q_segments, k_segments, offset, pattern, sinks, prefix)
-    return blockwise(q, k, v, q_segments, sinks, pattern)
+# Self-attention of packed rows on one device: (q, k, v, segments, sinks, pattern) -> [B, T, N, H]. `splash_interpreted` is the
+# TPU kernel as plain JAX, for tests.
+KERNELS: dict[str, Callable[..., jax.Array]] = {
+    "blockwise": blockwise,
+    "splash": splash,
+    "splash_interpreted": partial(splash, interpret=True),
+    "cudnn": cudnn,
+}
+AUTO_CUDNN = "cudnn, or xla where that cannot"
 
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": xla, "blockwise": _blockwise}
+def choose(name: str, device: jax.Device) -> str:
+    """The backend for `model.attention` on devices of this kind.
 
+    `auto` takes splash on TPUs; cuDNN on GPUs that have it, layer by layer where a layer has something that cuDNN does not;
+    blockwise on CPUs; and the plain XLA one elsewhere, with a warning, because its memory grows with the square of the length.
 
-def choose(name: str, devices: int = 1) -> str:
-    """The backend for `model.attention`; refuses one that does not exist here.
-
-    `auto` takes `blockwise` on a single CPU device: it loops over heads, which a mesh may have spread over devices.
+    Raises UserError for a backend that does not exist there.
     """
     if name == "auto":
-        return "blockwise" if devices == 1 and jax.default_backend() == "cpu" else "xla"
-    if name not in BACKENDS:
-        raise UserError(f"model.attention: {name!r} is not available; choose one of auto, {', '.join(sorted(BACKENDS))}")
+        if device.platform == "tpu":
+            return "splash"
+        if device.platform == "cpu":
+            return "blockwise"
+        if reason := missing_here(device):
+            warnings.warn(
+                f"attention: xla, whose memory grows with the square of the length; not cudnn: {reason}", stacklevel=2
+            )
+            return "xla"
+        return AUTO_CUDNN
+    if name == "splash" and device.platform != "tpu":
+        raise UserError(
+            f"model.attention: splash is a kernel for TPUs, and this is a {device.platform}; auto chooses what is there"
+        )
+    if name == "cudnn" and (reason := missing_here(device)):
+        raise UserError(f"model.attention: cudnn is not available: {reason}; auto chooses what is there")
     return name
 
 
@@ -95,8 +116,20 @@ def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: s
         k_segments: [B, S] int32.
         offset: slot of the first query.
         pattern: scale, window and softcap of this layer.
-        backend: one of BACKENDS.
+        backend: what `choose` gave. A KV cache, whose few queries have few scores, and rows behind a prefix
+            go through the plain XLA one.
         sinks: [N], a learned score of each head that takes its share of the softmax and gives nothing (gpt-oss); or None.
         prefix: keys and values [V, K, H] that stand before every document, and who sees them: bool [B, T, V]; or None.
     """
-    return BACKENDS[backend](q, k, v, q_segments, k_segments, offset, pattern, sinks, prefix)
+    if backend in ("cudnn", AUTO_CUDNN) and (reason := missing_for(pattern, sinks, q.dtype, q.shape[-1])):
+        if backend == "cudnn":
+            raise UserError(f"model.attention: cudnn cannot compute this model: {reason}; auto takes xla for such layers")
+        backend = "xla"
+    if backend == "xla" or k_segments is not q_segments or prefix is not None:
+        return xla(q, k, v, q_segments, k_segments, offset, pattern, sinks, prefix)
+    kernel = KERNELS["cudnn" if backend == AUTO_CUDNN else backend]
+    return on_each_device(partial(_with_pattern, kernel, pattern), q, k, v, q_segments, sinks)
+
+
+def _with_pattern(kernel, pattern, q, k, v, segments, sinks):
+    return kernel(q, k, v, segments, sinks, pattern)

@@ -12,8 +12,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from ftjax.models.pattern import MASKED, Pattern
+from ftjax.models.pattern import MASKED, SAVED, Pattern
 
 BLOCK = 256
 
@@ -119,7 +120,7 @@ def _heads(q, k, v, segments, sinks):
 def _forward(q, k, v, segments, sinks, pattern: Pattern):
     heads = _heads(q, k, v, segments, sinks)
     o, lse = jax.lax.map(lambda head: _forward_head(pattern, *head), heads)
-    o = _joined(o, q.shape[0])
+    o, lse = (checkpoint_name(x, SAVED) for x in (_joined(o, q.shape[0]), lse))
     return o, (q, k, v, segments, sinks, o, lse)
 
 

@@ -66,7 +66,7 @@ class Context:
         positions: [B, T] int32, the RoPE position of each token; they restart with each document.
         segment_ids: [B, T] int32, the document of each token in its row; 0 is padding.
         dtype: of activations and matrix products.
-        attention: name of the attention backend (`ftjax.models.attention.BACKENDS`).
+        attention: the attention backend (`ftjax.models.attention.choose`).
         remat: what a block recomputes in its backward pass: `none`, `dots` or `full`.
         dropout: key of this layer's dropout masks; None outside of training.
         rope: what the family's position embedding prepared once for all layers.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from ftjax.mesh import RULES, constrain
+from ftjax.mesh import constrain, fitting
 from ftjax.models.attention import Pattern
 from ftjax.models.context import Context, KVCache
 from ftjax.models.layers import activation, project
@@ -114,18 +114,10 @@ def dispatch(
     if mesh.empty or mesh.size == 1:
         return local(x, chosen, weights, params).astype(x.dtype)
 
-    def parts(axis: str, size: int) -> tuple[str, ...] | None:
-        """The mesh axes of a dimension, where it divides by them."""
-        rule = RULES[axis]
-        count = 1
-        for name in rule:
-            count *= mesh.shape[name]
-        return rule if size % count == 0 else None
-
-    token = PartitionSpec(parts("batch", x.shape[0]), parts("length", x.shape[1]), None)
+    token = PartitionSpec(fitting(mesh, "batch", x.shape[0]), fitting(mesh, "length", x.shape[1]), None)
     places = {
         name: PartitionSpec(
-            *(parts(axis, size) if axis == "mlp" else None for axis, size in zip(axes[name], leaf.shape, strict=True))
+            *(fitting(mesh, axis, size) if axis == "mlp" else None for axis, size in zip(axes[name], leaf.shape, strict=True))
         )
         for name, leaf in params.items()
     }

@@ -139,7 +139,9 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
         )
     rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    runtime = Runtime(jnp.dtype(config.model.compute_dtype), choose(config.model.attention, mesh.size), config.model.remat)
+    runtime = Runtime(
+        jnp.dtype(config.model.compute_dtype), choose(config.model.attention, mesh.devices.flat[0]), config.model.remat
+    )
     made = Design(config, mesh, model, runtime)
     dtype, rows = jnp.dtype(config.model.dtype), max(1, rows // shards)
     remat = choose_remat(made.sums_fn, runtime, model, dtype, rows, config.data.max_length, memory)

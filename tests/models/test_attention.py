@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftjax.config import MeshConfig
+from ftjax.errors import UserError
+from ftjax.mesh import make_mesh
 from ftjax.models import attention_blockwise
-from ftjax.models.attention import BACKENDS, Pattern, attend
+from ftjax.models.attention import AUTO_CUDNN, Pattern, attend, choose
+from ftjax.models.attention_cudnn import documents, missing_for
 
 B, T, N, K, H = 2, 37, 4, 2, 8
 PATTERNS = {
@@ -15,6 +19,9 @@ PATTERNS = {
     "softcap": Pattern(0.35, softcap=2.0),
     "both": Pattern(0.5, window=5, softcap=3.0),
 }
+
+
+HERE = ["blockwise", "splash_interpreted"]  # what a CPU can run
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +34,7 @@ def inputs():
 
 @pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "xla"])
+@pytest.mark.parametrize("backend", HERE)
 def test_backend_is_the_reference(inputs, backend, pattern, sinks, monkeypatch):
     monkeypatch.setattr(attention_blockwise, "BLOCK", 8)
     *qkv, segments = inputs
@@ -46,7 +53,7 @@ def test_backend_is_the_reference(inputs, backend, pattern, sinks, monkeypatch):
         np.testing.assert_allclose(g, w, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", *HERE])
 def test_documents_do_not_see_each_other(inputs, backend):
     """Changing document 1 leaves document 2's outputs as they were, to the bit."""
     q, k, v, segments = inputs
@@ -57,3 +64,103 @@ def test_documents_do_not_see_each_other(inputs, backend):
     second = np.asarray(segments == 2)
     np.testing.assert_array_equal(before[second], after[second])
     assert np.abs(before - after)[np.asarray(segments == 1)].max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"sequence": 4, "fsdp": 2}, {"sequence": 2, "tensor": 2, "data": 2}, {"tensor": 4, "fsdp": 2}], ids=str
+)
+@pytest.mark.parametrize("backend", HERE)
+def test_kernel_under_a_mesh(backend, sizes):
+    """Tokens of a row, or its heads, on several devices; with four devices for two key heads."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 64, heads, H)), jnp.float32) for heads in (8, 2, 2))
+    segments = jnp.asarray([np.repeat([1, 2, 0], [30, 30, 4]), np.repeat([1, 2], [50, 14])], jnp.int32)
+    sinks = jnp.asarray(rng.normal(size=8), jnp.float32)
+    pattern = Pattern(0.35, window=20, softcap=3.0)
+
+    def loss(name, q, k, v, sinks):
+        out = attend(q, k, v, segments, segments, 0, pattern, name, sinks) * (segments > 0)[:, :, None, None]
+        return jnp.sum(jnp.sin(out) * jnp.arange(H))
+
+    def grads(name):
+        return jax.jit(jax.value_and_grad(lambda *x: loss(name, *x), (0, 1, 2, 3)))(q, k, v, sinks)
+
+    want, want_grads = grads("xla")
+    with jax.set_mesh(make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))):
+        got, got_grads = grads(backend)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for g, w in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(g, w, atol=2e-5)
+
+
+def test_heads_that_do_not_divide(inputs):
+    *qkv, segments = inputs
+    qkv, segments = [x[:, :32] for x in qkv], segments[:, :32]
+    with (
+        jax.set_mesh(make_mesh(MeshConfig(sequence=8, fsdp=1))),
+        pytest.raises(UserError, match=r"sequence: 8 .* 4 .* 1, 2, 4"),
+    ):
+        attend(*qkv, segments, segments, 0, PATTERNS["causal"], "blockwise")
+
+
+# ---- what the other machines get ----
+
+
+class Device:
+    """What is asked of a device."""
+
+    def __init__(self, platform, compute_capability="0"):
+        self.platform, self.compute_capability = platform, compute_capability
+
+
+def test_choice_by_device():
+    assert choose("auto", Device("cpu")) == "blockwise" and choose("auto", Device("tpu")) == "splash"
+    assert choose("auto", Device("gpu", "9.0")) == AUTO_CUDNN and choose("cudnn", Device("gpu", "10.0")) == "cudnn"
+    with pytest.warns(UserWarning, match=r"attention: xla.*Hopper.*8\.0"):
+        assert choose("auto", Device("gpu", "8.0")) == "xla"
+    with pytest.raises(UserError, match=r"splash .* TPUs, and this is a gpu"):
+        choose("splash", Device("gpu", "9.0"))
+    with pytest.raises(UserError, match="cudnn is not available: it needs an NVIDIA GPU"):
+        choose("cudnn", Device("cpu"))
+
+
+def test_documents_for_cudnn():
+    """As its function wants them: lengths and beginnings, -1 where a row has fewer documents than others may have."""
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 0, 0, 0], [1] * 8, [1, 2, 3, 4, 5, 5, 5, 5]], jnp.int32)
+    lengths, offsets, count = documents(segments, 4)
+    assert lengths.tolist() == [[3, 2, 3, -1], [8, -1, -1, -1], [1, 1, 1, 1]]
+    assert offsets.tolist() == [[0, 3, 5, -1, -1], [0, -1, -1, -1, -1], [0, 1, 2, 3, 4]]
+    assert count.tolist() == [3, 1, 5]
+
+
+@pytest.mark.parametrize("pattern, sinks, dtype, head_dim, said", [
+    (Pattern(1.0, softcap=2.0), None, jnp.bfloat16, 64, "softcap"), (Pattern(1.0), jnp.zeros(4), jnp.bfloat16, 64, "sinks"),
+    (Pattern(1.0), None, jnp.float32, 64, "float32"), (Pattern(1.0), None, jnp.bfloat16, 60, "60"),
+])  # fmt: skip
+def test_what_cudnn_cannot(pattern, sinks, dtype, head_dim, said):
+    assert missing_for(Pattern(1.0, window=4), None, jnp.bfloat16, 64) is None
+    assert said in missing_for(pattern, sinks, dtype, head_dim)
+    x = jnp.ones((1, 16, 4, head_dim), dtype)
+    segments = jnp.ones((1, 16), jnp.int32)
+    with pytest.raises(UserError, match=said):
+        attend(x, x, x, segments, segments, 0, pattern, "cudnn", sinks)
+    out = attend(x, x, x, segments, segments, 0, pattern, AUTO_CUDNN, sinks)
+    np.testing.assert_array_equal(out, attend(x, x, x, segments, segments, 0, pattern, "xla", sinks))
+
+
+def test_cudnn_is_called(monkeypatch):
+    """Lowered for an NVIDIA GPU, forward and backward, windowed: the kernel's custom calls, with offsets of packed rows."""
+    from jax._src.cudnn import fused_attention_stablehlo as private
+
+    monkeypatch.setattr(private, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(private, "check_compute_capability", lambda capability: True)
+    q, k = (jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    segments = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+
+    def loss(q, k, v, segments):
+        out = attend(q, k, v, segments, segments, 0, Pattern(0.1, window=100), "cudnn")
+        return jnp.sum(out.astype(jnp.float32))
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, segments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
+    assert "PADDING_CAUSAL" in text and "sliding_window_length" in text

@@ -1,0 +1,91 @@
+"""cuDNN's flash attention on NVIDIA GPUs, with packed documents.
+
+jax.nn.dot_product_attention reaches cuDNN but cannot say where documents begin; the function below it can, by offsets and
+lengths of at most `DOCUMENTS` documents a row, on Hopper and later. It is private to JAX, so its absence is an answer here and
+not a crash. Keys and values are repeated for their query heads because JAX before 0.12 steps through packed keys with the
+number of query heads.
+
+Legend: B batch, T length, N heads, K kv heads, H head dim, M documents of a row at most.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.models.attention_blockwise import blockwise
+from ftjax.models.pattern import Pattern
+
+DOCUMENTS = 64  # more in one row go through `blockwise`; cuDNN's statistics take M x N x T floats a row
+
+
+def _private():
+    """The module, where this JAX has it and its function takes packed rows."""
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as module
+
+        known = inspect.signature(module.dot_product_attention).parameters
+    except (ImportError, AttributeError):
+        return None
+    needed = {"q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "mask_type", "sliding_window_length", "scale"}
+    return module if needed <= set(known) else None
+
+
+def missing_here(device: jax.Device) -> str | None:
+    """Why cuDNN's attention cannot be used on this device, or None."""
+    if device.platform not in ("gpu", "cuda"):
+        return "it needs an NVIDIA GPU"
+    capability = float(getattr(device, "compute_capability", 0))
+    if capability < 9:
+        return f"packed rows need compute capability 9.0 (Hopper) or later, and this GPU has {capability}"
+    return None if _private() else f"jax {jax.__version__} has no cuDNN attention that takes packed rows"
+
+
+def missing_for(pattern: Pattern, sinks: jax.Array | None, dtype, head_dim: int) -> str | None:
+    """Why it cannot compute this layer, or None."""
+    if pattern.softcap is not None:
+        return "it has no softcap"
+    if sinks is not None:
+        return "it has no attention sinks"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 and float16, and model.compute_dtype is {jnp.dtype(dtype).name}"
+    if head_dim % 8 or head_dim > 256:
+        return f"it takes head dimensions that are multiples of 8 up to 256, and this model has {head_dim}"
+    return None
+
+
+def documents(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where the documents of each row lie, padding counted as one more document.
+
+    Args:
+        segments: [B, T] int32; a document is a stretch of equal numbers.
+        most: M.
+
+    Returns:
+        lengths [B, M] and offsets [B, M + 1], int32, -1 where a row has fewer; and how many there are, [B]. Rows with
+        more than M have the first M only.
+    """
+    b, t = segments.shape
+    begins = jnp.concatenate([jnp.ones((b, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    starts = jax.vmap(lambda row: jnp.nonzero(row, size=most + 1, fill_value=t)[0])(begins).astype(jnp.int32)
+    lengths = jnp.diff(starts, axis=1)
+    return jnp.where(lengths > 0, lengths, -1), jnp.where(starts < t, starts, -1), jnp.sum(begins, axis=1)
+
+
+def cudnn(q, k, v, segments, sinks, pattern: Pattern) -> jax.Array:
+    """Self-attention of packed rows: q `[B, T, N, H]`, k and v `[B, T, K, H]`, segments `[B, T]` -> `[B, T, N, H]`."""
+    module = _private()
+    lengths, offsets, count = documents(segments, DOCUMENTS)
+
+    def fused(q, k, v):
+        groups = q.shape[2] // k.shape[2]
+        k, v = (jnp.repeat(x.astype(q.dtype), groups, axis=2) for x in (k, v))
+        return module.dot_product_attention(
+            q, k, v, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=offsets, kv_offsets=offsets, scale=pattern.scale,
+            mask_type=module.MaskType.PADDING_CAUSAL, sliding_window_length=pattern.window,
+        )  # fmt: skip
+
+    def plain(q, k, v):
+        return blockwise(q, k, v, segments, sinks, pattern)
+
+    return jax.lax.cond(jnp.max(count) <= DOCUMENTS, fused, plain, q, k, v)
