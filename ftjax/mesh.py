@@ -9,19 +9,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ftjax.config import MeshConfig
 from ftjax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor", "sequence")
+AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
-# Logical axis -> mesh axes. `None` (and any axis that is not listed) is replicated.
+# Logical axis -> mesh axes. `None` (and any axis that is not listed) is replicated. Of two dimensions of one array that lie
+# along the same mesh axis the first has it: experts' weights have whole experts along `expert`, all others their `embed`.
 RULES: dict[str, tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
     "vocab": ("tensor",),
     "loss_vocab": ("tensor", "fsdp"),  # the output projection while the loss is computed (ftjax.objectives.sft)
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    "experts": None,  # every device holds its part of each expert's mlp, not whole experts
+    "experts": ("expert",),
     "layers": None,
     "norm": None,
     "rank": None,
@@ -29,9 +30,9 @@ RULES: dict[str, tuple[str, ...] | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh `(data, fsdp, tensor, sequence)` over all devices.
+    """The mesh of `AXES` over all devices; slices lie along `data`, the axis with the least traffic.
 
-    Raises UserError where the sizes do not multiply to the number of devices.
+    Raises UserError where the sizes do not multiply to the number of devices, or the slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -42,19 +43,41 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     if math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
         raise UserError(f"mesh: {asked} does not use {len(devices)} device(s) exactly; set one axis to -1 to take what is left")
+    if sizes["data"] % config.slices:
+        raise UserError(f"mesh.slices: {config.slices} slices lie along data, and data={sizes['data']} is no multiple of that")
     shape = tuple(sizes[axis] for axis in AXES)
-    if jax.process_count() > 1 or devices[0].platform != "cpu":
-        from jax.experimental import mesh_utils
+    if devices[0].platform == "cpu" and jax.process_count() == 1:
+        return Mesh(np.asarray(devices).reshape(shape), AXES)
+    from jax.experimental import mesh_utils
 
-        grid = mesh_utils.create_device_mesh(shape, devices=devices)
-    else:
-        grid = np.asarray(devices).reshape(shape)
+    if config.slices == 1:
+        return Mesh(mesh_utils.create_device_mesh(shape, devices=devices), AXES)
+    inside = (shape[0] // config.slices, *shape[1:])
+    across = (config.slices, *(1 for _ in shape[1:]))
+    has_slices = hasattr(devices[0], "slice_index")  # GPUs and CPUs have none: a process is the unit instead
+    grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices=devices, process_is_granule=not has_slices)
     return Mesh(grid, AXES)
+
+
+def describe(mesh: Mesh) -> str:
+    """`fsdp=4 x tensor=2`: the axes with more than one device."""
+    return " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+
+
+def _rules(axes: tuple[str | None, ...]) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension; none where it is replicated."""
+    used: set[str] = set()
+    found = []
+    for axis in axes:
+        rule = tuple(name for name in (RULES.get(axis) or () if axis else ()) if name not in used)
+        used.update(rule)
+        found.append(rule)
+    return found
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions have these logical axes."""
-    return PartitionSpec(*(RULES.get(axis) if axis else None for axis in axes))
+    return PartitionSpec(*(rule or None for rule in _rules(axes)))
 
 
 def sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
@@ -62,10 +85,10 @@ def sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | No
 
     Raises UserError, with the nearest sizes that work, where a dimension does not divide by its mesh axes.
     """
-    for size, axis in zip(shape, axes, strict=True):
-        parts = math.prod(mesh.shape[a] for a in (RULES.get(axis) or ())) if axis else 1
+    for size, axis, rule in zip(shape, axes, _rules(axes), strict=True):
+        parts = math.prod(mesh.shape[a] for a in rule)
         if size % parts:
-            mesh_axes = " x ".join(f"{a}={mesh.shape[a]}" for a in RULES[axis])
+            mesh_axes = " x ".join(f"{a}={mesh.shape[a]}" for a in rule if mesh.shape[a] > 1)
             works = [n for n in range(1, parts) if size % n == 0]
             raise UserError(
                 f"{name}: its axis {axis!r} has size {size}, which does not divide by mesh {mesh_axes}; "
@@ -89,20 +112,19 @@ def fitting(mesh: Mesh | jax.sharding.AbstractMesh, axis: str, size: int) -> tup
     return rule if rule and size % math.prod(mesh.shape[name] for name in rule) == 0 else None
 
 
-def constrain(x: jax.Array, *axes: str | None, without: str | None = None) -> jax.Array:
+def constrain(x: jax.Array, *axes: str | None, without: tuple[str, ...] = ()) -> jax.Array:
     """Lay an activation out by its logical axes, under `jax.set_mesh`; a dimension that does not divide stays replicated.
 
     Without a mesh (or with one device) this is the identity.
 
     Args:
-        without: a mesh axis along which the array is whole all the same.
+        without: mesh axes along which the array is whole all the same.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     entries = []
-    for size, axis in zip(x.shape, axes, strict=True):
-        rule = tuple(name for name in RULES.get(axis) or () if name != without) if axis else None
-        fits = rule and size % math.prod(mesh.shape[a] for a in rule) == 0
-        entries.append(rule if fits else None)
+    for size, rule in zip(x.shape, _rules(axes), strict=True):
+        rule = tuple(name for name in rule if name not in without)
+        entries.append(rule if rule and size % math.prod(mesh.shape[name] for name in rule) == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))

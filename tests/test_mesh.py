@@ -2,10 +2,20 @@
 
 import jax
 import pytest
+from jax.sharding import PartitionSpec
+from oracle import Case, hf_config
 
-from ftjax.config import MeshConfig
+from ftjax.config import Config, MeshConfig
 from ftjax.errors import UserError
-from ftjax.mesh import make_mesh, sharding
+from ftjax.mesh import describe, make_mesh, sharding, spec
+from ftjax.models.facts import complete_config
+from ftjax.train.auto_mesh import choose_mesh
+from ftjax.train.setup import build
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return complete_config(hf_config(Case("llama", "llama", {})).to_dict(), "llama")
 
 
 def test_open_axis_takes_the_rest():
@@ -25,3 +35,53 @@ def test_uneven_size_names_parameter_axis_and_what_works():
         sharding(mesh, "model.layers.block.mlp.up_proj.weight", (5, 172, 64), ("layers", "mlp", "embed"))
     for word in ("up_proj", "'mlp'", "172", "tensor=8", "1, 2, 4"):
         assert word in str(error.value)
+
+
+def test_two_dimensions_along_one_axis():
+    """Whole experts along `expert`; every other weight has its embedding dimension there."""
+    assert spec(("experts", "mlp", "embed")) == PartitionSpec(("expert",), ("tensor",), ("fsdp",))
+    assert spec(("mlp", "embed")) == PartitionSpec(("tensor",), ("fsdp", "expert"))
+
+
+def test_slices():
+    mesh = make_mesh(MeshConfig(data=2, slices=2))
+    assert describe(mesh) == "data=2 x fsdp=4"
+    assert [d.id for d in mesh.devices.reshape(2, 4)[0]] == [0, 1, 2, 3], "a slice's devices are together"
+    with pytest.raises(UserError, match=r"2 slices .* data=1"):
+        make_mesh(MeshConfig(slices=2))
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    "devices, memory, training, length, want",
+    [
+        (8, 16 * GB, {"global_batch_size": 16}, 128, {"data": 8, "fsdp": 1}),  # fits everywhere: no weight is ever gathered
+        (8, 200_000, {"global_batch_size": 16}, 128, {"data": 2, "fsdp": 4}),
+        (8, 16 * GB, {"global_batch_size": 2}, 128, {"data": 2, "fsdp": 1, "sequence": 4}),  # too few rows
+        (4, 16 * GB, {"global_batch_size": 8, "gradient_accumulation_steps": 8}, 102, {"fsdp": 1, "tensor": 2, "sequence": 2}),
+    ],
+)  # fmt: skip
+def test_auto(llama, devices, memory, training, length, want):
+    config = Config.model_validate({
+        "model": {"path": "x", "dtype": "float32"}, "data": {"train": "y", "max_length": length}, "training": training,
+        "mesh": "auto", "method": {"name": "full"},
+    })  # fmt: skip
+    chosen, why = choose_mesh(config, build(config, llama)[0], devices, memory)
+    sizes = {axis: getattr(chosen, axis) for axis in ("data", "fsdp", "expert", "tensor", "sequence")}
+    assert sizes == {axis: 1 for axis in sizes} | want, why
+    assert "GB" in why and ("rows of a microbatch over" in why) == (sizes["data"] * sizes["fsdp"] > 1)
+
+
+def test_auto_finds_nothing(llama):
+    config = Config.model_validate(
+        {"model": {"path": "x"}, "data": {"train": "y"}, "mesh": "auto", "training": {"global_batch_size": 3}}
+    )
+    with pytest.raises(UserError, match=r"16 devices .* 3 rows .* multiple of 16"):
+        choose_mesh(config, build(config, llama)[0], 16, GB)
+
+
+def test_auto_beside_sizes():
+    with pytest.raises(ValueError, match=r"mesh.auto chooses .* fsdp"):
+        MeshConfig(auto=True, fsdp=4)

@@ -8,7 +8,7 @@ from ftjax.config.base import Section
 
 DType = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["auto", "xla", "blockwise", "splash", "cudnn"]
-Remat = Literal["auto", "none", "dots", "full"]
+Remat = Literal["auto", "none", "dots", "attention", "full", "offload"]
 
 
 class ModelConfig(Section):

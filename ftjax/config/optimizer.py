@@ -19,7 +19,7 @@ class GroupConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = Field(2e-4, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -32,4 +32,12 @@ class OptimizerConfig(Section):
     decay_ratio: float = Field(0.2, gt=0, le=1, description="share of the steps in which warmup_stable_decay decays")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate over peak")
     loraplus_lr_ratio: float | None = Field(None, gt=0, description="learning rate of lora_B over lora_A (arXiv:2402.12354)")
+    state_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32", description="what AdamW's moments are held in; float32 but while they are used, rounded stochastically"
+    )
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="what trained weights are held in; bfloat16 takes half the memory and rounds updates stochastically",
+    )
+    offload: bool = Field(False, description="hold the moments in the host's memory between updates")
     groups: list[GroupConfig] = Field(default_factory=list)

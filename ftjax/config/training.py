@@ -70,17 +70,27 @@ class TrainingConfig(Section):
 
 
 class MeshConfig(Section):
-    """Devices along each axis; one of data, fsdp, tensor and sequence may be -1, which takes what is left."""
+    """Devices along each axis; one of them may be -1, which takes what is left. `mesh: auto` chooses all but the slices."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    sequence: int = 1
-    slices: int = Field(1, ge=1)
+    data: int = Field(1, description="rows are spread; weights are held by each, slices included")
+    fsdp: int = Field(-1, description="rows are spread, and weights and optimizer too")
+    expert: int = Field(1, description="rows are spread; of a mixture of experts, whole experts")
+    tensor: int = Field(1, description="heads, the feed-forward dimension and the vocabulary are spread")
+    sequence: int = Field(1, description="the tokens of a row are spread")
+    slices: int = Field(1, ge=1, description="TPU slices over the data-centre network; data is a multiple of it")
+    auto: bool = Field(False, description="choose the sizes by devices, model and batch")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        """`mesh: auto` for `mesh: {auto: true}`."""
+        return {"auto": True} if value == "auto" else value
 
     @model_validator(mode="after")
     def _one_open_axis(self) -> "MeshConfig":
-        sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor", "sequence")}
+        if self.auto and (given := sorted(self.model_fields_set - {"auto", "slices"})):
+            raise ValueError(f"mesh.auto chooses the sizes, and {', '.join(given)} is given too; leave out one of them")
+        sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "expert", "tensor", "sequence")}
         wrong = {axis: size for axis, size in sizes.items() if size < 1 and size != -1}
         if wrong:
             raise ValueError(f"an axis has at least one device, or -1 for what is left; found {wrong}")

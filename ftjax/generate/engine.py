@@ -46,7 +46,7 @@ class Engine:
 
     def __init__(self, model: Model, mesh: Mesh, dtype: Any):
         self.model, self.mesh, self.dtype = model, mesh, dtype
-        self.shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
         self.shape = cache_shape(model)
         runner = Runner(model, self.shape, dtype)
         self._prefill = jax.jit(runner.prefill, static_argnames=("slots", "longest", "block", "logprobs"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ftjax.config import Config
+from ftjax.config import Config, MeshConfig
 from ftjax.config.load import load_config
 from ftjax.errors import UserError
 from ftjax.hub.classifier import with_adapters_head
@@ -80,7 +80,7 @@ def find_result(run: Path) -> tuple[Path, Config]:
 def write_merged(adapter: Path, folder: Path, config: Config) -> None:
     """Base and adapter as one model. The base's tensors pass through one at a time, as they are on disk, so neither
     the size of the model nor a quantised run's rounding matters."""
-    mesh = make_mesh(config.mesh.model_copy(update={"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     path = resolve_model(config.model.path, config.model.revision)
     facts, source = with_adapters_tokens(adapter, *open_model(path))
     facts, source = with_adapters_head(adapter, facts, source, config.objective.classes)

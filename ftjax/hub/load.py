@@ -6,7 +6,6 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -48,7 +47,7 @@ def read_facts(path: Path) -> dict:
 
 
 def load_base(model: Model, source: TensorSource, mesh: Mesh, dtype, where: str) -> dict[str, jax.Array]:
-    """Every parameter of the base model: trained ones in float32, frozen ones in `dtype`. `where` is for messages."""
+    """Every parameter of the base model: trained ones in their own dtype, frozen ones in `dtype`. `where` is for messages."""
     base = {path: spec for path, spec in model.specs.items() if not spec.row.adapter}
     check_tied(model, source, where)
     return load_params(base, source, mesh, dtype, where, model.ignored)
@@ -69,7 +68,8 @@ def check_tied(model: Model, source: TensorSource, where: str) -> None:
 def load_params(
     specs: Mapping[str, Spec], source: TensorSource, mesh: Mesh, dtype, where: str, ignored: Sequence[str] = ()
 ) -> dict[str, jax.Array]:
-    """These parameters as sharded arrays: trained ones in float32, frozen ones in `dtype` or quantised, as their row says.
+    """These parameters as sharded arrays: trained ones in their own dtype (float32), frozen ones in `dtype` or
+    quantised, as their row says.
 
     The whole key set is compared first. Raises UserError that lists missing, unused and misshapen tensors.
     """
@@ -82,8 +82,8 @@ def load_params(
 
 
 def stored(spec: Spec, dtype) -> Spec:
-    """A parameter in the dtype in which a run holds it: trained ones are float32 masters, frozen ones are in `dtype`."""
-    return spec.astype(jnp.float32 if spec.row.trainable else dtype)
+    """A parameter in the dtype in which a run holds it: a trained one's is its own, frozen ones are in `dtype`."""
+    return spec if spec.row.trainable else spec.astype(dtype)
 
 
 def abstract_param(spec: Spec, mesh: Mesh, dtype) -> jax.ShapeDtypeStruct | Quantized:

@@ -67,7 +67,7 @@ class Context:
         segment_ids: [B, T] int32, the document of each token in its row; 0 is padding.
         dtype: of activations and matrix products.
         attention: the attention backend (`ftjax.models.attention.choose`).
-        remat: what a block recomputes in its backward pass: `none`, `dots` or `full`.
+        remat: what a block keeps for its backward pass (`ftjax.models.stack.REMAT_POLICIES`), or `none` to keep all.
         dropout: key of this layer's dropout masks; None outside of training.
         rope: what the family's position embedding prepared once for all layers.
         prefix: what every document can see before itself (`ftjax.models.virtual`); or None.

@@ -12,25 +12,26 @@ import jax
 from ftjax.mesh import constrain
 
 Axes = tuple[str | None, ...]
+CUT = ("fsdp", "expert")  # the mesh axes along which dense weights are cut to save memory
 
 
 def fully_sharded() -> bool:
-    """Whether parameters are cut along `fsdp` here."""
+    """Whether parameters are cut along `fsdp` (or `expert`) here."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape.get("fsdp", 1) > 1
+    return not mesh.empty and any(mesh.shape.get(axis, 1) > 1 for axis in CUT)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gathered(weight: jax.Array, axes: Axes) -> jax.Array:
-    """A weight (or activations) with these logical axes, whole along `fsdp`; the gradient is reduced into the parts."""
-    return constrain(weight, *axes, without="fsdp")
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(weight: jax.Array, axes: Axes, over: tuple[str, ...] = CUT) -> jax.Array:
+    """A weight (or activations) with these logical axes, whole along `over`; the gradient is reduced into the parts."""
+    return constrain(weight, *axes, without=over)
 
 
-def _forward(weight: jax.Array, axes: Axes) -> tuple[jax.Array, None]:
-    return gathered(weight, axes), None
+def _forward(weight: jax.Array, axes: Axes, over: tuple[str, ...]) -> tuple[jax.Array, None]:
+    return gathered(weight, axes, over), None
 
 
-def _backward(axes: Axes, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _backward(axes: Axes, over: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
     return (constrain(gradient, *axes),)
 
 

@@ -90,23 +90,30 @@ def dispatch(
 ) -> jax.Array:
     """`[B, T, D]`: the weighted sum of what the chosen experts make of each token.
 
-    Under a mesh each device takes its own tokens and its part of the experts' `mlp` dimension; partial sums are added
-    over the devices that share the tokens.
+    Under a mesh each device has its own tokens, whole experts of its own along `expert`, and its part of the experts' `mlp`
+    dimension. Devices along `expert` gather their tokens, each lets its experts work on all of them, and the results are
+    added while they are scattered back; partial sums of `mlp` are added over the devices that share the tokens.
 
     Args:
-        axes: logical axes of each parameter; only `mlp` stays distributed, the rest is gathered.
+        axes: logical axes of each parameter; `experts` and `mlp` stay distributed, the rest is gathered.
     """
     experts = next(iter(params.values())).shape[0]
 
-    def local(x, chosen, weights, params, once=1):
+    def local(x, chosen, weights, params, once=1, first=0):
+        """With the experts from `first` on that `params` holds; tokens of others get nothing."""
         b, t, d = x.shape
         k = chosen.shape[-1]
-        owner = chosen.reshape(-1)
+        here = next(iter(params.values())).shape[0]
+        owner = chosen.reshape(-1) - first
+        if here < experts:
+            owner = jnp.where((owner < 0) | (owner >= here), here, owner)
         order = jnp.argsort(owner)
-        sizes = jnp.bincount(owner, length=experts).astype(jnp.int32)
+        sizes = jnp.bincount(owner, length=here + 1)[:here].astype(jnp.int32)
         rows = jnp.broadcast_to(x.reshape(b * t, 1, d), (b * t, k, d)).reshape(-1, d)
         rows = rows.at[order].get(unique_indices=True)
-        y = feedforward(Group(rows, sizes, owner[order], once), params)
+        y = feedforward(Group(rows, sizes, jnp.minimum(owner[order], here - 1), once), params)
+        if here < experts:
+            y = jnp.where((owner[order] < here)[:, None], y, 0)
         y = y.at[jnp.argsort(order)].get(unique_indices=True).reshape(b, t, k, d)
         return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=2)
 
@@ -117,17 +124,31 @@ def dispatch(
     token = PartitionSpec(fitting(mesh, "batch", x.shape[0]), fitting(mesh, "length", x.shape[1]), None)
     places = {
         name: PartitionSpec(
-            *(fitting(mesh, axis, size) if axis == "mlp" else None for axis, size in zip(axes[name], leaf.shape, strict=True))
+            *(
+                fitting(mesh, axis, size) if axis in ("experts", "mlp") else None
+                for axis, size in zip(axes[name], leaf.shape, strict=True)
+            )
         )
         for name, leaf in params.items()
     }
-    over = next((part for place in places.values() for part in place if part), None)
+    over = next((part for place in places.values() for part in place[1:] if part), None)
+    spread = mesh.shape["expert"] > 1 and fitting(mesh, "experts", experts) is not None
+    gathers = spread and token[0] is not None
 
     def shard(x, chosen, weights, params):
-        if over is None:
-            return local(x, chosen, weights, params).astype(x.dtype)
-        y = local(x, chosen, weights, params, jax.lax.axis_index(over) == 0)
-        return jax.lax.psum(y, over).astype(x.dtype)
+        first = 0
+        if spread:
+            first = jax.lax.axis_index("expert") * next(iter(params.values())).shape[0]
+        if gathers:
+            x, chosen, weights = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, chosen, weights))
+        y = local(x, chosen, weights, params, 1 if over is None else jax.lax.axis_index(over) == 0, first)
+        if over is not None:
+            y = jax.lax.psum(y, over)
+        if gathers:
+            y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+        elif spread:
+            y = jax.lax.psum(y, "expert")
+        return y.astype(x.dtype)
 
     # Without JAX's check of what varies over which axis: jax 0.12 cannot type the exact GELU's erf under it.
     mapped = jax.shard_map(shard, mesh=mesh, in_specs=(token, token, token, places), out_specs=token, check_vma=False)

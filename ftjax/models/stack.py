@@ -8,13 +8,26 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.context import Context, KVCache
 from ftjax.models.param import variables
+from ftjax.models.pattern import SAVED
 
+BLOCK_INPUT = "block_input"
+
+# What a layer keeps for its backward pass: nothing but its input (full), that in the host's memory (offload), what attention
+# gave as well (attention), or every matrix product (dots).
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -151,6 +164,8 @@ class Stack(nnx.Module):
                     whole = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False), whole)
                     block = nnx.merge(split[name][0], state, whole)
                     key = None if keys is None else keys[i]
+                    if ctx.remat == "offload":
+                        x = checkpoint_name(x, BLOCK_INPUT)
                     return block(x, replace(ctx, dropout=key), self.kinds[start + i], start + group * width + i, cache)
 
                 x, cache, aux = carry

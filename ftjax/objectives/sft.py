@@ -68,6 +68,7 @@ def output_projection(model: Model, params: Mapping[str, jax.Array]) -> tuple[di
 
     def arrange(hidden, targets, weights):
         rows = "batch", "length"
-        return gathered(hidden, (*rows, None)), *(constrain(x, *rows, without="fsdp") for x in (targets, weights))
+        over = ("fsdp",)
+        return gathered(hidden, (*rows, None), over), *(constrain(x, *rows, without=over) for x in (targets, weights))
 
     return {path: lay_out(path) for path in own}, arrange if divides else as_it_is

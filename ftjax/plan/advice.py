@@ -11,7 +11,7 @@ def advice(plan: Plan, made: Design) -> list[str]:
 
 def _to_fit(plan: Plan, made: Design) -> list[str]:
     config, memory = made.config, plan.memory
-    shards = plan.mesh["data"] * plan.mesh["fsdp"]
+    shards = plan.mesh["data"] * plan.mesh["fsdp"] * plan.mesh["expert"]
     rows = plan.rows // plan.microbatches // shards
     state = sum(memory[kind] for kind in ("weights", "trained", "optimizer"))
     lines = []
@@ -35,7 +35,7 @@ def _to_fit(plan: Plan, made: Design) -> list[str]:
 def _to_speed_up(plan: Plan) -> list[str]:
     if not plan.seconds or plan.bound == "matrix units":
         return []
-    shards = plan.mesh["data"] * plan.mesh["fsdp"]
+    shards = plan.mesh["data"] * plan.mesh["fsdp"] * plan.mesh["expert"]
     if plan.bound in ("ICI", "DCN"):
         return [
             f"bound by {plan.bound}: more rows for each gathered parameter hide it; training.global_batch_size "

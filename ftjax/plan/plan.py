@@ -17,14 +17,13 @@ from ftjax.errors import UserError
 from ftjax.flops import train_flops
 from ftjax.hub.fetch import resolve_config
 from ftjax.hub.load import read_facts
-from ftjax.mesh import make_mesh
 from ftjax.plan.advice import advice
 from ftjax.plan.arithmetic import program_flops
 from ftjax.plan.hlo import Program
 from ftjax.plan.result import Plan
 from ftjax.plan.roofline import seconds, traffic
 from ftjax.plan.topology import Topology
-from ftjax.train.setup import Design, compile_steps, design
+from ftjax.train.setup import Design, compile_steps, design, mesh_of
 
 STEPS = 1000  # of the schedule; the program is the same for any
 DAY = 86400
@@ -71,8 +70,9 @@ def design_for(config: Config, topology: Topology) -> Design:
     """The design of a run on these chips, from config.json alone."""
     facts = read_facts(resolve_config(config.model.path, config.model.revision))
     devices = topology.devices()
-    mesh = make_mesh(config.mesh, devices)
-    return design(config, facts, mesh, int(_limit(topology, mesh)) if topology.chip else None)
+    memory = int(_limit(topology, devices[0])) if topology.chip else None
+    mesh, _ = mesh_of(config, facts, devices, memory)
+    return design(config, facts, mesh, memory)
 
 
 def trace_step(made: Design) -> tuple[Any, tuple]:
@@ -90,8 +90,8 @@ def shard_bytes(values: Any) -> float:
     )
 
 
-def _limit(topology: Topology, mesh: Mesh) -> float:
-    return topology.chip.hbm * topology.chip.share(mesh.devices.flat[0])
+def _limit(topology: Topology, device: Any) -> float:
+    return topology.chip.hbm * topology.chip.share(device)
 
 
 def _describe(made: Design, topology: Topology, memory: dict[str, float], flops: float) -> Plan:
@@ -112,7 +112,7 @@ def _describe(made: Design, topology: Topology, memory: dict[str, float], flops:
         microbatches=options.gradient_accumulation_steps,
         max_length=config.data.max_length,
         memory=memory,
-        limit=_limit(topology, made.mesh) if topology.chip else None,
+        limit=_limit(topology, made.mesh.devices.flat[0]) if topology.chip else None,
         fits=None,
         flops=flops,
         needed_flops=needed.per_token(config.data.max_length) * options.global_batch_size * config.data.max_length,

@@ -15,6 +15,8 @@ import optax
 from ftjax.config import OptimizerConfig
 from ftjax.errors import UserError
 from ftjax.models.param import Spec
+from ftjax.train.moments import scale_by_held_adam
+from ftjax.train.place import on_the_host
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -49,13 +51,28 @@ def make_optimizer(config: OptimizerConfig, specs: Mapping[str, Spec], steps: in
     decay = {path: _per_layer(spec, lambda name, s=spec: _decay(config, name, s)) for path, spec in specs.items()}
     schedule = make_schedule(config, steps)
     chain = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
-    chain.append(optax.scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_epsilon))
+    moments = _moments(config)
+    chain.append(on_the_host(moments) if config.offload else moments)
     if any(np.any(value) for value in decay.values()):
         chain.append(optax.stateless(lambda updates, params: {k: u + decay[k] * params[k] for k, u in updates.items()}))
     if any(np.any(value != 1) for value in rate.values()):
         chain.append(optax.stateless(lambda updates, params: {k: u * rate[k] for k, u in updates.items()}))
     chain.append(optax.scale_by_learning_rate(schedule))
     return optax.chain(*chain)
+
+
+def _moments(config: OptimizerConfig) -> optax.GradientTransformation:
+    """What a gradient is divided by.
+
+    Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) as transformers' Trainer sets it up: no first moment, no relative
+    step, updates clipped to a root mean square of 1 for each layer; matrices of at least 128 x 128 are factored.
+    """
+    if config.name == "adafactor":
+        return optax.chain(optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0))
+    b1, b2, eps = config.adam_beta1, config.adam_beta2, config.adam_epsilon
+    if config.state_dtype == "float32":
+        return optax.scale_by_adam(b1, b2, eps)
+    return scale_by_held_adam(b1, b2, eps, config.state_dtype)
 
 
 def frozen_by_groups(config: OptimizerConfig, specs: Mapping[str, Spec]) -> set[str]:

@@ -17,7 +17,7 @@ SHARE = 0.5  # of the device's memory may go to activations
 def choose_remat(
     sums_fn: SumsFn, runtime: Runtime, model: Model, dtype: Any, rows: int, length: int, memory: int | None = None
 ) -> str:
-    """`none`, `dots` or `full`: what is asked for, or the first whose saved activations fit.
+    """What is asked for, or the first of `none`, `dots`, `attention` and `full` whose saved activations fit: the fastest.
 
     The size is exact: the bytes of everything that the backward pass of one device's microbatch keeps, from shapes alone.
 
@@ -30,7 +30,11 @@ def choose_remat(
         return runtime.remat
     budget = SHARE * (memory or device_memory())
     return next(
-        (policy for policy in ("none", "dots") if saved_bytes(sums_fn, runtime, model, dtype, policy, rows, length) < budget),
+        (
+            policy
+            for policy in ("none", "dots", "attention")
+            if saved_bytes(sums_fn, runtime, model, dtype, policy, rows, length) < budget
+        ),
         "full",
     )
 

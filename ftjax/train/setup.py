@@ -5,7 +5,8 @@ what `ftjax plan` compiles for chips that are not there, and what a run loads we
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,8 +35,9 @@ from ftjax.models.model import Model, build_module
 from ftjax.models.param import variables
 from ftjax.models.quantized_linear import quantise
 from ftjax.objectives import classification, sft
+from ftjax.train.auto_mesh import choose_mesh
 from ftjax.train.optimizer import frozen_by_groups, make_optimizer, make_schedule
-from ftjax.train.remat import choose_remat
+from ftjax.train.remat import choose_remat, device_memory
 from ftjax.train.step import Runtime, SumsFn, TrainState, abstract_state, init_state, make_eval_step, make_train_step
 
 
@@ -49,8 +51,13 @@ class Design:
     runtime: Runtime
 
     @property
+    def shards(self) -> int:
+        """Devices over which the tokens of a batch lie."""
+        return math.prod(self.mesh.shape[axis] for axis in ("data", "fsdp", "expert", "sequence"))
+
+    @property
     def sums_fn(self) -> SumsFn:
-        return partial(_sums, self.model, self.config.objective.loss_chunk, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        return partial(_sums, self.model, self.config.objective.loss_chunk, self.shards)
 
     def trained_line(self) -> str:
         """PEFT's line: `trainable params: X || all params: Y || trainable%: Z`."""
@@ -93,12 +100,13 @@ class Setup(Design):
     source: Path  # the base model's folder or file
     params: dict[str, jax.Array]  # trained
     frozen: dict[str, jax.Array]
+    mesh_reason: str | None = None  # where `mesh: auto` chose
 
 
-def _sums(model, chunk, batch_shards, trainable, frozen, batch, ctx):
-    """`loss_chunk` counts the tokens of one device; the rows of a batch lie on several."""
+def _sums(model, chunk, shards, trainable, frozen, batch, ctx):
+    """`loss_chunk` counts the tokens of one device; those of a batch lie on several."""
     objective = classification if classes_of(model.config) else sft
-    return objective.sums(model, trainable, frozen, batch, ctx, chunk * batch_shards)
+    return objective.sums(model, trainable, frozen, batch, ctx, chunk * shards)
 
 
 def build(config: Config, facts: Mapping[str, Any]) -> tuple[Model, Config]:
@@ -116,10 +124,29 @@ def build(config: Config, facts: Mapping[str, Any]) -> tuple[Model, Config]:
         quantise(root, config.model.quantization)
     model = Model.of(root, facts)
     frozen = frozen_by_groups(config.optimizer, model.trainable)
+    held = jnp.dtype(config.optimizer.param_dtype)
     for name, variable in variables(root):
         if name in frozen:
             variable.set_metadata("row", dataclasses.replace(variable.row, trainable=False))
-    return (Model.of(root, facts) if frozen else model), config
+        elif variable.row.trainable:
+            variable.set_value(jax.ShapeDtypeStruct(variable.get_value().shape, held))
+    return Model.of(root, facts), config
+
+
+def mesh_of(
+    config: Config, facts: Mapping[str, Any], devices: Sequence[Any] | None = None, memory: int | None = None
+) -> tuple[Mesh, str | None]:
+    """The mesh that the configuration asks for, and why, where it is left to `mesh: auto`.
+
+    Args:
+        devices: where they are not this process's.
+        memory: bytes of one of them.
+    """
+    if not config.mesh.auto:
+        return make_mesh(config.mesh, *([] if devices is None else [devices])), None
+    devices = jax.devices() if devices is None else devices
+    chosen, why = choose_mesh(config, build(config, facts)[0], len(devices), memory or device_memory())
+    return make_mesh(chosen, devices), why
 
 
 def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | None = None) -> Design:
@@ -138,20 +165,25 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
             "model has learned"
         )
     rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.data.max_length % mesh.shape["sequence"]:
+        raise UserError(
+            f"data.max_length: {config.data.max_length} tokens do not divide by mesh sequence={mesh.shape['sequence']}; "
+            "choose a multiple of it"
+        )
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
     runtime = Runtime(
         jnp.dtype(config.model.compute_dtype), choose(config.model.attention, mesh.devices.flat[0]), config.model.remat
     )
     made = Design(config, mesh, model, runtime)
     dtype, rows = jnp.dtype(config.model.dtype), max(1, rows // shards)
-    remat = choose_remat(made.sums_fn, runtime, model, dtype, rows, config.data.max_length, memory)
+    length = max(1, config.data.max_length // mesh.shape["sequence"])
+    remat = choose_remat(made.sums_fn, runtime, model, dtype, rows, length, memory)
     made.runtime = dataclasses.replace(runtime, remat=remat)
     return made
 
 
 def prepare(config: Config) -> Setup:
     """Build, shard and load. Raises UserError for anything in the configuration or the files that is wrong."""
-    mesh = make_mesh(config.mesh)
     path = resolve_model(config.model.path, config.model.revision)
     facts, source = open_model(path)
     adapter = getattr(config.method, "adapter_path", None)
@@ -160,6 +192,7 @@ def prepare(config: Config) -> Setup:
     had = facts["vocab_size"]
     facts, source = with_new_tokens(config.model, facts, source)
     facts, source = with_objectives_head(config, facts, source)
+    mesh, why = mesh_of(config, facts)
     made = design(config, facts, mesh)
     config, model = made.config, made.model
     if config.model.adds_tokens:
@@ -174,7 +207,7 @@ def prepare(config: Config) -> Setup:
 
         params = start_adapter(model, base, config.method, mesh, config.training.seed, tokenize)
     params, frozen = tree.split({**base, **params}, lambda name: model.specs[name].row.trainable)
-    return Setup(config, mesh, model, made.runtime, path, params, frozen)
+    return Setup(config, mesh, model, made.runtime, path, params, frozen, why)
 
 
 def compile_steps(setup: Design, steps: int) -> tuple[Any, Any, optax.GradientTransformation, Any]:

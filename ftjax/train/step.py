@@ -13,6 +13,8 @@ import optax
 
 from ftjax.models.context import Context
 from ftjax.objectives.loss import Sums
+from ftjax.train.place import along, moved, on_host
+from ftjax.train.rounding import to_bfloat16
 
 
 class TrainState(NamedTuple):
@@ -75,19 +77,35 @@ def make_train_step(sums_fn: SumsFn, optimizer: optax.GradientTransformation, ru
                 more = grads_of(state.params, frozen, micro, jax.random.fold_in(key, number))
                 return jax.tree.map(jnp.add, carry, more), None
 
-            zeros = jax.tree.map(jnp.zeros_like, state.params), Sums(*(jnp.zeros((), jnp.float32),) * 3)
+            zeros = as_float32(jax.tree.map(jnp.zeros_like, state.params)), Sums(*(jnp.zeros((), jnp.float32),) * 3)
             (grads, sums), _ = jax.lax.scan(body, zeros, (batch, jnp.arange(count)))
         weight = jnp.maximum(sums.weight, 1e-9)
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: g / weight, as_float32(grads))
         loss, grad_norm = sums.loss / weight, optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+        old = state._replace(opt_state=moved(state.opt_state, jax.memory.Space.Device))
+        updates, opt_state = optimizer.update(grads, old.opt_state, as_float32(old.params))
+        new = TrainState(_updated(old.params, updates, old.step), opt_state, old.step + 1)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limit)
-        new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+        new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+        new = new._replace(opt_state=moved(new.opt_state, jax.memory.Space.Host))
         tokens = jnp.sum(batch["segment_ids"] > 0)
         return new, StepMetrics(loss, sums.weight, tokens, grad_norm, optax.tree.norm(updates), good)
 
     return step
+
+
+def as_float32(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What the optimizer sees, whatever weights are held in."""
+    return {path: leaf.astype(jnp.float32) for path, leaf in params.items()}
+
+
+def _updated(params: dict[str, jax.Array], updates: Mapping[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
+    """The sum; in bfloat16 it is rounded stochastically, because most updates are smaller than its resolution."""
+    new = {path: leaf.astype(jnp.float32) + updates[path] for path, leaf in params.items()}
+    return {
+        path: to_bfloat16(leaf, step) if params[path].dtype == jnp.bfloat16 else leaf.astype(params[path].dtype)
+        for path, leaf in new.items()
+    }
 
 
 def make_eval_step(sums_fn: SumsFn, runtime: Runtime):
@@ -103,7 +121,7 @@ def init_state(params: dict[str, jax.Array], optimizer: optax.GradientTransforma
     """The state before the first update."""
     abstract = abstract_state(params, optimizer)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
-    opt_state = jax.jit(optimizer.init, out_shardings=placed)(params)
+    opt_state = jax.jit(lambda params: optimizer.init(as_float32(params)), out_shardings=placed)(params)
     return TrainState(params, opt_state, jax.device_put(jnp.int32(0), abstract.step.sharding))
 
 
@@ -116,10 +134,9 @@ def abstract_state(params: Mapping[str, Any], optimizer: optax.GradientTransform
     shardings = jax.tree.map(lambda leaf: leaf.sharding, dict(params))
     example = next(iter(shardings.values()))
     everywhere = jax.sharding.NamedSharding(example.mesh, jax.sharding.PartitionSpec())
-    shapes = jax.eval_shape(optimizer.init, params)
-    placed = optax.tree.map_params(
-        optimizer, lambda _, where: where, shapes, shardings, transform_non_params=lambda _: everywhere
-    )
+    shapes = jax.eval_shape(lambda params: optimizer.init(as_float32(params)), dict(params))
+    placed = optax.tree.map_params(optimizer, along, shapes, shardings, transform_non_params=lambda _: everywhere)
+    placed = on_host(placed, shapes)
 
     def at(leaf, where):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

@@ -43,7 +43,14 @@ def test_any_split_is_the_same(folder, method, on_one_device):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "mesh",
-    [{"data": 8, "fsdp": 1}, {"data": 1, "fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    [
+        {"data": 8, "fsdp": 1},
+        {"data": 1, "fsdp": 8},
+        {"fsdp": 4, "tensor": 2},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"fsdp": 2, "sequence": 4},
+        {"fsdp": 2, "tensor": 2, "sequence": 2},
+    ],
     ids=lambda mesh: "-".join(f"{axis}{size}" for axis, size in mesh.items()),
 )
 def test_every_mesh_is_one_device(folder, method, mesh, monkeypatch):
@@ -59,7 +66,7 @@ def test_every_mesh_is_one_device(folder, method, mesh, monkeypatch):
     np.testing.assert_allclose([m.loss for m in sharded], [m.loss for m in alone], rtol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "full", "offload"])
 def test_remat_changes_memory_only(folder, remat, on_one_device):
     batches = [make_batch(8, 32, 96)]
     config = make_config(folder, method=METHODS["full"])
@@ -69,6 +76,70 @@ def test_remat_changes_memory_only(folder, remat, on_one_device):
     np.testing.assert_allclose(other[0].grad_norm, plain[0].grad_norm, rtol=1e-5)
     for path, value in params.items():
         np.testing.assert_allclose(other_params[path], value, atol=2e-5)
+
+
+def test_remat_keeps_less(folder, on_one_device):
+    """In the order in which `auto` tries them; attention's output is what `attention` keeps beside a layer's input."""
+    import jax.numpy as jnp
+
+    from ftjax.train.remat import saved_bytes
+
+    setup = prepare(make_config(folder))
+    policies = ("none", "dots", "attention", "full")
+    kept = [saved_bytes(setup.sums_fn, setup.runtime, setup.model, jnp.float32, policy, 2, 32) for policy in policies]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
+    facts = setup.model.config
+    heads, layers = facts["num_attention_heads"], facts["num_hidden_layers"]
+    assert kept[2] - kept[3] == 4 * 2 * 32 * layers * (heads * facts["head_dim"] + heads)  # and its log-sum-exp
+
+
+SAVING = [
+    {"state_dtype": "bfloat16"}, {"state_dtype": "int8"}, {"offload": True},
+    {"param_dtype": "bfloat16", "state_dtype": "bfloat16"},
+    {"name": "adafactor"}, {"name": "adafactor", "offload": True},
+]  # fmt: skip
+
+
+MESH = {"fsdp": 4, "tensor": 2}
+FAST = {"learning_rate": 3e-3, "lr_scheduler_type": "constant"}
+
+
+@pytest.fixture(scope="module")
+def plain_adamw(folder):
+    """Metrics of AdamW in float32."""
+    batches = [make_batch(8, 32, 96)] * 12
+    return run_steps(prepare(make_config(folder, method=METHODS["full"], optimizer=FAST, mesh=MESH)), batches)[0]
+
+
+@pytest.mark.parametrize("options", SAVING, ids=lambda o: "-".join(map(str, o.values())))
+def test_optimizers_that_save_memory(folder, options, plain_adamw):
+    """Sharded, they learn like AdamW in float32; the state lies where and as it is meant to."""
+    import jax
+    import jax.numpy as jnp
+
+    from ftjax.train.setup import new_state
+
+    batches, want = [make_batch(8, 32, 96)] * len(plain_adamw), plain_adamw
+    setup = prepare(make_config(folder, method=METHODS["full"], optimizer={**FAST, **options}, mesh=MESH))
+    got, _ = run_steps(setup, batches)
+    fall = float(want[0].loss - want[-1].loss)
+    assert fall > 0.5 and all(m.good for m in got)
+    np.testing.assert_allclose(got[0].loss, want[0].loss, rtol=3e-3 if "param_dtype" in options else 1e-5)
+    if options == {"offload": True}:
+        np.testing.assert_allclose([m.loss for m in got], [m.loss for m in want], rtol=1e-6)
+    else:
+        assert float(got[0].loss - got[-1].loss) > 0.85 * fall
+
+    from ftjax.train.setup import compile_steps
+
+    state = new_state(setup, compile_steps(setup, 1)[2])
+    arrays = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    kinds = {leaf.sharding.memory_kind for leaf in arrays}
+    assert (kinds == {"pinned_host"}) == options.get("offload", False)
+    size = sum(leaf.nbytes for leaf in arrays) / sum(leaf.size for leaf in state.params.values())
+    limit = {"float32": 8.0, "bfloat16": 4.0, "int8": 2.6}[options.get("state_dtype", "float32")]
+    assert size <= (4.1 if options.get("name") else limit)
+    assert {leaf.dtype for leaf in state.params.values()} == {jnp.dtype(options.get("param_dtype", "float32"))}
 
 
 def test_bad_update_is_not_applied(folder, on_one_device):

@@ -1,0 +1,112 @@
+"""`mesh: auto`: which axes the devices go to.
+
+All ways to divide the devices among data, fsdp, tensor and sequence are tried, and those are kept that the batch and every
+parameter divide by. Of these the one is taken that fits the memory with the least communication: rows are spread first,
+because only gradients of what trains are then added; weights are spread no further than memory asks, because each layer gathers
+them; the tokens of a row after that, and last the matrices, whose results have to be added in every layer.
+"""
+
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import AbstractMesh
+
+from ftjax.config import Config, MeshConfig
+from ftjax.errors import UserError
+from ftjax.mesh import AXES, sharding
+from ftjax.models.model import Model
+
+ROOM = 0.8  # of a device's memory; the rest is for what is alive within a layer
+
+
+def choose_mesh(config: Config, model: Model, devices: int, memory: int) -> tuple[MeshConfig, str]:
+    """Sizes for `config.mesh`, and the reason in a sentence.
+
+    Args:
+        model: with its method attached.
+        devices: in all slices.
+        memory: bytes of one device.
+
+    Raises UserError where nothing divides.
+    """
+    slices = config.mesh.slices
+    if devices % slices:
+        raise UserError(f"mesh.slices: {devices} devices do not divide into {slices} slices")
+    rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
+    length = config.data.max_length
+    state, saved = state_bytes(config, model), _saved_per_token(model)
+    heads = model.config.get("num_attention_heads") or model.config["n_head"]
+    found = []
+    for data, fsdp, tensor, sequence in _divisions(devices // slices):
+        spread = slices * data * fsdp
+        if rows % spread or length % sequence or heads % (tensor * sequence) or not _divides(model, fsdp, tensor):
+            continue
+        need = state / (fsdp * tensor) + saved * (rows // spread) * (length // sequence)
+        fits = need <= ROOM * memory
+        found.append(((not fits, 0 if fits else need, tensor * sequence, tensor, fsdp), (data, fsdp, tensor, sequence), need))
+    if not found:
+        raise UserError(
+            f"mesh: auto finds no division of {devices} devices by which {rows} rows of a microbatch and the model's sizes "
+            f"divide; set training.global_batch_size to a multiple of {devices}, or the sizes of mesh by hand"
+        )
+    (no_room, *_), (data, fsdp, tensor, sequence), need = min(found)
+    chosen = MeshConfig(data=slices * data, fsdp=fsdp, tensor=tensor, sequence=sequence, slices=slices)
+    return chosen, _reason(chosen, rows, state, need, memory, bool(no_room))
+
+
+def state_bytes(config: Config, model: Model) -> int:
+    """Weights, gradients and optimizer state of one whole copy."""
+    held = jax.numpy.dtype(config.optimizer.param_dtype).itemsize
+    moments = {"float32": 8, "bfloat16": 4, "int8": 2}[config.optimizer.state_dtype] if config.optimizer.name == "adamw" else 0
+    moments = 0 if config.optimizer.offload else moments
+    trained = sum(spec.size for spec in model.trainable.values())
+    frozen = sum(
+        leaf.size * leaf.dtype.itemsize
+        for spec in model.frozen.values()
+        for leaf in jax.tree.leaves(spec.abstract if spec.row.quantization else spec.astype(config.model.dtype).abstract)
+    )
+    return trained * (2 * held + moments) + frozen
+
+
+def _saved_per_token(model: Model) -> int:
+    """Bytes that a layer's input takes in bfloat16, for all layers: what remat `full` keeps."""
+    return 2 * max(spec.stacked[0] for spec in model.specs.values() if spec.stacked) * _width(model)
+
+
+def _width(model: Model) -> int:
+    return next(spec.shape[spec.row.axes.index("embed")] for spec in model.specs.values() if "vocab" in spec.row.axes)
+
+
+def _divisions(devices: int) -> Iterator[tuple[int, int, int, int]]:
+    """(data, fsdp, tensor, sequence) whose product is `devices`."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    for fsdp in divisors:
+        for tensor in divisors:
+            for sequence in divisors:
+                if devices % (fsdp * tensor * sequence) == 0:
+                    yield devices // (fsdp * tensor * sequence), fsdp, tensor, sequence
+
+
+def _divides(model: Model, fsdp: int, tensor: int) -> bool:
+    mesh = AbstractMesh(tuple({"fsdp": fsdp, "tensor": tensor}.get(axis, 1) for axis in AXES), AXES)
+    try:
+        for spec in model.specs.values():
+            sharding(mesh, spec.path, spec.shape, spec.row.axes)
+    except UserError:
+        return False
+    return True
+
+
+def _reason(mesh: MeshConfig, rows: int, state: int, need: float, memory: int, too_large: bool) -> str:
+    gb = 1e9
+    parts = []
+    if mesh.fsdp * mesh.tensor > 1:
+        parts.append(f"{state / gb:.1f} GB of weights, gradients and optimizer state are spread over {mesh.fsdp * mesh.tensor}")
+    else:
+        parts.append(f"{state / gb:.1f} GB of weights, gradients and optimizer state fit on each device")
+    if (spread := mesh.data * mesh.fsdp) > 1:
+        parts.append(f"the {rows} rows of a microbatch over {spread}")
+    if mesh.sequence * mesh.tensor > 1:
+        parts.append("the devices that rows are too few or too long for share the tokens of a row or the heads")
+    text = f"{'; '.join(parts)}; about {need / gb:.1f} of {memory / gb:.1f} GB a device"
+    return text + (": too much, so every device that divides is used; expect to run out of memory" if too_large else "")
