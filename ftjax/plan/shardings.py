@@ -45,11 +45,17 @@ def _leaves(value: Any) -> list[tuple[str, Any]]:
 
 
 def _placed(kind: str, name: str, leaf: Any, axes: str) -> Placed:
-    return Placed(kind, name, tuple(leaf.shape), leaf.dtype.name, axes, _text(leaf.sharding.spec), shard_bytes(leaf))
+    return Placed(kind, name, tuple(leaf.shape), leaf.dtype.name, axes, _text(leaf.sharding), shard_bytes(leaf))
 
 
-def _text(spec: Any) -> str:
-    return ", ".join("+".join(entry) if isinstance(entry, tuple) else str(entry or "-") for entry in spec) or "-"
+def _text(where: NamedSharding) -> str:
+    """The mesh axes of each dimension that have more than one device."""
+
+    def names(entry: Any) -> str:
+        axes = entry if isinstance(entry, tuple) else (entry,)
+        return "+".join(axis for axis in axes if axis and where.mesh.shape[axis] > 1) or "-"
+
+    return ", ".join(map(names, where.spec)) or "-"
 
 
 def _activations(closed: ClosedJaxpr, made: Design) -> Iterator[Placed]:

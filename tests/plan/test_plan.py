@@ -155,7 +155,7 @@ def test_shardings_name_every_array(bare):
     rows = shardings(made, traced, inputs)
     named = {row.name: row for row in rows}
     weight = named["model.layers.block.mlp.up_proj.base.weight"]
-    assert (weight.kind, weight.axes, weight.partition) == ("frozen", "layers, mlp, embed", "-, tensor, fsdp")
+    assert (weight.kind, weight.axes, weight.partition) == ("frozen", "layers, mlp, embed", "-, -, fsdp")
     assert weight.bytes == 4 * np.prod(weight.shape) / 8
     assert set(made.model.specs) <= set(named)
     kinds = {row.kind for row in rows}
