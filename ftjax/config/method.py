@@ -38,6 +38,10 @@ class LoraConfig(Section):
     exclude_modules: str | list[str] | None = None
     use_rslora: bool = False
     use_dora: bool = Field(False, description="train each output's magnitude apart from its direction (arXiv:2402.09353)")
+    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = Field(
+        True,
+        description="true: A uniform, B zero; gaussian: A normal with deviation 1/r, B zero; orthogonal: both, with BA = 0",
+    )
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None

@@ -86,7 +86,7 @@ def start_adapter(
         values = method.start(config, model, Start(fetch_from({**base, **params}), tokenize, seed))
         for path, value in values.items():
             where = sharding(mesh, path, value.shape, model.specs[path].row.axes)
-            value = np.asarray(value, np.float32)
+            value = np.asarray(value, model.specs[path].dtype)
             params[path] = jax.make_array_from_callback(value.shape, where, lambda index, value=value: value[index])
     return params
 

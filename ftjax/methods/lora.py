@@ -2,8 +2,8 @@
 
 Scale is `alpha / r`, or `alpha / sqrt(r)` with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). With DoRA (Liu et al. 2024,
 arXiv:2402.09353, eq. 5 and section 4.3) the weight is `m (W + scale * B A) / ||W + scale * B A||`, with a norm for each output
-that is a constant for the gradient. Names, matching rules,
-initialisation and scaling are PEFT's, so that an adapter means the same there and here.
+that is a constant for the gradient. Names, matching rules, initialisation and scaling are PEFT's, so that an adapter means the
+same there and here.
 
 Legend: L layers, I in, O out, R rank (the largest of the layers that are stacked together).
 """
@@ -112,8 +112,9 @@ def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Cal
 
 
 def start(config: LoraConfig, model: Model, begin: Start) -> dict[str, np.ndarray]:
-    """DoRA's magnitudes: the norms of the base weight, to which B = 0 adds nothing."""
-    found = {}
+    """What the rows' initialisers do not give: other beginnings of A and B, and DoRA's magnitudes, the norms of the base
+    weight, to which `B A = 0` adds nothing."""
+    found = {} if config.init_lora_weights is True else _factors(config.init_lora_weights, model, begin.seed)
     for path, spec in model.specs.items():
         layer, is_magnitude, _ = path.rpartition(".lora_magnitude_vector")
         if not is_magnitude:
@@ -124,6 +125,36 @@ def start(config: LoraConfig, model: Model, begin: Start) -> dict[str, np.ndarra
             for index in np.ndindex(spec.stacked)
         ]
         found[path] = np.stack(norms).reshape(spec.shape)
+    return found
+
+
+def _factors(kind: str, model: Model, seed: int) -> dict[str, np.ndarray]:
+    """A and B of all layers as PEFT's `init_lora_weights` of that name draws them.
+
+    `orthogonal`: rows of a random orthogonal matrix alternate between A's and B's mixing, so that `B A = 0` although neither
+    is zero. Raises UserError for an odd rank there.
+    """
+    found = {}
+    for path, spec in model.specs.items():
+        layer, is_a, _ = path.rpartition(".lora_A")
+        if not is_a:
+            continue
+        spec_b = model.specs[f"{layer}.lora_B"]
+        lora_A, lora_B = np.zeros(spec.shape, np.float32), np.zeros(spec_b.shape, np.float32)
+        size_in, size_out = spec.shape[-1], spec_b.shape[-2]
+        for rank, index in zip(spec.row.ranks, np.ndindex(spec.stacked), strict=True):
+            rng = np.random.default_rng((seed, zlib.crc32(path.encode()), *index))
+            if not rank:
+                continue
+            if kind == "gaussian":
+                lora_A[index][:rank] = rng.normal(size=(rank, size_in)) / rank
+                continue
+            if rank % 2:
+                raise UserError(f"method.init_lora_weights: orthogonal needs an even rank, and {layer} has {rank}")
+            q, _ = np.linalg.qr(rng.normal(size=(rank, rank)))
+            lora_A[index][:rank] = (rng.normal(size=(size_in, rank // 2)) @ q[0::2]).T / 10
+            lora_B[index][:, :rank] = rng.normal(size=(size_out, rank // 2)) @ q[1::2] / 10
+        found[path], found[f"{layer}.lora_B"] = lora_A, lora_B
     return found
 
 
@@ -255,6 +286,12 @@ def from_saved(config: LoraConfig, saved: dict) -> LoraConfig:
     odd = [f"{key} = {saved[key]!r}" for key, allowed in neutral.items() if key in saved and saved[key] not in allowed]
     if odd:
         raise UserError(f"{config.adapter_path}: adapter_config.json asks for {', '.join(odd)}, which is not supported")
+    kind = str(saved.get("init_lora_weights")).lower()
+    if kind.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise UserError(
+            f"{config.adapter_path}: adapter_config.json says init_lora_weights = {kind}, which changed the base model as "
+            "well; save it from PEFT as a plain LoRA (path_initial_model_for_weight_conversion) and use that folder"
+        )
     keys = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "rank_pattern")
     keys += ("alpha_pattern", "layers_to_transform", "modules_to_save")
     values = {key: saved[key] for key in keys if saved.get(key) is not None}

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
 from ftjax.hub.load import init_params
-from ftjax.hub.peft import attach_adapter, load_adapter, write_adapter
+from ftjax.hub.peft import attach_adapter, load_adapter, start_adapter, write_adapter
 from ftjax.methods import lora
 
 VARIANTS = {
@@ -122,6 +122,43 @@ def test_step_zero_is_the_base(base):
     a = np.asarray(params["model.layers.block.mlp.down_proj.lora_A"])
     bound = 48**-0.5  # PEFT: kaiming_uniform(a=sqrt(5)) is U(+-1/sqrt(in))
     assert 0.8 * bound < np.abs(a).max() <= bound and abs(a.mean()) < 0.2 * bound
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "orthogonal"])
+def test_other_beginnings(base, kind):
+    """Spread as PEFT's are, and still the base model; layers of other ranks too, and another seed draws others."""
+    hf, folder = base
+    config = LoraConfig(r=16, rank_pattern={"k_proj": 4}, target_modules=["q_proj", "k_proj"], init_lora_weights=kind)
+    model, params = load(folder, lambda root: lora.attach(root, config))
+    new, other = (start_adapter(model, params, config, one_device(), seed, lambda text: []) for seed in (0, 1))
+    ids = tokens(2, 20)
+    np.testing.assert_allclose(logits(model, {**params, **new}, ids), hf_logits(hf, ids), atol=1e-4)
+    theirs = get_peft_model(fresh(folder), PeftLoraConfig(
+        r=16, rank_pattern={"k_proj": 4}, target_modules=["q_proj", "k_proj"], init_lora_weights=kind
+    )).state_dict()  # fmt: skip
+    for path, value in new.items():
+        for piece in model.specs[path].pieces():
+            want = theirs[f"base_model.model.{piece.name}".replace(".weight", ".default.weight")].numpy()
+            got = np.asarray(value[piece.index])
+            assert got.shape == want.shape
+            np.testing.assert_allclose(got.std(), want.std(), rtol=0.2, err_msg=piece.name)
+            if want.any():
+                assert np.abs(got - np.asarray(other[path][piece.index])).max() > 1e-3
+
+
+def test_adapters_that_changed_their_base(base, tmp_path):
+    """PEFT would change the base again before it adds such an adapter; alone its tensors mean nothing."""
+    config = PeftLoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    get_peft_model(fresh(base[1]), config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"pissa, which changed the base model as well.*path_initial_model"):
+        load(base[1], lambda root: attach_adapter(root, tmp_path))
+
+
+def test_orthogonal_needs_an_even_rank(base):
+    config = LoraConfig(r=3, init_lora_weights="orthogonal")
+    model, params = load(base[1], lambda root: lora.attach(root, config))
+    with pytest.raises(UserError, match=r"orthogonal needs an even rank, and .* has 3"):
+        start_adapter(model, params, config, one_device(), 0, lambda text: [])
 
 
 def test_masters_are_float32(base):
