@@ -80,11 +80,12 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
 AUTO_CUDNN = "cudnn, or xla where that cannot"
 
 
-def choose(name: str, device: jax.Device) -> str:
+def choose(name: str, device: jax.Device, devices: int = 1) -> str:
     """The backend for `model.attention` on devices of this kind.
 
     `auto` takes splash on TPUs; cuDNN on GPUs that have it, layer by layer where a layer has something that cuDNN does not;
-    blockwise on CPUs; and the plain XLA one elsewhere, with a warning, because its memory grows with the square of the length.
+    blockwise on a CPU; and the plain XLA one elsewhere: on several CPU devices, which are for trying a mesh and compile faster
+    so, and on other GPUs, with a warning, because its memory grows with the square of the length.
 
     Raises UserError for a backend that does not exist there.
     """
@@ -92,7 +93,7 @@ def choose(name: str, device: jax.Device) -> str:
         if device.platform == "tpu":
             return "splash"
         if device.platform == "cpu":
-            return "blockwise"
+            return "blockwise" if devices == 1 else "xla"
         if reason := missing_here(device):
             warnings.warn(
                 f"attention: xla, whose memory grows with the square of the length; not cudnn: {reason}", stacklevel=2

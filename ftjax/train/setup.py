@@ -172,7 +172,9 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
         )
     shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
     runtime = Runtime(
-        jnp.dtype(config.model.compute_dtype), choose(config.model.attention, mesh.devices.flat[0]), config.model.remat
+        jnp.dtype(config.model.compute_dtype),
+        choose(config.model.attention, mesh.devices.flat[0], mesh.size),
+        config.model.remat,
     )
     made = Design(config, mesh, model, runtime)
     dtype, rows = jnp.dtype(config.model.dtype), max(1, rows // shards)

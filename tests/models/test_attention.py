@@ -114,7 +114,8 @@ class Device:
 
 
 def test_choice_by_device():
-    assert choose("auto", Device("cpu")) == "blockwise" and choose("auto", Device("tpu")) == "splash"
+    assert choose("auto", Device("cpu")) == "blockwise" and choose("auto", Device("cpu"), 8) == "xla"
+    assert choose("auto", Device("tpu")) == choose("auto", Device("tpu"), 8) == "splash"
     assert choose("auto", Device("gpu", "9.0")) == AUTO_CUDNN and choose("cudnn", Device("gpu", "10.0")) == "cudnn"
     with pytest.warns(UserWarning, match=r"attention: xla.*Hopper.*8\.0"):
         assert choose("auto", Device("gpu", "8.0")) == "xla"
