@@ -13,7 +13,8 @@ from ftjax.errors import UserError
 
 # Fields that describe the file, the tokenizer, transformers' own generation or its output types: no effect on logits.
 INERT = {
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id",
+    "_model_name_or_path", "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward",
+    "decoder_start_token_id",
     "dtype", "eos_token_id", "id2label", "initializer_range", "is_llama_config", "keys_to_ignore_at_inference", "label2id",
     "max_length", "max_position_embeddings", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
     "problem_type", "return_dict", "rope_interleaved", "sep_token_id", "task_specific_params", "tokenizer_class",
