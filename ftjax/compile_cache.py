@@ -1,9 +1,12 @@
 """Compiled programs are kept on disk, so that the second start of a run does not compile again."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 
 def keep_compiled_programs() -> None:
@@ -16,3 +19,16 @@ def keep_compiled_programs() -> None:
     folder = Path(os.environ.get("FTJAX_CACHE", Path.home() / ".cache" / "ftjax")) / "xla"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Programs are neither read from disk nor kept: those for devices that are only described cannot be loaded again."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks only once whether there is a cache
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()

@@ -7,11 +7,13 @@ the shapes and shardings that loading would give.
 import math
 import re
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from ftjax.compile_cache import nothing_kept
 from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.flops import train_flops
@@ -48,7 +50,8 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
     }
     plan = _describe(made, topology, memory, program_flops(traced))
     try:
-        compiled = traced.lower().compile()
+        with nothing_kept() if topology.chip else nullcontext():
+            compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         used = _out_of_memory(str(error))
         if used is None:
