@@ -55,7 +55,9 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's: method.r=16", show_default=False),
 ]
 
-
+Target = Annotated[
+    str, typer.Argument(metavar="TARGET", help="A run, a configuration, a model or a PEFT folder.", show_default=False)
+]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a folder or a .gguf file.", show_default=False)]
 Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="A PEFT folder.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)]
@@ -139,10 +141,7 @@ def preview(
 
 @app.command()
 def evaluate(
-    target: Annotated[
-        str,
-        typer.Argument(metavar="TARGET", help="A run, a configuration, a model or a PEFT folder.", show_default=False),
-    ],
+    target: Target,
     overrides: Overrides = None,
     data: Annotated[
         str | None, typer.Option(metavar="PATH", help="What to evaluate on: evaluate.data.", show_default=False)
@@ -187,10 +186,7 @@ def evaluate(
 
 @app.command()
 def check(
-    target: Annotated[
-        str,
-        typer.Argument(metavar="TARGET", help="A run, a configuration, a model or a PEFT folder.", show_default=False),
-    ],
+    target: Target,
     overrides: Overrides = None,
     prompts: Annotated[
         str | None,

@@ -1,6 +1,7 @@
 """Devices in a mesh, and the one table that says which logical axis lies along which mesh axis."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -64,6 +65,11 @@ def describe(mesh: Mesh) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
 
 
+def parts(sizes: Mapping[str, int], *axes: str) -> int:
+    """Into how many parts dimensions with these logical axes are cut by a mesh of these sizes (`mesh.shape`)."""
+    return math.prod(sizes[name] for axis in axes for name in RULES[axis] or ())
+
+
 def _rules(axes: tuple[str | None, ...]) -> list[tuple[str, ...]]:
     """The mesh axes of each dimension; none where it is replicated."""
     used: set[str] = set()
@@ -86,15 +92,15 @@ def sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | No
     Raises UserError, with the nearest sizes that work, where a dimension does not divide by its mesh axes.
     """
     for size, axis, rule in zip(shape, axes, _rules(axes), strict=True):
-        parts = math.prod(mesh.shape[a] for a in rule)
-        if size % parts:
+        count = math.prod(mesh.shape[a] for a in rule)
+        if size % count:
             mesh_axes = " x ".join(f"{a}={mesh.shape[a]}" for a in rule if mesh.shape[a] > 1)
-            works = [n for n in range(1, parts) if size % n == 0]
+            works = [n for n in range(1, count) if size % n == 0]
             raise UserError(
                 f"{name}: its axis {axis!r} has size {size}, which does not divide by mesh {mesh_axes}; "
                 f"sizes that work there: {', '.join(map(str, works))}"
                 + (
-                    f"; or model.pad_vocab_to_multiple_of: {parts}, which makes it {size + -size % parts}"
+                    f"; or model.pad_vocab_to_multiple_of: {count}, which makes it {size + -size % count}"
                     if axis == "vocab"
                     else ""
                 )
@@ -109,7 +115,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def fitting(mesh: Mesh | jax.sharding.AbstractMesh, axis: str, size: int) -> tuple[str, ...] | None:
     """The mesh axes of a logical axis where a dimension of this size divides by them; otherwise None: replicated."""
     rule = RULES.get(axis)
-    return rule if rule and size % math.prod(mesh.shape[name] for name in rule) == 0 else None
+    return rule if rule and size % parts(mesh.shape, axis) == 0 else None
 
 
 def constrain(x: jax.Array, *axes: str | None, without: tuple[str, ...] = ()) -> jax.Array:

@@ -48,4 +48,4 @@ def on_one_device(monkeypatch):
 
     import ftjax.train.setup as setup
 
-    monkeypatch.setattr(setup, "make_mesh", lambda config: one_device())
+    monkeypatch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())

@@ -16,7 +16,7 @@ from ftjax.generate.context import depends_on_length, recomputes_at
 from ftjax.generate.decode import Rules, Runner, State, View
 from ftjax.generate.sample import Sampling
 from ftjax.generate.score import score_step
-from ftjax.mesh import spec
+from ftjax.mesh import parts, spec
 from ftjax.models.cache_shape import cache_shape
 from ftjax.models.context import KVCache
 from ftjax.models.model import Model
@@ -46,7 +46,7 @@ class Engine:
 
     def __init__(self, model: Model, mesh: Mesh, dtype: Any):
         self.model, self.mesh, self.dtype = model, mesh, dtype
-        self.shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+        self.shards = parts(mesh.shape, "batch")
         self.shape = cache_shape(model)
         runner = Runner(model, self.shape, dtype)
         self._prefill = jax.jit(runner.prefill, static_argnames=("slots", "longest", "block", "logprobs"))
@@ -165,7 +165,7 @@ class Engine:
         """Tokens of a prompt that go through the model at a time."""
         if depends_on_length(self.model.config):
             return length
-        heads = self.model.config.get("num_attention_heads") or self.model.config["n_head"]
+        heads = self.model.heads
         return block_length(rows, length, slots, heads)
 
     def _steps_to_switch(self, answers: Sequence[Answer]) -> float:

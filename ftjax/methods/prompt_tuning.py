@@ -74,7 +74,6 @@ def start(config: PromptTuningConfig, model: Model, begin: Start) -> dict[str, n
 def virtual_settings(kind: str, base_model: str, model: Model) -> dict:
     """What adapter_config.json says of virtual tokens that are embeddings."""
     virtual = model.bind({path: spec.abstract for path, spec in model.specs.items()}).virtual
-    heads = model.config.get("num_attention_heads") or model.config.get("n_head")
     return {
         "peft_type": kind,
         "task_type": "CAUSAL_LM",
@@ -83,7 +82,7 @@ def virtual_settings(kind: str, base_model: str, model: Model) -> dict:
         "num_virtual_tokens": virtual.embedding.get_value().shape[0],
         "num_transformer_submodules": 1,
         "num_layers": virtual.shape.layers,
-        "num_attention_heads": heads,
+        "num_attention_heads": model.heads,
         "token_dim": virtual.embedding.get_value().shape[1],
     }
 

@@ -61,6 +61,11 @@ class Model:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, jax.tree.leaves(leaves)))
 
     @property
+    def heads(self) -> int:
+        """Query heads of a layer."""
+        return self.config.get("num_attention_heads") or self.config["n_head"]
+
+    @property
     def trainable(self) -> dict[str, Spec]:
         return tree.split(self.specs, lambda path: self.specs[path].row.trainable)[0]
 

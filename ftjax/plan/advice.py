@@ -1,5 +1,6 @@
 """What to change where a plan does not fit, or is slower than it could be."""
 
+from ftjax.mesh import parts
 from ftjax.plan.result import Plan
 from ftjax.train.setup import Design
 
@@ -11,8 +12,7 @@ def advice(plan: Plan, made: Design) -> list[str]:
 
 def _to_fit(plan: Plan, made: Design) -> list[str]:
     config, memory = made.config, plan.memory
-    shards = plan.mesh["data"] * plan.mesh["fsdp"] * plan.mesh["expert"]
-    rows = plan.rows // plan.microbatches // shards
+    rows = plan.rows // plan.microbatches // parts(plan.mesh, "batch")
     state = sum(memory[kind] for kind in ("weights", "trained", "optimizer"))
     lines = []
     if plan.remat != "full" and memory["temporaries"] > 0.2 * plan.limit:
@@ -21,7 +21,8 @@ def _to_fit(plan: Plan, made: Design) -> list[str]:
         more = plan.microbatches * rows
         lines.append(f"training.gradient_accumulation_steps: {more}: one row of {plan.max_length} tokens at a time and device")
     if plan.mesh["data"] > 1 and state > 0.2 * plan.limit:
-        lines.append(f"mesh: {{data: 1, fsdp: {shards}}}: parameters and moments cut in {shards}, not {plan.mesh['fsdp']}")
+        more = plan.mesh["data"] * plan.mesh["fsdp"]
+        lines.append(f"mesh: {{data: 1, fsdp: {more}}}: parameters and moments cut in {more}, not {plan.mesh['fsdp']}")
     if config.method.name == "full":
         lines.append("method: {name: lora, r: 16}: no moments and gradients for the weights")
     elif config.model.quantization is None and memory["weights"] > 0.2 * plan.limit:
@@ -35,10 +36,10 @@ def _to_fit(plan: Plan, made: Design) -> list[str]:
 def _to_speed_up(plan: Plan) -> list[str]:
     if not plan.seconds or plan.bound == "matrix units":
         return []
-    shards = plan.mesh["data"] * plan.mesh["fsdp"] * plan.mesh["expert"]
     if plan.bound in ("ICI", "DCN"):
+        rows = plan.rows // plan.microbatches / parts(plan.mesh, "batch")
         return [
             f"bound by {plan.bound}: more rows for each gathered parameter hide it; training.global_batch_size "
-            f"{2 * plan.rows}, now {plan.rows // plan.microbatches / shards:g} row(s) a device and microbatch"
+            f"{2 * plan.rows}, now {rows:g} row(s) a device and microbatch"
         ]
     return ["bound by HBM: more rows a device and microbatch, or longer ones, use each weight that is read more often"]

@@ -35,7 +35,7 @@ def choose_mesh(config: Config, model: Model, devices: int, memory: int) -> tupl
     rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
     length = config.data.max_length
     state, saved = state_bytes(config, model), _saved_per_token(model)
-    heads = model.config.get("num_attention_heads") or model.config["n_head"]
+    heads = model.heads
     found = []
     for data, fsdp, tensor, sequence in _divisions(devices // slices):
         spread = slices * data * fsdp

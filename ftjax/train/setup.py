@@ -5,7 +5,6 @@ what `ftjax plan` compiles for chips that are not there, and what a run loads we
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from ftjax.hub.load import abstract_param, load_base, open_model
 from ftjax.hub.peft import attach_adapter, load_adapter, start_adapter
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.hub.vocabulary import refuse_untrained_rows, with_adapters_tokens, with_new_tokens
-from ftjax.mesh import make_mesh, replicated, sharding
+from ftjax.mesh import make_mesh, parts, replicated, sharding
 from ftjax.methods import method_of
 from ftjax.models.attention import choose
 from ftjax.models.classifier import classes_of
@@ -53,7 +52,7 @@ class Design:
     @property
     def shards(self) -> int:
         """Devices over which the tokens of a batch lie."""
-        return math.prod(self.mesh.shape[axis] for axis in ("data", "fsdp", "expert", "sequence"))
+        return parts(self.mesh.shape, "batch", "length")
 
     @property
     def sums_fn(self) -> SumsFn:
@@ -143,7 +142,7 @@ def mesh_of(
         memory: bytes of one of them.
     """
     if not config.mesh.auto:
-        return make_mesh(config.mesh, *([] if devices is None else [devices])), None
+        return make_mesh(config.mesh, devices), None
     devices = jax.devices() if devices is None else devices
     chosen, why = choose_mesh(config, build(config, facts)[0], len(devices), memory or device_memory())
     return make_mesh(chosen, devices), why
@@ -170,14 +169,13 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
             f"data.max_length: {config.data.max_length} tokens do not divide by mesh sequence={mesh.shape['sequence']}; "
             "choose a multiple of it"
         )
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
     runtime = Runtime(
         jnp.dtype(config.model.compute_dtype),
         choose(config.model.attention, mesh.devices.flat[0], mesh.size),
         config.model.remat,
     )
     made = Design(config, mesh, model, runtime)
-    dtype, rows = jnp.dtype(config.model.dtype), max(1, rows // shards)
+    dtype, rows = jnp.dtype(config.model.dtype), max(1, rows // parts(mesh.shape, "batch"))
     length = max(1, config.data.max_length // mesh.shape["sequence"])
     remat = choose_remat(made.sums_fn, runtime, model, dtype, rows, length, memory)
     made.runtime = dataclasses.replace(runtime, remat=remat)

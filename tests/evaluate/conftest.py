@@ -17,7 +17,7 @@ def one_device_here(monkeypatch):
     """Models are loaded on one device, as on most users' machines."""
     import ftjax.evaluate.target as target
 
-    monkeypatch.setattr(target, "make_mesh", lambda config: one_device())
+    monkeypatch.setattr(target, "make_mesh", lambda config, devices=None: one_device())
 
 
 @pytest.fixture
@@ -66,6 +66,6 @@ def run(tiny, rows_file, tmp_path_factory):
         "output_dir": str(folder),
     })  # fmt: skip
     with MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config: one_device())
+        patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
         train(config)
     return folder

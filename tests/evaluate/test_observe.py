@@ -32,7 +32,7 @@ def make_config(tiny, rows_file, out, **over) -> Config:
 
 
 def go(config, monkeypatch):
-    monkeypatch.setattr(setup, "make_mesh", lambda config: one_device())
+    monkeypatch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
     train(config, make_observer=make_observer)
 
 

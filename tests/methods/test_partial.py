@@ -94,9 +94,9 @@ def test_training_is_full_training_whose_other_updates_are_left_out(bases, name,
     settings = {"adam_epsilon": 1e-3, "max_grad_norm": None}
     rest = {**settings, "groups": [{"pattern": pattern}, {"pattern": ".", "learning_rate": 0.0}]}
     if name != "llama":
-        monkeypatch.setattr(making, "make_mesh", lambda _: one_device())
+        monkeypatch.setattr(making, "make_mesh", lambda config, devices=None: one_device())
     part = prepare(make_config(folder, method={"name": "full", **method}, optimizer=settings, mesh={"fsdp": 4, "tensor": 2}))
-    monkeypatch.setattr(making, "make_mesh", lambda _: one_device())
+    monkeypatch.setattr(making, "make_mesh", lambda config, devices=None: one_device())
     whole = prepare(make_config(folder, method={"name": "full"}, optimizer=rest))
     got, want = after(part, batches), after(whole, batches)
     moved = {piece.name for spec in part.model.trainable.values() for piece in spec.pieces()}

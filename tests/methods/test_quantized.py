@@ -246,7 +246,7 @@ def prepare_on_one(config):
     import ftjax.train.setup as setup
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda _: one_device())
+        patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
         return prepare(config)
 
 

@@ -31,7 +31,7 @@ LABELS = ["high", "low", "none"]
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
     for module in (setup, target):
-        monkeypatch.setattr(module, "make_mesh", lambda config: one_device())
+        monkeypatch.setattr(module, "make_mesh", lambda config, devices=None: one_device())
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def whole(model, data, tmp_path_factory):
     import ftjax.train.setup as setup
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config: one_device())
+        patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
         out = tmp_path_factory.mktemp("whole")
         train(config(model, data, out))
     return out
@@ -218,7 +218,7 @@ def test_resume_on_other_devices(model, data, whole, tmp_path, monkeypatch):
     import ftjax.train.setup as setup
 
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config: one_device())
+        patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
         stop_after(patch, 7)
         with pytest.raises(Stop):
             train(config(model, data, tmp_path, method={"name": "lora", "r": 4, "lora_alpha": 8}))
@@ -226,7 +226,7 @@ def test_resume_on_other_devices(model, data, whole, tmp_path, monkeypatch):
     train(config(model, data, tmp_path, method={"name": "lora", "r": 4, "lora_alpha": 8}, mesh=mesh))
     straight = tmp_path / "straight"
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config: one_device())
+        patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
         train(config(model, data, straight, method={"name": "lora", "r": 4, "lora_alpha": 8}))
     np.testing.assert_allclose(list(losses(tmp_path).values()), list(losses(straight).values()), rtol=1e-5)
 

@@ -127,7 +127,7 @@ def whole(settings, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config: one_device())
+        patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
         train(Config.model_validate({**settings, "output_dir": str(out)}))
     assert len(rows(out)) == STEPS
     return out

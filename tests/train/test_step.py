@@ -53,7 +53,7 @@ def alone(request, folder):
 
     batches = [make_batch(8, 32, 96, seed) for seed in range(5)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "make_mesh", lambda config: one_device())
+        patch.setattr(module, "make_mesh", lambda config, devices=None: one_device())
         metrics, _ = run_steps(prepare(make_config(folder, method=METHODS[request.param])), batches)
     return METHODS[request.param], batches, [m.loss for m in metrics]
 
