@@ -193,6 +193,10 @@ def test_code():
     found = code.code(rows, answers, config(num_samples=2, temperature=1.0, pass_at_k=[1, 2]))
     assert [one["outcomes"] for one in found.each] == [["passed", "failed"], ["passed", "passed"]]
     assert found.values() == {"pass@1": 0.75, "pass@2": 1.0, "exact_prefix": 0.25}
+    # A body that begins with an import is a body; what begins at the margin is a program of its own.
+    inside, outside = "    import math\n    return x + x\n", "\nimport math\ndef twice(x):\n    return x + x\n"
+    found = code.code(rows, [[inside, outside]] * 2, config(num_samples=2, temperature=1.0))
+    assert [one["outcomes"] for one in found.each] == [["passed", "passed"]] * 2
     with pytest.raises(UserError, match="needs a column 'test'"):
         code.code(items([("x",)]), [["y"]], config())
 

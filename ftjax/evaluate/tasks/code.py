@@ -63,5 +63,6 @@ def program(item: Item, answer: str) -> str:
         whole = next((block for block in blocks if not entry or re.search(rf"def\s+{re.escape(entry)}\b", block)), None)
         body = whole if whole is not None else prompt + blocks[0]
     else:
-        body = answer if entry and re.match(rf"\s*(?:import|from|def\s+{re.escape(entry)})\b", answer) else prompt + answer
+        whole = entry and re.match(rf"(?:[ \t]*\n)*(?:import|from|def\s+{re.escape(entry)})\b", answer)  # at the margin
+        body = answer if whole else prompt + answer
     return f"{body}\n\n{test}\n" + (f"\ncheck({entry})\n" if entry else "")
