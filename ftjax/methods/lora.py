@@ -25,7 +25,7 @@ from ftjax.methods.save import mark_modules_to_save
 from ftjax.methods.walk import Site, describe, layer_index, linears, matches, refuse_unmatched
 from ftjax.models.classifier import HEAD
 from ftjax.models.context import Context
-from ftjax.models.layers import project, project_sharded
+from ftjax.models.layers import project, project_sharded, widen
 from ftjax.models.model import Model
 from ftjax.models.param import Buffer, Init, Row, param
 from ftjax.models.quantized import Quantized
@@ -61,7 +61,7 @@ class LoraLinear(nnx.Module):
         dropped = self._drop(x, ctx)
         axes_in, axes_out = self.base.axes
         low = project_sharded(dropped, self.lora_A[...], ("rank", axes_in), ctx) * self.scale[...].astype(x.dtype)
-        update = project_sharded(low, self.lora_B[...], (axes_out, "rank"), ctx)
+        update = project_sharded(low, self.lora_B[...], (axes_out, "rank"), ctx, widen)
         if self.lora_magnitude_vector is None:
             return self.base(x, ctx) + update
         y = self.base(x, ctx)

@@ -7,7 +7,7 @@ touched. The backward pass recomputes probabilities from the saved log-sum-exp (
 Legend: B batch, T length, N heads, K kv heads, G = N / K, H head dim, Q queries of a block, S keys up to its end.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -47,7 +47,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _forward_head(pattern: Pattern, q, k, v, segments, sinks):
+def _forward_head(pattern: Pattern, segments, sinks, q, k, v):
     """One key head: q `[G, T, H]`, k and v `[T, H]`, segments `[T]`, sinks `[G]` (-inf: none) -> output `[G, T, H]`,
     log-sum-exp `[G, T]`."""
     outputs, sums = [], []
@@ -63,7 +63,7 @@ def _forward_head(pattern: Pattern, q, k, v, segments, sinks):
     return jnp.concatenate(outputs, axis=1), jnp.concatenate(sums, axis=1)
 
 
-def _backward_head(pattern: Pattern, q, k, v, segments, sinks, o, lse, d_o):
+def _backward_head(pattern: Pattern, segments, sinks, q, o, d_o, k, v, lse):
     delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1)
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for rows, keys in blocks(q.shape[1], pattern.window):
@@ -83,21 +83,41 @@ def _backward_head(pattern: Pattern, q, k, v, segments, sinks, o, lse, d_o):
 
 
 def _by_query(x: jax.Array, kv: int) -> jax.Array:
-    """`[B, T, N, H] -> [B K, G, T, H]`."""
+    """`[B, T, N, H] -> [B, K, G, T, H]`."""
     b, t, n, h = x.shape
-    return x.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b * kv, n // kv, t, h)
+    return x.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4)
 
 
 def _by_key(x: jax.Array) -> jax.Array:
-    """`[B, T, K, H] -> [B K, T, H]`."""
-    b, t, kv, h = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(b * kv, t, h)
+    """`[B, T, K, H] -> [B, K, T, H]`."""
+    return x.transpose(0, 2, 1, 3)
 
 
-def _joined(x: jax.Array, batch: int) -> jax.Array:
+def _joined(x: jax.Array) -> jax.Array:
     """The inverse of `_by_query`."""
-    rows, g, t, h = x.shape
-    return x.reshape(batch, rows // batch, g, t, h).transpose(0, 3, 1, 2, 4).reshape(batch, t, -1, h)
+    b, kv, g, t, h = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(b, t, kv * g, h)
+
+
+def _each_head(run: Callable, segments: jax.Array, sinks: jax.Array | None, queries: tuple, keys: tuple, more: tuple = ()):
+    """`run(segments, sinks, *queries, *keys, *more)` of each key head of each row.
+
+    Rows are the outer loop, so that a row's segments are an operand of the inner one: XLA's CPU kernels compute the mask of
+    scores many times slower where they also have to find the row.
+
+    Args:
+        queries: `[B, T, N, H]`, keys: `[B, T, K, H]`, more: `[B, K, ...]`.
+    """
+    kv, heads = keys[0].shape[2], queries[0].shape[2]
+    sinks = jnp.full((heads,), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
+    sinks = sinks.reshape(kv, heads // kv)
+
+    def row(segments_and_heads):
+        segments, heads = segments_and_heads
+        return jax.lax.map(lambda head: run(segments, *head), (sinks, *heads))
+
+    heads = (*(_by_query(x, kv) for x in queries), *(_by_key(x) for x in keys), *more)
+    return jax.lax.map(row, (segments, heads))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -109,29 +129,19 @@ def blockwise(
     return _forward(q, k, v, segments, sinks, pattern)[0]
 
 
-def _heads(q, k, v, segments, sinks):
-    """The arguments of one key head of one row, for all of them."""
-    b, kv, n = q.shape[0], k.shape[2], q.shape[2]
-    none = jnp.full((n,), -jnp.inf)
-    sinks = jnp.tile((none if sinks is None else sinks.astype(jnp.float32)).reshape(kv, n // kv), (b, 1))
-    return _by_query(q, kv), _by_key(k), _by_key(v), jnp.repeat(segments, kv, axis=0), sinks
-
-
 def _forward(q, k, v, segments, sinks, pattern: Pattern):
-    heads = _heads(q, k, v, segments, sinks)
-    o, lse = jax.lax.map(lambda head: _forward_head(pattern, *head), heads)
-    o, lse = (checkpoint_name(x, SAVED) for x in (_joined(o, q.shape[0]), lse))
+    o, lse = _each_head(partial(_forward_head, pattern), segments, sinks, (q,), (k, v))
+    o, lse = (checkpoint_name(x, SAVED) for x in (_joined(o), lse))
     return o, (q, k, v, segments, sinks, o, lse)
 
 
 def _backward(pattern: Pattern, saved, d_o):
     q, k, v, segments, sinks, o, lse = saved
-    b, t, kv = k.shape[:3]
-    heads = (*_heads(q, k, v, segments, sinks), _by_query(o, kv), lse, _by_query(d_o, kv))
-    d_q, d_k, d_v, d_sinks = jax.lax.map(lambda head: _backward_head(pattern, *head), heads)
-    d_k, d_v = (x.reshape(b, kv, t, -1).transpose(0, 2, 1, 3) for x in (d_k, d_v))
-    d_sinks = None if sinks is None else jnp.sum(d_sinks.reshape(b, -1), axis=0).astype(sinks.dtype)
-    return _joined(d_q, b).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, d_sinks
+    run = partial(_backward_head, pattern)
+    d_q, d_k, d_v, d_sinks = _each_head(run, segments, sinks, (q, o, d_o), (k, v), (lse,))
+    d_k, d_v = (_by_key(x).astype(like.dtype) for x, like in ((d_k, k), (d_v, v)))
+    d_sinks = None if sinks is None else jnp.sum(d_sinks, axis=0).reshape(-1).astype(sinks.dtype)
+    return _joined(d_q).astype(q.dtype), d_k, d_v, None, d_sinks
 
 
 blockwise.defvjp(_forward, _backward)

@@ -4,6 +4,7 @@ Legend: B batch, T query length, E embed, I in, O out, V vocab.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -46,19 +47,50 @@ def project(x: jax.Array, weight: jax.Array, *, conv1d: bool = False) -> jax.Arr
     return jax.lax.dot_general(x, weight.astype(x.dtype), contract, precision=precision)
 
 
-def project_sharded(x: jax.Array, weight: jax.Array, axes: tuple[str | None, ...], ctx: Context, *, conv1d=False) -> jax.Array:
-    """`project` with a weight whose logical axes are known: where it is cut along `fsdp`, it is gathered for the product.
+@jax.custom_vjp
+def widen(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`project` with a trained weight that has far fewer inputs than outputs (LoRA's B).
+
+    Its gradient is a product over all tokens, for which a CPU first transposes the left factor. That is the gradient of the
+    outputs by JAX's own rule, and the narrow input here.
+    """
+    return project(x, weight)
+
+
+def _widen_forward(x, weight):
+    return project(x, weight), (x, weight)
+
+
+def _widen_backward(saved, d_y):
+    x, weight = saved
+    tokens = tuple(range(x.ndim - 1))
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    d_weight = jax.lax.dot_general(x, d_y, ((tokens, tokens), ((), ())), precision=precision).T
+    return project(d_y, weight, conv1d=True), d_weight.astype(weight.dtype)
+
+
+widen.defvjp(_widen_forward, _widen_backward)
+
+
+def project_sharded(
+    x: jax.Array,
+    weight: jax.Array,
+    axes: tuple[str | None, ...],
+    ctx: Context,
+    product: Callable[[jax.Array, jax.Array], jax.Array] = project,
+) -> jax.Array:
+    """`product(x, weight)` with a weight whose logical axes are known: where it is cut along `fsdp`, it is gathered before.
 
     The output projection is left to the objective, which needs it for every chunk of its loss.
     """
     if "vocab" in axes or not fully_sharded():
-        return project(x, weight, conv1d=conv1d)
+        return product(x, weight)
 
-    def product(x, weight):
-        return project(x, gathered(weight.astype(x.dtype), axes), conv1d=conv1d)
+    def whole(x, weight):
+        return product(x, gathered(weight.astype(x.dtype), axes))
 
     # Where the block around it is not recomputed, the shard is kept for the backward pass all the same, not what it came to.
-    return jax.checkpoint(product)(x, weight) if ctx.remat == "none" else product(x, weight)
+    return jax.checkpoint(whole)(x, weight) if ctx.remat == "none" else whole(x, weight)
 
 
 class Linear(nnx.Module):
@@ -82,7 +114,7 @@ class Linear(nnx.Module):
         return self.axes if self.conv1d else self.axes[::-1]
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        y = project_sharded(x, self.weight[...], self.weight_axes, ctx, conv1d=self.conv1d)
+        y = project_sharded(x, self.weight[...], self.weight_axes, ctx, partial(project, conv1d=self.conv1d))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
