@@ -25,6 +25,7 @@ from ftjax.methods.save import mark_modules_to_save
 from ftjax.methods.walk import Site, describe, layer_index, linears, matches, refuse_unmatched
 from ftjax.models.classifier import HEAD
 from ftjax.models.context import Context
+from ftjax.models.kept import product
 from ftjax.models.layers import project, project_sharded, widen
 from ftjax.models.model import Model
 from ftjax.models.param import Buffer, Init, Row, param
@@ -60,17 +61,17 @@ class LoraLinear(nnx.Module):
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         dropped = self._drop(x, ctx)
         axes_in, axes_out = self.base.axes
-        low = project_sharded(dropped, self.lora_A[...], ("rank", axes_in), ctx) * self.scale[...].astype(x.dtype)
+        low = product(project_sharded(dropped, self.lora_A[...], ("rank", axes_in), ctx) * self.scale[...].astype(x.dtype))
         update = project_sharded(low, self.lora_B[...], (axes_out, "rank"), ctx, widen)
         if self.lora_magnitude_vector is None:
-            return self.base(x, ctx) + update
+            return product(self.base(x, ctx) + update)
         y = self.base(x, ctx)
         direct = y if dropped is x else self.base(dropped, ctx)  # what is scaled sees the same dropout as the update
         if self.base.bias is not None:
             direct = direct - self.base.bias[...].astype(x.dtype)
         adapted = jnp.any(self.scale[...] != 0)
         factor = jnp.where(adapted, self.lora_magnitude_vector[...] / jax.lax.stop_gradient(self._norm()), 1)
-        return y + ((factor - 1) * direct + factor * update).astype(x.dtype)
+        return product(y + ((factor - 1) * direct + factor * update).astype(x.dtype))
 
     def _drop(self, x: jax.Array, ctx: Context) -> jax.Array:
         if not self.dropout or ctx.dropout is None:

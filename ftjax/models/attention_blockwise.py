@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ftjax.models.pattern import MASKED, SAVED, Pattern
+from ftjax.models.kept import ATTENTION
+from ftjax.models.pattern import MASKED, Pattern
 
 BLOCK = 256
 
@@ -131,7 +132,7 @@ def blockwise(
 
 def _forward(q, k, v, segments, sinks, pattern: Pattern):
     o, lse = _each_head(partial(_forward_head, pattern), segments, sinks, (q,), (k, v))
-    o, lse = (checkpoint_name(x, SAVED) for x in (_joined(o), lse))
+    o, lse = (checkpoint_name(x, ATTENTION) for x in (_joined(o), lse))
     return o, (q, k, v, segments, sinks, o, lse)
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from ftjax.models.pattern import MASKED, SAVED, Pattern
+from ftjax.models.kept import ATTENTION
+from ftjax.models.pattern import MASKED, Pattern
 
 LANES = 128  # a block is a multiple of so many tokens
 BLOCK = 512  # tokens of a block at most
@@ -64,7 +65,7 @@ def _make(length: int, heads: int, window: int | None, softcap: float | None, in
         attn_logits_soft_cap=softcap,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=SAVED,
+        residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
     return jax.tree.map(np.asarray, kernel)

@@ -13,6 +13,7 @@ from flax import nnx
 from ftjax.errors import UserError
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded, gathered
+from ftjax.models.kept import product
 from ftjax.models.param import Init, param
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -77,17 +78,17 @@ def project_sharded(
     weight: jax.Array,
     axes: tuple[str | None, ...],
     ctx: Context,
-    product: Callable[[jax.Array, jax.Array], jax.Array] = project,
+    multiply: Callable[[jax.Array, jax.Array], jax.Array] = project,
 ) -> jax.Array:
-    """`product(x, weight)` with a weight whose logical axes are known: where it is cut along `fsdp`, it is gathered before.
+    """`multiply(x, weight)` with a weight whose logical axes are known: where it is cut along `fsdp`, it is gathered before.
 
     The output projection is left to the objective, which needs it for every chunk of its loss.
     """
     if "vocab" in axes or not fully_sharded():
-        return product(x, weight)
+        return multiply(x, weight)
 
     def whole(x, weight):
-        return product(x, gathered(weight.astype(x.dtype), axes))
+        return multiply(x, gathered(weight.astype(x.dtype), axes))
 
     # Where the block around it is not recomputed, the shard is kept for the backward pass all the same, not what it came to.
     return jax.checkpoint(whole)(x, weight) if ctx.remat == "none" else whole(x, weight)
@@ -115,7 +116,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         y = project_sharded(x, self.weight[...], self.weight_axes, ctx, partial(project, conv1d=self.conv1d))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return product(y if self.bias is None else y + self.bias[...].astype(x.dtype))
 
 
 def is_virtual(tokens: jax.Array) -> bool:

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from ftjax.mesh import constrain, fitting
 from ftjax.models.attention import Pattern
 from ftjax.models.context import Context, KVCache
+from ftjax.models.kept import product
 from ftjax.models.layers import activation, project
 from ftjax.models.llama import LlamaBlock, LlamaModel
 from ftjax.models.param import Init, Layout, param
@@ -60,7 +61,7 @@ def grouped(x: jax.Array, weight: jax.Array, sizes: jax.Array, contract: int) ->
     dims = jax.lax.RaggedDotDimensionNumbers(
         (((1,), (contract,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
-    return jax.lax.ragged_dot_general(x, weight.astype(x.dtype), sizes, dims, precision=precision)
+    return product(jax.lax.ragged_dot_general(x, weight.astype(x.dtype), sizes, dims, precision=precision))
 
 
 class Group(NamedTuple):

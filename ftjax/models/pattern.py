@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 MASKED = -1e30  # finite, so that a row without any visible key gives numbers and not NaN
-SAVED = "attention"  # the name under which remat policies keep what attention gave (`model.remat: attention`)
 
 
 @dataclass(frozen=True)

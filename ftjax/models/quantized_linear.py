@@ -11,6 +11,7 @@ from flax import nnx
 
 from ftjax.errors import UserError
 from ftjax.models.context import Context
+from ftjax.models.kept import product
 from ftjax.models.layers import Linear, project
 from ftjax.models.param import specs
 from ftjax.models.quantized import Quantization, Quantized
@@ -53,7 +54,7 @@ class QuantizedLinear(Linear):
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         y = project_quantized(x, self.weight.get_value(), self.conv1d)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return product(y if self.bias is None else y + self.bias[...].astype(x.dtype))
 
 
 def quantise(root: nnx.Module, kind: str) -> None:

@@ -11,17 +11,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.context import Context, KVCache
+from ftjax.models.kept import ATTENTION, BLOCK_INPUT, PRODUCT
 from ftjax.models.param import variables
-from ftjax.models.pattern import SAVED
-
-BLOCK_INPUT = "block_input"
 
 # What a layer keeps for its backward pass: nothing but its input (full), that in the host's memory (offload), what attention
-# gave as well (attention), or every matrix product (dots).
+# gave as well (attention), or what every weight gave too (dots), from which the rest takes elementwise work alone.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "dots": jax.checkpoint_policies.save_only_these_names(ATTENTION, PRODUCT),
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[BLOCK_INPUT],

@@ -1,4 +1,8 @@
-"""`model.remat: auto`: keep all activations where they fit, recompute where they do not."""
+"""`model.remat: auto`: keep what costs matrix products where it fits, recompute it where it does not.
+
+`none` is never the choice: to write out the elementwise values of a layer and read them again costs more than to compute them
+where they are used (1.2 times the time of a step on a CPU, and twice the memory; docs/performance.md).
+"""
 
 import math
 import os
@@ -17,7 +21,7 @@ SHARE = 0.5  # of the device's memory may go to activations
 def choose_remat(
     sums_fn: SumsFn, runtime: Runtime, model: Model, dtype: Any, rows: int, length: int, memory: int | None = None
 ) -> str:
-    """What is asked for, or the first of `none`, `dots`, `attention` and `full` whose saved activations fit: the fastest.
+    """What is asked for, or the first of `dots`, `attention` and `full` whose saved activations fit: the fastest.
 
     The size is exact: the bytes of everything that the backward pass of one device's microbatch keeps, from shapes alone.
 
@@ -32,7 +36,7 @@ def choose_remat(
     return next(
         (
             policy
-            for policy in ("none", "dots", "attention")
+            for policy in ("dots", "attention")
             if saved_bytes(sums_fn, runtime, model, dtype, policy, rows, length) < budget
         ),
         "full",
