@@ -163,7 +163,13 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
             f"data.max_length: {config.data.max_length} tokens are more than the {model.max_positions} positions that this "
             "model has learned"
         )
-    rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
+    rows, spread = config.training.global_batch_size // config.training.gradient_accumulation_steps, parts(mesh.shape, "batch")
+    for name, size in (("global_batch_size", rows), ("eval_batch_size", config.training.eval_batch_size or rows)):
+        if size % spread:
+            raise UserError(
+                f"training.{name}: {size} rows at a time do not divide by the {spread} devices that share them; choose a "
+                f"multiple of {spread}, or mesh.tensor or mesh.sequence, whose devices work on the same rows"
+            )
     if config.data.max_length % mesh.shape["sequence"]:
         raise UserError(
             f"data.max_length: {config.data.max_length} tokens do not divide by mesh sequence={mesh.shape['sequence']}; "
@@ -175,7 +181,7 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
         config.model.remat,
     )
     made = Design(config, mesh, model, runtime)
-    dtype, rows = jnp.dtype(config.model.dtype), max(1, rows // parts(mesh.shape, "batch"))
+    dtype, rows = jnp.dtype(config.model.dtype), rows // spread
     length = max(1, config.data.max_length // mesh.shape["sequence"])
     remat = choose_remat(made.sums_fn, runtime, model, dtype, rows, length, memory)
     made.runtime = dataclasses.replace(runtime, remat=remat)

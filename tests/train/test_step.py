@@ -9,6 +9,7 @@ import pytest
 from oracle import Case, make_hf
 from tiny_run import make_batch, make_config, run_steps
 
+from ftjax.errors import UserError
 from ftjax.train.setup import prepare
 
 METHODS = {"lora": {"name": "lora", "r": 4, "lora_alpha": 8}, "full": {"name": "full"}}
@@ -67,6 +68,13 @@ def test_every_mesh_is_one_device(folder, alone, mesh):
         config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "blockwise"})})
     sharded, _ = run_steps(prepare(config), batches)
     np.testing.assert_allclose([m.loss for m in sharded], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [{"global_batch_size": 4}, {"eval_batch_size": 12}], ids=str)
+def test_rows_that_do_not_divide(folder, rows):
+    (name,) = rows
+    with pytest.raises(UserError, match=f"training.{name}: .* by the 8 devices .* multiple of 8"):
+        prepare(make_config(folder, mesh={"fsdp": 4, "data": 2}, **rows))
 
 
 @pytest.mark.parametrize("remat", ["dots", "attention", "full", "offload"])

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast data becomes tokens, and tokens become batches.
 
-    python scripts/bench_data.py --model MODEL --train FILE [--columns prompt=text,completion=label] [--max-length 2048]
+    python scripts/bench/data.py --model MODEL --train FILE [--columns prompt=text,completion=label] [--max-length 2048]
 
 MODEL is whatever has a tokenizer: a folder, a .gguf file, a Hub id. Prints
 - tokenising: the bare batch call of `tokenizers` on the texts that the model sees, and ftjax's encoder on the same examples

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train step of ftjax beside transformers + PEFT: same weights, same adapter, same batches, one run.
 
-    python scripts/bench_step.py --model DIR [--rows 2] [--length 512] [--steps 6] [--r 16] [--method lora|full]
+    python scripts/bench/step.py --model DIR [--rows 2] [--length 512] [--steps 6] [--r 16] [--method lora|full]
                                  [--dtype float32] [--peer PEFT_REFERENCE.PY] [--compile]
 
 Each side runs in a process of its own, one after the other. Prints tokens a second (median over the steps after the
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-PEER = Path(__file__).resolve().parents[2] / "shared" / "bench" / "peft_reference.py"
+PEER = Path(__file__).resolve().parents[3] / "shared" / "bench" / "peft_reference.py"
 
 
 def arguments() -> argparse.Namespace:

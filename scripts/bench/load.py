@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast a model folder is loaded, beside reading the same bytes plainly.
 
-    python scripts/bench_load.py [--model FOLDER] [--times 5]
+    python scripts/bench/load.py [--model FOLDER] [--times 5]
 
 Without a folder, one with the shapes of Llama 3.2 1B in bfloat16 (2.5 GB, all zeros but for the header) is made in a temporary
 folder. Prints, each as the median of `--times` runs that take turns,

@@ -1,6 +1,6 @@
 """Every method on one model in one run: what it trains, the memory of its step, and its speed beside LoRA's.
 
-    python scripts/bench_methods.py MODEL [--rows 1] [--length 128] [--steps 5] [--only lora,full]
+    python scripts/bench/methods.py MODEL [--rows 1] [--length 128] [--steps 5] [--only lora,full]
 
 MODEL is a Hub id, a folder or a .gguf file. Prints a Markdown table: trained parameters and their share; the bytes that the
 compiled step needs (arguments and temporaries) over LoRA's; tokens a second, by the quickest of the steps, over LoRA's, which

@@ -1,6 +1,6 @@
 """What int8 and nf4 cost: the error of the forward pass against float32, and the loss after LoRA steps on each base.
 
-    python scripts/bench_quantized.py MODEL DATA [--steps 100] [--rows 2] [--length 64] [--column text]
+    python scripts/bench/quantized.py MODEL DATA [--steps 100] [--rows 2] [--length 64] [--column text]
 
 MODEL is a Hub id, a folder or a .gguf file; DATA any file that `ftjax train` takes. One JSON object a line, for float32, int8
 and nf4: `bits` a weight of the quantised layers, `weight_error` (mean |error| over mean |weight|), `logit_error` (the same of
