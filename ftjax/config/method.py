@@ -42,6 +42,9 @@ class LoraConfig(Section):
         True,
         description="true: A uniform, B zero; gaussian: A normal with deviation 1/r, B zero; orthogonal: both, with BA = 0",
     )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="which biases of the base model train too: all, or those of the layers that are adapted"
+    )
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None

@@ -163,7 +163,15 @@ class _AsInModel:
         named = {
             method.file_name(model, spec, piece): piece.name for spec in model.trainable.values() for piece in spec.pieces()
         }
+        beside = {
+            f"{PREFIX}{spec.module}.base_layer.weight": spec
+            for spec in model.frozen.values()
+            if spec.path.endswith(".base.weight") and not spec.stacked
+        }
+        found = [name for name in self._source.keys() if name in beside]
+        named |= {name: beside[name].hf_template for name in found}
         self._names = {named.get(name, name): name for name in self._source.keys()}
+        self.base_layers = {beside[name].path for name in found}
 
     def keys(self) -> list[str]:
         return list(self._names)
@@ -186,8 +194,12 @@ class _AsInModel:
 
 
 def load_adapter(model: Model, folder: Path, mesh: Mesh) -> dict[str, jax.Array]:
-    """The trained parameters of an adapter folder, float32. UserError where its tensors are not those of the model."""
+    """The trained parameters of an adapter folder, float32. UserError where its tensors are not those of the model.
+
+    PEFT writes an embedding that has an update beside it (`base_layer.weight`); it then takes the place of the base model's.
+    """
     method = method_that_reads(folder, read_adapter_config(folder))
     source = _AsInModel(folder, model, method)
     ignored = (*method.ignored, *source.tied_copies(model))
-    return load_params(model.trainable, source, mesh, jnp.float32, where=str(folder), ignored=ignored)
+    held = {path: spec for path, spec in model.frozen.items() if path in source.base_layers}
+    return load_params({**model.trainable, **held}, source, mesh, jnp.float32, where=str(folder), ignored=ignored)

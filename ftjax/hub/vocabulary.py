@@ -72,7 +72,9 @@ def with_adapters_tokens(adapter: Path, facts: dict[str, Any], source: TensorSou
     """config.json and tensors of a base model, with the rows that an adapter's folder needs: those of the embedding that it
     holds, or those of the tokens that its tokenizer has beyond the model's."""
     stored = adapter_file(adapter)
-    names = {f"{PREFIX}{name}" for name in _tensors(facts)} & set(stored.keys())
+    asked = {f"{PREFIX}{name}" for name in _tensors(facts)}
+    asked |= {f"{name.removesuffix('weight')}base_layer.weight" for name in asked}  # PEFT's name beside an update
+    names = asked & set(stored.keys())
     rows = {stored.shape(name)[0] for name in names}
     if len(rows) > 1:
         raise UserError(f"{adapter}: its embeddings have different numbers of rows: {', '.join(map(str, sorted(rows)))}")

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
+from ftjax.hub.export import write_portable
 from ftjax.hub.load import init_params
 from ftjax.hub.peft import attach_adapter, load_adapter, start_adapter, write_adapter
 from ftjax.methods import lora
@@ -27,6 +28,9 @@ VARIANTS = {
     },
     "layers": {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1]},
     "exclude": {"exclude_modules": ["v_proj"]},
+    "biases": {"bias": "all", "target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "some-biases": {"bias": "lora_only", "target_modules": ["q_proj", "v_proj", "up_proj"], "layers_to_transform": [1]},
+    "embedding": {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "r": 4, "use_rslora": True},
     "saved": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head", "embed_tokens", "norm"]},
 }  # fmt: skip
 
@@ -34,7 +38,7 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    return make_hf(Case("llama", "llama"), folder), folder
+    return make_hf(Case("llama", "llama", {"attention_bias": True}), folder), folder
 
 
 def fresh(folder):
@@ -74,6 +78,7 @@ def test_ours_in_peft(base, name, tmp_path):
     np.testing.assert_allclose(got, hf_logits(fresh(merged), ids), atol=1e-4, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_theirs_in_ours(base, name, tmp_path):
     """A folder that PEFT writes: ftjax gives the same logits, and trains as many weights."""
@@ -181,6 +186,18 @@ def test_masters_are_float32(base):
         ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, ["layers_to_transform", "7"]),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, ["layers_to_transform", "list"]),
         ({"modules_to_save": ["embd"]}, ["embd", "embed_tokens"]),
+        ({"bias": "lora_only", "target_modules": ["up_proj"]}, ["bias: lora_only", "layers of target_modules have no biases"]),
+        ({"bias": "all", "modules_to_save": ["q_proj"]}, ["bias: all and method.modules_to_save", "q_proj.bias", "once"]),
+        ({"init_lora_weights": "orthogonal", "target_modules": ["embed_tokens"]}, ["orthogonal", "dense", "embed_tokens"]),
+        (
+            {"target_modules": ["embed_tokens", "qkv"], "use_dora": True, "rank_pattern": {"q_proj": 2}},
+            [
+                "3 things",
+                "\n- method.target_modules: no module is named 'qkv'",
+                "\n- method.use_dora",
+                "\n- method.rank_pattern",
+            ],
+        ),
     ],
 )
 def test_refused(base, config, says):
@@ -190,7 +207,35 @@ def test_refused(base, config, says):
         assert word in str(error.value)
 
 
-def test_tied_embedding_is_not_saved(tmp_path):
+@pytest.mark.parametrize("option", ["modules_to_save", "target_modules"])
+def test_tied_embedding_is_one(tmp_path, option):
     make_hf(Case("tied", "llama", {"tie_word_embeddings": True}), tmp_path)
     with pytest.raises(UserError, match="ties"):
-        load(tmp_path, lambda root: lora.attach(root, LoraConfig(modules_to_save=["embed_tokens"])))
+        load(tmp_path, lambda root: lora.attach(root, LoraConfig(**{option: ["embed_tokens"]})))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("some-biases", "trained biases .bias: lora_only"), ("embedding", "lora_embedding_A"), ("saved", "lm_head")],
+)
+def test_not_portable(base, tmp_path, name, says):
+    """vLLM and llama.cpp have no place for it."""
+    config = LoraConfig(**VARIANTS[name])
+    model, params = ours(base[1], config)
+    write_adapter(tmp_path, model, params, config, str(base[1]))
+    with pytest.raises(UserError, match=f"read plain LoRA only, and this adapter has .*{says}.*--merge folds it"):
+        write_portable(tmp_path, tmp_path)
+
+
+def test_frozen_embedding_of_the_file(base, tmp_path):
+    """PEFT writes the embedding that an update lies beside; what the file holds counts, as there."""
+    config = PeftLoraConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    theirs = get_peft_model(fresh(base[1]), config).eval()
+    with torch.no_grad():
+        theirs.get_input_embeddings().base_layer.weight.mul_(2)
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        theirs.save_pretrained(tmp_path)
+    model, params = load(base[1], lambda root: attach_adapter(root, tmp_path))
+    ids = tokens(2, 20)
+    got = logits(model, {**params, **load_adapter(model, tmp_path, one_device())}, ids)
+    np.testing.assert_allclose(got, hf_logits(theirs, ids), atol=1e-4, rtol=0)
