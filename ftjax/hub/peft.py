@@ -176,12 +176,17 @@ class _AsInModel:
     def keys(self) -> list[str]:
         return list(self._names)
 
-    def tied_copies(self, model: Model) -> list[str]:
-        """The output projection of a model that ties it, where it is the embedding once more."""
-        embedding, heads = f"{model.output}.weight", [f"{PREFIX}{name}" for name in model.ignored]
-        if embedding not in self._names:
-            return []
-        return [name for name in heads if name in self._names and np.array_equal(self.read(name), self.read(embedding))]
+    def repeated(self, model: Model, method: Method) -> list[str]:
+        """Tensors that are another one of the file once more: the output projection where the model ties it to the
+        embedding, and what the method writes twice."""
+        tied = [name.removesuffix("weight") for name in model.ignored if name.endswith(".weight")]
+        heads = {f"{PREFIX}{name}{layer}weight": f"{model.output}.weight" for name in tied for layer in ("", "base_layer.")}
+        pairs = [(name, own, self.read) for name, own in heads.items()]
+        pairs += [
+            (name, model.specs[path].hf_template, lambda own: self.read(own).T) for name, path in method.copies(model).items()
+        ]
+        both = [pair for pair in pairs if pair[0] in self._names and pair[1] in self._names]
+        return [name for name, own, read in both if np.array_equal(self.read(name), read(own))]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(self._names[name])
@@ -200,6 +205,6 @@ def load_adapter(model: Model, folder: Path, mesh: Mesh) -> dict[str, jax.Array]
     """
     method = method_that_reads(folder, read_adapter_config(folder))
     source = _AsInModel(folder, model, method)
-    ignored = (*method.ignored, *source.tied_copies(model))
+    ignored = (*method.ignored, *source.repeated(model, method))
     held = {path: spec for path, spec in model.frozen.items() if path in source.base_layers}
     return load_params({**model.trainable, **held}, source, mesh, jnp.float32, where=str(folder), ignored=ignored)

@@ -4,7 +4,8 @@ Names, matching rules, initialisation, scaling and files are PEFT's, so that an 
 update itself is in `lora_linear` and `lora_embedding`.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from flax import nnx
@@ -12,13 +13,15 @@ from flax import nnx
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
 from ftjax.methods.bias import train_biases, trained_biases
-from ftjax.methods.lora_embedding import LoraEmbedding
+from ftjax.methods.lora_embedding import LoraEmbedding, output_copies
 from ftjax.methods.lora_linear import LoraLinear, is_conv1d
 from ftjax.methods.lora_start import start
 from ftjax.methods.lora_targets import adapted_modules, check, rank_of, saved_modules, scale_of
-from ftjax.methods.method import Method, own_name
+from ftjax.methods.method import Fetch, Method, Stored, own_name
 from ftjax.methods.parted import part_stacks
+from ftjax.methods.pissa import as_plain, doubled
 from ftjax.methods.save import mark_modules_to_save
+from ftjax.methods.token_rows import DELTA, attach_rows, row_sites, with_rows
 from ftjax.methods.walk import embeddings, linears
 from ftjax.models.classifier import HEAD
 from ftjax.models.model import Model
@@ -38,11 +41,14 @@ def attach(root: nnx.Module, config: LoraConfig) -> None:
         ranks = np.array([rank_of(name, config) for name in site.names])
         if ranks.any():
             scales = [scale_of(name, rank, config) if rank else 0 for name, rank in zip(site.names, ranks, strict=True)]
-            site.replace(LoraLinear(site, ranks, np.array(scales), config.lora_dropout, config.use_dora))
+            options = {"dora": config.use_dora, "pissa": config.pissa}
+            site.replace(LoraLinear(site, ranks, np.array(scales), config.lora_dropout, **options))
     for site in embeddings(root):
         (name,) = site.names
         if rank := rank_of(name, config, embedding=True):
             site.replace(LoraEmbedding(site, rank, scale_of(name, rank, config)))
+    for site, ids in list(row_sites(root, config)):
+        attach_rows(site, ids, root)
     mark_modules_to_save(root, saved_modules(config, root.output))
     train_biases(root, biases)
 
@@ -57,8 +63,24 @@ def file_name(model: Model, spec: Spec, piece: Piece) -> str:
     return own_name(model, spec, piece)
 
 
-def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Callable[[str, tuple], np.ndarray]) -> np.ndarray:
-    """One base weight with its update added in float32: `W + B diag(scale) A`, for an embedding its transpose.
+def stored(config: LoraConfig, model: Model, fetch: Fetch) -> Iterator[Stored]:
+    """What trains; PiSSA as the plain LoRA that it comes to, and a tied update a second time for the output."""
+    for path, spec in model.trainable.items():
+        for piece in spec.pieces():
+            if config.pissa and path.endswith((".lora_A", ".lora_B")):
+                yield doubled(model, spec, piece, fetch)
+            else:
+                yield Stored(file_name(model, spec, piece), piece.shape, partial(_part, fetch, path, piece))
+    for name, path in output_copies(model).items():
+        yield Stored(name, model.specs[path].shape[::-1], lambda path=path: np.ascontiguousarray(fetch(path, ()).T))
+
+
+def _part(fetch: Fetch, path: str, piece: Piece) -> np.ndarray:
+    return fetch(path, piece.index).reshape(piece.shape)
+
+
+def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Fetch) -> np.ndarray:
+    """One base weight with its update added in float32: `W + B diag(scale) A`, for an embedding the product's transpose.
 
     Args:
         path: the base weight's path, `<layer>.base.weight`; other weights come back as they are.
@@ -66,6 +88,8 @@ def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Cal
         fetch: gives a part of an adapter parameter by path and index.
     """
     layer, found, _ = path.rpartition(".base.weight")
+    if found and f"{layer}.{DELTA}" in model.specs:
+        return with_rows(model, layer, weight, fetch)
     if found and f"{layer}.lora_embedding_A" in model.specs:
         lora_A, lora_B = (fetch(f"{layer}.lora_embedding_{name}", ()).astype(np.float32) for name in "AB")
         return weight.astype(np.float32) + ((lora_B * model.buffers[f"{layer}.scale"]) @ lora_A).T
@@ -73,6 +97,9 @@ def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Cal
         return weight
     lora_A, lora_B = (fetch(f"{layer}.{name}", index).astype(np.float32) for name in ("lora_A", "lora_B"))
     update = (lora_B * model.buffers[f"{layer}.scale"][index]) @ lora_A
+    if f"{layer}.start_A" in model.specs:
+        start_A, start_B = (fetch(f"{layer}.{name}", index).astype(np.float32) for name in ("start_A", "start_B"))
+        update = update - (start_B * model.buffers[f"{layer}.scale"][index]) @ start_A
     conv1d = is_conv1d(model, layer)
     weight = weight.astype(np.float32) + (update.T if conv1d else update)
     if f"{layer}.lora_magnitude_vector" in model.specs and model.buffers[f"{layer}.scale"][index].any():
@@ -82,11 +109,12 @@ def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Cal
 
 
 def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
-    """adapter_config.json for PEFT; `all-linear` is written out as the names that it came to.
+    """adapter_config.json for PEFT; `all-linear` is written out as the names that it came to, PiSSA as plain LoRA.
 
     Args:
         base_model: what `base_model_name_or_path` says.
     """
+    config = as_plain(config) if config.pissa else config
     targets = config.target_modules
     layers = [path.removesuffix(".lora_A") for path in model.specs if path.endswith(".lora_A")]
     if targets == "all-linear":
@@ -109,6 +137,8 @@ def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
         "modules_to_save": saved_modules(config, model.output) or None,
         "fan_in_fan_out": any(is_conv1d(model, layer) for layer in layers),
         "bias": config.bias,
+        "trainable_token_indices": config.trainable_token_indices or None,
+        "ensure_weight_tying": config.ensure_weight_tying,
         "init_lora_weights": True,
     }
 
@@ -116,7 +146,7 @@ def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
 def from_saved(config: LoraConfig, saved: dict) -> LoraConfig:
     """The settings of a PEFT folder, for starting from it. Raises UserError for what ftjax's LoRA does not have."""
     neutral = {"target_parameters": (None, []), "layers_pattern": (None, [])}
-    neutral |= {"trainable_token_indices": (None, [], {}), "lora_bias": (False, None), "alora_invocation_tokens": (None,)}
+    neutral |= {"lora_bias": (False, None), "alora_invocation_tokens": (None,)}
     odd = [f"{key} = {saved[key]!r}" for key, allowed in neutral.items() if key in saved and saved[key] not in allowed]
     if odd:
         raise UserError(f"{config.adapter_path}: adapter_config.json asks for {', '.join(odd)}, which is not supported")
@@ -126,8 +156,8 @@ def from_saved(config: LoraConfig, saved: dict) -> LoraConfig:
             f"{config.adapter_path}: adapter_config.json says init_lora_weights = {kind}, which changed the base model as "
             "well; save it from PEFT as a plain LoRA (path_initial_model_for_weight_conversion) and use that folder"
         )
-    keys = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "rank_pattern")
-    keys += ("alpha_pattern", "layers_to_transform", "modules_to_save", "bias")
+    keys = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    keys += ("layers_to_transform", "modules_to_save", "bias", "trainable_token_indices", "ensure_weight_tying")
     values = {key: saved[key] for key in keys if saved.get(key) is not None}
     if saved.get("task_type") == "SEQ_CLS":  # PEFT names the heads of all its models; this one's is added by itself
         heads = ("classifier", HEAD)
@@ -143,6 +173,8 @@ METHOD = Method(
     saved_config=saved_config,
     from_saved=from_saved,
     file_name=file_name,
+    copies=output_copies,
+    stored=stored,
     start=start,
     merged=merged,
 )

@@ -3,6 +3,9 @@
 A `[r, V]` starts at zero and B `[E, r]` normal, the other way round than in dense layers, and there is no dropout, as in PEFT:
 the product starts at zero, and the first gradient reaches the rows of the tokens that are there.
 
+Where the output is tied to the embedding, the update is of both (PEFT's `ensure_weight_tying`): logits are
+`(W + scale * (B A)^T) x`. PEFT's file then has it a second time, as that of an output projection with A and B exchanged.
+
 Legend: B batch, T query length, E embed, V vocab, R rank.
 """
 
@@ -13,11 +16,12 @@ from flax import nnx
 
 from ftjax.methods.walk import Site
 from ftjax.models.layers import is_virtual, project
+from ftjax.models.model import Model
 from ftjax.models.param import Buffer, Init, Row, param
 
 
 class LoraEmbedding(nnx.Module):
-    """A frozen Embedding plus its low-rank update; never one that is tied to the output."""
+    """A frozen Embedding plus its low-rank update."""
 
     def __init__(self, site: Site, rank: int, scale: float):
         self.base = site.layer
@@ -34,3 +38,22 @@ class LoraEmbedding(nnx.Module):
             return rows
         low = jnp.take(self.lora_embedding_A[...].T, tokens, axis=0) * self.scale[...]
         return rows + project(low.astype(dtype), self.lora_embedding_B[...])
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """`[..., E] -> [..., V]`, where the output is tied."""
+        low = project(x, self.lora_embedding_B[...], conv1d=True) * self.scale[...].astype(x.dtype)
+        return self.base.attend(x) + project(low, self.lora_embedding_A[...], conv1d=True)
+
+
+def output_copies(model: Model) -> dict[str, str]:
+    """What PEFT's file has of a tied update a second time: the name of a tensor, and the path of the parameter whose transpose
+    it is."""
+    layer = model.output
+    if f"{layer}.lora_embedding_A" not in model.specs:
+        return {}
+    heads = [name.removesuffix(".weight") for name in model.ignored if name.endswith(("lm_head.weight", "embed_out.weight"))]
+    return {
+        f"base_model.model.{head}.{name}.weight": f"{layer}.lora_embedding_{other}"
+        for head in heads
+        for name, other in (("lora_A", "B"), ("lora_B", "A"))
+    }

@@ -27,21 +27,23 @@ from ftjax.models.quantized import Quantized
 class LoraLinear(nnx.Module):
     """A frozen Linear plus its low-rank update; layers may differ in rank and scale, zero for layers without an adapter."""
 
-    def __init__(self, site: Site, ranks: np.ndarray, scales: np.ndarray, dropout: float, dora: bool = False):
-        """`ranks` and `scales`: one for each stacked index."""
+    def __init__(
+        self, site: Site, ranks: np.ndarray, scales: np.ndarray, dropout: float, *, dora: bool = False, pissa: bool = False
+    ):
+        """`ranks` and `scales`: one for each stacked index. `pissa`: the product at the start is taken off (see that file)."""
         self.base = base = site.layer
         self.dropout = dropout
         self.salt = zlib.crc32(site.path.encode())  # layers of one block draw different dropout masks
         rank = int(ranks.max())
         row = {"trainable": True, "adapter": True, "ranks": tuple(map(int, ranks))}
         axes_in, axes_out = base.axes
-        self.lora_A = param(
-            (*site.stack, rank, base.size_in), (*site.stack_axes, "rank", axes_in), "lora_A.weight",
-            init=Init("uniform", 1 / math.sqrt(base.size_in)), **row,
-        )  # fmt: skip
-        self.lora_B = param(
-            (*site.stack, base.size_out, rank), (*site.stack_axes, axes_out, "rank"), "lora_B.weight", init=Init("zeros"), **row
-        )
+        shape_A, axes_A = (*site.stack, rank, base.size_in), (*site.stack_axes, "rank", axes_in)
+        shape_B, axes_B = (*site.stack, base.size_out, rank), (*site.stack_axes, axes_out, "rank")
+        self.lora_A = param(shape_A, axes_A, "lora_A.weight", init=Init("uniform", 1 / math.sqrt(base.size_in)), **row)
+        self.lora_B = param(shape_B, axes_B, "lora_B.weight", init=Init("zeros"), **row)
+        held = {**row, "trainable": False, "init": Init("zeros")}
+        self.start_A = param(shape_A, axes_A, "start_A.weight", **held) if pissa else None
+        self.start_B = param(shape_B, axes_B, "start_B.weight", **held) if pissa else None
         self.lora_magnitude_vector = (
             param((*site.stack, base.size_out), (*site.stack_axes, axes_out), "lora_magnitude_vector", init=Init("ones"), **row)
             if dora  # `start` gives it the base weight's norms
@@ -52,9 +54,9 @@ class LoraLinear(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         dropped = self._drop(x, ctx)
-        axes_in, axes_out = self.base.axes
-        low = project_sharded(dropped, self.lora_A[...], ("rank", axes_in), ctx) * self.scale[...].astype(x.dtype)
-        update = project_sharded(low, self.lora_B[...], (axes_out, "rank"), ctx, widen)
+        update = self._product(dropped, self.lora_A[...], self.lora_B[...], ctx)
+        if self.start_A is not None:  # dropout is not for it, as it is not for the rest of the base weight
+            update = update - self._product(x, self.start_A[...], self.start_B[...], ctx)
         if self.lora_magnitude_vector is None:
             return self.base(x, ctx) + update
         y = self.base(x, ctx)
@@ -64,6 +66,12 @@ class LoraLinear(nnx.Module):
         adapted = jnp.any(self.scale[...] != 0)
         factor = jnp.where(adapted, self.lora_magnitude_vector[...] / jax.lax.stop_gradient(self._norm()), 1)
         return y + ((factor - 1) * direct + factor * update).astype(x.dtype)
+
+    def _product(self, x: jax.Array, lora_A: jax.Array, lora_B: jax.Array, ctx: Context) -> jax.Array:
+        """`scale * B A x`."""
+        axes_in, axes_out = self.base.axes
+        low = project_sharded(x, lora_A, ("rank", axes_in), ctx) * self.scale[...].astype(x.dtype)
+        return project_sharded(low, lora_B, (axes_out, "rank"), ctx, widen)
 
     def _drop(self, x: jax.Array, ctx: Context) -> jax.Array:
         if not self.dropout or ctx.dropout is None:

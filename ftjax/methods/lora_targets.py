@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from flax import nnx
 
 from ftjax.config import LoraConfig
-from ftjax.errors import UserError
+from ftjax.errors import UserError, together
 from ftjax.methods.bias import trained_biases
 from ftjax.methods.save import paths_to_save
+from ftjax.methods.token_rows import row_problems, row_sites
 from ftjax.methods.walk import describe, embeddings, layer_index, linears, matches, refuse_unmatched
 from ftjax.models.classifier import HEAD
 from ftjax.models.param import specs
@@ -72,11 +73,10 @@ def adapted_modules(root: nnx.Module, config: LoraConfig) -> set[str]:
 
 def check(root: nnx.Module, config: LoraConfig) -> None:
     """UserError that lists all that does not fit: options among themselves, and names that the model does not have."""
-    problems = list(dict.fromkeys([*_target_problems(root, config), *_option_problems(root, config)]))
-    if len(problems) > 1:
-        raise UserError(f"method: {len(problems)} things do not fit:" + "".join(f"\n- {problem}" for problem in problems))
+    found = [*config.conflicts(), *_target_problems(root, config), *_option_problems(root, config)]
+    problems = list(dict.fromkeys(found))
     if problems:
-        raise UserError(problems[0])
+        raise UserError(together(problems, "method"))
 
 
 def _said(call: Callable[[], object]) -> list[str]:
@@ -96,8 +96,6 @@ def _target_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
     if isinstance(targets, list):
         yield from _said(lambda: refuse_unmatched("method.target_modules", targets, [*dense, *tables]))
     if config.layers_to_transform is not None:
-        if isinstance(targets, str) and targets != "all-linear":
-            yield "method.layers_to_transform needs target_modules as a list (PEFT refuses it beside a regex)"
         exist = {layer_index(name) for name in dense} - {None}
         if absent := sorted(set(_layers(config)) - exist):
             yield f"method.layers_to_transform: {absent} do not exist; layers are 0 to {max(exist)}"
@@ -110,7 +108,26 @@ def _target_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
         if unused := [key for key in patterns if not any(_fits(key, name) for name in adapted)]:
             yield f"method.{option}: {', '.join(map(repr, unused))} matches none of {describe(iter(adapted))}"
         overlaps = [said for name in adapted for said in _said(lambda name=name, p=patterns: _pattern(name, p, None))]
-        yield from overlaps[:1]
+        if overlaps:
+            yield overlaps[0]
+            return  # no layer's rank is known
+    yield from _rank_problems(root, config)
+
+
+def _rank_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
+    """Ranks that a beginning cannot have; one entry for all layers."""
+    option, odd, large = f"method.init_lora_weights: {config.init_lora_weights}", {}, {}
+    for site in linears(root):
+        size = min(site.layer.size_in, site.layer.size_out)
+        for name in site.names:
+            rank = rank_of(name, config)
+            odd |= {name: rank} if rank % 2 else {}
+            large |= {name: (rank, size)} if rank > size else {}
+    if config.init_lora_weights == "orthogonal" and odd:
+        yield f"{option} needs an even rank, and {next(iter(odd))} has {next(iter(odd.values()))}"
+    if config.pissa and large:
+        name, (rank, size) = next(iter(large.items()))
+        yield f"{option}: the weight of {name} has {size} singular values, fewer than its rank {rank}; lower r or rank_pattern"
 
 
 def _option_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
@@ -119,19 +136,24 @@ def _option_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
     yield from (missing := _said(lambda: paths_to_save(root, saved)))
     rows = specs(root)
     kept = set() if missing else {piece.name for path in paths_to_save(root, saved) for piece in rows[path].pieces()}
-    for site in embeddings(root):
-        name = site.names[0]
-        if not is_target(name, config, embedding=True):
-            continue
-        if site.path == root.output:
+    updated = [site for site in embeddings(root) if is_target(site.names[0], config, embedding=True)]
+    for site in updated:
+        yield from _embedding_problems(site.names[0], config, tied=site.path == root.output)
+    if config.ensure_weight_tying and not any(site.path == root.output for site in updated):
+        ties = any(site.path == root.output for site in embeddings(root))
+        why = "target_modules does not name it" if ties else "this model does not tie them"
+        yield f"method.ensure_weight_tying: for an embedding that is adapted and tied to the output; {why}, so leave it out"
+    yield from row_problems(root, config)
+    for site, _ in row_sites(root, config):
+        embedding = hasattr(site.layer, "attend")
+        others = {
+            "target_modules": is_target(site.names[0], config, embedding=embedding),
+            "modules_to_save": f"{site.names[0]}.weight" in kept,
+        }
+        for option in (option for option, also in others.items() if also):
             yield (
-                f"method.target_modules: this model ties {name} to its output, and PEFT would adapt the input alone, which no "
-                "merged model could hold; leave it out, or use method.name: full"
+                f"method.trainable_token_indices and method.{option} both train {site.names[0]}; leave it out of one of them"
             )
-        dense_only = {"use_dora: true": config.use_dora}
-        dense_only[f"init_lora_weights: {config.init_lora_weights}"] = config.init_lora_weights not in (True, "gaussian")
-        for option in (option for option, asked in dense_only.items() if asked):
-            yield f"method.{option} is for dense layers, and target_modules names the embedding {name}; leave one of them out"
     if config.bias != "none":
         biases = trained_biases(root, config.bias, adapted_modules(root, config))
         if not biases:
@@ -142,3 +164,16 @@ def _option_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
                 f"method.bias: {config.bias} and method.modules_to_save both train {both[0]}, which an adapter file holds "
                 "once; leave one of them out"
             )
+
+
+def _embedding_problems(name: str, config: LoraConfig, tied: bool) -> Iterator[str]:
+    """What an embedding that is adapted cannot have."""
+    if tied and not config.ensure_weight_tying:
+        yield (
+            f"method.target_modules: this model ties {name} to its output, and PEFT would adapt the input alone, which no "
+            "merged model could hold; set method.ensure_weight_tying: true, which adapts both"
+        )
+    dense_only = {"use_dora: true": config.use_dora}
+    dense_only[f"init_lora_weights: {config.init_lora_weights}"] = config.init_lora_weights not in (True, "gaussian")
+    for option in (option for option, asked in dense_only.items() if asked):
+        yield f"method.{option} is for dense layers, and target_modules names the embedding {name}; leave one of them out"
