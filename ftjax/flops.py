@@ -80,7 +80,9 @@ def train_flops(model: Model) -> TrainFlops:
     """The terms for a model with its method."""
     module = model.bind({path: spec.abstract for path, spec in model.specs.items()})
     nodes = {".".join(map(str, path)): node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Module)}
-    tables = {f"{path}." for path, node in nodes.items() if isinstance(node, Embedding)} - {f"{model.output}."}
+    # What a method has put around an embedding is looked up as well.
+    tables = {f"{path.removesuffix('.base')}." for path, node in nodes.items() if isinstance(node, Embedding)}
+    tables -= {f"{model.output}."}
     experts = {
         f"{path}.experts.": (node.gate or node.router).top_k for path, node in nodes.items() if isinstance(node, SparseMoe)
     }

@@ -141,6 +141,8 @@ def test_every_error_is_reported_at_once_with_its_place(load, tmp_path):
         ("optimizer: {groups: &a [*a]}\n", "this anchor contains itself"),
         ("? [a]\n: 1\n", "a key must be a word"),
         ("load_in_4bit: true\n", "write model.quantization"),
+        ("method: {init_lora_weights: pissa_niter_x}\n", "method.init_lora_weights: "),
+        ("method: {name: ia3, bias: all}\n", "method.bias: unknown key; it is a key of method lora, and method.name is ia3"),
         ("output_dir: ${training.seedd}\n", "Interpolation key 'training.seedd' not found"),
         ("output_dir: ${output_dir}\n", "output_dir: '${output_dir}' cannot be resolved"),
         ("output_dir: a${\n", "is not a reference"),
@@ -165,6 +167,18 @@ def test_what_is_said(load, text, said):
 )
 def test_wrong_overrides(load, override, said):
     assert said in refusal(load, "", override)
+
+
+def test_options_that_do_not_fit_together_are_named_together(load):
+    options = "init_lora_weights: pissa, use_dora: true, layers_to_transform: [1], target_modules: .*q_proj"
+    said = refusal(load, f"method: {{{options}}}\n", "model.quantization=nf4")
+    for part in (
+        "3 things",
+        "layers_to_transform needs target_modules as a list",
+        "method.use_dora: true",
+        "model.quantization: nf4",
+    ):
+        assert part in said
 
 
 def test_a_union_complains_once_and_about_the_branch_that_was_meant(load):

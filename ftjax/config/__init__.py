@@ -23,6 +23,7 @@ from ftjax.config.model import ModelConfig
 from ftjax.config.objective import ClassificationConfig, ObjectiveConfig, SftConfig
 from ftjax.config.optimizer import GroupConfig, OptimizerConfig
 from ftjax.config.training import MeshConfig, TrainingConfig
+from ftjax.errors import together
 
 __all__ = [
     "BottleneckConfig", "CheckConfig", "ClassificationConfig", "Config", "DataConfig", "DoubleSeqBnConfig",
@@ -64,10 +65,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _quantised_weights_do_not_train(self) -> "Config":
-        if self.model.quantization and self.method.name == "full":
-            raise ValueError(
-                f"model.quantization: {self.model.quantization} is for weights that stay as they are, and method "
-                f"{self.method.name} trains them; use an adapter (method.name: lora), or leave model.quantization out"
+    def _method_fits(self) -> "Config":
+        """The method's options fit together, and fit the base model's; all that do not are named."""
+        problems, quantization = [], self.model.quantization
+        if self.method.name == "lora":
+            problems = self.method.conflicts(quantization)
+        elif self.method.name == "full" and quantization:
+            problems.append(
+                f"model.quantization: {quantization} is for weights that stay as they are, and method full trains them; use an "
+                "adapter (method.name: lora), or leave model.quantization out"
             )
+        if problems:
+            raise ValueError(together(problems, "method"))
         return self

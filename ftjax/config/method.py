@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from ftjax.config.base import Section
 
+NITER = r"^pissa_niter_[1-9]\d*$"
+
 
 class FullConfig(Section):
     """The model's own weights train: all of them, or a part.
@@ -38,15 +40,52 @@ class LoraConfig(Section):
     exclude_modules: str | list[str] | None = None
     use_rslora: bool = False
     use_dora: bool = Field(False, description="train each output's magnitude apart from its direction (arXiv:2402.09353)")
-    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = Field(
+    init_lora_weights: Literal[True, "gaussian", "orthogonal", "pissa"] | Annotated[str, Field(pattern=NITER)] = Field(
         True,
-        description="true: A uniform, B zero; gaussian: A normal with deviation 1/r, B zero; orthogonal: both, with BA = 0",
+        description="true: A uniform, B zero; gaussian: A normal with deviation 1/r, B zero; orthogonal: both, with BA = 0; "
+        "pissa: the largest singular values of the weight; pissa_niter_16: these by 16 subspace iterations",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="which biases of the base model train too: all, or those of the layers that are adapted"
     )
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     modules_to_save: list[str] = Field(default_factory=list)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = Field(
+        None,
+        description="tokens whose rows of the embedding train; for each module: {embed_tokens: [..], lm_head: [..]}",
+    )
+    ensure_weight_tying: bool = Field(
+        False, description="where the model ties its output to its embedding: an update of the embedding is on both sides"
+    )
     adapter_path: str | None = Field(None, description="start from this PEFT folder; its settings replace the ones above")
+
+    @property
+    def pissa(self) -> bool:
+        return str(self.init_lora_weights).startswith("pissa")
+
+    def conflicts(self, quantization: str | None = None) -> list[str]:
+        """What of these options does not fit together, whatever the model; each entry says what to do.
+
+        Args:
+            quantization: of the base model.
+        """
+        problems = []
+        regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if self.layers_to_transform is not None and regex:
+            problems.append("method.layers_to_transform needs target_modules as a list (PEFT refuses it beside a regex)")
+        if self.pissa and self.use_dora:
+            problems.append(
+                "method.init_lora_weights: pissa is exported as an update of twice the rank, and method.use_dora: true scales "
+                "the sum of weight and update; leave one of them out"
+            )
+        if self.pissa and quantization:
+            problems.append(
+                f"method.init_lora_weights: pissa with model.quantization: {quantization} would have to round what is left of "
+                "the weight without its largest singular values, and the base model is rounded here; leave one of them out"
+            )
+        return problems
 
 
 class BottleneckConfig(Section):

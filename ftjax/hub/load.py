@@ -82,8 +82,9 @@ def load_params(
 
 
 def stored(spec: Spec, dtype) -> Spec:
-    """A parameter in the dtype in which a run holds it: a trained one's is its own, frozen ones are in `dtype`."""
-    return spec if spec.row.trainable else spec.astype(dtype)
+    """A parameter in the dtype in which a run holds it: that of a trained one or a method's is its own, the base model's
+    frozen ones are in `dtype`."""
+    return spec if spec.row.trainable or spec.row.adapter else spec.astype(dtype)
 
 
 def abstract_param(spec: Spec, mesh: Mesh, dtype) -> jax.ShapeDtypeStruct | Quantized:

@@ -163,17 +163,30 @@ class _AsInModel:
         named = {
             method.file_name(model, spec, piece): piece.name for spec in model.trainable.values() for piece in spec.pieces()
         }
+        beside = {
+            f"{PREFIX}{spec.module}.base_layer.weight": spec
+            for spec in model.frozen.values()
+            if spec.path.endswith(".base.weight") and not spec.stacked
+        }
+        found = [name for name in self._source.keys() if name in beside]
+        named |= {name: beside[name].hf_template for name in found}
         self._names = {named.get(name, name): name for name in self._source.keys()}
+        self.base_layers = {beside[name].path for name in found}
 
     def keys(self) -> list[str]:
         return list(self._names)
 
-    def tied_copies(self, model: Model) -> list[str]:
-        """The output projection of a model that ties it, where it is the embedding once more."""
-        embedding, heads = f"{model.output}.weight", [f"{PREFIX}{name}" for name in model.ignored]
-        if embedding not in self._names:
-            return []
-        return [name for name in heads if name in self._names and np.array_equal(self.read(name), self.read(embedding))]
+    def repeated(self, model: Model, method: Method) -> list[str]:
+        """Tensors that are another one of the file once more: the output projection where the model ties it to the
+        embedding, and what the method writes twice."""
+        tied = [name.removesuffix("weight") for name in model.ignored if name.endswith(".weight")]
+        heads = {f"{PREFIX}{name}{layer}weight": f"{model.output}.weight" for name in tied for layer in ("", "base_layer.")}
+        pairs = [(name, own, self.read) for name, own in heads.items()]
+        pairs += [
+            (name, model.specs[path].hf_template, lambda own: self.read(own).T) for name, path in method.copies(model).items()
+        ]
+        both = [pair for pair in pairs if pair[0] in self._names and pair[1] in self._names]
+        return [name for name, own, read in both if np.array_equal(self.read(name), read(own))]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(self._names[name])
@@ -186,8 +199,12 @@ class _AsInModel:
 
 
 def load_adapter(model: Model, folder: Path, mesh: Mesh) -> dict[str, jax.Array]:
-    """The trained parameters of an adapter folder, float32. UserError where its tensors are not those of the model."""
+    """The trained parameters of an adapter folder, float32. UserError where its tensors are not those of the model.
+
+    PEFT writes an embedding that has an update beside it (`base_layer.weight`); it then takes the place of the base model's.
+    """
     method = method_that_reads(folder, read_adapter_config(folder))
     source = _AsInModel(folder, model, method)
-    ignored = (*method.ignored, *source.tied_copies(model))
-    return load_params(model.trainable, source, mesh, jnp.float32, where=str(folder), ignored=ignored)
+    ignored = (*method.ignored, *source.repeated(model, method))
+    held = {path: spec for path, spec in model.frozen.items() if path in source.base_layers}
+    return load_params({**model.trainable, **held}, source, mesh, jnp.float32, where=str(folder), ignored=ignored)

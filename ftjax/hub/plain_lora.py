@@ -4,7 +4,7 @@ Whatever scale a layer had is multiplied into its B; smaller ranks are padded wi
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +14,9 @@ from ftjax.config import LoraConfig
 from ftjax.errors import UserError
 from ftjax.hub.peft import CONFIG, PREFIX, WEIGHTS, adapter_file, method_that_reads, read_adapter_config
 from ftjax.hub.safetensors import Tensor, write_file
-from ftjax.methods import method_named
-from ftjax.methods.lora import from_saved, scale_of
+from ftjax.methods.lora import from_saved
+from ftjax.methods.lora_targets import scale_of
+from ftjax.methods.method import Method
 
 
 class Update(NamedTuple):
@@ -35,11 +36,9 @@ def read_updates(adapter: Path, why: str) -> tuple[dict, dict[str, Update]]:
     """
     saved = read_adapter_config(adapter)
     method, source = method_that_reads(adapter, saved), adapter_file(adapter)
-    other = sorted(name for name in source.keys() if not name.endswith((".lora_A.weight", ".lora_B.weight")))
-    if not method_named("lora").reads(saved) or other or saved.get("use_dora"):
-        what = method.kind if method.config is not LoraConfig else f"tensors such as {other[0]}" if other else "DoRA"
+    if parts := _beyond_plain(method, saved, source.keys()):
         instead = "leave it as it is" if method.no_merge else "ftjax export --merge folds it into its base model"
-        raise UserError(f"{adapter}: {why}, and this adapter has {what}; {instead}")
+        raise UserError(f"{adapter}: {why}, and this adapter has {' and '.join(parts)}; {instead}")
     config, updates = from_saved(LoraConfig(adapter_path=str(adapter)), saved), {}
     for name in source.keys():
         if name.endswith(".lora_A.weight"):
@@ -48,6 +47,19 @@ def read_updates(adapter: Path, why: str) -> tuple[dict, dict[str, Update]]:
             scale = np.float32(scale_of(module, a.shape[0], config))
             updates[module] = Update(a, (b * scale).astype(b.dtype))
     return saved, dict(sorted(updates.items()))
+
+
+def _beyond_plain(method: Method, saved: Mapping, names: Iterable[str]) -> list[str]:
+    """What an adapter has that is no update `b @ a` of a dense layer, for a message."""
+    if method.config is not LoraConfig:
+        return [method.kind]
+    parts = {
+        "DoRA": bool(saved.get("use_dora")),
+        f"trained biases (bias: {saved.get('bias')})": saved.get("bias", "none") != "none",
+    }
+    told = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".bias")
+    other = sorted(name for name in names if not name.endswith(told))
+    return [part for part, found in parts.items() if found] + ([f"tensors such as {other[0]}"] if other else [])
 
 
 def write_plain(folder: Path, saved: Mapping, updates: Mapping[str, Update], target_modules: list[str]) -> None:

@@ -64,7 +64,7 @@ def with_new_tokens(model: ModelConfig, facts: dict[str, Any], source: TensorSou
     """
     rows, multiple = facts["vocab_size"], model.pad_vocab_to_multiple_of or 1
     if model.adds_tokens:
-        rows = max(rows, _ids(load_tokenizer(model)))
+        rows = max(rows, tokens_of(model))
     return _resized(facts, source, math.ceil(rows / multiple) * multiple)
 
 
@@ -72,38 +72,59 @@ def with_adapters_tokens(adapter: Path, facts: dict[str, Any], source: TensorSou
     """config.json and tensors of a base model, with the rows that an adapter's folder needs: those of the embedding that it
     holds, or those of the tokens that its tokenizer has beyond the model's."""
     stored = adapter_file(adapter)
-    names = {f"{PREFIX}{name}" for name in _tensors(facts)} & set(stored.keys())
+    asked = {f"{PREFIX}{name}" for name in _tensors(facts)}
+    asked |= {f"{name.removesuffix('weight')}base_layer.weight" for name in asked}  # PEFT's name beside an update
+    names = asked & set(stored.keys())
     rows = {stored.shape(name)[0] for name in names}
     if len(rows) > 1:
         raise UserError(f"{adapter}: its embeddings have different numbers of rows: {', '.join(map(str, sorted(rows)))}")
     if rows:
         return _resized(facts, source, max(rows.pop(), facts["vocab_size"]))
     if (adapter / "tokenizer_config.json").is_file():
-        return _resized(facts, source, max(facts["vocab_size"], _ids(load_tokenizer(ModelConfig(path=str(adapter))))))
+        return _resized(facts, source, max(facts["vocab_size"], tokens_of(ModelConfig(path=str(adapter)))))
     return facts, source
 
 
-def refuse_untrained_rows(model: Model, old: int, method: str) -> None:
-    """UserError where the rows past the first `old` are new and do not train: no token could be told from another."""
-    rows = model.config["vocab_size"]
-    fixed = [spec.module for spec in model.frozen.values() if "vocab" in spec.row.axes]
-    if rows == old or not fixed:
+def refuse_untrained_rows(model: Model, old: int, tokens: int, method: str) -> None:
+    """UserError where the rows of new tokens do not train: none of these could be told from another.
+
+    Args:
+        old: rows before.
+        tokens: how many the tokenizer has now; rows beyond are padding.
+    """
+    new = range(old, tokens)
+    fixed = {
+        spec.module
+        for spec in model.frozen.values()
+        if "vocab" in spec.row.axes and not set(new) <= set(_rows_that_train(model, spec))
+    }
+    if not new or not fixed:
         return
-    names = [name.rpartition(".")[2] for name in fixed]
+    names = [name.rpartition(".")[2] for name in sorted(fixed)]
     if method == "full":
         instead = f"name them in method.train: [{', '.join(names)}]"
-    elif method == "lora" and len([spec for spec in model.specs.values() if "vocab" in spec.row.axes]) > 1:
-        instead = f"write method.modules_to_save: [{', '.join(names)}]"
+    elif method == "lora":
+        tied = len([spec for spec in model.specs.values() if spec.row.axes[:1] == ("vocab",)]) == 1
+        ids = f"[{', '.join(map(str, new))}]"
+        rows = ids if tied else f"{{{', '.join(f'{name}: {ids}' for name in names)}}}"
+        instead = f"write method.trainable_token_indices: {rows}"
+        instead += "" if tied else f", or method.modules_to_save: [{', '.join(names)}]"
     else:
         instead = "use method.name: full"
     raise UserError(
-        f"model.add_tokens: {' and '.join(fixed)} get {rows - old} new rows, and this method trains neither these nor the old "
-        f"ones, so that all new tokens would stay the same; {instead}"
+        f"model.add_tokens: {' and '.join(sorted(fixed))} get {len(new)} new rows, and this method trains neither these nor "
+        f"the old ones, so that all new tokens would stay the same; {instead}"
     )
 
 
-def _ids(tokenizer: Any) -> int:
-    return max(tokenizer.get_vocab().values()) + 1
+def _rows_that_train(model: Model, spec: Spec) -> Sequence[int]:
+    """The rows of a frozen weight that trained ones take the place of."""
+    return model.buffers.get(f"{spec.path.removesuffix('.base.weight')}.ids", ())
+
+
+def tokens_of(model: ModelConfig) -> int:
+    """One more than the last token's id, those that the configuration adds included."""
+    return max(load_tokenizer(model).get_vocab().values()) + 1
 
 
 def _resized(facts: dict[str, Any], source: TensorSource, rows: int) -> tuple[dict[str, Any], TensorSource]:

@@ -1,18 +1,17 @@
 """Full fine-tuning: the weights of the base model train, as float32 masters; all of them, or those that are named."""
 
 import re
-from collections.abc import Iterator
 
 from flax import nnx
 
 from ftjax.config import FullConfig
 from ftjax.errors import UserError
 from ftjax.methods.method import Method
+from ftjax.methods.parted import layer_of, part_stacks, stacks
 from ftjax.methods.save import train
 from ftjax.methods.walk import describe
 from ftjax.models.layers import LayerNorm, RMSNorm
 from ftjax.models.param import Piece, Spec, specs, variables
-from ftjax.models.stack import Stack
 
 
 def attach(root: nnx.Module, config: FullConfig) -> None:
@@ -21,8 +20,7 @@ def attach(root: nnx.Module, config: FullConfig) -> None:
     Raises UserError for a pattern that no parameter has, and where nothing would train.
     """
     chosen = _chosen(root, config)
-    for path, stack in _stacks(root):
-        stack.part(_groups(root, path, len(stack.kinds), chosen))
+    part_stacks(root, chosen)
     trained = {path for path, spec in specs(root).items() if any(piece.name in chosen for piece in spec.pieces())}
     for path, variable in variables(root):
         if path in trained:
@@ -37,10 +35,10 @@ def _chosen(root: nnx.Module, config: FullConfig) -> set[str]:
         return names
     chosen = set().union(*(_named(root, rows, pattern, "train") for pattern in config.train or ()))
     if config.last_layers is not None:
-        depth = max(len(stack.kinds) for _, stack in _stacks(root))
+        depth = max(len(stack.kinds) for _, stack in stacks(root))
         if config.last_layers > depth:
             raise UserError(f"method.last_layers: {config.last_layers} is more than the {depth} layers of this model")
-        chosen |= {piece.name for spec, piece in rows if spec.stacked and _layer(spec, piece) >= depth - config.last_layers}
+        chosen |= {piece.name for spec, piece in rows if spec.stacked and layer_of(spec, piece) >= depth - config.last_layers}
     elif config.train is None:
         chosen = names
     for pattern in config.freeze:
@@ -67,31 +65,6 @@ def _named(root: nnx.Module, rows: list[tuple[Spec, Piece]], pattern: str, optio
             f"method.{option}: {pattern!r} matches no parameter; the model has {describe(piece.name for _, piece in rows)}"
         )
     return found
-
-
-def _stacks(root: nnx.Module) -> Iterator[tuple[str, Stack]]:
-    for path, node in list(nnx.iter_graph(root)):  # listed first: what is done to a stack changes the graph
-        if isinstance(node, Stack):
-            yield ".".join(map(str, path)), node
-
-
-def _layer(spec: Spec, piece: Piece) -> int:
-    """Which layer of the model a tensor of a stacked parameter belongs to."""
-    return spec.layers[piece.index[0]] if spec.layers else piece.index[0]
-
-
-def _groups(root: nnx.Module, stack: str, depth: int, chosen: set[str]) -> tuple[str, ...]:
-    """A name for each layer, the same for layers of which the same parts train."""
-    parts: list[set[str]] = [set() for _ in range(depth)]
-    for path, spec in specs(root).items():
-        if path.startswith(f"{stack}."):
-            for piece in spec.pieces():
-                if piece.name in chosen:
-                    parts[_layer(spec, piece)].add(spec.hf_template)
-    names: dict[frozenset[str], str] = {frozenset(): "frozen"}
-    for part in map(frozenset, parts):
-        names.setdefault(part, "trained" if len(names) == 1 else f"trained{len(names)}")
-    return tuple(names[frozenset(part)] for part in parts)
 
 
 METHOD = Method(FullConfig, attach, adapter=False)

@@ -31,10 +31,10 @@ class IA3Linear(nnx.Module):
 
     def __init__(self, site: Site, chosen: np.ndarray, feedforward: bool):
         """`chosen`: [layers] bool."""
-        self.base, self.feedforward = site.linear, feedforward
-        axis_in, axis_out = site.linear.axes
-        shape, axes = ((1, site.linear.size_in), ("rank", axis_in)) if feedforward else (
-            (site.linear.size_out, 1), (axis_out, "rank")
+        self.base, self.feedforward = site.layer, feedforward
+        axis_in, axis_out = site.layer.axes
+        shape, axes = ((1, site.layer.size_in), ("rank", axis_in)) if feedforward else (
+            (site.layer.size_out, 1), (axis_out, "rank")
         )  # fmt: skip
         self.ia3_l = param(
             (*site.stack, *shape), (*site.stack_axes, *axes), "ia3_l", init=Init("ones"), trainable=True, adapter=True,

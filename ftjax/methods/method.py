@@ -59,6 +59,8 @@ class Method:
         weights_file: beside `adapter_config.json`.
         file_name: `(model, spec, piece)` -> what the file calls a tensor.
         ignored: endings of tensors that the file may hold beside those of the model, and that say nothing new.
+        copies: `(model)` -> tensors that the file holds a second time, by name, each with the path of the parameter whose
+            transpose it is.
         stored: `(config, model, fetch)` -> the tensors of the file, where they are not the trained parameters themselves.
         start: `(config, model, Start)` -> `{path: array}` of those new parameters whose first values are not their
             row's initialiser's.
@@ -78,6 +80,7 @@ class Method:
     weights_file: str = "adapter_model.safetensors"
     file_name: Callable[[Model, Spec, Piece], str] = own_name
     ignored: tuple[str, ...] = ()
+    copies: Callable[[Model], Mapping[str, str]] = lambda model: {}
     stored: Callable[[Any, Model, Fetch], Iterator[Stored]] | None = None
     start: Callable[[Any, Model, Start], Mapping[str, np.ndarray]] | None = None
     merged: Callable[[Model, str, tuple, np.ndarray, Fetch], np.ndarray] | None = None

@@ -12,7 +12,15 @@ from ftjax.models.param import Spec, specs, variables
 
 
 def mark_modules_to_save(root: nnx.Module, modules: list[str]) -> None:
-    """Make every parameter of these modules trainable (in float32), in place.
+    """Make every parameter of these modules trainable (in float32), in place; raises as `paths_to_save`."""
+    chosen = paths_to_save(root, modules)
+    for path, variable in variables(root):
+        if path in chosen:
+            train(variable)
+
+
+def paths_to_save(root: nnx.Module, modules: list[str]) -> set[str]:
+    """The parameters of these modules.
 
     Raises UserError for a name that no module has, or for an embedding that is tied to the output: PEFT would train a
     copy of one side only, and no file format tells its reader so.
@@ -37,9 +45,7 @@ def mark_modules_to_save(root: nnx.Module, modules: list[str]) -> None:
             "method.modules_to_save: this model ties its input and output embeddings, and an adapter file can only hold one of "
             "them; leave it out, or use method.name: full"
         )
-    for path, variable in variables(root):
-        if path in chosen:
-            train(variable)
+    return chosen
 
 
 def _is(spec: Spec, module: str) -> bool:

@@ -8,13 +8,13 @@ from typing import Any
 from flax import nnx
 
 from ftjax.errors import UserError
-from ftjax.models.layers import Linear
+from ftjax.models.layers import Embedding, Linear
 from ftjax.models.param import INDEXED, Spec, specs
 
 
 @dataclass(frozen=True)
 class Site:
-    """A dense layer (of all stacked layers at once) and where it hangs in the module tree.
+    """A dense layer (of all stacked layers at once), or an embedding, and where it hangs in the module tree.
 
     Attributes:
         path: its path, such as `model.layers.block.self_attn.q_proj`.
@@ -25,7 +25,7 @@ class Site:
     path: str
     parent: Any
     attribute: str
-    linear: Linear
+    layer: Linear | Embedding
     names: tuple[str, ...]
     stack: tuple[int, ...]
     stack_axes: tuple[str, ...]
@@ -42,16 +42,24 @@ def linears(root: nnx.Module) -> list[Site]:
     return [_site(path, node, nodes, rows) for path, node in sorted(chosen, key=_by_name)]
 
 
+def embeddings(root: nnx.Module) -> list[Site]:
+    """Every embedding, in the order of the module tree; positions' are among them."""
+    nodes = {path: node for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)}
+    rows = specs(root)
+    chosen = [item for item in nodes.items() if isinstance(item[1], Embedding)]
+    return [_site(path, node, nodes, rows) for path, node in sorted(chosen, key=_by_name)]
+
+
 def _by_name(item: tuple) -> list[str]:
     return [str(part) for part in item[0]]
 
 
-def _site(path: tuple, linear: Linear, nodes: dict, rows: Mapping[str, Spec]) -> Site:
+def _site(path: tuple, layer: Linear | Embedding, nodes: dict, rows: Mapping[str, Spec]) -> Site:
     name = ".".join(map(str, path))
     spec = rows[f"{name}.weight"]
     stack_axes = tuple(axis for axis in spec.row.axes if axis in INDEXED)
     names = tuple(piece.name.removesuffix(".weight") for piece in spec.pieces())
-    return Site(name, nodes[path[:-1]], str(path[-1]), linear, names, spec.stacked, stack_axes)
+    return Site(name, nodes[path[:-1]], str(path[-1]), layer, names, spec.stacked, stack_axes)
 
 
 def matches(name: str, wanted: str | list[str]) -> bool:

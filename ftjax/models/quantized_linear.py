@@ -72,7 +72,8 @@ def quantise(root: nnx.Module, kind: str) -> None:
     nodes = {path: node for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)}
     found = False
     for path, node in nodes.items():
-        if isinstance(node, Linear) and ".".join(map(str, path)) != root.output and not node.weight.row.trainable:
+        output = ".".join(map(str, path)).removesuffix(".base") == root.output  # a method may have wrapped it
+        if isinstance(node, Linear) and not output and not node.weight.row.trainable:
             setattr(nodes[path[:-1]], str(path[-1]), QuantizedLinear(node, kind))
             found = True
     if not found:

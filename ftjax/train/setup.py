@@ -25,7 +25,7 @@ from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import abstract_param, load_base, open_model
 from ftjax.hub.peft import attach_adapter, load_adapter, start_adapter
 from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.hub.vocabulary import refuse_untrained_rows, with_adapters_tokens, with_new_tokens
+from ftjax.hub.vocabulary import refuse_untrained_rows, tokens_of, with_adapters_tokens, with_new_tokens
 from ftjax.mesh import make_mesh, parts, replicated, sharding
 from ftjax.methods import method_of
 from ftjax.models.attention import choose
@@ -202,7 +202,7 @@ def prepare(config: Config) -> Setup:
     made = design(config, facts, mesh)
     config, model = made.config, made.model
     if config.model.adds_tokens:
-        refuse_untrained_rows(model, had, config.method.name)
+        refuse_untrained_rows(model, had, tokens_of(config.model), config.method.name)
     base = load_base(model, source, mesh, jnp.dtype(config.model.dtype), str(path))
     if adapter:
         params = load_adapter(model, Path(adapter), mesh)

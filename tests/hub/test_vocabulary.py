@@ -8,6 +8,7 @@ import torch
 from oracle import Case, hf_logits, logits, make_hf, one_device, tokens
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from safetensors.numpy import load_file
 from tiny_run import make_config
 from tiny_tokenizer import make_tokenizer, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -145,6 +146,22 @@ def test_lora(bases, tmp_path, on_one_device):
 
 
 @pytest.mark.parametrize("name", ["llama", "tied"])
+def test_rows_of_the_new_tokens(bases, name, tmp_path, on_one_device):
+    """Only these train and are saved, on both sides of a tied model; padding beyond them stays. PEFT and merging agree."""
+    ids = list(range(SIZE, SIZE + 3))
+    rows = ids if name == "tied" else {"embed_tokens": ids, "lm_head": ids}
+    method = {"name": "lora", "r": 2, "target_modules": ["q_proj"], "trainable_token_indices": rows}
+    train(run_config(bases(name), tmp_path / "run", method, pad_vocab_to_multiple_of=64))
+    final = tmp_path / "run" / "final"
+    saved = {key: value for key, value in load_file(final / "adapter_model.safetensors").items() if "lora_" not in key}
+    assert len(saved) == (1 if name == "tied" else 2)
+    assert all(value.shape == (3, 32) and np.abs(value[0] - value[1]).max() > 1e-3 for value in saved.values())
+    want = hf_logits(PeftModel.from_pretrained(fresh(bases(name), 128), final), probe())[..., : SIZE + 3]
+    for merge in (False, True):
+        np.testing.assert_allclose(ours(bases(name), final, merge), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
 def test_embeddings_that_peft_saves_unasked(bases, name, tmp_path):
     """After resizing, PEFT writes them beside the adapter; of a tied model both sides."""
     base = fresh(bases(name), SIZE + 3)
@@ -163,8 +180,12 @@ def test_refused(bases):
         config = make_config(bases(name), method=method, mesh=mesh or {"fsdp": 8})
         return prepare(config.model_copy(update={"model": config.model.model_copy(update={**NEW, **model})}))
 
-    with pytest.raises(UserError, match=r"3 new rows.*modules_to_save: \[lm_head, embed_tokens\]"):
+    ids = rf"\[{SIZE}, {SIZE + 1}, {SIZE + 2}\]"
+    both = rf"{{lm_head: {ids}, embed_tokens: {ids}}}, or method.modules_to_save: \[lm_head, embed_tokens\]"
+    with pytest.raises(UserError, match=f"3 new rows.*trainable_token_indices: {both}"):
         made("llama", {"name": "lora", "r": 2})
+    with pytest.raises(UserError, match=f"model.embed_tokens get 3 new rows.*trainable_token_indices: {ids}$"):
+        made("tied", {"name": "lora", "r": 2, "trainable_token_indices": [SIZE, SIZE + 1, 4]})
     with pytest.raises(UserError, match=r"method\.train: \[embed_tokens\]"):
         made("tied", {"name": "full", "last_layers": 1})
     mesh = {"fsdp": 2, "tensor": 4}

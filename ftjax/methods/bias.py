@@ -1,0 +1,34 @@
+"""Biases of the base model that train beside LoRA (`bias: all | lora_only`, PEFT's `mark_only_adapters_as_trainable`)."""
+
+from collections.abc import Set
+
+from flax import nnx
+
+from ftjax.methods.save import train
+from ftjax.models.param import specs, variables
+
+
+def trained_biases(root: nnx.Module, kind: str, adapted: Set[str]) -> set[str]:
+    """The Hugging Face names of the biases that train: all of the model's, or (`lora_only`) those of adapted modules.
+
+    Args:
+        adapted: names of the modules that have an update.
+    """
+    names = {
+        piece.name
+        for spec in specs(root).values()
+        if not spec.row.adapter and spec.row.name.rpartition(".")[2] == "bias"
+        for piece in spec.pieces()
+    }
+    return names if kind == "all" else {name for name in names if name.removesuffix(".bias") in adapted}
+
+
+def train_biases(root: nnx.Module, chosen: Set[str]) -> None:
+    """Mark these as trained, in place; stacks are parted before, so that a parameter trains as a whole."""
+    found = specs(root)
+    paths = {
+        path for path, spec in found.items() if not spec.row.adapter and all(piece.name in chosen for piece in spec.pieces())
+    }
+    for path, variable in variables(root):
+        if path in paths:
+            train(variable)

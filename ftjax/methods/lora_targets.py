@@ -1,0 +1,179 @@
+"""Which modules LoRA adapts, with which rank and scale: PEFT's rules; and what of a configuration does not fit together."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+
+from flax import nnx
+
+from ftjax.config import LoraConfig
+from ftjax.errors import UserError, together
+from ftjax.methods.bias import trained_biases
+from ftjax.methods.save import paths_to_save
+from ftjax.methods.token_rows import row_problems, row_sites
+from ftjax.methods.walk import describe, embeddings, layer_index, linears, matches, refuse_unmatched
+from ftjax.models.classifier import HEAD
+from ftjax.models.param import specs
+
+
+def is_target(name: str, config: LoraConfig, *, embedding: bool = False) -> bool:
+    """Whether a module is adapted."""
+    if config.exclude_modules and matches(name, config.exclude_modules):
+        return False
+    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.modules_to_save):
+        return False
+    if config.target_modules == "all-linear":
+        if embedding or name == "lm_head":  # PEFT leaves the output embedding out
+            return False
+    elif not matches(name, config.target_modules):
+        return False
+    return config.layers_to_transform is None or layer_index(name) in _layers(config)
+
+
+def rank_of(name: str, config: LoraConfig, *, embedding: bool = False) -> int:
+    """The rank of one module; 0 where it is not adapted."""
+    return _pattern(name, config.rank_pattern, config.r) if is_target(name, config, embedding=embedding) else 0
+
+
+def scale_of(name: str, rank: int, config: LoraConfig) -> float:
+    """The factor on a module's update."""
+    alpha = _pattern(name, config.alpha_pattern, config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def saved_modules(config: LoraConfig, output: str) -> list[str]:
+    """`modules_to_save`; a classification head is always one of them, as in PEFT."""
+    return list(dict.fromkeys([*config.modules_to_save, *([HEAD] if output == HEAD else [])]))
+
+
+def _layers(config: LoraConfig) -> list[int]:
+    layers = config.layers_to_transform
+    return layers if isinstance(layers, list) else [layers]
+
+
+def _fits(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _pattern(name: str, patterns: dict, default):
+    found = {key: value for key, value in patterns.items() if _fits(key, name)}
+    if len(set(found.values())) > 1:
+        raise UserError(
+            f"method: rank_pattern or alpha_pattern gives {name} several values ({found}); tools differ in which one they "
+            "take, so make the patterns exclude each other"
+        )
+    return next(iter(found.values()), default)
+
+
+def adapted_modules(root: nnx.Module, config: LoraConfig) -> set[str]:
+    """The Hugging Face names of all dense layers and embeddings that are adapted."""
+    dense = {name for site in linears(root) for name in site.names if is_target(name, config)}
+    return dense | {name for site in embeddings(root) for name in site.names if is_target(name, config, embedding=True)}
+
+
+def check(root: nnx.Module, config: LoraConfig) -> None:
+    """UserError that lists all that does not fit: options among themselves, and names that the model does not have."""
+    found = [*config.conflicts(), *_target_problems(root, config), *_option_problems(root, config)]
+    problems = list(dict.fromkeys(found))
+    if problems:
+        raise UserError(together(problems, "method"))
+
+
+def _said(call: Callable[[], object]) -> list[str]:
+    """The message of the UserError that a call raises."""
+    try:
+        call()
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _target_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
+    """Targets, layers and patterns that match nothing, or too much."""
+    targets = config.target_modules
+    dense = [name for site in linears(root) for name in site.names]
+    tables = [name for site in embeddings(root) for name in site.names]
+    if isinstance(targets, list):
+        yield from _said(lambda: refuse_unmatched("method.target_modules", targets, [*dense, *tables]))
+    if config.layers_to_transform is not None:
+        exist = {layer_index(name) for name in dense} - {None}
+        if absent := sorted(set(_layers(config)) - exist):
+            yield f"method.layers_to_transform: {absent} do not exist; layers are 0 to {max(exist)}"
+    adapted = sorted(adapted_modules(root, config))
+    if not adapted:
+        yield f"method.target_modules: {targets!r} matches no linear layer; the model has {describe(iter(dense))}"
+        return
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, option)
+        if unused := [key for key in patterns if not any(_fits(key, name) for name in adapted)]:
+            yield f"method.{option}: {', '.join(map(repr, unused))} matches none of {describe(iter(adapted))}"
+        overlaps = [said for name in adapted for said in _said(lambda name=name, p=patterns: _pattern(name, p, None))]
+        if overlaps:
+            yield overlaps[0]
+            return  # no layer's rank is known
+    yield from _rank_problems(root, config)
+
+
+def _rank_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
+    """Ranks that a beginning cannot have; one entry for all layers."""
+    option, odd, large = f"method.init_lora_weights: {config.init_lora_weights}", {}, {}
+    for site in linears(root):
+        size = min(site.layer.size_in, site.layer.size_out)
+        for name in site.names:
+            rank = rank_of(name, config)
+            odd |= {name: rank} if rank % 2 else {}
+            large |= {name: (rank, size)} if rank > size else {}
+    if config.init_lora_weights == "orthogonal" and odd:
+        yield f"{option} needs an even rank, and {next(iter(odd))} has {next(iter(odd.values()))}"
+    if config.pissa and large:
+        name, (rank, size) = next(iter(large.items()))
+        yield f"{option}: the weight of {name} has {size} singular values, fewer than its rank {rank}; lower r or rank_pattern"
+
+
+def _option_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
+    """Options that exclude each other, or that this model cannot have."""
+    saved = saved_modules(config, root.output)
+    yield from (missing := _said(lambda: paths_to_save(root, saved)))
+    rows = specs(root)
+    kept = set() if missing else {piece.name for path in paths_to_save(root, saved) for piece in rows[path].pieces()}
+    updated = [site for site in embeddings(root) if is_target(site.names[0], config, embedding=True)]
+    for site in updated:
+        yield from _embedding_problems(site.names[0], config, tied=site.path == root.output)
+    if config.ensure_weight_tying and not any(site.path == root.output for site in updated):
+        ties = any(site.path == root.output for site in embeddings(root))
+        why = "target_modules does not name it" if ties else "this model does not tie them"
+        yield f"method.ensure_weight_tying: for an embedding that is adapted and tied to the output; {why}, so leave it out"
+    yield from row_problems(root, config)
+    for site, _ in row_sites(root, config):
+        embedding = hasattr(site.layer, "attend")
+        others = {
+            "target_modules": is_target(site.names[0], config, embedding=embedding),
+            "modules_to_save": f"{site.names[0]}.weight" in kept,
+        }
+        for option in (option for option, also in others.items() if also):
+            yield (
+                f"method.trainable_token_indices and method.{option} both train {site.names[0]}; leave it out of one of them"
+            )
+    if config.bias != "none":
+        biases = trained_biases(root, config.bias, adapted_modules(root, config))
+        if not biases:
+            where = "this model has" if config.bias == "all" else "the layers of target_modules have"
+            yield f"method.bias: {config.bias}, but {where} no biases; leave it out"
+        if both := sorted(biases & kept):
+            yield (
+                f"method.bias: {config.bias} and method.modules_to_save both train {both[0]}, which an adapter file holds "
+                "once; leave one of them out"
+            )
+
+
+def _embedding_problems(name: str, config: LoraConfig, tied: bool) -> Iterator[str]:
+    """What an embedding that is adapted cannot have."""
+    if tied and not config.ensure_weight_tying:
+        yield (
+            f"method.target_modules: this model ties {name} to its output, and PEFT would adapt the input alone, which no "
+            "merged model could hold; set method.ensure_weight_tying: true, which adapts both"
+        )
+    dense_only = {"use_dora: true": config.use_dora}
+    dense_only[f"init_lora_weights: {config.init_lora_weights}"] = config.init_lora_weights not in (True, "gaussian")
+    for option in (option for option, asked in dense_only.items() if asked):
+        yield f"method.{option} is for dense layers, and target_modules names the embedding {name}; leave one of them out"

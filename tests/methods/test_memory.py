@@ -1,0 +1,51 @@
+"""What does not train has neither gradient nor moments: the plan of the compiled step."""
+
+import jax
+import pytest
+from oracle import Case, make_hf
+from tiny_run import make_config
+
+from ftjax.train.setup import compile_steps, prepare
+
+# Weights are nearly all of the memory: the activations of a row of eight tokens are small beside any one of them.
+SIZES = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_hf(Case("llama", "llama", {**SIZES, "attention_bias": True, "tie_word_embeddings": True}), folder)
+    return folder
+
+
+METHODS = {
+    "lora": {"name": "lora", "r": 2},
+    "tokens": {"name": "lora", "r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [3, 2000]},
+    "ia3": {"name": "ia3"},
+    "last layer": {"name": "full", "last_layers": 1},
+}
+
+
+def plan(base, method):
+    """`(bytes of what is frozen, of what trains, arguments, temporaries)` of the step."""
+    config = make_config(base, method=method, global_batch_size=1)
+    setup = prepare(config.model_copy(update={"data": config.data.model_copy(update={"max_length": 8})}))
+    step, _, optimizer, _ = compile_steps(setup, 10)
+    with jax.set_mesh(setup.mesh):
+        memory = step.lower(*setup.abstract_inputs(optimizer)).compile().memory_analysis()
+    frozen, trained = (sum(leaf.nbytes for leaf in found.values()) for found in (setup.frozen, setup.params))
+    return frozen, trained, memory.argument_size_in_bytes, memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_frozen_weights_have_no_gradient_and_no_moments(base, name, on_one_device):
+    frozen, trained, arguments, temporaries = plan(base, METHODS[name])
+    assert arguments < frozen + 3 * trained + 20_000, "beside weights, masters and two moments there is a batch"
+    made_of_trained = 3 * trained  # its gradient, and what the optimizer makes of it
+    assert temporaries < made_of_trained + frozen / 4, "a gradient of what is frozen would take as much as it does"
+
+
+def test_what_trains_has_them(base, on_one_device):
+    """The same figures do show gradients and moments, where there are any."""
+    frozen, trained, arguments, temporaries = plan(base, {"name": "full"})
+    assert frozen == 0 and arguments > 3 * trained and temporaries > trained
