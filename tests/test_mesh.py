@@ -43,6 +43,13 @@ def test_two_dimensions_along_one_axis():
     assert spec(("mlp", "embed")) == PartitionSpec(("tensor",), ("fsdp", "expert"))
 
 
+@pytest.mark.parametrize("size, cut", [(64, ("tensor", "fsdp", "expert")), (12, ("tensor",))])
+def test_wide_sides_of_adapters(size, cut):
+    """They are cut over `fsdp` too, where they divide; otherwise as their layers are."""
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices())
+    assert sharding(mesh, "lora_B", (5, size, 4), ("layers", "wide", "rank")).spec == PartitionSpec(None, cut, None)
+
+
 def test_slices():
     mesh = make_mesh(MeshConfig(data=2, slices=2))
     assert describe(mesh) == "data=2 x fsdp=4"
