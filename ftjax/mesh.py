@@ -23,11 +23,13 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "wide": ("tensor", "fsdp", "expert"),  # an adapter's heads, kv_heads or mlp: its matrix has no `embed` to cut
     "experts": ("expert",),
     "layers": None,
     "norm": None,
     "rank": None,
 }
+CUT = ("fsdp", "expert")  # the mesh axes along which dense weights are cut to save memory
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -70,12 +72,20 @@ def parts(sizes: Mapping[str, int], *axes: str) -> int:
     return math.prod(sizes[name] for axis in axes for name in RULES[axis] or ())
 
 
-def _rules(axes: tuple[str | None, ...]) -> list[tuple[str, ...]]:
-    """The mesh axes of each dimension; none where it is replicated."""
+def _rules(
+    axes: tuple[str | None, ...], shape: tuple[int, ...] | None = None, sizes: Mapping[str, int] | None = None
+) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension; none where it is replicated.
+
+    Args:
+        shape: of the array on a mesh of these `sizes`; a `wide` dimension that does not divide is not cut to save memory.
+    """
     used: set[str] = set()
     found = []
-    for axis in axes:
+    for number, axis in enumerate(axes):
         rule = tuple(name for name in (RULES.get(axis) or () if axis else ()) if name not in used)
+        if axis == "wide" and shape and shape[number] % math.prod(sizes[name] for name in rule):
+            rule = tuple(name for name in rule if name not in CUT)
         used.update(rule)
         found.append(rule)
     return found
@@ -91,7 +101,8 @@ def sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | No
 
     Raises UserError, with the nearest sizes that work, where a dimension does not divide by its mesh axes.
     """
-    for size, axis, rule in zip(shape, axes, _rules(axes), strict=True):
+    rules = _rules(axes, shape, mesh.shape)
+    for size, axis, rule in zip(shape, axes, rules, strict=True):
         count = math.prod(mesh.shape[a] for a in rule)
         if size % count:
             mesh_axes = " x ".join(f"{a}={mesh.shape[a]}" for a in rule if mesh.shape[a] > 1)
@@ -105,7 +116,7 @@ def sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | No
                     else ""
                 )
             )
-    return NamedSharding(mesh, spec(axes))
+    return NamedSharding(mesh, PartitionSpec(*(rule or None for rule in rules)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -130,7 +141,7 @@ def constrain(x: jax.Array, *axes: str | None, without: tuple[str, ...] = ()) ->
     if mesh.empty or mesh.size == 1:
         return x
     entries = []
-    for size, rule in zip(x.shape, _rules(axes), strict=True):
+    for size, rule in zip(x.shape, _rules(axes, x.shape, mesh.shape), strict=True):
         rule = tuple(name for name in rule if name not in without)
         entries.append(rule if rule and size % math.prod(mesh.shape[name] for name in rule) == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))

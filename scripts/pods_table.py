@@ -14,35 +14,43 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "pods.md"
 START, END = "<!-- table: scripts/pods_table.py -->", "<!-- end of table -->"
-CASES = [  # what, configuration, slice, rows
-    ("Llama-3.1-8B, LoRA", "8b-lora", "v5e-8", 16),
-    ("Llama-3.1-8B, LoRA", "8b-lora", "v5e-16", 32),
-    ("Llama-3.1-8B, LoRA", "8b-lora", "v5e-256", 512),
-    ("Llama-3.1-8B, LoRA", "8b-lora", "v6e-8", 16),
-    ("Llama-3.1-8B, full, float32", "8b-full", "v5p-16", 16),
-    ("Llama-3.1-70B, LoRA", "70b-lora", "v5p-64", 64),
+BFLOAT16 = "optimizer.param_dtype=bfloat16", "optimizer.state_dtype=bfloat16"
+CASES = [  # what, configuration, slice, rows, what else is said
+    ("Llama-3.1-8B, LoRA", "8b-lora", "v5e-8", 16, ()),
+    ("Llama-3.1-8B, LoRA", "8b-lora", "v5e-16", 32, ()),
+    ("Llama-3.1-8B, LoRA", "8b-lora", "v5e-256", 512, ()),
+    ("Llama-3.1-8B, LoRA", "8b-lora", "v6e-8", 16, ()),
+    ("Llama-3.1-8B, LoRA", "8b-lora", "v5p-32", 16, ("data.max_length=32768", "mesh={fsdp: 8, sequence: 2}")),
+    ("Llama-3.1-8B, LoRA", "8b-lora", "v5p-64", 8, ("data.max_length=131072", "mesh={fsdp: 8, sequence: 4}")),
+    ("Llama-3.1-8B, full", "8b-full", "v5e-16", 32, BFLOAT16),
+    ("Llama-3.1-8B, full, float32", "8b-full", "v5e-16", 32, ()),
+    ("Llama-3.1-8B, full, float32", "8b-full", "v5p-16", 16, ()),
+    ("Llama-3.1-70B, LoRA", "70b-lora", "v5p-64", 64, ()),
 ]
 COLUMNS = (
-    "", "slice", "chips", "rows", "arguments + temporaries", "a chip has", "fits", "least step", "bound",
-    "tokens/s a chip, at most", "MFU, at most",
+    "", "slice", "chips", "rows", "tokens a row", "mesh", "arguments + temporaries", "alive at one time",
+    "a chip has", "fits", "least step", "bound", "tokens/s a chip, at most", "MFU, at most", "planned in",
 )  # fmt: skip
 
 
-def command(name: str, slice_: str, rows: int) -> list[str]:
-    return ["plan", f"configs/plan/{name}.yaml", "--topology", slice_, f"training.global_batch_size={rows}"]
+def command(name: str, slice_: str, rows: int, said: tuple[str, ...]) -> list[str]:
+    return ["plan", f"configs/plan/{name}.yaml", "--topology", slice_, f"training.global_batch_size={rows}", *said]
 
 
 def line(what: str, slice_: str, rows: int, plan: dict | None) -> str:
     if plan is None:
-        return table_line([what, slice_, "", rows, "not planned yet", "", "", "", "", "", ""])
+        return table_line([what, slice_, "", rows, "", "", "not planned yet", *[""] * (len(COLUMNS) - 7)])
     memory = plan["memory"]
     used = (memory["total"] - memory.get("program", 0)) / 1e9
-    fits = "yes" if plan["fits"] else "no"
-    cells = [what, slice_, plan["chips"], plan["rows"], f"{used:.2f} GB", f"{plan['limit'] / 1e9:.1f} GB", fits]
+    mesh = " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1)
+    cells = [what, slice_, plan["chips"], plan["rows"], f"{plan['max_length']:,}", mesh]
+    peak = "" if plan["peak"] is None else f"{plan['peak'] / 1e9:.2f} GB"
+    cells += [f"{used:.2f} GB", peak, f"{plan['limit'] / 1e9:.1f} GB", "yes" if plan["fits"] else "no"]
+    took = f"{plan['plan_seconds']:.0f} s"
     if plan["step_seconds"] is None:
-        return table_line([*cells, "", "", "", ""])
+        return table_line([*cells, "", "", "", "", took])
     speed = f"{plan['tokens_per_second_per_chip']:,.0f}"
-    return table_line([*cells, f"{plan['step_seconds']:.2f} s", plan["bound"], speed, f"{plan['mfu']:.0%}"])
+    return table_line([*cells, f"{plan['step_seconds']:.2f} s", plan["bound"], speed, f"{plan['mfu']:.0%}", took])
 
 
 def table_line(cells: list) -> str:
@@ -56,10 +64,10 @@ def main() -> None:
     options = parser.parse_args()
     options.plans.mkdir(parents=True, exist_ok=True)
     lines = [table_line(COLUMNS), table_line(["---"] * len(COLUMNS))]
-    for what, name, slice_, rows in CASES:
-        kept = options.plans / f"plan_{name}_{slice_}.json"
+    for what, name, slice_, rows, said in CASES:
+        kept = options.plans / ("_".join(["plan", name, slice_, *said]) + ".json")
         if not kept.exists() and not options.have:
-            ask = [sys.executable, "-m", "ftjax.cli", *command(name, slice_, rows), "--json"]
+            ask = [sys.executable, "-m", "ftjax.cli", *command(name, slice_, rows, said), "--json"]
             done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
             if done.returncode not in (0, 1) or not done.stdout:
                 raise SystemExit(f"{name} on {slice_}: {done.stderr[-2000:]}")

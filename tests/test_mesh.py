@@ -9,7 +9,7 @@ from ftjax.config import Config, MeshConfig
 from ftjax.errors import UserError
 from ftjax.mesh import describe, make_mesh, sharding, spec
 from ftjax.models.facts import complete_config
-from ftjax.train.auto_mesh import choose_mesh
+from ftjax.train.auto_mesh import choose_mesh, state_bytes
 from ftjax.train.setup import build
 
 
@@ -41,6 +41,13 @@ def test_two_dimensions_along_one_axis():
     """Whole experts along `expert`; every other weight has its embedding dimension there."""
     assert spec(("experts", "mlp", "embed")) == PartitionSpec(("expert",), ("tensor",), ("fsdp",))
     assert spec(("mlp", "embed")) == PartitionSpec(("tensor",), ("fsdp", "expert"))
+
+
+@pytest.mark.parametrize("size, cut", [(64, ("tensor", "fsdp", "expert")), (12, ("tensor",))])
+def test_wide_sides_of_adapters(size, cut):
+    """They are cut over `fsdp` too, where they divide; otherwise as their layers are."""
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices())
+    assert sharding(mesh, "lora_B", (5, size, 4), ("layers", "wide", "rank")).spec == PartitionSpec(None, cut, None)
 
 
 def test_slices():
@@ -85,3 +92,28 @@ def test_auto_finds_nothing(llama):
 def test_auto_beside_sizes():
     with pytest.raises(ValueError, match=r"mesh.auto chooses .* fsdp"):
         MeshConfig(auto=True, fsdp=4)
+
+
+@pytest.mark.parametrize(
+    "optimizer, bytes_each",
+    [
+        ({}, 16),  # weight, gradient and two moments in float32
+        ({"state_dtype": "bfloat16", "param_dtype": "bfloat16"}, 8),
+        ({"offload": True}, 8),
+        ({"name": "adafactor"}, 12),  # no matrix of this model is large enough to be factored
+    ],
+)
+def test_auto_counts_what_the_optimizer_holds(llama, optimizer, bytes_each):
+    config = Config.model_validate(
+        {"model": {"path": "x"}, "data": {"train": "y"}, "method": {"name": "full"}, "optimizer": optimizer}
+    )
+    model, _ = build(config, llama)
+    weights = sum(spec.size for spec in model.specs.values())
+    assert state_bytes(config, model) == pytest.approx(bytes_each * weights, rel=1e-3)
+
+
+def test_layers_of_all_blocks_are_counted(llama):
+    method = {"name": "full", "freeze": ["model.layers.1."]}
+    config = Config.model_validate({"model": {"path": "x"}, "data": {"train": "y"}, "method": method})
+    model, _ = build(config, llama)
+    assert model.layers == llama["num_hidden_layers"] > max(spec.stacked[0] for spec in model.specs.values() if spec.stacked)

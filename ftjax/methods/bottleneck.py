@@ -28,7 +28,7 @@ from ftjax.methods.method import Method
 from ftjax.models.context import Context
 from ftjax.models.layers import ACTIVATIONS, AsItIs, project
 from ftjax.models.model import Model
-from ftjax.models.param import Init, param, specs
+from ftjax.models.param import Init, param
 from ftjax.models.stack import Stack
 
 
@@ -115,7 +115,7 @@ def make_method(name: str, section: type[BottleneckConfig], kind: Kind) -> Metho
                 f"{', '.join(sorted(ACTIVATIONS))}"
             )
         nodes = {path: node for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)}
-        size = next(spec.shape[-1] for spec in specs(root).values() if spec.row.axes == ("vocab", "embed"))
+        size = Model.of(root, {}).embedding.shape[-1]
         for path, node in nodes.items():
             if isinstance(node, AsItIs) and path[-1] in kind.places:
                 above = next((path[:end] for end in range(len(path)) if isinstance(nodes.get(path[:end]), Stack)), None)

@@ -25,6 +25,11 @@ from ftjax.models.param import Buffer, Init, Row, param
 from ftjax.models.quantized import Quantized
 
 
+def _cut(axis: str | None) -> str | None:
+    """The logical axis of an adapter's matrix along a dimension of its layer."""
+    return "wide" if axis in ("heads", "kv_heads", "mlp") else axis
+
+
 class LoraLinear(nnx.Module):
     """A frozen Linear plus its low-rank update; layers may differ in rank and scale, zero for layers without an adapter."""
 
@@ -37,19 +42,19 @@ class LoraLinear(nnx.Module):
         self.salt = zlib.crc32(site.path.encode())  # layers of one block draw different dropout masks
         rank = int(ranks.max())
         row = {"trainable": True, "adapter": True, "ranks": tuple(map(int, ranks))}
-        axes_in, axes_out = base.axes
-        shape_A, axes_A = (*site.stack, rank, base.size_in), (*site.stack_axes, "rank", axes_in)
-        shape_B, axes_B = (*site.stack, base.size_out, rank), (*site.stack_axes, axes_out, "rank")
+        axes_in, axes_out = (_cut(axis) for axis in base.axes)
+        self.axes_A, self.axes_B = ("rank", axes_in), (axes_out, "rank")
+        shape_A, axes_A = (*site.stack, rank, base.size_in), (*site.stack_axes, *self.axes_A)
+        shape_B, axes_B = (*site.stack, base.size_out, rank), (*site.stack_axes, *self.axes_B)
         self.lora_A = param(shape_A, axes_A, "lora_A.weight", init=Init("uniform", 1 / math.sqrt(base.size_in)), **row)
         self.lora_B = param(shape_B, axes_B, "lora_B.weight", init=Init("zeros"), **row)
         held = {**row, "trainable": False, "init": Init("zeros")}
         self.start_A = param(shape_A, axes_A, "start_A.weight", **held) if pissa else None
         self.start_B = param(shape_B, axes_B, "start_B.weight", **held) if pissa else None
-        self.lora_magnitude_vector = (
-            param((*site.stack, base.size_out), (*site.stack_axes, axes_out), "lora_magnitude_vector", init=Init("ones"), **row)
-            if dora  # `start` gives it the base weight's norms
-            else None
-        )
+        self.lora_magnitude_vector = None
+        if dora:  # `start` gives it the base weight's norms
+            shape, axes = (*site.stack, base.size_out), (*site.stack_axes, base.axes[1])
+            self.lora_magnitude_vector = param(shape, axes, "lora_magnitude_vector", init=Init("ones"), **row)
         scale = np.where(np.arange(rank) < ranks[:, None], scales[:, None], 0).astype(np.float32)
         self.scale = Buffer(scale.reshape(*site.stack, rank), row=Row((*site.stack_axes, "rank"), "scale"))
 
@@ -70,9 +75,8 @@ class LoraLinear(nnx.Module):
 
     def _product(self, x: jax.Array, lora_A: jax.Array, lora_B: jax.Array, ctx: Context) -> jax.Array:
         """`scale * B A x`."""
-        axes_in, axes_out = self.base.axes
-        low = product(project_sharded(x, lora_A, ("rank", axes_in), ctx) * self.scale[...].astype(x.dtype))
-        return project_sharded(low, lora_B, (axes_out, "rank"), ctx, widen)
+        low = product(project_sharded(x, lora_A, self.axes_A, ctx) * self.scale[...].astype(x.dtype))
+        return project_sharded(low, lora_B, self.axes_B, ctx, widen)
 
     def _drop(self, x: jax.Array, ctx: Context) -> jax.Array:
         if not self.dropout or ctx.dropout is None:
@@ -96,4 +100,4 @@ def is_conv1d(model: Model, layer: str) -> bool:
     """Whether the weight that a LoRA layer wraps is stored (in, out), as GPT-2's are."""
     axis_in = model.specs[f"{layer}.lora_A"].row.axes[-1]
     axis_out = model.specs[f"{layer}.lora_B"].row.axes[-2]
-    return model.specs[f"{layer}.base.weight"].row.axes[-2:] == (axis_in, axis_out)
+    return tuple(map(_cut, model.specs[f"{layer}.base.weight"].row.axes[-2:])) == (axis_in, axis_out)

@@ -11,11 +11,10 @@ from flax import nnx
 from ftjax.config import PTuningConfig
 from ftjax.methods.method import Method
 from ftjax.methods.prefix_tuning import NO_MERGE, dense, file_name, put, stored_by
-from ftjax.methods.prompt_tuning import PromptTokens, embedding_spec, virtual_settings
+from ftjax.methods.prompt_tuning import PromptTokens, virtual_settings
 from ftjax.models.cache_shape import CacheShape, cache_shape
 from ftjax.models.layers import project
 from ftjax.models.model import Model
-from ftjax.models.param import specs
 
 
 class EncodedTokens(PromptTokens):
@@ -40,7 +39,8 @@ class EncodedTokens(PromptTokens):
 
 def attach(root: nnx.Module, config: PTuningConfig) -> None:
     """Put virtual tokens before every text of an abstract model, in place."""
-    shape, embed = cache_shape(Model.of(root, {})), embedding_spec(specs(root)).shape[1]
+    model = Model.of(root, {})
+    shape, embed = cache_shape(model), model.embedding.shape[1]
     hidden = None if config.adapter_path else config.encoder_hidden_size or embed
     put(root, EncodedTokens(shape, config.num_virtual_tokens, embed, hidden), config.num_virtual_tokens)
 

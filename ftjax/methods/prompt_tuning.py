@@ -20,7 +20,7 @@ from ftjax.models.cache_shape import CacheShape, cache_shape
 from ftjax.models.context import Context, KVCache, Prefix
 from ftjax.models.gemma import GemmaModel
 from ftjax.models.model import Model
-from ftjax.models.param import Init, Spec, specs
+from ftjax.models.param import Init
 
 
 class PromptTokens(nnx.Module):
@@ -43,20 +43,15 @@ class PromptTokens(nnx.Module):
         return Prefix(cache.keys[:, 0], cache.values[:, 0])
 
 
-def embedding_spec(found: dict[str, Spec]) -> Spec:
-    """The row of the input embedding."""
-    return next(s for s in found.values() if s.row.axes[:1] == ("vocab",) and s.module != "lm_head")
-
-
 def attach(root: nnx.Module, config: PromptTuningConfig) -> None:
     """Put virtual tokens before every text of an abstract model, in place."""
-    shape, embed = cache_shape(Model.of(root, {})), embedding_spec(specs(root)).shape[1]
-    put(root, PromptTokens(shape, config.num_virtual_tokens, embed), config.num_virtual_tokens)
+    model = Model.of(root, {})
+    put(root, PromptTokens(cache_shape(model), config.num_virtual_tokens, model.embedding.shape[1]), config.num_virtual_tokens)
 
 
 def start(config: PromptTuningConfig, model: Model, begin: Start) -> dict[str, np.ndarray]:
     """Random values stay; a text's tokens (cut, or repeated to the end), or tokens drawn at random, give their embeddings."""
-    embedding, count = embedding_spec(dict(model.specs)), config.num_virtual_tokens
+    embedding, count = model.embedding, config.num_virtual_tokens
     if config.prompt_tuning_init == "RANDOM":
         return {}
     if config.prompt_tuning_init == "TEXT":

@@ -71,6 +71,7 @@ class Context:
         dropout: key of this layer's dropout masks; None outside of training.
         rope: what the family's position embedding prepared once for all layers.
         prefix: what every document can see before itself (`ftjax.models.virtual`); or None.
+        whole_weights: weights have been gathered already (`ftjax.models.chunks`).
     """
 
     positions: jax.Array
@@ -81,3 +82,4 @@ class Context:
     dropout: jax.Array | None = None
     rope: Any = None
     prefix: Prefix | None = None
+    whole_weights: bool = False

@@ -9,10 +9,9 @@ from functools import partial
 
 import jax
 
-from ftjax.mesh import constrain
+from ftjax.mesh import CUT, constrain
 
 Axes = tuple[str | None, ...]
-CUT = ("fsdp", "expert")  # the mesh axes along which dense weights are cut to save memory
 
 
 def fully_sharded() -> bool:

@@ -84,7 +84,7 @@ def project_sharded(
 
     The output projection is left to the objective, which needs it for every chunk of its loss.
     """
-    if "vocab" in axes or not fully_sharded():
+    if "vocab" in axes or ctx.whole_weights or not fully_sharded():
         return multiply(x, weight)
 
     def whole(x, weight):

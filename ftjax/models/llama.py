@@ -13,6 +13,7 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
+from ftjax.models.chunks import feed_forward
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm, activation
@@ -76,6 +77,9 @@ class LlamaMLP(nnx.Module):
         self.down_proj = Linear(mlp, embed, ("mlp", "embed"), bias=bias)
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return feed_forward(self, x, ctx)
+
+    def all_at_once(self, x: jax.Array, ctx: Context) -> jax.Array:
         return self.down_proj(self.act(self.gate_proj(x, ctx)) * self.up_proj(x, ctx), ctx)
 
 

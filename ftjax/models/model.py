@@ -66,6 +66,16 @@ class Model:
         return self.config.get("num_attention_heads") or self.config["n_head"]
 
     @property
+    def layers(self) -> int:
+        """Layers of all blocks of the stack together."""
+        return 1 + max(max(spec.layers) for spec in self.specs.values() if spec.layers)
+
+    @property
+    def embedding(self) -> Spec:
+        """The row of the input embedding `[V, E]`."""
+        return next(spec for spec in self.specs.values() if spec.row.axes[:1] == ("vocab",) and spec.module != "lm_head")
+
+    @property
     def trainable(self) -> dict[str, Spec]:
         return tree.split(self.specs, lambda path: self.specs[path].row.trainable)[0]
 

@@ -7,7 +7,6 @@ forward pass, chunk by chunk: the logits are computed once, never kept, and the 
 Legend: B batch, T length, C tokens of a chunk, E embed, V vocab.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ftjax.mesh import fitting
+from ftjax.models.chunks import chunks, joined
 
 # (parameters of the projection, hidden [B, C, E]) -> float32 logits [B, C, V]
 Unembed = Callable[[Any, jax.Array], jax.Array]
@@ -49,31 +48,6 @@ def _chunk_sums(
     return Sums(loss, jnp.sum(weights), correct)
 
 
-def _parts(length: int) -> int:
-    """Over how many devices the tokens of a row lie: a chunk takes some tokens of each, so that none has to move."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in fitting(mesh, "length", length) or ())
-
-
-def _chunks(x: jax.Array, length: int) -> jax.Array:
-    """`[B, T, ...] -> [T / C, B, C, ...]`, padded with zeros (of weight zero) at the end, of each device's part of T."""
-    b, t, *rest = x.shape
-    parts = _parts(t)
-    each = -(-length // parts)
-    x = x.reshape(b, parts, t // parts, *rest)
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % each)) + ((0, 0),) * len(rest))
-    x = x.reshape(b, parts, -1, each, *rest)
-    return jnp.moveaxis(x, 2, 0).reshape(-1, b, parts * each, *rest)
-
-
-def _joined(chunks: jax.Array, t: int) -> jax.Array:
-    """The inverse of `_chunks`."""
-    n, b, c, *rest = chunks.shape
-    parts = _parts(t)
-    x = jnp.moveaxis(chunks.reshape(n, b, parts, c // parts, *rest), 0, 2)
-    return x.reshape(b, parts, -1, *rest)[:, :, : t // parts].reshape(b, t, *rest)
-
-
 def chunked_cross_entropy(
     unembed: Unembed,
     length: int,
@@ -102,7 +76,7 @@ def _cross_entropy(unembed, arrange, length, params, hidden, targets, weights):
     def body(sums, chunk):
         return jax.tree.map(jnp.add, sums, _chunk_sums(unembed, arrange, params, *chunk)), None
 
-    xs = tuple(_chunks(x, length) for x in (hidden, targets, weights))
+    xs = tuple(chunks(x, length) for x in (hidden, targets, weights))
     return jax.lax.scan(body, Sums(*(jnp.zeros((), jnp.float32),) * 3), xs)[0]
 
 
@@ -120,10 +94,10 @@ def _forward(unembed, arrange, length, params, hidden, targets, weights):
         carry = jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.add, d_params, d_more)
         return carry, d_h
 
-    xs = tuple(_chunks(x, length) for x in (hidden, targets, weights))
+    xs = tuple(chunks(x, length) for x in (hidden, targets, weights))
     start = (Sums(*(jnp.zeros((), jnp.float32),) * 3), jax.tree.map(jnp.zeros_like, params))
     (sums, d_params), d_hidden = jax.lax.scan(body, start, xs)
-    return sums, (d_params, _joined(d_hidden, hidden.shape[1]))
+    return sums, (d_params, joined(d_hidden, hidden.shape[1]))
 
 
 def _backward(unembed, arrange, length, residuals, cotangent: Sums):

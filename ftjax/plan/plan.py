@@ -61,7 +61,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
         _measure(plan, compiled, made.mesh, topology)
     memory["total"] = sum(memory.values())
     if plan.limit is not None:
-        plan.fits = plan.hbm_bytes is not None and memory["total"] <= plan.limit
+        plan.fits = plan.hbm_bytes is not None and max(memory["total"], plan.peak) <= plan.limit
     if plan.seconds:
         _rates(plan, topology, price)
     plan.advice = advice(plan, made)
@@ -130,6 +130,7 @@ def _measure(plan: Plan, compiled: Any, mesh: Mesh, topology: Topology) -> None:
     memory["padding"] = max(0.0, stats.argument_size_in_bytes - sum(memory.values()))
     memory["temporaries"] = stats.temp_size_in_bytes + max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
     memory["program"] = float(stats.generated_code_size_in_bytes)
+    plan.peak = float(stats.peak_memory_in_bytes)
     program = Program(compiled.as_text(), mesh.size)
     plan.hbm_bytes = program.hbm_bytes()
     plan.traffic = traffic(program.transfers(), mesh, topology)

@@ -30,6 +30,7 @@ class Plan:
     flops: float  # of the program, on all devices together
     needed_flops: float  # of the closed form that MFU is measured by
     formula: str
+    peak: float | None = None  # bytes that XLA's buffer assignment has alive at one time, arguments included
     hbm_bytes: float | None = None
     traffic: list[Traffic] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -35,7 +35,10 @@ def show(plan: Plan, console: Console) -> None:
         f"one step: {plan.rows} rows of {plan.max_length} tokens{micro}; attention: {plan.attention}; remat: {plan.remat}; "
         f"planned in {plan.plan_seconds:.0f} s"
     )
-    rows = [(label, plan.memory.get(kind)) for kind, label in KINDS.items()] + [("what it has", plan.limit)]
+    rows = [(label, plan.memory.get(kind)) for kind, label in KINDS.items()] + [
+        ("alive at one time", plan.peak),
+        ("what it has", plan.limit),
+    ]
     console.print(_table(("memory of a device", ""), [(label, size(value)) for label, value in rows if value]))
     if plan.fits is not None:
         say("it fits" if plan.fits else "it does not fit")

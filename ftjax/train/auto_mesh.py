@@ -15,6 +15,9 @@ from ftjax.config import Config, MeshConfig
 from ftjax.errors import UserError
 from ftjax.mesh import AXES, sharding
 from ftjax.models.model import Model
+from ftjax.train.optimizer import make_optimizer
+from ftjax.train.place import on_devices
+from ftjax.train.step import as_float32
 
 ROOM = 0.8  # of a device's memory; the rest is for what is alive within a layer
 
@@ -34,7 +37,8 @@ def choose_mesh(config: Config, model: Model, devices: int, memory: int) -> tupl
         raise UserError(f"mesh.slices: {devices} devices do not divide into {slices} slices")
     rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
     length = config.data.max_length
-    state, saved = state_bytes(config, model), _saved_per_token(model)
+    state = state_bytes(config, model)
+    saved = 2 * model.layers * model.embedding.shape[1]  # of a token: the input of every layer, which remat `full` keeps
     heads = model.heads
     found = []
     for data, fsdp, tensor, sequence in _divisions(devices // slices):
@@ -55,26 +59,14 @@ def choose_mesh(config: Config, model: Model, devices: int, memory: int) -> tupl
 
 
 def state_bytes(config: Config, model: Model) -> int:
-    """Weights, gradients and optimizer state of one whole copy."""
-    held = jax.numpy.dtype(config.optimizer.param_dtype).itemsize
-    moments = {"float32": 8, "bfloat16": 4, "int8": 2}[config.optimizer.state_dtype] if config.optimizer.name == "adamw" else 0
-    moments = 0 if config.optimizer.offload else moments
-    trained = sum(spec.size for spec in model.trainable.values())
-    frozen = sum(
-        leaf.size * leaf.dtype.itemsize
-        for spec in model.frozen.values()
-        for leaf in jax.tree.leaves(spec.abstract if spec.row.quantization else spec.astype(config.model.dtype).abstract)
-    )
-    return trained * (2 * held + moments) + frozen
-
-
-def _saved_per_token(model: Model) -> int:
-    """Bytes that a layer's input takes in bfloat16, for all layers: what remat `full` keeps."""
-    return 2 * max(spec.stacked[0] for spec in model.specs.values() if spec.stacked) * _width(model)
-
-
-def _width(model: Model) -> int:
-    return next(spec.shape[spec.row.axes.index("embed")] for spec in model.specs.values() if "vocab" in spec.row.axes)
+    """Weights, gradients and optimizer state of one whole copy, as devices hold them."""
+    trained = {path: spec.abstract for path, spec in model.trainable.items()}
+    frozen = [
+        spec.abstract if spec.row.quantization else spec.astype(config.model.dtype).abstract for spec in model.frozen.values()
+    ]
+    optimizer = make_optimizer(config.optimizer, model.trainable, steps=1)
+    moments = on_devices(jax.eval_shape(lambda params: optimizer.init(as_float32(params)), trained))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves([trained, trained, moments, frozen]))
 
 
 def _divisions(devices: int) -> Iterator[tuple[int, int, int, int]]:

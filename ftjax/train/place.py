@@ -41,6 +41,11 @@ def moved(state: Any, space: jax.memory.Space) -> Any:
     return jax.tree.map(move, state, is_leaf=_is_on_host)
 
 
+def on_devices(state: Any) -> list[Any]:
+    """The arrays of a state that the devices hold between updates."""
+    return [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_on_host) if not _is_on_host(leaf)]
+
+
 def on_host(shardings: Any, shapes: Any) -> Any:
     """Shardings of a state, with those of the arrays of every `OnHost` in the host's memory."""
 

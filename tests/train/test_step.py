@@ -77,6 +77,21 @@ def test_rows_that_do_not_divide(folder, rows):
         prepare(make_config(folder, mesh={"fsdp": 4, "data": 2}, **rows))
 
 
+def test_feed_forward_layers_in_chunks(folder, alone, monkeypatch):
+    """Where a layer is recomputed and weights are cut over devices, its hidden activations are of a few tokens at a time."""
+    from ftjax.models import chunks
+
+    counts, count = [], chunks._count
+    monkeypatch.setattr(chunks, "CHUNK", 16)
+    monkeypatch.setattr(chunks, "_count", lambda *args: counts.append(count(*args)) or counts[-1])
+    method, batches, want = alone
+    config = make_config(folder, method=method, mesh=SEQUENCE)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"remat": "full"})})
+    found, _ = run_steps(prepare(config), batches)
+    assert set(counts) == {4}  # 8 rows of 32 tokens, on 2 x 2 devices
+    np.testing.assert_allclose([m.loss for m in found], want, rtol=1e-5)
+
+
 @pytest.mark.parametrize("remat", ["dots", "attention", "full", "offload"])
 def test_remat_changes_memory_only(folder, remat, on_one_device):
     batches = [make_batch(8, 32, 96)]
