@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from oracle import Case, make_hf
+from quick_compile import QUICK
 from safetensors.numpy import load_file
 from tiny_tokenizer import save_tokenizer
 
@@ -314,7 +315,7 @@ def test_stopped_from_outside(model, data, whole, how, tmp_path):
     path = tmp_path / "config.yaml"
     settings = config(model, data, tmp_path / "run", training__save_steps=1).model_dump(mode="json")
     path.write_text(yaml.safe_dump(settings))
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "ftjax.cli", "train", str(path)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 240
