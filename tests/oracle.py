@@ -103,14 +103,28 @@ def context(ids: np.ndarray, segments: np.ndarray | None = None, positions: np.n
 def logits(model: Model, params: dict, ids: np.ndarray, **inputs) -> np.ndarray:
     """float32 `[B, T, V]`, uncached."""
     ctx = context(ids, **inputs)
+    return np.asarray(compiled(model)(params, jnp.asarray(ids), ctx.positions, ctx.segment_ids))
 
-    def forward(params, ids, positions, segments):
-        here = dataclasses.replace(ctx, positions=positions, segment_ids=segments)
-        module = model.bind(params)
-        hidden, _, _ = module.hidden(ids, here)
-        return module.unembed(hidden, here)
 
-    return np.asarray(jax.jit(forward)(params, jnp.asarray(ids), ctx.positions, ctx.segment_ids))
+COMPILED: dict[Any, Callable] = {}
+
+
+def compiled(model: Model) -> Callable:
+    """`(params, ids, positions, segment_ids) -> logits`, jitted; models of the same structure share it."""
+    buffers = tuple((path, value.dtype.str, value.shape, value.tobytes()) for path, value in model.buffers.items())
+    structure = (model.graphdef, model.treedef, model.order, buffers)
+    if structure not in COMPILED:
+        if len(COMPILED) == 64:  # the oldest goes
+            del COMPILED[next(iter(COMPILED))]
+
+        def forward(params, ids, positions, segments):
+            ctx = Context(positions, segments)
+            module = model.bind(params)
+            hidden, _, _ = module.hidden(ids, ctx)
+            return module.unembed(hidden, ctx)
+
+        COMPILED[structure] = jax.jit(forward)
+    return COMPILED[structure]
 
 
 def hf_logits(hf: Any, ids: np.ndarray, mask: np.ndarray | None = None, positions: np.ndarray | None = None) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from data_sets import load, whole, write_rows
+from quick_compile import QUICK
 
 WORKER = """
 import json, sys
@@ -43,7 +44,7 @@ def launch(count: int, path: Path, folder: Path, steps: int, state: Path | str) 
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     outs = [folder / f"{count}-{index}.json" for index in range(count)]
-    environment = {**os.environ, "XLA_FLAGS": "", "FTJAX_CACHE": str(folder / "cache")}
+    environment = {**os.environ, "XLA_FLAGS": QUICK, "FTJAX_CACHE": str(folder / "cache")}
     tests = str(Path(__file__).resolve().parents[1])
     running = [
         subprocess.Popen(

@@ -194,13 +194,13 @@ def test_packed_is_unpacked(base, name):
     """What a method adds keeps documents apart: two in a row give what each gives alone."""
     _, folder = base
     _, model, params = started(folder, name, 0.3)
-    one, two = tokens(1, 9, seed=1), tokens(1, 7, seed=2)
+    one, two = tokens(1, 8, seed=1), tokens(1, 8, seed=2)
     ids = np.concatenate([one, two], axis=1)
-    segments = np.repeat([[1, 2]], [9, 7], axis=1).astype(np.int32)
-    positions = np.concatenate([np.arange(9), np.arange(7)])[None].astype(np.int32)
+    segments = np.repeat([[1, 2]], 8, axis=1).astype(np.int32)
+    positions = np.tile(np.arange(8, dtype=np.int32), 2)[None]
     got = logits(model, params, ids, segments=segments, positions=positions)
-    np.testing.assert_allclose(got[:, :9], logits(model, params, one), atol=1e-5)
-    np.testing.assert_allclose(got[:, 9:], logits(model, params, two), atol=1e-5)
+    np.testing.assert_allclose(got[:, :8], logits(model, params, one), atol=1e-5)
+    np.testing.assert_allclose(got[:, 8:], logits(model, params, two), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

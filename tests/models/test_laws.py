@@ -14,7 +14,7 @@ from ftjax.mesh import make_mesh
 from ftjax.models.registry import FAMILIES
 
 LOGITS = 1e-4  # absolute, float32
-T = 40  # past every window and original length of the cases
+T = 40  # past every window and original length of the cases; most tests have rows of it, which share a program
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -39,10 +39,10 @@ def test_logits(pair, length):
 def test_logits_left_padded(pair):
     """Padding changes nothing for the tokens behind it."""
     _, hf, model, params, _ = pair
-    ids = tokens(1, 24)
+    ids = tokens(1, T - 5)
     padded = np.concatenate([np.zeros((1, 5), np.int32), ids], axis=1)
-    segments = (np.arange(29) >= 5).astype(np.int32)[None]
-    positions = np.maximum(np.arange(29) - 5, 0).astype(np.int32)[None]
+    segments = (np.arange(T) >= 5).astype(np.int32)[None]
+    positions = np.maximum(np.arange(T) - 5, 0).astype(np.int32)[None]
     ours = logits(model, params, padded, segments=segments, positions=positions)
     np.testing.assert_allclose(ours[:, 5:], hf_logits(hf, ids), atol=LOGITS, rtol=0)
 
@@ -50,7 +50,7 @@ def test_logits_left_padded(pair):
 def test_packed_is_unpacked(pair):
     """Documents in one row give the logits that they give alone."""
     _, hf, model, params, _ = pair
-    lengths = [T - 7, 20, 3]
+    lengths = [21, T - 26, 3]
     documents = [tokens(1, n, seed=n) for n in lengths]
     row = np.concatenate([*documents, np.zeros((1, 2), np.int32)], axis=1)
     segments = np.repeat([1, 2, 3, 0], [*lengths, 2]).astype(np.int32)[None]

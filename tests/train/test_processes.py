@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from oracle import Case, make_hf
+from quick_compile import QUICK
 from tiny_tokenizer import save_tokenizer
 
 from ftjax.config import Config
@@ -58,7 +59,7 @@ def launch(count: int, settings: dict, out) -> list[subprocess.Popen]:
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }  # fmt: skip
-    environment = {**os.environ, **cache, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, **cache, "XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
     return [
         subprocess.Popen(
             [*command, "--process-id", str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

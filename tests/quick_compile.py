@@ -1,0 +1,13 @@
+"""XLA's flags for tests: programs of a few thousand numbers run once or twice, so that compiling them is most of the work.
+
+LLVM does not optimise, and elementwise fusions take the older way to machine code, which is several times as quick to take.
+What XLA makes of a program before that, where a change of ours can go wrong, is as users have it. Processes that tests start
+get the same flags: where a result is compared to the bit, both sides are compiled alike.
+"""
+
+QUICK = " ".join([
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+])  # fmt: skip
