@@ -3,8 +3,8 @@
 
     python scripts/lead_sentence.py configs/summarization.yaml [key=value ...]
 
-Scores the rows that `ftjax evaluate` of the same configuration takes (`evaluate.data`, `evaluate.limit`) by the same metrics and
-intervals, so that the three, base model, tuned model and this baseline, can be compared. No model is loaded.
+Scores the rows that `ftjax evaluate` of the same configuration takes (`evaluate.data`, `evaluate.limit`) by the same metrics
+and intervals, so that base model, tuned model and this baseline can be compared. No model is loaded.
 """
 
 import re
