@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from oracle import Case, make_hf
+from quick_compile import QUICK
 from tiny_tokenizer import save_tokenizer
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
@@ -27,7 +28,7 @@ def model(tmp_path_factory):
 
 def run(name: str, out: Path, *options) -> dict:
     command = [sys.executable, str(BENCH / f"{name}.py"), *map(str, options), "--json", str(out)]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": QUICK}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
