@@ -1,6 +1,10 @@
 """transformers' models beside ours: make a tiny one, load it here, compare."""
 
 import dataclasses
+import json
+import runpy
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -143,6 +148,15 @@ def hf_logits(hf: Any, ids: np.ndarray, mask: np.ndarray | None = None, position
         inputs["position_ids"] = torch.tensor(positions).long()
     with torch.no_grad():
         return hf(**inputs, use_cache=False).logits.numpy()
+
+
+def peer_training(shared: Path, folder: Path, *arguments: str) -> dict[str, Any]:
+    """What the script that trains with transformers and PEFT writes; it runs in this process, which has PyTorch loaded."""
+    out = folder / "peer.json"
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
+        patch.setattr(sys, "argv", ["peft_reference.py", *arguments, "--out", str(out)])
+        runpy.run_path(str(shared / "bench" / "peft_reference.py"), run_name="__main__")
+    return json.loads(out.read_text())
 
 
 def write_merged(folder: Path, model: Model, params: dict, config, source: Path) -> None:
