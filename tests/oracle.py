@@ -1,6 +1,11 @@
 """transformers' models beside ours: make a tiny one, load it here, compare."""
 
 import dataclasses
+import json
+import runpy
+import sys
+import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -106,25 +112,26 @@ def logits(model: Model, params: dict, ids: np.ndarray, **inputs) -> np.ndarray:
     return np.asarray(compiled(model)(params, jnp.asarray(ids), ctx.positions, ctx.segment_ids))
 
 
-COMPILED: dict[Any, Callable] = {}
+COMPILED: deque[tuple[Any, Callable]] = deque(maxlen=16)
 
 
 def compiled(model: Model) -> Callable:
     """`(params, ids, positions, segment_ids) -> logits`, jitted; models of the same structure share it."""
     buffers = tuple((path, value.dtype.str, value.shape, value.tobytes()) for path, value in model.buffers.items())
-    structure = (model.graphdef, model.treedef, model.order, buffers)
-    if structure not in COMPILED:
-        if len(COMPILED) == 64:  # the oldest goes
-            del COMPILED[next(iter(COMPILED))]
+    structure = (model.order, buffers, model.treedef, model.graphdef)  # compared, not hashed: Gemma 3's graphdef has a dict
+    for known, function in COMPILED:
+        if known == structure:
+            return function
 
-        def forward(params, ids, positions, segments):
-            ctx = Context(positions, segments)
-            module = model.bind(params)
-            hidden, _, _ = module.hidden(ids, ctx)
-            return module.unembed(hidden, ctx)
+    def forward(params, ids, positions, segments):
+        ctx = Context(positions, segments)
+        module = model.bind(params)
+        hidden, _, _ = module.hidden(ids, ctx)
+        return module.unembed(hidden, ctx)
 
-        COMPILED[structure] = jax.jit(forward)
-    return COMPILED[structure]
+    function = jax.jit(forward)
+    COMPILED.append((structure, function))
+    return function
 
 
 def hf_logits(hf: Any, ids: np.ndarray, mask: np.ndarray | None = None, positions: np.ndarray | None = None) -> np.ndarray:
@@ -143,6 +150,15 @@ def hf_logits(hf: Any, ids: np.ndarray, mask: np.ndarray | None = None, position
         inputs["position_ids"] = torch.tensor(positions).long()
     with torch.no_grad():
         return hf(**inputs, use_cache=False).logits.numpy()
+
+
+def peer_training(shared: Path, folder: Path, *arguments: str) -> dict[str, Any]:
+    """What the script that trains with transformers and PEFT writes; it runs in this process, which has PyTorch loaded."""
+    out = folder / "peer.json"
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
+        patch.setattr(sys, "argv", ["peft_reference.py", *arguments, "--out", str(out)])
+        runpy.run_path(str(shared / "bench" / "peft_reference.py"), run_name="__main__")
+    return json.loads(out.read_text())
 
 
 def write_merged(folder: Path, model: Model, params: dict, config, source: Path) -> None:

@@ -3,16 +3,12 @@
 The oracle is PEFT, for methods whose files it reads. A method that is not in VARIANTS is tried with its defaults.
 """
 
-import json
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from oracle import Case, context, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
+from oracle import Case, context, hf_logits, load, logits, make_hf, one_device, peer_training, tokens, write_merged
 from tiny_run import make_batch, make_config, run_steps
 from transformers import AutoModelForCausalLM
 
@@ -232,10 +228,8 @@ def peer_losses(stories, setup, name: str, batches, adapter, shared) -> tuple[li
     """Losses before each update and the number of trained weights: by the script that stands beside the project; for virtual
     tokens, which PEFT trains from no file, by its steps here."""
     if name not in VIRTUAL:
-        script, out = str(shared / "bench" / "peft_reference.py"), adapter / "ref.json"
-        files = ["--model", str(stories), "--batches", str(batches), "--out", str(out), "--adapter", str(adapter)]
-        subprocess.run([sys.executable, script, *files, "--lr", "1e-2"], check=True, capture_output=True)
-        want = json.loads(out.read_text())
+        files = ["--model", str(stories), "--batches", str(batches), "--adapter", str(adapter)]
+        want = peer_training(shared, adapter, *files, "--lr", "1e-2")
         return want["loss"], want["trainable"]
     from peft import PeftConfig, get_peft_model
 

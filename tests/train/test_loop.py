@@ -317,7 +317,7 @@ def test_full_run_loads_in_transformers(model, data, tmp_path, on_one_device):
 def test_killed_from_outside(model, data, whole, tmp_path, on_one_device):
     """SIGKILL in the middle of a save: going on gives the result as if nothing had been."""
     path = tmp_path / "config.yaml"
-    settings = config(model, data, tmp_path / "run", training__save_steps=1)
+    settings = config(model, data, tmp_path / "run", training__save_steps=1, evaluate={"training_examples": 0})
     path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     environment = {
         **os.environ, "XLA_FLAGS": QUICK, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
@@ -343,7 +343,8 @@ def test_told_to_stop(model, data, whole, tmp_path, capsys, monkeypatch, on_one_
     from ftjax.train.loop import Run
 
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config(model, data, tmp_path / "run").model_dump(mode="json")))
+    settings = config(model, data, tmp_path / "run", evaluate={"training_examples": 0})
+    path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     original = Run.read
 
     def read(self, number, *rest):

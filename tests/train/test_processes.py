@@ -21,6 +21,8 @@ from ftjax.config import Config
 from ftjax.train.loop import train
 
 STEPS = 24
+# What `ftjax` runs. PyTorch, which only the tests have installed, would be a third of what a process imports.
+COMMAND = "import sys\nsys.modules['torch'] = None\nfrom ftjax.cli import main\nmain()"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def launch(count: int, settings: dict, out) -> list[subprocess.Popen]:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**settings, "output_dir": str(out)}))
-    command = [sys.executable, "-m", "ftjax.cli", "train", str(path), "--coordinator", address, "--num-processes", str(count)]
+    command = [sys.executable, "-c", COMMAND, "train", str(path), "--coordinator", address, "--num-processes", str(count)]
     cache = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -1,12 +1,8 @@
 """One update is the same however it is split (T1), on every mesh, and is what PyTorch + PEFT do."""
 
-import json
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from oracle import Case, make_hf
+from oracle import Case, make_hf, peer_training
 from tiny_run import make_batch, make_config, run_steps
 
 from ftjax.errors import UserError
@@ -24,14 +20,14 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_any_split_is_the_same(folder, method, on_one_device):
-    """Loss, gradient norm and weights after two updates, for every number of microbatches; a row of padding included.
+    """Loss, gradient norm and weights after two updates, for one, two and eight microbatches; a row of padding included.
 
     Epsilon is large, so that an update depends on the gradient smoothly: where a gradient is almost zero, Adam's first steps
     make of its rounding errors a change of the size of the learning rate.
     """
     batches = [make_batch(8, 32, 96, seed) for seed in (0, 1)]
     want = None
-    for microbatches in (1, 2, 4, 8):
+    for microbatches in (1, 2, 8):
         config = make_config(folder, method=METHODS[method], optimizer={"adam_epsilon": 1e-3})
         metrics, params = run_steps(prepare(config), batches, microbatches)
         got = [float(value) for out in metrics for value in (out.loss, out.weight, out.grad_norm)]
@@ -92,16 +88,20 @@ def test_feed_forward_layers_in_chunks(folder, alone, monkeypatch):
     np.testing.assert_allclose([m.loss for m in found], want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "attention", "full", "offload"])
-def test_remat_changes_memory_only(folder, remat, on_one_device):
-    batches = [make_batch(8, 32, 96)]
+def step_with(folder, remat: str):
+    """Metrics of one update of all weights, and the weights after it."""
     config = make_config(folder, method=METHODS["full"])
-    plain, params = run_steps(prepare(config), batches)
-    recomputed = config.model_copy(update={"model": config.model.model_copy(update={"remat": remat})})
-    other, other_params = run_steps(prepare(recomputed), batches)
-    np.testing.assert_allclose(other[0].grad_norm, plain[0].grad_norm, rtol=1e-5)
-    for path, value in params.items():
-        np.testing.assert_allclose(other_params[path], value, atol=2e-5)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"remat": remat})})
+    return run_steps(prepare(config), [make_batch(8, 32, 96)])
+
+
+def test_remat_changes_memory_only(folder, on_one_device):
+    plain, params = step_with(folder, "none")
+    for remat in ("dots", "attention", "full", "offload"):
+        other, other_params = step_with(folder, remat)
+        np.testing.assert_allclose(other[0].grad_norm, plain[0].grad_norm, rtol=1e-5, err_msg=remat)
+        for path, value in params.items():
+            np.testing.assert_allclose(other_params[path], value, atol=2e-5, err_msg=f"{remat} {path}")
 
 
 def test_remat_keeps_less(folder, on_one_device):
@@ -217,10 +217,8 @@ def test_ten_steps_of_the_peer(shared, stories, method, tmp_path, on_one_device)
         (tmp_path / "adapter").mkdir()
         write_adapter(tmp_path / "adapter", setup.model, setup.params, config.method, str(stories))
         arguments = ["--adapter", str(tmp_path / "adapter")]
-    script = shared / "bench" / "peft_reference.py"
-    files = ["--model", str(stories), "--batches", str(tmp_path / "batches.npz"), "--out", str(tmp_path / "ref.json")]
-    subprocess.run([sys.executable, str(script), *files, *arguments, "--lr", "1e-3"], check=True, capture_output=True)
-    want = json.loads((tmp_path / "ref.json").read_text())
+    files = ["--model", str(stories), "--batches", str(tmp_path / "batches.npz")]
+    want = peer_training(shared, tmp_path, *files, *arguments, "--lr", "1e-3")
     ones = np.ones((4, 48), np.int32)
     batches = []
     for step in range(10):
