@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from oracle import Case, make_hf
 from tiny_run import make_batch, make_config
 
+from ftjax.flops import train_flops
 from ftjax.mesh import spec
 from ftjax.plan.arithmetic import program_flops
 from ftjax.plan.hlo import Program
@@ -90,6 +91,21 @@ def test_flops_are_those_that_xla_counts(wide, method, remat):
     config = config.model_copy(update={"model": model, "data": config.data.model_copy(update={"max_length": 512})})
     traced, _ = trace_step(design_for(config, parse("cpu:1")))
     assert program_flops(traced) == pytest.approx(traced.lower().cost_analysis()["flops"], rel=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flops_are_those_of_the_closed_form(wide, method):
+    """6 N a token where all is trained and 4 N where adapters are, and attention to every key: `xla` computes masked ones too.
+
+    Between sixteen layers the gradient of the first one's input, which adapters do not need, is little.
+    """
+    config = make_config(sized(wide, num_hidden_layers=16), method=METHODS[method])
+    config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "xla"})})
+    made = design_for(config, parse("cpu:1"))
+    needed, length = train_flops(made.model), config.data.max_length
+    each = 4 * needed.matrices + 2 * needed.trained + 12 * sum(needed.attention.values()) * length
+    want = each * config.training.global_batch_size * length
+    assert program_flops(trace_step(made)[0]) == pytest.approx(want, rel=0.02)
 
 
 def test_flops_of_loops(wide):
