@@ -50,9 +50,9 @@ def _parts(length: int) -> int:
 def feed_forward(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
     """`layer.all_at_once(x [B, T, E], ctx)`; a few tokens at a time where memory is short.
 
-    That is where layers are recomputed (`remat: full`) and their weights are cut over the devices: the hidden activations of
-    the feed-forward layer, wider than any others, are then most of what a layer needs. Weights are gathered once for all
-    chunks, and nothing is computed more often than by a layer that is recomputed as a whole.
+    That is where layers are recomputed (`remat: full`) and their frozen weights are cut over the devices: the hidden
+    activations of the feed-forward layer, wider than any others, are then most of what a layer needs. Weights are gathered
+    once for all chunks, and nothing is computed more often than by a layer that is recomputed as a whole.
     """
     count = _count(layer, x, ctx)
     if count == 1:
@@ -77,7 +77,8 @@ def _count(layer: nnx.Module, x: jax.Array, ctx: Context) -> int:
     if ctx.remat not in ("full", "offload") or not fully_sharded():
         return 1
     rows = [variable.row for _, variable in nnx.iter_graph(layer) if isinstance(variable, nnx.Param)]
-    if any(row.name not in PLAIN or row.quantization for row in rows):
+    # The gradient of a trained weight would be reduced over the devices once for each chunk; an adapter's is small.
+    if any(row.name not in PLAIN or row.quantization or (row.trainable and not row.adapter) for row in rows):
         return 1
     mesh = jax.sharding.get_abstract_mesh()
     tokens = x.shape[0] * x.shape[1] // parts(mesh.shape, "batch", "length")

@@ -1,6 +1,7 @@
 """The planned step is the step that runs, and what is said of it is what it does."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -157,16 +158,23 @@ def test_collectives_of_fully_sharded_parameters(wide):
 
 
 def test_collectives_of_experts(tmp_path):
-    """Along `expert` each layer gathers the tokens of its group and adds up what experts make of them while scattering it, and
-    backward the same the other way round: four times the hidden states, two of them in float32."""
-    make_hf(Case("mixtral", "mixtral", {"hidden_size": 256, "num_local_experts": 4}), tmp_path)
+    """Along `expert` each layer gathers the tokens of its group with what the router chose, and adds up what experts make of
+    them while scattering it; backward the same the other way round. Dense weights, cut there too, are gathered twice."""
+    make_hf(Case("mixtral", "mixtral", {"num_local_experts": 4}), tmp_path)
     method = {"name": "lora", "r": 4, "target_modules": ["q_proj"]}
-    made = design_for(make_config(tmp_path, method=method, mesh={"data": 2, "fsdp": 1, "expert": 4}), CPUS)
+    config = make_config(tmp_path, method=method, mesh={"data": 2, "fsdp": 1, "expert": 4})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": 256})})
+    made = design_for(config, CPUS)
     traced, _ = trace_step(made)
     rows = traffic(Program(traced.lower().compile().as_text(), 8).transfers(), made.mesh, CPUS)
-    for row in rows:
-        print(row)
-    assert 0
+    found = {row.kind: row.ici_bytes for row in rows if row.axes == ("expert",)}
+    facts, specs = made.model.config, made.model.specs
+    layers, group = facts["num_hidden_layers"], 4 * 256  # a row on each of the four devices of a group
+    hidden = 4 * group * facts["hidden_size"]
+    choice = 4 * group * facts["num_experts_per_tok"]  # which experts, or their weights
+    dense = sum(4 * math.prod(spec.shape) for path, spec in specs.items() if "self_attn" in path)  # cut along `expert` too
+    assert found["all-gather"] == pytest.approx(3 / 4 * (layers * (2 * hidden + 2 * choice) + 2 * dense), rel=0.05)
+    assert found["reduce-scatter"] == pytest.approx(3 / 4 * layers * (2 * hidden + choice), rel=0.05)
 
 
 def test_a_plan_of_the_host(bare):

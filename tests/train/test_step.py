@@ -84,7 +84,7 @@ def test_feed_forward_layers_in_chunks(folder, alone, monkeypatch):
     config = make_config(folder, method=method, mesh=SEQUENCE)
     config = config.model_copy(update={"model": config.model.model_copy(update={"remat": "full"})})
     found, _ = run_steps(prepare(config), batches)
-    assert set(counts) == {4}  # 8 rows of 32 tokens, on 2 x 2 devices
+    assert set(counts) == {4 if method["name"] == "lora" else 1}  # 8 rows of 32 tokens, on 2 x 2 devices
     np.testing.assert_allclose([m.loss for m in found], want, rtol=1e-5)
 
 
