@@ -332,13 +332,16 @@ def _mesh_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
     end = _balanced(text, 4)
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text[:end])}
     rest = text[end:]
-    order = re.match(r",?\s*device_ids=\(?\[?([\d,]+)\]?(?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?\)?", rest)
     ids = np.arange(devices)
-    if order and order[2]:
-        ids = np.arange(devices).reshape([int(n) for n in order[2].split(",")])
-        ids = ids.transpose([int(n) for n in order[3].split(",")]) if order[3] else ids
-    elif order and "," in order[1]:
-        ids = np.array([int(n) for n in order[1].split(",")])
+    # `[2,4]T(1,0)`: the numbers from 0, in these dimensions and then transposed; or the ids themselves, of which one is 0.
+    written = re.match(r",?\s*device_ids=\(?(?:\[[\d,]+\]<=)?\[?([\d,]+)\]?(?:T\(([\d,]+)\))?\)?", rest)
+    if written:
+        numbers = [int(n) for n in written[1].split(",")]
+        if math.prod(numbers) == devices:
+            ids = ids.reshape(numbers)
+            ids = ids.transpose([int(n) for n in written[2].split(",")]) if written[2] else ids
+        else:
+            ids = np.array(numbers)
     chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", rest[rest.find("{") : rest.find("}") + 1])
     axes, dims = [], []
     for name, size in sizes.items():

@@ -22,6 +22,10 @@ from ftjax.train.setup import compile_steps, new_state, prepare
 
 # Beyond the defaults of each registered method: the settings that people choose between.
 VARIANTS = {
+    "lora, DoRA": {"name": "lora", "use_dora": True},
+    "lora, PiSSA": {"name": "lora", "init_lora_weights": "pissa_niter_16"},
+    "lora, two tokens": {"name": "lora", "trainable_token_indices": [3, 4]},
+    "lora, int8 base": {"name": "lora", "quantization": "int8"},
     "lora, nf4 base": {"name": "lora", "quantization": "nf4"},
     "full, last 2 layers": {"name": "full", "last_layers": 2},
     "full, norms": {"name": "full", "train": ["norms"]},
