@@ -12,6 +12,7 @@ from ftjax.config.load import load_config
 from ftjax.evaluate.rows import sources
 from ftjax.plan.plan import design_for
 from ftjax.plan.topology import parse
+from ftjax.train.loop import next_commands
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -72,6 +73,13 @@ def test_the_data_of_a_recipe_is_read(recipe, shared):
     for source in [*config.data.sources("train"), *sources(config)]:
         [example] = islice(to_examples(read_rows(source, found=find(source)), source), 1)
         assert example.references
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_finished_recipe_is_tried_as_it_was_trained(recipe):
+    config = load_config(recipe)
+    [line] = [line for line in next_commands(Path(config.output_dir), config) if "ftjax generate" in line]
+    assert ("--raw" in line) == (config.data.prompt_format == "raw")
 
 
 def test_every_recipe_and_every_larger_model_is_planned():

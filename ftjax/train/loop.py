@@ -429,10 +429,11 @@ def next_commands(folder: Path, config: Config) -> list[str]:
             return [*lines, f"  one model:  ftjax export {folder} --out {folder / 'merged'} --merge"]
         return [*lines, f"  in Python:  transformers.pipeline('text-classification', {str(final)!r})"]
     model = f"{base} --adapter {final}" if adapter else str(final)
+    raw = "--raw " if config.data.prompt_format == "raw" else ""  # as the prompts were that it learnt from
     merged = folder / "merged" if adapter else final
     lines = [
         f"done; the result is in {final}",
-        f"  try it:     ftjax generate {model} --prompt '...'",
+        f"  try it:     ftjax generate {model} {raw}--prompt '...'",
         f"  look at it: ftjax report {folder}",
     ]
     if adapter and method.merged is None:
