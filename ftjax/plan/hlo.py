@@ -141,11 +141,13 @@ class Program:
 
     def _started(self, name: str) -> list[tuple[Instruction, str]]:
         """A computation's collectives, and where each stands. A TPU works on one in several fusions, between its start and
-        its end, and writes it into each: what has the same channel is the same."""
+        its end, and writes it into each: what has the same channel there is the same. Outside of fusions it need not be: what
+        `shard_map` calls for all has one channel on a CPU."""
         found = {}
         for instruction, inside in self._collectives(name):
             channel = re.search(r"channel_id=\d+", instruction.text)
-            found.setdefault(channel[0] if channel else instruction.name, (instruction, inside))
+            same = (channel[0], instruction.opcode, instruction.bytes) if channel and inside != name else instruction.name
+            found.setdefault(same, (instruction, inside))
         return list(found.values())
 
     def _collectives(self, name: str) -> Iterator[tuple[Instruction, str]]:
