@@ -51,10 +51,9 @@ class LoraLinear(nnx.Module):
         held = {**row, "trainable": False, "init": Init("zeros")}
         self.start_A = param(shape_A, axes_A, "start_A.weight", **held) if pissa else None
         self.start_B = param(shape_B, axes_B, "start_B.weight", **held) if pissa else None
-        self.lora_magnitude_vector = None
-        if dora:  # `start` gives it the base weight's norms
-            shape, axes = (*site.stack, base.size_out), (*site.stack_axes, base.axes[1])
-            self.lora_magnitude_vector = param(shape, axes, "lora_magnitude_vector", init=Init("ones"), **row)
+        shape, axes = (*site.stack, base.size_out), (*site.stack_axes, base.axes[1])
+        magnitude = {"init": Init("ones"), **row}  # `start` gives it the base weight's norms
+        self.lora_magnitude_vector = param(shape, axes, "lora_magnitude_vector", **magnitude) if dora else None
         scale = np.where(np.arange(rank) < ranks[:, None], scales[:, None], 0).astype(np.float32)
         self.scale = Buffer(scale.reshape(*site.stack, rank), row=Row((*site.stack_axes, "rank"), "scale"))
 
