@@ -6,7 +6,7 @@ import runpy
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,19 @@ def make_hf(case: Case, folder: Path, seed: int = 0, **save) -> Any:
             assert torch.isfinite(parameter).all(), name
     model.save_pretrained(folder, **save)
     return model
+
+
+def folders(cases: Mapping[str, Case], tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of a case by its name, made when it is first asked for."""
+    made = {}
+
+    def of(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            make_hf(cases[name], made[name])
+        return made[name]
+
+    return of
 
 
 def load(folder: Path, attach: Callable | None = None, mesh=None, dtype=jnp.float32) -> tuple[Model, dict[str, jax.Array]]:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from oracle import Case, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
+from oracle import Case, folders, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
 from tiny_run import make_batch, make_config, run_steps
 from transformers import AutoModelForCausalLM
 
@@ -31,15 +31,7 @@ LAYERS_OF = {"llama": "model.layers", "gpt2": "transformer.h", "qwen3_moe": "mod
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    made = {}
-
-    def of(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            make_hf(CASES[name], made[name])
-        return made[name]
-
-    return of
+    return folders(CASES, tmp_path_factory)
 
 
 def trained_names(folder, **method) -> set[str]:

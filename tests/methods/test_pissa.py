@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from oracle import Case, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
+from oracle import Case, folders, hf_logits, load, logits, one_device, tokens, write_merged
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors.numpy import load_file
@@ -32,15 +32,7 @@ TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}  # GP
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    made = {}
-
-    def of(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            make_hf(CASES[name], made[name])
-        return made[name]
-
-    return of
+    return folders(CASES, tmp_path_factory)
 
 
 def started(folder, config, dtype=jnp.float32):
