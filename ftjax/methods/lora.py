@@ -95,11 +95,12 @@ def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Fet
         return weight.astype(np.float32) + ((lora_B * model.buffers[f"{layer}.scale"]) @ lora_A).T
     if not found or f"{layer}.lora_A" not in model.specs:
         return weight
-    lora_A, lora_B = (fetch(f"{layer}.{name}", index).astype(np.float32) for name in ("lora_A", "lora_B"))
-    update = (lora_B * model.buffers[f"{layer}.scale"][index]) @ lora_A
-    if f"{layer}.start_A" in model.specs:
-        start_A, start_B = (fetch(f"{layer}.{name}", index).astype(np.float32) for name in ("start_A", "start_B"))
-        update = update - (start_B * model.buffers[f"{layer}.scale"][index]) @ start_A
+
+    def product(name: str) -> np.ndarray:
+        a, b = (fetch(f"{layer}.{name}_{side}", index).astype(np.float32) for side in "AB")
+        return (b * model.buffers[f"{layer}.scale"][index]) @ a
+
+    update = product("lora") - product("start") if f"{layer}.start_A" in model.specs else product("lora")
     conv1d = is_conv1d(model, layer)
     weight = weight.astype(np.float32) + (update.T if conv1d else update)
     if f"{layer}.lora_magnitude_vector" in model.specs and model.buffers[f"{layer}.scale"][index].any():

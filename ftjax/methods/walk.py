@@ -1,7 +1,7 @@
 """Find the dense layers of a model, match them as PEFT does, and put a wrapping module in their place."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,17 +36,18 @@ class Site:
 
 def linears(root: nnx.Module) -> list[Site]:
     """Every dense layer that can have an adapter, the output embedding included, in the order of the module tree."""
-    nodes = {path: node for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)}
-    rows = specs(root)
-    chosen = [item for item in nodes.items() if isinstance(item[1], Linear) and item[1].adaptable]
-    return [_site(path, node, nodes, rows) for path, node in sorted(chosen, key=_by_name)]
+    return _sites(root, lambda node: isinstance(node, Linear) and node.adaptable)
 
 
 def embeddings(root: nnx.Module) -> list[Site]:
     """Every embedding, in the order of the module tree; positions' are among them."""
+    return _sites(root, lambda node: isinstance(node, Embedding))
+
+
+def _sites(root: nnx.Module, wanted: Callable[[nnx.Module], bool]) -> list[Site]:
     nodes = {path: node for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)}
     rows = specs(root)
-    chosen = [item for item in nodes.items() if isinstance(item[1], Embedding)]
+    chosen = [item for item in nodes.items() if wanted(item[1])]
     return [_site(path, node, nodes, rows) for path, node in sorted(chosen, key=_by_name)]
 
 

@@ -25,20 +25,20 @@ def chunks(x: jax.Array, length: int) -> jax.Array:
         length: C on one device, where T lies on several.
     """
     b, t, *rest = x.shape
-    parts = _parts(t)
-    each = -(-length // parts)
-    x = x.reshape(b, parts, t // parts, *rest)
+    devices = _parts(t)
+    each = -(-length // devices)
+    x = x.reshape(b, devices, t // devices, *rest)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % each)) + ((0, 0),) * len(rest))
-    x = x.reshape(b, parts, -1, each, *rest)
-    return jnp.moveaxis(x, 2, 0).reshape(-1, b, parts * each, *rest)
+    x = x.reshape(b, devices, -1, each, *rest)
+    return jnp.moveaxis(x, 2, 0).reshape(-1, b, devices * each, *rest)
 
 
 def joined(found: jax.Array, t: int) -> jax.Array:
     """The inverse of `chunks`."""
     n, b, c, *rest = found.shape
-    parts = _parts(t)
-    x = jnp.moveaxis(found.reshape(n, b, parts, c // parts, *rest), 0, 2)
-    return x.reshape(b, parts, -1, *rest)[:, :, : t // parts].reshape(b, t, *rest)
+    devices = _parts(t)
+    x = jnp.moveaxis(found.reshape(n, b, devices, c // devices, *rest), 0, 2)
+    return x.reshape(b, devices, -1, *rest)[:, :, : t // devices].reshape(b, t, *rest)
 
 
 def _parts(length: int) -> int:

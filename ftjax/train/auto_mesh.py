@@ -17,7 +17,7 @@ from ftjax.mesh import AXES, sharding
 from ftjax.models.model import Model
 from ftjax.train.optimizer import make_optimizer
 from ftjax.train.place import on_devices
-from ftjax.train.step import as_float32
+from ftjax.train.step import optimizer_shapes
 
 ROOM = 0.8  # of a device's memory; the rest is for what is alive within a layer
 
@@ -65,7 +65,7 @@ def state_bytes(config: Config, model: Model) -> int:
         spec.abstract if spec.row.quantization else spec.astype(config.model.dtype).abstract for spec in model.frozen.values()
     ]
     optimizer = make_optimizer(config.optimizer, model.trainable, steps=1)
-    moments = on_devices(jax.eval_shape(lambda params: optimizer.init(as_float32(params)), trained))
+    moments = on_devices(optimizer_shapes(trained, optimizer))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves([trained, trained, moments, frozen]))
 
 

@@ -125,6 +125,11 @@ def init_state(params: dict[str, jax.Array], optimizer: optax.GradientTransforma
     return TrainState(params, opt_state, jax.device_put(jnp.int32(0), abstract.step.sharding))
 
 
+def optimizer_shapes(params: Mapping[str, Any], optimizer: optax.GradientTransformation) -> Any:
+    """The optimizer's state for these parameters (arrays or shapes), as shapes."""
+    return jax.eval_shape(lambda params: optimizer.init(as_float32(params)), dict(params))
+
+
 def abstract_state(params: Mapping[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
     """What `init_state` gives, as shapes: moments lie where their parameters lie, scalars are on every device.
 
@@ -134,7 +139,7 @@ def abstract_state(params: Mapping[str, Any], optimizer: optax.GradientTransform
     shardings = jax.tree.map(lambda leaf: leaf.sharding, dict(params))
     example = next(iter(shardings.values()))
     everywhere = jax.sharding.NamedSharding(example.mesh, jax.sharding.PartitionSpec())
-    shapes = jax.eval_shape(lambda params: optimizer.init(as_float32(params)), dict(params))
+    shapes = optimizer_shapes(params, optimizer)
     placed = optax.tree.map_params(optimizer, along, shapes, shardings, transform_non_params=lambda _: everywhere)
     placed = on_host(placed, shapes)
 
