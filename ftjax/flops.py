@@ -17,7 +17,8 @@ that a token goes through are. (The first layer's input needs no gradient: the f
 
     MFU = F x tokens/s / (devices x peak of one)    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)
 
-Tokens are those that are not padding, trained or not.
+Tokens are those that are not padding, trained or not. (On one device the loss leaves out the words' logits of most tokens
+that are not trained: at most 4 x embed x vocab of F for each, which the convention counts all the same.)
 """
 
 from collections import Counter

@@ -2,7 +2,8 @@
 
 The logits of a whole batch are the largest array of a fine-tuning step (8 x 4096 tokens x 128k words in float32 are
 17 GB), and the loss is a scalar whose gradient with respect to them is known at once. So the gradients are taken in the
-forward pass, chunk by chunk: the logits are computed once, never kept, and the backward pass only scales.
+forward pass, chunk by chunk: the logits are computed once, never kept, and the backward pass only scales. Where one device
+holds the batch, tokens that are trained come first (`trained_first`), and chunks without any are not computed at all.
 
 Legend: B batch, T length, C tokens of a chunk, E embed, V vocab.
 """
@@ -37,6 +38,16 @@ def as_it_is(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple
     return hidden, targets, weights
 
 
+def trained_first(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """All tokens of a batch as one row, those that carry weight before the others: `[B, T, ...]` -> `[1, B * T, ...]`."""
+    order = jnp.argsort(weights.reshape(-1) == 0, stable=True)
+
+    def ordered(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[2:]).at[order].get(unique_indices=True, mode="promise_in_bounds")[None]
+
+    return ordered(hidden), ordered(targets), ordered(weights)
+
+
 def _chunk_sums(
     unembed: Unembed, arrange: Arrange, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> Sums:
@@ -56,6 +67,7 @@ def chunked_cross_entropy(
     targets: jax.Array,
     weights: jax.Array,
     arrange: Arrange = as_it_is,
+    skip: bool = False,
 ) -> Sums:
     """Weighted sums of the cross-entropy over all tokens.
 
@@ -67,20 +79,30 @@ def chunked_cross_entropy(
         targets: [B, T] int32, the token to be predicted at each place.
         weights: [B, T] float32; zero where nothing is trained.
         arrange: lays each chunk out over the devices.
+        skip: chunks in which nothing is trained are not computed; on several devices they would have to agree on it first.
     """
-    return _cross_entropy(unembed, arrange, length, params, hidden, targets, weights)
+    return _cross_entropy(unembed, arrange, length, skip, params, hidden, targets, weights)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _cross_entropy(unembed, arrange, length, params, hidden, targets, weights):
+def _unless_idle(skip: bool, run: Callable[[], Any], weights: jax.Array) -> Any:
+    """`run()`; zeros of its shapes where no token of the chunk carries weight and `skip` is set."""
+    if not skip:
+        return run()
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run))
+    return jax.lax.cond(jnp.any(weights != 0), run, lambda: nothing)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _cross_entropy(unembed, arrange, length, skip, params, hidden, targets, weights):
     def body(sums, chunk):
-        return jax.tree.map(jnp.add, sums, _chunk_sums(unembed, arrange, params, *chunk)), None
+        more = _unless_idle(skip, lambda: _chunk_sums(unembed, arrange, params, *chunk), chunk[-1])
+        return jax.tree.map(jnp.add, sums, more), None
 
     xs = tuple(chunks(x, length) for x in (hidden, targets, weights))
     return jax.lax.scan(body, Sums(*(jnp.zeros((), jnp.float32),) * 3), xs)[0]
 
 
-def _forward(unembed, arrange, length, params, hidden, targets, weights):
+def _forward(unembed, arrange, length, skip, params, hidden, targets, weights):
     def body(carry, chunk):
         sums, d_params = carry
         h, *rest = chunk
@@ -89,8 +111,11 @@ def _forward(unembed, arrange, length, params, hidden, targets, weights):
             sums = _chunk_sums(unembed, arrange, params, h, *rest)
             return sums.loss, sums
 
-        _, pull, more = jax.vjp(loss, params, h, has_aux=True)
-        d_more, d_h = pull(jnp.float32(1))
+        def gradients():
+            _, pull, sums = jax.vjp(loss, params, h, has_aux=True)
+            return sums, *pull(jnp.float32(1))
+
+        more, d_more, d_h = _unless_idle(skip, gradients, rest[-1])
         carry = jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.add, d_params, d_more)
         return carry, d_h
 
@@ -100,7 +125,7 @@ def _forward(unembed, arrange, length, params, hidden, targets, weights):
     return sums, (d_params, joined(d_hidden, hidden.shape[1]))
 
 
-def _backward(unembed, arrange, length, residuals, cotangent: Sums):
+def _backward(unembed, arrange, length, skip, residuals, cotangent: Sums):
     d_params, d_hidden = jax.tree.map(lambda g: (g * cotangent.loss).astype(g.dtype), residuals)
     return d_params, d_hidden, None, None
 

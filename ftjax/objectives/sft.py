@@ -16,7 +16,7 @@ from ftjax.mesh import RULES, constrain
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded, gathered
 from ftjax.models.model import Model
-from ftjax.objectives.loss import Arrange, Sums, as_it_is, chunked_cross_entropy
+from ftjax.objectives.loss import Arrange, Sums, as_it_is, chunked_cross_entropy, trained_first
 
 
 def sums(
@@ -41,9 +41,13 @@ def sums(
     def unembed(inside, h):
         return model.bind({**frozen, **outside, **output, **inside}).unembed(h, ctx)
 
-    b, t = batch["tokens"].shape
+    targets, weights = batch["targets"], batch["weights"]
+    alone = jax.sharding.get_abstract_mesh().size <= 1
+    if alone:
+        hidden, targets, weights = trained_first(hidden, targets, weights)
+    b, t = targets.shape
     length = min(t, max(1, loss_chunk // b))
-    return chunked_cross_entropy(unembed, length, inside, hidden, batch["targets"], batch["weights"], arrange), aux
+    return chunked_cross_entropy(unembed, length, inside, hidden, targets, weights, arrange, skip=alone), aux
 
 
 def output_projection(model: Model, params: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], Arrange]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax.objectives.loss import chunked_cross_entropy
+from ftjax.objectives.loss import chunked_cross_entropy, trained_first
 
 B, T, E, V = 3, 13, 8, 31
 
@@ -43,6 +43,30 @@ def test_chunked_is_full(problem, length):
     got, got_grads = jax.value_and_grad(chunked, (0, 1))(problem["params"], problem["hidden"])
     np.testing.assert_allclose(got, want, rtol=1e-6)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5), got_grads, want_grads)
+
+
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_idle_chunks_are_not_computed(problem, differentiated):
+    """With what is trained in front, only chunks that hold some of it are computed; values and gradients stay."""
+    ran = []
+
+    def counting(params, hidden):
+        jax.debug.callback(lambda: ran.append(1))
+        return unembed(params, hidden)
+
+    def loss(params, hidden, skip=True, unembed=counting):
+        tokens = (hidden, problem["targets"], problem["weights"])
+        first = trained_first(*tokens) if skip else tokens
+        return chunked_cross_entropy(unembed, 3, params, *first, skip=skip).loss
+
+    arguments = problem["params"], problem["hidden"]
+    run = jax.value_and_grad(loss, (0, 1)) if differentiated else loss
+    got = jax.block_until_ready(jax.jit(run)(*arguments))
+    jax.effects_barrier()
+    assert len(ran) == -(-int((problem["weights"] > 0).sum()) // 3) < -(-B * T // 3)
+    plain = lambda *a: loss(*a, skip=False, unembed=unembed)  # noqa: E731
+    want = (jax.value_and_grad(plain, (0, 1)) if differentiated else plain)(*arguments)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5, rtol=1e-5), got, want)
 
 
 def test_sums(problem):
