@@ -43,7 +43,7 @@ def trained_first(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> 
     order = jnp.argsort(weights.reshape(-1) == 0, stable=True)
 
     def ordered(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, *x.shape[2:]).at[order].get(unique_indices=True, mode="promise_in_bounds")[None]
+        return jnp.asarray(x).reshape(-1, *x.shape[2:]).at[order].get(unique_indices=True, mode="promise_in_bounds")[None]
 
     return ordered(hidden), ordered(targets), ordered(weights)
 
