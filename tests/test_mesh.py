@@ -10,7 +10,7 @@ from ftjax.errors import UserError
 from ftjax.mesh import describe, make_mesh, sharding, spec
 from ftjax.models.facts import complete_config
 from ftjax.train.auto_mesh import choose_mesh, state_bytes
-from ftjax.train.setup import build
+from ftjax.train.setup import build, design
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,20 @@ def test_wide_sides_of_adapters(size, cut):
     """They are cut over `fsdp` too, where they divide; otherwise as their layers are."""
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices())
     assert sharding(mesh, "lora_B", (5, size, 4), ("layers", "wide", "rank")).spec == PartitionSpec(None, cut, None)
+
+
+@pytest.mark.parametrize(
+    "training, words",
+    [
+        ({"global_batch_size": 12}, r"global_batch_size: 12 rows .* 8 devices .* multiple of 8,"),
+        ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, r"global_batch_size: 4 rows .* multiple of 16,"),
+        ({"global_batch_size": 16, "gradient_accumulation_steps": 2, "eval_batch_size": 6}, r"eval_batch_size: 6 .* multiple of 8,"),
+    ],
+)  # fmt: skip
+def test_rows_that_do_not_divide(llama, training, words):
+    config = Config.model_validate({"model": {"path": "x"}, "data": {"train": "x.jsonl"}, "training": training})
+    with pytest.raises(UserError, match=words):
+        design(config, llama, make_mesh(MeshConfig(), jax.devices()))
 
 
 def test_slices():

@@ -163,12 +163,14 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
             f"data.max_length: {config.data.max_length} tokens are more than the {model.max_positions} positions that this "
             "model has learned"
         )
-    rows, spread = config.training.global_batch_size // config.training.gradient_accumulation_steps, parts(mesh.shape, "batch")
-    for name, size in (("global_batch_size", rows), ("eval_batch_size", config.training.eval_batch_size or rows)):
+    options, spread = config.training, parts(mesh.shape, "batch")
+    steps = options.gradient_accumulation_steps
+    rows = options.global_batch_size // steps
+    for name, size, of in (("global_batch_size", rows, steps), ("eval_batch_size", options.eval_batch_size or rows, 1)):
         if size % spread:
             raise UserError(
                 f"training.{name}: {size} rows at a time do not divide by the {spread} devices that share them; choose a "
-                f"multiple of {spread}, or mesh.tensor or mesh.sequence, whose devices work on the same rows"
+                f"multiple of {spread * of}, or mesh.tensor or mesh.sequence, whose devices work on the same rows"
             )
     if config.data.max_length % mesh.shape["sequence"]:
         raise UserError(
