@@ -132,13 +132,13 @@ def fitting(mesh: Mesh | jax.sharding.AbstractMesh, axis: str, size: int) -> tup
 def constrain(x: jax.Array, *axes: str | None, without: tuple[str, ...] = ()) -> jax.Array:
     """Lay an activation out by its logical axes, under `jax.set_mesh`; a dimension that does not divide stays replicated.
 
-    Without a mesh (or with one device) this is the identity.
+    Without a mesh (or with one device, or inside `shard_map`, where each device has its part) this is the identity.
 
     Args:
         without: mesh axes along which the array is whole all the same.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return x
     entries = []
     for size, rule in zip(x.shape, _rules(axes, x.shape, mesh.shape), strict=True):

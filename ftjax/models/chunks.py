@@ -4,13 +4,14 @@ Legend: B batch, T length, C tokens of a chunk, E embed.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ftjax.mesh import constrain, fitting, parts
+from ftjax.mesh import constrain, fitting, parts, sharding
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded, gathered
 
@@ -50,37 +51,70 @@ def _parts(length: int) -> int:
 def feed_forward(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
     """`layer.all_at_once(x [B, T, E], ctx)`; a few tokens at a time where memory is short.
 
-    That is where layers are recomputed (`remat: full`) and their frozen weights are cut over the devices: the hidden
-    activations of the feed-forward layer, wider than any others, are then most of what a layer needs. Weights are gathered
-    once for all chunks, and nothing is computed more often than by a layer that is recomputed as a whole.
+    That is where layers are recomputed (`remat: full`) and their weights are cut over the devices: the hidden activations
+    of the feed-forward layer, wider than any others, are then most of what a layer needs. Weights are gathered once for all
+    chunks, and nothing is computed more often than by a layer that is recomputed as a whole.
     """
     count = _count(layer, x, ctx)
     if count == 1:
         return layer.all_at_once(x, ctx)
     structure, state = nnx.split(layer)
-    state = jax.tree.map(lambda leaf: _whole(leaf, x.dtype), state, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    ctx = replace(ctx, whole_weights=True)
+    variables, tree = jax.tree.flatten(state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
-    def chunk(number, x):
-        dropout = None if ctx.dropout is None else jax.random.fold_in(ctx.dropout, number)
-        return nnx.merge(structure, state).all_at_once(x, replace(ctx, dropout=dropout))
+    def run(weights: list[nnx.Variable], x: jax.Array) -> jax.Array:
+        """All chunks, with gathered weights."""
+        whole = jax.tree.unflatten(tree, weights)
 
-    def body(_, scanned):
-        return None, constrain(jax.checkpoint(chunk, prevent_cse=False)(*scanned), "batch", "length", None)
+        def chunk(number, x):
+            dropout = None if ctx.dropout is None else jax.random.fold_in(ctx.dropout, number)
+            return nnx.merge(structure, whole).all_at_once(x, replace(ctx, dropout=dropout, whole_weights=True))
 
-    _, y = jax.lax.scan(body, None, (jnp.arange(count), chunks(x, -(-x.shape[1] // count))))
-    return constrain(joined(y, x.shape[1]), "batch", "length", None)
+        def body(_, scanned):
+            return None, constrain(jax.checkpoint(chunk, prevent_cse=False)(*scanned), "batch", "length", None)
+
+        _, y = jax.lax.scan(body, None, (jnp.arange(count), chunks(x, -(-x.shape[1] // count))))
+        return joined(y, x.shape[1])
+
+    if any(variable.row.trainable and not variable.row.adapter for variable in variables if isinstance(variable, nnx.Param)):
+        y = _each_device(run, variables, x)
+    else:
+        y = run([_whole(variable, x.dtype) for variable in variables], x)
+    return constrain(y, "batch", "length", None)
+
+
+def _each_device(run: Callable, variables: list[nnx.Variable], x: jax.Array) -> jax.Array:
+    """`run` by each device for its own rows, so that a trained weight's gradient is summed over the chunks there first and
+    reduced over the devices once; left to the partitioner it is reduced for each chunk."""
+    mesh = jax.sharding.get_abstract_mesh()
+    values = [variable.get_value() for variable in variables]
+    names = [variable.row.axes[-value.ndim :] for variable, value in zip(variables, values, strict=True)]
+    places = [sharding(mesh, "", value.shape, axes).spec for value, axes in zip(values, names, strict=True)]
+    rows = sharding(mesh, "", x.shape, ("batch", "length", None)).spec
+
+    def local(values: list[jax.Array], x: jax.Array) -> jax.Array:
+        weights = []
+        for variable, value, place in zip(variables, values, places, strict=True):
+            value = value.astype(x.dtype) if value.ndim > 1 else value
+            for dimension, over in enumerate(place):
+                value = jax.lax.all_gather(value, over, axis=dimension, tiled=True) if over else value
+            weights.append(variable.replace(value))
+        return run(weights, x)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(places, rows), out_specs=rows, check_vma=False)(values, x)
 
 
 def _count(layer: nnx.Module, x: jax.Array, ctx: Context) -> int:
     """Into how many chunks a batch `[B, T, E]` goes."""
     if ctx.remat not in ("full", "offload") or not fully_sharded():
         return 1
-    rows = [variable.row for _, variable in nnx.iter_graph(layer) if isinstance(variable, nnx.Param)]
-    # The gradient of a trained weight would be reduced over the devices once for each chunk; an adapter's is small.
-    if any(row.name not in PLAIN or row.quantization or (row.trainable and not row.adapter) for row in rows):
-        return 1
     mesh = jax.sharding.get_abstract_mesh()
+    rows = [variable.row for _, variable in nnx.iter_graph(layer) if isinstance(variable, nnx.Param)]
+    if any(row.name not in PLAIN or row.quantization for row in rows):
+        return 1
+    trained = any(row.trainable and not row.adapter for row in rows)
+    alone = mesh.size == parts(mesh.shape, "batch") and x.shape[0] % mesh.size == 0  # a device has rows for itself
+    if trained and (not alone or any(row.adapter for row in rows)):  # an adapter's dropout differs from row to row
+        return 1
     tokens = x.shape[0] * x.shape[1] // parts(mesh.shape, "batch", "length")
     count = max(1, tokens // CHUNK)
     return count if x.shape[1] % (count * _parts(x.shape[1])) == 0 else 1
