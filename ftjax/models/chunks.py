@@ -14,6 +14,7 @@ from flax import nnx
 from ftjax.mesh import constrain, fitting, parts, sharding
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded, gathered
+from ftjax.models.param import Row
 
 CHUNK = 2048  # tokens of one device that a feed-forward layer takes at a time
 PLAIN = {"weight", "bias", "lora_A.weight", "lora_B.weight"}  # parameters whose work is for each token alone
@@ -75,7 +76,7 @@ def feed_forward(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
         _, y = jax.lax.scan(body, None, (jnp.arange(count), chunks(x, -(-x.shape[1] // count))))
         return joined(y, x.shape[1])
 
-    if any(variable.row.trainable and not variable.row.adapter for variable in variables if isinstance(variable, nnx.Param)):
+    if _trains_own_weights(layer):
         y = _each_device(run, variables, x)
     else:
         y = run([_whole(variable, x.dtype) for variable in variables], x)
@@ -108,16 +109,26 @@ def _count(layer: nnx.Module, x: jax.Array, ctx: Context) -> int:
     if ctx.remat not in ("full", "offload") or not fully_sharded():
         return 1
     mesh = jax.sharding.get_abstract_mesh()
-    rows = [variable.row for _, variable in nnx.iter_graph(layer) if isinstance(variable, nnx.Param)]
+    rows = _rows(layer)
     if any(row.name not in PLAIN or row.quantization for row in rows):
         return 1
-    trained = any(row.trainable and not row.adapter for row in rows)
     alone = mesh.size == parts(mesh.shape, "batch") and x.shape[0] % mesh.size == 0  # a device has rows for itself
-    if trained and (not alone or any(row.adapter for row in rows)):  # an adapter's dropout differs from row to row
+    # Beside an adapter they go at once: its dropout differs from row to row, and each device would draw the same.
+    if _trains_own_weights(layer) and (not alone or any(row.adapter for row in rows)):
         return 1
     tokens = x.shape[0] * x.shape[1] // parts(mesh.shape, "batch", "length")
     count = max(1, tokens // CHUNK)
     return count if x.shape[1] % (count * _parts(x.shape[1])) == 0 else 1
+
+
+def _rows(layer: nnx.Module) -> list[Row]:
+    """What is known of each of its parameters."""
+    return [variable.row for _, variable in nnx.iter_graph(layer) if isinstance(variable, nnx.Param)]
+
+
+def _trains_own_weights(layer: nnx.Module) -> bool:
+    """Whether weights of the model itself are trained here, not adapters alone."""
+    return any(row.trainable and not row.adapter for row in _rows(layer))
 
 
 def _whole(variable: nnx.Variable, dtype) -> nnx.Variable:
