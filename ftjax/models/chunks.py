@@ -1,10 +1,9 @@
-"""A few tokens of a batch at a time, where the activations of all of them would take too much memory.
+"""A few tokens, or a few hidden units, at a time, where the activations of all of them would take too much memory.
 
 Legend: B batch, T length, C tokens of a chunk, E embed.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -13,10 +12,11 @@ from flax import nnx
 
 from ftjax.mesh import constrain, fitting, parts, sharding
 from ftjax.models.context import Context
-from ftjax.models.gathered import fully_sharded, gathered
+from ftjax.models.gathered import fully_sharded, gathered, in_order
 from ftjax.models.param import Row
 
 CHUNK = 2048  # tokens of one device that a feed-forward layer takes at a time
+HIDDEN = 1024  # hidden units of it at a time, where its weights are trained
 PLAIN = {"weight", "bias", "lora_A.weight", "lora_B.weight"}  # parameters whose work is for each token alone
 
 
@@ -50,85 +50,105 @@ def _parts(length: int) -> int:
 
 
 def feed_forward(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
-    """`layer.all_at_once(x [B, T, E], ctx)`; a few tokens at a time where memory is short.
+    """`layer.all_at_once(x [B, T, E], ctx)`; in parts where memory is short.
 
     That is where layers are recomputed (`remat: full`) and their weights are cut over the devices: the hidden activations
-    of the feed-forward layer, wider than any others, are then most of what a layer needs. Weights are gathered once for all
-    chunks, and nothing is computed more often than by a layer that is recomputed as a whole.
+    of the feed-forward layer, wider than any others, are then most of what a layer needs. Nothing is gathered or computed
+    more often than by a layer that is recomputed as a whole. The layer is three products with a hidden dimension between them.
     """
-    count = _count(layer, x, ctx)
-    if count == 1:
+    if ctx.remat not in ("full", "offload") or not fully_sharded():
+        return layer.all_at_once(x, ctx)
+    rows = _rows(layer)
+    if any(row.name not in PLAIN or row.quantization for row in rows):
+        return layer.all_at_once(x, ctx)
+    run = _by_hidden if any(row.trainable and not row.adapter for row in rows) else _by_tokens
+    return constrain(run(layer, x, ctx), "batch", "length", None)
+
+
+def _by_tokens(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
+    """A few tokens at a time, with frozen weights that are gathered once for all of them."""
+    count = _count(x)
+    if count == 1 or x.shape[1] % (count * _parts(x.shape[1])):
         return layer.all_at_once(x, ctx)
     structure, state = nnx.split(layer)
-    variables, tree = jax.tree.flatten(state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    whole = jax.tree.map(lambda variable: _whole(variable, x.dtype), state, is_leaf=_is_variable)
 
-    def run(weights: list[nnx.Variable], x: jax.Array) -> jax.Array:
-        """All chunks, with gathered weights."""
-        whole = jax.tree.unflatten(tree, weights)
+    def chunk(number, x):
+        dropout = None if ctx.dropout is None else jax.random.fold_in(ctx.dropout, number)
+        return nnx.merge(structure, whole).all_at_once(x, replace(ctx, dropout=dropout, whole_weights=True))
 
-        def chunk(number, x):
-            dropout = None if ctx.dropout is None else jax.random.fold_in(ctx.dropout, number)
-            return nnx.merge(structure, whole).all_at_once(x, replace(ctx, dropout=dropout, whole_weights=True))
+    def body(_, scanned):
+        return None, constrain(jax.checkpoint(chunk, prevent_cse=False)(*scanned), "batch", "length", None)
 
-        def body(_, scanned):
-            return None, constrain(jax.checkpoint(chunk, prevent_cse=False)(*scanned), "batch", "length", None)
-
-        _, y = jax.lax.scan(body, None, (jnp.arange(count), chunks(x, -(-x.shape[1] // count))))
-        return joined(y, x.shape[1])
-
-    if _trains_own_weights(layer):
-        y = _each_device(run, variables, x)
-    else:
-        y = run([_whole(variable, x.dtype) for variable in variables], x)
-    return constrain(y, "batch", "length", None)
+    _, y = jax.lax.scan(body, None, (jnp.arange(count), chunks(x, -(-x.shape[1] // count))))
+    return joined(y, x.shape[1])
 
 
-def _each_device(run: Callable, variables: list[nnx.Variable], x: jax.Array) -> jax.Array:
-    """`run` by each device for its own rows, so that a trained weight's gradient is summed over the chunks there first and
-    reduced over the devices once; left to the partitioner it is reduced for each chunk."""
-    mesh = jax.sharding.get_abstract_mesh()
+def _by_hidden(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
+    """A part of the hidden dimension at a time, by each device for its own rows.
+
+    A part's weights are gathered for it, and their gradient is complete with it and goes back to the devices before the next
+    is made; of weights that all chunks of tokens share, whole gradients would be alive until the last chunk. It is written as
+    `shard_map` because the partitioner may turn such products into loops that pass parts of the result around. The parts are
+    summed in the dtype of x, like those of tensor parallelism.
+    """
+    structure, state = nnx.split(layer)
+    variables, tree = jax.tree.flatten(state, is_leaf=_is_variable)
     values = [variable.get_value() for variable in variables]
     names = [variable.row.axes[-value.ndim :] for variable, value in zip(variables, values, strict=True)]
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.size == parts(mesh.shape, "batch") and x.shape[0] % mesh.size == 0  # a device has rows for itself
+    if not alone or not all("mlp" in axes for axes in names):  # a bias of the outputs would be added with each part
+        return layer.all_at_once(x, ctx)
+    hidden = values[0].shape[names[0].index("mlp")]
+    least = -(-hidden // HIDDEN)
+    count = next((count for count in range(least, 2 * least + 1) if hidden % count == 0), 1)
+    if count == 1:
+        return layer.all_at_once(x, ctx)
     places = [sharding(mesh, "", value.shape, axes).spec for value, axes in zip(values, names, strict=True)]
     rows = sharding(mesh, "", x.shape, ("batch", "length", None)).spec
+    ctx = replace(ctx, whole_weights=True)
 
     def local(values: list[jax.Array], x: jax.Array) -> jax.Array:
-        weights = []
-        for variable, value, place in zip(variables, values, places, strict=True):
-            value = value.astype(x.dtype) if value.ndim > 1 else value
-            for dimension, over in enumerate(place):
-                value = jax.lax.all_gather(value, over, axis=dimension, tiled=True) if over else value
-            weights.append(variable.replace(value))
-        return run(weights, x)
+        values, x = jax.tree.map(in_order, (values, x))
+
+        def part(x, pieces):
+            held = [variable.replace(whole(*each)) for variable, *each in zip(variables, pieces, names, places, strict=True)]
+            return nnx.merge(structure, jax.tree.unflatten(tree, held)).all_at_once(x, ctx)
+
+        def whole(piece, axes, place):
+            """Gathered, with its dimensions in their order again."""
+            at = axes.index("mlp")
+            for dimension, over in enumerate((place[at], *place[:at], *place[at + 1 :])):
+                piece = jax.lax.all_gather(piece, over, axis=dimension, tiled=True) if over else piece
+            return jnp.moveaxis(piece, 0, at)
+
+        def body(y, pieces):
+            return y + jax.checkpoint(part, prevent_cse=False)(x, pieces), None
+
+        # Hidden units first, so that a gradient is hidden units by outputs: the other way round XLA would hold the gradient
+        # of the layer's outputs in a second layout.
+        turned = [jnp.moveaxis(value, axes.index("mlp"), 0) for value, axes in zip(values, names, strict=True)]
+        turned = [value.astype(x.dtype) if value.ndim > 1 else value for value in turned]
+        pieces = [value.reshape(count, -1, *value.shape[1:]) for value in turned]
+        return in_order(jax.lax.scan(body, jnp.zeros_like(x), pieces)[0])
 
     return jax.shard_map(local, mesh=mesh, in_specs=(places, rows), out_specs=rows, check_vma=False)(values, x)
 
 
-def _count(layer: nnx.Module, x: jax.Array, ctx: Context) -> int:
-    """Into how many chunks a batch `[B, T, E]` goes."""
-    if ctx.remat not in ("full", "offload") or not fully_sharded():
-        return 1
+def _count(x: jax.Array) -> int:
+    """Into how many parts the work on a batch `[B, T, E]` goes."""
     mesh = jax.sharding.get_abstract_mesh()
-    rows = _rows(layer)
-    if any(row.name not in PLAIN or row.quantization for row in rows):
-        return 1
-    alone = mesh.size == parts(mesh.shape, "batch") and x.shape[0] % mesh.size == 0  # a device has rows for itself
-    # Beside an adapter they go at once: its dropout differs from row to row, and each device would draw the same.
-    if _trains_own_weights(layer) and (not alone or any(row.adapter for row in rows)):
-        return 1
-    tokens = x.shape[0] * x.shape[1] // parts(mesh.shape, "batch", "length")
-    count = max(1, tokens // CHUNK)
-    return count if x.shape[1] % (count * _parts(x.shape[1])) == 0 else 1
+    return max(1, x.shape[0] * x.shape[1] // parts(mesh.shape, "batch", "length") // CHUNK)
+
+
+def _is_variable(node) -> bool:
+    return isinstance(node, nnx.Variable)
 
 
 def _rows(layer: nnx.Module) -> list[Row]:
     """What is known of each of its parameters."""
     return [variable.row for _, variable in nnx.iter_graph(layer) if isinstance(variable, nnx.Param)]
-
-
-def _trains_own_weights(layer: nnx.Module) -> bool:
-    """Whether weights of the model itself are trained here, not adapters alone."""
-    return any(row.trainable and not row.adapter for row in _rows(layer))
 
 
 def _whole(variable: nnx.Variable, dtype) -> nnx.Variable:

@@ -8,6 +8,7 @@ reduced straight into the shards (Rajbhandari et al. 2020, ZeRO-3, arXiv:1910.02
 from functools import partial
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from ftjax.mesh import CUT, constrain
 
@@ -18,6 +19,15 @@ def fully_sharded() -> bool:
     """Whether parameters are cut along `fsdp` (or `expert`) here."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and any(mesh.shape.get(axis, 1) > 1 for axis in CUT)
+
+
+def in_order(x: jax.Array) -> jax.Array:
+    """With the last dimension contiguous in memory; for use inside `shard_map` (the partitioner would gather it).
+
+    Left to itself, XLA may pick a layout for a whole loop, or for the optimizer's update, that suits one product in it, and
+    copy stacked weights, activations or moments into that layout.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

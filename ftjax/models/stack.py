@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.context import Context, KVCache
+from ftjax.models.gathered import fully_sharded
 from ftjax.models.kept import ATTENTION, BLOCK_INPUT, PRODUCT
 from ftjax.models.param import variables
 
@@ -131,6 +132,8 @@ class Stack(nnx.Module):
             name: nnx.split(getattr(self, name), lambda _, variable: not (indexing and not variable.row.trainable), ...)
             for name in sorted(set(self.choice))
         }
+        if fully_sharded():
+            split = {name: (structure, _cast(own, ctx.dtype), whole) for name, (structure, own, whole) in split.items()}
         keys = None if ctx.dropout is None else jax.random.split(ctx.dropout, len(self.kinds))
         carry = (x, cache, None)
         for segment in cut:
@@ -184,3 +187,19 @@ class Stack(nnx.Module):
             aux = jax.eval_shape(lambda: body(carry, jax.tree.map(lambda leaf: leaf[0], scanned))[0][2])
             carry = (*carry[:2], jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux))
         return jax.lax.scan(body, carry, scanned)[0]
+
+
+def _cast(state: nnx.State, dtype) -> nnx.State:
+    """With the trained matrices of all layers in the dtype of their products.
+
+    XLA would cast them all before the loop in any case; cast here, their gradients are kept in that dtype too until all of
+    them are there, not in the masters'. A layer's gradient is a product in it, so nothing is rounded that was not.
+    """
+
+    def cast(variable):
+        row = variable.row if isinstance(variable, nnx.Param) else None
+        if row is None or row.adapter or not {"embed"} < {*row.axes} & {"embed", "heads", "kv_heads", "mlp"}:
+            return variable
+        return variable.replace(variable.get_value().astype(dtype))
+
+    return jax.tree.map(cast, state, is_leaf=lambda node: isinstance(node, nnx.Variable))

@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping
 
 import jax
+from jax.sharding import PartitionSpec
 
 from ftjax.mesh import RULES, constrain
 from ftjax.models.context import Context
-from ftjax.models.gathered import fully_sharded, gathered
+from ftjax.models.gathered import fully_sharded, gathered, in_order
 from ftjax.models.model import Model
 from ftjax.objectives.loss import Arrange, Sums, as_it_is, chunked_cross_entropy, trained_first
 
@@ -67,6 +68,8 @@ def output_projection(model: Model, params: Mapping[str, jax.Array]) -> tuple[di
     divides = bool(words) and all(size % parts == 0 for size in words)
 
     def lay_out(path: str) -> jax.Array:
+        if divides and specs[path].row.axes == ("vocab", "embed") and mesh.shape["expert"] == 1:
+            return _by_words(own[path])
         axes = [("loss_vocab" if axis == "vocab" and divides else axis) for axis in specs[path].row.axes]
         return constrain(own[path], *(None if axis == "embed" else axis for axis in axes))
 
@@ -76,3 +79,14 @@ def output_projection(model: Model, params: Mapping[str, jax.Array]) -> tuple[di
         return gathered(hidden, (*rows, None), over), *(constrain(x, *rows, without=over) for x in (targets, weights))
 
     return {path: lay_out(path) for path in own}, arrange if divides else as_it_is
+
+
+def _by_words(weight: jax.Array) -> jax.Array:
+    """`[V, E]`, cut by E along `fsdp`, is then cut by V; its gradient goes the same way back."""
+
+    def local(weight: jax.Array) -> jax.Array:
+        return in_order(jax.lax.all_to_all(in_order(weight), "fsdp", 0, 1, tiled=True))
+
+    before, after = PartitionSpec("tensor", "fsdp"), PartitionSpec(("tensor", "fsdp"), None)
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(local, mesh=mesh, in_specs=before, out_specs=after, check_vma=False)(weight)

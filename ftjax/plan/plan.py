@@ -61,7 +61,9 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
         _measure(plan, compiled, made.mesh, topology)
     memory["total"] = sum(memory.values())
     if plan.limit is not None:
-        plan.fits = plan.hbm_bytes is not None and max(memory["total"], plan.peak) <= plan.limit
+        # XLA has refused a program that needs more at one time than the chip has. Its sum of temporaries counts the gaps
+        # between them twice, so that a program may fit whose sum does not.
+        plan.fits = plan.hbm_bytes is not None and plan.peak + memory["program"] <= plan.limit
     if plan.seconds:
         _rates(plan, topology, price)
     plan.advice = advice(plan, made)
@@ -151,12 +153,13 @@ def _rates(plan: Plan, topology: Topology, price: float | None) -> None:
         plan.cost_per_million_tokens = plan.cost_per_day / plan.tokens_per_day * 1e6
 
 
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def _out_of_memory(message: str) -> float | None:
     """Bytes that the program wanted, where XLA refused it for that."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
+    found = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM", message)
+    found = found or re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
     return float(found[1]) * _UNITS[found[2]] if found else None
 
 

@@ -217,6 +217,16 @@ def test_a_plan_for_chips_that_are_not_there(bare):
     assert plan.cost_per_day == 96 and 0 < plan.mfu < 1
 
 
+def test_what_does_not_fit_is_said(bare):
+    """XLA refuses the program; the plan says how much it wanted, and what to change."""
+    pytest.importorskip("libtpu", reason="planning for TPUs needs libtpu")
+    config = make_config(bare, mesh={"fsdp": -1}, global_batch_size=2**18)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": 1024})})
+    plan = make_plan(config, parse("v5e-4"))
+    assert plan.fits is False and plan.memory["total"] > plan.limit
+    assert any("gradient_accumulation_steps" in line for line in plan.advice)
+
+
 @pytest.mark.parametrize("window, share", [(None, 10 / 16), (512, 7 / 16)])
 def test_flops_of_a_kernel_that_skips_blocks(window, share):
     """Splash attention with blocks of 512 in 2048 tokens: of 16 blocks a causal mask leaves 10, and a window of 512 leaves 7.
