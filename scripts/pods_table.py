@@ -24,6 +24,7 @@ CASES = [  # what, configuration, slice, rows, what else is said
     ("Llama-3.1-8B, LoRA", "8b-lora", "v5p-64", 8, ("data.max_length=131072", "mesh={fsdp: 8, sequence: 4}")),
     ("Llama-3.1-8B, full", "8b-full", "v5e-16", 32, BFLOAT16),
     ("Llama-3.1-8B, full, float32", "8b-full", "v5e-16", 32, ()),
+    ("Llama-3.1-8B, full", "8b-full", "v6e-8", 16, BFLOAT16),
     ("Llama-3.1-8B, full, float32", "8b-full", "v5p-16", 16, ()),
     ("Llama-3.1-70B, LoRA", "70b-lora", "v5p-64", 64, ()),
 ]

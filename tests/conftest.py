@@ -51,3 +51,17 @@ def on_one_device(monkeypatch):
     import ftjax.train.setup as setup
 
     monkeypatch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
+
+
+@pytest.fixture
+def lowered():
+    """How many programs JAX has made so far, whether or not the compilation cache had them."""
+    made = []
+
+    def heard(event: str, *_, **__) -> None:
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            made.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    yield lambda: len(made)
+    jax.monitoring.unregister_event_duration_listener(heard)

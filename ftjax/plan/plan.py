@@ -8,6 +8,8 @@ import math
 import re
 import time
 from contextlib import nullcontext
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -55,7 +57,10 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
     except jax.errors.JaxRuntimeError as error:
         used = _out_of_memory(str(error))
         if used is None:
-            raise
+            raise UserError(
+                f"{topology.name}: XLA did not compile the step, with {_versions()}: {str(error).splitlines()[0]}\n"
+                "If these versions do not belong together: pip install --upgrade 'jax[tpu]'"
+            ) from error
         memory["temporaries"] = max(0.0, used - sum(memory.values()))
     else:
         _measure(plan, compiled, made.mesh, topology)
@@ -151,6 +156,10 @@ def _rates(plan: Plan, topology: Topology, price: float | None) -> None:
         plan.price = price
         plan.cost_per_day = price * plan.chips * 24
         plan.cost_per_million_tokens = plan.cost_per_day / plan.tokens_per_day * 1e6
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "libtpu") if find_spec(name))
 
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -269,3 +269,15 @@ def test_no_prompts_no_answers(storyteller):
 def test_unknown_dtype(stories):
     with pytest.raises(UserError, match="float32, bfloat16, float16"):
         Generator(str(stories), dtype="fp8")
+
+
+def test_other_prompts_compile_nothing(storyteller, lowered):
+    """Prompts, answers and batches of other sizes in the same buckets: generating and scoring run the programs that exist."""
+    storyteller.generate(STORIES, max_new_tokens=20)
+    storyteller.score(["Once upon a time", "Tom"], [" there was a cat", " ran to the park"])
+    first = lowered()
+    storyteller.generate(["Tom and his dad went to the zoo", "Tom and", "A cat"], max_new_tokens=19)
+    storyteller.score(["Lily saw a", "Once"], [" big red ball", " ran to the park"])
+    assert lowered() == first
+    storyteller.generate(STORIES[1] + STORIES[1], max_new_tokens=20)  # the count does count
+    assert lowered() > first

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from oracle import Case, make_hf
 from tiny_run import make_batch, make_config
 
+from ftjax.errors import UserError
 from ftjax.flops import train_flops
 from ftjax.mesh import spec
 from ftjax.plan.arithmetic import program_flops
@@ -225,6 +226,22 @@ def test_what_does_not_fit_is_said(bare):
     plan = make_plan(config, parse("v5e-4"))
     assert plan.fits is False and plan.memory["total"] > plan.limit
     assert any("gradient_accumulation_steps" in line for line in plan.advice)
+
+
+def test_xla_that_cannot_compile_names_the_versions(bare, monkeypatch):
+    """As happens where libtpu is older than jax."""
+    import ftjax.plan.plan as module
+
+    class Traced:
+        def __getattr__(self, name):
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Unknown attribute\nmore of it")
+
+    monkeypatch.setattr(module, "trace_step", lambda made: (Traced(), trace_step(made)[1]))
+    monkeypatch.setattr(module, "program_flops", lambda traced: 1.0)
+    with pytest.raises(
+        UserError, match=r"cpu:8: XLA did not compile the step, with jax .*: INVALID_ARGUMENT: Unknown attribute\n"
+    ):
+        make_plan(make_config(bare, mesh={"fsdp": 8}), CPUS)
 
 
 @pytest.mark.parametrize("window, share", [(None, 10 / 16), (512, 7 / 16)])
