@@ -198,8 +198,11 @@ def _cast(state: nnx.State, dtype) -> nnx.State:
 
     def cast(variable):
         row = variable.row if isinstance(variable, nnx.Param) else None
-        if row is None or row.adapter or not {"embed"} < {*row.axes} & {"embed", "heads", "kv_heads", "mlp"}:
+        if row is None or row.adapter or not row.trainable:
             return variable
-        return variable.replace(variable.get_value().astype(dtype))
+        if not {"embed"} < {*row.axes} & {"embed", "heads", "kv_heads", "mlp"}:  # all that is left to Linear, and experts
+            return variable
+        value = variable.get_value()
+        return variable.replace(value.astype(dtype)) if value.dtype.itemsize > jnp.dtype(dtype).itemsize else variable
 
     return jax.tree.map(cast, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
