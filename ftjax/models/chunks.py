@@ -13,7 +13,6 @@ from flax import nnx
 from ftjax.mesh import constrain, fitting, parts, sharding
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded, gathered, in_order
-from ftjax.models.param import Row
 
 CHUNK = 2048  # tokens of one device that a feed-forward layer takes at a time
 HIDDEN = 1024  # hidden units of it at a time, where its weights are trained
@@ -58,7 +57,7 @@ def feed_forward(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
     """
     if ctx.remat not in ("full", "offload") or not fully_sharded():
         return layer.all_at_once(x, ctx)
-    rows = _rows(layer)
+    rows = [variable.row for _, variable in nnx.iter_graph(layer) if isinstance(variable, nnx.Param)]
     if any(row.name not in PLAIN or row.quantization for row in rows):
         return layer.all_at_once(x, ctx)
     run = _by_hidden if any(row.trainable and not row.adapter for row in rows) else _by_tokens
@@ -67,8 +66,9 @@ def feed_forward(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
 
 def _by_tokens(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
     """A few tokens at a time, with frozen weights that are gathered once for all of them."""
-    count = _count(x)
-    if count == 1 or x.shape[1] % (count * _parts(x.shape[1])):
+    mesh = jax.sharding.get_abstract_mesh()
+    count = x.shape[0] * x.shape[1] // parts(mesh.shape, "batch", "length") // CHUNK
+    if count <= 1 or x.shape[1] % (count * _parts(x.shape[1])):
         return layer.all_at_once(x, ctx)
     structure, state = nnx.split(layer)
     whole = jax.tree.map(lambda variable: _whole(variable, x.dtype), state, is_leaf=_is_variable)
@@ -98,7 +98,8 @@ def _by_hidden(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
     names = [variable.row.axes[-value.ndim :] for variable, value in zip(variables, values, strict=True)]
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.size == parts(mesh.shape, "batch") and x.shape[0] % mesh.size == 0  # a device has rows for itself
-    if not alone or not all("mlp" in axes for axes in names):  # a bias of the outputs would be added with each part
+    # A bias of the outputs would be added with each part; an adapter's narrow side does not go in parts.
+    if not alone or not all("mlp" in axes for axes in names):
         return layer.all_at_once(x, ctx)
     hidden = values[0].shape[names[0].index("mlp")]
     least = -(-hidden // HIDDEN)
@@ -136,19 +137,8 @@ def _by_hidden(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
     return jax.shard_map(local, mesh=mesh, in_specs=(places, rows), out_specs=rows, check_vma=False)(values, x)
 
 
-def _count(x: jax.Array) -> int:
-    """Into how many parts the work on a batch `[B, T, E]` goes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return max(1, x.shape[0] * x.shape[1] // parts(mesh.shape, "batch", "length") // CHUNK)
-
-
 def _is_variable(node) -> bool:
     return isinstance(node, nnx.Variable)
-
-
-def _rows(layer: nnx.Module) -> list[Row]:
-    """What is known of each of its parameters."""
-    return [variable.row for _, variable in nnx.iter_graph(layer) if isinstance(variable, nnx.Param)]
 
 
 def _whole(variable: nnx.Variable, dtype) -> nnx.Variable:

@@ -11,9 +11,8 @@ import math
 from collections.abc import Mapping
 
 import jax
-from jax.sharding import PartitionSpec
 
-from ftjax.mesh import RULES, constrain
+from ftjax.mesh import RULES, constrain, spec
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded, gathered, in_order
 from ftjax.models.model import Model
@@ -87,6 +86,6 @@ def _by_words(weight: jax.Array) -> jax.Array:
     def local(weight: jax.Array) -> jax.Array:
         return in_order(jax.lax.all_to_all(in_order(weight), "fsdp", 0, 1, tiled=True))
 
-    before, after = PartitionSpec("tensor", "fsdp"), PartitionSpec(("tensor", "fsdp"), None)
+    before, after = spec(("vocab", "embed")), spec(("loss_vocab", None))
     mesh = jax.sharding.get_abstract_mesh()
     return jax.shard_map(local, mesh=mesh, in_specs=before, out_specs=after, check_vma=False)(weight)

@@ -93,17 +93,13 @@ def test_feed_forward_layers_in_parts(folder, alone, monkeypatch, mesh):
     np.testing.assert_allclose([(m.loss, m.grad_norm) for m in found], want, rtol=1e-5)
 
 
-def test_masters_are_cast_for_all_layers_at_once(folder, monkeypatch):
+def test_masters_are_cast_for_all_layers_at_once(folder, request):
     """Weights in float32, products in bfloat16: what is sharded learns as on one device, and stays in float32."""
-    from oracle import one_device
-
-    import ftjax.train.setup as module
-
     batches = [make_batch(8, 32, 96, seed) for seed in range(3)]
     config = make_config(folder, method=METHODS["full"], mesh={"data": 2, "fsdp": 4})
     config = config.model_copy(update={"model": config.model.model_copy(update={"remat": "full", "compute_dtype": "bfloat16"})})
     sharded, params = run_steps(prepare(config), batches)
-    monkeypatch.setattr(module, "make_mesh", lambda config, devices=None: one_device())
+    request.getfixturevalue("on_one_device")
     alone, _ = run_steps(prepare(config), batches)
     got, want = ([(m.loss, m.grad_norm) for m in metrics] for metrics in (sharded, alone))
     np.testing.assert_allclose(got, want, rtol=1e-2)
