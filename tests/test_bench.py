@@ -5,17 +5,21 @@ No figure is asserted but those that do not depend on the machine.
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from oracle import Case, make_hf
+from oracle import Case, hf_config, make_hf
 from quick_compile import QUICK
 from tiny_tokenizer import save_tokenizer
+from transformers import AutoModelForCausalLM
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
-PEER = BENCH.parents[2] / "shared" / "bench" / "peft_reference.py"
+REFERENCE = BENCH.parents[2] / "shared" / "bench" / "peft_reference.py"
+SMALL = ("--length", 16, "--steps", 3, "--r", 2)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,14 @@ def model(tmp_path_factory):
     return folder
 
 
-def run(name: str, out: Path, *options) -> dict:
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    file.write_text(f"{json.dumps({'prompt': 'Say it twice: hello', 'completion': 'hello hello'})}\n" * 40)
+    return file
+
+
+def run(name: str, out: Path, *options) -> Any:
     command = [sys.executable, str(BENCH / f"{name}.py"), *map(str, options), "--json", str(out)]
     environment = {**os.environ, "XLA_FLAGS": QUICK}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -34,11 +45,30 @@ def run(name: str, out: Path, *options) -> dict:
     return json.loads(out.read_text())
 
 
-@pytest.mark.skipif(not PEER.exists(), reason="the peer's script is not here")
 def test_step(model, tmp_path):
-    found = run("step", tmp_path / "step.json", "--model", model, "--length", 16, "--steps", 3, "--r", 2)
-    assert found["loss_difference"] < 1e-3 and len(found["ftjax"]["loss"]) == len(found["peft"]["loss"]) == 3
-    assert found["ratio"] == pytest.approx(found["ftjax"]["tokens_per_second"] / found["peft"]["tokens_per_second"])
+    found = run("step", tmp_path / "step.json", "--model", model, "--method", "lora", "full", *SMALL)
+    for sides in found.values():
+        mine, peer = sides["ftjax"], sides["PEFT"]
+        assert peer["loss_difference"] < 1e-4 and len(mine["loss"]) == len(peer["loss"]) == 3
+        assert peer["ratio"] == pytest.approx(mine["tokens_per_second"] / peer["tokens_per_second"])
+        assert mine["tokens_per_second"] == pytest.approx(2 * 16 / statistics.median(mine["seconds"][1:]))
+        assert 0 < mine["share"] < 1 and mine["peak_bytes"] > 0 < peer["peak_bytes"]
+    assert found["lora"]["PEFT"]["trained"] < found["full"]["PEFT"]["trained"]
+
+
+def test_step_on_random_weights_and_quantised(tmp_path):
+    """As on a GPU without downloads: a config.json alone. Rows of 64 are one block of nf4, as in bitsandbytes."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    hf_config(Case("tiny", "llama", {"hidden_size": 64, "intermediate_size": 128})).save_pretrained(folder)
+    found = run("step", tmp_path / "step.json", "--model", folder, "--method", "qlora", *SMALL)
+    assert found["qlora"]["PEFT"]["loss_difference"] < 1e-3
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="the reference script is not here")
+def test_the_peer_does_the_work_of_the_reference(model, tmp_path):
+    options = ("--model", model, "--peer", REFERENCE, *SMALL)
+    assert run("step", tmp_path / "step.json", *options)["lora"]["PEFT"]["loss_difference"] < 1e-4
 
 
 def test_generate(model, tmp_path):
@@ -56,3 +86,32 @@ def test_end_to_end(model, tmp_path):
     # Two rows of 64 tokens hold one document each: 11 letters of the answer and its end.
     assert found["ftjax"]["trained"] == found["TRL"]["trained"] == 2 * 2 * 12
     assert abs(found["ftjax"]["validation_loss"] / found["TRL"]["validation_loss"] - 1) < 0.02
+
+
+def test_data(model, rows, tmp_path):
+    options = ("--model", model, "--train", rows, "--max-length", 64, "--times", 1, "--target-tokens", 4000, "--batch", 2)
+    found = run("data", tmp_path / "data.json", *options)
+    assert found["tokens"] < found["packed_tokens"] and all(value > 0 for value in found.values())
+
+
+def test_load(model, tmp_path):
+    found = run("load", tmp_path / "load.json", "--model", model, "--times", 1)
+    assert found["bytes"] == sum(p.numel() * 4 for p in AutoModelForCausalLM.from_pretrained(model).parameters())
+    assert set(found["seconds"]) == set(found["peak_bytes"]) == {"plain", "load", "write"}
+
+
+def test_startup(model, tmp_path):
+    found = run("startup", tmp_path / "startup.json", "--model", model, "--times", 1, "--length", 64)
+    assert found["help"] < found["first"]
+
+
+def test_methods(model, tmp_path):
+    lora, full, again = run("methods", tmp_path / "methods.json", model, "--length", 16, "--steps", 1, "--only", "full")
+    assert lora["trained"] < full["trained"] and lora["bytes"] < full["bytes"]
+    assert (full["share"], again["trained"]) == (1, lora["trained"])
+
+
+def test_quantized(model, rows, tmp_path):
+    exact, int8, nf4 = run("quantized", tmp_path / "quantized.json", model, rows, "--steps", 2, "--length", 64)
+    assert int8["weight_error"] < nf4["weight_error"] and int8["logit_error"] < nf4["logit_error"]
+    assert abs(int8["loss_before"] / exact["loss_before"] - 1) < 0.05

@@ -48,6 +48,12 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _turned(x: jax.Array) -> jax.Array:
+    """The transpose, written out: XLA would otherwise fold it into the product, whose CPU kernel for a left factor that is
+    summed over its rows takes twice the time."""
+    return jax.lax.optimization_barrier(x.T)
+
+
 def _forward_head(pattern: Pattern, segments, sinks, q, k, v):
     """One key head: q `[G, T, H]`, k and v `[T, H]`, segments `[T]`, sinks `[G]` (-inf: none) -> output `[G, T, H]`,
     log-sum-exp `[G, T]`."""
@@ -65,8 +71,9 @@ def _forward_head(pattern: Pattern, segments, sinks, q, k, v):
 
 
 def _backward_head(pattern: Pattern, segments, sinks, q, o, d_o, k, v, lse):
+    """The gradients of q `[G, T, H]`, of k and v as `[H, T]`, of the sinks `[G]`."""
     delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1)
-    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    d_q, d_k, d_v = [], jnp.zeros(k.T.shape, jnp.float32), jnp.zeros(v.T.shape, jnp.float32)
     for rows, keys in blocks(q.shape[1], pattern.window):
         s, slope = _scores(q, k, segments, rows, keys, pattern)
         p = jnp.exp(s - lse[:, rows, None])
@@ -77,8 +84,8 @@ def _backward_head(pattern: Pattern, segments, sinks, q, o, d_o, k, v, lse):
             d_s = d_s * slope
         d_s, p = d_s.reshape(flat).astype(q.dtype), p.reshape(flat).astype(q.dtype)
         d_q.append(_dot(d_s, k[keys]).reshape(q.shape[0], -1, q.shape[-1]))
-        d_k = d_k.at[keys].add(_dot(d_s.T, q_rows))
-        d_v = d_v.at[keys].add(_dot(p.T, d_rows))
+        d_k = d_k.at[:, keys].add(_dot(_turned(q_rows), d_s))
+        d_v = d_v.at[:, keys].add(_dot(_turned(d_rows), p))
     d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - lse) * delta, axis=1)
     return jnp.concatenate(d_q, axis=1), d_k, d_v, d_sinks
 
@@ -140,7 +147,7 @@ def _backward(pattern: Pattern, saved, d_o):
     q, k, v, segments, sinks, o, lse = saved
     run = partial(_backward_head, pattern)
     d_q, d_k, d_v, d_sinks = _each_head(run, segments, sinks, (q, o, d_o), (k, v), (lse,))
-    d_k, d_v = (_by_key(x).astype(like.dtype) for x, like in ((d_k, k), (d_v, v)))
+    d_k, d_v = (x.transpose(0, 3, 1, 2).astype(like.dtype) for x, like in ((d_k, k), (d_v, v)))
     d_sinks = None if sinks is None else jnp.sum(d_sinks, axis=0).reshape(-1).astype(sinks.dtype)
     return _joined(d_q).astype(q.dtype), d_k, d_v, None, d_sinks
 

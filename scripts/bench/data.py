@@ -2,6 +2,7 @@
 """How fast data becomes tokens, and tokens become batches.
 
     python scripts/bench/data.py --model MODEL --train FILE [--columns prompt=text,completion=label] [--max-length 2048]
+                                 [--json FILE]
 
 MODEL is whatever has a tokenizer: a folder, a .gguf file, a Hub id. Prints
 - tokenising: the bare batch call of `tokenizers` on the texts that the model sees, and ftjax's encoder on the same examples
@@ -12,10 +13,11 @@ Each is the best of `--times` runs, in an empty cache folder of its own. Nothing
 """
 
 import argparse
+import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from ftjax.config import DataConfig, ModelConfig
 from ftjax.data.build import CHUNK
 from ftjax.data.encode import Encoder
 from ftjax.data.formats import to_examples
-from ftjax.data.pipeline import load_splits
+from ftjax.data.pipeline import Split, load_splits
 from ftjax.data.read import read_rows
 from ftjax.hub.tokenizer import load_tokenizer
 
@@ -39,6 +41,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument(
         "--target-tokens", type=float, default=2e7, help="packed tokens that are read, in as many epochs as it takes"
     )
+    p.add_argument("--json", type=Path, help="write the figures there")
     return p.parse_args()
 
 
@@ -52,7 +55,7 @@ def best(times: int, run: Callable[[], Any]) -> tuple[float, Any]:
     return quickest, value
 
 
-def tokenising(config: DataConfig, tokenizer: Any, times: int) -> None:
+def tokenising(config: DataConfig, tokenizer: Any, times: int) -> dict[str, float]:
     source = config.sources("train")[0]
     examples = list(to_examples(read_rows(source), source))
     chunks = [examples[start : start + CHUNK] for start in range(0, len(examples), CHUNK)]
@@ -78,9 +81,12 @@ def tokenising(config: DataConfig, tokenizer: Any, times: int) -> None:
     print(
         f"ratio: {other / seconds:.2f}, target 1.2; the rendering of templates alone takes {template:.2f} s, beside tokenising"
     )
+    return {"tokens": tokens, "bare_seconds": seconds, "encoder_seconds": other, "template_seconds": template}
 
 
-def starting(config: DataConfig, tokenizer: Any, times: int) -> Any:
+def starting(config: DataConfig, tokenizer: Any, times: int, found: dict[str, float]) -> Iterator[Split]:
+    """The packed rows, while the folder that caches them is there; adds the seconds of both starts to `found`."""
+
     def first() -> Any:
         os.environ["FTJAX_CACHE"] = tempfile.mkdtemp(dir=root)
         return load_splits(config, tokenizer, seed=0)[0]
@@ -91,10 +97,11 @@ def starting(config: DataConfig, tokenizer: Any, times: int) -> Any:
         print(f"first start: {seconds:.2f} s; second start, from the cache: {again:.2f} s")
         for line in split.report.lines():
             print(f"  {line}")
+        found |= {"first_start_seconds": seconds, "second_start_seconds": again}
         yield split
 
 
-def packing(split: Any, batch: int, target: float, times: int) -> None:
+def packing(split: Split, batch: int, target: float, times: int) -> dict[str, float]:
     epochs = max(1, round(target / split.report.tokens))
 
     def read() -> int:
@@ -103,6 +110,7 @@ def packing(split: Any, batch: int, target: float, times: int) -> None:
 
     seconds, tokens = best(times, read)
     print(f"packed tokens from the cache: {tokens / seconds / 1e6:8.2f} million/s ({epochs} epochs, {seconds:.2f} s); target 5")
+    return {"packed_tokens": tokens, "packed_seconds": seconds}
 
 
 def main() -> None:
@@ -111,9 +119,11 @@ def main() -> None:
     config = DataConfig(train=options.train, columns=columns, max_length=options.max_length)
     tokenizer = load_tokenizer(ModelConfig(path=options.model))
     print(f"{Path(options.train).name}, {type(tokenizer).__name__} of {len(tokenizer):,} tokens, {os.cpu_count()} cores")
-    tokenising(config, tokenizer, options.times)
-    for split in starting(config, tokenizer, options.times):
-        packing(split, options.batch, options.target_tokens, options.times)
+    found = tokenising(config, tokenizer, options.times)
+    for split in starting(config, tokenizer, options.times, found):
+        found |= packing(split, options.batch, options.target_tokens, options.times)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

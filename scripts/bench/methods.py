@@ -1,6 +1,7 @@
 """Every method on one model in one run: what it trains, the memory of its step, and its speed beside LoRA's.
 
     python scripts/bench/methods.py MODEL [--rows 1] [--length 128] [--steps 5] [--only lora,full]
+                                    [--json FILE]
 
 MODEL is a Hub id, a folder or a .gguf file. Prints a Markdown table: trained parameters and their share; the bytes that the
 compiled step needs (arguments and temporaries) over LoRA's; tokens a second, by the quickest of the steps, over LoRA's, which
@@ -9,7 +10,9 @@ is timed before and after the others so that the drift of a busy machine shows.
 
 import argparse
 import gc
+import json
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -77,17 +80,21 @@ def main() -> None:
     for name, default in (("--rows", 1), ("--length", 128), ("--steps", 5)):
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--only", help="names of rows, separated by commas; all by default")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     methods = {name: {"name": name} for name in METHODS} | VARIANTS
     chosen = [name for name in methods if name != "lora" and (not options.only or name in options.only.split(","))]
     print("| method | trains | share | memory | speed |\n|---|---|---|---|---|", flush=True)
-    lora = None
+    lora, found = None, []
     for name in ["lora", *chosen, "lora"]:
         trained, share, size, seconds = measure(options, methods[name])
         lora = lora or (size, seconds)
         row = f"| {name} | {trained:,} | {share:.3%} | {size / lora[0]:.2f} | {lora[1] / seconds:.2f} |"
         print(row if name != "lora" or lora[1] == seconds else f"{row} again", flush=True)
+        found.append({"method": name, "trained": trained, "share": share, "bytes": size, "seconds": seconds})
         gc.collect()
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

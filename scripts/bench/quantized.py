@@ -1,8 +1,8 @@
 """What int8 and nf4 cost: the error of the forward pass against float32, and the loss after LoRA steps on each base.
 
-    python scripts/bench/quantized.py MODEL DATA [--steps 100] [--rows 2] [--length 64] [--column text]
+    python scripts/bench/quantized.py MODEL DATA [--steps 100] [--rows 2] [--length 64] [--json FILE]
 
-MODEL is a Hub id, a folder or a .gguf file; DATA any file that `ftjax train` takes. One JSON object a line, for float32, int8
+MODEL is a Hub id, a folder or a .gguf file; DATA any file that `ftjax train` takes. A table with a line each for float32, int8
 and nf4: `bits` a weight of the quantised layers, `weight_error` (mean |error| over mean |weight|), `logit_error` (the same of
 logits), `agree` (share of tokens whose likeliest next one is the same), `loss_before` and `loss_after` (of the last tenth of
 the steps), all on the same rows. `--steps 0` leaves out the losses.
@@ -10,7 +10,7 @@ the steps), all on the same rows. `--steps 0` leaves out the losses.
 
 import argparse
 import json
-import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -88,11 +88,18 @@ def main() -> None:
     for name, default in (("--steps", 100), ("--rows", 2), ("--length", 64)):
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     exact: dict = {}
+    columns = ["base", "bits", "weight_error", "logit_error", "agree", "loss_before", "loss_after"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    found = []
     for quantization in (None, "int8", "nf4"):
-        print(json.dumps(measure(options, quantization, exact)), flush=True)
+        found.append(measure(options, quantization, exact))
+        print(f"| {' | '.join(str(found[-1].get(column, '')) for column in columns)} |", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

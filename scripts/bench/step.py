@@ -1,17 +1,23 @@
 #!/usr/bin/env python3
 """Train step of ftjax beside transformers + PEFT: same weights, same adapter, same batches, one run.
 
-    python scripts/bench/step.py --model DIR [--rows 2] [--length 512] [--steps 6] [--r 16] [--method lora|full]
-                                 [--dtype float32] [--peer PEFT_REFERENCE.PY] [--compile]
+    python scripts/bench/step.py --model DIR [--method lora full qlora] [--rows 2] [--length 512] [--steps 6] [--r 16]
+                                 [--dtype float32] [--compile] [--peer peft_step.py] [--json FILE]
 
-Each side runs in a process of its own, one after the other. Prints tokens a second (median over the steps after the
-first), their ratio, compile time, peak memory (maximum resident set on CPU, the device's own count elsewhere) and the
-largest relative difference of the losses; a difference over 1e-3 makes the comparison void and the exit code 1.
+DIR is a Hugging Face folder; one without weights (configs/plan/llama-3.2-1b) gets random ones. Each side runs in a process of
+its own, one after the other; `--compile` adds a run of the peer under torch.compile. Where the peer's memory does not suffice,
+it runs again with gradient checkpointing. Prints for each method
+- tokens a second (by the median of the steps after the first), and ftjax's over the peer's;
+- peak memory: the maximum resident set on a CPU, what the device counts elsewhere;
+- the seconds until a step can run: ftjax's compilation, the peer's first step beyond the others;
+- the largest relative difference of the losses: one over 1e-3 makes the comparison void and the exit code 1;
+- how much of the machine's own rate of matrix products ftjax's step reaches, counted by `ftjax/flops.py`, and on a GPU how
+  many of cuDNN's attention kernels are in its program.
 """
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -21,22 +27,23 @@ from pathlib import Path
 
 import numpy as np
 
-PEER = Path(__file__).resolve().parents[3] / "shared" / "bench" / "peft_reference.py"
+PEER = Path(__file__).with_name("peft_step.py")
+LEARNING_RATE = {"lora": 1e-3, "qlora": 1e-3, "full": 1e-5}
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", required=True, help="a Hugging Face folder")
+    p.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
+    p.add_argument("--method", nargs="+", choices=["lora", "full", "qlora"], default=["lora"])
     p.add_argument("--rows", type=int, default=2)
     p.add_argument("--length", type=int, default=512)
     p.add_argument("--steps", type=int, default=6)
     p.add_argument("--r", type=int, default=16)
-    p.add_argument("--method", choices=["lora", "full"], default="lora")
     p.add_argument("--dtype", default="float32")
-    p.add_argument("--attention", default="auto")
-    p.add_argument("--remat", default="auto")
-    p.add_argument("--peer", type=Path, default=PEER)
-    p.add_argument("--compile", action="store_true", help="torch.compile on the peer's side")
+    p.add_argument("--attention", default="auto", help="ftjax's model.attention")
+    p.add_argument("--remat", default="auto", help="ftjax's model.remat")
+    p.add_argument("--peer", type=Path, default=PEER, help="another script with the same options and the same output")
+    p.add_argument("--compile", action="store_true", help="the peer under torch.compile, too")
     p.add_argument("--no-peer", action="store_true")
     p.add_argument("--json", type=Path, help="write the figures there")
     p.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -49,27 +56,44 @@ def make_batches(path: Path, vocab: int, rows: int, length: int, steps: int) -> 
     np.savez(path, input_ids=ids, labels=ids)
 
 
-def ours(a: argparse.Namespace, work: Path) -> None:
+def product_rate(dtype: str) -> float:
+    """FLOP/s of large matrix products in `dtype` on the first device, the best of five."""
+    import jax
+    import jax.numpy as jnp
+
+    size, calls = (2048, 1) if jax.default_backend() == "cpu" else (8192, 16)
+    left, right = jax.random.normal(jax.random.key(0), (2, size, size), jnp.dtype(dtype))
+    product, best = jax.jit(jnp.matmul), float("inf")
+    for _ in range(6):  # the first compiles
+        start = time.perf_counter()
+        jax.block_until_ready([product(left, right) for _ in range(calls)])
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 * calls / best
+
+
+def ours(a: argparse.Namespace, method: str, work: Path) -> None:
     """The ftjax side, in a process of its own: writes `ours.json`, and first the adapter that both sides start from."""
     import jax
     import jax.numpy as jnp
 
     from ftjax.config import Config
+    from ftjax.flops import train_flops_per_token
     from ftjax.hub.peft import write_adapter
     from ftjax.train.setup import compile_steps, prepare
     from ftjax.train.step import init_state
 
-    method = {"name": "full"} if a.method == "full" else {"name": "lora", "r": a.r, "lora_alpha": 2 * a.r}
-    model = {"path": a.model, "dtype": a.dtype, "compute_dtype": a.dtype, "attention": a.attention, "remat": a.remat}
-    optimizer = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
+    model = {"path": str(a.model), "dtype": a.dtype, "compute_dtype": a.dtype, "attention": a.attention, "remat": a.remat}
+    model |= {"quantization": "nf4"} if method == "qlora" else {}
+    optimizer = {"learning_rate": LEARNING_RATE[method], "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
     config = Config.model_validate({
-        "model": model, "method": method, "optimizer": optimizer, "data": {"train": "none", "max_length": a.length},
+        "model": model, "optimizer": optimizer, "data": {"train": "none", "max_length": a.length},
+        "method": {"name": "full"} if method == "full" else {"name": "lora", "r": a.r, "lora_alpha": 2 * a.r},
         "training": {"global_batch_size": a.rows},
     })  # fmt: skip
     setup = prepare(config)
-    if a.method == "lora":
+    if method != "full":
         (work / "adapter").mkdir(exist_ok=True)
-        write_adapter(work / "adapter", setup.model, setup.params, config.method, a.model)
+        write_adapter(work / "adapter", setup.model, setup.params, config.method, str(a.model))
     step, _, optimizer, _ = compile_steps(setup, a.steps)
     state = init_state(setup.params, optimizer)
     setup.params = {}  # the state owns them now
@@ -94,56 +118,113 @@ def ours(a: argparse.Namespace, work: Path) -> None:
             state, metrics = step(state, setup.frozen, batch, key, limit)
             losses.append(float(metrics.loss))
             seconds.append(time.perf_counter() - start)
-    stats = jax.devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {
-        "loss": losses, "seconds": seconds, "compile_seconds": compile_seconds, "peak_bytes": peak,
-        "tokens_per_second": ids[0].size / statistics.median(seconds[1:]), "device": jax.devices()[0].device_kind,
+        "loss": losses, "seconds": seconds, "ready_seconds": compile_seconds, "device": jax.devices()[0].device_kind,
         "remat": setup.runtime.remat, "attention": setup.runtime.attention,
+        "cudnn_attention": step.as_text().count('custom_call_target="__cudnn$fmha'),
+        "flops_per_token": train_flops_per_token(setup.model, a.length),
     }  # fmt: skip
-    (work / "ours.json").write_text(json.dumps(result))
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    result |= {"peak_bytes": peak} if peak else {}
+    (work / "ours.json").write_text(json.dumps({**result, "product_rate": product_rate(a.dtype)}))
 
 
-def theirs(a: argparse.Namespace, work: Path) -> dict:
-    command = [sys.executable, str(a.peer), "--model", a.model, "--batches", str(work / "batches.npz")]
-    command += ["--out", str(work / "theirs.json"), "--dtype", a.dtype, "--lr", "1e-3"]
-    command += ["--method", "full"] if a.method == "full" else ["--adapter", str(work / "adapter")]
-    command += ["--compile"] if a.compile else []
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    result = json.loads((work / "theirs.json").read_text())
-    # The maximum over all children; where it did not grow, the peer needed no more than the side that ran before it.
-    return {**result, "peak_bytes": after * 1024, "peak_is_bound": after == before}
+def run(command: list[str], out: Path) -> dict:
+    """The figures that a side wrote to `out`, with its maximum resident set where it counted no memory of a device."""
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{said.read()}")
+    return {"peak_bytes": usage.ru_maxrss * 1024, **json.loads(out.read_text())}
+
+
+def theirs(a: argparse.Namespace, method: str, work: Path, compiled: bool) -> dict:
+    command = [sys.executable, str(a.peer), "--model", str(a.model), "--batches", str(work / "batches.npz")]
+    command += ["--out", str(work / "theirs.json"), "--dtype", a.dtype, "--lr", str(LEARNING_RATE[method])]
+    command += ["--adapter", str(work / "adapter")] if method != "full" else [] if a.peer == PEER else ["--method", "full"]
+    command += ["--quantize"] if method == "qlora" else []
+    command += ["--compile"] if compiled else []
+    try:
+        found = run(command, work / "theirs.json")
+    except RuntimeError as error:
+        if "OutOfMemoryError" not in str(error):
+            raise
+        found = run([*command, "--checkpointing"], work / "theirs.json") | {"remat": "gradient checkpointing"}
+    rest = found["seconds"][1:]
+    return {"ready_seconds": max(found["seconds"][0] - statistics.median(rest), 0), **found}
+
+
+def compare(a: argparse.Namespace, method: str, work: Path) -> dict:
+    """One method's figures, each side's by its name."""
+    mine = run([sys.executable, __file__, *sys.argv[1:], "--method", method, "--worker", str(work)], work / "ours.json")
+    sides = {"ftjax": mine}
+    if not a.no_peer:
+        sides["PEFT"] = theirs(a, method, work, compiled=False)
+        if a.compile:
+            sides["PEFT, torch.compile"] = theirs(a, method, work, compiled=True)
+    for side in sides.values():
+        side["tokens_per_second"] = a.rows * a.length / statistics.median(side["seconds"][1:])
+        side["ratio"] = mine["tokens_per_second"] / side["tokens_per_second"]
+        side["loss_difference"] = max(abs(x / y - 1) for x, y in zip(mine["loss"], side["loss"], strict=True))
+    mine["share"] = mine["tokens_per_second"] * mine["flops_per_token"] / mine["product_rate"]
+    return sides
+
+
+def show(method: str, sides: dict) -> None:
+    for name, side in sides.items():
+        other = "" if name == "ftjax" else f"{side['ratio']:.2f}"
+        apart = "" if name == "ftjax" else f"{side['loss_difference']:.1e}"
+        more = f" ({side['remat']})" if name != "ftjax" and "remat" in side else ""
+        print(
+            f"| {method} | {name}{more} | {side['tokens_per_second']:,.1f} | {other} | {side['peak_bytes'] / 1e9:.2f} GB | "
+            f"{side['ready_seconds']:.1f} s | {apart} |",
+            flush=True,
+        )
+
+
+def explain(method: str, side: dict) -> None:
+    cudnn = f"; {side['cudnn_attention']} attention kernels of cuDNN" if side["attention"] == "cudnn" else ""
+    print(
+        f"{method} on {side['device']}: remat {side['remat']}, attention {side['attention']}{cudnn}; "
+        f"{side['flops_per_token']:.3g} FLOPs a token: {side['share']:.0%} of {side['product_rate'] / 1e12:.3g} TFLOP/s, "
+        "what products reach here"
+    )
 
 
 def main() -> int:
     a = arguments()
     if a.worker:
-        ours(a, a.worker)
+        ours(a, a.method[0], a.worker)
         return 0
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        vocab = json.loads((Path(a.model) / "config.json").read_text())["vocab_size"]
+        if not any(a.model.glob("*.safetensors")):
+            from random_model import make_model
+
+            a.model = make_model(a.model, work / "model", a.dtype)
+            sys.argv += ["--model", str(a.model)]
+        vocab = json.loads((a.model / "config.json").read_text())["vocab_size"]
         make_batches(work / "batches.npz", vocab, a.rows, a.length, a.steps)
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--worker", str(work)], check=True)
-        mine = json.loads((work / "ours.json").read_text())
-        print(
-            f"ftjax  {mine['tokens_per_second']:8.1f} tokens/s   peak {mine['peak_bytes'] / 1e9:6.2f} GB   compile "
-            f"{mine['compile_seconds']:.1f} s   ({mine['device']}, remat {mine['remat']}, attention {mine['attention']})"
-        )
-        if a.no_peer:
-            return 0
-        peer = theirs(a, work)
-    bound = "at most " if peer["peak_is_bound"] else ""
-    print(f"PEFT   {peer['tokens_per_second']:8.1f} tokens/s   peak {bound}{peer['peak_bytes'] / 1e9:.2f} GB")
-    apart = max(abs(x / y - 1) for x, y in zip(mine["loss"], peer["loss"], strict=True))
-    ratio = mine["tokens_per_second"] / peer["tokens_per_second"]
-    verdict = "" if apart < 1e-3 else ": the comparison is void"
-    print(f"ratio  {ratio:8.2f}            losses differ by {apart:.1e} relative{verdict}")
+        print("| method | side | tokens/s | ratio | peak memory | until ready | losses apart |")
+        print("|---|---|---:|---:|---:|---:|---:|", flush=True)
+        for method in a.method:
+            found[method] = compare(a, method, work)
+            show(method, found[method])
+    print()
+    for method, sides in found.items():
+        explain(method, sides["ftjax"])
+    void = [
+        f"{method}, {name}" for method, sides in found.items() for name, side in sides.items() if side["loss_difference"] >= 1e-3
+    ]
+    if void:
+        print(f"void, because the losses differ: {'; '.join(void)}", file=sys.stderr)
     if a.json:
-        a.json.write_text(json.dumps({"ftjax": mine, "peft": peer, "ratio": ratio, "loss_difference": apart}, indent=2) + "\n")
-    return 0 if apart < 1e-3 else 1
+        a.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 1 if void else 0
 
 
 if __name__ == "__main__":

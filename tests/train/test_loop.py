@@ -18,7 +18,7 @@ from tiny_tokenizer import save_tokenizer
 
 from ftjax.config import Config
 from ftjax.errors import UserError
-from ftjax.train.loop import train
+from ftjax.train.loop import Run, train
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,6 @@ class Stop(Exception):
 
 def stop_after(monkeypatch, step):
     """Make the loop die right after it has read the metrics of an update."""
-    from ftjax.train.loop import Run
-
     original = Run.read
 
     def read(self, number, *rest):
@@ -251,6 +249,20 @@ def test_arithmetic(model, data, tmp_path, monkeypatch, on_one_device, capsys):
     assert 0.7 * full < per_token < full  # the rows are many short documents, the line is for long ones
 
 
+def test_later_updates_and_evaluations_compile_nothing(model, data, tmp_path, on_one_device, monkeypatch, lowered):
+    """Twelve rows in batches of four and of what is left over: one shape all the same."""
+    made = []
+    original = Run.evaluate
+
+    def evaluate(self, *rest):
+        original(self, *rest)
+        made.append(lowered())
+
+    monkeypatch.setattr(Run, "evaluate", evaluate)
+    train(config(model, data, tmp_path, training__eval_batch_size=5, training__save_steps=12))
+    assert len(made) == 3 and len(set(made)) == 1, made
+
+
 def test_profile(model, data, tmp_path, on_one_device):
     """The trace holds those updates and no others, by their numbers."""
     from jax.profiler import ProfileData
@@ -287,8 +299,6 @@ def test_early_stopping(model, data, tmp_path, on_one_device):
 
 def test_divergence_keeps_the_last_good_state(model, data, tmp_path, on_one_device, monkeypatch):
     """NaN at update 6: an error that says so, and the checkpoint of update 5 (T21)."""
-    from ftjax.train.loop import Run
-
     original = Run.place
 
     def place(self, batch, microbatches):
@@ -340,8 +350,6 @@ def test_killed_from_outside(model, data, whole, tmp_path, on_one_device):
 def test_told_to_stop(model, data, whole, tmp_path, capsys, monkeypatch, on_one_device):
     """SIGTERM: the update under way is saved and the command says how to go on; the result is as if nothing had been."""
     from ftjax.cli import app
-    from ftjax.train.loop import Run
-
     path = tmp_path / "config.yaml"
     settings = config(model, data, tmp_path / "run", evaluate={"training_examples": 0})
     path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))

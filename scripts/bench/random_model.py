@@ -1,0 +1,46 @@
+"""A model folder with the shapes of a config.json and weights that nobody trained: for measuring, where no download is at hand."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.hub.safetensors import Tensor, write_file
+from ftjax.models.facts import read_config
+from ftjax.models.model import Model, build_module
+
+POOL = 2**22  # normals that are drawn; every tensor repeats them from a place of its own, which is quick for any size
+
+
+def make_model(config: Path, folder: Path, dtype: str = "bfloat16") -> Path:
+    """Write `folder` with the model of the folder `config`: normals of deviation 0.02, ones for the norms' weights.
+
+    Disk: the whole model in `dtype`. Memory of the host: one layer's largest tensor.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = read_config(config)
+    model = Model.of(build_module(facts), facts)
+    kind = np.dtype(jnp.dtype(dtype))
+    pool = (0.02 * np.random.default_rng(0).standard_normal(POOL, np.float32)).astype(kind)
+
+    def values(number: int, shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) < 2:
+            return np.ones(shape, kind)
+        return np.resize(np.roll(pool, 7919 * number), math.prod(shape)).reshape(shape)
+
+    def tensors() -> Iterator[Tensor]:
+        pieces = (piece for spec in model.specs.values() for piece in spec.written())
+        for number, piece in enumerate(pieces):
+            yield Tensor(piece.name, piece.shape, kind, lambda number=number, shape=piece.shape: values(number, shape))
+
+    write_file(folder / "model.safetensors", list(tensors()))
+    for file in config.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            shutil.copy(file, folder)
+    written = json.loads((folder / "config.json").read_text()) | {"torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    return folder
