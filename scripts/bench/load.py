@@ -117,10 +117,11 @@ def main() -> None:
                 start = time.perf_counter()
                 run()
                 seconds[name].append(time.perf_counter() - start)
-        del params
         command = [sys.executable, __file__, "--model", str(folder), "--peak-of"]
         peaks = {name: int(subprocess.check_output([*command, name], text=True).splitlines()[-1]) for name in runs}
-    print(f"{folder.name if options.model else 'Llama 3.2 1B'}: {size / 1e9:.2f} GB in {CODES[dtype]}, {os.cpu_count()} cores\n")
+    print(
+        f"{folder.name if options.model else 'Llama 3.2 1B'}: {size / 1e9:.2f} GB in {CODES[dtype]}, {os.cpu_count()} cores\n"
+    )
     median = {name: statistics.median(values) for name, values in seconds.items()}
     print("| | seconds | GB/s | peak memory of the host |\n|---|---:|---:|---:|")
     for name, value in median.items():

@@ -1,4 +1,4 @@
-"""A model folder with the shapes of a config.json and weights that nobody trained: for measuring, where no download is at hand."""
+"""A model folder with the shapes of a config.json and weights that nobody trained, to measure without a download."""
 
 import json
 import math

@@ -217,9 +217,7 @@ def main() -> int:
     print()
     for method, sides in found.items():
         explain(method, sides["ftjax"])
-    void = [
-        f"{method}, {name}" for method, sides in found.items() for name, side in sides.items() if side["loss_difference"] >= 1e-3
-    ]
+    void = [f"{method}, {name}" for method, sides in found.items() for name in sides if sides[name]["loss_difference"] >= 1e-3]
     if void:
         print(f"void, because the losses differ: {'; '.join(void)}", file=sys.stderr)
     if a.json:

@@ -350,6 +350,7 @@ def test_killed_from_outside(model, data, whole, tmp_path, on_one_device):
 def test_told_to_stop(model, data, whole, tmp_path, capsys, monkeypatch, on_one_device):
     """SIGTERM: the update under way is saved and the command says how to go on; the result is as if nothing had been."""
     from ftjax.cli import app
+
     path = tmp_path / "config.yaml"
     settings = config(model, data, tmp_path / "run", evaluate={"training_examples": 0})
     path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
