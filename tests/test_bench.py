@@ -61,7 +61,7 @@ def test_step_on_random_weights_and_quantised(tmp_path):
     folder.mkdir()
     hf_config(Case("tiny", "llama", {"hidden_size": 64, "intermediate_size": 128})).save_pretrained(folder)
     found = run("step", tmp_path / "step.json", "--model", folder, "--method", "qlora", *SMALL)
-    assert found["qlora"]["PEFT"]["loss_difference"] < 1e-3
+    assert found["qlora"]["PEFT"]["loss_difference"] < 1e-4
 
 
 @pytest.mark.skipif(not REFERENCE.exists(), reason="the reference script is not here")

@@ -50,11 +50,11 @@ def project(x: jax.Array, weight: jax.Array, *, conv1d: bool = False) -> jax.Arr
 
 @jax.custom_vjp
 def widen(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`project` with a trained weight that has far fewer inputs than outputs (LoRA's B).
+    """`project` with a trained weight that has fewer inputs than outputs (LoRA's B, a feed-forward layer's first products).
 
     Its gradient is a product over all tokens, for which a CPU first transposes the left factor. That is the gradient of the
     outputs by JAX's own rule, and the narrow input here. The barrier keeps XLA from exchanging the two again for the sake of
-    the small result, which is then transposed: it takes an eighth of the time.
+    the smaller result, which is then transposed: with LoRA's B that takes an eighth of the time.
     """
     return project(x, weight)
 
@@ -117,7 +117,9 @@ class Linear(nnx.Module):
         return self.axes if self.conv1d else self.axes[::-1]
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        y = project_sharded(x, self.weight[...], self.weight_axes, ctx, partial(project, conv1d=self.conv1d))
+        widens = self.size_out > self.size_in and not self.conv1d and self.weight.row.trainable
+        multiply = widen if widens else partial(project, conv1d=self.conv1d)
+        y = project_sharded(x, self.weight[...], self.weight_axes, ctx, multiply)
         return product(y if self.bias is None else y + self.bias[...].astype(x.dtype))
 
 

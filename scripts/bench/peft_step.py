@@ -3,7 +3,8 @@
     python scripts/bench/peft_step.py --model DIR --batches FILE.npz --out FILE.json [--adapter FOLDER] [--quantize]
 
 Without an adapter all weights are trained. AdamW as ftjax's: 0.9, 0.999, 1e-8, no weight decay, gradients clipped to norm 1,
-constant learning rate. `--quantize` loads the base in nf4 with doubly quantised scales (bitsandbytes).
+constant learning rate. `--quantize` loads the base in nf4 (bitsandbytes), whose scales stay in float32: DIR then has the
+weights that ftjax's nf4 stands for, and rounding their scales once more would change them.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def load(a: argparse.Namespace, device: str) -> torch.nn.Module:
     how = {"attn_implementation": a.attention, "dtype": dtype, "device_map": device}
     if a.quantize:
         how["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     model = AutoModelForCausalLM.from_pretrained(a.model, **how)
     if a.adapter:

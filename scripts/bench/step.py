@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +74,9 @@ def product_rate(dtype: str) -> float:
 
 def ours(a: argparse.Namespace, method: str, work: Path) -> None:
     """The ftjax side, in a process of its own: writes `ours.json`, and first the adapter that both sides start from."""
+    from ftjax.gpu import set_flags
+
+    set_flags()  # as `ftjax train`; before JAX looks for devices
     import jax
     import jax.numpy as jnp
 
@@ -94,6 +98,8 @@ def ours(a: argparse.Namespace, method: str, work: Path) -> None:
     if method != "full":
         (work / "adapter").mkdir(exist_ok=True)
         write_adapter(work / "adapter", setup.model, setup.params, config.method, str(a.model))
+    if method == "qlora":
+        write_base(work / "base", setup, a)
     step, _, optimizer, _ = compile_steps(setup, a.steps)
     state = init_state(setup.params, optimizer)
     setup.params = {}  # the state owns them now
@@ -129,6 +135,25 @@ def ours(a: argparse.Namespace, method: str, work: Path) -> None:
     (work / "ours.json").write_text(json.dumps({**result, "product_rate": product_rate(a.dtype)}))
 
 
+def write_base(folder: Path, setup: Any, a: argparse.Namespace) -> None:
+    """The base as its nf4 weights say it is: rounded again by the peer, in the same blocks, it stays what it is."""
+    import jax
+    import jax.numpy as jnp
+
+    from ftjax.config import FullConfig
+    from ftjax.hub.model_folder import model_tensors, write_folder
+
+    def read(spec, piece) -> np.ndarray:
+        depth = len(spec.stacked)
+        leaf = jax.tree.map(lambda part: part[piece.index[:depth]], setup.frozen[spec.path])
+        weight = leaf.dequantise(jnp.float32) if hasattr(leaf, "dequantise") else leaf
+        return np.asarray(weight[piece.index[depth:]]).reshape(piece.shape)
+
+    folder.mkdir()
+    tensors = model_tensors(setup.model, read, {}, FullConfig(name="full"), jnp.dtype(a.dtype))
+    write_folder(folder, setup.model, tensors, a.dtype, a.model)
+
+
 def run(command: list[str], out: Path) -> dict:
     """The figures that a side wrote to `out`, with its maximum resident set where it counted no memory of a device."""
     with tempfile.TemporaryFile("w+") as said:
@@ -142,7 +167,8 @@ def run(command: list[str], out: Path) -> dict:
 
 
 def theirs(a: argparse.Namespace, method: str, work: Path, compiled: bool) -> dict:
-    command = [sys.executable, str(a.peer), "--model", str(a.model), "--batches", str(work / "batches.npz")]
+    model = work / "base" if method == "qlora" else a.model
+    command = [sys.executable, str(a.peer), "--model", str(model), "--batches", str(work / "batches.npz")]
     command += ["--out", str(work / "theirs.json"), "--dtype", a.dtype, "--lr", str(LEARNING_RATE[method])]
     command += ["--adapter", str(work / "adapter")] if method != "full" else [] if a.peer == PEER else ["--method", "full"]
     command += ["--quantize"] if method == "qlora" else []
