@@ -212,7 +212,7 @@ def show(method: str, sides: dict) -> None:
 
 
 def explain(method: str, side: dict) -> None:
-    cudnn = f"; {side['cudnn_attention']} attention kernels of cuDNN" if side["attention"] == "cudnn" else ""
+    cudnn = "" if side["device"] == "cpu" else f"; {side['cudnn_attention']} of cuDNN's attention kernels"
     print(
         f"{method} on {side['device']}: remat {side['remat']}, attention {side['attention']}{cudnn}; "
         f"{side['flops_per_token']:.3g} FLOPs a token: {side['share']:.0%} of {side['product_rate'] / 1e12:.3g} TFLOP/s, "
