@@ -16,7 +16,6 @@ program, not the disk.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -81,8 +80,9 @@ def write(model: Model, params: dict[str, jax.Array], dtype: np.dtype) -> None:
 
 
 def resident() -> int:
-    """Bytes, the most that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes, the most that this process has had. (getrusage would give the parent's, where that had more.)"""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def peak_of(what: str, folder: Path, model: Model) -> int:
