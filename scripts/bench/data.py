@@ -84,8 +84,8 @@ def tokenising(config: DataConfig, tokenizer: Any, times: int) -> dict[str, floa
     return {"tokens": tokens, "bare_seconds": seconds, "encoder_seconds": other, "template_seconds": template}
 
 
-def starting(config: DataConfig, tokenizer: Any, times: int, found: dict[str, float]) -> Iterator[Split]:
-    """The packed rows, while the folder that caches them is there; adds the seconds of both starts to `found`."""
+def starting(config: DataConfig, tokenizer: Any, times: int) -> Iterator[tuple[Split, dict[str, float]]]:
+    """The packed rows, while the folder that caches them is there, and the seconds of both starts."""
 
     def first() -> Any:
         os.environ["FTJAX_CACHE"] = tempfile.mkdtemp(dir=root)
@@ -97,8 +97,7 @@ def starting(config: DataConfig, tokenizer: Any, times: int, found: dict[str, fl
         print(f"first start: {seconds:.2f} s; second start, from the cache: {again:.2f} s")
         for line in split.report.lines():
             print(f"  {line}")
-        found |= {"first_start_seconds": seconds, "second_start_seconds": again}
-        yield split
+        yield split, {"first_start_seconds": seconds, "second_start_seconds": again}
 
 
 def packing(split: Split, batch: int, target: float, times: int) -> dict[str, float]:
@@ -120,8 +119,8 @@ def main() -> None:
     tokenizer = load_tokenizer(ModelConfig(path=options.model))
     print(f"{Path(options.train).name}, {type(tokenizer).__name__} of {len(tokenizer):,} tokens, {os.cpu_count()} cores")
     found = tokenising(config, tokenizer, options.times)
-    for split in starting(config, tokenizer, options.times, found):
-        found |= packing(split, options.batch, options.target_tokens, options.times)
+    for split, starts in starting(config, tokenizer, options.times):
+        found |= starts | packing(split, options.batch, options.target_tokens, options.times)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 

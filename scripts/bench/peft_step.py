@@ -1,8 +1,9 @@
 """The other side of step.py: transformers + PEFT on PyTorch, on exactly the batches and from the adapter that ftjax has.
 
-    python scripts/bench/peft_step.py --model DIR --batches FILE.npz --out FILE.json [--adapter FOLDER] [--quantize]
+    python scripts/bench/peft_step.py --model DIR --batches FILE.npz --out FILE.json
+                                      (--adapter FOLDER [--quantize] | --method full)
 
-Without an adapter all weights are trained. AdamW as ftjax's: 0.9, 0.999, 1e-8, no weight decay, gradients clipped to norm 1,
+AdamW as ftjax's: 0.9, 0.999, 1e-8, no weight decay, gradients clipped to norm 1,
 constant learning rate. `--quantize` loads the base in nf4 (bitsandbytes), whose scales stay in float32: DIR then has the
 weights that ftjax's nf4 stands for, and rounding their scales once more would change them.
 """
@@ -23,7 +24,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--model", required=True)
     p.add_argument("--batches", type=Path, required=True, help="input_ids and labels, int [steps, B, T]")
     p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--adapter")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--adapter", help="a PEFT folder: where training starts")
+    which.add_argument("--method", choices=["full"], help="train all weights")
     p.add_argument("--quantize", action="store_true")
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--dtype", default="float32")

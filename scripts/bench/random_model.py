@@ -1,9 +1,13 @@
-"""A model folder with the shapes of a config.json and weights that nobody trained, to measure without a download."""
+"""A model folder with the shapes of a config.json and weights that nobody trained, to measure without a download.
 
+python scripts/bench/random_model.py CONFIG_FOLDER OUT [--dtype bfloat16]
+"""
+
+import argparse
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -32,15 +36,21 @@ def make_model(config: Path, folder: Path, dtype: str = "bfloat16") -> Path:
             return np.ones(shape, kind)
         return np.resize(np.roll(pool, 7919 * number), math.prod(shape)).reshape(shape)
 
-    def tensors() -> Iterator[Tensor]:
-        pieces = (piece for spec in model.specs.values() for piece in spec.written())
-        for number, piece in enumerate(pieces):
-            yield Tensor(piece.name, piece.shape, kind, lambda number=number, shape=piece.shape: values(number, shape))
-
-    write_file(folder / "model.safetensors", list(tensors()))
+    pieces = (piece for spec in model.specs.values() for piece in spec.written())
+    tensors = [Tensor(piece.name, piece.shape, kind, partial(values, n, piece.shape)) for n, piece in enumerate(pieces)]
+    write_file(folder / "model.safetensors", tensors)
     for file in config.iterdir():
         if file.is_file() and file.suffix != ".safetensors":
             shutil.copy(file, folder)
     written = json.loads((folder / "config.json").read_text()) | {"torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+    make_model(options.config, options.out, options.dtype)

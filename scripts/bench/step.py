@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 PEER = Path(__file__).with_name("peft_step.py")
+RANDOM_MODEL = Path(__file__).with_name("random_model.py")
 LEARNING_RATE = {"lora": 1e-3, "qlora": 1e-3, "full": 1e-5}
 
 
@@ -98,8 +99,6 @@ def ours(a: argparse.Namespace, method: str, work: Path) -> None:
     if method != "full":
         (work / "adapter").mkdir(exist_ok=True)
         write_adapter(work / "adapter", setup.model, setup.params, config.method, str(a.model))
-    if method == "qlora":
-        write_base(work / "base", setup, a)
     step, _, optimizer, _ = compile_steps(setup, a.steps)
     state = init_state(setup.params, optimizer)
     setup.params = {}  # the state owns them now
@@ -132,6 +131,8 @@ def ours(a: argparse.Namespace, method: str, work: Path) -> None:
     }  # fmt: skip
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     result |= {"peak_bytes": peak} if peak else {}
+    if method == "qlora":  # not before, where its memory would count as the step's
+        write_base(work / "base", setup, a)
     (work / "ours.json").write_text(json.dumps({**result, "product_rate": product_rate(a.dtype)}))
 
 
@@ -142,11 +143,12 @@ def write_base(folder: Path, setup: Any, a: argparse.Namespace) -> None:
 
     from ftjax.config import FullConfig
     from ftjax.hub.model_folder import model_tensors, write_folder
+    from ftjax.models.quantized import Quantized
 
     def read(spec, piece) -> np.ndarray:
         depth = len(spec.stacked)
         leaf = jax.tree.map(lambda part: part[piece.index[:depth]], setup.frozen[spec.path])
-        weight = leaf.dequantise(jnp.float32) if hasattr(leaf, "dequantise") else leaf
+        weight = leaf.dequantise(jnp.float32) if isinstance(leaf, Quantized) else leaf
         return np.asarray(weight[piece.index[depth:]]).reshape(piece.shape)
 
     folder.mkdir()
@@ -170,7 +172,7 @@ def theirs(a: argparse.Namespace, method: str, work: Path, compiled: bool) -> di
     model = work / "base" if method == "qlora" else a.model
     command = [sys.executable, str(a.peer), "--model", str(model), "--batches", str(work / "batches.npz")]
     command += ["--out", str(work / "theirs.json"), "--dtype", a.dtype, "--lr", str(LEARNING_RATE[method])]
-    command += ["--adapter", str(work / "adapter")] if method != "full" else [] if a.peer == PEER else ["--method", "full"]
+    command += ["--method", "full"] if method == "full" else ["--adapter", str(work / "adapter")]
     command += ["--quantize"] if method == "qlora" else []
     command += ["--compile"] if compiled else []
     try:
@@ -185,7 +187,8 @@ def theirs(a: argparse.Namespace, method: str, work: Path, compiled: bool) -> di
 
 def compare(a: argparse.Namespace, method: str, work: Path) -> dict:
     """One method's figures, each side's by its name."""
-    mine = run([sys.executable, __file__, *sys.argv[1:], "--method", method, "--worker", str(work)], work / "ours.json")
+    command = [sys.executable, __file__, *sys.argv[1:], "--model", str(a.model), "--method", method, "--worker", str(work)]
+    mine = run(command, work / "ours.json")
     sides = {"ftjax": mine}
     if not a.no_peer:
         sides["PEFT"] = theirs(a, method, work, compiled=False)
@@ -229,10 +232,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         if not any(a.model.glob("*.safetensors")):
-            from random_model import make_model
-
-            a.model = make_model(a.model, work / "model", a.dtype)
-            sys.argv += ["--model", str(a.model)]
+            # In a process of its own: the maximum resident set of a child begins with its parent's.
+            subprocess.run([sys.executable, RANDOM_MODEL, a.model, work / "model", "--dtype", a.dtype], check=True)
+            a.model = work / "model"
         vocab = json.loads((a.model / "config.json").read_text())["vocab_size"]
         make_batches(work / "batches.npz", vocab, a.rows, a.length, a.steps)
         print("| method | side | tokens/s | ratio | peak memory | until ready | losses apart |")
