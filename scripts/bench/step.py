@@ -49,7 +49,10 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--no-peer", action="store_true")
     p.add_argument("--json", type=Path, help="write the figures there")
     p.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    return p.parse_args()
+    a = p.parse_args()
+    if not (a.model / "config.json").is_file():
+        p.error(f"--model: expected a model folder with config.json; {a.model} has none")
+    return a
 
 
 def make_batches(path: Path, vocab: int, rows: int, length: int, steps: int) -> None:
