@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ftjax.distributed import store
@@ -119,19 +119,31 @@ def _end(failures: dict[str, Any], *, own: bool = False, heard: bool = True) -> 
     sys.stderr.flush()
     sys.stdout.flush()
     if heard:
-        try:
-            if own:
-                store.put(f"{FAILED}/{store.index()}", failures[str(store.index())])
-            store.put(f"{TOLD}/{store.index()}", True)
-            # The first process has the service, so it leaves last; the one that failed, when all know.
-            start = time.monotonic()
-            while (own or store.index() == 0) and time.monotonic() - start < PATIENCE:
-                if len(store.under(TOLD)) == store.count():
-                    break
-                time.sleep(LOOK / 5)
-        except Exception:  # the service is gone, and nobody can be told
-            pass
+        with suppress(Exception):  # the service is gone, and nobody can be told
+            _tell(failures[str(store.index())] if own else None)
     os._exit(max(post["code"] for post in failures.values()))
+
+
+def _tell(post: Any | None) -> None:
+    """Post why this process ends, where it is the one that failed, and wait until others have read it.
+
+    The first process has the service in it, without which JAX aborts the others, so it leaves last.
+    """
+    first = store.index() == 0
+    if post is not None:
+        store.put(f"{FAILED}/{store.index()}", post)
+    if first:
+        store.put(f"{TOLD}/0", True)
+    start = time.monotonic()
+    while (first or post is not None) and time.monotonic() - start < PATIENCE:
+        told = {*store.under(TOLD), *(() if first else store.under(FAILED))}
+        if len(told | {str(store.index())}) == store.count():
+            break
+        time.sleep(LOOK / 10)
+    if first:
+        time.sleep(LOOK)  # for the others to be gone
+    else:
+        store.put(f"{TOLD}/{store.index()}", True)
 
 
 def _first_line(error: BaseException) -> str:

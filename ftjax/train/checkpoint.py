@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -15,6 +16,9 @@ from ftjax.errors import UserError
 from ftjax.train.step import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of every save
+# One replica of each shard is written, as it is. Shared out over the replicas, each would cut its part out of the shard first:
+# of a state that two devices hold, half of it once more on both of them.
+ocp.type_handlers.register_type_handler(jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True)
 
 
 class Checkpoints:
