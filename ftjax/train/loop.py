@@ -65,8 +65,8 @@ def train(
     Raises UserError for whatever in the configuration, the model or the data is wrong; of several processes each then ends
     the same way (`ftjax.distributed.ending`).
     """
-    keep_compiled_programs()
     with together():
+        keep_compiled_programs()
         config = with_labels(config)
         open_run_folder(config)
         checkpoints = Checkpoints(checkpoints_of(config), config.training.save_total_limit)
