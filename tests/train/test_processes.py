@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import end, launch, make_settings, rows, run, same_losses, wait_for_step, whole_run
+from processes import ALL, end, launch, make_settings, rows, run, same_losses, wait_for_step, whole_run
 from safetensors.numpy import load_file
 
 STEPS = 24
@@ -108,7 +108,7 @@ def test_one_comes_late(settings, whole, tmp_path):
         "training": {**settings["training"], "max_steps": 2},
         "optimizer": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
     }
-    running, said = run(2, short, out, wait={1: 40})
+    running, said = run(2, short, out, wait={1: 60 if ALL else 20})
     assert [process.returncode for process in running] == [0, 0], "\n".join(said)
     assert rows(out)[1]["train/loss"] == pytest.approx(rows(whole)[1]["train/loss"], abs=1e-6)
 
