@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ftjax.config import MeshConfig
 from ftjax.errors import UserError
 from ftjax.placement import ORDER, arrange, in_slices, lies, tpu_slices
-from ftjax.torus import Torus
+from ftjax.torus import Near, Torus
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
@@ -42,13 +42,18 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     slices do not divide `data`, and where TPUs do not lie in so many slices.
     """
     devices = jax.devices() if devices is None else devices
-    in_slices(devices, config.slices)  # a wrong number of slices is said first: it decides what the sizes may be
-    return Mesh(arrange(_sizes(config, len(devices)), devices, config.slices), AXES)
-
-
-def _sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    """Of all axes, none of them open."""
+    slices = config.slices
+    if config.auto and slices == 1:
+        slices = tpu_slices(devices) or 1
+    in_slices(devices, slices)  # a wrong number of slices is said first: it decides what the sizes may be
     asked = {axis: getattr(config, axis) for axis in AXES}
+    if config.auto:  # without a batch to choose by: weights are spread within slices
+        asked["data"] = slices
+    return Mesh(arrange(_sizes(asked, slices, len(devices)), devices, slices), AXES)
+
+
+def _sizes(asked: Mapping[str, int], slices: int, devices: int) -> dict[str, int]:
+    """Of all axes, none of them open."""
     open_axis = next((axis for axis, size in asked.items() if size == -1), None)
     fixed = math.prod(size for size in asked.values() if size != -1)
     sizes = {axis: devices // fixed if axis == open_axis else size for axis, size in asked.items()}
@@ -59,11 +64,12 @@ def _sizes(config: MeshConfig, devices: int) -> dict[str, int]:
             if open_axis
             else "set one axis to -1 to take what is left"
         )
-        raise UserError(f"mesh: {said} does not use {devices} device(s) exactly: {why}. {_nearest(asked, devices, config.slices)}")
-    if sizes["data"] % config.slices:
+        near = _nearest(asked, devices, slices)
+        raise UserError(f"mesh: {said} does not use {devices} device(s) exactly: {why}. {near}")
+    if sizes["data"] % slices:
         raise UserError(
-            f"mesh.slices: {config.slices} slices lie along data, and data={sizes['data']} is no multiple of that. "
-            f"{_nearest(asked, devices, config.slices)}"
+            f"mesh.slices: {slices} slices lie along data, and data={sizes['data']} is no multiple of that. "
+            f"{_nearest(asked, devices, slices)}"
         )
     return sizes
 
@@ -120,28 +126,37 @@ def crossings(mesh: Mesh) -> dict[str, Crossing]:
     return found
 
 
-def notes(mesh: Mesh) -> list[str]:
-    """What the mesh costs beside one whose axes all lie on rings of neighbours: a sentence for each axis that does not."""
-    first = mesh.devices.flat[0]
+def nearness(mesh: Mesh) -> dict[str, Near] | None:
+    """How the devices along each axis lie in the network of a TPU slice; None where that is not known."""
     slices = tpu_slices(mesh.devices.flat)
     if slices is None:
-        over = [axis for axis, crossing in crossings(mesh).items() if crossing.hosts and axis not in ("data", "fsdp")]
-        return [f"{axis}={mesh.shape[axis]} crosses hosts: it uses their network" for axis in over if first.platform == "gpu"]
+        return None
     block = mesh.devices[: mesh.shape["data"] // slices]
     torus = Torus.of(block.flat)
-    if torus is None or torus.grid(block.flat) is None:
-        return ["these devices are no whole box of a slice, so that an axis may lie anywhere in it"] if mesh.size > 1 else []
-    found = []
-    for axis, near in lies(block, mesh.axis_names, torus).items():
-        what = f"{axis}={block.shape[mesh.axis_names.index(axis)]}"
-        if near.hops > 1:
-            found.append(
-                f"{what} lies on chips that are {near.hops} hops apart, with others' chips between them that use the same links: "
-                f"about {near.links / 2:.2g} of the bandwidth of a ring of neighbours"
-            )
-        elif not near.ring:
-            found.append(f"{what} lies on a line of neighbours that does not close: half of the bandwidth of a ring")
-    return found
+    return None if torus is None or torus.grid(block.flat) is None else lies(block, mesh.axis_names, torus)
+
+
+def notes(mesh: Mesh) -> list[str]:
+    """What the mesh costs beside one whose axes all lie on rings of neighbours; a sentence for each way."""
+    first = mesh.devices.flat[0]
+    named = {axis: f"{axis}={size}" for axis, size in mesh.shape.items()}
+    if first.platform == "gpu":
+        over = [named[axis] for axis, crossing in crossings(mesh).items() if crossing.hosts and axis not in ("data", "fsdp")]
+        return [f"{' and '.join(over)}: more than the devices of a process, so over the network of hosts"] if over else []
+    near = nearness(mesh)
+    if near is None:
+        alone = first.platform != "tpu" or mesh.size == 1
+        return [] if alone else ["these chips are no whole box of a slice, so neighbours in the mesh need not be neighbours"]
+    apart = {axis: found for axis, found in near.items() if found.hops > 1}
+    lines = [named[axis] for axis, found in near.items() if found.hops == 1 and not found.ring]
+    said = [
+        f"{named[axis]}: the chips of a group are up to {found.hops} hops apart and share links with other groups: "
+        f"{found.links:.2g} link(s) each, where neighbours in a ring have 2"
+        for axis, found in apart.items()
+    ]
+    if lines:
+        said.append(f"{' and '.join(lines)}: on a line of neighbours that does not close, with 1 link each where a ring has 2")
+    return said
 
 
 def parts(sizes: Mapping[str, int], *axes: str) -> int:

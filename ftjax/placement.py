@@ -1,11 +1,11 @@
 """Which device has which place in a mesh.
 
-Axes are served in the order of what they move: `tensor` in every product, `sequence` around attention, `expert` in every layer,
-`fsdp` once for each weight, `data` once an update. On TPUs JAX's own assignment of axes to the dimensions of the torus is taken
-where it has one that keeps each axis on neighbours. Where it has none, because an axis would have to take a part of a dimension,
-all ways to cut the dimensions are compared by the links that each axis gets, the first axis first. On GPUs an axis stays inside
-a process, whose devices have the fast links, as far as it divides by them. CPUs go by process and number, so that a
-configuration means the same places on any number of processes.
+Axes are served in the order of what they move: `tensor` in every product, `sequence` around attention, `expert` in every
+layer, `fsdp` once for each weight, `data` once an update. On TPUs JAX's own assignment of axes to dimensions of the torus is
+taken where it has one that keeps each axis on neighbours. Where it has none, because an axis would have to take a part of a
+dimension, all ways to cut the dimensions are compared by the links that each axis gets, the first axis first. On GPUs an axis
+stays inside a process, whose devices have the fast links, as far as it divides by them. CPUs go by process and number, so that
+a configuration means the same places on any number of processes.
 """
 
 import itertools
@@ -63,7 +63,8 @@ def in_slices(devices: Sequence[Any], slices: int) -> list[list[Any]]:
             raise UserError(f"mesh.slices: {len(inline)} devices do not divide into {slices} slices")
         return [list(part) for part in np.array(inline, dtype=object).reshape(slices, -1)]
     if len(counts := {len(group) for group in found.values()}) > 1:
-        raise UserError(f"mesh.slices: slices of one run are alike, and these have {', '.join(map(str, sorted(counts)))} devices")
+        have = ", ".join(map(str, sorted(counts)))
+        raise UserError(f"mesh.slices: the slices of a run have equally many devices, and these have {have}")
     return [found[number] for number in sorted(found)]
 
 

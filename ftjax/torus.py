@@ -14,7 +14,8 @@ import numpy as np
 
 from ftjax.chips import chip_of
 
-CORE_LINKS = 6.0  # the two cores of a 7x chip are joined by what carries six times as much as a link (docs.cloud.google.com/tpu)
+# The two cores of a 7x chip are joined by what carries six times as much as a link: docs.cloud.google.com/tpu/docs/tpu7x.
+CORE_LINKS = 6.0
 Place = tuple[int, ...]
 
 
@@ -75,21 +76,19 @@ class Torus:
         return found if len(devices) == found.size and all(device is not None for device in found.flat) else None
 
     def links(self, counts: Sequence[int], steps: Sequence[int]) -> float:
-        """Links over which each device of a group receives, the worst one's.
+        """Links over which each device of a group receives, the worst one's, by the chip's.
 
-        A ring has two, a line one, at its ends; what goes over `steps` links at a time shares each with as many groups.
+        A ring has two, a line one, at its ends; what goes over `steps` links at a time shares each with as many groups. What
+        both cores of a chip need comes to it once.
 
         Args:
             counts: devices of the group along each dimension.
             steps: from one to the next.
         """
-        total = 0.0
-        for number, (count, step) in enumerate(zip(counts, steps, strict=True)):
-            if count > 1 and number == len(self.shape) - 1:
-                total += CORE_LINKS
-            elif count > 1:
-                total += (2 if self.closed[number] and count * step == self.shape[number] else 1) / step
-        return total
+        *chips, cores = zip(counts, steps, self.shape, strict=True)
+        closed = zip(chips, self.closed, strict=False)
+        total = sum((2 if ring and count * step == size else 1) / step for (count, step, size), ring in closed if count > 1)
+        return float(total * cores[0] or (CORE_LINKS if cores[0] > 1 else 0))
 
     def near(self, places: Iterable[Place]) -> Near:
         """How the devices in these places lie to each other."""

@@ -27,7 +27,7 @@ from ftjax.errors import UserError
 from ftjax.flops import peak_of, train_flops
 from ftjax.hub.output import write_output
 from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.mesh import describe, spec
+from ftjax.mesh import describe, notes, spec
 from ftjax.methods import method_of
 from ftjax.train.checkpoint import Checkpoints, place
 from ftjax.train.profile import Profile
@@ -394,6 +394,7 @@ class Run:
         say(
             f"devices: {len(devices)} {devices[0].platform} ({devices[0].device_kind}); mesh: {describe(self.setup.mesh)}",
             *([f"mesh: auto, because {self.setup.mesh_reason}"] if self.setup.mesh_reason else []),
+            *(f"mesh: {note}" for note in notes(self.setup.mesh)),
             *([f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', 'none')}"] if devices[0].platform == "gpu" else []),
             self.setup.trained_line(),
             self.flops.formula(self.config.data.max_length),
