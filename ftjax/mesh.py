@@ -128,12 +128,13 @@ def crossings(mesh: Mesh) -> dict[str, Crossing]:
 
 def nearness(mesh: Mesh) -> dict[str, Near] | None:
     """How the devices along each axis lie in the network of a TPU slice; None where that is not known."""
-    slices = tpu_slices(mesh.devices.flat)
+    slices = tpu_slices(list(mesh.devices.flat))
     if slices is None:
         return None
     block = mesh.devices[: mesh.shape["data"] // slices]
-    torus = Torus.of(block.flat)
-    return None if torus is None or torus.grid(block.flat) is None else lies(block, mesh.axis_names, torus)
+    devices = list(block.flat)
+    torus = Torus.of(devices)
+    return None if torus is None or torus.grid(devices) is None else lies(block, mesh.axis_names, torus)
 
 
 def notes(mesh: Mesh) -> list[str]:

@@ -140,7 +140,7 @@ def _measure(plan: Plan, compiled: Any, mesh: Mesh, topology: Topology) -> None:
     memory["temporaries"] = stats.temp_size_in_bytes + max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
     memory["program"] = float(stats.generated_code_size_in_bytes)
     plan.peak = float(stats.peak_memory_in_bytes)
-    program = Program(compiled.as_text(), mesh.size)
+    program = Program.of(compiled, mesh)
     plan.hbm_bytes = program.hbm_bytes()
     plan.traffic = traffic(program.transfers(), mesh, topology)
     if topology.chip:

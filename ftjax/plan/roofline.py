@@ -72,7 +72,7 @@ def _split(transfer: Transfer, mesh: Mesh) -> tuple[float, float]:
 
 def _ici(transfer: Transfer, mesh: Mesh, topology: Topology) -> float:
     """Bytes/s that a device can receive from the others of its group over the slice's links."""
-    chip, devices = topology.chip, mesh.devices.flat
+    chip, devices = topology.chip, list(mesh.devices.flat)
     link = chip.link_bandwidth * chip.share(devices[0])
     if transfer.kind == "collective-permute":  # each goes to one neighbour; there are two at a time, one in each direction
         return 2 * link
