@@ -21,7 +21,7 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
     "vocab": ("tensor",),
-    "loss_vocab": ("tensor", "fsdp"),  # the output projection while the loss is computed (ftjax.objectives.sft)
+    "loss_vocab": ("tensor", "fsdp", "expert"),  # the output projection while the loss is computed (ftjax.objectives.sft)
     "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
