@@ -2,8 +2,8 @@
 
     python scripts/mesh_table.py [--kept DIR] [--have]
 
-For every mesh on one slice and on two the LoRA step of a small Llama is compiled as `ftjax plan` compiles it, and its collectives
-are held against `faults`. What DIR already holds is not compiled again; `--have` compiles nothing.
+For every mesh on one slice and on two the LoRA step of a small Llama is compiled as `ftjax plan` compiles it, and its
+collectives are held against `faults`. What DIR already holds is not compiled again; `--have` compiles nothing.
 """
 
 import argparse
@@ -16,9 +16,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from ftjax.compile_cache import nothing_kept
-from ftjax.config import Config
-from ftjax.mesh import AXES, CUT, crossings, describe, nearness
+from ftjax.config import Config, MeshConfig
+from ftjax.mesh import CUT, crossings, describe, make_mesh, nearness
 from ftjax.plan.hlo import Program
 from ftjax.plan.plan import design_for, trace_step
 from ftjax.plan.roofline import Traffic, traffic
@@ -60,7 +62,9 @@ def config_of(folder: Path, mesh: Sizes, slices: int, method: Mapping | None = N
     })  # fmt: skip
 
 
-def compiled(folder: Path, topology: str, slices: int, mesh: Sizes, method: Mapping | None = None) -> tuple[list[Traffic], float]:
+def compiled(
+    folder: Path, topology: str, slices: int, mesh: Sizes, method: Mapping | None = None
+) -> tuple[list[Traffic], float]:
     """`(what the step moves, bytes of its gradients in float32)`."""
     where = parse(topology, slices=slices)
     made = design_for(config_of(folder, mesh, slices, method), where)
@@ -112,7 +116,8 @@ def main() -> None:
         return compile_all(options.kept, options.only[0], int(options.only[1]))
     for name, slices in itertools.product(SLICES, (1, 2)):
         if not options.have:  # a process compiles for one kind of device
-            subprocess.run([sys.executable, __file__, "--kept", options.kept, "--only", name, str(slices)], cwd=ROOT, check=True)
+            command = [sys.executable, __file__, "--kept", options.kept, "--only", name, str(slices)]
+            subprocess.run(command, cwd=ROOT, check=True)
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(START)[0], text.split(END)[1]
     PAGE.write_text(before + "\n".join([START, *table(options.kept), END]) + after, encoding="utf-8")
@@ -132,6 +137,53 @@ def compile_all(kept: Path, name: str, slices: int) -> None:
 
 def result(kept: Path, name: str, slices: int, mesh: Sizes) -> Path:
     return kept / ("_".join([name, str(slices), *(f"{axis}{size}" for axis, size in mesh.items())]) + ".json")
+
+
+def table(kept: Path) -> list[str]:
+    """A line for all meshes of a slice that are alike; slices with the same lines share them."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in SLICES:
+        found.setdefault(tuple(lines(name, kept)), []).append(name)
+    head = [
+        "slice",
+        "mesh of each slice",
+        "hosts are crossed by",
+        "slices are crossed by",
+        "not on a ring of neighbours",
+        "compiled",
+    ]
+    rows = [f"| {', '.join(names)} {line}" for alike, names in found.items() for line in alike]
+    return [f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *rows]
+
+
+def lines(name: str, kept: Path) -> list[str]:
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for mesh in meshes(parse(name).chips):
+        said = []
+        for slices in (1, 2):
+            asked = {"fsdp": 1, **mesh, "data": slices * mesh.get("data", 1), "slices": slices}
+            made = make_mesh(MeshConfig(**asked), parse(name, slices=slices).devices())
+            over = crossings(made)
+            said.append((made, [axis for axis in over if over[axis].hosts], [axis for axis in over if over[axis].slices]))
+        (one, hosts, _), (_, _, across) = said
+        alike.setdefault((", ".join(hosts), ", ".join(across), cost(one), outcome(kept, name, mesh)), []).append(describe(one))
+    return [f"| {'; '.join(sorted(meshes, key=len))} | {' | '.join(key)} |" for key, meshes in alike.items()]
+
+
+def cost(mesh: Mesh) -> str:
+    near = nearness(mesh)
+    line = [axis for axis, found in near.items() if found.hops == 1 and not found.ring]
+    apart = [f"{axis} ({found.links:.2g})" for axis, found in near.items() if found.hops > 1]
+    return "; ".join(f"{word}: {', '.join(axes)}" for word, axes in (("line", line), ("apart", apart)) if axes)
+
+
+def outcome(kept: Path, name: str, mesh: Sizes) -> str:
+    """Of the compiled steps on one slice and on two."""
+    paths = [result(kept, name, slices, mesh) for slices in (1, 2)]
+    if not all(path.exists() for path in paths):
+        return "not yet"
+    wrong = [fault for path in paths for fault in json.loads(path.read_text())["faults"]]
+    return "; ".join(wrong) or "as it should be"
 
 
 if __name__ == "__main__":
