@@ -140,33 +140,28 @@ def result(kept: Path, name: str, slices: int, mesh: Sizes) -> Path:
 
 
 def table(kept: Path) -> list[str]:
-    """A line for all meshes of a slice that are alike; slices with the same lines share them."""
+    """A line for all meshes of a slice that are alike; slices with the same lines share them. Below, what was compiled."""
     found: dict[tuple[str, ...], list[str]] = {}
     for name in SLICES:
-        found.setdefault(tuple(lines(name, kept)), []).append(name)
-    head = [
-        "slice",
-        "mesh of each slice",
-        "hosts are crossed by",
-        "slices are crossed by",
-        "not on a ring of neighbours",
-        "compiled",
-    ]
+        found.setdefault(tuple(lines(name)), []).append(name)
+    head = ["slice", "mesh", "what crosses hosts", "what crosses slices, of two", "not on a ring of neighbours"]
     rows = [f"| {', '.join(names)} {line}" for alike, names in found.items() for line in alike]
-    return [f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *rows]
+    return [f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *rows, "", *outcome(kept)]
 
 
-def lines(name: str, kept: Path) -> list[str]:
+def lines(name: str) -> list[str]:
     alike: dict[tuple[str, ...], list[str]] = {}
     for mesh in meshes(parse(name).chips):
-        said = []
-        for slices in (1, 2):
-            asked = {"fsdp": 1, **mesh, "data": slices * mesh.get("data", 1), "slices": slices}
-            made = make_mesh(MeshConfig(**asked), parse(name, slices=slices).devices())
-            over = crossings(made)
-            said.append((made, [axis for axis in over if over[axis].hosts], [axis for axis in over if over[axis].slices]))
-        (one, hosts, _), (_, _, across) = said
-        alike.setdefault((", ".join(hosts), ", ".join(across), cost(one), outcome(kept, name, mesh)), []).append(describe(one))
+        one, two = (
+            make_mesh(
+                MeshConfig(**{"fsdp": 1, **mesh, "data": slices * mesh.get("data", 1), "slices": slices}),
+                parse(name, slices=slices).devices(),
+            )
+            for slices in (1, 2)
+        )
+        hosts = ", ".join(axis for axis, over in crossings(one).items() if over.hosts)
+        slices = ", ".join(axis for axis, over in crossings(two).items() if over.slices)
+        alike.setdefault((hosts, slices, cost(one)), []).append(describe(one))
     return [f"| {'; '.join(sorted(meshes, key=len))} | {' | '.join(key)} |" for key, meshes in alike.items()]
 
 
@@ -177,13 +172,20 @@ def cost(mesh: Mesh) -> str:
     return "; ".join(f"{word}: {', '.join(axes)}" for word, axes in (("line", line), ("apart", apart)) if axes)
 
 
-def outcome(kept: Path, name: str, mesh: Sizes) -> str:
-    """Of the compiled steps on one slice and on two."""
-    paths = [result(kept, name, slices, mesh) for slices in (1, 2)]
-    if not all(path.exists() for path in paths):
-        return "not yet"
-    wrong = [fault for path in paths for fault in json.loads(path.read_text())["faults"]]
-    return "; ".join(wrong) or "as it should be"
+def outcome(kept: Path) -> list[str]:
+    """What the compiled steps were like: how many were as they should be, and what was wrong with the others."""
+    found = {
+        f"{name}, {slices} slice(s), {mesh}": result(kept, name, slices, mesh)
+        for name, slices in itertools.product(SLICES, (1, 2))
+        for mesh in meshes(parse(name).chips)
+    }
+    wrong = {what: json.loads(path.read_text())["faults"] for what, path in found.items() if path.exists()}
+    good = sum(not faults for faults in wrong.values())
+    return [
+        f"Compiled, on one slice and on two, were {len(wrong)} of these {len(found)} steps; in {good} every collective is on "
+        "the axes that it should be on.",
+        *(f"- {what}: {'; '.join(faults)}" for what, faults in wrong.items() if faults),
+    ]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracle import Case, hf_config
+from rich.console import Console
 from tiny_run import make_config
 
 from ftjax.config import Config, MeshConfig
@@ -22,6 +23,7 @@ from ftjax.plan.groups import slice_groups
 from ftjax.plan.hlo import Program
 from ftjax.plan.plan import make_plan
 from ftjax.plan.roofline import Traffic
+from ftjax.plan.show import show
 from ftjax.plan.topology import parse
 from ftjax.torus import Torus
 from ftjax.train.auto_mesh import choose_mesh
@@ -299,19 +301,20 @@ def test_what_leaves_its_axis_is_seen(kind, axes, ici, dcn, said):
     assert (found == []) if said is None else (said in found[0])
 
 
-def test_a_plan_of_two_slices(llama, capsys):
+def test_a_plan_of_two_slices(tmp_path, capsys):
     """The whole of `ftjax plan --slices 2`: what crosses slices has its time, and what the mesh costs is said."""
-    from ftjax.plan.command import plan
-
-    config = script().config_of(llama, {"fsdp": 2, "tensor": 2}, 2)
-    assert plan(config, "v5e-4", chips=None, slices=2, price=None, as_json=True, placed=False)
-    found = json.loads(capsys.readouterr().out)
-    between = [row for row in found["traffic"] if row["dcn_bytes"]]
-    assert {(row["kind"], tuple(row["axes"])) for row in between} == {("all-reduce", ("data",))}
-    assert found["seconds"]["DCN"] == pytest.approx(sum(row["dcn_bytes"] for row in between) / (25e9 / 8))
-    assert found["mesh"]["data"] == 2 and found["slices"] == 2
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(Case("llama", "llama", {"intermediate_size": 64})).to_dict()))
+    config = make_config(tmp_path, mesh={"data": 2, "fsdp": 4, "tensor": 2, "slices": 2})
+    where = parse("v5e-8", slices=2)
+    found = make_plan(config, where)
+    between = [row for row in found.traffic if row.dcn_bytes]
+    assert {(row.kind, row.axes) for row in between} == {("all-reduce", ("data",))}
+    assert found.seconds["DCN"] == pytest.approx(sum(row.dcn_bytes for row in between) / (25e9 / 8))
+    assert found.mesh["data"] == found.slices == 2
+    show(found, Console())
+    assert "mesh: fsdp=4: on a line of neighbours that does not close" in capsys.readouterr().out
     with pytest.raises(UserError, match="lie in 2 slice"):
-        make_plan(make_config(llama, mesh={"fsdp": -1}), parse("v5e-4", slices=2))
+        make_plan(make_config(tmp_path, mesh={"fsdp": -1}), where)
 
 
 @pytest.mark.skipif(not ALL, reason="compiles for some minutes each; FTJAX_TEST_ALL=1 runs it")
