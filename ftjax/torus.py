@@ -108,11 +108,15 @@ def _near(torus: Torus, places: tuple[Place, ...]) -> Near:
     along = [np.unique(column) for column in points.T]
     counts = [len(values) for values in along]
     gaps = [np.diff(values) if len(values) > 1 else np.ones(1, int) for values in along]
-    if math.prod(counts) == len(places) and all(np.ptp(gap) == 0 for gap in gaps):  # a box, or every second chip of one
-        steps = [int(gap[0]) for gap in gaps]
+    if math.prod(counts) == len(places):  # a box, or some of its rows and columns
+        hops = max(int(gap.max()) for gap in gaps)
+        steps = [
+            int(gap[0]) if np.ptp(gap) == 0 else -(-int(np.ptp(values) + 1) // count)  # uneven: as many groups as fit between
+            for gap, values, count in zip(gaps, along, counts, strict=True)
+        ]
         links = torus.links(counts, steps)
         several = sum(count > 1 for count in counts) > 1 and len(places) % 2 == 0
-        return Near(max(steps), links, max(steps) == 1 and (len(places) == 2 or several or links >= 2))
+        return Near(hops, links, hops == 1 and (len(places) == 2 or several or links >= 2))
     away = np.abs(points[:, None] - points[None])
     size, closed = np.array(torus.shape), np.array(torus.closed)
     away = np.where(closed, np.minimum(away, size - away), away).sum(-1)

@@ -218,6 +218,8 @@ def test_a_torus_closes_where_it_is_whole():
     assert torus.near(row) == (1, 2.0, True)
     assert torus.near(row[:8]) == (1, 1.0, False)
     assert torus.near(row[::4]) == (4, 0.5, False)
+    assert torus.near([row[x] for x in (0, 1, 4, 5)]) == (3, 0.5, False)  # as tensor and fsdp around sequence: two groups
+    assert torus.near([row[x] for x in (0, 1, 4, 5, 8, 9, 12, 13)]) == (3, 1.0, False)  # all the way round
     bent = [(0, 0, 0, 0), (1, 0, 0, 0), (1, 1, 0, 0)]
     assert torus.near(bent) == (1, 1.0, False)
     assert torus.near([(0, 0, 0, 0), (15, 0, 0, 0), (14, 1, 0, 0)]).hops == 2
