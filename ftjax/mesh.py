@@ -1,7 +1,8 @@
 """Devices in a mesh, and the one table that says which logical axis lies along which mesh axis."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,6 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ftjax.config import MeshConfig
 from ftjax.errors import UserError
+from ftjax.placement import ORDER, arrange, in_slices, lies, tpu_slices
+from ftjax.torus import Near, Torus
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
@@ -18,7 +21,7 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
     "vocab": ("tensor",),
-    "loss_vocab": ("tensor", "fsdp"),  # the output projection while the loss is computed (ftjax.objectives.sft)
+    "loss_vocab": ("tensor", "fsdp", "expert"),  # the output projection while the loss is computed (ftjax.objectives.sft)
     "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -35,36 +38,126 @@ CUT = ("fsdp", "expert")  # the mesh axes along which dense weights are cut to s
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """The mesh of `AXES` over all devices; slices lie along `data`, the axis with the least traffic.
 
-    Raises UserError where the sizes do not multiply to the number of devices, or the slices do not divide `data`.
+    Raises UserError, with the nearest sizes that can be made, where the sizes do not multiply to the number of devices or the
+    slices do not divide `data`, and where TPUs do not lie in so many slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    open_axes = [axis for axis, size in sizes.items() if size == -1]
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if open_axes and len(devices) % fixed == 0:
-        sizes[open_axes[0]] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
-        asked = " x ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
-        raise UserError(f"mesh: {asked} does not use {len(devices)} device(s) exactly; set one axis to -1 to take what is left")
-    if sizes["data"] % config.slices:
-        raise UserError(f"mesh.slices: {config.slices} slices lie along data, and data={sizes['data']} is no multiple of that")
-    shape = tuple(sizes[axis] for axis in AXES)
-    if devices[0].platform == "cpu" and jax.process_count() == 1:
-        return Mesh(np.asarray(devices).reshape(shape), AXES)
-    from jax.experimental import mesh_utils
+    slices = config.slices
+    if config.auto and slices == 1:
+        slices = tpu_slices(devices) or 1
+    in_slices(devices, slices)  # a wrong number of slices is said first: it decides what the sizes may be
+    asked = {axis: getattr(config, axis) for axis in AXES}
+    if config.auto:  # without a batch to choose by: weights are spread within slices
+        asked["data"] = slices
+    return Mesh(arrange(_sizes(asked, slices, len(devices)), devices, slices), AXES)
 
-    if config.slices == 1:
-        return Mesh(mesh_utils.create_device_mesh(shape, devices=devices), AXES)
-    inside = (shape[0] // config.slices, *shape[1:])
-    across = (config.slices, *(1 for _ in shape[1:]))
-    has_slices = hasattr(devices[0], "slice_index")  # GPUs and CPUs have none: a process is the unit instead
-    grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices=devices, process_is_granule=not has_slices)
-    return Mesh(grid, AXES)
+
+def _sizes(asked: Mapping[str, int], slices: int, devices: int) -> dict[str, int]:
+    """Of all axes, none of them open."""
+    open_axis = next((axis for axis, size in asked.items() if size == -1), None)
+    fixed = math.prod(size for size in asked.values() if size != -1)
+    sizes = {axis: devices // fixed if axis == open_axis else size for axis, size in asked.items()}
+    if math.prod(sizes.values()) != devices:
+        said = " x ".join(f"{axis}={size}" for axis, size in asked.items() if size != 1) or "data=1"
+        why = (
+            f"{open_axis} takes what the other axes leave, and their {fixed} places do not divide the devices"
+            if open_axis
+            else "set one axis to -1 to take what is left"
+        )
+        near = _nearest(asked, devices, slices)
+        raise UserError(f"mesh: {said} does not use {devices} device(s) exactly: {why}. {near}")
+    if sizes["data"] % slices:
+        raise UserError(
+            f"mesh.slices: {slices} slices lie along data, and data={sizes['data']} is no multiple of that. "
+            f"{_nearest(asked, devices, slices)}"
+        )
+    return sizes
+
+
+def _nearest(asked: Mapping[str, int], devices: int, slices: int) -> str:
+    """The meshes that can be made and change least of what was asked, `data` and `fsdp` sooner than the other axes."""
+    weights = dict(zip(ORDER, range(len(ORDER), 0, -1), strict=True))
+
+    def far(sizes: tuple[int, ...]) -> float:
+        changed = [
+            weights[axis] * (1 + abs(math.log2(size / asked[axis])))
+            for axis, size in zip(AXES, sizes, strict=True)
+            if asked[axis] not in (-1, size)
+        ]
+        return sum(changed)
+
+    near = sorted((sizes for sizes in divisions(devices, len(AXES)) if sizes[0] % slices == 0), key=far)[:3]
+    return "Nearest that can be made: " + ", or ".join(_words(dict(zip(AXES, sizes, strict=True))) for sizes in near)
+
+
+def divisions(devices: int, axes: int) -> Iterator[tuple[int, ...]]:
+    """All ways to divide the devices among so many axes."""
+    if axes == 1:
+        yield (devices,)
+        return
+    for size in (n for n in range(1, devices + 1) if devices % n == 0):
+        for rest in divisions(devices // size, axes - 1):
+            yield (size, *rest)
+
+
+def _words(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 
 def describe(mesh: Mesh) -> str:
     """`fsdp=4 x tensor=2`: the axes with more than one device."""
-    return " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    return _words(mesh.shape)
+
+
+class Crossing(NamedTuple):
+    """Whether devices along an axis belong to different processes (a host runs one), and to different TPU slices."""
+
+    hosts: bool
+    slices: bool
+
+
+def crossings(mesh: Mesh) -> dict[str, Crossing]:
+    """What each axis crosses."""
+    found = {}
+    for number, axis in enumerate(mesh.axis_names):
+        lines = np.moveaxis(mesh.devices, number, -1).reshape(-1, mesh.devices.shape[number])
+        hosts = any(len({device.process_index for device in line}) > 1 for line in lines)
+        found[axis] = Crossing(hosts, any((tpu_slices(line) or 1) > 1 for line in lines))
+    return found
+
+
+def nearness(mesh: Mesh) -> dict[str, Near] | None:
+    """How the devices along each axis lie in the network of a TPU slice; None where that is not known."""
+    slices = tpu_slices(list(mesh.devices.flat))
+    if slices is None:
+        return None
+    block = mesh.devices[: mesh.shape["data"] // slices]
+    devices = list(block.flat)
+    torus = Torus.of(devices)
+    return None if torus is None or torus.grid(devices) is None else lies(block, mesh.axis_names, torus)
+
+
+def notes(mesh: Mesh) -> list[str]:
+    """What the mesh costs beside one whose axes all lie on rings of neighbours; a sentence for each way."""
+    first = mesh.devices.flat[0]
+    named = {axis: f"{axis}={size}" for axis, size in mesh.shape.items()}
+    if first.platform == "gpu":
+        over = [named[axis] for axis, crossing in crossings(mesh).items() if crossing.hosts and axis not in ("data", "fsdp")]
+        return [f"{' and '.join(over)}: more than the devices of a process, so over the network of hosts"] if over else []
+    near = nearness(mesh)
+    if near is None:
+        alone = first.platform != "tpu" or mesh.size == 1
+        return [] if alone else ["these chips are no whole box of a slice, so neighbours in the mesh need not be neighbours"]
+    apart = {axis: found for axis, found in near.items() if found.hops > 1}
+    lines = [named[axis] for axis, found in near.items() if found.hops == 1 and not found.ring]
+    said = [
+        f"{named[axis]}: the chips of a group are up to {found.hops} hops apart and share links with other groups: "
+        f"{found.links:.2g} link(s) each, where neighbours in a ring have 2"
+        for axis, found in apart.items()
+    ]
+    if lines:
+        said.append(f"{' and '.join(lines)}: on a line of neighbours that does not close, with 1 link each where a ring has 2")
+    return said
 
 
 def parts(sizes: Mapping[str, int], *axes: str) -> int:

@@ -16,6 +16,7 @@ from flax import nnx
 
 from ftjax.methods.walk import Site
 from ftjax.models.layers import is_virtual, project
+from ftjax.models.lookup import rows_of
 from ftjax.models.model import Model
 from ftjax.models.param import Buffer, Init, Row, param
 
@@ -36,7 +37,8 @@ class LoraEmbedding(nnx.Module):
         rows = self.base(tokens, dtype)
         if is_virtual(tokens):
             return rows
-        low = jnp.take(self.lora_embedding_A[...].T, tokens, axis=0) * self.scale[...]
+        axes = self.lora_embedding_A.row.axes[::-1]
+        low = rows_of(self.lora_embedding_A[...].T, axes, tokens, jnp.float32) * self.scale[...]
         return rows + project(low.astype(dtype), self.lora_embedding_B[...])
 
     def attend(self, x: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from ftjax.errors import UserError
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded, gathered
 from ftjax.models.kept import product
+from ftjax.models.lookup import rows_of
 from ftjax.models.param import Init, param
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -140,7 +141,7 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: jax.Array, dtype) -> jax.Array:
         if is_virtual(tokens):
             return tokens.astype(dtype)
-        return jnp.take(self.weight[...], tokens, axis=0).astype(dtype)
+        return rows_of(self.weight[...], self.weight.row.axes, tokens, dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """`[..., E] -> [..., V]`."""

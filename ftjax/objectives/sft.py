@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import jax
 
-from ftjax.mesh import RULES, constrain, spec
+from ftjax.mesh import CUT, RULES, constrain, spec
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded, gathered, in_order
 from ftjax.models.model import Model
@@ -53,9 +53,9 @@ def sums(
 def output_projection(model: Model, params: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], Arrange]:
     """The parameters of the projection to the vocabulary, laid out for the loss, and how its chunks are.
 
-    Every chunk of the loss needs the whole projection. Where parameters are cut along `fsdp`, it is cut by words instead,
-    once for all chunks, and each chunk's hidden states, which are much smaller, go to every device of that axis; every
-    device computes the logits of its words. Where the words do not divide, the projection is gathered, once.
+    Every chunk of the loss needs the whole projection. Where parameters are cut along `fsdp` or `expert`, it is cut by words
+    instead, once for all chunks, and each chunk's hidden states, which are much smaller, go to every device of these axes;
+    every device computes the logits of its words. Where the words do not divide, the projection is gathered, once.
     """
     specs = {path: spec for path, spec in model.specs.items() if path.startswith(f"{model.output}.")}
     own = {path: params[path] for path in specs}
@@ -67,24 +67,23 @@ def output_projection(model: Model, params: Mapping[str, jax.Array]) -> tuple[di
     divides = bool(words) and all(size % parts == 0 for size in words)
 
     def lay_out(path: str) -> jax.Array:
-        if divides and specs[path].row.axes == ("vocab", "embed") and mesh.shape["expert"] == 1:
+        if divides and specs[path].row.axes == ("vocab", "embed"):
             return _by_words(own[path])
         axes = [("loss_vocab" if axis == "vocab" and divides else axis) for axis in specs[path].row.axes]
         return constrain(own[path], *(None if axis == "embed" else axis for axis in axes))
 
     def arrange(hidden, targets, weights):
         rows = "batch", "length"
-        over = ("fsdp",)
-        return gathered(hidden, (*rows, None), over), *(constrain(x, *rows, without=over) for x in (targets, weights))
+        return gathered(hidden, (*rows, None)), *(constrain(x, *rows, without=CUT) for x in (targets, weights))
 
     return {path: lay_out(path) for path in own}, arrange if divides else as_it_is
 
 
 def _by_words(weight: jax.Array) -> jax.Array:
-    """`[V, E]`, cut by E along `fsdp`, is then cut by V; its gradient goes the same way back."""
+    """`[V, E]`, cut by E along `fsdp` and `expert`, is then cut by V; its gradient goes the same way back."""
 
     def local(weight: jax.Array) -> jax.Array:
-        return in_order(jax.lax.all_to_all(in_order(weight), "fsdp", 0, 1, tiled=True))
+        return in_order(jax.lax.all_to_all(in_order(weight), CUT, 0, 1, tiled=True))
 
     before, after = spec(("vocab", "embed")), spec(("loss_vocab", None))
     mesh = jax.sharding.get_abstract_mesh()

@@ -7,22 +7,27 @@ Bytes of a collective are those that one device receives, of a ring or anything 
     all-gather, reduce-scatter, all-to-all    B (n - 1) / n        B: bytes of the whole, n: devices of a group
     all-reduce                                2 B (n - 1) / n
     collective-permute                        B
+
+What crosses slices is not among the collectives of a compiled program: XLA has made a part within slices of each, and a send
+and a receive through the host, which name what they are together.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+from jax.sharding import Mesh
+
+from ftjax.plan.groups import balanced, groups_of, slice_groups
 
 _HEAD = re.compile(r"^(?:ENTRY )?%([\w.$-]+) .*\{$")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_KINDS = {kind.upper().replace("-", "_"): kind for kind in COLLECTIVES} | {"ONE_TO_ONE": "collective-permute"}
 _NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "opt-barrier", "domain", "add-dependency",
@@ -63,10 +68,19 @@ class Transfer(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """An optimised HLO module as text (`jax.stages.Compiled.as_text()`) of `devices` devices."""
+    """An optimised HLO module as text (`jax.stages.Compiled.as_text()`) of `devices` devices.
+
+    Attributes:
+        ids: their `jax.Device.id`, in the mesh's flat order; needed where they lie in several slices.
+    """
 
     text: str
     devices: int
+    ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, compiled: Any, mesh: Mesh) -> "Program":
+        return cls(compiled.as_text(), mesh.size, tuple(device.id for device in mesh.devices.flat))
 
     @cached_property
     def computations(self) -> dict[str, dict[str, Instruction]]:
@@ -132,12 +146,24 @@ class Program:
                 kind = instruction.opcode.removesuffix("-start")
                 if inside.startswith("all-reduce-scatter"):  # a TPU's reduce-scatter is such a fusion
                     kind = "reduce-scatter"
-                groups = _groups(instruction.text, self.devices)
+                groups = groups_of(instruction.text, self.devices)
                 size = _payload(instruction, self.computations[inside], kind)
                 n = max(map(len, groups), default=self.devices)
                 if n > 1:
                     found.append(Transfer(kind, times * size * _factor(kind, n), times, groups))
+            found += self._between_slices(name, times)
         return found
+
+    def _between_slices(self, name: str, times: float) -> Iterator[Transfer]:
+        """What a computation receives from other slices."""
+        for instruction in self.computations[name].values():
+            type_ = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
+            if instruction.opcode == "recv" and type_:
+                kind = _KINDS[type_[1]]
+                groups = slice_groups(instruction.text, {device: place for place, device in enumerate(self.ids)})
+                n = max(map(len, groups))
+                whole = instruction.arrays[0].bytes * (n if kind == "reduce-scatter" else 1)
+                yield Transfer(kind, times * whole * _factor(kind, n), times, groups)
 
     def _started(self, name: str) -> list[tuple[Instruction, str]]:
         """A computation's collectives, and where each stands. A TPU works on one in several fusions, between its start and
@@ -246,29 +272,16 @@ def _in_hbm(instruction: Instruction) -> bool:
     return any(array.in_hbm for array in instruction.arrays)
 
 
-def _balanced(text: str, start: int) -> int:
-    """The place after the bracket that closes the one at `start`."""
-    depth = 0
-    for place in range(start, len(text)):
-        if text[place] in "([{":
-            depth += 1
-        elif text[place] in ")]}":
-            depth -= 1
-            if not depth:
-                return place + 1
-    return len(text)
-
-
 def _instruction(line: str) -> Instruction | None:
     left, equals, right = line.strip().partition(" = ")
     if not equals or not right:
         return None
-    end = _balanced(right, 0) if right[0] == "(" else right.find(" ")
+    end = balanced(right, 0) if right[0] == "(" else right.find(" ")
     shape, rest = right[:end], right[end:].lstrip()
     at = rest.find("(")
     if at < 0:
         return None
-    close = _balanced(rest, at)
+    close = balanced(rest, at)
     opcode, inside = rest[:at], rest[at:close]
     operands = tuple(re.findall(r"%([\w.$-]+)", inside))
     text = inside if opcode in ("constant", "parameter") else rest[close:]
@@ -305,55 +318,3 @@ def _factor(kind: str, n: int) -> float:
     if kind == "collective-permute":
         return 1.0
     return (2 if kind == "all-reduce" else 1) * (n - 1) / n
-
-
-def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The devices that take part with each other, from any of the ways in which XLA writes them."""
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
-    if pairs:
-        return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", pairs[0] + "}"))
-    at = text.find("replica_groups=")
-    rest = text[at + len("replica_groups=") :] if at >= 0 else ""
-    if rest.startswith("mesh["):
-        return _mesh_groups(rest, devices)
-    if rest.startswith("["):  # [groups, size]<=[dims]T(permutation)
-        match = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
-        shape, dims = ([int(n) for n in part.split(",")] for part in match.groups()[:2])
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if match[3]:
-            ids = ids.transpose([int(n) for n in match[3].split(",")])
-        return tuple(map(tuple, ids.reshape(shape).tolist()))
-    if rest.startswith("{{"):
-        listed = re.findall(r"\{([\d, ]+)\}", rest[: rest.find("}}") + 1])
-        return tuple(tuple(map(int, re.findall(r"\d+", group))) for group in listed)
-    return (tuple(range(devices)),)
-
-
-def _mesh_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """`mesh['a'=4,'b'=4] {'a'}`, where an axis may be cut: `'a':(2)2` is the part of size 2 after a part of size 2."""
-    end = _balanced(text, 4)
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text[:end])}
-    rest = text[end:]
-    ids = np.arange(devices)
-    # `[2,4]T(1,0)`: the numbers from 0, in these dimensions and then transposed; or the ids themselves, of which one is 0.
-    written = re.match(r",?\s*device_ids=\(?(?:\[[\d,]+\]<=)?\[?([\d,]+)\]?(?:T\(([\d,]+)\))?\)?", rest)
-    if written:
-        numbers = [int(n) for n in written[1].split(",")]
-        if math.prod(numbers) == devices:
-            ids = ids.reshape(numbers)
-            ids = ids.transpose([int(n) for n in written[2].split(",")]) if written[2] else ids
-        else:
-            ids = np.array(numbers)
-    chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", rest[rest.find("{") : rest.find("}") + 1])
-    axes, dims = [], []
-    for name, size in sizes.items():
-        parts = [(int(before or 1), int(part or size)) for other, before, part in chosen if other == name]
-        cuts = sorted({1, size, *itertools.chain.from_iterable((before, before * part) for before, part in parts)})
-        for low, high in itertools.pairwise(cuts):
-            axes.append(any(before <= low and high <= before * part for before, part in parts))
-            dims.append(high // low)
-    ids = ids.reshape(dims or [devices])
-    last = [i for i, inside in enumerate(axes) if inside]
-    first = [i for i, inside in enumerate(axes) if not inside]
-    size = math.prod(dims[i] for i in last)
-    return tuple(map(tuple, ids.transpose(first + last).reshape(-1, size).tolist()))

@@ -21,6 +21,7 @@ from ftjax.errors import UserError
 from ftjax.flops import train_flops
 from ftjax.hub.fetch import resolve_config
 from ftjax.hub.load import read_facts
+from ftjax.mesh import notes
 from ftjax.plan.advice import advice
 from ftjax.plan.arithmetic import program_flops
 from ftjax.plan.hlo import Program
@@ -127,6 +128,7 @@ def _describe(made: Design, topology: Topology, memory: dict[str, float], flops:
         flops=flops,
         needed_flops=needed.per_token(config.data.max_length) * options.global_batch_size * config.data.max_length,
         formula=needed.formula(config.data.max_length),
+        mesh_notes=notes(made.mesh),
     )
 
 
@@ -138,7 +140,7 @@ def _measure(plan: Plan, compiled: Any, mesh: Mesh, topology: Topology) -> None:
     memory["temporaries"] = stats.temp_size_in_bytes + max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
     memory["program"] = float(stats.generated_code_size_in_bytes)
     plan.peak = float(stats.peak_memory_in_bytes)
-    program = Program(compiled.as_text(), mesh.size)
+    program = Program.of(compiled, mesh)
     plan.hbm_bytes = program.hbm_bytes()
     plan.traffic = traffic(program.transfers(), mesh, topology)
     if topology.chip:

@@ -44,6 +44,7 @@ class Plan:
     cost_per_day: float | None = None
     cost_per_million_tokens: float | None = None
     advice: list[str] = field(default_factory=list)
+    mesh_notes: list[str] = field(default_factory=list)  # which axes do not lie on rings of neighbours
     plan_seconds: float = 0.0
 
     @property

@@ -12,13 +12,14 @@ a gather or reduction are first joined within the slices.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
 from ftjax.plan.hlo import Transfer
 from ftjax.plan.topology import Topology
+from ftjax.torus import Torus
 
 
 class Traffic(NamedTuple):
@@ -56,7 +57,7 @@ def mesh_axes(groups: Sequence[Sequence[int]], mesh: Mesh) -> tuple[str, ...]:
 def _split(transfer: Transfer, mesh: Mesh) -> tuple[float, float]:
     """Bytes that a device receives from its slice, and from others."""
     devices = mesh.devices.flat
-    slices = [{getattr(devices[i], "slice_index", 0) for i in group} for group in transfer.groups]
+    slices = [{_slice(devices[i]) for i in group} for group in transfer.groups]
     s, n = max(map(len, slices)), max(map(len, transfer.groups))
     if s == 1:
         return transfer.bytes, 0.0
@@ -71,14 +72,17 @@ def _split(transfer: Transfer, mesh: Mesh) -> tuple[float, float]:
 
 def _ici(transfer: Transfer, mesh: Mesh, topology: Topology) -> float:
     """Bytes/s that a device can receive from the others of its group over the slice's links."""
-    chip, devices = topology.chip, mesh.devices.flat
-    share = chip.share(devices[0])
-    group = np.array([devices[i].coords[: chip.torus] for i in transfer.groups[0]])
-    along = [i for i in range(chip.torus) if np.ptp(group[:, i])]
+    chip, devices = topology.chip, list(mesh.devices.flat)
+    link = chip.link_bandwidth * chip.share(devices[0])
     if transfer.kind == "collective-permute":  # each goes to one neighbour; there are two at a time, one in each direction
-        return 2 * chip.link_bandwidth * share
-    links = sum(2 if topology.wraps(i) else 1 for i in along)
-    return max(links, 1) * chip.link_bandwidth * share
+        return 2 * link
+    torus = Torus.of([device for device in devices if _slice(device) == _slice(devices[0])])
+    group = [devices[i] for i in transfer.groups[0] if _slice(devices[i]) == _slice(devices[transfer.groups[0][0]])]
+    return link * torus.near(map(torus.place, group)).links
+
+
+def _slice(device: Any) -> int:
+    return getattr(device, "slice_index", 0)
 
 
 def _dcn(mesh: Mesh, topology: Topology) -> float:

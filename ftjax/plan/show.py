@@ -29,6 +29,8 @@ def show(plan: Plan, console: Console) -> None:
 
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     say(f"{plan.model}, {plan.method}, on {plan.topology} ({plan.chips} chips, {plan.devices} devices); mesh: {mesh}")
+    for note in plan.mesh_notes:
+        say(f"mesh: {note}")
     say(plan.parameters)
     micro = f" in {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
     say(

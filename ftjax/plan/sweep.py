@@ -96,7 +96,8 @@ def _source() -> str:
     """What of ftjax itself a plan depends on."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for room in ("models", "methods", "objectives", "train", "plan", "mesh.py", "chips.py", "flops.py"):
+    rooms = "models", "methods", "objectives", "train", "plan"
+    for room in (*rooms, "mesh.py", "placement.py", "torus.py", "chips.py", "flops.py"):
         place = package / room
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(path.read_bytes())

@@ -17,6 +17,7 @@ import jax
 
 from ftjax.chips import CHIPS, Chip
 from ftjax.errors import UserError
+from ftjax.torus import closes
 
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "v7x", "v7": "v7x", "trillium": "v6e", "ironwood": "v7x"}
 COUNTED_IN_CORES = ("v4", "v5p", "v7x")
@@ -59,13 +60,8 @@ class Topology:
         return f"{self.chip.name if self.chip else 'cpu'}:{shape}" + (f" x {self.slices} slices" if self.slices > 1 else "")
 
     def wraps(self, dimension: int) -> bool:
-        """Whether the links of a dimension close to a ring: in a v5e's or v6e's full pod of 16 x 16, and in a v4, v5p or v7x
-        slice that is made of whole cubes of 4 x 4 x 4."""
-        if self.chip is None or self.chip.torus == 0:
-            return False
-        if self.chip.torus == 2:
-            return self.shape[dimension] == 16
-        return all(size % 4 == 0 for size in self.shape)
+        """Whether the links of a dimension close to a ring."""
+        return self.chip is not None and closes(self.chip.torus, self.shape)[dimension]
 
     def devices(self) -> list[jax.Device]:
         """Stand-ins for the devices, to compile for.

@@ -10,7 +10,7 @@ from ftjax.config import Config
 from ftjax.data.pipeline import Split
 from ftjax.data.preview import render_example
 from ftjax.flops import TrainFlops
-from ftjax.mesh import describe
+from ftjax.mesh import describe, notes
 from ftjax.methods import method_of
 from ftjax.train.progress import say
 from ftjax.train.setup import Setup
@@ -26,6 +26,7 @@ def announce(setup: Setup, split: Split, flops: TrainFlops, *, steps: int, epoch
     say(
         f"devices: {len(devices)} {devices[0].platform} ({devices[0].device_kind}); mesh: {describe(setup.mesh)}",
         *([f"mesh: auto, because {setup.mesh_reason}"] if setup.mesh_reason else []),
+        *(f"mesh: {note}" for note in notes(setup.mesh)),
         *([f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', 'none')}"] if devices[0].platform == "gpu" else []),
         setup.trained_line(),
         flops.formula(config.data.max_length),

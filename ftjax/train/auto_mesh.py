@@ -6,15 +6,17 @@ because only gradients of what trains are then added; weights are spread no furt
 them; the tokens of a row after that, and last the matrices, whose results have to be added in every layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh
 
 from ftjax.config import Config, MeshConfig
 from ftjax.errors import UserError
-from ftjax.mesh import AXES, sharding
+from ftjax.mesh import AXES, divisions, sharding
 from ftjax.models.model import Model
+from ftjax.placement import in_slices, tpu_slices
 from ftjax.train.optimizer import make_optimizer
 from ftjax.train.place import on_devices
 from ftjax.train.step import optimizer_shapes
@@ -22,8 +24,8 @@ from ftjax.train.step import optimizer_shapes
 ROOM = 0.8  # of a device's memory; the rest is for what is alive within a layer
 
 
-def choose_mesh(config: Config, model: Model, devices: int, memory: int) -> tuple[MeshConfig, str]:
-    """Sizes for `config.mesh`, and the reason in a sentence.
+def choose_mesh(config: Config, model: Model, devices: Sequence[Any], memory: int) -> tuple[MeshConfig, str]:
+    """Sizes for `config.mesh`, and the reason in a sentence. TPUs say themselves in how many slices they lie.
 
     Args:
         model: with its method attached.
@@ -32,16 +34,15 @@ def choose_mesh(config: Config, model: Model, devices: int, memory: int) -> tupl
 
     Raises UserError where nothing divides.
     """
-    slices = config.mesh.slices
-    if devices % slices:
-        raise UserError(f"mesh.slices: {devices} devices do not divide into {slices} slices")
+    slices = config.mesh.slices if config.mesh.slices > 1 else tpu_slices(devices) or 1
+    count = sum(map(len, in_slices(devices, slices)))
     rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
     length = config.data.max_length
     state = state_bytes(config, model)
     saved = 2 * model.layers * model.embedding.shape[1]  # of a token: the input of every layer, which remat `full` keeps
     heads = model.heads
     found = []
-    for data, fsdp, tensor, sequence in _divisions(devices // slices):
+    for data, fsdp, tensor, sequence in divisions(count // slices, 4):
         spread = slices * data * fsdp
         if rows % spread or length % sequence or heads % (tensor * sequence) or not _divides(model, fsdp, tensor):
             continue
@@ -50,8 +51,8 @@ def choose_mesh(config: Config, model: Model, devices: int, memory: int) -> tupl
         found.append(((not fits, 0 if fits else need, tensor * sequence, tensor, fsdp), (data, fsdp, tensor, sequence), need))
     if not found:
         raise UserError(
-            f"mesh: auto finds no division of {devices} devices by which {rows} rows of a microbatch and the model's sizes "
-            f"divide; set training.global_batch_size to a multiple of {devices}, or the sizes of mesh by hand"
+            f"mesh: auto finds no division of {count} devices by which {rows} rows of a microbatch and the model's sizes "
+            f"divide; set training.global_batch_size to a multiple of {count}, or the sizes of mesh by hand"
         )
     (no_room, *_), (data, fsdp, tensor, sequence), need = min(found)
     chosen = MeshConfig(data=slices * data, fsdp=fsdp, tensor=tensor, sequence=sequence, slices=slices)
@@ -67,16 +68,6 @@ def state_bytes(config: Config, model: Model) -> int:
     optimizer = make_optimizer(config.optimizer, model.trainable, steps=1)
     moments = on_devices(optimizer_shapes(trained, optimizer))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves([trained, trained, moments, frozen]))
-
-
-def _divisions(devices: int) -> Iterator[tuple[int, int, int, int]]:
-    """(data, fsdp, tensor, sequence) whose product is `devices`."""
-    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    for fsdp in divisors:
-        for tensor in divisors:
-            for sequence in divisors:
-                if devices % (fsdp * tensor * sequence) == 0:
-                    yield devices // (fsdp * tensor * sequence), fsdp, tensor, sequence
 
 
 def _divides(model: Model, fsdp: int, tensor: int) -> bool:

@@ -145,7 +145,7 @@ def mesh_of(
     if not config.mesh.auto:
         return make_mesh(config.mesh, devices), None
     devices = jax.devices() if devices is None else devices
-    chosen, why = choose_mesh(config, build(config, facts)[0], len(devices), memory or device_memory())
+    chosen, why = choose_mesh(config, build(config, facts)[0], devices, memory or device_memory())
     return make_mesh(chosen, devices), why
 
 
