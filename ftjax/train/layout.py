@@ -73,10 +73,10 @@ class BatchLayout:
     def _array(self, rows: np.ndarray) -> jax.Array:
         shape = self._shape(rows.shape[1])
         held = rows.reshape(*shape[:-2], len(self._of_each), shape[-1])
+        return jax.make_array_from_callback(shape, self.sharding, lambda index: self.part(held, shape, index))
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            *steps, wanted, tokens = index
-            start, stop, _ = wanted.indices(shape[-2])
-            return held[(*steps, slice(*np.searchsorted(self._of_each, (start, stop))), tokens)]
-
-        return jax.make_array_from_callback(shape, self.sharding, part)
+    def part(self, held: np.ndarray, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """What a device holds of an array of this shape: `array[index]`, from the rows that the process has `held`."""
+        *steps, wanted, tokens = index
+        rows = np.searchsorted(self._of_each, wanted.indices(shape[-2])[:2])
+        return held[(*steps, slice(*rows), tokens)]
