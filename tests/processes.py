@@ -98,6 +98,15 @@ def launch(
     return running
 
 
+def launch_verb(count: int, arguments: Sequence[str], folder: Path, own: Mapping[int, Sequence[str]] | None = None) -> list:
+    """`count` processes of any verb, joined by JAX's variables, in `folder`."""
+    joined = {"JAX_COORDINATOR_ADDRESS": address(), "JAX_NUM_PROCESSES": str(count)}
+    return [
+        start([*arguments, *(own or {}).get(i, ())], env=environment(2, **joined, JAX_PROCESS_ID=str(i)), cwd=folder)
+        for i in range(count)
+    ]
+
+
 def rows(out: Path, name: str = "train/loss") -> dict[int, dict]:
     """What was logged with a metric of that name, by update; a line that is being written is left out."""
     path = out / "metrics.jsonl"

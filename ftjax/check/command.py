@@ -15,6 +15,7 @@ from ftjax.check.verdict import findings
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
 from ftjax.distributed import store
+from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
 from ftjax.evaluate.extra import need
 from ftjax.evaluate.harness_command import load_tasks
@@ -54,6 +55,7 @@ def check(
     if lm_eval.tasks:  # a task that does not exist is said before anything is loaded
         need("lm_eval", "check.lm_eval_tasks")
         load_tasks(lm_eval)
+    agree("this check", {"digest of the material": digest(material), **settings.model_dump(mode="json")})
     base = found.base() if compare_base and (found.adapter or found.run) else None
     keep_compiled_programs()
 

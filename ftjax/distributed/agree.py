@@ -1,8 +1,10 @@
 """Before anything is trained, the processes make sure that they mean the same run and see one folder."""
 
+import json
 import secrets
 import time
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any
 
 from ftjax.distributed import store
@@ -40,6 +42,11 @@ def agree(about: str, facts: Mapping[str, Any]) -> None:
     store.wait_for_all(about.replace(" ", "-"))
 
 
+def digest(*values: Any) -> str:
+    """Of values whose `repr` says all that matters of them."""
+    return sha256(repr(values).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
 def see_one_folder(folder: Any, setting: str) -> None:
     """Go on when every process sees the folder of process 0; all call it, after process 0 has made the folder.
 
@@ -73,8 +80,6 @@ def see_one_folder(folder: Any, setting: str) -> None:
 
 def _plain(value: Any) -> Any:
     """As it comes back from JSON."""
-    import json
-
     return json.loads(json.dumps(value))
 
 

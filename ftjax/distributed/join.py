@@ -82,7 +82,8 @@ def explicit(
                 return None
             missing = ", ".join(name for name in VARIABLES if name not in given)
             raise UserError(
-                f"{', '.join(given)} is set and {missing} is not; set all three on every host, or none of them for one process"
+                f"{', '.join(given)} is set, and what belongs to it is missing: {missing}; set all three on every host, or "
+                "none for a single process"
             )
         coordinator = environment[VARIABLES[0]]
         try:

@@ -12,6 +12,7 @@ import jax
 from ftjax import __version__
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.distributed import store
+from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
 from ftjax.evaluate.measure import Measured, check, measure
 from ftjax.evaluate.result import PREDICTIONS, RESULTS, print_results, write_predictions, write_results
@@ -46,6 +47,7 @@ def evaluate(
     check(settings, allow_code_execution)
     base = found.base() if compare_base else None
     items, left_out = read_items(found.config, settings.limit)
+    agree("this evaluation", {"rows": len(items), "digest of the rows": digest(items), **settings.model_dump(mode="json")})
     keep_compiled_programs()
     place = [source.path for source in sources(found.config)]
     folder = out or (found.run or Path()) / "evaluation" / _name(found, settings.task, place)

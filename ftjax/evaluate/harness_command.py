@@ -9,6 +9,7 @@ from typing import Any
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config.evaluate import LmEvalConfig
 from ftjax.distributed import store
+from ftjax.distributed.agree import agree
 from ftjax.errors import UserError
 from ftjax.evaluate.extra import need
 from ftjax.evaluate.result import RESULTS
@@ -39,6 +40,7 @@ def evaluate_harness(
     base = found.base() if compare_base else None
     need("lm_eval", "--lm-eval")
     load_tasks(asked)
+    agree("this evaluation", {"limit": limit, **asked.model_dump(mode="json")})
     keep_compiled_programs()
     results = run_tasks(found.load(), asked, limit=limit, batch_size=settings.batch_size, unsafe=allow_code_execution)
     results["model_name"] = found.name

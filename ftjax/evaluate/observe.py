@@ -1,7 +1,6 @@
 """What is measured while a model trains, besides its loss: answers to a few fixed prompts, and the task's metric."""
 
 from collections.abc import Mapping
-from hashlib import sha256
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 
 from ftjax.data.encode import Encoded
 from ftjax.data.pipeline import Split
+from ftjax.distributed.agree import digest
 from ftjax.errors import UserError
 from ftjax.evaluate.measure import check, measure
 from ftjax.evaluate.rows import read_items
@@ -63,8 +63,7 @@ class Observer:
     @property
     def facts(self) -> dict[str, Any]:
         """Digests of prompts and rows, which all processes of a run must share."""
-        parts = {"prompts": repr(self.prompts), "rows": repr([item.example for item in self.items])}
-        return {name: sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for name, text in parts.items()}
+        return {"digest of the prompts": digest(self.prompts), "digest of the rows": digest(self.items)}
 
     def _text(self, tokens: list[int]) -> str:
         return self.generator.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)

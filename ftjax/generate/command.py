@@ -9,6 +9,7 @@ from typing import Any
 
 from ftjax.data.example import Example
 from ftjax.distributed import store
+from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
 
 
@@ -55,6 +56,8 @@ def generate(
             raise UserError("generate: --system needs the chat template, which --raw leaves out; choose one")
         given = [_with_system(one, system) for one in given]
 
+    sampling = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed, batch_size, raw, dtype)
+    agree("what is asked", {"prompts": len(given), "digest of the prompts": digest(given), "options": repr(sampling)})
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -116,7 +116,8 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
         place.rmtree()
     place.mkdir(parents=True)
     for file in source.iterdir():
-        file.copy(place / file.name, overwrite=True)
+        with file.open("rb") as read, (place / file.name).open("wb") as write:
+            shutil.copyfileobj(read, write, 1 << 24)
     if local:
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)

@@ -8,7 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import ALL, end, launch, make_settings, rows, run, same_losses, wait_for_step, whole_run
+from buckets import bucket
+from processes import (
+    ALL,
+    end,
+    environment,
+    launch,
+    launch_verb,
+    make_settings,
+    rows,
+    run,
+    same_losses,
+    start,
+    wait_for_step,
+    whole_run,
+)
 from safetensors.numpy import load_file
 
 STEPS = 24
@@ -168,3 +182,72 @@ def test_other_documents_are_refused(settings, stopped, tmp_path):
         shutil.copytree(out, copy)
         whole_run(one, copy, devices=1)
         assert list(rows(copy)) == list(range(1, STEPS + 1)) and first < STEPS
+
+
+@pytest.mark.skipif(not ALL, reason="`make test-all` runs it; test_loop.py has a short one")
+def test_checkpoints_in_a_bucket_that_refuses_now_and_then(settings, whole, tmp_path):
+    """Two hosts with disks of their own; one request of seven is refused, and nothing is lost. `best/` is kept there too."""
+    with bucket(refuse_every=7) as (variables, refused):
+        folders = {i: [f"output_dir={tmp_path / f'disk{i}'}"] for i in range(2)}
+        elsewhere = {**settings["training"], "checkpoint_dir": "gs://bucket/run/checkpoints", "eval_steps": 3}
+        changed = {**settings, "training": elsewhere}
+        out = tmp_path / "disk0"
+
+        def then(running):
+            wait_for_step(running, out, 4)
+            running[1].send_signal(signal.SIGTERM)
+
+        running, said = run(2, changed, out, then, own=folders, more=variables)
+        assert [process.returncode for process in running] == [1, 1], "\n".join(said)
+        before = rows(out)
+        assert 4 <= max(before) < STEPS and (out / "best").exists() and not (out / "checkpoints").exists()
+        best = load_file(out / "best" / "adapter_model.safetensors")
+        shutil.rmtree(out)
+        running, said = run(2, {**changed, "evaluate": {"training_examples": 0}}, out, own=folders, more=variables)
+        assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+        assert f"resuming from step {max(before)} of {STEPS}" in said[0]
+        assert len(refused) > 20
+    same_losses({**before, **rows(out)}, rows(whole))
+    assert len({**before, **rows(out)}) == STEPS
+    assert load_file(out / "best" / "adapter_model.safetensors").keys() == best.keys()
+
+
+# ---- the other verbs, where JAX's variables join processes ----
+
+
+def test_generate_and_evaluate_are_joined(settings, tmp_path):
+    """One answer, one folder, the numbers of one process; a folder that only one process may write is refused to others."""
+    model, data = settings["model"]["path"], settings["data"]["validation"]
+    asked = ["generate", model, "--prompt", "abc", "--max-new-tokens", "6", "--dtype", "float32"]
+    (one,) = end([start(asked, env=environment())])
+    many = end(launch_verb(2, asked, tmp_path))
+    answer = one.strip().splitlines()[-1]
+    assert [answer in text for text in many] == [True, False], (one, many)
+    measured = ["evaluate", model, "--data", data, "--task", "loss", "evaluate.batch_size=4", "model.dtype=float32"]
+    end([start(measured, env=environment(), cwd=tmp_path)])
+    (path,) = tmp_path.glob("evaluation/*/results.json")
+    want = json.loads(path.read_text())["metrics"]
+    shutil.rmtree(tmp_path / "evaluation")
+    running = launch_verb(2, measured, tmp_path)
+    said = end(running)
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    got = json.loads(path.read_text())["metrics"]
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name]["value"] == pytest.approx(value["value"], rel=1e-6), name
+    assert not [line for line in said[1].splitlines() if "written" in line]
+    running = launch_verb(2, asked, tmp_path, own={1: ["--temperature", "1"]})
+    said = end(running)
+    assert [process.returncode for process in running] == [2, 2]
+    assert all("what is asked differs from that of process 0" in text for text in said), said
+
+
+def test_verbs_of_one_process(tmp_path):
+    """`export` and the like: the first process works, the others are told that it does."""
+    variables = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    process = start(["export", str(tmp_path), "--out", str(tmp_path / "out")], env=environment(1, **variables))
+    (said,) = end([process])
+    assert process.returncode == 2 and "ftjax export is the work of one process" in said and "process 1 of 2" in said, said
+    running = start(["train", str(tmp_path)], env=environment(1, JAX_COORDINATOR_ADDRESS="127.0.0.1:1"))
+    (said,) = end([running])
+    assert running.returncode == 2 and "missing: JAX_NUM_PROCESSES, JAX_PROCESS_ID" in said, said

@@ -1,0 +1,59 @@
+"""A Cloud Storage bucket on this machine, `gs://bucket`, that may refuse a request now and then as the real one does."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
+
+import pytest
+
+
+@contextmanager
+def bucket(refuse_every: int) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """`(environment variables for those who use it, requests that were refused so far)`.
+
+    Args:
+        refuse_every: one of so many requests is answered by 503, `try again`.
+    """
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    pytest.importorskip("gcsfs")
+    count, refused, one_at_a_time = itertools.count(1), [], threading.Lock()
+
+    class Sometimes(emulator.RequestHandler):
+        def _answer(self, method: str, answer) -> None:
+            if next(count) % refuse_every:
+                with one_at_a_time:
+                    return answer()
+            refused.append(f"{method} {self.path}")
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def do_GET(self):
+            self._answer("GET", super().do_GET)
+
+        def do_POST(self):
+            self._answer("POST", super().do_POST)
+
+        def do_PUT(self):
+            self._answer("PUT", super().do_PUT)
+
+        def do_PATCH(self):
+            self._answer("PATCH", super().do_PATCH)
+
+        def do_DELETE(self):
+            self._answer("DELETE", super().do_DELETE)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emulator, "RequestHandler", Sometimes)
+        patch.setattr(emulator.server, "HTTPServer", ThreadingHTTPServer)  # an idle connection does not keep others waiting
+        server = emulator.create_server("localhost", 0, in_memory=True, default_bucket="bucket")
+        server.start()
+        try:
+            address = f"http://localhost:{server._api._httpd.server_address[1]}"
+            token = {"GOOGLE_AUTH_TOKEN_FOR_TESTING": "any"}
+            yield {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address, **token}, refused
+        finally:
+            server.stop()
