@@ -1,6 +1,7 @@
 # make demo    fine-tune a small model on this machine, from nothing, and show before and after
 # make test    install what the tests need and run linter and tests
 # make lint    linter and formatter only
+# make test-all  every line of the tests that take many processes and compilations; more than an hour
 # make clean   remove what was built here (demo/, caches, .venv); runs/ stays
 #
 # PYTHON chooses the interpreter (3.11 or newer): make test PYTHON=python3.12
@@ -13,13 +14,16 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --c
 PYTEST_ARGS ?= -n 2 --dist loadfile
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo test lint install install-test clean
+.PHONY: demo test test-all lint install install-test clean
 
 demo: install
 	$(VENV)/bin/python scripts/demo.py
 
 test: lint
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-all: lint
+	FTJAX_TEST_ALL=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: install-test
 	$(VENV)/bin/ruff check .

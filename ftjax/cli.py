@@ -104,17 +104,16 @@ def train(
     On Cloud TPU, GKE and SLURM the processes of a run find each other; elsewhere the three options join them.
     """
     from ftjax.config.load import load_config
-
-    settings = load_config(config, overrides or [])
-    from ftjax.distributed import start
+    from ftjax.distributed.join import joined
     from ftjax.gpu import set_flags
 
     set_flags()
-    start(coordinator, num_processes, process_id)
-    from ftjax.evaluate.observe import make_observer
-    from ftjax.train.loop import train as run
+    with joined(coordinator, num_processes, process_id):
+        settings = load_config(config, overrides or [])
+        from ftjax.evaluate.observe import make_observer
+        from ftjax.train.loop import train as run
 
-    run(settings, config_path=config, make_observer=make_observer)
+        run(settings, config_path=config, make_observer=make_observer)
 
 
 @app.command()
@@ -166,22 +165,25 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a model on data, with confidence intervals, and beside its base model."""
-    if lm_eval is not None:
-        from ftjax.evaluate.harness_command import evaluate_harness
+    from ftjax.distributed.join import joined
 
-        if data is not None or task is not None:
-            raise UserError("--lm-eval brings tasks and data of its own; leave --data and --task out")
-        evaluate_harness(
-            target, overrides or [], tasks=lm_eval.split(","), adapter=adapter, limit=limit, out=out, compare_base=compare_base,
+    if lm_eval is not None and (data is not None or task is not None):
+        raise UserError("--lm-eval brings tasks and data of its own; leave --data and --task out")
+    with joined():
+        if lm_eval is not None:
+            from ftjax.evaluate.harness_command import evaluate_harness
+
+            evaluate_harness(
+                target, overrides or [], tasks=lm_eval.split(","), adapter=adapter, limit=limit, out=out,
+                compare_base=compare_base, allow_code_execution=allow_code_execution, as_json=as_json,
+            )  # fmt: skip
+            return
+        from ftjax.evaluate.command import evaluate as run
+
+        run(
+            target, overrides or [], adapter=adapter, data=data, task=task, limit=limit, out=out, compare_base=compare_base,
             allow_code_execution=allow_code_execution, as_json=as_json,
         )  # fmt: skip
-        return
-    from ftjax.evaluate.command import evaluate as run
-
-    run(
-        target, overrides or [], adapter=adapter, data=data, task=task, limit=limit, out=out, compare_base=compare_base,
-        allow_code_execution=allow_code_execution, as_json=as_json,
-    )  # fmt: skip
 
 
 @app.command()
@@ -201,12 +203,15 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Look for what fine-tuning broke, beside the base model; exit code 1 where a limit of `check:` is passed."""
-    from ftjax.check.command import check as run
+    from ftjax.distributed.join import joined
 
-    results = run(
-        target, overrides or [], adapter=adapter, prompts=prompts, limit=limit, out=out, compare_base=compare_base,
-        as_json_object=as_json,
-    )  # fmt: skip
+    with joined():
+        from ftjax.check.command import check as run
+
+        results = run(
+            target, overrides or [], adapter=adapter, prompts=prompts, limit=limit, out=out, compare_base=compare_base,
+            as_json_object=as_json,
+        )  # fmt: skip
     if results["failed"]:
         raise typer.Exit(1)
 
@@ -217,6 +222,9 @@ def report(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page to write.", show_default="RUN/report.html")] = None,
 ) -> None:
     """Write a run on one HTML page (curves, results, samples, data, configuration), and print a summary."""
+    from ftjax.distributed.join import alone
+
+    alone("report")
     from ftjax.report.command import report as write
 
     write(run, out=out)
@@ -251,14 +259,17 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Answer prompts, one after the other or many at a time."""
-    from ftjax.generate.command import generate as run
+    from ftjax.distributed.join import joined
 
-    run(
-        model, prompt=prompt or (), prompts=prompts, adapter=adapter, revision=revision, tokenizer=tokenizer,
-        chat_template=chat_template, system=system, raw=raw, max_new_tokens=max_new_tokens, temperature=temperature,
-        top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
-        batch_size=batch_size, dtype=dtype, quantization=quantization, as_json=as_json,
-    )  # fmt: skip
+    with joined():
+        from ftjax.generate.command import generate as run
+
+        run(
+            model, prompt=prompt or (), prompts=prompts, adapter=adapter, revision=revision, tokenizer=tokenizer,
+            chat_template=chat_template, system=system, raw=raw, max_new_tokens=max_new_tokens, temperature=temperature,
+            top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
+            batch_size=batch_size, dtype=dtype, quantization=quantization, as_json=as_json,
+        )  # fmt: skip
 
 
 @app.command()
@@ -285,6 +296,9 @@ def chat(
     quantization: Quantization = None,
 ) -> None:
     """Talk to a model."""
+    from ftjax.distributed.join import alone
+
+    alone("chat")
     from ftjax.generate.chat import chat as run
 
     run(
@@ -305,6 +319,9 @@ def export(
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public; it is private otherwise.")] = False,
 ) -> None:
     """Write a run's result as a Hugging Face folder or a PEFT folder."""
+    from ftjax.distributed.join import alone
+
+    alone("export")
     from ftjax.hub.export import export as write
 
     write(run, out, merge=merge, portable=portable, push_to_hub=push_to_hub, private=not public)
@@ -379,6 +396,9 @@ def merge_adapters(
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
 ) -> None:
     """Write one LoRA whose update is the weighted sum of others'."""
+    from ftjax.distributed.join import alone
+
+    alone("merge-adapters")
     from ftjax.hub.combine import merge_adapters as write
     from ftjax.hub.combine import parse
 

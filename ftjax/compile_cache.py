@@ -12,8 +12,13 @@ from jax.experimental.compilation_cache import compilation_cache
 def keep_compiled_programs() -> None:
     """Use `~/.cache/ftjax/xla` (below FTJAX_CACHE where that is set), unless JAX is already told another place.
 
-    A folder that cannot be written only means that nothing is kept.
+    A folder that cannot be written only means that nothing is kept. Nothing is kept either of several processes on CPUs: what
+    XLA reads back from disk for them runs its collectives in another order than on the process that compiled it (jaxlib
+    0.10.2), and Gloo ends both.
     """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     if jax.config.jax_compilation_cache_dir or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = Path(os.environ.get("FTJAX_CACHE", Path.home() / ".cache" / "ftjax")) / "xla"

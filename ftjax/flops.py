@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.chips import chip_of
@@ -56,13 +56,16 @@ class TrainFlops:
         """F in documents of `length` tokens."""
         return self._per_token(lambda window: _mean_keys(length, window))
 
-    def of_batch(self, positions: np.ndarray, segment_ids: np.ndarray) -> float:
-        """F of all real tokens of packed rows `[B, T]` together; positions count from each document's start."""
-        keys = positions[segment_ids > 0] + 1
-        if not keys.size:
-            return 0.0
-        mean = self._per_token(lambda window: float((keys if window is None else np.minimum(keys, window)).mean()))
-        return mean * keys.size
+    def of_batch(self, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """F of all real tokens of packed rows `[..., T]` together, float32 `[]`; positions count from each document's start."""
+        real = segment_ids > 0
+        keys = positions + 1
+
+        def seen(window: int | None) -> jax.Array:
+            return jnp.sum(jnp.where(real, keys if window is None else jnp.minimum(keys, window), 0), dtype=jnp.float32)
+
+        attention = sum((12.0 * width * seen(window) for window, width in self.attention.items()), start=jnp.float32(0))
+        return (4.0 * self.matrices + 2.0 * self.trained) * jnp.sum(real, dtype=jnp.float32) + attention
 
     def _per_token(self, keys: Callable[[int | None], float]) -> float:
         attention = sum(12 * width * keys(window) for window, width in self.attention.items())

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from ftjax import distributed, gpu
+from ftjax import gpu
+from ftjax.distributed import join
 from ftjax.errors import UserError
 
 
 def test_options():
-    assert distributed.explicit(None, None, None, {}) is None
-    asked = distributed.explicit("host:1", 4, 3, {})
+    assert join.explicit(None, None, None, {}) is None
+    asked = join.explicit("host:1", 4, 3, {})
     assert (asked["coordinator_address"], asked["num_processes"], asked["process_id"]) == ("host:1", 4, 3)
     variables = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
-    assert distributed.explicit(None, None, None, variables) == asked
-    assert distributed.explicit("other:1", 2, 0, variables)["coordinator_address"] == "other:1"
+    assert join.explicit(None, None, None, variables) == asked
+    assert join.explicit("other:1", 2, 0, variables)["coordinator_address"] == "other:1"
 
 
 @pytest.mark.parametrize(
@@ -26,19 +27,19 @@ def test_options():
 )
 def test_wrong_options(given, message):
     with pytest.raises(UserError, match=message):
-        distributed.explicit(*given, {})
+        join.explicit(*given, {})
 
 
 def test_slurm(monkeypatch):
     """A step of several tasks; a lone task on each host takes all GPUs of it, a task for each GPU takes its own."""
-    monkeypatch.setattr(distributed, "_tpu_here", lambda: False)
-    assert distributed.detect({}) is None
-    assert distributed.detect({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}) is None  # a batch script, outside of srun
-    assert distributed.detect({"SLURM_STEP_NUM_TASKS": "1", "SLURM_GPUS_ON_NODE": "8"}) is None
+    monkeypatch.setattr(join, "_tpu_here", lambda: False)
+    assert join.detect({}) is None
+    assert join.detect({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}) is None  # a batch script, outside of srun
+    assert join.detect({"SLURM_STEP_NUM_TASKS": "1", "SLURM_GPUS_ON_NODE": "8"}) is None
     step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_GPUS_ON_NODE": "8"}
     alone = {"cluster_detection_method": "slurm", "local_device_ids": list(range(8))}
-    assert distributed.detect({**step, "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}) == alone
-    assert distributed.detect({**step, "SLURM_STEP_TASKS_PER_NODE": "4"}) == {"cluster_detection_method": "slurm"}
+    assert join.detect({**step, "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}) == alone
+    assert join.detect({**step, "SLURM_STEP_TASKS_PER_NODE": "4"}) == {"cluster_detection_method": "slurm"}
 
 
 def test_jax_knows_slurm(monkeypatch):
@@ -57,9 +58,9 @@ def test_jax_knows_slurm(monkeypatch):
 
 
 def test_tpu(monkeypatch):
-    monkeypatch.setattr(distributed, "_tpu_here", lambda: True)
-    assert distributed.detect({}) == {} and distributed.detect({"JAX_PLATFORMS": "tpu,cpu"}) == {}
-    assert distributed.detect({"JAX_PLATFORMS": "cpu"}) is None
+    monkeypatch.setattr(join, "_tpu_here", lambda: True)
+    assert join.detect({}) == {} and join.detect({"JAX_PLATFORMS": "tpu,cpu"}) == {}
+    assert join.detect({"JAX_PLATFORMS": "cpu"}) is None
 
 
 def test_processes_that_do_not_come(monkeypatch):
@@ -70,7 +71,7 @@ def test_processes_that_do_not_come(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match=r"could not be joined \(DEADLINE_EXCEEDED: Barrier timed out\)"):
-        distributed.start("h:1", 2, 0)
+        join.start("h:1", 2, 0)
 
 
 def test_gpu_flags(monkeypatch):

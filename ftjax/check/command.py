@@ -14,6 +14,7 @@ from ftjax.check.result import ANSWERS, RESULTS, TITLE, as_json, by_type, card_s
 from ftjax.check.verdict import findings
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
+from ftjax.distributed import store
 from ftjax.errors import UserError
 from ftjax.evaluate.extra import need
 from ftjax.evaluate.harness_command import load_tasks
@@ -43,7 +44,7 @@ def check(
     """
     from rich.console import Console
 
-    console = console or Console(stderr=as_json_object, highlight=False)
+    console = console or Console(stderr=as_json_object, highlight=False, quiet=store.index() > 0)
     given = {"prompts": prompts, "limit": limit}
     overrides = [*overrides, *(f"check.{name}={_quoted(value)}" for name, value in given.items() if value is not None)]
     found = find_target(target, overrides, adapter=adapter)
@@ -82,7 +83,7 @@ def check(
         "settings": settings.model_dump(mode="json"), "version": __version__, "device": jax.devices()[0].device_kind,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    if jax.process_index():
+    if store.index():
         return results
     folder = out or _folder(found)
     card = (found.adapter or Path(found.model)) / "README.md" if found.run else None

@@ -21,6 +21,9 @@ class TrainingConfig(Section):
     checkpoint_dir: str | None = Field(
         None, description="a folder that all hosts share, such as gs://bucket/run; null: checkpoints/ of output_dir"
     )
+    allow_changed_data: bool = Field(
+        False, description="go on from a checkpoint although the documents are no longer those that it was trained on"
+    )
     logging_steps: int = Field(10, ge=1)
     seed: int = 42
     metric_for_best_model: str = Field("eval/loss", description="any metric of an evaluation, or the latest train/ one")

@@ -21,8 +21,16 @@ class Plan:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def row(self, number: int) -> np.ndarray:
-        return self.documents[self.starts[number] : self.starts[number + 1]]
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`(documents, count)`: the documents of these rows, one row after the other, and how many each row has.
+
+        Args:
+            rows: numbers of rows; one beyond the last row stands for an empty row.
+        """
+        low, high = (self.starts[np.minimum(edge, len(self))] for edge in (rows, rows + 1))
+        count = high - low
+        before = np.cumsum(count) - count  # documents of the rows that come first
+        return self.documents[np.repeat(low - before, count) + np.arange(count.sum())], count
 
 
 def pack(lengths: np.ndarray, capacity: int, rng: np.random.Generator | None) -> Plan:

@@ -1,7 +1,7 @@
 """Batches of packed rows: planned once for an epoch, built by Grain, the same for any number of processes.
 
-The plan of an epoch depends on the documents' lengths, the seed and the epoch alone, so every process makes the same plan,
-reads only its own rows of each global batch, and a position is one number of rows.
+The plan of an epoch depends on the documents' lengths, the seed and the epoch alone, so every process makes the same plan
+and builds only the rows of each global batch that its devices hold, and a position is one number of rows.
 
 One row of 12 tokens that holds two documents, `<s> Hi _there </s>` (weights 0 0 1 1) and `<s> Q A </s>` (0 0 1 1):
 
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import grain
 import numpy as np
+import xxhash
 
 from ftjax.config.data import DataConfig
 from ftjax.data.build import build_documents
@@ -35,7 +36,7 @@ Batch = dict[str, np.ndarray]
 
 
 class BatchIterator(Protocol):
-    """Batches of this process's rows, `[batch_size / process_count, T]` of each of `KEYS`, and a global position."""
+    """Batches of this process's rows, `[rows, T]` of each of `KEYS`, and a position that is the same on all processes."""
 
     def __iter__(self) -> Iterator[Batch]: ...
     def __next__(self) -> Batch: ...
@@ -56,14 +57,25 @@ class Split(Protocol):
     def lengths(self) -> np.ndarray:
         """`[D]`, tokens of each document."""
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What these documents are, as JSON: how many, how many tokens, and a digest of all tokens and weights."""
+
     def rows_per_epoch(self, epoch: int) -> int: ...
     def example(self) -> Encoded: ...
     def first(self, count: int) -> list[tuple[Encoded, tuple[int | None, int | None]]]:
         """The first documents, each with its row and segment in the first epoch."""
 
     def batches(
-        self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, process_index: int = 0, process_count: int = 1
-    ) -> BatchIterator: ...
+        self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, rows: Sequence[int] | None = None,
+        width_multiple: int = 1,
+    ) -> BatchIterator:  # fmt: skip
+        """Global batches of `batch_size` rows.
+
+        Args:
+            epochs: None: without end.
+            rows: which rows of each batch to build, rising numbers from 0; None: all of them.
+            width_multiple: what the length of a row is a multiple of, where rows are not packed; `max_length` is one.
+        """
 
 
 def load_splits(
@@ -188,6 +200,12 @@ class PackedSplit:
     def lengths(self) -> np.ndarray:
         return np.diff(self.documents.starts)[self.chosen]
 
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Split.fingerprint`; which documents of the set are used counts too."""
+        digest = xxhash.xxh3_128(self.documents.content.encode())
+        digest.update(np.ascontiguousarray(self.chosen, np.int64).tobytes())
+        return {"documents": len(self.chosen), "tokens": int(self.lengths.sum()), "digest": digest.hexdigest()}
+
     # ---- the plan of an epoch ----
 
     def _plan(self, epoch: int, shuffle: bool, seed: int, batch_size: int = 0) -> Plan:
@@ -254,40 +272,38 @@ class PackedSplit:
             found.append((self.documents.document(number), place))
         return found
 
-    def rows(self, plan: Plan, first: int, stop: int, count: int, width: int) -> Batch:
-        """Rows `[first, stop)` of a plan as `[count, width]`, the rest padding."""
-        stop = max(first, min(stop, len(plan)))
-        low, high = plan.starts[first] if first < stop else 0, plan.starts[stop] if first < stop else 0
-        numbers = plan.documents[low:high]
+    def rows(self, plan: Plan, numbers: np.ndarray, width: int) -> Batch:
+        """Rows of a plan by their numbers, as `[len(numbers), width]`; a number beyond the plan gives a row of padding."""
+        documents, count = plan.take(numbers)
         starts = self.documents.starts
-        per_row = np.diff(plan.starts[first : stop + 1]) if first < stop else np.zeros(0, np.int64)
-        return fill(self.documents, starts[numbers], starts[numbers + 1] - starts[numbers], per_row, count, width)
+        return fill(self.documents, starts[documents], starts[documents + 1] - starts[documents], count, width)
 
     def batches(
-        self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, process_index: int = 0, process_count: int = 1
-    ) -> "PackedBatches":
-        """Global batches of `batch_size` rows, of which this process gets its `1 / process_count`.
-
-        Raises UserError where they do not divide.
-        """
-        check_processes(batch_size, process_index, process_count)
-        return PackedBatches(self, batch_size, seed, shuffle, epochs, process_index, process_count)
+        self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, rows: Sequence[int] | None = None,
+        width_multiple: int = 1,
+    ) -> "PackedBatches":  # fmt: skip
+        """See `Split.batches`."""
+        return PackedBatches(self, batch_size, seed, shuffle, epochs, own_rows(rows, batch_size), width_multiple)
 
 
-def check_processes(batch_size: int, process_index: int, process_count: int) -> None:
-    """Raises UserError where a batch cannot be shared out evenly."""
-    if batch_size % process_count:
-        raise UserError(
-            f"a batch of {batch_size} rows does not divide by {process_count} processes; choose training.global_batch_size "
-            f"(and eval_batch_size) as a multiple of {process_count}"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count}")
+def own_rows(rows: Sequence[int] | None, batch_size: int) -> np.ndarray:
+    """The rows of a batch that are to be built, as an array.
+
+    Raises ValueError where they do not rise or are none of the batch's.
+    """
+    own = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+    if not len(own) or own[0] < 0 or own[-1] >= batch_size or (np.diff(own) <= 0).any():
+        raise ValueError(f"rows of a batch of {batch_size}: expected rising numbers from 0 on, found {own.tolist()}")
+    return own
 
 
-def fill(store: Any, starts: np.ndarray, lengths: np.ndarray, per_row: np.ndarray, count: int, width: int) -> Batch:
-    """`[count, width]` of each of `KEYS`, from documents `store.tokens[start : start + length]`, `per_row` of them in a row."""
-    batch = {name: np.zeros(count * width, dtype) for name, dtype in KEYS.items()}
+def fill(store: Any, starts: np.ndarray, lengths: np.ndarray, per_row: np.ndarray, width: int) -> Batch:
+    """`[len(per_row), width]` of each of `KEYS`, from documents `store.tokens[start : start + length]`.
+
+    Args:
+        per_row: how many of the documents each row holds, in their order.
+    """
+    batch = {name: np.zeros(len(per_row) * width, dtype) for name, dtype in KEYS.items()}
     if len(starts):
         before = np.cumsum(lengths) - lengths  # tokens of all documents before each
         first = np.cumsum(per_row) - per_row  # of each row, its first document
@@ -303,7 +319,7 @@ def fill(store: Any, starts: np.ndarray, lengths: np.ndarray, per_row: np.ndarra
         source, target = source[inner] + 1, target[inner]
         batch["targets"][target] = store.tokens[source]
         batch["weights"][target] = store.weights[source]
-    return {name: values.reshape(count, width) for name, values in batch.items()}
+    return {name: values.reshape(len(per_row), width) for name, values in batch.items()}
 
 
 class PackedBatches(Iterator[Batch]):
@@ -317,12 +333,12 @@ class PackedBatches(Iterator[Batch]):
         seed: int,
         shuffle: bool,
         epochs: int | None,
-        process_index: int,
-        process_count: int,
+        rows: np.ndarray,
+        width_multiple: int,
     ):
         self._split, self._batch_size, self._seed, self._shuffle, self._epochs = split, batch_size, seed, shuffle, epochs
-        self._share = batch_size // process_count
-        self._offset = process_index * self._share
+        self._rows = rows
+        self._widths = split.buckets[split.buckets % width_multiple == 0]
         self._epoch = self._row = 0
         self._grain: Any = None
 
@@ -331,18 +347,19 @@ class PackedBatches(Iterator[Batch]):
 
     def _build(self, epoch: int, row: int) -> Batch:
         """This process's rows of the batch that begins with `row` of `epoch`."""
-        split, plan, first = self._split, self._plan(epoch), row + self._offset
+        split, plan, numbers = self._split, self._plan(epoch), row + self._rows
+        if not split.packing:  # the whole batch decides, so that all processes have rows of one width
+            longest = split.widths(plan.documents[row : row + self._batch_size]).max()
+            return split.rows(plan, numbers, int(self._widths[np.searchsorted(self._widths, longest)]))
         if not split.mix_epochs:
-            held = plan.documents[row : row + self._batch_size] if not split.packing else ()
-            width = split.max_length if split.packing else int(split.widths(held).max())
-            return split.rows(plan, first, first + self._share, self._share, width)
-        parts, missing = [], self._share
-        while missing and (self._epochs is None or epoch < self._epochs):
+            return split.rows(plan, numbers, split.max_length)
+        parts = []
+        while len(numbers) and (self._epochs is None or epoch < self._epochs):
             plan = self._plan(epoch)
-            taken = max(0, min(len(plan) - first, missing))
-            parts.append(split.rows(plan, first, first + taken, taken, split.max_length))
-            missing, first, epoch = missing - taken, max(0, first - len(plan)), epoch + 1
-        parts.append(split.rows(plan, len(plan), len(plan), missing, split.max_length))
+            inside = numbers < len(plan)
+            parts.append(split.rows(plan, numbers[inside], split.max_length))
+            numbers, epoch = numbers[~inside] - len(plan), epoch + 1
+        parts.append(split.rows(plan, len(plan) + numbers, split.max_length))  # padding behind the last epoch
         return {name: np.concatenate([part[name] for part in parts]) for name in KEYS}
 
     def _open(self) -> None:

@@ -1,7 +1,8 @@
 """Tokenised documents in one memory-mapped Arrow file, which a second start finds by what made it.
 
 The folder is `FTJAX_CACHE`, or `~/.cache/ftjax`; `tokens/KEY/` in it holds `documents.arrow` (one record batch: `tokens`,
-`weights` and, for each document, `trained`, `cut`, `row`, `digest`, `source`, `where`) and `report.json`. KEY is a digest of
+`weights` and, for each document, `trained`, `cut`, `row`, `digest`, `source`, `where`) and `report.json`, with the report and
+a digest of all tokens and weights. KEY is a digest of
 the data's bytes, the tokenizer with its chat template, and every option that decides which tokens come out.
 """
 
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from filelock import FileLock
 
 from ftjax.data.encode import Encoded
@@ -45,6 +47,7 @@ class Documents:
     source: np.ndarray  # int32 [D]
     where: Any  # pyarrow string array [D]
     report: dict[str, Any]
+    content: str  # a digest of all tokens and weights, and of where each document ends
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -63,6 +66,7 @@ class Writer:
         self._tokens: BinaryIO = (folder / "tokens.bin").open("w+b")
         self._weights: BinaryIO = (folder / "weights.bin").open("w+b")
         self._binary = True
+        self._digests = [xxhash.xxh3_128() for _ in range(3)]  # of tokens, weights, lengths
         self._facts: dict[str, list[Any]] = {
             name: [] for name in ("length", "trained", "cut", "row", "digest", "source", "where")
         }
@@ -73,8 +77,15 @@ class Writer:
             return
         weights = np.concatenate([document.weights for document in documents])
         self._binary = self._binary and bool(((weights == 0) | (weights == 1)).all())
-        self._tokens.write(np.concatenate([document.tokens for document in documents]).tobytes())
-        self._weights.write(weights.tobytes())
+        parts = (
+            np.concatenate([document.tokens for document in documents]).tobytes(),
+            weights.tobytes(),
+            np.array([len(document.tokens) for document in documents], np.int64).tobytes(),
+        )
+        for digest, part in zip(self._digests, parts, strict=True):
+            digest.update(part)
+        self._tokens.write(parts[0])
+        self._weights.write(parts[1])
         facts = self._facts
         facts["length"] += [len(document.tokens) for document in documents]
         facts["trained"] += [int(np.count_nonzero(document.weights[1:])) for document in documents]
@@ -112,7 +123,9 @@ class Writer:
         for part in self._folder.glob("*.bin"):
             part.unlink()
         size = (self._folder / FILE).stat().st_size
-        (self._folder / REPORT).write_text(json.dumps({"size": size, "report": report}), encoding="utf-8")
+        content = xxhash.xxh3_128_hexdigest(b"".join(digest.digest() for digest in self._digests))
+        saved = {"size": size, "content": content, "report": report}
+        (self._folder / REPORT).write_text(json.dumps(saved), encoding="utf-8")
 
     def close(self) -> None:
         self._tokens.close()
@@ -137,7 +150,9 @@ def open_documents(folder: Path) -> Documents | None:
         values = {name: batch.column(name).flatten().to_numpy() for name in ("tokens", "weights")}
         starts = batch.column("tokens").offsets.to_numpy()
         facts = [batch.column(name).to_numpy() for name in ("trained", "cut", "row", "digest", "source")]
-        return Documents(values["tokens"], values["weights"], starts, *facts, batch.column("where"), saved["report"])
+        return Documents(
+            values["tokens"], values["weights"], starts, *facts, batch.column("where"), saved["report"], saved["content"]
+        )
     except (OSError, ValueError, KeyError, pa.ArrowException):
         return None
 

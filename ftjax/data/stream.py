@@ -2,24 +2,25 @@
 
 A window is so many rows of the data; its documents are shuffled and packed together, and its rows follow those of the
 window before. Batches take them as they come, so that only the last batch of an epoch holds rows of padding. Every process
-reads and tokenises all of the data and keeps its own rows of each batch, so a position is the same for any number of
+reads and tokenises all of the data and builds its own rows of each batch, so a position is the same for any number of
 processes: epoch, window, row in the window. To go on from there, the rows before the window are read, but not tokenised.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from ftjax.config.data import DataConfig, SourceConfig
 from ftjax.data.build import Build
 from ftjax.data.encode import Encoded
 from ftjax.data.find import Files, HubSet, find
 from ftjax.data.pack import Plan, pack
-from ftjax.data.pipeline import KEYS, Batch, check_processes, fill
+from ftjax.data.pipeline import KEYS, Batch, fill, own_rows
 from ftjax.data.report import DataReport
 from ftjax.errors import UserError
 
@@ -48,12 +49,10 @@ class Window:
         )
         return cls(number, documents, tokens, weights, starts, pack(np.diff(starts), length, rng), last)
 
-    def rows(self, first: int, stop: int, width: int) -> Batch:
-        """Rows `[first, stop)` as `[stop - first, width]`."""
-        low, high = self.plan.starts[first], self.plan.starts[stop]
-        numbers = self.plan.documents[low:high]
-        lengths = self.starts[numbers + 1] - self.starts[numbers]
-        return fill(self, self.starts[numbers], lengths, np.diff(self.plan.starts[first : stop + 1]), stop - first, width)
+    def rows(self, numbers: np.ndarray, width: int) -> Batch:
+        """Rows by their numbers, as `[len(numbers), width]`."""
+        documents, count = self.plan.take(numbers)
+        return fill(self, self.starts[documents], self.starts[documents + 1] - self.starts[documents], count, width)
 
 
 @dataclass
@@ -93,6 +92,15 @@ class StreamSplit:
     def lengths(self) -> np.ndarray:
         """Of the documents of the first window."""
         return np.array([len(document.tokens) for document in self._first])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Split.fingerprint`: of the documents of the first window, and the sizes of all files."""
+        digest = xxhash.xxh3_128()
+        for document in self._first:
+            digest.update(document.tokens.astype(np.int32).tobytes() + document.weights.astype(np.float32).tobytes())
+        sizes = [[size for size, _ in state] for state in self._states if state is not None]
+        digest.update(repr(sizes).encode())
+        return {"documents": len(self._first), "tokens": int(self.lengths.sum()), "digest": digest.hexdigest()}
 
     def _measure(self, first: Window) -> None:
         report, lengths = self.report, self.lengths
@@ -164,11 +172,11 @@ class StreamSplit:
             number, waiting = number + 1, coming
 
     def batches(
-        self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, process_index: int = 0, process_count: int = 1
-    ) -> "StreamBatches":
-        """As `PackedSplit.batches`."""
-        check_processes(batch_size, process_index, process_count)
-        return StreamBatches(self, batch_size, seed, shuffle, epochs, process_index, process_count)
+        self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, rows: Sequence[int] | None = None,
+        width_multiple: int = 1,
+    ) -> "StreamBatches":  # fmt: skip
+        """See `Split.batches`; rows are packed, and `max_length` tokens long."""
+        return StreamBatches(self, batch_size, seed, shuffle, epochs, own_rows(rows, batch_size))
 
 
 class StreamBatches(Iterator[Batch]):
@@ -181,12 +189,10 @@ class StreamBatches(Iterator[Batch]):
         seed: int,
         shuffle: bool,
         epochs: int | None,
-        process_index: int,
-        process_count: int,
+        rows: np.ndarray,
     ):
         self._split, self._batch_size, self._seed, self._shuffle, self._epochs = split, batch_size, seed, shuffle, epochs
-        share = batch_size // process_count
-        self._mine = (process_index * share, (process_index + 1) * share)
+        self._rows = rows
         self._pool = ThreadPoolExecutor(1, "windows")
         self.set_state({"epoch": 0, "window": 0, "row": 0})
 
@@ -218,7 +224,7 @@ class StreamBatches(Iterator[Batch]):
 
     def _batch(self) -> Batch:
         """This process's part of the next global batch, which may go over the end of a window."""
-        split, (low, high) = self._split, self._mine
+        own, width = self._rows, self._split.max_length
         parts, at = [], 0
         while at < self._batch_size:
             held = len(self._window.plan) - self._row
@@ -229,12 +235,12 @@ class StreamBatches(Iterator[Batch]):
                 self._row = 0
                 continue
             taken = min(held, self._batch_size - at)
-            first, stop = max(low, at), min(high, at + taken)
-            if first < stop:
-                parts.append(self._window.rows(self._row + first - at, self._row + stop - at, split.max_length))
+            wanted = own[(own >= at) & (own < at + taken)]
+            if len(wanted):
+                parts.append(self._window.rows(self._row + wanted - at, width))
             at, self._row = at + taken, self._row + taken
         got = sum(len(part["tokens"]) for part in parts)
-        parts.append({name: np.zeros((high - low - got, split.max_length), dtype) for name, dtype in KEYS.items()})
+        parts.append({name: np.zeros((len(own) - got, width), dtype) for name, dtype in KEYS.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in KEYS}
 
     def get_state(self) -> dict[str, int]:

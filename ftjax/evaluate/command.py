@@ -11,6 +11,7 @@ import jax
 
 from ftjax import __version__
 from ftjax.compile_cache import keep_compiled_programs
+from ftjax.distributed import store
 from ftjax.errors import UserError
 from ftjax.evaluate.measure import Measured, check, measure
 from ftjax.evaluate.result import PREDICTIONS, RESULTS, print_results, write_predictions, write_results
@@ -37,7 +38,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    console = console or Console(stderr=as_json, highlight=False)
+    console = console or Console(stderr=as_json, highlight=False, quiet=store.index() > 0)
     given = {"data": data, "task": task, "limit": limit}
     overrides = [*overrides, *(f"evaluate.{name}={_quoted(value)}" for name, value in given.items() if value is not None)]
     found = find_target(target, overrides, adapter=adapter)
@@ -69,7 +70,7 @@ def evaluate(
         "settings": settings.model_dump(mode="json"), "version": __version__,
         "device": jax.devices()[0].device_kind, "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    if jax.process_index():
+    if store.index():
         return results
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +111,7 @@ def _bar(name: str):
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    notes = Console(stderr=True, highlight=False)
+    notes = Console(stderr=True, highlight=False, quiet=store.index() > 0)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task(name, total=None)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config.evaluate import LmEvalConfig
+from ftjax.distributed import store
 from ftjax.errors import UserError
 from ftjax.evaluate.extra import need
 from ftjax.evaluate.result import RESULTS
@@ -50,7 +49,7 @@ def evaluate_harness(
         )
         results["base"]["model_name"] = base.name
         results["base"].pop("samples")
-    if jax.process_index():
+    if store.index():
         return results
     name = "-".join(Path(task).stem for task in asked.tasks)
     folder = out or (found.run or Path()) / "evaluation" / f"lm-eval-{name}"[:120]

@@ -1,6 +1,7 @@
 """What is measured while a model trains, besides its loss: answers to a few fixed prompts, and the task's metric."""
 
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any
 
 import jax
@@ -58,6 +59,12 @@ class Observer:
                 raise UserError("evaluate.training_rows: the task code does not run while training; use ftjax evaluate later")
             check(self.settings, False)
             self.items, _ = read_items(self.config, self.settings.training_rows)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Digests of prompts and rows, which all processes of a run must share."""
+        parts = {"prompts": repr(self.prompts), "rows": repr([item.example for item in self.items])}
+        return {name: sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for name, text in parts.items()}
 
     def _text(self, tokens: list[int]) -> str:
         return self.generator.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftjax.data.example import Example
+from ftjax.distributed import store
 from ftjax.errors import UserError
 
 
@@ -59,7 +60,7 @@ def generate(
 
     from ftjax.generate.session import Generator
 
-    notes = Console(stderr=True, highlight=False)
+    notes = Console(stderr=True, highlight=False, quiet=store.index() > 0)
     with notes.status(f"loading {model}"):
         generator = Generator(
             model, adapter, revision=revision, tokenizer=tokenizer, chat_template=chat_template, dtype=dtype,
@@ -77,9 +78,7 @@ def generate(
             repetition_penalty=repetition_penalty, stop=stop, seed=seed, batch_size=batch_size, chat=False if raw else None,
             progress=show,
         )  # fmt: skip
-    import jax
-
-    if jax.process_index():
+    if store.index():
         return
     for asked, answer in zip(given, answers, strict=True):
         if as_json:

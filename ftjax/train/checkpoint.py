@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -17,13 +16,16 @@ from ftjax.errors import UserError
 from ftjax.train.step import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of every save
+# One replica of each shard is written, as it is. Shared out over the replicas, each would cut its part out of the shard first:
+# of a state that two devices hold, half of it once more on both of them.
+ocp.type_handlers.register_type_handler(jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True)
 
 
 class Checkpoints:
     """`checkpoints/STEP/` of one run; the newest `keep` are kept. The folder may be in a bucket: `gs://...`."""
 
     def __init__(self, folder: epath.PathLike, keep: int):
-        self._folder = folder = place(folder)
+        self.folder = folder = place(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "meta"))
 
@@ -32,24 +34,34 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-        """Start saving. `meta` is JSON: the data iterator, the best metric so far, the watchdog's memory."""
-        # The next update donates the state's buffers while the save still reads them.
-        state = jax.tree.map(jnp.copy, state)
+        """Start saving. `meta` is JSON: the data iterator, the best metric so far, the watchdog's memory.
+
+        When this returns, every shard is in the host's memory and the state may be given away; the files are written after
+        that. On the device nothing is copied.
+        """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
         self._guard(lambda: self._manager.save(step, args=args, force=True))
 
+    def meta(self) -> dict[str, Any] | None:
+        """What was saved beside the newest state; None where there is no checkpoint."""
+        if self.latest is None:
+            return None
+        return self._read(ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, laid out like `like` (same shapes, any mesh)."""
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+        """The newest checkpoint, laid out like `like` (shapes with shardings, of any mesh)."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()), meta=ocp.args.JsonRestore())
+        restored = self._read(args)
+        return TrainState(**restored["state"]), restored["meta"]
+
+    def _read(self, args: ocp.args.Composite) -> Any:
         try:
-            restored = self._manager.restore(self.latest, args=args)
+            return self._manager.restore(self.latest, args=args)
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
-                f"{self._folder / str(self.latest)}: this checkpoint does not fit the run, or is damaged: {error}. "
+                f"{self.folder / str(self.latest)}: this checkpoint does not fit the run, or is damaged: {error}. "
                 "Remove that folder to go on from the one before it, or choose another output_dir"
             ) from None
-        return TrainState(**restored["state"]), restored["meta"]
 
     def wait(self) -> None:
         """Block until the save under way is complete; raises UserError where it failed."""
@@ -66,7 +78,7 @@ class Checkpoints:
             if not _is_disk_error(error):
                 raise
             raise UserError(
-                f"{self._folder}: a checkpoint could not be written: {_root(error)}. The checkpoint before it is whole "
+                f"{self.folder}: a checkpoint could not be written: {_root(error)}. The checkpoint before it is whole "
                 f"(step {self.latest}); make room and run the same command again to go on from there"
             ) from None
 

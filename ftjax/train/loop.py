@@ -10,44 +10,45 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
-from etils import epath
-from jax.sharding import NamedSharding
 
 from ftjax.compile_cache import keep_compiled_programs
-from ftjax.config import Config
-from ftjax.config.load import diff_configs, load_config, save_config
+from ftjax.config import Config, TrainingConfig
 from ftjax.data.classes import with_labels
 from ftjax.data.pipeline import BatchIterator, Split, load_splits
-from ftjax.distributed import asked_to_stop, together
+from ftjax.distributed import store
+from ftjax.distributed.agree import agree
+from ftjax.distributed.ending import asked_to_stop, together
 from ftjax.errors import UserError
 from ftjax.flops import peak_of, train_flops
 from ftjax.hub.output import write_output
 from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.mesh import describe, notes, spec
-from ftjax.methods import method_of
-from ftjax.train.checkpoint import Checkpoints, place
+from ftjax.train.announce import announce, next_commands, show_example
+from ftjax.train.checkpoint import Checkpoints
+from ftjax.train.folder import bring_best_back, checkpoints_of, keep_best, open_run_folder
+from ftjax.train.layout import BatchLayout
 from ftjax.train.profile import Profile
 from ftjax.train.progress import Progress, say
 from ftjax.train.record import peak_memory_gib, write_record
+from ftjax.train.same_run import facts_to_agree, fingerprints, refuse_other_documents, settings_to_agree
 from ftjax.train.setup import Setup, compile_steps, prepare
-from ftjax.train.step import StepMetrics, init_state
+from ftjax.train.step import StepMetrics, abstract_state, init_state
 from ftjax.train.track import Observation, Tracker
 from ftjax.train.watch import BestMetric, Diverged, LossWatch, OverfitWatch
 
-# What may differ when a run goes on: it does not change which numbers come out, or only their rounding.
-FREE_TO_CHANGE = (
-    "mesh.", "training.logging_steps", "training.save_steps", "training.save_total_limit", "training.report_to",
-    "training.profile_steps", "training.checkpoint_dir",
-    "training.eval_batch_size", "model.remat", "model.attention", "objective.loss_chunk", "output_dir", "evaluate.", "check.",
-)  # fmt: skip
 
+class Observer(Protocol):
+    """What is measured of a model while it trains, besides its loss."""
 
-# all parameters -> what was measured of them
-Observer = Callable[[Mapping[str, jax.Array]], Observation]
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must be equal on all processes, as JSON: prompts and rows."""
+
+    def __call__(self, params: Mapping[str, jax.Array]) -> Observation:
+        """Args: params: all of them, trained and frozen."""
 
 
 def train(
@@ -61,21 +62,27 @@ def train(
     Args:
         make_observer: of set-up, tokenizer and validation data; what it gives is called at every evaluation.
 
-    Raises UserError for whatever in the configuration, the model or the data is wrong.
+    Raises UserError for whatever in the configuration, the model or the data is wrong; of several processes each then ends
+    the same way (`ftjax.distributed.ending`).
     """
-    keep_compiled_programs()
     with together():
-        folder, config = Path(config.output_dir), with_labels(config)
-        config = open_run_folder(folder, config)
+        keep_compiled_programs()
+        config = with_labels(config)
+        open_run_folder(config)
+        checkpoints = Checkpoints(checkpoints_of(config), config.training.save_total_limit)
         tokenizer = load_tokenizer(config.model)
         train_split, validation = load_splits(
             config.data, tokenizer, seed=config.training.seed, classes=config.objective.classes
         )
+        documents, steps = fingerprints(train_split, validation), steps_of_run(train_split, config.training)
+        refuse_other_documents(checkpoints, documents, config)
+        agree("this run", {**settings_to_agree(config), **facts_to_agree(documents, steps)})
         setup = prepare(config)
         with jax.set_mesh(setup.mesh):
             observer = make_observer(setup, tokenizer, validation) if make_observer else None
+            agree("what is evaluated while training", observer.facts if observer is not None else {})
             check_early_stopping(config, evaluates=validation is not None or observer is not None)
-            Run(setup, tokenizer, train_split, validation, folder, config_path, observer).go()
+            Run(setup, tokenizer, train_split, validation, checkpoints, config_path, observer).go()
 
 
 def check_early_stopping(config: Config, *, evaluates: bool) -> None:
@@ -94,64 +101,40 @@ def check_early_stopping(config: Config, *, evaluates: bool) -> None:
         )
 
 
-def open_run_folder(folder: Path, config: Config) -> Config:
-    """Create the run folder, or check that the run in it is this one.
-
-    Raises UserError where the folder cannot be written, or holds checkpoints of another configuration.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            (folder / ".writable").write_bytes(b"")
-            (folder / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}; choose another output_dir") from None
-    saved, checkpoints = folder / "config.yaml", checkpoints_of(config)
-    elsewhere = checkpoints / "config.yaml" if config.training.checkpoint_dir else None
-    if elsewhere and elsewhere.exists():  # this host may be a new one, whose disk is empty
-        saved.write_text(elsewhere.read_text())
-    if saved.exists() and any(checkpoints.glob("[0-9]*")):
-        differences = [d for d in diff_configs(load_config(saved), config) if not d.startswith(FREE_TO_CHANGE)]
-        if differences:
-            raise UserError(
-                f"output_dir: {config.training.checkpoint_dir or folder} holds checkpoints of another configuration, which "
-                "differs in\n  "
-                + "\n  ".join(differences)
-                + "\nChoose another output_dir, remove that folder, or undo the difference to go on with that run"
-            )
-    if jax.process_index() == 0:
-        save_config(config, saved)
-        if elsewhere:
-            elsewhere.parent.mkdir(parents=True, exist_ok=True)
-            elsewhere.write_text(saved.read_text())
-    return config
+def steps_of_epoch(split: Split, options: TrainingConfig) -> int:
+    """Updates of the first epoch."""
+    return math.ceil(split.rows_per_epoch(0) / options.global_batch_size)
 
 
-def checkpoints_of(config: Config) -> epath.Path:
-    """Where a run keeps its checkpoints."""
-    return place(config.training.checkpoint_dir or Path(config.output_dir) / "checkpoints")
+def steps_of_run(split: Split, options: TrainingConfig) -> int:
+    """Updates of the whole run; epochs may pack into different numbers of rows."""
+    if options.max_steps:
+        return options.max_steps
+    whole = math.ceil(options.num_train_epochs)
+    each = [math.ceil(split.rows_per_epoch(epoch) / options.global_batch_size) for epoch in range(whole)]
+    return max(1, math.ceil(sum(each[:-1]) + each[-1] * (options.num_train_epochs - whole + 1)))
 
 
 class Run:
     """One run of the loop; what it prints and writes is the run folder of the documentation."""
 
     def __init__(
-        self, setup: Setup, tokenizer: Any, split: Split, validation: Split | None, folder: Path, config_path: Path | None,
-        observer: Observer | None = None,
+        self, setup: Setup, tokenizer: Any, split: Split, validation: Split | None, checkpoints: Checkpoints,
+        config_path: Path | None, observer: Observer | None = None,
     ):  # fmt: skip
-        self.setup, self.tokenizer, self.split, self.validation, self.folder = setup, tokenizer, split, validation, folder
+        self.setup, self.tokenizer, self.split, self.validation = setup, tokenizer, split, validation
         self.config, self.config_path, self.observer = setup.config, config_path, observer
+        self.checkpoints, self.folder = checkpoints, Path(setup.config.output_dir)
         options = self.options = setup.config.training
-        self.epoch_steps = math.ceil(split.rows_per_epoch(0) / options.global_batch_size)
-        self.total = options.max_steps or self.steps_of(options.num_train_epochs)
-        self.train_step, self.eval_step, optimizer, self.schedule = compile_steps(setup, self.total)
-        self.profile = Profile(options.profile_steps, folder / "profile", self.total)
-        self.state = init_state(setup.params, optimizer)
+        self.documents = fingerprints(split, validation)
+        self.epoch_steps, self.total = steps_of_epoch(split, options), steps_of_run(split, options)
+        self.train_step, self.eval_step, self.optimizer, self.schedule = compile_steps(setup, self.total)
+        self.profile = Profile(options.profile_steps, self.folder / "profile", self.total)
         self.flops, self.peak = train_flops(setup.model), peak_of(list(setup.mesh.devices.flat))
-        self.counted = np.zeros(2)  # FLOPs and tokens of this process's rows since the last log
+        self.layout = BatchLayout(setup.mesh, options.global_batch_size, options.gradient_accumulation_steps)
         self.batches: BatchIterator = split.batches(
             options.global_batch_size, seed=options.seed, shuffle=True, epochs=None,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            rows=self.layout.own, width_multiple=self.layout.length_parts,
         )  # fmt: skip
         self.watch = LossWatch(options.loss_spike_factor)
         self.best = BestMetric(
@@ -163,22 +146,17 @@ class Run:
         self.overfit = OverfitWatch()
         self.window = np.zeros(2)  # sums of loss * weight and of weight since the last log
         self.since_eval = np.zeros(2)  # and since the last evaluation
+        self.counted = np.zeros(2)  # FLOPs and tokens since the last log
         self.latest: dict[str, float] = {}  # metrics of the last log
         self.last_eval = 0
         self.key = jax.random.key(options.seed)
         self.interrupted: str | None = None
-
-    def steps_of(self, epochs: float) -> int:
-        """Updates of so many epochs; epochs may pack into different numbers of rows."""
-        whole = math.ceil(epochs)
-        each = [math.ceil(self.split.rows_per_epoch(epoch) / self.options.global_batch_size) for epoch in range(whole)]
-        return max(1, math.ceil(sum(each[:-1]) + each[-1] * (epochs - whole + 1)))
+        self.compiled: set[tuple[int, ...]] = set()  # shapes of batches whose program all processes have
 
     # ---- start, middle, end ----
 
     def go(self) -> None:
-        self.checkpoints = Checkpoints(checkpoints_of(self.config), self.options.save_total_limit)
-        first = self.restore() if self.checkpoints.latest is not None else 0
+        first = self.begin() if self.checkpoints.latest is None else self.restore()
         self.tracker = Tracker(
             self.folder, self.options.report_to, self.config.model_dump(mode="json"),
             active=jax.process_index() == 0, resume_from=first,
@@ -213,10 +191,9 @@ class Run:
         step = first
         with Progress(self.total, first) as progress:
             while step < self.total and not self.interrupted:
-                rows = next(self.batches)
-                self.counted += self.flops.of_batch(rows["positions"], rows["segment_ids"]), (rows["segment_ids"] > 0).sum()
-                batch = self.place(rows, self.options.gradient_accumulation_steps)
+                batch = self.layout.arrays(next(self.batches))
                 limit = np.float32(self.watch.limit())
+                self.compile_together(batch, limit)
                 with self.profile.step(step + 1):
                     self.state, metrics = self.train_step(self.state, self.setup.frozen, batch, self.key, limit)
                 step += 1
@@ -250,25 +227,26 @@ class Run:
 
     # ---- one update, one evaluation ----
 
-    def place(self, batch: Mapping[str, np.ndarray], microbatches: int | None) -> dict[str, jax.Array]:
-        """This process's rows as part of a global array `[A, B, T]`, or `[B, T]` without microbatches."""
+    def compile_together(self, batch: Mapping[str, jax.Array], limit: np.float32) -> None:
+        """With several processes: none runs a new program before all have compiled it.
 
-        def one(rows: np.ndarray) -> jax.Array:
-            axes = ("batch", "length")
-            if microbatches is not None:
-                rows, axes = rows.reshape(microbatches, -1, *rows.shape[1:]), (None, *axes)
-            return jax.make_array_from_process_local_data(NamedSharding(self.setup.mesh, spec(axes)), rows)
-
-        return {name: one(rows) for name, rows in batch.items()}
+        On CPUs a transfer gives the last process 30 seconds to come, and one host may compile that much longer than another.
+        """
+        shape = batch["tokens"].shape
+        if store.several() and shape not in self.compiled:
+            self.train_step.lower(self.state, self.setup.frozen, batch, self.key, limit).compile()
+            store.wait_for_all("compiled")
+            self.compiled.add(shape)
 
     def read(self, step: int, metrics: StepMetrics, progress: Progress) -> None:
         """Fetch an update's metrics; log them where it is time."""
         if step <= progress.read:
             return
-        loss, weight, tokens, grad_norm, update_norm, good = (np.asarray(value).item() for value in metrics)
+        loss, weight, tokens, flops, grad_norm, update_norm, good = (np.asarray(value).item() for value in metrics)
         self.watch.see(step, loss, grad_norm, good)
         self.window += (loss * weight, weight)
         self.since_eval += (loss * weight, weight)
+        self.counted += (flops, tokens)
         progress.update(step, loss, tokens)
         if step % self.options.logging_steps == 0 or step == self.total:
             row = {
@@ -327,12 +305,13 @@ class Run:
         """Over the whole validation set."""
         options = self.options
         rows = options.eval_batch_size or options.global_batch_size // options.gradient_accumulation_steps
+        layout = BatchLayout(self.setup.mesh, rows)
         batches = self.validation.batches(
-            rows, seed=0, shuffle=False, epochs=1, process_index=jax.process_index(), process_count=jax.process_count()
+            rows, seed=0, shuffle=False, epochs=1, rows=layout.own, width_multiple=layout.length_parts
         )
         sums = np.zeros(3)
         for batch in batches:
-            sums += np.array(self.eval_step(self.state.params, self.setup.frozen, self.place(batch, None)), np.float64)
+            sums += np.array(self.eval_step(self.state.params, self.setup.frozen, layout.arrays(batch)), np.float64)
         loss = sums[0] / max(sums[1], 1e-9)
         return {
             "eval/loss": loss,
@@ -341,6 +320,12 @@ class Run:
         }
 
     # ---- what is kept ----
+
+    def begin(self) -> int:
+        """The state of a new run; it takes the parameters over from the set-up."""
+        self.state = init_state(self.setup.params, self.optimizer)
+        self.setup.params = {}
+        return 0
 
     def save(self, step: int) -> None:
         if self.checkpoints.latest == step:
@@ -355,13 +340,22 @@ class Run:
             "since_eval": self.since_eval.tolist(),
             "latest": self.latest,
             "overfit": self.overfit.state(),
+            "documents": self.documents,
         }
         self.checkpoints.save(step, self.state, meta)
 
     def restore(self) -> int:
-        self.state, meta = self.checkpoints.restore(self.state)
+        """The state of the newest checkpoint, in the place of the parameters that were loaded."""
+        like = abstract_state(self.setup.params, self.optimizer)
+        for leaf in self.setup.params.values():
+            leaf.delete()
+        self.setup.params = {}
+        self.state, meta = self.checkpoints.restore(like)
         self.batches.set_state(meta["data"])
         self.best.load(meta["best"])
+        if self.best.value is not None and (lost := bring_best_back(self.folder, self.checkpoints.folder)):
+            say(f"warning: {lost}")
+            self.best.value = None
         self.watch.recent.extend(meta["recent_losses"])
         self.window[:] = meta["window"]
         self.last_eval = meta["last_eval"]
@@ -376,6 +370,8 @@ class Run:
             self.folder / name, self.setup.config, self.setup.model, {**self.setup.frozen, **self.state.params}, self.tokenizer,
             self.setup.source, step=step, data=self.split.report.lines(), metrics=metrics,
         )  # fmt: skip
+        if name == "best" and self.options.checkpoint_dir:
+            keep_best(self.folder, self.checkpoints.folder)
 
     def on_signal(self, number: int, frame: Any) -> None:
         if self.interrupted:  # a second one means it
@@ -390,64 +386,8 @@ class Run:
             return
         splits = {"train": self.split, "validation": self.validation}
         write_record(self.folder, self.setup, splits, first=first, steps=self.total, epoch_steps=self.epoch_steps)
-        devices = jax.devices()
-        say(
-            f"devices: {len(devices)} {devices[0].platform} ({devices[0].device_kind}); mesh: {describe(self.setup.mesh)}",
-            *([f"mesh: auto, because {self.setup.mesh_reason}"] if self.setup.mesh_reason else []),
-            *(f"mesh: {note}" for note in notes(self.setup.mesh)),
-            *([f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', 'none')}"] if devices[0].platform == "gpu" else []),
-            self.setup.trained_line(),
-            self.flops.formula(self.config.data.max_length),
-            *(f"note: {note}" for note in self.setup.model.notes),
-            *self.split.report.lines(),
-            f"{self.total} steps of {self.options.global_batch_size} rows, {self.epoch_steps} steps an epoch; "
-            f"remat: {self.setup.runtime.remat}; attention: {self.setup.runtime.attention}",
-        )
+        announce(self.setup, self.split, self.flops, steps=self.total, epoch_steps=self.epoch_steps, first=first)
         if first:
             say(f"resuming from step {first} of {self.total}")
         else:
-            self.show_example()
-
-    def show_example(self) -> None:
-        """One row as the model sees it, with what is trained marked."""
-        from ftjax.data.preview import render_example
-
-        if (classes := self.config.objective.classes) is not None:
-            *text, number = self.split.example().tokens.tolist()
-            say("an example:", self.tokenizer.decode(text), f"its class: {classes[number]}")
-            return
-        say("an example (what is trained is marked):", render_example(self.split.example(), self.tokenizer))
-
-
-def next_commands(folder: Path, config: Config) -> list[str]:
-    """What one does with a finished run."""
-    final, base = folder / "final", config.model.path
-    method = method_of(config.method)
-    adapter = method.adapter
-    if config.objective.classes is not None:
-        lines = [f"done; the result is in {final}", f"  measure it: ftjax evaluate {folder} --data FILE"]
-        if adapter:
-            return [*lines, f"  one model:  ftjax export {folder} --out {folder / 'merged'} --merge"]
-        return [*lines, f"  in Python:  transformers.pipeline('text-classification', {str(final)!r})"]
-    model = f"{base} --adapter {final}" if adapter else str(final)
-    raw = "--raw " if config.data.prompt_format == "raw" else ""  # as the prompts were that it learnt from
-    merged = folder / "merged" if adapter else final
-    lines = [
-        f"done; the result is in {final}",
-        f"  try it:     ftjax generate {model} {raw}--prompt '...'",
-        f"  look at it: ftjax report {folder}",
-    ]
-    if adapter and method.merged is None:
-        load = {
-            "peft": "peft.PeftModel.from_pretrained(model, {})",
-            "adapters": "adapters.init(model); model.load_adapter({}, use_safetensors=True)",
-        }
-        return [*lines, f"  in Python:  {load[method.library].format(repr(str(final)))} ({method.no_merge})"]
-    if adapter:
-        lines.append(f"  one model:  ftjax export {folder} --out {merged} --merge")
-    return [
-        *lines,
-        f"  vLLM:       vllm serve {merged}",
-        f"  llama.cpp:  python convert_hf_to_gguf.py {merged} --outfile model.gguf",
-        f"  benchmarks: lm_eval --model hf --model_args pretrained={merged} --tasks hellaswag",
-    ]
+            show_example(self.config, self.split, self.tokenizer)

@@ -20,6 +20,7 @@ from ftjax import tree
 from ftjax.config import Config
 from ftjax.data.pipeline import KEYS
 from ftjax.errors import UserError
+from ftjax.flops import train_flops
 from ftjax.hub.classifier import objectives_facts, with_objectives_head
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import abstract_param, load_base, open_model
@@ -221,7 +222,7 @@ def prepare(config: Config) -> Setup:
 def compile_steps(setup: Design, steps: int) -> tuple[Any, Any, optax.GradientTransformation, Any]:
     """`(train step, evaluation step, optimizer, schedule)` for a run of `steps` updates; the train step donates its state."""
     optimizer = make_optimizer(setup.config.optimizer, setup.model.trainable, steps)
-    train = jax.jit(make_train_step(setup.sums_fn, optimizer, setup.runtime), donate_argnums=0)
+    train = jax.jit(make_train_step(setup.sums_fn, optimizer, setup.runtime, train_flops(setup.model)), donate_argnums=0)
     evaluate = jax.jit(make_eval_step(setup.sums_fn, dataclasses.replace(setup.runtime, remat="none")))
     return train, evaluate, optimizer, make_schedule(setup.config.optimizer, steps)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ftjax.flops import TrainFlops
 from ftjax.models.context import Context
 from ftjax.objectives.loss import Sums
 from ftjax.train.place import along, moved, on_host
@@ -29,6 +30,7 @@ class StepMetrics(NamedTuple):
     loss: jax.Array
     weight: jax.Array  # sum of the weights: the number of trained tokens
     tokens: jax.Array  # tokens that are not padding
+    flops: jax.Array  # that they need (`ftjax.flops`), on all devices together
     grad_norm: jax.Array  # before clipping
     update_norm: jax.Array
     good: jax.Array  # bool: the update was applied
@@ -50,7 +52,7 @@ class Runtime:
 SumsFn = Callable[[dict, dict, dict, Context], tuple[Sums, jax.Array]]
 
 
-def make_train_step(sums_fn: SumsFn, optimizer: optax.GradientTransformation, runtime: Runtime):
+def make_train_step(sums_fn: SumsFn, optimizer: optax.GradientTransformation, runtime: Runtime, flops: TrainFlops):
     """`step(state, frozen, batch, key, limit) -> (state, StepMetrics)`.
 
     `batch` holds arrays `[A, B, T]`. Losses and gradients are summed over everything and divided once by the sum of the
@@ -89,7 +91,8 @@ def make_train_step(sums_fn: SumsFn, optimizer: optax.GradientTransformation, ru
         new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
         new = new._replace(opt_state=moved(new.opt_state, jax.memory.Space.Host))
         tokens = jnp.sum(batch["segment_ids"] > 0)
-        return new, StepMetrics(loss, sums.weight, tokens, grad_norm, optax.tree.norm(updates), good)
+        needed = flops.of_batch(batch["positions"], batch["segment_ids"])
+        return new, StepMetrics(loss, sums.weight, tokens, needed, grad_norm, optax.tree.norm(updates), good)
 
     return step
 

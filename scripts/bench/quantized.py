@@ -50,7 +50,7 @@ def measure(options: argparse.Namespace, quantization: str | None, exact: dict) 
     config = config_of(options, quantization)
     setup = prepare(config)
     split, _ = load_splits(config.data, load_tokenizer(config.model), seed=0)
-    batches = split.batches(options.rows, seed=0, shuffle=True, epochs=None, process_index=0, process_count=1)
+    batches = split.batches(options.rows, seed=0, shuffle=True, epochs=None)
     line: dict = {"base": quantization or "float32"}
     first = next(batches)
     logits = logits_of(setup, first)

@@ -31,14 +31,14 @@ def test_every_document_stands_once_in_rows_that_hold_it(case, seed):
     lengths, capacity = case
     plan = pack(np.array(lengths, int), capacity, None if seed is None else np.random.default_rng(seed))
     assert sorted(plan.documents.tolist()) == list(range(len(lengths)))
-    sums = [sum(lengths[d] for d in plan.row(row)) for row in range(len(plan))]
+    sums = [sum(lengths[d] for d in plan.take(np.array([row]))[0]) for row in range(len(plan))]
     assert all(0 < total <= capacity for total in sums)
     assert len(plan) == naive(lengths, capacity)
 
 
 def test_the_example_of_the_documentation():
     plan = pack(np.array([5, 3, 3, 2]), 8, None)
-    assert [plan.row(row).tolist() for row in range(2)] == [[0, 1], [2, 3]]
+    assert [plan.take(np.array([row]))[0].tolist() for row in range(2)] == [[0, 1], [2, 3]]
 
 
 def test_the_seed_decides_the_order_and_nothing_else():
@@ -51,7 +51,7 @@ def test_the_seed_decides_the_order_and_nothing_else():
 def test_without_a_seed_rows_follow_the_data():
     lengths = np.random.default_rng(0).integers(1, 100, 500)
     plan = pack(lengths, 128, None)
-    first = [plan.row(row).min() for row in range(len(plan))]
+    first = [plan.take(np.array([row]))[0].min() for row in range(len(plan))]
     assert first == sorted(first)
 
 

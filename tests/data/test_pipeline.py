@@ -56,7 +56,7 @@ def test_the_example_of_the_documentation():
         tokens = np.array([1, 15, 31, 2, 1, 40, 41, 2], np.int32)
         weights = np.array([0, 0, 1, 1] * 2, np.uint8)
 
-    batch = fill(Store, np.array([0, 4]), np.array([4, 4]), np.array([2]), 1, 12)
+    batch = fill(Store, np.array([0, 4]), np.array([4, 4]), np.array([2]), 12)
     assert {name: values[0].tolist() for name, values in batch.items()} == {
         "tokens": [1, 15, 31, 2, 1, 40, 41, 2, 0, 0, 0, 0],
         "targets": [15, 31, 2, 0, 40, 41, 2, 0, 0, 0, 0, 0],
@@ -147,7 +147,8 @@ def test_any_processes_before_and_after_a_restart_see_every_row_once(tmp_path, b
     stop = min(stop, len(reference))
 
     def shares(count):
-        return [split.batches(size, seed=0, shuffle=True, epochs=2, process_index=i, process_count=count) for i in range(count)]
+        parts = np.split(np.arange(size), count)
+        return [split.batches(size, seed=0, shuffle=True, epochs=2, rows=part) for part in parts]
 
     def step(iterators):
         parts = [next(iterator) for iterator in iterators]
@@ -177,9 +178,28 @@ def test_packed_rows_go_on_with_another_batch_size(split):
     assert counted([*seen, *other]) == whole(split)
 
 
-def test_a_batch_that_does_not_divide_is_refused(split):
-    with pytest.raises(UserError, match="a batch of 6 rows does not divide by 4 processes"):
-        split.batches(6, seed=0, shuffle=True, epochs=1, process_index=0, process_count=4)
+@pytest.mark.parametrize("options", [{}, {"packing": False}, {"mix_epochs": True}, {"streaming": True}])
+def test_any_rows_of_a_batch(tmp_path, options):
+    """Processes may share rows, and a process may hold rows that do not follow each other."""
+    split = load(write_rows(tmp_path / "a.jsonl", 150), max_length=64, **options)
+    reference = every(split, 8, epochs=2)
+    for rows in ([0, 1, 4, 5], [3], [6, 7], list(range(8))):
+        got = every(split, 8, epochs=2, rows=rows)
+        assert same(got, [{name: values[rows] for name, values in batch.items()} for batch in reference])
+
+
+@pytest.mark.parametrize("rows", [[], [1, 0], [2, 2], [8], [-1]])
+def test_rows_that_are_none_of_the_batch(split, rows):
+    with pytest.raises(ValueError, match="rows of a batch of 8"):
+        split.batches(8, seed=0, shuffle=True, epochs=1, rows=rows)
+
+
+def test_rows_that_are_not_packed_have_lengths_that_the_mesh_divides(tmp_path):
+    """72 tokens of a row can lie on 8 devices; the shorter width of 36 cannot."""
+    split = load(write_rows(tmp_path / "a.jsonl", 40), max_length=72, packing=False)
+    assert {batch["tokens"].shape[1] for batch in every(split, 4)} == {36}
+    batches = every(split, 4, width_multiple=8)
+    assert {batch["tokens"].shape[1] for batch in batches} == {72} and counted(batches) == whole(split)
 
 
 # Mixtures
@@ -220,5 +240,5 @@ def test_documents_in_a_batch_know_where_they_came_from(split):
     assert all(places[document].rpartition(":")[2].isdigit() for document in documents_in(batch))
     (first, (row, segment)), *_ = split.first(3)
     assert first.where.endswith("a.jsonl:1")
-    plan = split.rows(split.plan(0, True, 0), row, row + 1, 1, 64)
+    plan = split.rows(split.plan(0, True, 0), np.array([row]), 64)
     assert plan["tokens"][0][plan["segment_ids"][0] == segment].tolist() == first.tokens.tolist()

@@ -24,9 +24,8 @@ from data_sets import documents_in, load
 from pathlib import Path
 
 split = load(Path(path), max_length=64)
-batches = split.batches(
-    16, seed=0, shuffle=True, epochs=1, process_index=jax.process_index(), process_count=jax.process_count()
-)
+share = 16 // count
+batches = split.batches(16, seed=0, shuffle=True, epochs=1, rows=range(index * share, (index + 1) * share))
 if sys.argv[7] != "-":
     batches.set_state(json.loads(Path(sys.argv[7]).read_text())["state"])
 seen, rows = [], 0

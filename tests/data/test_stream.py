@@ -53,7 +53,8 @@ def test_any_processes_before_and_after_a_restart(tmp_path, before, after, size,
     stop = min(stop, len(reference))
 
     def shares(count):
-        return [split.batches(size, seed=0, shuffle=True, epochs=2, process_index=i, process_count=count) for i in range(count)]
+        parts = np.split(np.arange(size), count)
+        return [split.batches(size, seed=0, shuffle=True, epochs=2, rows=part) for part in parts]
 
     def step(iterators):
         parts = [next(iterator) for iterator in iterators]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tiny_tokenizer import save_tokenizer
 
 from ftjax.config import Config
 from ftjax.errors import UserError
+from ftjax.train.layout import BatchLayout
 from ftjax.train.loop import Run, train
 
 
@@ -149,7 +151,7 @@ def test_resume_is_uninterrupted(model, data, whole, stop, tmp_path, monkeypatch
     assert starts == [0, max(step for step in (3, 6, 9) if step <= stop)]
 
 
-def test_checkpoints_elsewhere(model, data, whole, tmp_path, monkeypatch, on_one_device):
+def test_checkpoints_elsewhere(model, data, whole, tmp_path, monkeypatch, on_one_device, capsys):
     """A new host, whose disk is empty, goes on from a folder that all hosts share; another configuration is refused there."""
     shared = str(tmp_path / "bucket" / "run")
     with monkeypatch.context() as patch:
@@ -159,9 +161,20 @@ def test_checkpoints_elsewhere(model, data, whole, tmp_path, monkeypatch, on_one
     assert not (tmp_path / "first" / "checkpoints").exists()
     with pytest.raises(UserError, match=r"(?s)bucket.*another configuration.*optimizer.learning_rate"):
         train(config(model, data, tmp_path / "other", training__checkpoint_dir=shared, optimizer={"learning_rate": 1.0}))
-    train(config(model, data, tmp_path / "second", training__checkpoint_dir=shared))
-    assert min(losses(tmp_path / "second")) == 8
-    same_adapter(whole, tmp_path / "second")
+    assert (tmp_path / "first" / "best" / "adapter_model.safetensors").exists()
+    third = tmp_path / "bucket" / "third"
+    shutil.copytree(shared, third)
+    shutil.rmtree(third / "best")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "evaluate", lambda *_: None)  # nothing is better later
+        for name, folder in (("second", shared), ("third", third)):
+            train(config(model, data, tmp_path / name, training__checkpoint_dir=str(folder)))
+            assert min(losses(tmp_path / name)) == 8
+            same_adapter(whole, tmp_path / name)
+    first, second = (load_file(tmp_path / name / "best" / "adapter_model.safetensors") for name in ("first", "second"))
+    assert all((first[name] == second[name]).all() for name in first), "best/ comes back from beside the checkpoints"
+    assert not (tmp_path / "third" / "best").exists()
+    assert "third/best is not here any more" in capsys.readouterr().out.replace("\n", "")
 
 
 BUCKET = """
@@ -299,14 +312,15 @@ def test_early_stopping(model, data, tmp_path, on_one_device):
 
 def test_divergence_keeps_the_last_good_state(model, data, tmp_path, on_one_device, monkeypatch):
     """NaN at update 6: an error that says so, and the checkpoint of update 5 (T21)."""
-    original = Run.place
+    original, seen = BatchLayout.arrays, []
 
-    def place(self, batch, microbatches):
-        if microbatches is not None and int(self.state.step) == 5:
+    def arrays(self, batch):
+        seen.append(self.microbatches)
+        if seen.count(1) == 6:  # evaluations have no microbatches
             batch = {**batch, "weights": batch["weights"] * np.nan}
-        return original(self, batch, microbatches)
+        return original(self, batch)
 
-    monkeypatch.setattr(Run, "place", place)
+    monkeypatch.setattr(BatchLayout, "arrays", arrays)
     with pytest.raises(UserError, match="diverged at step 6"):
         train(config(model, data, tmp_path, training__eval_steps=None))
     assert (tmp_path / "checkpoints" / "5").exists()

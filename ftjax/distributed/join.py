@@ -1,4 +1,4 @@
-"""Several processes as one run: `jax.distributed`, started by itself where a cluster is recognised, and ended when one dies.
+"""Several processes as one run: `jax.distributed`, started by itself where a cluster is recognised.
 
 One process a host is the rule (and the only way on TPUs). Recognised are, in this order: what the command line says; the
 environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; a step of SLURM with several tasks;
@@ -7,18 +7,38 @@ Cloud TPU, as a VM or on GKE, one slice or several. Anything else is a single pr
 
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from ftjax.distributed.ending import together
 from ftjax.errors import UserError
 
-HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead and the others are stopped
+HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead and the others are stopped
 GATHERING = 300  # seconds that the first process waits for the last
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def alone(verb: str) -> None:
+    """UserError on all processes but the first, for a verb that one process does and whose files others would write too."""
+    asked = explicit(None, None, None, os.environ)
+    if asked is not None and asked["process_id"] > 0:
+        raise UserError(
+            f"ftjax {verb} is the work of one process, and {VARIABLES[2]} says that this is process {asked['process_id']} of "
+            f"{asked['num_processes']}; run it on one host alone, or unset {', '.join(VARIABLES)}"
+        )
+
+
+@contextmanager
+def joined(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> Iterator[None]:
+    """Around the whole work of a verb: join the other processes, if there are any, and end together when one fails.
+
+    Args and errors are those of `start`. A single process does not import JAX here.
+    """
+    start(coordinator, num_processes, process_id)
+    with together():
+        yield
 
 
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -31,12 +51,14 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
 
     Raises UserError where the three are not complete or make no sense, or the others do not come.
     """
-    if jax.distributed.is_initialized():
-        return
     asked = explicit(coordinator, num_processes, process_id, os.environ)
     if asked is None:
         asked = detect(os.environ)
     if asked is None:
+        return
+    import jax
+
+    if jax.distributed.is_initialized():
         return
     try:
         jax.distributed.initialize(**asked, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=GATHERING)
@@ -52,10 +74,22 @@ def explicit(
 ) -> dict[str, Any] | None:
     """What `jax.distributed.initialize` is to be given, where the command line or JAX's variables say it."""
     if coordinator is None and num_processes is None and process_id is None:
-        if not {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"} <= environment.keys():
+        given = [name for name in VARIABLES if environment.get(name)]
+        if not given:
             return None
-        coordinator = environment["JAX_COORDINATOR_ADDRESS"]
-        num_processes, process_id = (int(environment[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        if len(given) < len(VARIABLES):
+            if detect(environment) is not None:  # a cluster that knows the rest
+                return None
+            missing = ", ".join(name for name in VARIABLES if name not in given)
+            raise UserError(
+                f"{', '.join(given)} is set and {missing} is not; set all three on every host, or none of them for one process"
+            )
+        coordinator = environment[VARIABLES[0]]
+        try:
+            num_processes, process_id = (int(environment[name]) for name in VARIABLES[1:])
+        except ValueError:
+            wrong = ", ".join(f"{name}={environment[name]}" for name in VARIABLES[1:])
+            raise UserError(f"{wrong}: expected two whole numbers") from None
     if coordinator is None or num_processes is None or process_id is None:
         raise UserError("--coordinator, --num-processes and --process-id belong together; give all three to every process")
     if ":" not in coordinator:
@@ -88,44 +122,6 @@ def _tpu_here() -> bool:
     """Whether this host has TPU chips and their driver."""
     chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
     return chips and importlib.util.find_spec("libtpu") is not None
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """Around all that the processes do jointly: when one fails, it ends at once and says why.
-
-    Without this it would wait for the others, who wait for it. The others notice within HEARTBEAT seconds, or as soon as a
-    transfer from the dead one breaks; those that hang on a device are ended by JAX's coordination service, with its message.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if jax.process_count() == 1 or isinstance(error, SystemExit):
-            raise
-        who = f"process {jax.process_index()} of {jax.process_count()}"
-        if isinstance(error, UserError):
-            print(f"error: {who}: {error}", file=sys.stderr)
-        elif isinstance(error, jax.errors.JaxRuntimeError):
-            print(
-                f"error: {who} stops, because another process of this run has ended or cannot be reached "
-                f"({_first_line(error)}). Its own output says why. The last checkpoint is whole: start the same command on "
-                "all hosts again to go on from it",
-                file=sys.stderr,
-            )
-        else:
-            import traceback
-
-            traceback.print_exc()
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(2 if isinstance(error, UserError) else 1)  # a regular exit would wait for the others
-
-
-def asked_to_stop(step: int) -> bool:
-    """Whether all processes are to save and stop after this update: one of them got SIGTERM. All call it at every update."""
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.reached_preemption_sync_point(step)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,81 @@
+"""What processes tell each other in words: the key-value store of JAX's coordination service, which needs no device.
+
+JAX has no public name for it; Orbax uses it by the same private one.
+"""
+
+import itertools
+import json
+import socket
+import sys
+from typing import Any
+
+_DAY = 24 * 3600 * 1000  # milliseconds: who does not come at all is noticed by its heartbeat, long before
+
+_numbers = itertools.count()
+
+
+def _state() -> Any | None:
+    """JAX's record of the processes; None where there is only this one. Does not import JAX."""
+    if "jax" not in sys.modules:
+        return None
+    from jax._src.distributed import global_state
+
+    return global_state if global_state.client is not None and global_state.num_processes > 1 else None
+
+
+def several() -> bool:
+    """Whether this process is one of several that were joined."""
+    return _state() is not None
+
+
+def index() -> int:
+    """The number of this process, from 0; asks no device."""
+    state = _state()
+    return 0 if state is None else state.process_id
+
+
+def count() -> int:
+    """How many processes were joined."""
+    state = _state()
+    return 1 if state is None else state.num_processes
+
+
+def name(process: int | None = None, host: str | None = None) -> str:
+    """`process 1 of 4 (host)`: this one where nothing is given."""
+    return f"process {index() if process is None else process} of {count()} ({host or socket.gethostname()})"
+
+
+def new_name(about: str) -> str:
+    """A name that was not used before and is the same on all processes, which come here in the same order."""
+    return f"ftjax/{about}/{next(_numbers)}"
+
+
+def put(key: str, value: Any) -> None:
+    """Make JSON known under a key that nobody has written yet."""
+    _state().client.key_value_set(key, json.dumps(value))
+
+
+def wait_for(key: str) -> Any:
+    """The JSON of a key, as soon as it is there."""
+    return json.loads(_state().client.blocking_key_value_get(key, _DAY))
+
+
+def under(folder: str) -> dict[str, Any]:
+    """The JSON of all keys `folder/NAME` that are there, by NAME."""
+    found = _state().client.key_value_dir_get(folder)
+    return {key.rpartition("/")[2]: json.loads(value) for key, value in found}
+
+
+def wait_for_all(about: str) -> None:
+    """Go on when every process has come here."""
+    _state().client.wait_at_barrier(new_name(about), _DAY)
+
+
+def from_first(about: str, value: Any) -> Any:
+    """The JSON that process 0 came with, on all processes; all call it."""
+    if not several():
+        return value
+    key = new_name(about)
+    if index() == 0:
+        put(key, value)
+    return wait_for(key)

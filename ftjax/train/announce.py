@@ -1,0 +1,80 @@
+"""What a run says before its first update and after its last."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ftjax.config import Config
+from ftjax.data.pipeline import Split
+from ftjax.data.preview import render_example
+from ftjax.flops import TrainFlops
+from ftjax.mesh import describe, notes
+from ftjax.methods import method_of
+from ftjax.train.progress import say
+from ftjax.train.setup import Setup
+
+
+def announce(setup: Setup, split: Split, flops: TrainFlops, *, steps: int, epoch_steps: int, first: int) -> None:
+    """Devices, mesh, what is trained and on what data; called by one process.
+
+    Args:
+        first: the step that this start goes on from.
+    """
+    config, options, devices = setup.config, setup.config.training, jax.devices()
+    say(
+        f"devices: {len(devices)} {devices[0].platform} ({devices[0].device_kind}); mesh: {describe(setup.mesh)}",
+        *([f"mesh: auto, because {setup.mesh_reason}"] if setup.mesh_reason else []),
+        *(f"mesh: {note}" for note in notes(setup.mesh)),
+        *([f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', 'none')}"] if devices[0].platform == "gpu" else []),
+        setup.trained_line(),
+        flops.formula(config.data.max_length),
+        *(f"note: {note}" for note in setup.model.notes),
+        *split.report.lines(),
+        f"{steps} steps of {options.global_batch_size} rows, {epoch_steps} steps an epoch; "
+        f"remat: {setup.runtime.remat}; attention: {setup.runtime.attention}",
+    )
+
+
+def show_example(config: Config, split: Split, tokenizer: Any) -> None:
+    """One row as the model sees it, with what is trained marked."""
+    if (classes := config.objective.classes) is not None:
+        *text, number = split.example().tokens.tolist()
+        say("an example:", tokenizer.decode(text), f"its class: {classes[number]}")
+        return
+    say("an example (what is trained is marked):", render_example(split.example(), tokenizer))
+
+
+def next_commands(folder: Path, config: Config) -> list[str]:
+    """What one does with a finished run."""
+    final, base = folder / "final", config.model.path
+    method = method_of(config.method)
+    adapter = method.adapter
+    if config.objective.classes is not None:
+        lines = [f"done; the result is in {final}", f"  measure it: ftjax evaluate {folder} --data FILE"]
+        if adapter:
+            return [*lines, f"  one model:  ftjax export {folder} --out {folder / 'merged'} --merge"]
+        return [*lines, f"  in Python:  transformers.pipeline('text-classification', {str(final)!r})"]
+    model = f"{base} --adapter {final}" if adapter else str(final)
+    raw = "--raw " if config.data.prompt_format == "raw" else ""  # as the prompts were that it learnt from
+    merged = folder / "merged" if adapter else final
+    lines = [
+        f"done; the result is in {final}",
+        f"  try it:     ftjax generate {model} {raw}--prompt '...'",
+        f"  look at it: ftjax report {folder}",
+    ]
+    if adapter and method.merged is None:
+        load = {
+            "peft": "peft.PeftModel.from_pretrained(model, {})",
+            "adapters": "adapters.init(model); model.load_adapter({}, use_safetensors=True)",
+        }
+        return [*lines, f"  in Python:  {load[method.library].format(repr(str(final)))} ({method.no_merge})"]
+    if adapter:
+        lines.append(f"  one model:  ftjax export {folder} --out {merged} --merge")
+    return [
+        *lines,
+        f"  vLLM:       vllm serve {merged}",
+        f"  llama.cpp:  python convert_hf_to_gguf.py {merged} --outfile model.gguf",
+        f"  benchmarks: lm_eval --model hf --model_args pretrained={merged} --tasks hellaswag",
+    ]

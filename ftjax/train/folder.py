@@ -1,0 +1,122 @@
+"""The folder of a run: made, or found to hold this very run, by one process for all."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from etils import epath
+
+from ftjax.config import Config
+from ftjax.config.load import diff_configs, load_config, save_config
+from ftjax.distributed import store
+from ftjax.distributed.agree import see_one_folder
+from ftjax.errors import UserError
+from ftjax.train.checkpoint import place
+from ftjax.train.same_run import free_to_change
+
+CONFIG, BEST = "config.yaml", "best"
+
+
+def checkpoints_of(config: Config) -> epath.Path:
+    """Where a run keeps its checkpoints."""
+    return place(config.training.checkpoint_dir or Path(config.output_dir) / "checkpoints")
+
+
+def open_run_folder(config: Config) -> None:
+    """Create the run folder, or check that the run in it is this one; all processes call it.
+
+    Raises UserError where the folder cannot be written, holds checkpoints of another configuration, or is not one folder for
+    all processes.
+    """
+    checkpoints = checkpoints_of(config)
+    if store.index() == 0:
+        _create(config, checkpoints)
+    see_one_folder(checkpoints, "training.checkpoint_dir" if config.training.checkpoint_dir else "output_dir")
+
+
+def _create(config: Config, checkpoints: epath.Path) -> None:
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").write_bytes(b"")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}; choose another output_dir") from None
+    kept = checkpoints / CONFIG if config.training.checkpoint_dir else folder / CONFIG
+    if any(step.name.isdecimal() for step in _children(checkpoints)) and kept.exists():
+        differences = [d for d in diff_configs(_read(kept), config) if not d.startswith(free_to_change(config))]
+        if differences:
+            raise UserError(
+                f"output_dir: {config.training.checkpoint_dir or folder} holds checkpoints of another configuration, which "
+                "differs in\n  "
+                + "\n  ".join(differences)
+                + "\nChoose another output_dir, remove that folder, or undo the difference to go on with that run"
+            )
+    save_config(config, folder / CONFIG)
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        if config.training.checkpoint_dir:
+            replace_text(checkpoints / CONFIG, (folder / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"training.checkpoint_dir: {checkpoints} cannot be written: {error.strerror or error}") from None
+
+
+def replace_text(path: epath.Path, text: str) -> None:
+    """Write a file that is whole whenever somebody reads it, on a disk or in a bucket."""
+    if "://" in str(path):
+        path.write_text(text)  # an object appears as a whole
+        return
+    partial = path.parent / f".{path.name}.{os.getpid()}"
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _children(folder: epath.Path) -> list[epath.Path]:
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def _read(path: epath.Path) -> Config:
+    """A configuration on a disk or in a bucket."""
+    with tempfile.TemporaryDirectory() as here:
+        local = Path(here) / CONFIG
+        local.write_text(path.read_text(), encoding="utf-8")
+        return load_config(local)
+
+
+# ---- best/, where the run folder is on a disk that may be lost ----
+
+
+def keep_best(folder: Path, checkpoints: epath.Path) -> None:
+    """Copy the run's `best/` beside its checkpoints, by one process."""
+    if store.index() == 0:
+        _copy(epath.Path(folder / BEST), checkpoints / BEST)
+
+
+def bring_best_back(folder: Path, checkpoints: epath.Path) -> str | None:
+    """After a restart, `best/` from beside the checkpoints where the run's own folder lacks it; all processes call it.
+
+    Returns why it is lost, the same on all processes; None where it is there.
+    """
+    lost = None
+    if store.index() == 0 and not (folder / BEST).exists():
+        if (checkpoints / BEST).exists():
+            _copy(checkpoints / BEST, epath.Path(folder / BEST))
+        else:
+            lost = f"{folder / BEST} is not here any more, and no copy of it; the next evaluation begins a new one"
+    return store.from_first("best", lost)
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    """A folder of files in place of another, which is whole or not there at any time on a disk."""
+    partial = target.parent / f".{target.name}.partial"
+    local = "://" not in str(target)
+    place = partial if local else target
+    if place.exists():
+        place.rmtree()
+    place.mkdir(parents=True)
+    for file in source.iterdir():
+        file.copy(place / file.name, overwrite=True)
+    if local:
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)

@@ -1,0 +1,82 @@
+"""How the rows of a global batch lie on the devices of all processes.
+
+Which rows a process has to build follows from where its devices stand in the mesh, and from nothing else. On a mesh of
+data=2 x tensor=2 over four processes with one device each, a batch of 8 rows in 2 microbatches lies so:
+
+    process 0, data 0, tensor 0    rows 0 1 of microbatch 0, rows 4 5 of microbatch 1
+    process 1, data 0, tensor 1    the same
+    process 2, data 1, tensor 0    rows 2 3 of microbatch 0, rows 6 7 of microbatch 1
+    process 3, data 1, tensor 1    the same
+
+Legend: A microbatches, B rows of a microbatch (over all devices), T length.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from ftjax.mesh import parts, spec
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """The place of batches of `rows` rows on a mesh.
+
+    Attributes:
+        microbatches: A; None for batches without that axis, as evaluations have them.
+        process: whose rows are meant; None: this process's.
+    """
+
+    mesh: Mesh
+    rows: int
+    microbatches: int | None = None
+    process: int | None = None
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """Of arrays `[A, B, T]`, or `[B, T]` without microbatches."""
+        axes = ("batch", "length")
+        return NamedSharding(self.mesh, spec(axes if self.microbatches is None else (None, *axes)))
+
+    @property
+    def length_parts(self) -> int:
+        """Into how many parts a row is cut; its length is a multiple of that."""
+        return parts(self.mesh.shape, "length")
+
+    @cached_property
+    def own(self) -> np.ndarray:
+        """The rows of a global batch that the process's devices hold, as rising numbers from 0."""
+        steps = self.microbatches or 1
+        return (np.arange(steps)[:, None] * (self.rows // steps) + self._of_each).ravel()
+
+    @cached_property
+    def _of_each(self) -> np.ndarray:
+        """The rows of one microbatch, or of the batch, that the process's devices hold."""
+        shape = self._shape(self.length_parts)
+        index = self.process if self.process is not None else jax.process_index()
+        held = [where for device, where in self.sharding.devices_indices_map(shape).items() if device.process_index == index]
+        return np.unique(np.concatenate([np.arange(*where[-2].indices(shape[-2])) for where in held]))
+
+    def _shape(self, length: int) -> tuple[int, ...]:
+        if self.microbatches is None:
+            return self.rows, length
+        return self.microbatches, self.rows // self.microbatches, length
+
+    def arrays(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Global arrays `[A, B, T]` (or `[B, T]`) out of this process's rows, `[len(own), T]` of each name."""
+        return {name: self._array(rows) for name, rows in batch.items()}
+
+    def _array(self, rows: np.ndarray) -> jax.Array:
+        shape = self._shape(rows.shape[1])
+        held = rows.reshape(*shape[:-2], len(self._of_each), shape[-1])
+        return jax.make_array_from_callback(shape, self.sharding, lambda index: self.part(held, shape, index))
+
+    def part(self, held: np.ndarray, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """What a device holds of an array of this shape: `array[index]`, from the rows that the process has `held`."""
+        *steps, wanted, tokens = index
+        rows = np.searchsorted(self._of_each, wanted.indices(shape[-2])[:2])
+        return held[(*steps, slice(*rows), tokens)]

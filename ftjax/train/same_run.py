@@ -1,0 +1,73 @@
+"""Whether it is the same run: the same on all hosts, and the same as the one that left the checkpoint."""
+
+from typing import Any
+
+from ftjax.config import Config
+from ftjax.config.load import flatten_config
+from ftjax.data.pipeline import Split
+from ftjax.errors import UserError
+from ftjax.hub.card import installed_versions
+from ftjax.train.checkpoint import Checkpoints
+
+# What may differ when a run goes on: it does not change which numbers come out, or only their rounding.
+_FREE = (
+    "mesh.", "training.logging_steps", "training.save_steps", "training.save_total_limit", "training.report_to",
+    "training.profile_steps", "training.checkpoint_dir", "training.allow_changed_data",
+    "training.eval_batch_size", "model.remat", "model.attention", "objective.loss_chunk", "output_dir", "evaluate.", "check.",
+)  # fmt: skip
+# Places on a host's own disk. What lies there is compared instead: the documents, the model's files, the run folder.
+PLACES = ("data.train", "data.validation", "model.path", "model.tokenizer", "output_dir", "training.checkpoint_dir")
+
+
+Documents = dict[str, dict[str, Any]]  # of each set: its files, and `Split.fingerprint`
+
+
+def free_to_change(config: Config) -> tuple[str, ...]:
+    """The beginnings of the keys that may differ from those of the checkpoint that a run goes on from."""
+    return (*_FREE, "data.train", "data.validation") if config.training.allow_changed_data else _FREE
+
+
+def settings_to_agree(config: Config) -> dict[str, Any]:
+    """What of the configuration must be equal on all hosts, by dotted key."""
+    return {key: str(value) for key, value in flatten_config(config).items() if key not in PLACES}
+
+
+def facts_to_agree(documents: Documents, steps: int) -> dict[str, Any]:
+    """What else must be equal on all hosts: documents, number of updates, versions."""
+    facts: dict[str, Any] = {"total steps": steps}
+    for name, found in documents.items():
+        facts |= {f"{name}: {part}": value for part, value in found.items() if part != "files"}
+    return facts | {f"version of {package}": version for package, version in installed_versions().items()}
+
+
+def fingerprints(train: Split, validation: Split | None) -> Documents:
+    """What the documents of a run are, as JSON."""
+    splits = {"data.train": train, "data.validation": validation}
+    return {name: {"files": split.report.source, **split.fingerprint()} for name, split in splits.items() if split is not None}
+
+
+def refuse_other_documents(checkpoints: Checkpoints, documents: Documents, config: Config) -> None:
+    """UserError where the newest checkpoint was trained on other documents, unless `training.allow_changed_data`.
+
+    Positions in the data would mean other rows, and what was seen already would be seen again or never.
+    """
+    meta = checkpoints.meta()
+    saved = (meta or {}).get("documents")
+    if saved is None or config.training.allow_changed_data:
+        return
+    lines = []
+    for name in dict.fromkeys([*saved, *documents]):
+        before, now = saved.get(name), documents.get(name)
+        if before is None or now is None:
+            lines.append(f"{name}: {'none before' if before is None else 'none now'}")
+        elif before["digest"] != now["digest"]:
+            counts = [f"{now[part]:,} {part} (before: {before[part]:,})" for part in ("documents", "tokens")]
+            same = " with other content" if before["tokens"] == now["tokens"] else ""
+            lines.append(f"{name}: {now['files']}: {' of '.join(counts)}{same}")
+    if lines:
+        raise UserError(
+            f"{checkpoints.folder} holds a run on other documents:\n  "
+            + "\n  ".join(lines)
+            + "\nThe rows, the tokenizer, its chat template or an option of data: has changed. Put it back, choose another "
+            "output_dir, or set training.allow_changed_data: true to go on with the new documents"
+        )

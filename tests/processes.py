@@ -1,0 +1,170 @@
+"""Runs of `ftjax` as several real processes on CPUs, each with devices of its own, joined by `--coordinator`."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import yaml
+from oracle import Case, make_hf
+from quick_compile import QUICK
+from tiny_tokenizer import save_tokenizer
+
+# What `ftjax` runs. PyTorch, which only the tests have installed, would be a third of what a process imports: transformers and
+# datasets look for it when they are imported.
+COMMAND = """import sys
+sys.modules['torch'] = None
+import transformers, datasets
+del sys.modules['torch']
+from ftjax.cli import main
+main()
+"""
+
+
+def make_settings(folder: Path, family: str = "llama", **values) -> dict:
+    """A tiny model with data in `folder`, and the configuration of a run without its output_dir.
+
+    Args:
+        values: fields of the model's config.json.
+    """
+    make_hf(Case(family, family, {"initializer_range": 0.05, **values}), folder)
+    save_tokenizer(folder)
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdef"), rng.integers(2, 12))) for _ in range(300)]
+    data = folder / "train.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": word, "completion": word[::-1]}) for word in words) + "\n")
+    (folder / "validation.jsonl").write_text("\n".join(data.read_text().splitlines()[:12]) + "\n")
+    return {
+        "model": {"path": str(folder), "dtype": "float32", "compute_dtype": "float32", "remat": "none"},
+        "method": {"name": "lora", "r": 4, "lora_alpha": 8},
+        "data": {"train": str(data), "validation": str(folder / "validation.jsonl"), "max_length": 64},
+        "optimizer": {"learning_rate": 1e-3},
+        "training": {
+            "global_batch_size": 8, "gradient_accumulation_steps": 2, "eval_batch_size": 4, "logging_steps": 1, "report_to": [],
+        },
+        "mesh": {"fsdp": -1},
+    }  # fmt: skip
+
+
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+    """Of a process with so many CPU devices."""
+    flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu", **more}
+
+
+def address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def start(command: Sequence[str], **options) -> subprocess.Popen:
+    """`ftjax` with these arguments."""
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def launch(
+    count: int, settings: dict, out: Path, *, devices: int = 1, own: Mapping[int, Sequence[str]] | None = None,
+    wait: Mapping[int, float] | None = None, more: Mapping[str, str] | None = None,
+) -> list[subprocess.Popen]:  # fmt: skip
+    """`count` processes that train, as a person starts them.
+
+    Args:
+        own: further arguments of single processes, by their numbers.
+        wait: seconds before single processes are started.
+        more: environment variables.
+    """
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({**settings, "output_dir": str(out)}))
+    command = ["train", str(path), "--coordinator", address(), "--num-processes", str(count)]
+    running = []
+    for i in range(count):
+        time.sleep((wait or {}).get(i, 0))
+        arguments = [*command, "--process-id", str(i), *(own or {}).get(i, ())]
+        running.append(start(arguments, env=environment(devices, **(more or {}))))
+    return running
+
+
+def rows(out: Path, name: str = "train/loss") -> dict[int, dict]:
+    """What was logged with a metric of that name, by update; a line that is being written is left out."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return {row["step"]: row for row in map(json.loads, lines) if name in row}
+
+
+def wait_for_step(running: list[subprocess.Popen], out: Path, step: int) -> None:
+    """Until that update is logged, or a process has ended."""
+    deadline = time.monotonic() + 900
+    while step not in rows(out) and all(process.poll() is None for process in running):
+        assert time.monotonic() < deadline, end(running, kill=True)
+        time.sleep(0.005)
+
+
+def end(running: list[subprocess.Popen], kill: bool = False, timeout: float = 900) -> list[str]:
+    """What each has said, once all have ended."""
+    if kill:
+        for process in running:
+            process.kill()
+    return [process.communicate(timeout=timeout)[0] for process in running]
+
+
+def run(
+    count: int, settings: dict, out: Path, then: Callable[[list[subprocess.Popen]], None] = lambda running: None, **options
+) -> tuple[list[subprocess.Popen], list[str]]:
+    """Launch, do something with the running processes, wait: `(processes, what they said)`.
+
+    Gloo, which joins CPUs, gives a process 30 seconds to come after the first; where the machine is too busy for that, again.
+    """
+    before = out.with_name(f"before-{out.name}")
+    shutil.rmtree(before, ignore_errors=True)
+    if out.exists():
+        shutil.copytree(out, before)
+    for _ in range(3):
+        running = launch(count, settings, out, **options)
+        then(running)
+        said = end(running)
+        if "Gloo context initialization failed" not in "".join(said):
+            break
+        shutil.rmtree(out)
+        if before.exists():
+            shutil.copytree(before, out)
+    return running, said
+
+
+ALL = bool(os.environ.get("FTJAX_TEST_ALL"))  # set by `make test-all`
+
+
+def whole_run(settings: dict, out: Path, devices: int) -> None:
+    """The same in this process, on so many of its devices."""
+    import pytest
+
+    import ftjax.train.setup as setup
+    from ftjax.config import Config
+    from ftjax.evaluate.observe import make_observer
+    from ftjax.mesh import make_mesh
+    from ftjax.train.loop import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda config, found=None: make_mesh(config, found or jax.devices()[:devices]))
+        train(Config.model_validate({**settings, "output_dir": str(out)}), make_observer=make_observer)
+
+
+def same_losses(got: dict[int, dict], want: dict[int, dict], tolerance: float = 1e-6) -> None:
+    """The number of trained tokens tells which rows an update had."""
+    assert [got[step]["train/trained_tokens"] for step in got] == [want[step]["train/trained_tokens"] for step in got]
+    np.testing.assert_allclose(
+        [got[step]["train/loss"] for step in got], [want[step]["train/loss"] for step in got], rtol=0, atol=tolerance
+    )

@@ -1,0 +1,155 @@
+"""Several processes give the numbers of one: losses, evaluations, trained tokens and final weights, on every kind of mesh.
+
+Each line is a mesh, a configuration that joins several features, and how many processes with how many devices each. The lines
+are chosen so that every kind of mesh meets every configuration, and each of both processes x devices. `make test-all` runs all
+of them, `make test` those of SLICE.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from processes import ALL, make_settings, rows, run, same_losses, whole_run
+from safetensors.numpy import load_file
+
+MESHES = {
+    "data": {"data": 4, "fsdp": 1},
+    "fsdp": {"fsdp": 4},
+    "tensor": {"fsdp": 1, "tensor": 4},  # across processes in each layout
+    "fsdp x tensor": {"fsdp": 2, "tensor": 2},  # tensor inside a process of two devices, across processes of one
+    "tensor outside": {"fsdp": 1, "data": 2, "tensor": 2},
+    "sequence": {"fsdp": 1, "sequence": 4},
+    "fsdp x sequence": {"fsdp": 2, "sequence": 2},
+    "tensor x sequence": {"fsdp": 1, "tensor": 2, "sequence": 2},
+    "expert": {"fsdp": 1, "expert": 4},
+    "fsdp x expert": {"fsdp": 2, "expert": 2},
+    "slices": {"data": 2, "fsdp": 2, "slices": 2},
+}
+
+LORA = {"name": "lora", "r": 4, "lora_alpha": 8}
+CLASSES = {"name": "classification", "labels": ["short", "long"], "head": True}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a run has besides its mesh: changes of the settings, section by section."""
+
+    sections: dict = field(default_factory=dict)
+    microbatches: int = 1
+    sparse: bool = True  # goes with a mixture of experts
+
+
+FEATURES = {
+    # dropout and a router's loss see microbatches; 13 rows do not divide; answers are written while training
+    "lora": Features(
+        {
+            "method": {**LORA, "lora_dropout": 0.3},
+            "data": {"validation": "{folder}/thirteen.jsonl"},
+            "training": {"eval_steps": 2},
+            "evaluate": {"training_prompts": ["abc", "fed"], "training_max_new_tokens": 4},
+        },
+        microbatches=2,
+    ),
+    "full": Features(
+        {
+            "method": {"name": "full"},
+            "data": {"packing": False},
+            "training": {"eval_steps": 1, "early_stopping_patience": 1, "early_stopping_threshold": 0.5, "save_steps": 1},
+        }
+    ),
+    "int8": Features({"model": {"quantization": "int8"}, "method": LORA, "data": {"streaming": True}}, sparse=False),
+    "prefix": Features({"method": {"name": "prefix_tuning", "num_virtual_tokens": 4}}, microbatches=2),
+    "classes": Features(
+        {
+            "method": LORA,
+            "objective": CLASSES,
+            "data": {"train": "{folder}/classes.jsonl", "validation": "{folder}/classes.jsonl"},
+            "evaluate": {"training_rows": 5},
+            "training": {"eval_steps": 2},
+        },
+        sparse=False,
+    ),
+}
+LAYOUTS = ((2, 2), (4, 1))  # processes and devices of each
+LINES = [
+    (mesh, name, LAYOUTS[(number + place) % 2])
+    for number, mesh in enumerate(MESHES)
+    for place, (name, features) in enumerate(FEATURES.items())
+    if features.sparse or "expert" not in mesh
+]
+SLICE = {
+    ("tensor", "lora"), ("sequence", "full"), ("fsdp x tensor", "classes"), ("fsdp x expert", "lora"), ("slices", "int8"),
+    ("fsdp x sequence", "prefix"),
+}  # fmt: skip
+
+
+def test_every_mesh_meets_all_features():
+    met = {(mesh, name) for mesh, name, _ in LINES}
+    assert met == {(m, n) for m in MESHES for n in FEATURES if FEATURES[n].sparse or "expert" not in m}
+    for mesh in MESHES:
+        assert {layout for one, _, layout in LINES if one == mesh} == set(LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """The settings for a dense model or a mixture of experts, made once."""
+    made = {}
+
+    def of(sparse: bool) -> dict:
+        if sparse not in made:
+            folder = tmp_path_factory.mktemp("experts" if sparse else "dense")
+            more = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.1} if sparse else {}
+            settings = make_settings(folder, "mixtral" if sparse else "llama", num_key_value_heads=4, **more)
+            lines = (folder / "train.jsonl").read_text().splitlines()
+            (folder / "thirteen.jsonl").write_text("\n".join(lines[:13]) + "\n")
+            words = [json.loads(line)["prompt"] for line in lines[:80]]
+            labelled = [{"text": word, "label": "long" if len(word) > 6 else "short"} for word in words]
+            (folder / "classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+            made[sparse] = folder, settings
+        return made[sparse]
+
+    return of
+
+
+def settings_of(folder, settings: dict, features: Features, mesh: dict) -> dict:
+    """A run of four updates."""
+    found = {**settings, "mesh": mesh}
+    found["training"] = {
+        **settings["training"], "max_steps": 4, "gradient_accumulation_steps": features.microbatches, "save_steps": 100,
+    }  # fmt: skip
+    for section, values in features.sections.items():
+        text = json.loads(json.dumps(values).replace("{folder}", str(folder)))
+        found[section] = text if section in ("method", "objective") else {**found.get(section, {}), **text}
+    return found
+
+
+@pytest.mark.parametrize("mesh, name, layout", LINES, ids=lambda value: str(value).replace(" ", ""))
+def test_processes_are_one(mesh, name, layout, folder_of, tmp_path):
+    if not ALL and (mesh, name) not in SLICE:
+        pytest.skip("`make test-all` runs all lines")
+    folder, settings = folder_of("expert" in mesh)
+    settings = settings_of(folder, settings, FEATURES[name], MESHES[mesh])
+    one, many = tmp_path / "one", tmp_path / "many"
+    whole_run(settings, one, devices=4)
+    running, said = run(layout[0], settings, many, devices=layout[1])
+    assert not any(process.returncode for process in running), "\n".join(said)
+    got, want = rows(many), rows(one)
+    assert list(got) == list(want) and len(want) == (2 if name == "full" else 4)
+    same_losses(got, want, 1e-5)
+    for metric in ("eval/loss", "eval/token_accuracy", "eval/accuracy"):
+        ours, theirs = rows(many, metric), rows(one, metric)
+        assert list(ours) == list(theirs)
+        for step in theirs:
+            assert ours[step][metric] == pytest.approx(theirs[step][metric], abs=1e-5), (metric, step)
+    ours, theirs = rows(many, "eval/generations"), rows(one, "eval/generations")
+    assert [row["eval/generations"] for row in ours.values()] == [row["eval/generations"] for row in theirs.values()]
+    assert bool(theirs) == (name != "classes")  # a head writes nothing
+    compared = 0
+    for file in (one / "final").glob("*.safetensors"):
+        ours, theirs = (load_file(path) for path in (many / "final" / file.name, file))
+        assert ours.keys() == theirs.keys()
+        for tensor in theirs:
+            np.testing.assert_allclose(ours[tensor], theirs[tensor], atol=1e-5, rtol=0, err_msg=tensor)
+            compared += 1
+    assert compared
