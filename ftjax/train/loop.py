@@ -33,7 +33,7 @@ from ftjax.train.layout import BatchLayout
 from ftjax.train.profile import Profile
 from ftjax.train.progress import Progress, say
 from ftjax.train.record import peak_memory_gib, write_record
-from ftjax.train.same_run import facts_to_agree, fingerprints, refuse_other_documents, settings_to_agree
+from ftjax.train.same_run import facts_to_agree, fingerprints, refuse_other_documents
 from ftjax.train.setup import Setup, compile_steps, prepare
 from ftjax.train.step import StepMetrics, abstract_state, init_state
 from ftjax.train.track import Observation, Tracker
@@ -74,9 +74,11 @@ def train(
         train_split, validation = load_splits(
             config.data, tokenizer, seed=config.training.seed, classes=config.objective.classes
         )
-        documents, steps = fingerprints(train_split, validation), steps_of_run(train_split, config.training)
+        documents = fingerprints(train_split, validation)
         refuse_other_documents(checkpoints, documents, config)
-        agree("this run", {**settings_to_agree(config), **facts_to_agree(documents, steps)})
+        if store.several():
+            steps = steps_of_run(train_split, config.training)
+            agree("this run", facts_to_agree(config, documents, steps, checkpoints.latest))
         setup = prepare(config)
         with jax.set_mesh(setup.mesh):
             observer = make_observer(setup, tokenizer, validation) if make_observer else None

@@ -7,6 +7,8 @@ from ftjax.config.load import flatten_config
 from ftjax.data.pipeline import Split
 from ftjax.errors import UserError
 from ftjax.hub.card import installed_versions
+from ftjax.hub.fetch import resolve_model
+from ftjax.hub.same_model import model_digest
 from ftjax.train.checkpoint import Checkpoints
 
 # What may differ when a run goes on: it does not change which numbers come out, or only their rounding.
@@ -27,14 +29,11 @@ def free_to_change(config: Config) -> tuple[str, ...]:
     return (*_FREE, "data.train", "data.validation") if config.training.allow_changed_data else _FREE
 
 
-def settings_to_agree(config: Config) -> dict[str, Any]:
-    """What of the configuration must be equal on all hosts, by dotted key."""
-    return {key: str(value) for key, value in flatten_config(config).items() if key not in PLACES}
-
-
-def facts_to_agree(documents: Documents, steps: int) -> dict[str, Any]:
-    """What else must be equal on all hosts: documents, number of updates, versions."""
-    facts: dict[str, Any] = {"total steps": steps}
+def facts_to_agree(config: Config, documents: Documents, steps: int, checkpoint: int | None) -> dict[str, Any]:
+    """What must be equal on all hosts: configuration, documents, model, number of updates, newest checkpoint, versions."""
+    facts: dict[str, Any] = {key: str(value) for key, value in flatten_config(config).items() if key not in PLACES}
+    facts |= {"total steps": steps, "newest checkpoint": checkpoint}
+    facts["digest of the model's files"] = model_digest(resolve_model(config.model.path, config.model.revision))
     for name, found in documents.items():
         facts |= {f"{name}: {part}": value for part, value in found.items() if part != "files"}
     return facts | {f"version of {package}": version for package, version in installed_versions().items()}

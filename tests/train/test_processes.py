@@ -23,7 +23,7 @@ from processes import (
     wait_for_step,
     whole_run,
 )
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 STEPS = 24
 
@@ -134,6 +134,7 @@ DIFFERENCES = {
     "fewer rows": (["data.train={folder}/fewer.jsonl"], ["data.train: documents: 300 on process 0, 90 here"]),
     "no data": (["data.train={folder}/nothing.jsonl"], ["nothing.jsonl: no such file"]),
     "a typo": (["training.max_stepz=3"], ["training.max_stepz: unknown key; did you mean max_steps?"]),
+    "weights": (["model.path={folder}/model"], ["digest of the model's files"]),
     "prompts": (["evaluate.training_prompts=[abc]"], ["evaluate.training_prompts"]),
     "folder": (["output_dir={folder}/elsewhere"], ["output_dir: ", "is not the folder that process 0 sees"]),
 }
@@ -145,6 +146,10 @@ def test_hosts_that_differ(settings, tmp_path, name):
     lines = Path(settings["data"]["train"]).read_text().splitlines(keepends=True)
     (tmp_path / "reversed.jsonl").write_text("".join(lines[::-1]))
     (tmp_path / "fewer.jsonl").write_text("".join(lines[:90]))
+    shutil.copytree(settings["model"]["path"], tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + np.float32(1e-3)
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     arguments, words = DIFFERENCES[name]
     running = launch(2, settings, tmp_path / "run", own={1: [text.format(folder=tmp_path) for text in arguments]})
     said = end(running, timeout=120)
