@@ -18,7 +18,7 @@ BELOW = {
     "mesh": {"tree", "config", "errors"},
     "page": set(),
     "data": {"page", "config", "errors"},
-    "models": {"mesh", "tree", "config", "errors"},
+    "models": {"mesh", "tree", "config", "errors", "chips"},
     "chips": set(),
     "flops": {"chips", "models"},
     "objectives": {"models"},

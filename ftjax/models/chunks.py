@@ -12,7 +12,7 @@ from flax import nnx
 
 from ftjax.mesh import constrain, fitting, parts, sharding
 from ftjax.models.context import Context
-from ftjax.models.gathered import fully_sharded, gathered, in_order
+from ftjax.models.gathered import fully_sharded, gathered, in_order, joined_parts
 
 CHUNK = 2048  # tokens of one device that a feed-forward layer takes at a time
 HIDDEN = 1024  # hidden units of it at a time, where its weights are trained
@@ -121,7 +121,7 @@ def _by_hidden(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
             """Gathered, with its dimensions in their order again."""
             at = axes.index("mlp")
             for dimension, over in enumerate((place[at], *place[:at], *place[at + 1 :])):
-                piece = jax.lax.all_gather(piece, over, axis=dimension, tiled=True) if over else piece
+                piece = joined_parts(piece, over, dimension) if over else piece
             return jnp.moveaxis(piece, 0, at)
 
         def body(y, pieces):

@@ -114,7 +114,27 @@ class Program:
             for instruction in self._with_fused(loop.called("condition"))
             if instruction.opcode == "constant" and re.match(r"\(\d+\)", instruction.text)
         ]
-        return max(bounds, default=1)
+        return -(-max(bounds, default=1) // self._stride(loop))
+
+    def _stride(self, loop: Instruction) -> int:
+        """How far a loop's counter goes in one run of its body: two in the loops of permutes, which the partitioner unrolls."""
+        compared = next((i for i in self.computations[loop.called("condition")].values() if i.root), None)
+        condition, body = (self.computations[loop.called(key)] for key in ("condition", "body"))
+        places = [
+            int(found[1])
+            for name in (compared.operands if compared else ())
+            if name in condition and (found := re.search(r"index=(\d+)", condition[name].text))
+        ]
+        root = next((i for i in body.values() if i.root), None)
+        if len(places) != 1 or root is None or places[0] >= len(root.operands):
+            return 1
+        stride, at = 0, body.get(root.operands[places[0]])
+        while at is not None and at.opcode in ("add", *_RENAMED):
+            steps = [body[name] for name in at.operands if name in body]
+            added = [i for i in steps if i.opcode == "constant" and re.match(r"\(\d+\)", i.text)]
+            stride += sum(int(i.text[1:].split(")")[0]) for i in added)
+            at = next((i for i in steps if i not in added), None)
+        return stride or 1
 
     def _with_fused(self, name: str) -> Iterator[Instruction]:
         for instruction in self.computations[name].values():
