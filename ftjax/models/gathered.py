@@ -83,16 +83,18 @@ def reduced_parts(x: jax.Array, over: str | tuple[str, ...], dimension: int) -> 
     half = size // 2
     halves = [list(range(half)), list(range(half, size))]
     pairs = [[place, place + half] for place in range(half)]
-    scatter = partial(jax.lax.psum_scatter, axis_name=axes[0], axis_index_groups=halves, scatter_dimension=dimension, tiled=True)
-    parts = jnp.stack([scatter(part) for part in jnp.split(x, 2, dimension)])
-    return jax.lax.psum_scatter(parts, axes[0], scatter_dimension=0, axis_index_groups=pairs)
+    scatter = partial(jax.lax.psum_scatter, axis_name=axes[0])
+    of_both = [
+        scatter(part, scatter_dimension=dimension, axis_index_groups=halves, tiled=True) for part in jnp.split(x, 2, dimension)
+    ]
+    return scatter(jnp.stack(of_both), scatter_dimension=0, axis_index_groups=pairs)
 
 
 def _by_halves(mesh: jax.sharding.AbstractMesh, size: int, part: int) -> bool:
     """Whether XLA makes an all-reduce of a reduce-scatter over so many devices, and not of those over half of them.
 
-    Tried with libtpu 0.0.42. Of a dimension that is contiguous in memory a part is cut in two, for the two directions of a ring,
-    and each has to fill the 128 lanes.
+    Tried with libtpu 0.0.42. Of a dimension that is contiguous in memory a part is cut in two, for the two directions of a
+    ring, and each has to fill the 128 lanes.
     """
     chip = chip_of(getattr(mesh.abstract_device, "device_kind", ""))
     if chip is None or not chip.torus or size % 2 or part < 256:

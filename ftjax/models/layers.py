@@ -9,11 +9,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.errors import UserError
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded, gathered
-from ftjax.models.kept import product
+from ftjax.models.kept import WHOLE, product
 from ftjax.models.param import Init, param
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -75,6 +76,25 @@ def _widen_backward(saved, d_y):
 widen.defvjp(_widen_forward, _widen_backward)
 
 
+@jax.custom_vjp
+def widen_both(x: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`widen` with two weights. The gradient of x is one product over the outputs of both, not the sum of two arrays."""
+    return project(x, first), project(x, second)
+
+
+def _widen_both_forward(x, first, second):
+    return widen_both(x, first, second), (x, first, second)
+
+
+def _widen_both_backward(saved, gradients):
+    x, *weights = saved
+    d_weights = [_widen_backward((x, weight), d_y)[1] for weight, d_y in zip(weights, gradients, strict=True)]
+    return project(jnp.concatenate(gradients, axis=-1), jnp.concatenate(weights), conv1d=True), *d_weights
+
+
+widen_both.defvjp(_widen_both_forward, _widen_both_backward)
+
+
 def project_sharded(
     x: jax.Array,
     weight: jax.Array,
@@ -90,7 +110,7 @@ def project_sharded(
         return multiply(x, weight)
 
     def whole(x, weight):
-        return multiply(x, gathered(weight.astype(x.dtype), axes))
+        return multiply(x, checkpoint_name(gathered(weight.astype(x.dtype), axes), WHOLE))
 
     # Where the block around it is not recomputed, the shard is kept for the backward pass all the same, not what it came to.
     return jax.checkpoint(whole)(x, weight) if ctx.remat == "none" else whole(x, weight)
@@ -121,6 +141,17 @@ class Linear(nnx.Module):
         multiply = widen if widens else partial(project, conv1d=self.conv1d)
         y = project_sharded(x, self.weight[...], self.weight_axes, ctx, multiply)
         return product(y if self.bias is None else y + self.bias[...].astype(x.dtype))
+
+
+def side_by_side(x: jax.Array, first: nnx.Module, second: nnx.Module, ctx: Context) -> tuple[jax.Array, jax.Array]:
+    """`first(x, ctx), second(x, ctx)`; of trained layers whose weights are whole here, the backward pass takes both at once."""
+    if ctx.whole_weights and all(_is_trained_alone(layer) for layer in (first, second)):
+        return widen_both(x, first.weight[...], second.weight[...])
+    return first(x, ctx), second(x, ctx)
+
+
+def _is_trained_alone(layer: nnx.Module) -> bool:
+    return type(layer) is Linear and layer.bias is None and not layer.conv1d and layer.weight.row.trainable
 
 
 def is_virtual(tokens: jax.Array) -> bool:
