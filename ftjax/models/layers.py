@@ -76,25 +76,6 @@ def _widen_backward(saved, d_y):
 widen.defvjp(_widen_forward, _widen_backward)
 
 
-@jax.custom_vjp
-def widen_both(x: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`widen` with two weights. The gradient of x is one product over the outputs of both, not the sum of two arrays."""
-    return project(x, first), project(x, second)
-
-
-def _widen_both_forward(x, first, second):
-    return widen_both(x, first, second), (x, first, second)
-
-
-def _widen_both_backward(saved, gradients):
-    x, *weights = saved
-    d_weights = [_widen_backward((x, weight), d_y)[1] for weight, d_y in zip(weights, gradients, strict=True)]
-    return project(jnp.concatenate(gradients, axis=-1), jnp.concatenate(weights), conv1d=True), *d_weights
-
-
-widen_both.defvjp(_widen_both_forward, _widen_both_backward)
-
-
 def project_sharded(
     x: jax.Array,
     weight: jax.Array,
@@ -141,17 +122,6 @@ class Linear(nnx.Module):
         multiply = widen if widens else partial(project, conv1d=self.conv1d)
         y = project_sharded(x, self.weight[...], self.weight_axes, ctx, multiply)
         return product(y if self.bias is None else y + self.bias[...].astype(x.dtype))
-
-
-def side_by_side(x: jax.Array, first: nnx.Module, second: nnx.Module, ctx: Context) -> tuple[jax.Array, jax.Array]:
-    """`first(x, ctx), second(x, ctx)`; of trained layers whose weights are whole here, the backward pass takes both at once."""
-    if ctx.whole_weights and all(_is_trained_alone(layer) for layer in (first, second)):
-        return widen_both(x, first.weight[...], second.weight[...])
-    return first(x, ctx), second(x, ctx)
-
-
-def _is_trained_alone(layer: nnx.Module) -> bool:
-    return type(layer) is Linear and layer.bias is None and not layer.conv1d and layer.weight.row.trainable
 
 
 def is_virtual(tokens: jax.Array) -> bool:

@@ -17,7 +17,7 @@ from ftjax.models.chunks import feed_forward
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.kept import projected
-from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm, activation, side_by_side
+from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm, activation
 from ftjax.models.param import param
 from ftjax.models.rope import Rope, angles, make_rope, refuse_partial
 from ftjax.models.self_attention import self_attention
@@ -85,8 +85,7 @@ class LlamaMLP(nnx.Module):
         return feed_forward(self, x, ctx)
 
     def all_at_once(self, x: jax.Array, ctx: Context) -> jax.Array:
-        gate, up = side_by_side(x, self.gate_proj, self.up_proj, ctx)
-        return self.down_proj(self.act(gate) * up, ctx)
+        return self.down_proj(self.act(self.gate_proj(x, ctx)) * self.up_proj(x, ctx), ctx)
 
 
 class LlamaBlock(nnx.Module):
