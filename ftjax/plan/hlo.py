@@ -214,11 +214,7 @@ class Program:
 
     def _fusion_traffic(self, fusion: Instruction, operands: list[Instruction | None]) -> float:
         inner = self.computations[fusion.called("calls")]
-        parameters = {int(i.text[1:].split(")")[0]): i for i in inner.values() if i.opcode == "parameter"}
-        users: dict[str, list[Instruction]] = {}
-        for instruction in inner.values():
-            for name in instruction.operands:
-                users.setdefault(name, []).append(instruction)
+        parameters, users = _parameters(inner), _users(inner)
         total, in_place = 0.0, self._in_place(inner)
         passed: dict[int, int] = {}  # results that are operands on their way to a collective's end
         if any(instruction.opcode in COLLECTIVES for instruction in inner.values()):
@@ -226,13 +222,31 @@ class Program:
         for number, operand in enumerate(operands):
             if operand is None or not _in_hbm(operand) or number not in parameters or number in passed.values():
                 continue
-            total += _read(parameters[number], users, operand.bytes)
+            total += self._read(parameters[number], users, operand.bytes)
         roots = [i for i in inner.values() if i.root]
         results = [inner[name] for name in roots[0].operands] if roots and roots[0].opcode == "tuple" else roots
         for number, (array, result) in enumerate(zip(fusion.arrays, results, strict=False)):
             if array.in_hbm and number not in passed:
                 total += in_place.get(result.name, array.bytes)
         return total
+
+    def _read(self, parameter: Instruction, users: Mapping[str, list[Instruction]], whole: float) -> float:
+        """Bytes that a fusion reads of a parameter: all, or the slices that it takes; nothing of what it only overwrites."""
+        total = 0.0
+        for user in users.get(parameter.name, ()):
+            if user.opcode in ("dynamic-slice", "slice", "gather"):
+                total += user.bytes
+            elif user.opcode == "bitcast" and not user.root:
+                total += self._read(user, users, whole)
+            elif user.opcode == "fusion":  # one inside of another
+                inner = self.computations[user.called("calls")]
+                own = _parameters(inner)[user.operands.index(parameter.name)]
+                total += self._read(own, _users(inner), whole)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+                continue
+            else:
+                return whole
+        return min(total, whole)
 
     @staticmethod
     def _in_place(inner: Mapping[str, Instruction]) -> dict[str, float]:
@@ -247,19 +261,18 @@ class Program:
         return found
 
 
-def _read(parameter: Instruction, users: Mapping[str, list[Instruction]], whole: float) -> float:
-    """Bytes that a fusion reads of a parameter: all, or the slices that it takes; nothing of what it only overwrites."""
-    total = 0.0
-    for user in users.get(parameter.name, ()):
-        if user.opcode in ("dynamic-slice", "slice", "gather"):
-            total += user.bytes
-        elif user.opcode == "bitcast":
-            total += _read(user, users, whole)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-            continue
-        else:
-            return whole
-    return min(total, whole)
+def _parameters(inner: Mapping[str, Instruction]) -> dict[int, Instruction]:
+    """A fused computation's parameters by their numbers."""
+    return {int(i.text[1:].split(")")[0]): i for i in inner.values() if i.opcode == "parameter"}
+
+
+def _users(inner: Mapping[str, Instruction]) -> dict[str, list[Instruction]]:
+    """The instructions that take each instruction's result."""
+    found: dict[str, list[Instruction]] = {}
+    for instruction in inner.values():
+        for name in instruction.operands:
+            found.setdefault(name, []).append(instruction)
+    return found
 
 
 def _in_hbm(instruction: Instruction) -> bool:

@@ -210,6 +210,40 @@ ENTRY %main (start: (u32[], f32[8])) -> (u32[], f32[8]) {
     assert [transfer.runs for transfer in Program(by_one, 2).transfers()] == [8]
 
 
+def test_a_fusion_inside_of_another_reads_what_it_slices():
+    """A layer's part of a stack that a product reads by way of a second fusion; and the whole of what only changes its shape."""
+    text = """
+%sliced (stack: f32[32,64], at: s32[]) -> f32[1,64] {
+  %stack = f32[32,64]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %part = f32[1,64]{1,0} dynamic-slice(%stack, %at, %zero), dynamic_slice_sizes={1,64}
+}
+
+%turned (flat: f32[64]) -> f32[64,1] {
+  %flat = f32[64]{0} parameter(0)
+  ROOT %same = f32[64,1]{1,0} bitcast(%flat)
+}
+
+%product (stack.1: f32[32,64], at.1: s32[], flat.1: f32[64]) -> f32[1,1] {
+  %stack.1 = f32[32,64]{1,0} parameter(0)
+  %at.1 = s32[] parameter(1)
+  %flat.1 = f32[64]{0} parameter(2)
+  %left = f32[1,64]{1,0} fusion(%stack.1, %at.1), kind=kLoop, calls=%sliced
+  %right = f32[64,1]{1,0} fusion(%flat.1), kind=kLoop, calls=%turned
+  ROOT %dot = f32[1,1]{1,0} dot(%left, %right), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (stack.2: f32[32,64], at.2: s32[], flat.2: f32[64]) -> f32[1,1] {
+  %stack.2 = f32[32,64]{1,0} parameter(0)
+  %at.2 = s32[] parameter(1)
+  %flat.2 = f32[64]{0} parameter(2)
+  ROOT %out = f32[1,1]{1,0} fusion(%stack.2, %at.2, %flat.2), kind=kOutput, calls=%product
+}
+"""
+    assert Program(text, 1).hbm_bytes() == 4 * (64 + 1 + 64 + 1)
+
+
 def test_a_plan_of_the_host(bare):
     """All of a plan's parts, from config.json alone, and back from JSON."""
     plan = make_plan(make_config(bare, mesh={"fsdp": 8}), CPUS)
