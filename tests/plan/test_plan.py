@@ -211,7 +211,7 @@ ENTRY %main (start: (u32[], f32[8])) -> (u32[], f32[8]) {
 
 
 def test_a_fusion_inside_of_another_reads_what_it_slices():
-    """A layer's part of a stack that a product reads by way of a second fusion; and the whole of what only changes its shape."""
+    """A part of a stack that a product reads by way of a second fusion; and the whole of what only changes its shape."""
     text = """
 %sliced (stack: f32[32,64], at: s32[]) -> f32[1,64] {
   %stack = f32[32,64]{1,0} parameter(0)
