@@ -96,7 +96,7 @@ def _by_halves(mesh: jax.sharding.AbstractMesh, size: int, part: int) -> bool:
     Tried with libtpu 0.0.42. Of a dimension that is contiguous in memory a part is cut in two, for the two directions of a
     ring, and each has to fill the 128 lanes.
     """
-    chip = chip_of(getattr(mesh.abstract_device, "device_kind", ""))
+    chip = chip_of(getattr(getattr(mesh, "abstract_device", None), "device_kind", ""))
     if chip is None or not chip.torus or size % 2 or part < 256:
         return False
     return size >= 16 and math.isqrt(size) ** 2 == size if chip.torus == 2 else size >= 8

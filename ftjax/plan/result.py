@@ -45,6 +45,7 @@ class Plan:
     cost_per_million_tokens: float | None = None
     advice: list[str] = field(default_factory=list)
     plan_seconds: float = 0.0
+    plan_cpu_seconds: float = 0.0  # of all cores together
 
     @property
     def tokens(self) -> int:
