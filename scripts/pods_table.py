@@ -30,7 +30,7 @@ CASES = [  # what, configuration, slice, rows, what else is said
 ]
 COLUMNS = (
     "", "slice", "chips", "rows", "tokens a row", "mesh", "arguments + temporaries", "alive at one time",
-    "a chip has", "fits", "least step", "bound", "tokens/s a chip, at most", "MFU, at most", "planned in",
+    "a chip has", "fits", "least step", "bound", "tokens/s a chip, at most", "MFU, at most", "processor time of the plan",
 )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def line(what: str, slice_: str, rows: int, plan: dict | None) -> str:
     cells = [what, slice_, plan["chips"], plan["rows"], f"{plan['max_length']:,}", mesh]
     peak = "" if plan["peak"] is None else f"{plan['peak'] / 1e9:.2f} GB"
     cells += [f"{used:.2f} GB", peak, f"{plan['limit'] / 1e9:.1f} GB", "yes" if plan["fits"] else "no"]
-    took = f"{plan['plan_seconds']:.0f} s"
+    took = f"{plan['plan_cpu_seconds']:.0f} s"
     if plan["step_seconds"] is None:
         return table_line([*cells, "", "", "", "", took])
     speed = f"{plan['tokens_per_second_per_chip']:,.0f}"

@@ -21,7 +21,7 @@ BELOW = {
     "mesh": {"placement", "torus", "tree", "config", "errors"},
     "page": set(),
     "data": {"page", "config", "errors"},
-    "models": {"mesh", "tree", "config", "errors"},
+    "models": {"mesh", "tree", "config", "errors", "chips"},
     "flops": {"chips", "models"},
     "objectives": {"models"},
     "methods": {"models"},

@@ -6,14 +6,16 @@ query heads without being repeated. The kernel is jax.experimental.pallas.ops.tp
 Legend: B batch, T length, N heads, K kv heads, H head dim.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
+from ftjax.models.gathered import in_order
 from ftjax.models.kept import ATTENTION
 from ftjax.models.pattern import MASKED, Pattern
 
@@ -36,8 +38,47 @@ def splash(q, k, v, segments, sinks, pattern: Pattern, interpret: bool = False) 
         segments = jnp.pad(segments, ((0, 0), (0, padding)))
     kernel = _kernel(t + padding, q.shape[2], pattern.window, pattern.softcap, interpret)
     q, k, v = (x.swapaxes(1, 2) for x in ((q * pattern.scale).astype(q.dtype), k.astype(q.dtype), v.astype(q.dtype)))
-    out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, kernels.SegmentIds(ids, ids), sinks))(q, k, v, segments)
-    return out.swapaxes(1, 2)[:, :t]
+
+    def rows(q, k, v, segments, sinks):
+        return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, kernels.SegmentIds(ids, ids), sinks))(q, k, v, segments)
+
+    return _turned(rows, q, k, v, segments, sinks)[:, :t]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _turned(attend: Callable, *values) -> jax.Array:
+    """`attend(*values)`, [B, N, T, H], as [B, T, N, H]; it keeps less for the backward pass than it would by itself.
+
+    The kernel keeps its result, and the product after it keeps the same in an order of its own: here the first is made from the
+    second again. And the kernel gives the log-sum-exp of a query once for each of 128 lanes: XLA would take the one that is
+    kept when the backward pass comes to it, and hold all of them until then.
+    """
+    return attend(*values).swapaxes(1, 2)
+
+
+def _turned_forward(attend: Callable, *values):
+    out, pull = jax.vjp(attend, *values)
+    kept, structure = jax.tree.flatten(pull)
+    own = [place for place, leaf in enumerate(kept) if leaf is out]
+    floats = {place: leaf for place, leaf in enumerate(kept) if place not in own and jnp.issubdtype(leaf.dtype, jnp.floating)}
+    b, n, t, h = out.shape
+    # As the product after it reads it: with heads for a dimension, a TPU's tiles would be of heads by their sizes.
+    y, floats = jax.lax.optimization_barrier((in_order(out.swapaxes(1, 2).reshape(b, t, n * h)), floats))
+
+    def backward(y, kept, gradient):
+        y, gradient = jax.lax.optimization_barrier((y, gradient))  # not before the gradient is there
+        kept = [in_order(y.reshape(b, t, n, h).swapaxes(1, 2)) if place in own else leaf for place, leaf in enumerate(kept)]
+        return jax.tree.unflatten(structure, kept)(gradient.swapaxes(1, 2))
+
+    kept = [None if place in own else floats.get(place, leaf) for place, leaf in enumerate(kept)]
+    return y.reshape(b, t, n, h), jax.tree_util.Partial(backward, y, kept)
+
+
+def _turned_backward(attend: Callable, backward: Callable, gradient: jax.Array):
+    return backward(gradient)
+
+
+_turned.defvjp(_turned_forward, _turned_backward)
 
 
 @lru_cache

@@ -12,7 +12,8 @@ from flax import nnx
 
 from ftjax.mesh import constrain, fitting, parts, sharding
 from ftjax.models.context import Context
-from ftjax.models.gathered import fully_sharded, gathered, in_order
+from ftjax.models.gathered import gathered, in_order, joined_parts
+from ftjax.models.kept import is_trained, memory_is_short
 
 CHUNK = 2048  # tokens of one device that a feed-forward layer takes at a time
 HIDDEN = 1024  # hidden units of it at a time, where its weights are trained
@@ -55,12 +56,12 @@ def feed_forward(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
     of the feed-forward layer, wider than any others, are then most of what a layer needs. Nothing is gathered or computed
     more often than by a layer that is recomputed as a whole. The layer is three products with a hidden dimension between them.
     """
-    if ctx.remat not in ("full", "offload") or not fully_sharded():
+    if not memory_is_short(ctx):
         return layer.all_at_once(x, ctx)
     rows = [variable.row for _, variable in nnx.iter_graph(layer) if isinstance(variable, nnx.Param)]
     if any(row.name not in PLAIN or row.quantization for row in rows):
         return layer.all_at_once(x, ctx)
-    run = _by_hidden if any(row.trainable and not row.adapter for row in rows) else _by_tokens
+    run = _by_hidden if is_trained(layer) else _by_tokens
     return constrain(run(layer, x, ctx), "batch", "length", None)
 
 
@@ -121,7 +122,7 @@ def _by_hidden(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
             """Gathered, with its dimensions in their order again."""
             at = axes.index("mlp")
             for dimension, over in enumerate((place[at], *place[:at], *place[at + 1 :])):
-                piece = jax.lax.all_gather(piece, over, axis=dimension, tiled=True) if over else piece
+                piece = joined_parts(piece, over, dimension) if over else piece
             return jnp.moveaxis(piece, 0, at)
 
         def body(y, pieces):

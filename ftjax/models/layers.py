@@ -9,11 +9,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.errors import UserError
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded, gathered
-from ftjax.models.kept import product
+from ftjax.models.kept import WHOLE, product
 from ftjax.models.lookup import rows_of
 from ftjax.models.param import Init, param
 
@@ -91,7 +92,7 @@ def project_sharded(
         return multiply(x, weight)
 
     def whole(x, weight):
-        return multiply(x, gathered(weight.astype(x.dtype), axes))
+        return multiply(x, checkpoint_name(gathered(weight.astype(x.dtype), axes), WHOLE))
 
     # Where the block around it is not recomputed, the shard is kept for the backward pass all the same, not what it came to.
     return jax.checkpoint(whole)(x, weight) if ctx.remat == "none" else whole(x, weight)

@@ -16,6 +16,7 @@ from ftjax.models.attention import Pattern
 from ftjax.models.chunks import feed_forward
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
+from ftjax.models.kept import projected
 from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm, activation
 from ftjax.models.param import param
 from ftjax.models.rope import Rope, angles, make_rope, refuse_partial
@@ -62,8 +63,12 @@ class LlamaAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
         """`x [B, T, E] -> ([B, T, E], cache)`."""
+        return self.attend(self.project(x, ctx), ctx, pattern, layer, cache)
+
+    def attend(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+        """What `project` gave -> `([B, T, E], cache)`."""
         sinks = None if self.sinks is None else self.sinks[...]
-        y, cache = self_attention(*self.project(x, ctx), ctx, pattern, layer, cache, sinks)
+        y, cache = self_attention(*qkv, ctx, pattern, layer, cache, sinks)
         return self.o_proj(y, ctx), cache
 
 
@@ -92,7 +97,8 @@ class LlamaBlock(nnx.Module):
         self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
-        y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
+        qkv = projected(self.input_layernorm, self.self_attn, x, ctx)
+        y, cache = self.self_attn.attend(qkv, ctx, pattern, layer, cache)
         x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
         x = x + self.output_adapters(x, self.mlp(self.post_attention_layernorm(x), ctx), ctx)
         return constrain(x, "batch", "length", None), cache, jnp.float32(0)

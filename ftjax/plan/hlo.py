@@ -128,7 +128,27 @@ class Program:
             for instruction in self._with_fused(loop.called("condition"))
             if instruction.opcode == "constant" and re.match(r"\(\d+\)", instruction.text)
         ]
-        return max(bounds, default=1)
+        return -(-max(bounds, default=1) // self._stride(loop))
+
+    def _stride(self, loop: Instruction) -> int:
+        """How far a loop's counter goes in one run of its body: two in the loops of permutes, which the partitioner unrolls."""
+        compared = next((i for i in self.computations[loop.called("condition")].values() if i.root), None)
+        condition, body = (self.computations[loop.called(key)] for key in ("condition", "body"))
+        places = [
+            int(found[1])
+            for name in (compared.operands if compared else ())
+            if name in condition and (found := re.search(r"index=(\d+)", condition[name].text))
+        ]
+        root = next((i for i in body.values() if i.root), None)
+        if len(places) != 1 or root is None or places[0] >= len(root.operands):
+            return 1
+        stride, at = 0, body.get(root.operands[places[0]])
+        while at is not None and at.opcode in ("add", *_RENAMED):
+            steps = [body[name] for name in at.operands if name in body]
+            added = [i for i in steps if i.opcode == "constant" and re.match(r"\(\d+\)", i.text)]
+            stride += sum(int(i.text[1:].split(")")[0]) for i in added)
+            at = next((i for i in steps if i not in added), None)
+        return stride or 1
 
     def _with_fused(self, name: str) -> Iterator[Instruction]:
         for instruction in self.computations[name].values():
@@ -220,11 +240,7 @@ class Program:
 
     def _fusion_traffic(self, fusion: Instruction, operands: list[Instruction | None]) -> float:
         inner = self.computations[fusion.called("calls")]
-        parameters = {int(i.text[1:].split(")")[0]): i for i in inner.values() if i.opcode == "parameter"}
-        users: dict[str, list[Instruction]] = {}
-        for instruction in inner.values():
-            for name in instruction.operands:
-                users.setdefault(name, []).append(instruction)
+        parameters, users = _parameters(inner), _users(inner)
         total, in_place = 0.0, self._in_place(inner)
         passed: dict[int, int] = {}  # results that are operands on their way to a collective's end
         if any(instruction.opcode in COLLECTIVES for instruction in inner.values()):
@@ -232,13 +248,31 @@ class Program:
         for number, operand in enumerate(operands):
             if operand is None or not _in_hbm(operand) or number not in parameters or number in passed.values():
                 continue
-            total += _read(parameters[number], users, operand.bytes)
+            total += self._read(parameters[number], users, operand.bytes)
         roots = [i for i in inner.values() if i.root]
         results = [inner[name] for name in roots[0].operands] if roots and roots[0].opcode == "tuple" else roots
         for number, (array, result) in enumerate(zip(fusion.arrays, results, strict=False)):
             if array.in_hbm and number not in passed:
                 total += in_place.get(result.name, array.bytes)
         return total
+
+    def _read(self, parameter: Instruction, users: Mapping[str, list[Instruction]], whole: float) -> float:
+        """Bytes that a fusion reads of a parameter: all, or the slices that it takes; nothing of what it only overwrites."""
+        total = 0.0
+        for user in users.get(parameter.name, ()):
+            if user.opcode in ("dynamic-slice", "slice", "gather"):
+                total += user.bytes
+            elif user.opcode == "bitcast" and not user.root:
+                total += self._read(user, users, whole)
+            elif user.opcode == "fusion":  # one inside of another
+                inner = self.computations[user.called("calls")]
+                own = _parameters(inner)[user.operands.index(parameter.name)]
+                total += self._read(own, _users(inner), whole)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+                continue
+            else:
+                return whole
+        return min(total, whole)
 
     @staticmethod
     def _in_place(inner: Mapping[str, Instruction]) -> dict[str, float]:
@@ -253,19 +287,18 @@ class Program:
         return found
 
 
-def _read(parameter: Instruction, users: Mapping[str, list[Instruction]], whole: float) -> float:
-    """Bytes that a fusion reads of a parameter: all, or the slices that it takes; nothing of what it only overwrites."""
-    total = 0.0
-    for user in users.get(parameter.name, ()):
-        if user.opcode in ("dynamic-slice", "slice", "gather"):
-            total += user.bytes
-        elif user.opcode == "bitcast":
-            total += _read(user, users, whole)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-            continue
-        else:
-            return whole
-    return min(total, whole)
+def _parameters(inner: Mapping[str, Instruction]) -> dict[int, Instruction]:
+    """A fused computation's parameters by their numbers."""
+    return {int(i.text[1:].split(")")[0]): i for i in inner.values() if i.opcode == "parameter"}
+
+
+def _users(inner: Mapping[str, Instruction]) -> dict[str, list[Instruction]]:
+    """The instructions that take each instruction's result."""
+    found: dict[str, list[Instruction]] = {}
+    for instruction in inner.values():
+        for name in instruction.operands:
+            found.setdefault(name, []).append(instruction)
+    return found
 
 
 def _in_hbm(instruction: Instruction) -> bool:

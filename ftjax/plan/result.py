@@ -46,6 +46,7 @@ class Plan:
     advice: list[str] = field(default_factory=list)
     mesh_notes: list[str] = field(default_factory=list)  # which axes do not lie on rings of neighbours
     plan_seconds: float = 0.0
+    plan_cpu_seconds: float = 0.0  # of all cores together
 
     @property
     def tokens(self) -> int:

@@ -35,7 +35,7 @@ def show(plan: Plan, console: Console) -> None:
     micro = f" in {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
     say(
         f"one step: {plan.rows} rows of {plan.max_length} tokens{micro}; attention: {plan.attention}; remat: {plan.remat}; "
-        f"planned in {plan.plan_seconds:.0f} s"
+        f"planned in {plan.plan_seconds:.0f} s ({plan.plan_cpu_seconds:.0f} s of all cores together)"
     )
     rows = [(label, plan.memory.get(kind)) for kind, label in KINDS.items()] + [
         ("alive at one time", plan.peak),

@@ -25,6 +25,7 @@ from ftjax.train.setup import compile_steps, prepare
 from ftjax.train.step import init_state
 
 METHODS = {"lora": {"name": "lora", "r": 4, "lora_alpha": 8}, "full": {"name": "full"}}
+BFLOAT16 = {"param_dtype": "bfloat16", "state_dtype": "bfloat16"}
 CPUS = parse("cpu:8")
 
 
@@ -180,6 +181,71 @@ def test_collectives_of_experts(tmp_path):
     assert found["reduce-scatter"] == pytest.approx(3 / 4 * layers * (2 * hidden + choice), rel=0.05)
 
 
+def test_loops_whose_counter_goes_by_more_than_one():
+    """Of eight rounds, two in each run of the body, as the partitioner writes its loops of permutes."""
+    text = """
+%condition (p: (u32[], f32[8])) -> pred[] {
+  %p = (u32[], f32[8]{0}) parameter(0)
+  %number = u32[] get-tuple-element(%p), index=0
+  %bound = u32[] constant(8)
+  ROOT %less = pred[] compare(%number, %bound), direction=LT
+}
+
+%body (p.1: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %p.1 = (u32[], f32[8]{0}) parameter(0)
+  %number.1 = u32[] get-tuple-element(%p.1), index=0
+  %x = f32[8]{0} get-tuple-element(%p.1), index=1
+  %one = u32[] constant(1)
+  %next = u32[] add(%number.1, %one)
+  %after = u32[] add(%next, %one)
+  %moved = f32[8]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  ROOT %results = (u32[], f32[8]{0}) tuple(%after, %moved)
+}
+
+ENTRY %main (start: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %start = (u32[], f32[8]{0}) parameter(0)
+  ROOT %loop = (u32[], f32[8]{0}) while(%start), condition=%condition, body=%body
+}
+"""
+    assert [(transfer.runs, transfer.bytes) for transfer in Program(text, 2).transfers()] == [(4, 4 * 32)]
+    by_one = text.replace("tuple(%after", "tuple(%next")
+    assert [transfer.runs for transfer in Program(by_one, 2).transfers()] == [8]
+
+
+def test_a_fusion_inside_of_another_reads_what_it_slices():
+    """A part of a stack that a product reads by way of a second fusion; and the whole of what only changes its shape."""
+    text = """
+%sliced (stack: f32[32,64], at: s32[]) -> f32[1,64] {
+  %stack = f32[32,64]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %part = f32[1,64]{1,0} dynamic-slice(%stack, %at, %zero), dynamic_slice_sizes={1,64}
+}
+
+%turned (flat: f32[64]) -> f32[64,1] {
+  %flat = f32[64]{0} parameter(0)
+  ROOT %same = f32[64,1]{1,0} bitcast(%flat)
+}
+
+%product (stack.1: f32[32,64], at.1: s32[], flat.1: f32[64]) -> f32[1,1] {
+  %stack.1 = f32[32,64]{1,0} parameter(0)
+  %at.1 = s32[] parameter(1)
+  %flat.1 = f32[64]{0} parameter(2)
+  %left = f32[1,64]{1,0} fusion(%stack.1, %at.1), kind=kLoop, calls=%sliced
+  %right = f32[64,1]{1,0} fusion(%flat.1), kind=kLoop, calls=%turned
+  ROOT %dot = f32[1,1]{1,0} dot(%left, %right), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (stack.2: f32[32,64], at.2: s32[], flat.2: f32[64]) -> f32[1,1] {
+  %stack.2 = f32[32,64]{1,0} parameter(0)
+  %at.2 = s32[] parameter(1)
+  %flat.2 = f32[64]{0} parameter(2)
+  ROOT %out = f32[1,1]{1,0} fusion(%stack.2, %at.2, %flat.2), kind=kOutput, calls=%product
+}
+"""
+    assert Program(text, 1).hbm_bytes() == 4 * (64 + 1 + 64 + 1)
+
+
 def test_a_plan_of_the_host(bare):
     """All of a plan's parts, from config.json alone, and back from JSON."""
     plan = make_plan(make_config(bare, mesh={"fsdp": 8}), CPUS)
@@ -218,6 +284,19 @@ def test_a_plan_for_chips_that_are_not_there(bare):
     assert plan.step_seconds == max(plan.seconds.values()) == plan.seconds[plan.bound]
     assert plan.tokens_per_second == pytest.approx(4 * 128 / plan.step_seconds)
     assert plan.cost_per_day == 96 and 0 < plan.mfu < 1
+
+
+def test_gradients_of_parts_are_reduce_scatters(wide):
+    """Over a square of chips XLA makes all-reduces of reduce-scatters, with twice the bytes; not of what it is given here."""
+    pytest.importorskip("libtpu", reason="planning for TPUs needs libtpu")
+    folder = sized(wide, hidden_size=4096, intermediate_size=2048, num_attention_heads=2, num_key_value_heads=1)
+    config = make_config(folder, method=METHODS["full"], mesh={"fsdp": -1}, global_batch_size=16, optimizer=BFLOAT16)
+    model = config.model.model_copy(update={"dtype": "bfloat16", "compute_dtype": "bfloat16", "remat": "full"})
+    config = config.model_copy(update={"model": model, "data": config.data.model_copy(update={"max_length": 128})})
+    plan = make_plan(config, parse("v5e-16"))
+    found = {row.kind: row for row in plan.traffic}
+    gradients = 2 * 3 * 4096 * 2048  # bytes of the three matrices
+    assert found["reduce-scatter"].ici_bytes == pytest.approx(15 / 16 * gradients, rel=0.01)
 
 
 def test_what_does_not_fit_is_said(bare):

@@ -65,11 +65,16 @@ def test_every_mesh_is_one_device(folder, alone, mesh):
     np.testing.assert_allclose([(m.loss, m.grad_norm) for m in sharded], want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [SEQUENCE, {"data": 2, "fsdp": 4}], ids=["tensor, sequence", "fsdp"])
-def test_feed_forward_layers_in_parts(folder, alone, monkeypatch, mesh):
+@pytest.mark.parametrize(
+    ("mesh", "halves"),
+    [(SEQUENCE, False), ({"data": 2, "fsdp": 4}, False), ({"data": 2, "fsdp": 4}, True)],
+    ids=["tensor, sequence", "fsdp", "fsdp, by halves"],
+)
+def test_feed_forward_layers_in_parts(folder, alone, monkeypatch, mesh, halves):
     """Where a layer is recomputed and weights are cut over devices, its hidden activations are of a few tokens at a time, or
-    few of them where the weights are trained (and no two devices share a row)."""
-    from ftjax.models import chunks
+    few of them where the weights are trained (and no two devices share a row). Their gradients may be reduced by halves, which
+    only TPUs ask for."""
+    from ftjax.models import chunks, gathered
     from ftjax.models.llama import LlamaMLP
 
     shapes, at_once = set(), LlamaMLP.all_at_once
@@ -83,6 +88,7 @@ def test_feed_forward_layers_in_parts(folder, alone, monkeypatch, mesh):
     monkeypatch.setattr(chunks, "CHUNK", 16 if mesh is SEQUENCE else 8)
     monkeypatch.setattr(chunks, "HIDDEN", 20)
     method, batches, want = alone
+    monkeypatch.setattr(gathered, "_by_halves", lambda *_: halves)
     config = make_config(folder, method=method, mesh=mesh)
     config = config.model_copy(update={"model": config.model.model_copy(update={"remat": "full"})})
     found, _ = run_steps(prepare(config), batches)
