@@ -27,10 +27,17 @@ class Phi3Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
         """`x [B, T, E] -> ([B, T, E], cache)`."""
+        return self.attend(self.project(x, ctx), ctx, pattern, layer, cache)
+
+    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, before RoPE."""
         b, t, _ = x.shape
         qkv = self.qkv_proj(x, ctx).reshape(b, t, -1, self.head_dim)
-        q, k, v = jnp.split(qkv, (self.heads, self.heads + self.kv_heads), axis=2)
-        y, cache = self_attention(q, k, v, ctx, pattern, layer, cache)
+        return tuple(jnp.split(qkv, (self.heads, self.heads + self.kv_heads), axis=2))
+
+    def attend(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+        """What `project` gave -> `([B, T, E], cache)`."""
+        y, cache = self_attention(*qkv, ctx, pattern, layer, cache)
         return self.o_proj(y, ctx), cache
 
 
