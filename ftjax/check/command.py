@@ -22,6 +22,7 @@ from ftjax.evaluate.harness_command import load_tasks
 from ftjax.evaluate.target import Target, find_target
 from ftjax.generate.session import Generator
 from ftjax.hub.card import with_section
+from ftjax.hub.same_model import model_facts
 
 VERBATIM = ("verbatim_train", "verbatim_validation", "longest_run_train", "longest_run_validation")
 
@@ -55,7 +56,9 @@ def check(
     if lm_eval.tasks:  # a task that does not exist is said before anything is loaded
         need("lm_eval", "check.lm_eval_tasks")
         load_tasks(lm_eval)
-    agree("this check", {"digest of the material": digest(material), **settings.model_dump(mode="json")})
+    if store.several():
+        facts = {"digest of the material": digest(material), **settings.model_dump(mode="json")}
+        agree("this check", {**facts, **model_facts(found.model, found.config.model.revision, found.adapter)})
     base = found.base() if compare_base and (found.adapter or found.run) else None
     keep_compiled_programs()
 

@@ -201,9 +201,9 @@ class PackedSplit:
         return np.diff(self.documents.starts)[self.chosen]
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `Split.fingerprint`; which documents of the set are used counts too."""
+        """See `Split.fingerprint`; which documents of the set are used, and how often an epoch sees them, counts too."""
         digest = xxhash.xxh3_128(self.documents.content.encode())
-        digest.update(np.ascontiguousarray(self.chosen, np.int64).tobytes())
+        digest.update(np.ascontiguousarray(self.chosen, np.int64).tobytes() + repr(self.weights).encode())
         return {"documents": len(self.chosen), "tokens": int(self.lengths.sum()), "digest": digest.hexdigest()}
 
     # ---- the plan of an epoch ----

@@ -99,7 +99,7 @@ class StreamSplit:
         for document in self._first:
             digest.update(document.tokens.astype(np.int32).tobytes() + document.weights.astype(np.float32).tobytes())
         sizes = [[size for size, _ in state] for state in self._states if state is not None]
-        digest.update(repr(sizes).encode())
+        digest.update(repr((sizes, [source.weight for source in self.sources])).encode())
         return {"documents": len(self._first), "tokens": int(self.lengths.sum()), "digest": digest.hexdigest()}
 
     def _measure(self, first: Window) -> None:

@@ -35,7 +35,7 @@ def agree(about: str, facts: Mapping[str, Any]) -> None:
         lines = [f"{name}: {_short(first.get(name))} on process 0, {_short(own.get(name))} here" for name in differing[:SHOWN]]
         more = [f"and {len(differing) - SHOWN} more"] if len(differing) > SHOWN else []
         raise UserError(
-            f"{about} differs from that of process 0, and the processes of a run must have the same:\n  "
+            f"{about} differs from that of process 0, and all processes must have the same settings, files and versions:\n  "
             + "\n  ".join([*lines, *more])
             + "\nStart the same command, with the same files and the same versions, on all hosts"
         )

@@ -17,6 +17,11 @@ from ftjax.distributed import store
 from ftjax.errors import UserError
 
 FAILED, TOLD = "ftjax/failed", "ftjax/told"
+# What an error says that is only what the end of another process looks like from here.
+BROKEN = (
+    "Gloo", "NCCL", "Connection reset", "Connection closed", "Socket closed", "Broken pipe", "UNAVAILABLE", "heartbeat",
+    "coordination service", "CoordinationService",
+)  # fmt: skip
 LOOK = 0.5  # seconds between two looks for what others posted
 PATIENCE = 10.0  # seconds that a process which ends waits until the others have read why
 
@@ -37,10 +42,12 @@ def together() -> Iterator[None]:
     threading.Thread(target=_watch, args=(done,), name="watch-others", daemon=True).start()
     try:
         yield
-    except SystemExit:  # all of them leave in this way, in order
+        store.wait_for_all("done")  # the first may still write files, and may fail
+    except SystemExit:
+        store.wait_for_all("done")
         raise
     except BaseException as error:
-        _fail(error)
+        fail(error)
     finally:
         done.set()
 
@@ -52,8 +59,8 @@ def asked_to_stop(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-def _fail(error: BaseException) -> None:
-    """End this process and all others because of an error here."""
+def fail(error: BaseException) -> None:
+    """End this process and all others because of an error here; from any thread."""
     code, message = _described(error)
     if message is None:  # a transfer broke: another process may have said why, or does so in a moment
         start = time.monotonic()
@@ -70,13 +77,11 @@ def _fail(error: BaseException) -> None:
 
 def _described(error: BaseException) -> tuple[int, str | None]:
     """The exit code, and the message; None where the error is only what another's end looks like from here."""
-    import jax
-
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped by the keyboard"
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    if any(word in str(error) for word in BROKEN):
         return 1, None
     import traceback
 

@@ -23,10 +23,13 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 def alone(verb: str) -> None:
     """UserError on all processes but the first, for a verb that one process does and whose files others would write too."""
     asked = explicit(None, None, None, os.environ)
-    if asked is not None and asked["process_id"] > 0:
+    number, by = (0, "") if asked is None else (asked["process_id"], VARIABLES[2])
+    if asked is None and _slurm_tasks(os.environ) > 1:
+        number, by = int(os.environ.get("SLURM_PROCID") or 0), "SLURM_PROCID"
+    if number > 0:
         raise UserError(
-            f"ftjax {verb} is the work of one process, and {VARIABLES[2]} says that this is process {asked['process_id']} of "
-            f"{asked['num_processes']}; run it on one host alone, or unset {', '.join(VARIABLES)}"
+            f"ftjax {verb} is the work of one process, and {by} says that this is process {number} of several; run it on one "
+            f"host alone, as one task, or unset {by}"
         )
 
 
@@ -107,7 +110,7 @@ def explicit(
 
 def detect(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """What `jax.distributed.initialize` is to be given in a cluster; None where there is none."""
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    if _slurm_tasks(environment) > 1:
         method: dict[str, Any] = {"cluster_detection_method": "slurm"}
         # JAX takes a task of SLURM to be one GPU; a single task on a host has all of that host's.
         gpus = environment.get("SLURM_GPUS_ON_NODE", "")
@@ -117,6 +120,12 @@ def detect(environment: Mapping[str, str]) -> dict[str, Any] | None:
     if environment.get("JAX_PLATFORMS", "tpu").startswith("tpu") and _tpu_here():
         return {}  # JAX tells a VM from GKE, and one slice from several
     return None
+
+
+def _slurm_tasks(environment: Mapping[str, str]) -> int:
+    """Tasks of the step of SLURM that this process belongs to."""
+    count = environment.get("SLURM_STEP_NUM_TASKS", "")
+    return int(count) if count.isdecimal() else 1
 
 
 def _tpu_here() -> bool:

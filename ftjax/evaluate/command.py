@@ -19,6 +19,7 @@ from ftjax.evaluate.result import PREDICTIONS, RESULTS, print_results, write_pre
 from ftjax.evaluate.rows import read_items, sources
 from ftjax.evaluate.statistic import compare, intervals
 from ftjax.evaluate.target import Target, find_target
+from ftjax.hub.same_model import model_facts
 
 
 def evaluate(
@@ -47,7 +48,9 @@ def evaluate(
     check(settings, allow_code_execution)
     base = found.base() if compare_base else None
     items, left_out = read_items(found.config, settings.limit)
-    agree("this evaluation", {"rows": len(items), "digest of the rows": digest(items), **settings.model_dump(mode="json")})
+    if store.several():
+        facts = {"rows": len(items), "digest of the rows": digest(items), **settings.model_dump(mode="json")}
+        agree("this evaluation", {**facts, **model_facts(found.model, found.config.model.revision, found.adapter)})
     keep_compiled_programs()
     place = [source.path for source in sources(found.config)]
     folder = out or (found.run or Path()) / "evaluation" / _name(found, settings.task, place)

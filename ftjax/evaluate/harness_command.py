@@ -15,6 +15,7 @@ from ftjax.evaluate.extra import need
 from ftjax.evaluate.result import RESULTS
 from ftjax.evaluate.target import find_target
 from ftjax.generate.session import Generator
+from ftjax.hub.same_model import model_facts
 
 
 def evaluate_harness(
@@ -40,7 +41,9 @@ def evaluate_harness(
     base = found.base() if compare_base else None
     need("lm_eval", "--lm-eval")
     load_tasks(asked)
-    agree("this evaluation", {"limit": limit, **asked.model_dump(mode="json")})
+    if store.several():
+        facts = {"limit": limit, **asked.model_dump(mode="json")}
+        agree("this evaluation", {**facts, **model_facts(found.model, found.config.model.revision, found.adapter)})
     keep_compiled_programs()
     results = run_tasks(found.load(), asked, limit=limit, batch_size=settings.batch_size, unsafe=allow_code_execution)
     results["model_name"] = found.name

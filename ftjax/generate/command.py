@@ -11,6 +11,7 @@ from ftjax.data.example import Example
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
+from ftjax.hub.same_model import model_facts
 
 
 def generate(
@@ -57,7 +58,9 @@ def generate(
         given = [_with_system(one, system) for one in given]
 
     sampling = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed, batch_size, raw, dtype)
-    agree("what is asked", {"prompts": len(given), "digest of the prompts": digest(given), "options": repr(sampling)})
+    if store.several():
+        facts = {"prompts": len(given), "digest of the prompts": digest(given), "options": repr(sampling)}
+        agree("what is asked", {**facts, **model_facts(model, revision, adapter)})
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

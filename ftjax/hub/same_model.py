@@ -4,18 +4,27 @@ from pathlib import Path
 
 import xxhash
 
+from ftjax.hub.fetch import resolve_model
+
 BLOCK = 1 << 16  # bytes that are read at each of the places
 PLACES = 64  # of a file of weights, evenly over it
 
 
+def model_facts(path: str, revision: str | None = None, adapter: str | Path | None = None) -> dict[str, str]:
+    """Digests of a model's files and of its adapter's, by what they are of: what hosts compare."""
+    facts = {"digest of the model's files": model_digest(resolve_model(path, revision))}
+    return facts | ({"digest of the adapter's files": model_digest(Path(adapter))} if adapter else {})
+
+
 def model_digest(path: Path) -> str:
-    """A digest of config.json, and of each file of weights its size and some of its bytes: all of them up to 4 MiB.
+    """A digest of the configuration, and of each file of weights its size and some of its bytes: all of them up to 4 MiB.
 
     Args:
-        path: a folder in Hugging Face layout, or a .gguf file.
+        path: a folder of a model or an adapter, or a .gguf file.
     """
     digest = xxhash.xxh3_128()
-    files = [path] if path.is_file() else sorted([*path.glob("config.json"), *path.glob("model*.safetensors")])
+    names = ("config.json", "adapter_config.json", "model*.safetensors", "adapter*.safetensors")
+    files = [path] if path.is_file() else sorted(file for name in names for file in path.glob(name))
     for file in files:
         size = file.stat().st_size
         step = max(BLOCK, (size - BLOCK) // (PLACES - 1))

@@ -12,6 +12,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ftjax.distributed import store
+from ftjax.distributed.ending import fail
 from ftjax.errors import UserError
 from ftjax.train.step import TrainState
 
@@ -21,6 +23,23 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of
 ocp.type_handlers.register_type_handler(jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True)
 
 
+class _FailedSave(logging.Handler):
+    """Hears of a save that failed, where Orbax would leave this process waiting for the others, and them for it."""
+
+    def __init__(self, checkpoints: "Checkpoints"):
+        super().__init__(logging.ERROR)
+        self._checkpoints = checkpoints
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if (
+            error is not None
+            and "Failed to run" in record.getMessage()
+            and str(self._checkpoints.folder) in record.getMessage()
+        ):
+            fail(self._checkpoints.explained(error) or error)
+
+
 class Checkpoints:
     """`checkpoints/STEP/` of one run; the newest `keep` are kept. The folder may be in a bucket: `gs://...`."""
 
@@ -28,6 +47,8 @@ class Checkpoints:
         self.folder = folder = place(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "meta"))
+        if store.several():
+            logging.getLogger("absl").addHandler(_FailedSave(self))
 
     @property
     def latest(self) -> int | None:
@@ -75,12 +96,21 @@ class Checkpoints:
             call()
             self._manager.check_for_errors()
         except Exception as error:
-            if not _is_disk_error(error):
+            explained = self.explained(error)
+            if explained is None:
                 raise
-            raise UserError(
-                f"{self.folder}: a checkpoint could not be written: {_root(error)}. The checkpoint before it is whole "
-                f"(step {self.latest}); make room and run the same command again to go on from there"
-            ) from None
+            raise explained from None
+
+    def explained(self, error: BaseException) -> UserError | None:
+        """What a failed save means for the user; None where it is not the disk's fault."""
+        if not _is_disk_error(error):
+            return None
+        whole = (
+            f"The checkpoint before it is whole (step {self.latest})" if self.latest is not None else "There is none before it"
+        )
+        return UserError(
+            f"{self.folder}: a checkpoint could not be written: {_root(error)}. {whole}; make room and run the same command again"
+        )
 
 
 def place(folder: epath.PathLike) -> epath.Path:

@@ -13,7 +13,7 @@ from ftjax.distributed import store
 from ftjax.distributed.agree import see_one_folder
 from ftjax.errors import UserError
 from ftjax.train.checkpoint import place
-from ftjax.train.same_run import free_to_change
+from ftjax.train.same_run import is_free
 
 CONFIG, BEST = "config.yaml", "best"
 
@@ -45,7 +45,7 @@ def _create(config: Config, checkpoints: epath.Path) -> None:
         raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}; choose another output_dir") from None
     kept = checkpoints / CONFIG if config.training.checkpoint_dir else folder / CONFIG
     if any(step.name.isdecimal() for step in _children(checkpoints)) and kept.exists():
-        differences = [d for d in diff_configs(_read(kept), config) if not d.startswith(free_to_change(config))]
+        differences = [d for d in diff_configs(_read(kept), config) if not is_free(d, config)]
         if differences:
             raise UserError(
                 f"output_dir: {config.training.checkpoint_dir or folder} holds checkpoints of another configuration, which "

@@ -67,6 +67,7 @@ def train(
     """
     with together():
         keep_compiled_programs()
+        agree("the number of devices", {"devices": jax.local_device_count(), "platform": jax.default_backend()})
         config = with_labels(config)
         open_run_folder(config)
         checkpoints = Checkpoints(checkpoints_of(config), config.training.save_total_limit)
@@ -353,6 +354,11 @@ class Run:
             leaf.delete()
         self.setup.params = {}
         self.state, meta = self.checkpoints.restore(like)
+        if meta["step"] > self.total:
+            raise UserError(
+                f"{self.checkpoints.folder} has {meta['step']} updates, and with these documents the run is over after "
+                f"{self.total}; set training.max_steps or num_train_epochs to more, or choose another output_dir"
+            )
         self.batches.set_state(meta["data"])
         self.best.load(meta["best"])
         if self.best.value is not None and (lost := bring_best_back(self.folder, self.checkpoints.folder)):

@@ -7,8 +7,7 @@ from ftjax.config.load import flatten_config
 from ftjax.data.pipeline import Split
 from ftjax.errors import UserError
 from ftjax.hub.card import installed_versions
-from ftjax.hub.fetch import resolve_model
-from ftjax.hub.same_model import model_digest
+from ftjax.hub.same_model import model_facts
 from ftjax.train.checkpoint import Checkpoints
 
 # What may differ when a run goes on: it does not change which numbers come out, or only their rounding.
@@ -17,23 +16,29 @@ _FREE = (
     "training.profile_steps", "training.checkpoint_dir", "training.allow_changed_data",
     "training.eval_batch_size", "model.remat", "model.attention", "objective.loss_chunk", "output_dir", "evaluate.", "check.",
 )  # fmt: skip
-# Places on a host's own disk. What lies there is compared instead: the documents, the model's files, the run folder.
-PLACES = ("data.train", "data.validation", "model.path", "model.tokenizer", "output_dir", "training.checkpoint_dir")
+# Places on a host's own disk. What lies there is compared instead: documents, files of model and adapter, the run folder.
+PLACES = (
+    "data.train", "data.validation", "model.path", "model.tokenizer", "method.adapter_path", "output_dir",
+    "training.checkpoint_dir",
+)  # fmt: skip
 
 
 Documents = dict[str, dict[str, Any]]  # of each set: its files, and `Split.fingerprint`
 
 
-def free_to_change(config: Config) -> tuple[str, ...]:
-    """The beginnings of the keys that may differ from those of the checkpoint that a run goes on from."""
-    return (*_FREE, "data.train", "data.validation") if config.training.allow_changed_data else _FREE
+def is_free(key: str, config: Config) -> bool:
+    """Whether a setting may differ from that of the checkpoint that a run goes on from."""
+    if config.training.allow_changed_data and key in ("data.train", "data.validation"):
+        return True
+    return any(key.startswith(free) if free.endswith(".") else key == free for free in _FREE)
 
 
 def facts_to_agree(config: Config, documents: Documents, steps: int, checkpoint: int | None) -> dict[str, Any]:
     """What must be equal on all hosts: configuration, documents, model, number of updates, newest checkpoint, versions."""
     facts: dict[str, Any] = {key: str(value) for key, value in flatten_config(config).items() if key not in PLACES}
     facts |= {"total steps": steps, "newest checkpoint": checkpoint}
-    facts["digest of the model's files"] = model_digest(resolve_model(config.model.path, config.model.revision))
+    adapter = getattr(config.method, "adapter_path", None)
+    facts |= model_facts(config.model.path, config.model.revision, adapter)
     for name, found in documents.items():
         facts |= {f"{name}: {part}": value for part, value in found.items() if part != "files"}
     return facts | {f"version of {package}": version for package, version in installed_versions().items()}
@@ -61,12 +66,12 @@ def refuse_other_documents(checkpoints: Checkpoints, documents: Documents, confi
             lines.append(f"{name}: {'none before' if before is None else 'none now'}")
         elif before["digest"] != now["digest"]:
             counts = [f"{now[part]:,} {part} (before: {before[part]:,})" for part in ("documents", "tokens")]
-            same = " with other content" if before["tokens"] == now["tokens"] else ""
+            same = ", with other content or in another order" if before["tokens"] == now["tokens"] else ""
             lines.append(f"{name}: {now['files']}: {' of '.join(counts)}{same}")
     if lines:
         raise UserError(
             f"{checkpoints.folder} holds a run on other documents:\n  "
             + "\n  ".join(lines)
-            + "\nThe rows, the tokenizer, its chat template or an option of data: has changed. Put it back, choose another "
-            "output_dir, or set training.allow_changed_data: true to go on with the new documents"
+            + "\nThe rows (of streamed data: the sizes of the files), the tokenizer or its chat template have changed. Put them "
+            "back, choose another output_dir, or set training.allow_changed_data: true to go on with the new documents"
         )

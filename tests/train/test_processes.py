@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from buckets import bucket
 from processes import (
     ALL,
@@ -215,6 +216,22 @@ def test_checkpoints_in_a_bucket_that_refuses_now_and_then(settings, whole, tmp_
     same_losses({**before, **rows(out)}, rows(whole))
     assert len({**before, **rows(out)}) == STEPS
     assert load_file(out / "best" / "adapter_model.safetensors").keys() == best.keys()
+
+
+def test_a_disk_that_fills_on_one_host(settings, tmp_path):
+    """A save that fails there ends both, with its message: Orbax would have each wait for the other."""
+    out = tmp_path / "run"
+    often = {**settings, "method": {"name": "full"}, "training": {**settings["training"], "save_steps": 2, "max_steps": 6}}
+    code = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))\n{COMMAND}"
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({**often, "output_dir": str(out)}))
+    joined = ["--coordinator", address(), "--num-processes", "2"]
+    running = [
+        start(["train", path, *joined, "--process-id", str(i)], code=code if i else COMMAND, env=environment()) for i in (0, 1)
+    ]
+    said = end(running, timeout=150)
+    assert [process.returncode for process in running] == [2, 2], "\n".join(said)
+    assert all("error: process 1 of 2" in text and "a checkpoint could not be written" in text for text in said), said
 
 
 # ---- the other verbs, where JAX's variables join processes ----
