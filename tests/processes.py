@@ -65,15 +65,10 @@ def address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def start(command: Sequence[str], **options) -> subprocess.Popen:
+def start(command: Sequence[str], code: str = COMMAND, **options) -> subprocess.Popen:
     """`ftjax` with these arguments."""
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
+    whole = [sys.executable, "-c", code, *map(str, command)]
+    return subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
 def launch(

@@ -105,11 +105,10 @@ class Checkpoints:
         """What a failed save means for the user; None where it is not the disk's fault."""
         if not _is_disk_error(error):
             return None
-        whole = (
-            f"The checkpoint before it is whole (step {self.latest})" if self.latest is not None else "There is none before it"
-        )
+        before = f"The checkpoint before it is whole (step {self.latest})" if self.latest else "There is none before it"
         return UserError(
-            f"{self.folder}: a checkpoint could not be written: {_root(error)}. {whole}; make room and run the same command again"
+            f"{self.folder}: a checkpoint could not be written: {_root(error)}. {before}; make room and run the same command "
+            "again"
         )
 
 

@@ -12,6 +12,8 @@ import yaml
 from buckets import bucket
 from processes import (
     ALL,
+    COMMAND,
+    address,
     end,
     environment,
     launch,
@@ -133,6 +135,7 @@ DIFFERENCES = {
     "learning rate": (["optimizer.learning_rate=0.1"], ["optimizer.learning_rate: 0.001 on process 0, 0.1 here"]),
     "order of the rows": (["data.train={folder}/reversed.jsonl"], ["data.train: digest"]),
     "fewer rows": (["data.train={folder}/fewer.jsonl"], ["data.train: documents: 300 on process 0, 90 here"]),
+    "weights of sources": (["data.train=[{{path: {train}, weight: 2.0}}]"], ["data.train: digest"]),
     "no data": (["data.train={folder}/nothing.jsonl"], ["nothing.jsonl: no such file"]),
     "a typo": (["training.max_stepz=3"], ["training.max_stepz: unknown key; did you mean max_steps?"]),
     "weights": (["model.path={folder}/model"], ["digest of the model's files"]),
@@ -152,7 +155,12 @@ def test_hosts_that_differ(settings, tmp_path, name):
     weights["model.norm.weight"] = weights["model.norm.weight"] + np.float32(1e-3)
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     arguments, words = DIFFERENCES[name]
-    running = launch(2, settings, tmp_path / "run", own={1: [text.format(folder=tmp_path) for text in arguments]})
+    running = launch(
+        2,
+        settings,
+        tmp_path / "run",
+        own={1: [text.format(folder=tmp_path, train=settings["data"]["train"]) for text in arguments]},
+    )
     said = end(running, timeout=120)
     assert [process.returncode for process in running] == [2, 2], "\n".join(said)
     for text in said:
@@ -222,7 +230,7 @@ def test_a_disk_that_fills_on_one_host(settings, tmp_path):
     """A save that fails there ends both, with its message: Orbax would have each wait for the other."""
     out = tmp_path / "run"
     often = {**settings, "method": {"name": "full"}, "training": {**settings["training"], "save_steps": 2, "max_steps": 6}}
-    code = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))\n{COMMAND}"
+    code = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))\n{COMMAND}"
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**often, "output_dir": str(out)}))
     joined = ["--coordinator", address(), "--num-processes", "2"]
@@ -269,7 +277,9 @@ def test_verbs_of_one_process(tmp_path):
     variables = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
     process = start(["export", str(tmp_path), "--out", str(tmp_path / "out")], env=environment(1, **variables))
     (said,) = end([process])
-    assert process.returncode == 2 and "ftjax export is the work of one process" in said and "process 1 of 2" in said, said
+    assert process.returncode == 2 and "ftjax export is the work of one process" in said and "process 1 of several" in said, (
+        said
+    )
     running = start(["train", str(tmp_path)], env=environment(1, JAX_COORDINATOR_ADDRESS="127.0.0.1:1"))
     (said,) = end([running])
     assert running.returncode == 2 and "missing: JAX_NUM_PROCESSES, JAX_PROCESS_ID" in said, said
