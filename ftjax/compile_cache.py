@@ -16,7 +16,8 @@ def keep_compiled_programs() -> None:
     XLA reads back from disk for them runs its collectives in another order than on the process that compiled it (jaxlib
     0.10.2), and Gloo ends both.
     """
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    # Asked first, because it touches no device: `ftjax doctor` comes here before it looks whether there are any.
+    if jax.distributed.is_initialized() and jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
         return
     if jax.config.jax_compilation_cache_dir or "JAX_COMPILATION_CACHE_DIR" in os.environ:

@@ -33,7 +33,7 @@ from ftjax.train.layout import BatchLayout
 from ftjax.train.profile import Profile
 from ftjax.train.progress import Progress, say
 from ftjax.train.record import peak_memory_gib, write_record
-from ftjax.train.same_run import facts_to_agree, fingerprints, refuse_other_documents
+from ftjax.train.same_run import Documents, facts_to_agree, fingerprints, refuse_other_documents
 from ftjax.train.setup import Setup, compile_steps, prepare
 from ftjax.train.step import StepMetrics, abstract_state, init_state
 from ftjax.train.track import Observation, Tracker
@@ -77,15 +77,15 @@ def train(
         )
         documents = fingerprints(train_split, validation)
         refuse_other_documents(checkpoints, documents, config)
+        steps = steps_of_run(train_split, config.training)
         if store.several():
-            steps = steps_of_run(train_split, config.training)
             agree("this run", facts_to_agree(config, documents, steps, checkpoints.latest))
         setup = prepare(config)
         with jax.set_mesh(setup.mesh):
             observer = make_observer(setup, tokenizer, validation) if make_observer else None
             agree("what is evaluated while training", observer.facts if observer is not None else {})
             check_early_stopping(config, evaluates=validation is not None or observer is not None)
-            Run(setup, tokenizer, train_split, validation, checkpoints, config_path, observer).go()
+            Run(setup, tokenizer, train_split, validation, checkpoints, documents, steps, config_path, observer).go()
 
 
 def check_early_stopping(config: Config, *, evaluates: bool) -> None:
@@ -104,11 +104,6 @@ def check_early_stopping(config: Config, *, evaluates: bool) -> None:
         )
 
 
-def steps_of_epoch(split: Split, options: TrainingConfig) -> int:
-    """Updates of the first epoch."""
-    return math.ceil(split.rows_per_epoch(0) / options.global_batch_size)
-
-
 def steps_of_run(split: Split, options: TrainingConfig) -> int:
     """Updates of the whole run; epochs may pack into different numbers of rows."""
     if options.max_steps:
@@ -123,14 +118,14 @@ class Run:
 
     def __init__(
         self, setup: Setup, tokenizer: Any, split: Split, validation: Split | None, checkpoints: Checkpoints,
-        config_path: Path | None, observer: Observer | None = None,
+        documents: Documents, steps: int, config_path: Path | None, observer: Observer | None = None,
     ):  # fmt: skip
         self.setup, self.tokenizer, self.split, self.validation = setup, tokenizer, split, validation
         self.config, self.config_path, self.observer = setup.config, config_path, observer
         self.checkpoints, self.folder = checkpoints, Path(setup.config.output_dir)
         options = self.options = setup.config.training
-        self.documents = fingerprints(split, validation)
-        self.epoch_steps, self.total = steps_of_epoch(split, options), steps_of_run(split, options)
+        self.documents, self.total = documents, steps
+        self.epoch_steps = math.ceil(split.rows_per_epoch(0) / options.global_batch_size)
         self.train_step, self.eval_step, self.optimizer, self.schedule = compile_steps(setup, self.total)
         self.profile = Profile(options.profile_steps, self.folder / "profile", self.total)
         self.flops, self.peak = train_flops(setup.model), peak_of(list(setup.mesh.devices.flat))
