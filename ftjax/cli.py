@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ftjax import __version__
 from ftjax.errors import UserError
@@ -29,6 +29,18 @@ class Verbs(TyperGroup):
             raise typer.Exit(130) from None
 
 
+class Configured(TyperCommand):
+    """A verb with a configuration, whose keys may be given as flags, too: `--learning_rate 2e-4`."""
+
+    def parse_args(self, ctx, args):
+        options = {name for parameter in self.get_params(ctx) for name in (*parameter.opts, *parameter.secondary_opts)}
+        if any(one.startswith("--") and one.partition("=")[0].replace("_", "-") not in options for one in args):
+            from ftjax.config.flags import as_overrides
+
+            args = as_overrides(args, options)
+        return super().parse_args(ctx, args)
+
+
 def _say(label: str, text: str) -> None:
     """One message on stderr; `label` in colour where it is a terminal."""
     from rich.console import Console
@@ -46,7 +58,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich" if sys.stdout.isatty() and sys.stderr.isatty() else None,  # plain text in pipes and logs
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_new_tokens is --max-new-tokens
+    },
 )
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML (or JSON) configuration file.", show_default=False)]
@@ -58,8 +73,10 @@ Overrides = Annotated[
 Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="A run, a configuration, a model or a PEFT folder.", show_default=False)
 ]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a folder or a .gguf file.", show_default=False)]
-Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="A PEFT folder.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A run, a PEFT folder, a Hub id, a folder or a .gguf file.", show_default=False)
+]
+Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="A PEFT folder, or a run that made one.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)]
 Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer where it is not the model's own.", show_default=False)]
 ChatTemplate = Annotated[str | None, typer.Option(help="A Jinja template or the path of a .jinja file.", show_default=False)]
@@ -72,7 +89,8 @@ Stop = Annotated[
 ]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Quantization = Annotated[
-    str | None, typer.Option(metavar="KIND", help="int8 or nf4: hold the weights in few bits.", show_default=False)
+    str | None,
+    typer.Option(metavar="KIND", help="int8 or nf4: hold the weights in few bits; none.", show_default="the run's, or none"),
 ]
 
 
@@ -86,10 +104,12 @@ def _version(asked: bool) -> None:
 def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ):
-    pass
+    from ftjax.cpu_threads import set_threads
+
+    set_threads()
 
 
-@app.command()
+@app.command(cls=Configured)
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -103,6 +123,8 @@ def train(
 
     On Cloud TPU, GKE and SLURM the processes of a run find each other; elsewhere the three options join them.
     """
+    import shlex
+
     from ftjax.config.load import load_config
     from ftjax.distributed.join import joined
     from ftjax.gpu import set_flags
@@ -113,10 +135,13 @@ def train(
         from ftjax.evaluate.observe import make_observer
         from ftjax.train.loop import train as run
 
-        run(settings, config_path=config, make_observer=make_observer)
+        given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+        joined_by = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        command = shlex.join(["ftjax", "train", str(config), *(overrides or []), *joined_by])
+        run(settings, command=command, make_observer=make_observer)
 
 
-@app.command()
+@app.command(cls=Configured)
 def preview(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -127,18 +152,27 @@ def preview(
     """Show what the data looks like to the model, and what is trained, without training."""
     from ftjax.config.load import load_config
 
-    settings = load_config(config, overrides or [])
+    settings, embeddings = load_config(config, overrides or []), None
+    from contextlib import suppress
+
     from rich.console import Console
 
     from ftjax.data.classes import with_labels
     from ftjax.data.preview import preview as show
+    from ftjax.hub.load import positions_of
     from ftjax.hub.tokenizer import load_tokenizer
+    from ftjax.hub.vocabulary import embeddings_of
 
     settings = with_labels(settings)
-    show(settings, load_tokenizer(settings.model), html=html, as_json=as_json, console=Console(), examples=examples)
+    with suppress(UserError):  # data can be looked at without a model that can be trained
+        embeddings = embeddings_of(settings)
+    show(
+        settings, load_tokenizer(settings.model), html=html, as_json=as_json, console=Console(), examples=examples,
+        positions=positions_of(settings.model.path, settings.model.revision), embeddings=embeddings,
+    )  # fmt: skip
 
 
-@app.command()
+@app.command(cls=Configured)
 def evaluate(
     target: Target,
     overrides: Overrides = None,
@@ -186,7 +220,7 @@ def evaluate(
         )  # fmt: skip
 
 
-@app.command()
+@app.command(cls=Configured)
 def check(
     target: Target,
     overrides: Overrides = None,
@@ -311,8 +345,16 @@ def chat(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output_dir, or its final/ or best/.", show_default=False)],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="A run's output_dir, its final/ or best/, or an adapter's folder.", show_default=False
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    adapter: Annotated[
+        Path | None, typer.Option(help="An adapter's folder; RUN is then its base model.", show_default=False)
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into the base model.")] = False,
     portable: Annotated[bool, typer.Option("--portable", help="An adapter that vLLM and llama.cpp take.")] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the folder to this repository.")] = None,
@@ -324,10 +366,10 @@ def export(
     alone("export")
     from ftjax.hub.export import export as write
 
-    write(run, out, merge=merge, portable=portable, push_to_hub=push_to_hub, private=not public)
+    write(run, out, adapter=adapter, merge=merge, portable=portable, push_to_hub=push_to_hub, private=not public)
 
 
-@app.command()
+@app.command(cls=Configured)
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -358,7 +400,7 @@ def plan(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Configured)
 def sweep(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -390,7 +432,7 @@ def merge_adapters(
     adapters: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER=WEIGHT...", help="LoRA folders of one base model, and their weights.", show_default=False
+            metavar="ADAPTER=WEIGHT...", help="LoRA folders (or runs) of one base model, and their weights.", show_default=False
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],

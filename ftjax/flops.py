@@ -2,10 +2,11 @@
 
 FLOPs of one token, forward and backward (a multiplication and an addition are two):
 
-    F = 4 N + 2 N_t + sum over layers of 12 W K
+    F = 4 N + 2 N_t + sum over layers of 12 W K  -  2 N_0 - sum over the layers below of 8 W K
 
     N    weights of the matrices that a token is multiplied with: 2 N forward, 2 N for the gradients of activations
     N_t  those of them that are trained: 2 N_t more for their own gradients
+    N_0  those of the layers below the lowest one with anything trained, if the input's embedding is not: no gradient goes there
     W    heads x head size of a layer
     K    keys that a token sees, on average: of a document of T tokens (T + 1) / 2, within a window fewer
 
@@ -13,7 +14,8 @@ So full fine-tuning is 6 N and an adapter 4 N_base + 6 N_adapter, plus attention
 4 W FLOPs for a query and key forward, twice that backward. Only the pairs that the causal mask, the window and the documents
 of a packed row leave are counted. Counted is what the mathematics needs, whatever is computed besides: the input embedding
 is a look-up and not counted, nor are norms, biases and rotations, nor what remat computes again; of routed experts those
-that a token goes through are. (The first layer's input needs no gradient: the form has one matrix product too many there.)
+that a token goes through are. (The lowest layer with anything trained counts as a whole, though no gradient goes to what stands
+before that in the layer.)
 
     MFU = F x tokens/s / (devices x peak of one)    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)
 
@@ -21,19 +23,20 @@ Tokens are those that are not padding, trained or not. (On one device the loss l
 that are not trained: at most 4 x embed x vocab of F for each, which the convention counts all the same.)
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.chips import chip_of
-from ftjax.models.layers import Embedding
+from ftjax.models.layers import Embedding, LayerNorm, RMSNorm
 from ftjax.models.model import Model
 from ftjax.models.moe import SparseMoe
-from ftjax.models.param import Spec
+from ftjax.models.param import Piece, Spec
 from ftjax.models.pattern import Pattern
 from ftjax.models.stack import Stack
 
@@ -46,15 +49,19 @@ class TrainFlops:
         matrices: N.
         trained: N_t.
         attention: W of all layers together that have one window, by that window (None: no window).
+        below: N_0.
+        attention_below: W of the layers below, like `attention`.
     """
 
     matrices: float
     trained: float
     attention: dict[int | None, int]
+    below: float = 0.0
+    attention_below: dict[int | None, int] = field(default_factory=dict)
 
     def per_token(self, length: float) -> float:
         """F in documents of `length` tokens."""
-        return self._per_token(lambda window: _mean_keys(length, window))
+        return self._products + sum(width * _mean_keys(length, window) for window, width in self._widths.items())
 
     def of_batch(self, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """F of all real tokens of packed rows `[..., T]` together, float32 `[]`; positions count from each document's start."""
@@ -64,19 +71,26 @@ class TrainFlops:
         def seen(window: int | None) -> jax.Array:
             return jnp.sum(jnp.where(real, keys if window is None else jnp.minimum(keys, window), 0), dtype=jnp.float32)
 
-        attention = sum((12.0 * width * seen(window) for window, width in self.attention.items()), start=jnp.float32(0))
-        return (4.0 * self.matrices + 2.0 * self.trained) * jnp.sum(real, dtype=jnp.float32) + attention
+        attention = sum((width * seen(window) for window, width in self._widths.items()), start=jnp.float32(0))
+        return self._products * jnp.sum(real, dtype=jnp.float32) + attention
 
-    def _per_token(self, keys: Callable[[int | None], float]) -> float:
-        attention = sum(12 * width * keys(window) for window, width in self.attention.items())
-        return 4 * self.matrices + 2 * self.trained + attention
+    @property
+    def _products(self) -> float:
+        """FLOPs of the matrices' products."""
+        return 4.0 * self.matrices + 2.0 * self.trained - 2.0 * self.below
+
+    @property
+    def _widths(self) -> dict[int | None, float]:
+        """FLOPs of attention for each key that a token sees, by window."""
+        return {window: 12.0 * width - 8.0 * self.attention_below.get(window, 0) for window, width in self.attention.items()}
 
     def formula(self, length: int) -> str:
         """The formula with its numbers, for people."""
-        attention = self.per_token(length) - 4 * self.matrices - 2 * self.trained
+        attention = self.per_token(length) - self._products
+        below = f"- 2 x {self.below:.4g} below the lowest trained layer " if self.below else ""
         return (
             f"{self.per_token(length):.4g} FLOPs a token = 4 x {self.matrices:.4g} weights + 2 x {self.trained:.4g} trained "
-            f"+ {attention:.4g} attention (documents of {length} tokens)"
+            f"{below}+ {attention:.4g} attention (documents of {length} tokens)"
         )
 
 
@@ -101,18 +115,49 @@ def train_flops(model: Model) -> TrainFlops:
         return spec.size if used is None else spec.size * used / spec.shape[spec.row.axes.index("experts")]
 
     counted = {path: weights(spec) for path, spec in model.specs.items()}
+    lowest, places = _places(model, nodes)
+    below = sum(
+        count * sum(math.prod(piece.shape) for piece, at in places[path] if at < lowest) / model.specs[path].size
+        for path, count in counted.items()
+        if count
+    )
     attention: Counter = Counter()
+    attention_below: Counter = Counter()
     for path, stack in nodes.items():
         if isinstance(stack, Stack):
             widths = {  # of each block: an attention is what has heads and their size
                 name: sum(n.heads * n.head_dim for inner, n in nodes.items() if _is_attention(inner, n, f"{path}.{name}."))
                 for name in set(stack.choice)
             }
-            for name, kind in zip(stack.choice, stack.kinds, strict=True):
+            for layer, (name, kind) in enumerate(zip(stack.choice, stack.kinds, strict=True)):
                 pattern = kind if isinstance(kind, Pattern) else kind.pattern
                 attention[pattern.window] += widths[name]
+                if layer < lowest:
+                    attention_below[pattern.window] += widths[name]
     trained = sum(count for path, count in counted.items() if model.specs[path].row.trainable)
-    return TrainFlops(sum(counted.values()), trained, dict(attention))
+    return TrainFlops(sum(counted.values()), trained, dict(attention), below, dict(attention_below))
+
+
+def _places(model: Model, nodes: Mapping[str, nnx.Module]) -> tuple[int, dict[str, list[tuple[Piece, int]]]]:
+    """`(the lowest layer with anything trained, the layer of each tensor by its parameter's path)`.
+
+    Layers count from 0; what stands before all of them is at -1, the norm behind them and the projection above them.
+    """
+    depth = sum(len(node.kinds) for node in nodes.values() if isinstance(node, Stack))
+    embedding = model.embedding.path if model.embedding.row.trainable else None  # also where it is the projection as well
+
+    def place(spec: Spec, piece: Piece) -> int:
+        if spec.stacked:
+            return spec.layers[piece.index[0]] if spec.layers else piece.index[0]
+        if spec.path == embedding:
+            return -1
+        if spec.path.startswith(f"{model.output}."):
+            return depth + 1
+        return depth if isinstance(nodes.get(spec.path.rpartition(".")[0]), RMSNorm | LayerNorm) else -1
+
+    places = {path: [(piece, place(spec, piece)) for piece in spec.pieces()] for path, spec in model.specs.items()}
+    trained = [at for path in model.trainable for _, at in places[path]]
+    return min(trained, default=-1), places
 
 
 def train_flops_per_token(model: Model, length: float) -> float:

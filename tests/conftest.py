@@ -16,6 +16,10 @@ import hypothesis
 import jax
 import pytest
 
+from ftjax.cpu_threads import set_threads
+
+set_threads()  # JAX makes its devices when they are first asked for
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 os.environ.setdefault("FTJAX_CACHE", str(ROOT / ".cache" / "ftjax-tests"))

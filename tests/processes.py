@@ -72,15 +72,17 @@ def start(command: Sequence[str], code: str = COMMAND, **options) -> subprocess.
 
 
 def launch(
-    count: int, settings: dict, out: Path, *, devices: int = 1, own: Mapping[int, Sequence[str]] | None = None,
-    wait: Mapping[int, float] | None = None, more: Mapping[str, str] | None = None,
+    count: int, settings: dict, out: Path, *, devices: int | Sequence[int] = 1, own: Mapping[int, Sequence[str]] | None = None,
+    wait: Mapping[int, float] | None = None, more: Mapping[str, str] | None = None, code: Mapping[int, str] | None = None,
 ) -> list[subprocess.Popen]:  # fmt: skip
     """`count` processes that train, as a person starts them.
 
     Args:
+        devices: of each process, or of all.
         own: further arguments of single processes, by their numbers.
         wait: seconds before single processes are started.
         more: environment variables.
+        code: what single processes run instead of `ftjax`, with the same arguments.
     """
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**settings, "output_dir": str(out)}))
@@ -89,15 +91,28 @@ def launch(
     for i in range(count):
         time.sleep((wait or {}).get(i, 0))
         arguments = [*command, "--process-id", str(i), *(own or {}).get(i, ())]
-        running.append(start(arguments, env=environment(devices, **(more or {}))))
+        here = devices if isinstance(devices, int) else devices[i]
+        running.append(start(arguments, code=(code or {}).get(i, COMMAND), env=environment(here, **(more or {}))))
     return running
 
 
-def launch_verb(count: int, arguments: Sequence[str], folder: Path, own: Mapping[int, Sequence[str]] | None = None) -> list:
-    """`count` processes of any verb, joined by JAX's variables, in `folder`."""
+def launch_verb(
+    count: int, arguments: Sequence[str], folder: Path, own: Mapping[int, Sequence[str]] | None = None,
+    instead: Mapping[int, Sequence[str]] | None = None,
+) -> list[subprocess.Popen]:  # fmt: skip
+    """`count` processes of any verb, joined by JAX's variables, in `folder`.
+
+    Args:
+        own: further arguments of single processes, by their numbers.
+        instead: all arguments of single processes.
+    """
     joined = {"JAX_COORDINATOR_ADDRESS": address(), "JAX_NUM_PROCESSES": str(count)}
     return [
-        start([*arguments, *(own or {}).get(i, ())], env=environment(2, **joined, JAX_PROCESS_ID=str(i)), cwd=folder)
+        start(
+            [*(instead or {}).get(i, arguments), *(own or {}).get(i, ())],
+            env=environment(2, **joined, JAX_PROCESS_ID=str(i)),
+            cwd=folder,
+        )
         for i in range(count)
     ]
 

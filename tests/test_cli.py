@@ -96,6 +96,17 @@ def test_preview(monkeypatch, capsys, run_file):
     assert code == 0 and json.loads(out)
 
 
+def test_keys_as_flags(monkeypatch, capsys, run_file):
+    """As other tools' command lines have them, beside the verb's own, of which `_` is as good as `-`."""
+    given = "preview --max_length 32 CONFIG --seed=3 --examples 1 --packing --json".replace("CONFIG", str(run_file)).split()
+    code, out, err = run(monkeypatch, capsys, *given)
+    assert code == 0 and json.loads(out)["train"]["max_length"] == 32 and "max_length is read as data.max_length" in err
+    code, _, err = run(monkeypatch, capsys, "train", str(run_file), "--learning_rat", "3")
+    assert code == 2 and "did you mean optimizer.learning_rate?" in err
+    code, _, err = run(monkeypatch, capsys, "evaluate", str(run_file), "--compare_base", "--nonsense")
+    assert code == 2 and "No such option: --nonsense" in err
+
+
 @pytest.mark.parametrize("given, said", [("nowhere", "no such folder"), (".", "expected a run folder")])
 def test_export_of_what_is_no_run(monkeypatch, capsys, tmp_path, given, said):
     code, _, err = run(monkeypatch, capsys, "export", str(tmp_path / given), "--out", str(tmp_path / "out"))

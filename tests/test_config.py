@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ftjax.config import Config, DataConfig, FullConfig, ModelConfig
 from ftjax.config.alias import ALIASES, EXPLAINED
+from ftjax.config.flags import as_overrides
 from ftjax.config.interpolate import escape, interpolate
 from ftjax.config.load import diff_configs, flatten_config, load_config, save_config
 from ftjax.config.schema import homes, models_at, section_fields
@@ -113,8 +114,12 @@ def test_every_error_is_reported_at_once_with_its_place(load, tmp_path):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("learning_rate: 1\n", "3:1: learning_rate: unknown key; it stands at optimizer.learning_rate"),
-        ("training: {learning_rate: 1}\n", "it stands at optimizer.learning_rate"),
+        (
+            "max_new_tokens: 1\n",
+            "3:1: max_new_tokens: unknown key; it stands at evaluate.max_new_tokens or check.",
+        ),
+        ("evaluate: {learning_rate: 1}\n", "it stands at optimizer.learning_rate"),
+        ("template: llama3\n", "template: unknown key; it stands at data.template"),
         ("training: {learning-rat: 1}\n", "did you mean optimizer.learning_rate"),
         ("trainin: {seed: 1}\n", "trainin: unknown key; did you mean training?"),
         ("zzz: 1\n", "zzz: unknown key; known keys here: model, method, data"),
@@ -140,7 +145,12 @@ def test_every_error_is_reported_at_once_with_its_place(load, tmp_path):
         ("output_dir: !!python/name:os.system x\n", "the tag tag:yaml.org,2002:python/name:os.system is not supported"),
         ("optimizer: {groups: &a [*a]}\n", "this anchor contains itself"),
         ("? [a]\n: 1\n", "a key must be a word"),
-        ("load_in_4bit: true\n", "write model.quantization"),
+        ("quantization_config: {}\n", "write model.quantization"),
+        ("bf16: false\n", "bf16: expected true, found false; write model.compute_dtype itself"),
+        ("load_in_4bit: 3\n", "load_in_4bit: expected true or false, found 3; write model.quantization itself"),
+        ("load_in_4bit: true\nload_in_8bit: true\n", "load_in_8bit means model.quantization, which is given too"),
+        ("quantization_bit: 2\n", "quantization_bit: only 4 and 8 bits can be converted"),
+        ("optimizer: {name: adamw_9bit}\n", "found 'adamw_9bit'; did you mean adamw?"),
         ("method: {init_lora_weights: pissa_niter_x}\n", "method.init_lora_weights: "),
         ("method: {name: ia3, bias: all}\n", "method.bias: unknown key; it is a key of method lora, and method.name is ia3"),
         ("output_dir: ${training.seedd}\n", "Interpolation key 'training.seedd' not found"),
@@ -163,6 +173,7 @@ def test_what_is_said(load, text, said):
         ("model.path.x=3", "model.path is a single value and has no key x"),
         ("optimizer.groups.0.freeze=true", "optimizer.groups.0"),
         ("method.target_modules=[q", "not valid YAML"),
+        ("data.revision=x", "it stands at model.revision"),  # a source's is meant
     ],
 )
 def test_wrong_overrides(load, override, said):
@@ -242,6 +253,30 @@ def test_every_alias_stands_for_a_key_and_hides_none():
         ("lora_target: all\n", "method.target_modules", "all-linear"),
         ("lora_target: q_proj, v_proj\n", "method.target_modules", ["q_proj", "v_proj"]),
         ("finetuning_type: full\n", "method.name", "full"),
+        ("adapter: lora\n", "method.name", "lora"),
+        ("adapter:\n", "method.name", "full"),
+        ("load_in_4bit: true\n", "model.quantization", "nf4"),
+        ("method: {load_in_8bit: true}\n", "model.quantization", "int8"),
+        ("load_in_8bit: false\n", "model.quantization", None),
+        ("quantization_bit: 4\n", "model.quantization", "nf4"),
+        ("training: {fp16: true}\n", "model.compute_dtype", "float16"),
+        # ftjax's own keys where somebody else would put them
+        ("learning_rate: 1e-3\n", "optimizer.learning_rate", 1e-3),
+        ("training: {learning_rate: 1e-3}\n", "optimizer.learning_rate", 1e-3),
+        ("training: {Learning-Rate: 1e-3}\n", "optimizer.learning_rate", 1e-3),
+        ("training: {output_dir: runs/x}\n", "output_dir", "runs/x"),
+        ("method: {quantization: int8}\n", "model.quantization", "int8"),
+        ("seed: 3\n", "training.seed", 3),
+        ("r: 4\n", "method.r", 4),
+        # and values
+        ("method: {name: qlora}\n", "model.quantization", "nf4"),
+        ("method: {name: QLoRA}\n", "method.name", "lora"),
+        ("method: {name: dora}\n", "method.use_dora", True),
+        ("optimizer: {name: adamw_8bit}\n", "optimizer.state_dtype", "int8"),
+        ("optimizer: {name: paged_adamw_32bit}\n", "optimizer.name", "adamw"),
+        ("optimizer: {name: AdamW}\n", "optimizer.name", "adamw"),
+        ("optimizer: {lr_scheduler_type: wsd}\n", "optimizer.lr_scheduler_type", "warmup_stable_decay"),
+        ("optimizer: {param_dtype: torch.bfloat16}\n", "optimizer.param_dtype", "bfloat16"),
     ],
 )
 def test_aliases(load, text, key, value):
@@ -251,6 +286,66 @@ def test_aliases(load, text, key, value):
     assert flatten_config(load(text))[key] == value
     (note,) = load.notes
     assert key in note and "run.yaml:3:" in note
+
+
+def test_what_a_value_means_and_what_is_given_must_agree(load):
+    assert load("method: {name: qlora}\n", "model.quantization=nf4").model.quantization == "nf4"
+    said = refusal(load, "method: {name: qlora}\n", "model.quantization=int8")
+    assert "run.yaml:3:10: method.name: qlora means model.quantization: nf4, and int8 is given; write method.name: lora" in said
+    config = load("optim: adamw_8bit\n", "method.name=qlora")
+    assert (config.optimizer.name, config.optimizer.state_dtype, config.model.quantization) == ("adamw", "int8", "nf4")
+
+
+def test_switches(load):
+    """What is off and would not be on says nothing; what is on may be switched off."""
+    config = load("bf16: false\nload_in_8bit: false\nload_in_4bit: true\nfp16: true\n")
+    assert (config.model.quantization, config.model.compute_dtype) == ("nf4", "float16")
+    assert sum("says what holds anyway" in note for note in load.notes) == 2
+    assert load("load_in_4bit: true\n", "load_in_4bit=false").model.quantization is None
+    assert load("load_in_4bit: true\n", "load_in_8bit=false").model.quantization == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("text", "warned"),
+    [
+        ("optimizer: {learning_rate: 2}\n", "optimizer.learning_rate is 2"),
+        ("learning_rate: 0.2\n", "optimizer.learning_rate is 0.2"),
+        ("optimizer: {groups: [{pattern: a, learning_rate: 20}]}\n", "optimizer.groups.0.learning_rate is 20"),
+        ("optimizer: {weight_decay: 3}\n", "optimizer.weight_decay is 3"),
+        ("optimizer: {learning_rate: 0.3}\nmethod: {name: prompt_tuning, num_virtual_tokens: 4}\n", None),
+        ("optimizer: {learning_rate: 1e-2}\n", None),
+    ],
+)
+def test_unusual_values_are_warned_of(load, text, warned):
+    load(text)
+    warnings = [note for note in load.notes if note.startswith("warning: ")]
+    assert (warned is None and not warnings) or (len(warnings) == 1 and warned in warnings[0])
+
+
+# Flags
+
+
+OWN = ("--examples", "--html", "--help", "-h")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "want"),
+    [
+        (["run.yaml", "--learning_rate", "2e-4"], ["run.yaml", "learning_rate=2e-4"]),
+        (["--learning-rate=2e-4", "run.yaml", "a=b"], ["run.yaml", "a=b", "learning_rate=2e-4"]),
+        (["--packing", "run.yaml"], ["run.yaml", "packing=true"]),
+        (["--packing", "method.r=8", "--bf16", "--seed", "-1"], ["method.r=8", "packing=true", "bf16=true", "seed=-1"]),
+        (["--load_in_4bit", "True", "--max_steps", "None"], ["load_in_4bit=true", "max_steps=null"]),
+        (["--training.max_steps", "5", "--chat_template", "a=b"], ["training.max_steps=5", "chat_template=a=b"]),
+        (["--learning_rat", "1"], ["learning_rat=1"]),  # and the key is said to be wrong
+        (["--examples", "3", "--html", "x", "-h"], ["--examples", "3", "--html", "x", "-h"]),
+        (["--exampels", "3"], ["--exampels", "3"]),
+        (["--nonsense", "3"], ["--nonsense", "3"]),
+        (["--", "--learning_rate"], ["--", "--learning_rate"]),
+    ],
+)
+def test_keys_as_flags(arguments, want):
+    assert as_overrides(arguments, OWN) == want
 
 
 @pytest.mark.parametrize("name", ["micro_batch_size", "per_device_train_batch_size"])

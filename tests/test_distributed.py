@@ -1,11 +1,14 @@
 """How a process finds out that it is one of several, and the flags of GPUs; real processes are in train/test_processes.py."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from processes import address
 
 from ftjax import gpu
 from ftjax.distributed import join
@@ -28,6 +31,23 @@ def test_options():
 def test_wrong_options(given, message):
     with pytest.raises(UserError, match=message):
         join.explicit(*given, {})
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (("h", "2", "0"), "JAX_COORDINATOR_ADDRESS=h: expected host:port"),
+        (("h:port", "2", "0"), "JAX_COORDINATOR_ADDRESS=h:port: expected host:port"),
+        (("h:1", "2", "2"), r"JAX_PROCESS_ID=2: of 2 processes \(JAX_NUM_PROCESSES\), the ids are 0 to 1"),
+        (("h:1", "0", "0"), "JAX_NUM_PROCESSES=0: expected the number"),
+        (("h:1", "two", "0"), "JAX_NUM_PROCESSES=two"),
+        (("h:1", "2", ""), "missing: JAX_PROCESS_ID"),
+    ],
+)
+def test_wrong_variables_are_named_by_their_own_names(values, message):
+    with pytest.raises(UserError, match=message) as caught:
+        join.explicit(None, None, None, dict(zip(join.VARIABLES, values, strict=True)))
+    assert "--" not in str(caught.value)
 
 
 def test_slurm(monkeypatch):
@@ -72,6 +92,43 @@ def test_processes_that_do_not_come(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match=r"could not be joined \(DEADLINE_EXCEEDED: Barrier timed out\)"):
         join.start("h:1", 2, 0)
+    for name, value in zip(join.VARIABLES, ("h:1", "2", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"JAX_COORDINATOR_ADDRESS \(h:1\) and JAX_NUM_PROCESSES \(2\)") as caught:
+        join.start()
+    assert "--" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
+@pytest.mark.parametrize("number", [0, 1])  # the first waits for the second, and the second for the first
+def test_ctrl_c_while_it_waits_for_the_others(number):
+    variables = {"JAX_COORDINATOR_ADDRESS": address(), "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
+    code = "import jax; from ftjax.distributed.join import start; print('ready', flush=True); start()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu", **variables}, text=True
+    )
+    try:
+        said = process.stderr.readline()
+        assert f"this is process {number}, waiting for all 2 processes at {variables['JAX_COORDINATOR_ADDRESS']}" in said
+        time.sleep(2)  # it is in the waiting by now, or will be
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == -signal.SIGINT
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_python_has_its_ctrl_c_back(monkeypatch):
+    import jax
+
+    seen = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: seen.append(signal.getsignal(signal.SIGINT)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
+    try:
+        join.start("h:1", 2, 0)
+        assert seen == [signal.SIG_DFL] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_gpu_flags(monkeypatch):

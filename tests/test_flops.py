@@ -11,7 +11,7 @@ from models.cases import ONE_OF_EACH
 from oracle import Case, attach_full, context, make_hf, tokens
 
 from ftjax.chips import CHIPS, chip_of
-from ftjax.config import LoraConfig
+from ftjax.config import FullConfig, LoraConfig
 from ftjax.flops import TrainFlops, peak_of, train_flops, train_flops_per_token
 from ftjax.hub.load import open_model
 from ftjax.methods import method_of
@@ -37,13 +37,14 @@ def products(jaxpr) -> float:
     return total
 
 
-def program(model: Model) -> float:
+def program(model: Model, also: tuple[str, ...] | list[str] | None = None) -> float:
     """FLOPs a token of the gradient of the logits' sum by what is trained, and by the embedding so that every layer's input
-    has one."""
+    has one; or by `also` in its place."""
     ids = tokens(B, T)
     ctx = context(ids, attention="xla")
     values = {path: spec.abstract for path, spec in model.specs.items()}
-    trained = {path: value for path, value in values.items() if path in model.trainable or path in embeddings(model)}
+    also = embeddings(model) if also is None else also
+    trained = {path: value for path, value in values.items() if path in model.trainable or path in also}
     frozen = {path: value for path, value in values.items() if path not in trained}
 
     def loss(trained, frozen):
@@ -82,6 +83,47 @@ def test_closed_form(case, attach, tmp_path):
         0 if attach is attach_full else next(2 * model.specs[p].size for p in embeddings(model) if p.startswith(model.output))
     )
     assert program(model) == pytest.approx(pairs + head, rel=1e-3)
+
+
+PARTS = [  # what trains, and which matrices of four layers a gradient reaches
+    ({"last_layers": 1}, 1),
+    ({"last_layers": 3, "freeze": ["mlp"]}, 3),
+    ({"train": [r"layers\.2\.mlp", "lm_head"]}, 2),
+    ({"train": ["lm_head"]}, 0),
+    ({"train": [r"model\.norm"]}, 0),
+    ({"last_layers": 1, "train": ["embed_tokens"]}, 4),
+    ({"freeze": ["embed_tokens"]}, 4),
+]
+
+
+@pytest.mark.parametrize("method, reached", PARTS, ids=lambda value: str(value))
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_frozen_layers_below_the_lowest_trained_one(method, reached, tied, tmp_path):
+    """No gradient goes there; the lowest trained layer counts as a whole."""
+    if tied and "lm_head" in method.get("train", [""])[-1]:
+        pytest.skip("a tied model has no projection of its own")
+    config = FullConfig(**method)
+    case = Case("llama", "llama", {"num_hidden_layers": 4, "tie_word_embeddings": tied})
+    model = build(case, tmp_path, lambda root: method_of(config).attach(root, config))
+    flops = train_flops(model)
+    layer = 32 * (2 * 32 + 2 * 16 + 3 * 48)
+    assert flops.below == (4 - reached) * layer
+    assert sum(flops.attention_below.values()) == (4 - reached) * 32
+    closed = 4 * flops.matrices + 2 * flops.trained - 2 * flops.below + (4 * 12 - (4 - reached) * 8) * 32 * T
+    inputs = 0
+    if r"layers\.2\.mlp" in method.get("train", []):  # of that layer, attention stands before what trains
+        inputs = 2 * 32 * (2 * 32 + 2 * 16) + 8 * 32 * T
+    assert program(model, ()) == pytest.approx(closed - inputs, rel=1e-3)
+    positions, segments = np.arange(T)[None], np.ones((1, T), int)
+    assert flops.of_batch(positions, segments) == pytest.approx(T * flops.per_token(T))
+    assert ("below the lowest" in flops.formula(T)) == bool(flops.below)
+
+
+def test_adapters_of_the_upper_layers(tmp_path):
+    config = LoraConfig(r=3, layers_to_transform=[2, 3])
+    case = Case("llama", "llama", {"num_hidden_layers": 4})
+    flops = train_flops(build(case, tmp_path, lambda root: method_of(config).attach(root, config)))
+    assert flops.below == 2 * 32 * (2 * 32 + 2 * 16 + 3 * 48) and flops.attention_below == {None: 2 * 32}
 
 
 def test_llama_by_hand(tmp_path):

@@ -12,6 +12,7 @@ from ftjax.config import CheckConfig, Config
 from ftjax.config.data import SourceConfig
 from ftjax.data.encode import Encoded
 from ftjax.data.example import Example
+from ftjax.data.labels import Labels
 from ftjax.data.pipeline import Split, load_splits
 from ftjax.data.read import read_rows
 from ftjax.errors import UserError
@@ -109,7 +110,7 @@ def _texts(path: str | None) -> tuple[Example, ...]:
 
 def training_splits(config: Config, tokenizer: Any) -> tuple[Split, Split | None]:
     """The run's own data, as it trained on them. Raises UserError where they are no longer there."""
-    return load_splits(config.data, tokenizer, seed=config.training.seed, classes=config.objective.classes)
+    return load_splits(config.data, tokenizer, seed=config.training.seed, labels=Labels.of(config.objective))
 
 
 def pieces(split: Split, settings: CheckConfig, context: int, *, seed: int | None) -> tuple[list[Piece], int]:

@@ -58,8 +58,8 @@ class Config(Section):
             raise ValueError(f"objective.head trains with method full or lora, not {self.method.name}; leave head out")
         given, evaluate = {}, self.evaluate
         if "task" not in evaluate.model_fields_set:
-            given["task"] = "classification"
-        if evaluate.labels is None:
+            given["task"] = "regression" if self.objective.problem_type == "regression" else "classification"
+        if evaluate.labels is None and self.objective.single:
             given["labels"] = self.objective.labels
         object.__setattr__(self, "evaluate", evaluate.model_copy(update=given))
         return self

@@ -1,7 +1,7 @@
-"""The names that other tools use for ftjax's keys.
+"""The names that other tools use for ftjax's keys and values.
 
-`ALIASES` are accepted, with a note: they mean exactly the same thing, or are converted exactly. `EXPLAINED` are refused
-with the key to use: they mean something near, or something that ftjax does without a setting. The tools are
+`ALIASES` and `VALUES` are accepted, with a note: they mean exactly the same thing, or are converted exactly. `EXPLAINED`
+are refused with the key to use: they mean something near, or something that ftjax does without a setting. The tools are
 transformers' TrainingArguments, PEFT, TRL, axolotl, LLaMA-Factory, torchtune and LitGPT.
 """
 
@@ -16,12 +16,15 @@ class Alias:
 
     `per_device`: the value counts rows on each device, so it is multiplied by the devices that hold different rows and,
     where `per_micro_batch`, by gradient_accumulation_steps too.
+
+    `switch`: true stands for this value of the target; false says only that it is another.
     """
 
     target: str
     convert: Callable[[Any], Any] | None = None
     per_device: bool = False
     per_micro_batch: bool = False
+    switch: str | None = None
 
 
 def _listed(value: Any) -> Any:
@@ -49,6 +52,17 @@ def _adamw(value: Any) -> Any:
     return "adamw" if value in ("adamw_torch", "adamw_torch_fused", "adamw_hf") else value
 
 
+def _bits(value: Any) -> Any:
+    if value in (4, 8):
+        return {4: "nf4", 8: "int8"}[value]
+    raise ValueError("only 4 and 8 bits can be converted; write model.quantization: nf4, int8 or null")
+
+
+def _method(value: Any) -> Any:
+    """axolotl's `adapter:` is empty for full fine-tuning."""
+    return "full" if value is None else _lower(value)
+
+
 def _last(value: Any) -> Any:
     """LLaMA-Factory counts from the first layer where the number is negative."""
     if isinstance(value, int) and value > 0:
@@ -60,6 +74,10 @@ def _negated(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     raise ValueError("only true and false can be converted; write data.train_on_inputs")
+
+
+def _text_field(value: Any) -> Any:
+    return {"text": value}
 
 
 def _truncated(value: Any) -> Any:
@@ -83,7 +101,13 @@ ALIASES: dict[str, Alias] = {
     **_same("model.add_special_tokens", "new_special_tokens", "additional_special_tokens", convert=_listed),
     **_same("method.last_layers", "freeze_trainable_layers", convert=_last),
     **_same("model.remat", "gradient_checkpointing", convert=_checkpointing),
+    "load_in_4bit": Alias("model.quantization", switch="nf4"),
+    "load_in_8bit": Alias("model.quantization", switch="int8"),
+    **_same("model.quantization", "quantization_bit", convert=_bits),
+    "bf16": Alias("model.compute_dtype", switch="bfloat16"),
+    "fp16": Alias("model.compute_dtype", switch="float16"),
     **_same("method.name", "finetuning_type", "peft_type", convert=_lower),
+    **_same("method.name", "adapter", convert=_method),
     **_same("method.r", "lora_r", "lora_rank", "rank"),
     **_same("method.lora_alpha", "alpha"),
     **_same("method.target_modules", "lora_target_modules"),
@@ -99,6 +123,9 @@ ALIASES: dict[str, Alias] = {
     **_same("data.max_length", "sequence_len", "cutoff_len", "max_seq_length", "max_seq_len", "model_max_length"),
     **_same("data.max_length", "seq_length", "seq_len", "sequence_length", "block_size"),
     **_same("data.packing", "sample_packing"),
+    **_same("data.limit", "max_samples"),
+    **_same("data.delimiter", "sep"),
+    **_same("data.columns", "dataset_text_field", convert=_text_field),
     **_same("data.validation_split", "val_size", "val_set_size"),
     **_same("data.train_on_inputs", "train_on_prompt"),
     **_same("data.train_on_inputs", "completion_only_loss", convert=_negated),
@@ -129,18 +156,60 @@ ALIASES: dict[str, Alias] = {
     **_same("training.seed", "random_seed"),
 }
 
+# Of keys that stand at several places, the one that a person means who writes it somewhere else.
+MEANT = {"seed": "training.seed", "dtype": "model.dtype"}
+UNCLEAR = ("path", "template", "freeze", "head")  # keys that mean other things to other tools
+_DTYPES = {
+    name: kind
+    for kind, names in {
+        "bfloat16": ("bf16", "torch.bfloat16"),
+        "float16": ("fp16", "half", "torch.float16", "torch.half"),
+        "float32": ("fp32", "float", "torch.float32", "torch.float"),
+    }.items()
+    for name in names
+}
+_LORA = {"method.name": "lora"}
+_ADAMW = {"optimizer.name": "adamw"}
+_ADAMW_8BIT = {**_ADAMW, "optimizer.state_dtype": "int8"}
+
+# Values of a key that other tools know, in lower case with `_`, and the keys that say the same here.
+VALUES: dict[str, dict[str, dict[str, Any]]] = {
+    "method.name": {
+        "qlora": {**_LORA, "model.quantization": "nf4"},
+        "dora": {**_LORA, "method.use_dora": True},
+        "qdora": {**_LORA, "method.use_dora": True, "model.quantization": "nf4"},
+        "rslora": {**_LORA, "method.use_rslora": True},
+        "pissa": {**_LORA, "method.init_lora_weights": "pissa"},
+    },
+    "optimizer.name": {
+        **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla"), _ADAMW),
+        **dict.fromkeys(("paged_adamw", "paged_adamw_32bit", "adamw_32bit", "torch.optim.adamw"), _ADAMW),
+        **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), _ADAMW_8BIT),
+    },
+    "optimizer.lr_scheduler_type": {"wsd": {"optimizer.lr_scheduler_type": "warmup_stable_decay"}},
+    "model.quantization": {
+        name: {"model.quantization": kind}
+        for kind, names in {
+            "nf4": ("4bit", "4_bit", "bnb_4bit", "bitsandbytes_4bit"),
+            "int8": ("8bit", "8_bit", "bnb_8bit", "bitsandbytes_8bit"),
+        }.items()
+        for name in names
+    },
+    **{
+        key: {name: {key: kind} for name, kind in _DTYPES.items()}
+        for key in ("model.dtype", "model.compute_dtype", "evaluate.dtype", "optimizer.param_dtype", "optimizer.state_dtype")
+    },
+}
+CASELESS = ("method.name", "optimizer.name", "optimizer.lr_scheduler_type")  # `AdamW` is `adamw`
+
 _QUANTIZED = "write model.quantization: int8 or nf4"
 _MESH = "write the device layout in mesh: {data, fsdp, tensor, sequence}; mesh.fsdp: -1 shards over all devices"
 _STEPS = "write how often in steps, in training.eval_steps, training.save_steps and training.logging_steps"
 _TEMPLATE = "the tokenizer's own chat template is used; write another in model.chat_template"
 
 EXPLAINED: dict[str, str] = {
-    "load_in_8bit": _QUANTIZED,
-    "load_in_4bit": _QUANTIZED,
     "quantization_config": _QUANTIZED,
     "bnb_4bit_quant_type": _QUANTIZED,
-    "bf16": "write model.compute_dtype: bfloat16 (and model.dtype for how frozen weights are stored)",
-    "fp16": "write model.compute_dtype: float16 (and model.dtype for how frozen weights are stored)",
     "tf32": "matrix products follow model.compute_dtype",
     "precision": "write model.dtype and model.compute_dtype",
     "mixed_precision": "write model.dtype and model.compute_dtype",
@@ -148,7 +217,6 @@ EXPLAINED: dict[str, str] = {
     "flash_attention": "write model.attention: auto, which takes the fastest kernel that the device has",
     "flash_attn": "write model.attention: auto, which takes the fastest kernel that the device has",
     "trust_remote_code": "code from model repositories is never run",
-    "adapter": "write method.name: lora (with model.quantization: nf4 for what is called qlora)",
     "fan_in_fan_out": "taken from the base model",
     "batch_size": "tools differ in what it counts; write training.global_batch_size: rows over all devices for one update",
     "datasets": "write one path or Hub id in data.train, or a list of {path, weight, format, columns}",

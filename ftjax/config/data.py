@@ -1,5 +1,6 @@
 """`data:` -- where the examples come from and how they become rows of tokens."""
 
+import codecs
 import string
 from typing import Annotated, Any, Literal
 
@@ -7,11 +8,14 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ftjax.config.base import Section
 
-_SYNONYMS = {"alpaca": "instruction", "sharegpt": "conversations", "chatml": "messages", "tokenized": "input_ids"}
+_SYNONYMS = {
+    "alpaca": "instruction", "sharegpt": "conversations", "chatml": "messages", "tokenized": "input_ids",
+    "kto": "unpaired_preference",
+}  # fmt: skip
 Format = Annotated[
     Literal[
-        "auto", "messages", "conversations", "prompt_completion", "preference", "instruction", "question_answer",
-        "document_summary", "text_label", "text", "input_ids",
+        "auto", "messages", "conversations", "prompt_completion", "preference", "unpaired_preference", "instruction",
+        "question_answer", "document_summary", "text_label", "text", "input_ids",
     ],
     BeforeValidator(lambda value: _SYNONYMS.get(value, value) if isinstance(value, str) else value),
 ]  # fmt: skip
@@ -38,6 +42,27 @@ def _checked_template(template: str | None) -> str | None:
     return template
 
 
+def _checked_encoding(name: str | None) -> str | None:
+    try:
+        if name is None or (found := codecs.lookup(name))._is_text_encoding:
+            return name and found.name
+        raise LookupError(name)
+    except LookupError:
+        raise ValueError(f"{name!r} is no encoding that Python knows, such as utf-8, utf-16, cp1252 or shift_jis") from None
+
+
+def _checked_delimiter(value: str | None) -> str | None:
+    value = {"\\t": "\t", "tab": "\t"}.get(value, value)
+    if value is not None and (len(value) != 1 or value in '"\r\n'):
+        raise ValueError(f"{value!r} is no delimiter; write one character, such as ';'")
+    return value
+
+
+Delimiter = Annotated[str | None, BeforeValidator(_checked_delimiter)]
+Encoding = Annotated[str | None, BeforeValidator(_checked_encoding)]
+SampleBy = Literal["line", "paragraph", "document"] | None
+
+
 class SourceConfig(Section):
     """One part of a mixture; what is null is taken from `data`."""
 
@@ -50,11 +75,19 @@ class SourceConfig(Section):
     columns: dict[str, str] | None = None
     template: str | None = None
     completion_template: str | None = None
+    delimiter: Delimiter = None
+    encoding: Encoding = None
+    sample_by: SampleBy = None
+    limit: int | None = Field(None, ge=1)
 
     _check = field_validator("template", "completion_template")(_checked_template)
 
 
 Sources = str | SourceConfig | list[str | SourceConfig]
+
+
+# What each source may have for itself, and else takes from `data`.
+OF_EACH = ("format", "columns", "template", "completion_template", "delimiter", "encoding", "sample_by", "limit")
 
 
 class DataConfig(Section):
@@ -69,6 +102,13 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(default_factory=dict, description="ftjax's column name: the file's column name")
     template: str | None = Field(None, description="the prompt, with columns as {name}: 'Question: {question}\\nAnswer:'")
     completion_template: str | None = Field(None, description="the completion, with columns as {name}, taken exactly")
+    delimiter: Delimiter = Field(None, description="of CSV files; null: found by their first lines")
+    encoding: Encoding = Field(
+        None, description="of text files; null: UTF-8, or what a BOM says, or Excel's cp1252 where it is"
+    )
+    sample_by: SampleBy = Field(None, description="what is a row of .txt and .md; null: a line of .txt, all of an .md")
+    limit: int | None = Field(None, ge=1, description="only the first so many rows of each source")
+    shuffle: bool = Field(True, description="false: epochs keep the order of the data")
     prompt_format: Literal["auto", "chat", "raw"] = Field(
         "auto", description="prompts that are text: through the chat template where there is one (auto), always, or never"
     )
@@ -78,12 +118,16 @@ class DataConfig(Section):
     truncation: Literal["drop", "right", "left", "middle", "split", "error"] = "drop"
     train_on_inputs: bool = Field(False, description="train every token, not the completion or the assistant's turns alone")
     last_turn_only: bool = Field(False, description="of a conversation, train the assistant's last turn alone")
+    special_tokens_in_text: Literal["encode", "split", "error"] = Field(
+        "split",
+        description="control tokens that a message spells (<|im_end|> in a user's text): tokens, plain text, or an error",
+    )
     on_error: Literal["error", "skip"] = Field("error", description="a broken row ends the run, or is left out and counted")
     drop_empty: bool = Field(False, description="drop and count rows whose text or completion is empty")
     min_tokens: int | None = Field(None, ge=1, description="drop rows of fewer tokens")
     max_tokens: int | None = Field(None, ge=1, description="drop rows of more tokens, before truncation")
     deduplicate: Literal["none", "exact", "near"] = "none"
-    near_duplicate_threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of word 3-grams")
+    near_duplicate_threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of 3-grams of words")
     unicode_normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
     contamination: Literal["ignore", "report", "drop"] = Field(
         "report", description="rows of validation that are found in train too: dropped from train, or said"
@@ -138,7 +182,7 @@ class DataConfig(Section):
         resolved = []
         for part in parts:
             source = SourceConfig(path=part) if isinstance(part, str) else part
-            own = {name: getattr(source, name) for name in ("format", "columns", "template", "completion_template")}
+            own = {name: getattr(source, name) for name in OF_EACH}
             shared = {name: getattr(self, name) for name, value in own.items() if value is None}
             resolved.append(source.model_copy(update={"split": source.split or which, **shared}))
         return resolved

@@ -8,7 +8,8 @@ from ftjax.config.base import Section
 from ftjax.config.data import SourceConfig
 
 TASKS = (
-    "loss", "exact_match", "numeric_answer", "f1", "bleu", "chrf", "rouge", "classification", "json_match", "code",
+    "loss", "exact_match", "numeric_answer", "f1", "bleu", "chrf", "rouge", "classification", "regression", "json_match",
+    "code",
 )  # fmt: skip
 
 
@@ -42,6 +43,9 @@ class EvaluateConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPUs")
     normalize: bool = Field(True, description="exact_match ignores case, punctuation, articles and white space")
     labels: list[str] | None = Field(None, description="classification: the classes; null: those that occur in the data")
+    threshold: float | dict[str, float] = Field(
+        0.5, description="of several labels a row: the probability from which a label counts, or {label: probability}"
+    )
     rouge_types: list[Literal["rouge1", "rouge2", "rouge3", "rouge4", "rougeL", "rougeLsum"]] = Field(
         default_factory=lambda: ["rouge1", "rouge2", "rougeL"]
     )
@@ -66,6 +70,14 @@ class EvaluateConfig(Section):
         if task not in TASKS and not task.endswith(".py"):
             raise ValueError(f"found {task!r}; known: {', '.join(TASKS)}, or the path of a Python file (.py) with one function")
         return task
+
+    @field_validator("threshold")
+    @classmethod
+    def _probabilities(cls, given: float | dict[str, float]) -> float | dict[str, float]:
+        for value in given.values() if isinstance(given, dict) else (given,):
+            if not 0 < value < 1:
+                raise ValueError(f"{value:g} is no probability between 0 and 1")
+        return given
 
     @model_validator(mode="after")
     def _agrees(self) -> "EvaluateConfig":

@@ -8,17 +8,19 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 from pydantic import ValidationError
 
 from ftjax.config import Config
-from ftjax.config.alias import ALIASES, Alias, plain_name
+from ftjax.config.alias import CASELESS, VALUES, Alias, plain_name
 from ftjax.config.explain import explain
 from ftjax.config.interpolate import escape, interpolate
-from ftjax.config.schema import defaults, models_at, section_fields, variants, with_default_tag
+from ftjax.config.moved import alias_at, switched
+from ftjax.config.schema import defaults, section_fields, variants, with_default_tag
+from ftjax.config.unusual import unusual
 from ftjax.config.yaml_text import Path, Place, Problem, Reader, dump, resolve_plain
 from ftjax.errors import UserError
 
@@ -28,7 +30,7 @@ _KEY = re.compile(r"^[^\s=.\[\]{}]+(?:\.[^\s=.\[\]{}]+)*$")
 
 def print_note(text: str) -> None:
     """Writes a note to stderr, where it does not mix with results."""
-    print(f"note: {text}", file=sys.stderr)
+    print(text if text.startswith("warning: ") else f"note: {text}", file=sys.stderr)
 
 
 def load_config(path: str | FilePath, overrides: Sequence[str] = (), *, note: Callable[[str], None] = print_note) -> Config:
@@ -161,25 +163,40 @@ class _Loading:
         """Puts what stands under another tool's name, at the top or in a section, under ftjax's."""
         places: list[Path] = [(key,) for key in self.tree]
         places += [(name, key) for name in section_fields() if isinstance(self.tree.get(name), dict) for key in self.tree[name]]
-        for path in places:
-            alias = _alias(path)
-            if alias is None:
-                continue
-            target: Path = tuple(alias.target.split("."))
+        known = [(path, alias) for path in places if (alias := alias_at(path)) is not None]
+        # what is switched on comes before what is switched off: `bf16: false` beside `fp16: true` says nothing more
+        for path, alias in sorted(known, key=lambda one: one[1].switch is not None and self._at(one[0]) is False):
             parent = self.tree if len(path) == 1 else self.tree[path[0]]
-            value = parent.pop(path[-1])
-            place = self._place(path)
-            section = self.tree.setdefault(target[0], {})
-            if not isinstance(section, dict):
-                continue  # `method: lora` beside `lora_rank: 8`: the section itself is reported
-            if target[-1] in section:
-                written = self.keys.get(target, self.values.get(target))
-                self._problem(place, f"{_dotted(path)} means {alias.target}, which is given too ({written}); keep one of them")
-                continue
+            self._move(path, alias, parent.pop(path[-1]), self._place(path))
+
+    def _move(self, path: Path, alias: Alias, value: Any, place: Place) -> None:
+        target: Path = tuple(alias.target.split("."))
+        section = self.tree if len(target) == 1 else self.tree.setdefault(target[0], {})
+        if not isinstance(section, dict):
+            return  # `method: lora` beside `lora_rank: 8`: the section itself is reported
+        if self._holds(alias, value):
+            self.note(f"{place}: {_dotted(path)}: false says what holds anyway: {alias.target} is not {alias.switch}")
+        elif target[-1] in section:
+            written = self.keys.get(target, self.values.get(target))
+            self._problem(place, f"{_dotted(path)} means {alias.target}, which is given too ({written}); keep one of them")
+        else:
             self.keys[target] = place
             self._forget(target, self.values)
             self.values[target] = self.values.get(path, place)
             section[target[-1]] = self._converted(path, alias, value, place)
+
+    def _at(self, path: Path) -> Any:
+        value: Any = self.tree
+        for piece in path:
+            value = _mapping(value).get(piece)
+        return value
+
+    def _holds(self, alias: Alias, value: Any) -> bool:
+        """Whether a switch is off that is not on."""
+        if alias.switch is None or value is not False:
+            return False
+        section, key = alias.target.split(".")
+        return {**defaults({})[section], **_mapping(self.tree.get(section))}[key] != alias.switch
 
     def override(self, text: str) -> None:
         """Applies one `dotted.key=value`."""
@@ -193,11 +210,13 @@ class _Loading:
             return self._problem(place, f"the value is empty; write {key}=null for none, or {key}='\"\"' for an empty string")
         value = self._override_value(written.strip(), place)
         path: Path = tuple(key.split("."))
-        alias = _alias(path)
+        alias = alias_at(path)
         self._forget(path, self.per_device)
         if alias is not None:
-            value = self._converted(path, alias, value, place)
-            path = tuple(alias.target.split("."))
+            target = tuple(alias.target.split("."))
+            if self._holds(alias, value):
+                return self.note(f"{place}: says what holds anyway: {alias.target} is not {alias.switch}")
+            value, path = self._converted(path, alias, value, place), target
         if self.overridden.setdefault(path, key) != key:
             return self._problem(place, f"{_dotted(path)} is overridden twice, as {self.overridden[path]} and as {key}")
         container: Any = self.tree
@@ -230,6 +249,7 @@ class _Loading:
                 self.tree.setdefault(name, {})  # so that the missing keys themselves are named
             if isinstance(self.tree.get(name), dict):
                 self.tree[name] = with_default_tag(name, self.tree[name])
+        self._replace_values()
         self.tree = interpolate(self.tree, defaults(self.tree), self._report_value)
         self._convert_per_device()
         try:
@@ -238,7 +258,33 @@ class _Loading:
             explain(error, self.tree, self._report)
         if self.problems:
             self._raise()
+        for text in unusual(config):
+            self.note(f"warning: {text}")
         return config
+
+    def _replace_values(self) -> None:
+        """Puts ftjax's words in place of other tools' values, such as `method.name: qlora`."""
+        for dotted, known in VALUES.items():
+            path: Path = tuple(dotted.split("."))
+            value = _mapping(self.tree.get(path[0])).get(path[1])
+            if not isinstance(value, str):
+                continue
+            word = plain_name(value)
+            meant = known.get(word, {dotted: word} if dotted in CASELESS else {})
+            if not meant or meant == {dotted: value}:
+                continue
+            for key, wanted in meant.items():
+                section, name = key.split(".")
+                here = self.tree.setdefault(section, {})
+                if not isinstance(here, dict):
+                    continue
+                if key != dotted and here.get(name, wanted) != wanted:
+                    self._report(path, f"{dotted}: {value} means {key}: {_short(wanted)}, and {_short(here[name])} is given; "
+                                       f"write {dotted}: {meant[dotted]} and keep what you mean")  # fmt: skip
+                    continue
+                here[name] = wanted
+            said = ", ".join(f"{key}: {_short(wanted)}" for key, wanted in meant.items())
+            self.note(f"{self._place(path)}: {dotted}: {value} is read as {said}")
 
     def _override_value(self, text: str, place: Place) -> Any:
         if text[0] not in "[{\"'":
@@ -255,9 +301,9 @@ class _Loading:
         if alias.per_device:
             self.per_device[target] = (_dotted(path), alias)
             return value
-        if alias.convert is not None:
+        if alias.convert is not None or alias.switch is not None:
             try:
-                converted = alias.convert(value)
+                converted = alias.convert(value) if alias.convert is not None else switched(alias, value)
             except ValueError as error:
                 self._problem(place, f"{_dotted(path)}: {error}")
                 return value
@@ -321,17 +367,6 @@ class _Loading:
         if len(lines) == 1:
             raise UserError(lines[0])
         raise UserError(f"{self.source}: {len(lines)} errors\n" + "\n".join(f"  {line}" for line in lines))
-
-
-def _alias(path: Path) -> Alias | None:
-    """The alias at `path`, if it is one: at the top level, or in a section that has no key of that name."""
-    if len(path) == 1:
-        real: Iterable[str] = Config.model_fields
-    elif len(path) == 2 and path[0] in section_fields():
-        real = [name for model in models_at(path[:1], {}) for name in model.model_fields]
-    else:
-        return None
-    return None if path[-1] in real else ALIASES.get(plain_name(str(path[-1])))
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -51,13 +51,16 @@ class LoraConfig(Section):
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = Field(
+        None, description="what the list of layers is called whose numbers `layers_to_transform` means; null: any"
+    )
     modules_to_save: list[str] = Field(default_factory=list)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = Field(
         None,
         description="tokens whose rows of the embedding train; for each module: {embed_tokens: [..], lm_head: [..]}",
     )
     ensure_weight_tying: bool = Field(
-        False, description="where the model ties its output to its embedding: an update of the embedding is on both sides"
+        False, description="where the model ties its output to its embedding: what trains of the embedding is on both sides"
     )
     adapter_path: str | None = Field(None, description="start from this PEFT folder; its settings replace the ones above")
 
@@ -75,6 +78,8 @@ class LoraConfig(Section):
         regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if self.layers_to_transform is not None and regex:
             problems.append("method.layers_to_transform needs target_modules as a list (PEFT refuses it beside a regex)")
+        if self.layers_pattern and self.layers_to_transform is None:
+            problems.append("method.layers_pattern needs layers_to_transform (PEFT refuses it alone); set it or leave both out")
         if self.pissa and self.use_dora:
             problems.append(
                 "method.init_lora_weights: pissa is exported as an update of twice the rank, and method.use_dora: true scales "

@@ -18,13 +18,35 @@ class SftConfig(Section):
         """Of a classification head: there is none."""
         return None
 
+    @property
+    def problem_type(self) -> None:
+        """Of a classification head."""
+        return None
+
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]  # transformers' names
+
 
 class ClassificationConfig(Section):
-    """Each row is a text and its class. The words of the labels are trained as an answer, or a head over the classes."""
+    """Each row is a text and its class, its labels (any number of them), or numbers.
+
+    The words of a class are trained as an answer, or a head over the classes; labels and numbers always have a head.
+    """
 
     name: Literal["classification"] = "classification"
-    head: bool = Field(False, description="a classification head, in the layout of AutoModelForSequenceClassification")
-    labels: list[str] | None = Field(None, description="the classes, in the order of their numbers; null: those of data.train")
+    problem_type: ProblemType = Field("single_label_classification", description="one class a row, several labels, or numbers")
+    head: bool = Field(
+        False, description="a classification head, in the layout of AutoModelForSequenceClassification; the last two have one"
+    )
+    labels: list[str] | None = Field(
+        None, description="the classes, labels or outputs, in the order of their numbers; null: those of data.train"
+    )
+    label_format: Literal["auto", "names", "ids", "multi_hot"] = Field(
+        "auto", description="multi_label_classification: a row's labels are a list of names, of numbers, or of 0 and 1 for each"
+    )
+    label_separator: str | None = Field(
+        None, min_length=1, description="between labels (or numbers) that the data has as one text: ',' for 'joy, love'"
+    )
     loss_chunk: int = Field(512, ge=1, description="tokens whose logits exist at one time, on each device")
 
     @property
@@ -32,10 +54,32 @@ class ClassificationConfig(Section):
         """Of the classification head; None without one."""
         return self.labels if self.head else None
 
+    @property
+    def single(self) -> bool:
+        """One class a row."""
+        return self.problem_type == "single_label_classification"
+
     @model_validator(mode="after")
     def _differ(self) -> "ClassificationConfig":
-        if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
-            raise ValueError(f"labels {self.labels}: a classification has two classes at least, each named once")
+        least = 2 if self.single else 1
+        if self.labels is not None and (len(self.labels) < least or len(set(self.labels)) < len(self.labels)):
+            found = "two classes" if self.single else "one label"
+            raise ValueError(f"labels {self.labels}: a {self.problem_type} has {found} at least, each named once")
+        return self
+
+    @model_validator(mode="after")
+    def _head_fits(self) -> "ClassificationConfig":
+        if not self.single and not self.head:
+            if "head" in self.model_fields_set:
+                raise ValueError(f"head: false trains the words of one class; problem_type {self.problem_type} needs a head")
+            object.__setattr__(self, "head", True)
+        if self.label_format != "auto" and self.problem_type != "multi_label_classification":
+            raise ValueError(f"label_format {self.label_format} goes with problem_type: multi_label_classification")
+        if self.label_separator is not None and self.single:
+            raise ValueError(
+                f"label_separator {self.label_separator!r} divides several labels, and problem_type {self.problem_type} has "
+                "one a row; set problem_type: multi_label_classification"
+            )
         return self
 
 

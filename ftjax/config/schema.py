@@ -71,9 +71,12 @@ def _child(value: Any, piece: str | int) -> Any:
         return None
 
 
+_ELSEWHERE = ("evaluate", "check", "mesh")  # what a run is measured by and the words of a mesh are not looked for
+
+
 @cache
-def homes() -> dict[str, tuple[str, ...]]:
-    """Every key name with the dotted paths at which it stands (`r` -> `method.r`); the names of unions are left out."""
+def _places() -> dict[str, tuple[str, ...]]:
+    """Every key name with the dotted paths at which it stands; those of a list's items have `[]` in them."""
     found: dict[str, dict[str, None]] = {}
 
     def walk(model: type[Section], prefix: str) -> None:
@@ -85,11 +88,25 @@ def homes() -> dict[str, tuple[str, ...]]:
                 walk(section, f"{dotted}." if field.annotation is section or variants(field) else f"{dotted}[].")
 
     walk(Config, "")
+    return {name: tuple(places) for name, places in found.items()}
+
+
+@cache
+def homes() -> dict[str, tuple[str, ...]]:
+    """Every key name with the dotted paths at which it stands (`r` -> `method.r`); the names of unions are left out."""
     return {
-        name: tuple(place for place in places if "[]" not in place)
-        or tuple(places)  # a group's learning_rate is not the usual one
-        for name, places in found.items()
+        name: tuple(place for place in places if "[]" not in place) or places  # a group's learning_rate is not the usual one
+        for name, places in _places().items()
     }
+
+
+def home_of(name: str, section: str | None) -> str | None:
+    """The one key of a run that `name` can mean where it was written in `section` (None: at the top) instead; else None."""
+    places = homes().get(name, ())
+    if len(places) != 1 or places[0].split(".")[0] in _ELSEWHERE or places[0].count(".") > 1 or "[]" in places[0]:
+        return None
+    of_items = any(place.startswith(f"{section}.") for place in _places()[name] if "[]" in place)  # data.revision: a source's
+    return None if of_items or places[0] in section_fields() else places[0]
 
 
 def _variants_with(section: str, key: str) -> list[str]:

@@ -27,12 +27,15 @@ class TrainingConfig(Section):
     logging_steps: int = Field(10, ge=1)
     seed: int = 42
     metric_for_best_model: str = Field("eval/loss", description="any metric of an evaluation, or the latest train/ one")
-    greater_is_better: bool | None = Field(None, description="null: no for losses and perplexity, yes for all others")
+    greater_is_better: bool | None = Field(None, description="null: no for losses, errors and perplexity, yes for all others")
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without improvement before the run stops")
     early_stopping_threshold: float = Field(0.0, ge=0)
     loss_spike_factor: float | None = Field(
-        10.0, gt=1, description="stop when the loss exceeds this many times its running median; null: only on NaN or infinity"
-    )
+        10.0, gt=1,
+        description="skip an update whose loss is this many times further above the median of the latest 32 than their 90th "
+        "percentile, and 3 nats above it at least; null: only on NaN or infinity",
+    )  # fmt: skip
+    max_skipped_updates: int = Field(5, ge=0, description="updates in a row that may be skipped before the run gives up")
     profile_steps: tuple[int, int] | None = Field(None, description="first and last update of a trace, in profile/ of the run")
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
 
@@ -60,7 +63,9 @@ class TrainingConfig(Section):
     @property
     def best_is_greatest(self) -> bool:
         name = self.metric_for_best_model
-        return not name.endswith(("loss", "perplexity")) if self.greater_is_better is None else self.greater_is_better
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not name.endswith(("loss", "perplexity", "/mse", "/mae"))
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainingConfig":

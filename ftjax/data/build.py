@@ -5,7 +5,7 @@ import multiprocessing
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -19,46 +19,71 @@ from ftjax.data.encode import Encoded, Encoder
 from ftjax.data.example import Example
 from ftjax.data.faults import SHOWN, Faults
 from ftjax.data.find import Files, HubSet, find
-from ftjax.data.formats import EmptyRow, Reader
-from ftjax.data.read import read_rows
+from ftjax.data.labels import Labels
+from ftjax.data.reader import Reader, read_source
 from ftjax.data.report import DataReport
 from ftjax.data.row import Row
 from ftjax.data.store import Documents, Writer, cached
 from ftjax.data.tokens import Tokens
+from ftjax.data.values import EmptyRow
 from ftjax.errors import UserError
 
-VERSION = 2  # of the tokens and weights that one row becomes: a new one makes every cache anew
+VERSION = 3  # of the tokens and weights that one row becomes: a new one makes every cache anew
 CHUNK = 1024  # rows that are tokenised together
 OPTIONS = (
-    "prompt_format", "max_length", "truncation", "train_on_inputs", "last_turn_only", "on_error", "drop_empty", "min_tokens",
-    "max_tokens", "deduplicate", "near_duplicate_threshold", "unicode_normalization",
+    "prompt_format", "max_length", "truncation", "train_on_inputs", "last_turn_only", "special_tokens_in_text", "on_error",
+    "drop_empty", "min_tokens", "max_tokens", "deduplicate", "near_duplicate_threshold", "unicode_normalization",
 )  # fmt: skip
+COUNTED = {  # notes of the encoder, and what they mean: "in 3 rows ..."
+    "prompt differs": "rows the chat template's generation prompt is not what it writes before the answer (some begin it with "
+    "<think>): they are trained on the text without that beginning, and generation adds it. Set model.chat_template to a "
+    "version that writes both alike, or write the beginning into the answers",
+    "prompt ids differ": "rows the ids before an answer are not those that generation makes, as an earlier boundary between "
+    "prompt and answer is tokenised apart; data.last_turn_only: true has one answer a row, and no such difference",
+    "answer left out": "rows the chat template leaves out a part of a trained answer (such as reasoning in <think>); set "
+    "model.chat_template to a version that writes all of it",
+    "reasoning left out": "rows the chat template leaves out the reasoning of trained answers; set model.chat_template to a "
+    "version that writes it, or put it into the content",
+    "tools left out": "rows the chat template does not write the tools, so that the model is not told of them; set "
+    "model.chat_template to a version that does",
+    "system folded": "rows the chat template takes no system message: it is put in front of the first user's text, as "
+    "`ftjax generate` and `ftjax chat` do; other programs have to do the same",
+    "control tokens split": "rows a user, a tool or the system spells control tokens (such as <|im_end|>): they are read as "
+    "plain text; data.special_tokens_in_text: encode makes them tokens, error refuses them",
+    "control tokens split in answers": "rows an answer spells tokens that begin or end turns: they are read as plain text; "
+    "data.special_tokens_in_text: encode makes them tokens, error refuses them",
+    "control tokens encoded": "rows a message spells control tokens, which are tokens (data.special_tokens_in_text: encode), "
+    "so that a text may end its own turn",
+    "unknown tokens": "rows the answer holds characters that the tokenizer does not know: the model learns to write its "
+    "unknown token there. Take a tokenizer (and model) that knows them, or leave such rows out",
+}  # fmt: skip
 BROKEN, EMPTY, MASKED, LONG = "broken (on_error: skip)", "empty", "without a trained token", "longer than max_length"
+UNWANTED = "with label false"
 
 
 def build_documents(
     sources: Sequence[SourceConfig], config: DataConfig, tokenizer: Any, progress: Any = None,
-    classes: Sequence[str] | None = None,
+    labels: Labels | None = None,
 ) -> tuple[Documents, bool]:  # fmt: skip
     """The tokenised documents of a set, and whether they were in the cache.
 
     Args:
-        classes: of a classification head.
+        labels: of a classification.
 
     Raises UserError, with file and line, for anything that is wrong with the data.
     """
     found = [find(source) for source in sources]
-    key = cache_key(sources, found, config, tokenizer, classes)
+    key = cache_key(sources, found, config, tokenizer, labels)
 
     def build(writer: Writer) -> dict[str, Any]:
-        return Build(sources, found, config, tokenizer, progress, classes).run(writer)
+        return Build(sources, found, config, tokenizer, progress, labels).run(writer)
 
     return cached(key, build)
 
 
 def cache_key(
     sources: Sequence[SourceConfig], found: Sequence[Files | HubSet], config: DataConfig, tokenizer: Any,
-    classes: Sequence[str] | None = None,
+    labels: Labels | None = None,
 ) -> str:  # fmt: skip
     """A digest of everything that decides which documents come out."""
     facts = {
@@ -71,8 +96,8 @@ def cache_key(
         ],
         "data": [where.fingerprint() for where in found],
     }
-    if classes is not None:
-        facts["classes"] = list(classes)
+    if labels is not None and labels.head:
+        facts["labels"] = asdict(labels)
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogateescape"))
 
 
@@ -90,12 +115,13 @@ class Build:
     config: DataConfig
     tokenizer: Any
     progress: Any = None  # called with the number of rows read
-    classes: Sequence[str] | None = None  # of a classification head
+    labels: Labels | None = None  # of a classification
+    epoch: int = 0  # of a set that is streamed: it decides whose turn it is where a weight is no whole number
 
     def __post_init__(self):
         config = self.config
         self.unread, self.faults = Faults(config.on_error == "skip"), Faults(config.on_error == "skip")
-        self.encoder = make_encoder(self.tokenizer, config, self.classes)
+        self.encoder = make_encoder(self.tokenizer, config, self.labels)
         self.ends = self.encoder.tokens.ends | {self.encoder.tokens.eos}
         self.duplicates = (
             Duplicates(config.deduplicate, config.near_duplicate_threshold) if config.deduplicate != "none" else None
@@ -124,18 +150,27 @@ class Build:
         normalize = normalizer(self.config.unicode_normalization)
 
         def one(number: int) -> Iterator[tuple[int, Reader, Row]]:
-            source, reader = self.sources[number], None
-            for row in read_rows(source, self.unread, found=self.found[number], streaming=self.config.streaming):
-                if reader is None:
-                    reader = self.readers[number] = Reader(source, row, normalize)
-                    self.report.formats[source.path] = reader.name
+            source, streaming = self.sources[number], self.config.streaming
+            for reader, row in read_source(
+                source, self.unread, found=self.found[number], streaming=streaming, normalize=normalize,
+                label=self.labels and self.labels.read,
+            ):  # fmt: skip
+                self.readers.setdefault(number, reader)
+                self.report.formats[source.path] = reader.name
                 yield number, reader, row
 
-        if not self.config.streaming:
+        def weighted(number: int) -> Iterator[tuple[int, Reader, Row]]:
+            whole, share = divmod(self.sources[number].weight, 1)
+            for _ in range(int(whole)):
+                yield from one(number)
+            if share:
+                yield from (row for at, row in enumerate(one(number)) if _has_turn(at, share, self.epoch))
+
+        if not self.config.streaming:  # weights are applied to the documents, in the plan of an epoch
             for number in range(len(self.sources)):
                 yield from one(number)
             return
-        open_parts = {number: one(number) for number in range(len(self.sources))}
+        open_parts = {number: weighted(number) for number in range(len(self.sources))}
         credit = dict.fromkeys(open_parts, 0.0)
         while open_parts:  # the source that is furthest behind its weight gives the next row
             for number in open_parts:
@@ -155,7 +190,7 @@ class Build:
             if self.progress and self.report.rows % CHUNK == 0:
                 self.progress(self.report.rows)
             try:
-                example = reader(row).with_source(number, self.config.prompt_format)
+                example = reader(row).with_source(number, self.config.prompt_format, self.config.special_tokens_in_text)
             except EmptyRow as error:
                 if self.config.drop_empty:
                     self.report.dropped[EMPTY] += 1
@@ -164,6 +199,9 @@ class Build:
                 continue
             except UserError as error:
                 self.faults(error)
+                continue
+            if not example.wanted:
+                self.report.dropped[UNWANTED] += 1
                 continue
             text = content(example)
             mark = digest(text)
@@ -179,6 +217,16 @@ class Build:
             path = self.sources[number].path
             if reader.unused:
                 found.append(f"{path}: columns that are not used: {', '.join(reader.unused)}")
+            if count := reader.notes["system column"]:
+                found.append(
+                    f"{path}: {count:,} rows have a system column and another system message of their own, which is kept"
+                )
+            if reader.unknown_roles:
+                roles = ", ".join(f"{role!r:.60} in {count:,} rows" for role, count in reader.unknown_roles.most_common(5))
+                found.append(
+                    f"{path}: roles that are not known: {roles}. The chat template gets them as they are, and what they say is "
+                    "not trained"
+                )
             if reader.name == "preference":
                 found.append(
                     f"{path}: the answers in `chosen` are trained; those in `rejected` are checked, and this objective "
@@ -202,7 +250,7 @@ class Build:
             return
         # Threads of the parent (JAX has many) do not survive a fork, so workers start fresh.
         context = multiprocessing.get_context("spawn")
-        made = (self.tokenizer, self.config, self.classes)
+        made = (self.tokenizer, self.config, self.labels)
         with context.Pool(self.config.num_proc, _start_worker, made) as pool:
             waiting: deque = deque()
             for chunk in chunks:
@@ -234,7 +282,7 @@ class Build:
             if not pieces:
                 report.dropped[LONG] += 1
                 return ()
-        elif self.classes is None:
+        elif self.labels is None or not self.labels.head:
             last = document.tokens[1:][document.weights[1:] > 0][-3:].tolist()
             report.notes["no end trained"] += bool(last) and not self.ends.intersection(last)
         kept = [piece for piece in pieces if piece.weights[1:].any()]
@@ -255,15 +303,21 @@ class Build:
         # Rows that could not be read are no rows yet; the others turned out to be broken later.
         report = replace(self.report, rows=self.report.rows + self.unread.count, dropped=dropped)
         report.notes = self.report.notes + self.encoder.notes
-        report.warnings = [*self._described(), *warnings_of(report, messages, self.masked_where)]
+        report.warnings = [*self.unread.notes, *self._described(), *warnings_of(report, messages, self.masked_where)]
         if not report.kept:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
             first = f" (the first: {messages[0]})" if messages else ""
-            raise UserError(
-                f"{report.source}: none of {report.rows:,} examples is left: {reasons}{first}. Raise data.max_length "
-                f"({self.config.max_length}), choose another data.truncation, or change the data"
-            )
+            advice = "Change the data, or what drops it"
+            if report.dropped[LONG] or report.dropped[MASKED]:
+                advice = f"Raise data.max_length ({self.config.max_length}), choose another data.truncation, or change the data"
+            raise UserError(f"{report.source}: none of {report.rows:,} examples is left: {reasons}{first}. {advice}")
         return report
+
+
+def _has_turn(row: int, share: float, epoch: int) -> bool:
+    """Whether a row is among the `share` of its source that this epoch sees; the next epoch sees the next ones."""
+    place = row * 0.6180339887498949 % 1  # the golden ratio spreads any run of rows evenly
+    return (place - share * epoch) % 1 < share
 
 
 def warnings_of(report: DataReport, broken: list[str], masked: list[str]) -> list[str]:
@@ -273,6 +327,11 @@ def warnings_of(report: DataReport, broken: list[str], masked: list[str]) -> lis
         more = report.dropped[BROKEN] - len(broken)
         rest = f" and {more:,} more" if more else ""
         found.append(f"{report.dropped[BROKEN]:,} broken rows were skipped: {' | '.join(broken)}{rest}")
+    if report.dropped[UNWANTED]:
+        found.append(
+            f"{report.dropped[UNWANTED]:,} rows have label false (an unpaired preference, as for KTO): their completions are "
+            "not wanted, and this objective has no use for them; data.format: prompt_completion trains them too"
+        )
     if report.dropped[MASKED]:
         found.append(
             f"{report.dropped[MASKED]:,} rows have no trained token (left within max_length) and are dropped, such as "
@@ -294,6 +353,7 @@ def warnings_of(report: DataReport, broken: list[str], masked: list[str]) -> lis
             "the chat template has no {% generation %} marks: what the assistant wrote was found by rendering turn by turn, "
             "and each turn was checked to be a prefix of the whole"
         )
+    found += [f"in {notes[name]:,} {said}" for name, said in COUNTED.items() if notes[name]]
     if notes["BOS added"]:
         found.append(
             "the chat template writes no BOS and the tokenizer puts one before every text: ftjax puts one before each "
@@ -310,10 +370,10 @@ def warnings_of(report: DataReport, broken: list[str], masked: list[str]) -> lis
 _encoder: Encoder | None = None
 
 
-def _start_worker(tokenizer: Any, config: DataConfig, classes: Sequence[str] | None) -> None:
+def _start_worker(tokenizer: Any, config: DataConfig, labels: Labels | None) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = make_encoder(tokenizer, config, classes)
+    _encoder = make_encoder(tokenizer, config, labels)
 
 
 def _work(examples: list[Example]) -> tuple[list[Encoded | None], list[str], Counter[str]]:

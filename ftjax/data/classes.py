@@ -5,6 +5,8 @@ target of the one before, so lets the last token of the text predict it. The tex
 
     tokens   1 12 57  2        targets  12 57  2  0
                                weights   0  0  1  0
+
+Several labels, or the numbers of a regression, are a vector beside the tokens (`Encoded.labels`), and the token is 0.
 """
 
 from collections.abc import Sequence
@@ -14,24 +16,24 @@ from typing import Any
 import numpy as np
 
 from ftjax.config import Config
-from ftjax.config.data import DataConfig
+from ftjax.config.data import DataConfig, SourceConfig
 from ftjax.data.clean import normalizer
 from ftjax.data.encode import Encoded, Encoder, NoWay, _Plan
 from ftjax.data.example import Example
 from ftjax.data.faults import Faults
 from ftjax.data.find import find
-from ftjax.data.formats import Reader
-from ftjax.data.read import read_rows
+from ftjax.data.labels import Labels, Survey
+from ftjax.data.reader import read_source
 from ftjax.data.truncate import truncate
+from ftjax.data.values import EmptyRow
 from ftjax.errors import UserError
-
-MOST = 200  # classes that are found in data; more are answers, not classes
 
 
 def label_of(example: Example) -> str:
-    """UserError where a row has no answer."""
-    if not example.references:
-        raise UserError(f"{example.where}: the row has no label; expected columns such as text and label")
+    """UserError where a row has no answer, or several."""
+    if len(example.references) != 1:
+        found = f"{len(example.references)} labels, expected one" if example.references else "no label"
+        raise UserError(f"{example.where}: the row has {found}; expected columns such as text and label")
     return example.references[0].strip()
 
 
@@ -54,31 +56,34 @@ def text_of(example: Example) -> str:
 class ClassEncoder(Encoder):
     """Encodes texts as transformers' tokenizers do for classifiers, with what they put before a text and without an EOS."""
 
-    classes: tuple[str, ...] = ()
+    labels: Labels | None = None
 
     def _plan(self, example: Example) -> _Plan:
         label = label_of(example)
-        if label not in self.classes:
-            raise UserError(f"{example.where}: the label {label!r} is not in objective.labels: {', '.join(self.classes)}")
+        if self.labels.single and label not in self.labels.names:
+            raise UserError(f"{example.where}: the label {label!r} is not in objective.labels: {', '.join(self.labels.names)}")
         return _Plan(example, text_of(example), [])
 
     def _ready(self, example: Example) -> Encoded:
         raise NoWay(f"{example.where}: a classification head needs text, not input_ids")
 
-    def _encode(self, plan: _Plan, encoding: Any) -> Encoded:
-        ids = self.tokens.with_prefix(encoding.ids)
+    def _encode(self, plan: _Plan, encodings: list[Any]) -> Encoded:
+        ids = self.tokens.with_prefix(encodings[-1].ids)
         if not ids:
             raise NoWay(f"{plan.example.where}: the text has no token")
         weights = np.zeros(len(ids) + 1, np.float32)
         weights[-1] = 1.0
-        number = self.classes.index(label_of(plan.example))
-        return Encoded(np.array([*ids, number], np.int32), weights, plan.example.where, plan.example.source)
+        label, vector = label_of(plan.example), None
+        if not self.labels.single:
+            vector = self.labels.vector(label)
+        number = self.labels.names.index(label) if vector is None else 0
+        return Encoded(np.array([*ids, number], np.int32), weights, plan.example.where, plan.example.source, vector)
 
 
-def make_encoder(tokenizer: Any, config: DataConfig, classes: Sequence[str] | None = None) -> Encoder:
-    """For answers, or for the classes of a head."""
-    if classes is not None:
-        return ClassEncoder(tokenizer, classes=tuple(classes))
+def make_encoder(tokenizer: Any, config: DataConfig, labels: Labels | None = None) -> Encoder:
+    """For answers, or for the labels of a head."""
+    if labels is not None and labels.head:
+        return ClassEncoder(tokenizer, labels=labels)
     return Encoder(tokenizer, config.train_on_inputs, config.last_turn_only)
 
 
@@ -103,42 +108,37 @@ def cut(document: Encoded, config: DataConfig, encoder: Encoder) -> Sequence[Enc
 
 
 def with_labels(config: Config) -> Config:
-    """The configuration with the labels of its classification; another objective's as it is."""
+    """The configuration with the labels of its classification, and how the data has them; another objective's as it is.
+
+    Raises UserError for what is no label, or one that is not among those given, and where there are too many or too few.
+    """
     if config.objective.name != "classification":
         return config
-    labels = find_labels(config.data, config.objective.labels)
-    changes = {"objective": config.objective.model_copy(update={"labels": labels})}
-    if config.evaluate.labels is None:
+    labels, form = find_labels(config.data.sources("train"), config.data, Labels.of(config.objective))
+    changes = {"objective": config.objective.model_copy(update={"labels": labels, "label_format": form})}
+    if config.evaluate.labels is None and config.objective.single:
         changes["evaluate"] = config.evaluate.model_copy(update={"labels": labels})
     return config.model_copy(update=changes)
 
 
-def find_labels(config: DataConfig, given: Sequence[str] | None) -> list[str]:
-    """The classes of the training data in alphabetical order, or those that are given, where all rows have one of them.
-
-    Raises UserError for a row with another one, and where there are too many or too few to be classes.
-    """
-    faults, normalize, found = Faults(config.on_error == "skip"), normalizer(config.unicode_normalization), {}
-    for source in config.sources("train"):
-        reader = None
-        for row in read_rows(source, faults, found=find(source)):
-            reader = reader or Reader(source, row, normalize)
+def find_labels(sources: Sequence[SourceConfig], config: DataConfig, labels: Labels) -> tuple[list[str], str]:
+    """Those of the rows, or those that are given, and their format (`Survey.labels`)."""
+    faults, normalize, survey = Faults(config.on_error == "skip"), normalizer(config.unicode_normalization), Survey(labels)
+    for source in sources:
+        for reader, row in read_source(source, faults, found=find(source), normalize=normalize, label=survey.read):
             try:
                 example = reader(row)
-            except UserError:
+                if not example.wanted:
+                    continue
+                label = label_of(example)
+            except EmptyRow:
                 continue  # counted, or an error, when it is tokenised
-            label = label_of(example)
-            if given is not None and label not in given:
-                raise UserError(f"{example.where}: the label {label!r} is not in objective.labels: {', '.join(given)}")
-            found.setdefault(label, example.where)
-            if len(found) > MOST:
-                raise UserError(
-                    f"objective classification: more than {MOST} different labels, such as {', '.join(list(found)[:3])}; are "
-                    "these classes? Then name them in objective.labels"
-                )
-    if given is None and len(found) < 2:
-        raise UserError(
-            f"objective classification: all rows have the label {next(iter(found), None)!r}; name the classes "
-            "in objective.labels"
-        )
-    return list(given) if given is not None else sorted(found)
+            except UserError as error:
+                faults(error)
+                continue
+            if not labels.single:
+                continue
+            if labels.names is not None and label not in labels.names:
+                raise UserError(f"{row.where}: the label {label!r} is not in objective.labels: {', '.join(labels.names)}")
+            survey.see(label, row.where)
+    return survey.labels()

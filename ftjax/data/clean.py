@@ -7,9 +7,15 @@ from collections.abc import Callable
 import numpy as np
 import xxhash
 
-from ftjax.data.example import Example
+from ftjax.data.example import Example, Message
 
-SHINGLE = 3  # words
+SHINGLE = 3  # words, or characters of a script that writes no spaces between words
+# Chinese, Japanese, Thai, Lao, Tibetan, Burmese and Khmer
+SPACELESS = (
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U0003ffff"
+)
+WORD = re.compile(rf"[{SPACELESS}]|[^\W{SPACELESS}]+")
 PERMUTATIONS = 128
 
 
@@ -19,8 +25,14 @@ def content(example: Example) -> str:
         return json.dumps([example.input_ids, example.labels])
     if example.text is not None:
         return example.text
-    said = [example.prompt, example.completion] if example.prompt is not None else list(example.messages)
-    return json.dumps([said, example.rejected, example.tools], sort_keys=True, ensure_ascii=False, default=str)
+    said = [example.prompt, example.completion] if example.prompt is not None else list(map(_plain, example.messages))
+    facts = [said, example.rejected, example.tools, example.template_arguments]
+    return json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _plain(message: Message) -> Message:
+    """Without the flags that say what is so anyway."""
+    return {k: v for k, v in message.items() if not (k in ("train", "weight") and v == 1 and message["role"] == "assistant")}
 
 
 def digest(text: str) -> int:
@@ -29,7 +41,8 @@ def digest(text: str) -> int:
 
 
 class Duplicates:
-    """Tells whether a content was seen before: exactly, or (`near`) so that most word 3-grams are the same.
+    """Tells whether a content was seen before: exactly, or (`near`) so that most word 3-grams are the same (in
+    scripts without spaces, those of characters).
 
     Near duplicates are found by MinHash (Broder 1997) with locality-sensitive hashing, from `datasketch`.
     """
@@ -53,7 +66,7 @@ class Duplicates:
         self._seen.add(number)
         if self._index is None:
             return None
-        words = re.findall(r"\w+", text.lower())
+        words = WORD.findall(text.lower())
         if not words:
             return None
         shingles = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
@@ -79,8 +92,16 @@ def held_out(digests: np.ndarray, share: float, seed: int) -> np.ndarray:
     key = xxhash.xxh3_64_intdigest(f"validation_split {seed}".encode())
     order = np.argsort(_mixed(distinct ^ np.uint64(key)), kind="stable")
     total = np.cumsum(counts[order])
-    number = int(np.clip(np.searchsorted(total, max(wanted, 1)) + 1, 1, len(distinct) - 1))
-    return np.isin(digests, distinct[order[:number]])
+    number = int(np.searchsorted(total, max(wanted, 1), side="right"))  # the groups that fit as a whole, in their order
+    chosen, left = list(order[:number]), max(wanted, 1) - (int(total[number - 1]) if number else 0)
+    for group in order[number:]:
+        if left <= 0:
+            break
+        if counts[group] <= left:
+            chosen.append(group)
+            left -= int(counts[group])
+    chosen = chosen or [order[int(np.argmin(counts[order]))]]
+    return np.isin(digests, distinct[chosen[: len(distinct) - 1]])
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

@@ -3,13 +3,11 @@
 Every token carries its weight from the moment it is encoded. The prompt `Hi` with the completion ` there`, for a tokenizer
 that puts a BOS before a text, is `<s> Hi _there </s>` with weights `0 0 1 1`.
 
-A text is tokenised whole and its boundaries are looked up by character, which costs one pass. Where the tokenizer merges
-characters across the boundary between a prompt and its answer, the two are tokenised one after the other instead: a model
-that generates has the prompt's own tokens before it, and never half of a merged one. The ids before the answer are so the
-same that `render_prompt` makes.
+A text is tokenised whole, and up to each boundary between a prompt and its answer: those are the ids that `render_prompt`
+makes, and a model that generates has before it. Where the whole text does not begin with them, because the tokenizer merges
+characters across the boundary or splits those before it in another way, the answer is tokenised apart and put behind them.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ftjax.data.control import Control
 from ftjax.data.example import Example
 from ftjax.data.faults import Faults
 from ftjax.data.template import Template, with_chat_bos
@@ -27,12 +26,16 @@ from ftjax.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """`tokens` int32 `[n]` of one document, and `weights` float32 `[n]`: that of each as something to be predicted."""
+    """`tokens` int32 `[n]` of one document, and `weights` float32 `[n]`: that of each as something to be predicted.
+
+    `labels` float32 `[labels]`: of a text with several labels, or numbers.
+    """
 
     tokens: np.ndarray
     weights: np.ndarray
     where: str
     source: int = 0
+    labels: np.ndarray | None = None
 
 
 class NoWay(UserError):
@@ -41,13 +44,27 @@ class NoWay(UserError):
 
 @dataclass(slots=True)
 class _Plan:
-    """A text and its spans: from, to, weight. `answered`: it ends with an answer, behind which the end is trained."""
+    """A text and its spans: from, to, weight.
+
+    `cuts`: where prompts end in it, rising. `whole`: it is tokenised in one all the same. `answered`: it ends with an answer,
+    behind which the end is trained; `spelled` are the special tokens that answers spell, `closers` those that the template
+    writes behind them. `control`: of a text with aliases.
+    """
 
     example: Example
     text: str
     spans: list[tuple[int, int, float]]
+    cuts: list[int] = field(default_factory=list)
+    whole: bool = False
     chat: bool = False
     answered: bool = True
+    spelled: frozenset[int] = frozenset()
+    closers: frozenset[int] = frozenset()
+    control: Control | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        return [*(self.text[:cut] for cut in self.cuts), self.text]
 
 
 @dataclass
@@ -80,16 +97,27 @@ class Encoder:
         with ThreadPoolExecutor(1, "tokenize") as pool:
             for examples in chunks:
                 plans = [self._planned(example, faults) for example in examples]
-                texts = [plan.text for plan in plans if isinstance(plan, _Plan)]
-                coming = plans, pool.submit(self.tokens.batch, texts)
+                coming = plans, pool.submit(self._tokenised, plans)
                 if waiting is not None:
                     yield self._encoded(*waiting)
                 waiting = coming
             if waiting is not None:
                 yield self._encoded(*waiting)
 
+    def _tokenised(self, plans: list["_Plan | Encoded | None"]) -> Iterator[list[Any]]:
+        """The encodings of each plan's texts."""
+        texts = [text for plan in plans if isinstance(plan, _Plan) and plan.control is None for text in plan.texts]
+        encodings = iter(self.tokens.batch(texts))
+        return iter(
+            [
+                plan.control.batch(plan.texts) if plan.control else [next(encodings) for _ in plan.texts]
+                for plan in plans
+                if isinstance(plan, _Plan)
+            ]
+        )
+
     def _encoded(self, plans: list["_Plan | Encoded | None"], batch: Future) -> list[Encoded | None]:
-        encodings = iter(batch.result())
+        encodings = batch.result()
         return [self._encode(plan, next(encodings)) if isinstance(plan, _Plan) else plan for plan in plans]
 
     def _planned(self, example: Example, faults: Faults) -> "_Plan | Encoded | None":
@@ -113,28 +141,54 @@ class Encoder:
             text = example.prompt + example.completion
             joined = text[max(0, start - 1) : start + 1]
             self.notes["joined without a space"] += len(joined) == 2 and not any(c.isspace() for c in joined)
-            return _Plan(example, text, [(0 if self.train_on_inputs else start, len(text), 1.0)])
+            spans = [(0 if self.train_on_inputs else start, len(text), 1.0)]
+            return _Plan(example, text, spans, [start] if start else [])
         return self._chat(example)
 
     def _chat(self, example: Example) -> _Plan:
         template = self._template(example)
-        marked = any("train" in m or "weight" in m for m in example.messages)
-        if self.train_on_inputs and not marked:
-            text = template.render(example.messages, False, example.where, example.tools, example.template_arguments)
-            turns = []
+        chat = template.prepare(example)
+        example, notes = chat.example, chat.notes
+        messages, where = example.messages, example.where
+        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        weights = [float(m.get("weight", 1.0)) if m.get("train", True) else 0.0 for m in messages]
+        whole = self.train_on_inputs and not any("train" in m or "weight" in m for m in messages)
+        turns, cuts = [], []
+        if whole:
+            text = template.render(messages, False, where, example.tools, example.template_arguments)
+            if answers:
+                cuts = [prompt for prompt in [template.prompt_end(example, answers[-1], text)] if prompt]
+                notes["prompt differs"] = not cuts
         elif self.last_turn_only:
             text, turns = template.last_turn(example)
         elif example.prompt_turns is not None:
             text, turns = template.split_at(example, example.prompt_turns)
         else:
-            self.notes["found turn by turn"] += not template.marked
+            notes["found turn by turn"] = not template.marked
             text, turns = template.turns(example)
         spans = [(0, len(text), 1.0)] if self.train_on_inputs else []
-        for number, (start, stop) in turns:
-            message = example.messages[number] if number >= 0 else {}
-            weight = float(message.get("weight", 1.0)) if message.get("train", True) else 0.0
-            spans.append((start, stop, weight))
-        return _Plan(example, text, spans, chat=True, answered=example.messages[-1]["role"] == "assistant")
+        for turn in turns:
+            weight = weights[turn.number] if turn.number >= 0 else 1.0
+            spans.append((turn.start, turn.stop, weight))
+            if weight:
+                cuts.append(turn.start if turn.prompt is None else turn.prompt)
+                notes["prompt differs"] |= turn.prompt is None
+        first = example.prompt_turns or 0
+        trained = [n for n in (answers[-1:] if self.last_turn_only else answers) if weights[n] and n >= first]
+        notes |= template.left_out(example, text, trained)
+        notes["answer left out"] = any(not _holds(text, messages[n].get("content")) for n in trained)
+        spelled, control = template.control.spelled(messages), None
+        if chat.hidden:
+            control, places = template.control, [*cuts, *(place for a, b, _ in spans for place in (a, b))]
+            text, places = control.reveal(text, places, where)
+            cuts, places = places[: len(cuts)], iter(places[len(cuts) :])
+            spans = [(next(places), next(places), weight) for _, _, weight in spans]
+        self.notes.update(notes)
+        return _Plan(
+            example, text, spans, sorted({cut for cut in cuts if 0 < cut < len(text)}), whole=whole, chat=True,
+            answered=messages[-1]["role"] == "assistant", spelled=spelled,
+            closers=frozenset(closer for closer in template.closers if closer is not None), control=control,
+        )  # fmt: skip
 
     def _template(self, example: Example) -> Template:
         tools = example.tools is not None
@@ -165,30 +219,33 @@ class Encoder:
 
     # ---- ids and weights ----
 
-    def _encode(self, plan: _Plan, encoding: Any) -> Encoded:
-        length = len(plan.text)
-        cuts = sorted({a for a, _, w in plan.spans if 0 < a < length and w and first_token(encoding, a, length)[1]})
-        if cuts:
-            self.notes["merged boundary"] += 1
-            ids, weights = self._in_pieces(plan, cuts)
-        else:
-            ids, weights = encoding.ids, _weights(encoding, plan.spans, length)
-        ids, weights = (self._finish_chat if plan.chat else self._finish_text)(plan, ids, weights)
-        return Encoded(np.array(ids, np.int32), weights, plan.example.where, plan.example.source)
-
-    def _in_pieces(self, plan: _Plan, cuts: list[int]) -> tuple[list[int], np.ndarray]:
-        """The text tokenised up to each cut by itself."""
+    def _encode(self, plan: _Plan, encodings: list[Any]) -> Encoded:
+        """From the encodings of the text up to each cut, and of the whole text."""
         ids: list[int] = []
-        weights: list[np.ndarray] = []
-        edges = [0, *cuts, len(plan.text)]
-        for start, stop in itertools.pairwise(edges):
-            piece = plan.text[start:stop]
-            encoding, tokens, characters = self.tokens.continuation(piece) if start else (self.tokens.batch([piece])[0], 0, 0)
-            shift = characters - start
-            spans = [(max(a, start) + shift, min(b, stop) + shift, w) for a, b, w in plan.spans if a < stop and b > start]
-            weights.append(_weights(encoding, spans, len(piece) + characters)[tokens:])
-            ids += encoding.ids[tokens:]
-        return ids, np.concatenate(weights)
+        weights = np.zeros(0, np.float32)
+        start, merged, differs = 0, False, False
+        for stop, encoding in zip([*plan.cuts, len(plan.text)], encodings, strict=True):
+            first, shift, last = len(ids), 0, stop == len(plan.text)
+            if plan.whole:
+                if not last:
+                    differs |= encoding.ids != encodings[-1].ids[: len(encoding.ids)]
+                    continue
+            elif encoding.ids[:first] != ids:  # it goes on otherwise than it began
+                merged, differs = True, differs or not last
+                batch = plan.control.batch if plan.control else None
+                encoding, first, characters = self.tokens.continuation(plan.text[start:stop], batch)
+                shift = characters - start
+            ids += encoding.ids[first:]
+            weights = np.append(weights, _weights(encoding, first, plan.spans, start, stop, shift))
+            start = stop
+        self.notes["merged boundary"] += merged
+        self.notes["prompt ids differ"] += differs
+        if plan.control:
+            ids = plan.control.real(ids)
+        ids, weights = (self._finish_chat if plan.chat else self._finish_text)(plan, ids, weights)
+        unknown = self.tokens.unknown
+        self.notes["unknown tokens"] += unknown is not None and unknown in (np.array(ids)[weights > 0])
+        return Encoded(np.array(ids, np.int32), weights, plan.example.where, plan.example.source)
 
     def _finish_text(self, plan: _Plan, ids: list[int], weights: np.ndarray) -> tuple[list[int], np.ndarray]:
         """One BOS, not trained, and one EOS, trained."""
@@ -213,22 +270,27 @@ class Encoder:
         if self.train_on_inputs or not weights.any():
             trained = len(ids) - 1 if weights.any() else None
         else:
-            weights = self._with_ends(ids, weights, plan.answered)
+            weights = self._with_ends(ids, weights, plan)
             trained = int(np.flatnonzero(weights)[-1])
-        if trained is None or not plan.answered or self.tokens.ends.intersection(ids[max(0, trained - 3) :]):
+        if trained is None or not plan.answered or self._ends(plan).intersection(ids[max(0, trained - 3) :]):
             return ids, weights
         self._need_eos()
         self.notes["end added"] += 1
         return [*ids[: trained + 1], self.tokens.eos], np.append(weights[: trained + 1], weights[trained])
 
-    def _with_ends(self, ids: list[int], weights: np.ndarray, answered: bool) -> np.ndarray:
+    def _ends(self, plan: _Plan) -> frozenset[int]:
+        """What ends a turn of this text: EOS, what the template closes answers with, and any special token that no answer
+        spells, so that the template must have written it."""
+        return (self.tokens.ends - plan.spelled) | plan.closers | ({self.tokens.eos} - {None})
+
+    def _with_ends(self, ids: list[int], weights: np.ndarray, plan: _Plan) -> np.ndarray:
         """An end of turn that stands right behind a trained span which holds none is trained with it.
 
         Behind the last answer a special token can only be its end; behind an earlier one it may begin the next turn.
         """
-        ends = {self.tokens.eos}
+        all_ends, ends = self._ends(plan), {self.tokens.eos} | plan.closers
         last = int(np.flatnonzero(weights)[-1])
-        if answered and last + 1 < len(ids) and ids[last + 1] in self.tokens.ends:
+        if plan.answered and last + 1 < len(ids) and ids[last + 1] in self.tokens.ends:
             ends.add(ids[last + 1])
         for stop in np.flatnonzero((weights[:-1] > 0) & (weights[1:] == 0)).tolist():
             tail = [
@@ -236,16 +298,24 @@ class Encoder:
                 for token, weight in zip(ids[max(0, stop - 3) : stop + 1], weights[max(0, stop - 3) :], strict=False)
                 if weight
             ]
-            if ids[stop + 1] in ends and not self.tokens.ends.intersection(tail):
+            if ids[stop + 1] in ends and not all_ends.intersection(tail):
                 weights[stop + 1] = weights[stop]
                 self.notes["end outside the marks"] += 1
         return weights
 
 
-def _weights(encoding: Any, spans: list[tuple[int, int, float]], length: int) -> np.ndarray:
-    """Of each token of a text of `length` characters; a later span overrides an earlier one."""
+def _weights(encoding: Any, first: int, spans: list[tuple[int, int, float]], start: int, stop: int, shift: int) -> np.ndarray:
+    """Of the tokens from number `first` on, which are characters `start` to `stop` of the text; `shift` characters on in their
+    encoding. A later span overrides an earlier one."""
     weights = np.zeros(len(encoding.ids), np.float32)
-    for start, stop, weight in spans:
-        first = 0 if start <= 0 else first_token(encoding, start, length)[0]
-        weights[first : len(weights) if stop >= length else end_token(encoding, stop, length)] = weight
-    return weights
+    length = stop + shift
+    for a, b, weight in spans:
+        if a < stop and b > start:
+            begin = first if a <= start else first_token(encoding, a + shift, length)[0]
+            weights[begin : len(weights) if b >= stop else end_token(encoding, b + shift, length)] = weight
+    return weights[first:]
+
+
+def _holds(text: str, content: str | None) -> bool:
+    """Whether a content stands in the text, apart from white space."""
+    return not content or content in text or "".join(content.split()) in "".join(text.split())

@@ -27,11 +27,13 @@ class Example:
     prompt_turns: int | None = None  # so many of the messages are the prompt, and what follows is trained; None: roles tell
     references: tuple[str, ...] = ()  # answers to compare with
     rejected: str | None = None  # of a preference
+    wanted: bool = True  # False: an answer that an unpaired preference (KTO) calls bad
     tools: list[Any] | None = None
     template_arguments: dict[str, Any] | None = None
     input_ids: list[int] | None = None
     labels: list[int] | None = None
     prompt_format: Literal["auto", "chat", "raw"] = "auto"
+    special_tokens_in_text: Literal["encode", "split", "error"] = "split"  # control tokens that a message spells
     source: int = 0  # number of the source in a mixture
 
     def is_chat(self, tokenizer: Any) -> bool:
@@ -51,5 +53,5 @@ class Example:
         last = max((n for n, message in enumerate(self.messages) if message["role"] == "assistant"), default=len(self.messages))
         return self.messages[:last]
 
-    def with_source(self, source: int, prompt_format: str) -> "Example":
-        return replace(self, source=source, prompt_format=prompt_format)
+    def with_source(self, source: int, prompt_format: str, special_tokens_in_text: str = "split") -> "Example":
+        return replace(self, source=source, prompt_format=prompt_format, special_tokens_in_text=special_tokens_in_text)

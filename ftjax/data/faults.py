@@ -12,6 +12,10 @@ class Faults:
         self.skip = skip
         self.count = 0
         self.messages: list[str] = []
+        self.notes: dict[str, None] = {}  # what was done with a file, and is worth a warning
+
+    def note(self, text: str) -> None:
+        self.notes[text] = None
 
     def __call__(self, error: UserError) -> None:
         if not self.skip:

@@ -1,6 +1,7 @@
 """Which files a path means, and what they hold: the fingerprint changes when one byte of them does."""
 
 import glob
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,22 +13,27 @@ import xxhash
 from ftjax.config.data import SourceConfig
 from ftjax.errors import UserError
 
-TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+PLAIN = (".txt", ".md")
+TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *PLAIN)
 TABLES = (".parquet", ".arrow")
 SUFFIXES = (*TEXT, *TABLES)
-PACKED = (".gz", ".zst")
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+# What stands beside the data in a folder, and is about it.
+ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+NOTES = ("readme", "license", "licence", "changelog", "citation", "notice", "contributing")
 KINDS = f"{', '.join(SUFFIXES)} (or {' and '.join(PACKED)} of them)"
 
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a source, in a fixed order."""
+    """The files of a source, in a fixed order; `left_out` says what else its folder holds."""
 
     paths: tuple[Path, ...]
+    left_out: str = ""
 
     def fingerprint(self) -> str:
         """A digest of every byte. Raises UserError for a file that cannot be read."""
-        digest = xxhash.xxh3_128()
+        digest = xxhash.xxh3_128(self.left_out.encode("utf-8", "surrogateescape"))
         for path in self.paths:
             try:
                 digest.update(f"{path.name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
@@ -85,10 +91,7 @@ def find(source: SourceConfig) -> Files | HubSet:
                 raise UserError(f"{path}: unknown kind of file; expected {KINDS}")
             return Files((place,))
         if place.is_dir():
-            found = sorted(p for p in place.rglob("*") if p.is_file() and kind(p) and not _hidden(p, place))
-            if not found:
-                raise UserError(f"{path}: this folder holds no data file; expected {KINDS}")
-            return Files(_one_split(found, source, place))
+            return _in_folder(place, source)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     if any(c in path for c in "*?["):
@@ -114,8 +117,55 @@ def kind(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
+def _in_folder(root: Path, source: SourceConfig) -> Files:
+    """The data files of a folder, of the split that is meant; what is no data, or of another split, is said."""
+    data, why = [], {}
+    saved: dict[Path, set[str] | None] = {}
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        if path.name.lower() in ABOUT or path.name.lower().startswith(NOTES):
+            continue
+        if path.parent not in saved:
+            saved[path.parent] = _shards(path.parent)
+        if any(part.startswith((".", "_")) for part in path.relative_to(root).parts):
+            if kind(path):
+                why[path] = "its name begins with . or _"
+        elif kind(path) is None:
+            why[path] = "unknown kind"
+        elif saved[path.parent] is not None and path.name not in saved[path.parent]:
+            why[path] = "not named in state.json"
+        else:
+            data.append(path)
+    if {kind(path) in PLAIN for path in data} == {True, False}:
+        why |= {path: "text beside data" for path in data if kind(path) in PLAIN}
+        data = [path for path in data if path not in why]
+    if not data:
+        raise UserError(f"{source.path}: this folder holds no data file; expected {KINDS}{_listed(why, root)}")
+    chosen = _one_split(data, source, root, why)
+    return Files(chosen, f"{source.path}: {len(chosen):,} of its files are read{_listed(why, root)}" if why else "")
+
+
+def _shards(folder: Path) -> set[str] | None:
+    """The files that `datasets.save_to_disk` wrote, without what later calls keep beside them; None for another folder.
+
+    Raises UserError where the rows are chosen by a file of indices, as old versions wrote it.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        shards = {shard["filename"] for shard in state["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise UserError(
+            f"{folder}: its rows are chosen by a file of indices, as old versions of datasets saved them; load and save it "
+            "with a newer version"
+        )
+    return shards
+
+
+def _listed(why: dict[Path, str], root: Path) -> str:
+    shown = [f"{path.relative_to(root)} ({reason})" for path, reason in list(why.items())[:8]]
+    more = f" and {len(why) - len(shown):,} more" if len(why) > len(shown) else ""
+    return f"; left out: {', '.join(shown)}{more}" if why else ""
 
 
 # What data sets on the Hub call their splits in file and folder names.
@@ -126,8 +176,11 @@ SPLITS = {
 }
 
 
-def _one_split(found: Sequence[Path], source: SourceConfig, root: Path) -> tuple[Path, ...]:
-    """Of a folder that holds train, validation and test files, those of the split that is meant."""
+def _one_split(found: Sequence[Path], source: SourceConfig, root: Path, why: dict[Path, str]) -> tuple[Path, ...]:
+    """Of a folder that holds files of several splits, those of the one that is meant; the others are put into `why`.
+
+    Files without a split in their names are the training data, unless others are named so.
+    """
 
     def split_of(path: Path) -> str | None:
         words = {
@@ -136,17 +189,17 @@ def _one_split(found: Sequence[Path], source: SourceConfig, root: Path) -> tuple
         return next((split for split, names in SPLITS.items() if words & set(names)), None)
 
     splits = {path: split_of(path) for path in found}
-    if len({split for split in splits.values() if split}) < 2:
-        mixed = {kind(path) in (".json",) for path in found}
-        if mixed == {True, False}:  # dataset_info.json and the like stand beside the data
-            return tuple(path for path in found if kind(path) != ".json")
+    if len(set(splits.values())) < 2:
         return tuple(found)
     chosen = tuple(path for path in found if splits[path] == source.split)
+    if not chosen and source.split in ("train", None):
+        chosen = tuple(path for path in found if splits[path] is None)
     if not chosen:
         raise UserError(
             f"{source.path}: this folder holds files of {', '.join(sorted({s for s in splits.values() if s}))}, none of "
             f"{source.split}; name the file, or write {{path, split}}"
         )
+    why |= {path: splits[path] or "no split in its name" for path in found if path not in chosen}
     return chosen
 
 

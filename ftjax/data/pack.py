@@ -60,6 +60,19 @@ def pack(lengths: np.ndarray, capacity: int, rng: np.random.Generator | None) ->
     return Plan(order[sort], np.concatenate([[0], np.cumsum(sizes)]))
 
 
+def in_order(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """The `starts` of a plan that keeps the order of the documents: each row takes as many as it holds.
+
+    `in_order([5, 3, 3, 2], 8)` is `[0, 2, 4]`.
+    """
+    ends = np.cumsum(lengths)
+    starts = [0]
+    while starts[-1] < len(lengths):
+        before = ends[starts[-1]] - lengths[starts[-1]]
+        starts.append(int(np.searchsorted(ends, before + capacity, side="right")))
+    return np.array(starts)
+
+
 def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """The row of each document; `lengths` fall."""
     rows = np.empty(len(lengths), np.int64)

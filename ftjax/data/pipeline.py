@@ -2,14 +2,6 @@
 
 The plan of an epoch depends on the documents' lengths, the seed and the epoch alone, so every process makes the same plan
 and builds only the rows of each global batch that its devices hold, and a position is one number of rows.
-
-One row of 12 tokens that holds two documents, `<s> Hi _there </s>` (weights 0 0 1 1) and `<s> Q A </s>` (0 0 1 1):
-
-    tokens       1 15 31  2  1 40 41  2  0  0  0  0
-    targets     15 31  2  0 40 41  2  0  0  0  0  0     the token that follows in the same document
-    weights      0  1  1  0  0  1  1  0  0  0  0  0     that of the target
-    positions    0  1  2  3  0  1  2  3  0  0  0  0
-    segment_ids  1  1  1  1  2  2  2  2  0  0  0  0
 """
 
 from collections import Counter
@@ -23,28 +15,16 @@ import numpy as np
 import xxhash
 
 from ftjax.config.data import DataConfig
+from ftjax.data.batch import Batch, BatchIterator, fill, own_rows
 from ftjax.data.build import build_documents
 from ftjax.data.clean import held_out
 from ftjax.data.encode import Encoded
-from ftjax.data.pack import Plan, pack
+from ftjax.data.labels import Labels
+from ftjax.data.pack import Plan, in_order, pack
 from ftjax.data.report import DataReport
 from ftjax.data.store import Documents
+from ftjax.data.unknown import refuse_unknown
 from ftjax.errors import UserError
-
-KEYS = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "positions": np.int32, "segment_ids": np.int32}
-Batch = dict[str, np.ndarray]
-
-
-class BatchIterator(Protocol):
-    """Batches of this process's rows, `[rows, T]` of each of `KEYS`, and a position that is the same on all processes."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-    def __next__(self) -> Batch: ...
-    def get_state(self) -> dict[str, int]:
-        """Where the next batch is, as JSON: independent of the number of processes."""
-
-    def set_state(self, state: dict[str, int]) -> None:
-        """Go there."""
 
 
 class Split(Protocol):
@@ -59,6 +39,9 @@ class Split(Protocol):
 
     def fingerprint(self) -> dict[str, Any]:
         """What these documents are, as JSON: how many, how many tokens, and a digest of all tokens and weights."""
+
+    def refuse_unknown(self, rows: int, tokenizer: Any) -> None:
+        """UserError, naming the row of data, where a token's id is not below `rows`, as many as the model has embeddings."""
 
     def rows_per_epoch(self, epoch: int) -> int: ...
     def example(self) -> Encoded: ...
@@ -79,22 +62,38 @@ class Split(Protocol):
 
 
 def load_splits(
-    config: DataConfig, tokenizer: Any, *, seed: int, progress: Any = None, classes: Sequence[str] | None = None
-) -> tuple[Split, Split | None]:
+    config: DataConfig, tokenizer: Any, *, seed: int, progress: Any = None, labels: Labels | None = None,
+    positions: int | None = None,
+) -> tuple[Split, Split | None]:  # fmt: skip
     """Training data, and validation data where the configuration names some or splits some off.
 
     Args:
         progress: called now and then with the name of the set and the number of rows that were read.
-        classes: of a classification head, in the order of their numbers.
+        labels: of a classification.
+        positions: tokens of the longest text that the model is made for, where it is known.
 
     Raises UserError, with file and line, for anything that is wrong with them.
     """
-    validation = _load("validation", config, tokenizer, seed, progress, classes) if config.validation is not None else None
+    train, validation = _load_splits(config, tokenizer, seed, progress, labels)
+    if positions is not None and config.max_length > positions:
+        for split in (train, validation):
+            if split is not None:
+                split.report.warnings.append(
+                    f"data.max_length {config.max_length:,} is more than the {positions:,} tokens that the model is made for: "
+                    f"{int((split.lengths > positions).sum()):,} documents are longer"
+                )
+    return train, validation
+
+
+def _load_splits(
+    config: DataConfig, tokenizer: Any, seed: int, progress: Any, labels: Labels | None
+) -> tuple[Split, Split | None]:
+    validation = _load("validation", config, tokenizer, seed, progress, labels) if config.validation is not None else None
     if config.streaming:
         from ftjax.data.stream import StreamSplit
 
         return StreamSplit.load(config, tokenizer, seed), validation
-    train = _load("train", config, tokenizer, seed, progress, classes)
+    train = _load("train", config, tokenizer, seed, progress, labels)
     if config.validation_split is not None:
         train, validation = _divide(train, config.validation_split, seed)
     elif validation is not None and config.contamination != "ignore":
@@ -102,22 +101,33 @@ def load_splits(
     return train, validation
 
 
-def _load(
-    which: str, config: DataConfig, tokenizer: Any, seed: int, progress: Any, classes: Sequence[str] | None
-) -> "PackedSplit":
+def _load(which: str, config: DataConfig, tokenizer: Any, seed: int, progress: Any, labels: Labels | None) -> "PackedSplit":
     sources = config.sources(which)
     tell = (lambda rows: progress(which, rows)) if progress else None
-    documents, _ = build_documents(sources, config, tokenizer, tell, classes)
+    documents, _ = build_documents(sources, config, tokenizer, tell, labels)
     report = DataReport.of_state(documents.report)
     report.weights = {source.path: source.weight for source in sources}
     weights = tuple(source.weight for source in sources)
-    return PackedSplit.of(documents, weights, config, seed, report)
+    split = PackedSplit.of(documents, weights, config, seed, report)
+    seen = set(documents.source[split.plan(0, True, seed).documents].tolist())
+    for number, source in enumerate(sources):
+        own = int((documents.source == number).sum())
+        if own and number not in seen:
+            report.warnings.append(
+                f"{source.path}: a weight of {source.weight:g} gives none of its {own:,} rows to the first epoch"
+            )
+    return split
 
 
 def _divide(split: "PackedSplit", share: float, seed: int) -> tuple["PackedSplit", "PackedSplit"]:
     """`validation_split`: by content, so that rows that say the same are on one side."""
     documents, report = split.documents, split.report
     rows, first = np.unique(documents.row, return_index=True)
+    if share >= len(rows) and len(rows) > 1:
+        raise UserError(
+            f"{report.source}: data.validation_split asks for {share:,.0f} rows of the {len(rows):,} that are kept, so that "
+            "none is left to train; write a smaller number, or a share below 1"
+        )
     out = held_out(documents.digest[first], share, seed)
     if not out.any() or out.all():
         raise UserError(f"{report.source}: data.validation_split needs at least two rows that differ; found {len(rows):,} kept")
@@ -165,6 +175,7 @@ class PackedSplit:
     weights: tuple[float, ...]  # of each source: how many times an epoch sees its documents
     packing: bool
     mix_epochs: bool
+    shuffle: bool
     max_length: int
     truncation: str
     seed: int
@@ -174,7 +185,7 @@ class PackedSplit:
     def of(cls, documents: Documents, weights: tuple[float, ...], config: DataConfig, seed: int, report: DataReport):
         """All of the documents."""
         chosen = np.arange(len(documents))
-        how = (config.packing, config.mix_epochs, config.max_length, config.truncation)
+        how = (config.packing, config.mix_epochs, config.shuffle, config.max_length, config.truncation)
         return cls(documents, chosen, weights, *how, seed, report).choose(chosen, report)
 
     def choose(self, chosen: np.ndarray, report: DataReport) -> "PackedSplit":
@@ -187,6 +198,11 @@ class PackedSplit:
         report.trained_tokens = int(self.documents.trained[chosen].sum())
         report.measure(lengths)
         plan = split.plan(0, True, self.seed)
+        if not len(plan):
+            raise UserError(
+                f"{report.source}: with weight {max(self.weights):g} an epoch sees none of its {len(chosen):,} rows; raise the "
+                "weight, or leave it out"
+            )
         report.packed_rows = len(plan)
         used = np.diff(self.documents.starts)[plan.documents].sum()
         width = self.max_length * len(plan) if self.packing else int(split.widths(plan.documents).sum())
@@ -206,13 +222,23 @@ class PackedSplit:
         digest.update(np.ascontiguousarray(self.chosen, np.int64).tobytes() + repr(self.weights).encode())
         return {"documents": len(self.chosen), "tokens": int(self.lengths.sum()), "digest": digest.hexdigest()}
 
+    def refuse_unknown(self, rows: int, tokenizer: Any) -> None:
+        """See `Split.refuse_unknown`."""
+        if self.documents.highest < rows:
+            return
+        for number in self.chosen:
+            document = self.documents.document(number)
+            refuse_unknown(document.tokens, rows, document.where, tokenizer)
+
     # ---- the plan of an epoch ----
 
     def _plan(self, epoch: int, shuffle: bool, seed: int, batch_size: int = 0) -> Plan:
         """`batch_size` matters where rows are not packed: those of one batch are of like lengths."""
-        rng = np.random.default_rng((seed, epoch)) if shuffle else None
+        rng = np.random.default_rng((seed, epoch)) if shuffle and self.shuffle else None
         seen = self._seen(epoch)
         lengths = np.diff(self.documents.starts)[seen]
+        if not self.shuffle:
+            return Plan(seen, in_order(lengths, self.max_length) if self.packing else np.arange(len(seen) + 1))
         if self.packing:
             plan = pack(lengths, self.max_length, rng)
             return Plan(seen[plan.documents], plan.starts)
@@ -276,7 +302,8 @@ class PackedSplit:
         """Rows of a plan by their numbers, as `[len(numbers), width]`; a number beyond the plan gives a row of padding."""
         documents, count = plan.take(numbers)
         starts = self.documents.starts
-        return fill(self.documents, starts[documents], starts[documents + 1] - starts[documents], count, width)
+        labels = None if self.documents.labels is None else self.documents.labels[documents]
+        return fill(self.documents, starts[documents], starts[documents + 1] - starts[documents], count, width, labels)
 
     def batches(
         self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, rows: Sequence[int] | None = None,
@@ -284,42 +311,6 @@ class PackedSplit:
     ) -> "PackedBatches":  # fmt: skip
         """See `Split.batches`."""
         return PackedBatches(self, batch_size, seed, shuffle, epochs, own_rows(rows, batch_size), width_multiple)
-
-
-def own_rows(rows: Sequence[int] | None, batch_size: int) -> np.ndarray:
-    """The rows of a batch that are to be built, as an array.
-
-    Raises ValueError where they do not rise or are none of the batch's.
-    """
-    own = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
-    if not len(own) or own[0] < 0 or own[-1] >= batch_size or (np.diff(own) <= 0).any():
-        raise ValueError(f"rows of a batch of {batch_size}: expected rising numbers from 0 on, found {own.tolist()}")
-    return own
-
-
-def fill(store: Any, starts: np.ndarray, lengths: np.ndarray, per_row: np.ndarray, width: int) -> Batch:
-    """`[len(per_row), width]` of each of `KEYS`, from documents `store.tokens[start : start + length]`.
-
-    Args:
-        per_row: how many of the documents each row holds, in their order.
-    """
-    batch = {name: np.zeros(len(per_row) * width, dtype) for name, dtype in KEYS.items()}
-    if len(starts):
-        before = np.cumsum(lengths) - lengths  # tokens of all documents before each
-        first = np.cumsum(per_row) - per_row  # of each row, its first document
-        row = np.repeat(np.arange(len(per_row)), per_row)
-        within = np.arange(int(lengths.sum())) - np.repeat(before, lengths)
-        source = np.repeat(starts, lengths) + within
-        target = np.repeat(row * width + before - before[first[row]], lengths) + within
-        segment = np.arange(len(starts)) - first[row] + 1
-        batch["tokens"][target] = store.tokens[source]
-        batch["positions"][target] = within
-        batch["segment_ids"][target] = np.repeat(segment, lengths)
-        inner = within < np.repeat(lengths - 1, lengths)  # the last token of a document has no target
-        source, target = source[inner] + 1, target[inner]
-        batch["targets"][target] = store.tokens[source]
-        batch["weights"][target] = store.weights[source]
-    return {name: values.reshape(len(per_row), width) for name, values in batch.items()}
 
 
 class PackedBatches(Iterator[Batch]):
@@ -360,7 +351,7 @@ class PackedBatches(Iterator[Batch]):
             parts.append(split.rows(plan, numbers[inside], split.max_length))
             numbers, epoch = numbers[~inside] - len(plan), epoch + 1
         parts.append(split.rows(plan, len(plan) + numbers, split.max_length))  # padding behind the last epoch
-        return {name: np.concatenate([part[name] for part in parts]) for name in KEYS}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _open(self) -> None:
         epoch, start = self._epoch, self._row

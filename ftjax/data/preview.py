@@ -9,10 +9,11 @@ import numpy as np
 
 from ftjax.config import Config
 from ftjax.data.encode import Encoded
+from ftjax.data.labels import Labels
 from ftjax.data.pipeline import Split, load_splits
 from ftjax.data.preview_html import write_html
 from ftjax.data.report import DataReport, histogram
-from ftjax.errors import UserError
+from ftjax.errors import UserError, printable
 
 EXAMPLES = 3
 LONGEST = 400  # tokens of an example that the terminal shows
@@ -32,19 +33,26 @@ class Shown:
 
 
 def preview(
-    config: Config, tokenizer: Any, *, html: Path | None = None, as_json: bool = False, console: Any, examples: int = EXAMPLES
-) -> None:
+    config: Config, tokenizer: Any, *, html: Path | None = None, as_json: bool = False, console: Any, examples: int = EXAMPLES,
+    positions: int | None = None, embeddings: int | None = None,
+) -> None:  # fmt: skip
     """Print (or write) the first examples with what is trained, the counts, a histogram of lengths, and warnings.
 
     Args:
         html: a file to write the same to, with a picture.
         as_json: print one JSON object instead.
         console: a `rich.console.Console`.
+        positions: tokens of the longest text that the model is made for, where it is known.
+        embeddings: of the model, where that is known: a token id beyond them is an error.
 
     Raises UserError for anything that is wrong with the data, or where `html` cannot be written.
     """
-    train, validation = load_splits(config.data, tokenizer, seed=config.training.seed, classes=config.objective.classes)
-    shown = show_examples(train, tokenizer, examples)
+    labels = Labels.of(config.objective)
+    train, validation = load_splits(config.data, tokenizer, seed=config.training.seed, labels=labels, positions=positions)
+    for split in (train, validation):
+        if split is not None and embeddings is not None:
+            split.refuse_unknown(embeddings, tokenizer)
+    shown = show_examples(train, tokenizer, examples, labels)
     sets = {"train": train, **({"validation": validation} if validation is not None else {})}
     if html is not None:
         try:
@@ -62,9 +70,13 @@ def preview(
         console.print(f"written: {html}", highlight=False, soft_wrap=True)
 
 
-def show_examples(split: Split, tokenizer: Any, count: int = EXAMPLES) -> list[Shown]:
-    """The first `count` documents of a set."""
-    return [shown(document, tokenizer, *place) for document, place in split.first(count)]
+def show_examples(split: Split, tokenizer: Any, count: int = EXAMPLES, labels: Labels | None = None) -> list[Shown]:
+    """The first `count` documents of a set; of a classification head's the last token is shown as the labels."""
+    found = [(document, shown(document, tokenizer, *place)) for document, place in split.first(count)]
+    if labels is not None and labels.head:
+        for document, item in found:
+            item.texts[-1] = f" -> {labels.words(item.ids[-1], document.labels)}"
+    return [item for _, item in found]
 
 
 def shown(document: Encoded, tokenizer: Any, row: int | None = None, segment: int | None = None) -> Shown:
@@ -100,7 +112,7 @@ def render_example(document: Encoded, tokenizer: Any) -> str:
         if now != inside:
             parts.append("[[" if now else "]]")
             inside = now
-        parts.append(text)
+        parts.append(printable(text))
     return "".join(parts) + ("]]" if inside else "")
 
 
@@ -129,10 +141,8 @@ def print_example(console: Any, item: Shown, number: int) -> None:
 
     place = f", row {item.row}, segment {item.segment}" if item.row is not None else ""
     trained = int(np.count_nonzero(np.array(item.weights[1:])))
-    console.print(
-        Text(f"example {number + 1}: {item.where}: {len(item.ids):,} tokens, {trained:,} trained{place}", "bold reverse"),
-        soft_wrap=True,
-    )
+    head = f"example {number + 1}: {item.where}: {len(item.ids):,} tokens, {trained:,} trained{place}"
+    console.print(Text(printable(head), "bold reverse"), soft_wrap=True)
     line = Text()
     for at, (text, weight) in enumerate(zip(item.texts, item.weights, strict=True)):
         if at == LONGEST:
@@ -157,7 +167,7 @@ def _trained_texts(item: Shown) -> list[str]:
 
 
 def _visible(text: str) -> str:
-    return text.replace("\n", "⏎\n").replace("\r", "␍").replace("\t", "⇥\t")
+    return printable(text.replace("\n", "⏎\n").replace("\t", "⇥\t"))
 
 
 def print_report(console: Any, name: str, report: DataReport, bins: list[tuple[int, int, int]]) -> None:

@@ -3,18 +3,24 @@
 `{"prompt": "Hi", "completion": "Hello"}` on line 7 of a.jsonl becomes `Row({"prompt": ..., "completion": ...}, "a.jsonl:7")`.
 """
 
+import bz2
 import gzip
 import io
+import lzma
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ftjax.config.data import SourceConfig
 from ftjax.data.faults import Faults
-from ftjax.data.find import TABLES, Files, HubSet, find, kind
+from ftjax.data.find import PLAIN, TABLES, Files, HubSet, find, kind
+from ftjax.data.json_files import read_json, read_jsonl
 from ftjax.data.row import Row
-from ftjax.data.text_files import read_csv, read_json, read_jsonl
+from ftjax.data.text_encoding import LOOKED_AT, as_utf8, found_encoding
+from ftjax.data.text_files import read_csv, read_plain
+from ftjax.data.values import plain
 from ftjax.errors import UserError
 
 __all__ = ["Row", "read_rows"]
@@ -23,7 +29,7 @@ __all__ = ["Row", "read_rows"]
 def read_rows(
     source: SourceConfig | str, faults: Faults | None = None, *, found: Files | HubSet | None = None, streaming: bool = False
 ) -> Iterator[Row]:
-    """Every row of a source, in order.
+    """Every row of a source, in order, or the first `source.limit` of them.
 
     Args:
         faults: what to do with a row that is broken; None raises.
@@ -36,7 +42,7 @@ def read_rows(
     faults = faults or Faults()
     found = find(source) if found is None else found
     count = 0
-    for row in _rows(source, found, faults, streaming):
+    for row in islice(_rows(source, found, faults, streaming), source.limit):
         count += 1
         yield row
     if not count:
@@ -49,22 +55,24 @@ def _rows(source: SourceConfig, found: Files | HubSet, faults: Faults, streaming
         number = 0
         try:
             for values in found.load(streaming):
-                yield Row(dict(values), f"{source.path}[{number}]")
+                yield Row({name: plain(value) for name, value in values.items()}, f"{source.path}[{number}]")
                 number += 1
         except (OSError, ValueError, RuntimeError) as error:  # the network, or a shard that is not what it should be
             raise UserError(f"{source.path}[{number}]: cannot be read: {(str(error).splitlines() or ['?'])[0]}") from None
         return
+    if found.left_out:
+        faults.note(found.left_out)
     before = found.state()
     for path in found.paths:
-        yield from read_file(path, faults)
+        yield from read_file(path, faults, source)
     for path, one, other in zip(found.paths, before, found.state(), strict=True):
         if one != other:
             raise UserError(f"{path}: the file was changed while it was read; start again when it is complete")
 
 
-def read_file(path: Path, faults: Faults) -> Iterator[Row]:
-    """The rows of one file."""
-    suffix = kind(path)
+def read_file(path: Path, faults: Faults, source: SourceConfig) -> Iterator[Row]:
+    """The rows of one file, of which `source` says how it is read."""
+    suffix, encoding = kind(path), source.encoding
     if suffix in TABLES and path.suffix.lower() == suffix:
         yield from _table(path, suffix)
         return
@@ -72,13 +80,23 @@ def read_file(path: Path, faults: Faults) -> Iterator[Row]:
         with _open(path) as file:
             if suffix in TABLES:
                 yield from _table(io.BytesIO(file.read()), suffix, str(path))
-            elif suffix == ".json":
+                return
+            if encoding is None:
+                with _open(path) as look:
+                    start = look.read(LOOKED_AT)
+                encoding = found_encoding(path, start, faults, suffix in (".csv", ".tsv", *PLAIN))
+            file = as_utf8(file, encoding)
+            if suffix == ".json":
                 yield from read_json(path, file, faults)
             elif suffix in (".csv", ".tsv"):
-                yield from read_csv(path, file, "\t" if suffix == ".tsv" else ",", faults)
+                yield from read_csv(path, file, source.delimiter, "\t" if suffix == ".tsv" else ",", faults)
+            elif suffix in PLAIN:
+                yield from read_plain(path, file, source.sample_by or ("line" if suffix == ".txt" else "document"), faults)
             else:
                 yield from read_jsonl(path, file, faults)
-    except (OSError, EOFError, zlib.error) as error:
+    except UnicodeError as error:
+        raise UserError(f"{path}: not {encoding or 'UTF-8'}, as its first bytes or data.encoding say: {error}") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{path}: cannot be read: {reason}") from None
 
@@ -88,6 +106,10 @@ def _open(path: Path) -> Any:
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.open(path, "rb")
+    if suffix == ".bz2":
+        return bz2.open(path, "rb")
+    if suffix == ".xz":
+        return lzma.open(path, "rb")
     if suffix == ".zst":
         return io.BufferedReader(_Zst(path), 1 << 20)
     return path.open("rb")
@@ -145,12 +167,23 @@ def _table(file: Path | io.BytesIO, suffix: str, name: str | None = None) -> Ite
         for batch in batches:
             if len(set(batch.schema.names)) != len(batch.schema.names):
                 raise UserError(f"{path}: a column name occurs twice: {', '.join(batch.schema.names)}")
-            for values in batch.to_pylist():
+            # A map is a struct by another name, and names that occur twice in it are the last one's.
+            mixed = [name for name, kind in zip(batch.schema.names, batch.schema.types, strict=True) if not _is_plain(kind, pa)]
+            for values in batch.to_pylist(maps_as_pydicts="lossy"):
+                for name in mixed:
+                    values[name] = plain(values[name])
                 yield Row(values, f"{path}[{number}]")
                 number += 1
     except (pa.ArrowException, OSError, ValueError, OverflowError, UnicodeDecodeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}[{number}]: not a readable {suffix} file: {reason}") from None
+
+
+def _is_plain(kind: Any, pa: Any) -> bool:
+    """Whether values of this Arrow type are numbers, text, or lists of them."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_string(kind) or pa.types.is_boolean(kind)
 
 
 def _arrow_batches(file: Path | io.BytesIO, pa: Any) -> Iterator[Any]:

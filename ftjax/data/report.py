@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ftjax.errors import printable
+
 
 @dataclass
 class DataReport:
@@ -50,7 +52,7 @@ class DataReport:
         ]
         if len(self.weights) > 1:
             lines.append("an epoch: " + ", ".join(f"{weight:g} x {path}" for path, weight in self.weights.items()))
-        return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
+        return [printable(line) for line in (*lines, *(f"warning: {warning}" for warning in self.warnings))]
 
     def state(self) -> dict[str, Any]:
         """As JSON."""

@@ -1,9 +1,9 @@
 """Tokenised documents in one memory-mapped Arrow file, which a second start finds by what made it.
 
 The folder is `FTJAX_CACHE`, or `~/.cache/ftjax`; `tokens/KEY/` in it holds `documents.arrow` (one record batch: `tokens`,
-`weights` and, for each document, `trained`, `cut`, `row`, `digest`, `source`, `where`) and `report.json`, with the report and
-a digest of all tokens and weights. KEY is a digest of
-the data's bytes, the tokenizer with its chat template, and every option that decides which tokens come out.
+`weights` and, for each document, `trained`, `cut`, `row`, `digest`, `source`, `where`, and `labels` where it has several or
+numbers) and `report.json`, with the report and a digest of all tokens, weights and labels. KEY is a digest of the data's
+bytes, the tokenizer with its chat template, and every option that decides which tokens come out.
 """
 
 import errno
@@ -47,7 +47,9 @@ class Documents:
     source: np.ndarray  # int32 [D]
     where: Any  # pyarrow string array [D]
     report: dict[str, Any]
-    content: str  # a digest of all tokens and weights, and of where each document ends
+    content: str  # a digest of all tokens, weights and labels, and of where each document ends
+    highest: int = -1  # token id; -1 without any
+    labels: np.ndarray | None = None  # float32 [D, labels], of texts with several labels, or numbers
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -55,7 +57,8 @@ class Documents:
     def document(self, number: int) -> Encoded:
         part = slice(int(self.starts[number]), int(self.starts[number + 1]))
         where = self.where[int(number)].as_py()
-        return Encoded(self.tokens[part], self.weights[part].astype(np.float32), where, int(self.source[number]))
+        labels = None if self.labels is None else self.labels[number]
+        return Encoded(self.tokens[part], self.weights[part].astype(np.float32), where, int(self.source[number]), labels)
 
 
 class Writer:
@@ -65,8 +68,9 @@ class Writer:
         self._folder = folder
         self._tokens: BinaryIO = (folder / "tokens.bin").open("w+b")
         self._weights: BinaryIO = (folder / "weights.bin").open("w+b")
-        self._binary = True
-        self._digests = [xxhash.xxh3_128() for _ in range(3)]  # of tokens, weights, lengths
+        self._binary, self._highest = True, -1
+        self._digests = [xxhash.xxh3_128() for _ in range(3)]  # of tokens, weights, lengths, and labels where there are any
+        self._labels: list[np.ndarray] = []
         self._facts: dict[str, list[Any]] = {
             name: [] for name in ("length", "trained", "cut", "row", "digest", "source", "where")
         }
@@ -77,11 +81,17 @@ class Writer:
             return
         weights = np.concatenate([document.weights for document in documents])
         self._binary = self._binary and bool(((weights == 0) | (weights == 1)).all())
+        tokens = np.concatenate([document.tokens for document in documents])
+        self._highest = max(self._highest, int(tokens.max(initial=-1)))
         parts = (
-            np.concatenate([document.tokens for document in documents]).tobytes(),
+            tokens.tobytes(),
             weights.tobytes(),
             np.array([len(document.tokens) for document in documents], np.int64).tobytes(),
         )
+        if documents[0].labels is not None:
+            self._labels += [document.labels for document in documents]
+            parts = (*parts, np.stack([document.labels for document in documents]).tobytes())
+            self._digests += [xxhash.xxh3_128()] * (len(self._digests) < len(parts))
         for digest, part in zip(self._digests, parts, strict=True):
             digest.update(part)
         self._tokens.write(parts[0])
@@ -117,6 +127,9 @@ class Writer:
             "source": pa.array(np.array(facts["source"], np.int32)),
             "where": pa.array(facts["where"], pa.large_string()),
         }
+        if self._labels:
+            flat = np.concatenate(self._labels).astype(np.float32)
+            columns["labels"] = pa.FixedSizeListArray.from_arrays(pa.array(flat), len(self._labels[0]))
         batch = pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
         with pa.OSFile(str(self._folder / FILE), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
             writer.write_batch(batch)
@@ -124,7 +137,7 @@ class Writer:
             part.unlink()
         size = (self._folder / FILE).stat().st_size
         content = xxhash.xxh3_128_hexdigest(b"".join(digest.digest() for digest in self._digests))
-        saved = {"size": size, "content": content, "report": report}
+        saved = {"size": size, "content": content, "highest": self._highest, "report": report}
         (self._folder / REPORT).write_text(json.dumps(saved), encoding="utf-8")
 
     def close(self) -> None:
@@ -150,9 +163,11 @@ def open_documents(folder: Path) -> Documents | None:
         values = {name: batch.column(name).flatten().to_numpy() for name in ("tokens", "weights")}
         starts = batch.column("tokens").offsets.to_numpy()
         facts = [batch.column(name).to_numpy() for name in ("trained", "cut", "row", "digest", "source")]
-        return Documents(
-            values["tokens"], values["weights"], starts, *facts, batch.column("where"), saved["report"], saved["content"]
-        )
+        labels = None
+        if "labels" in batch.schema.names:
+            labels = batch.column("labels").flatten().to_numpy().reshape(batch.num_rows, -1)
+        facts += [batch.column("where"), saved["report"], saved["content"], saved["highest"], labels]
+        return Documents(values["tokens"], values["weights"], starts, *facts)
     except (OSError, ValueError, KeyError, pa.ArrowException):
         return None
 

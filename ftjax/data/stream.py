@@ -16,12 +16,13 @@ import numpy as np
 import xxhash
 
 from ftjax.config.data import DataConfig, SourceConfig
+from ftjax.data.batch import KEYS, Batch, fill, own_rows
 from ftjax.data.build import Build
 from ftjax.data.encode import Encoded
 from ftjax.data.find import Files, HubSet, find
-from ftjax.data.pack import Plan, pack
-from ftjax.data.pipeline import KEYS, Batch, fill, own_rows
+from ftjax.data.pack import Plan, in_order, pack
 from ftjax.data.report import DataReport
+from ftjax.data.unknown import refuse_unknown
 from ftjax.errors import UserError
 
 WINDOW = 8192  # rows that are shuffled and packed together
@@ -41,13 +42,18 @@ class Window:
     last: bool
 
     @classmethod
-    def of(cls, number: int, documents: list[Encoded], length: int, rng: np.random.Generator | None, last: bool) -> "Window":
+    def of(
+        cls, number: int, documents: list[Encoded], length: int, rng: np.random.Generator | None, last: bool, keep: bool = False
+    ) -> "Window":
+        """`keep`: documents stay in their order."""
         starts = np.concatenate([[0], np.cumsum([len(d.tokens) for d in documents], dtype=np.int64)])
         tokens, weights = (
             np.concatenate([np.zeros(0, dtype), *(getattr(d, name) for d in documents)]).astype(dtype)
             for name, dtype in (("tokens", np.int32), ("weights", np.float32))
         )
-        return cls(number, documents, tokens, weights, starts, pack(np.diff(starts), length, rng), last)
+        lengths = np.diff(starts)
+        plan = Plan(np.arange(len(documents)), in_order(lengths, length)) if keep else pack(lengths, length, rng)
+        return cls(number, documents, tokens, weights, starts, plan, last)
 
     def rows(self, numbers: np.ndarray, width: int) -> Batch:
         """Rows by their numbers, as `[len(numbers), width]`."""
@@ -66,6 +72,7 @@ class StreamSplit:
     seed: int
     report: DataReport
     window_rows: int = field(default_factory=lambda: WINDOW)
+    known: int | None = None  # the model's embeddings
 
     @classmethod
     def load(cls, config: DataConfig, tokenizer: Any, seed: int) -> "StreamSplit":
@@ -79,6 +86,8 @@ class StreamSplit:
         split._states = [where.state() if isinstance(where, Files) else None for where in found]
         build = split.build()
         first = next(split.windows(build, 0, 0, shuffle=False))
+        if not build.report.rows:
+            raise UserError("data.train: with these weights an epoch sees none of its rows; raise a weight")
         split.report = build.summary()
         split._first = first.documents
         split._measure(first)
@@ -101,6 +110,12 @@ class StreamSplit:
         sizes = [[size for size, _ in state] for state in self._states if state is not None]
         digest.update(repr((sizes, [source.weight for source in self.sources])).encode())
         return {"documents": len(self._first), "tokens": int(self.lengths.sum()), "digest": digest.hexdigest()}
+
+    def refuse_unknown(self, rows: int, tokenizer: Any) -> None:
+        """See `Split.refuse_unknown`; of the first window now, of the others when they are read."""
+        self.known = rows
+        for document in self._first:
+            refuse_unknown(document.tokens, rows, document.where, tokenizer)
 
     def _measure(self, first: Window) -> None:
         report, lengths = self.report, self.lengths
@@ -131,7 +146,7 @@ class StreamSplit:
                 known = sum(size for size, _ in found.state()) / max(float(mean), 1.0)
             if not known:
                 return UNKNOWN
-            count += known
+            count += known * source.weight
         return max(1, round(rows * count / self.report.rows))
 
     def rows_per_epoch(self, epoch: int) -> int:
@@ -155,6 +170,7 @@ class StreamSplit:
 
     def windows(self, build: Build, epoch: int, start: int, *, shuffle: bool, seed: int | None = None) -> Iterator[Window]:
         """The windows of an epoch from number `start` on."""
+        build.epoch = epoch
         examples = build.examples()
         for _ in islice(examples, start * self.window_rows):
             pass
@@ -165,8 +181,11 @@ class StreamSplit:
             for chunk, encoded in build.encoded(iter(waiting)):
                 del chunk
                 documents += [piece for document in encoded if document is not None for piece in build.fit(document)]
+            for document in documents if self.known is not None else ():
+                refuse_unknown(document.tokens, self.known, document.where, self.tokenizer)
             rng = np.random.default_rng((self.seed if seed is None else seed, epoch, number)) if shuffle else None
-            yield Window.of(number, documents, self.max_length, rng, not coming)
+            keep = not self.config.shuffle
+            yield Window.of(number, documents, self.max_length, rng, not coming, keep)
             if not coming:
                 return
             number, waiting = number + 1, coming

@@ -5,19 +5,49 @@
 `Hello<|im_end|>\\n`: what the template writes between its generation prompt and the next turn.
 """
 
+import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ftjax.data.control import Control, Mode
+from ftjax.data.dialect import CALLS, REASONING, SENTINEL, fit_calls, fold_system, without
 from ftjax.data.example import Example, Message
 from ftjax.data.tokens import Tokens
 from ftjax.errors import UserError
 
+log = logging.getLogger(__name__)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NOT_FOR_TEMPLATES = ("train", "weight")  # of a message: how it is trained, not what it says
 Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the assistant wrote: characters `start` to `stop` of the text, by message `number` (-1: which one is not known).
+
+    `prompt`: where the prompt that generation makes ends in the text; None where that is another text.
+    """
+
+    number: int
+    start: int
+    stop: int
+    prompt: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation as its template is to see it, and what was changed for that."""
+
+    example: Example
+    notes: Counter[str]
+    hidden: bool  # it holds marks of `Control`
 
 
 def render_prompt(
@@ -27,6 +57,7 @@ def render_prompt(
     chat: bool | None = None,
     tools: list[Any] | None = None,
     template_arguments: Mapping[str, Any] | None = None,
+    special_tokens_in_text: Mode = "split",
 ) -> list[int]:
     """The ids before the answer, with exactly one BOS (where the tokenizer has one) and, in a chat, the generation prompt.
 
@@ -41,9 +72,20 @@ def render_prompt(
         if not (bool(tokenizer.chat_template) if chat is None else chat):
             return tokens.text_ids(prompt)
         prompt = [{"role": "user", "content": prompt}]
+    example = Example(
+        "the prompt", messages=tuple(prompt), tools=tools, template_arguments=template_arguments,
+        special_tokens_in_text=special_tokens_in_text,
+    )  # fmt: skip
     template = Template(tokenizer, tools)
-    text = template.render(list(prompt), True, "the prompt", tools, template_arguments)
-    return with_chat_bos(tokens.batch([text])[0].ids, tokens)
+    made = template.prepare(example)
+    if made.notes["system folded"]:
+        log.warning("the chat template takes no system message: it goes in front of the first user's")
+    text = template.render(made.example.messages, True, example.where, tools, template_arguments)
+    if not made.hidden:
+        return with_chat_bos(tokens.batch([text])[0].ids, tokens)
+    log.warning("the prompt spells control tokens; they are read as plain text")
+    text, _ = template.control.reveal(text, (), example.where)
+    return with_chat_bos(template.control.real(template.control.batch([text])[0].ids), tokens)
 
 
 def example_prompt(example: Example, tokenizer: Any) -> list[int] | None:
@@ -52,8 +94,9 @@ def example_prompt(example: Example, tokenizer: Any) -> list[int] | None:
     if question is None:
         return None
     return render_prompt(
-        question, tokenizer, chat=example.is_chat(tokenizer), tools=example.tools, template_arguments=example.template_arguments
-    )
+        question, tokenizer, chat=example.is_chat(tokenizer), tools=example.tools,
+        template_arguments=example.template_arguments, special_tokens_in_text=example.special_tokens_in_text,
+    )  # fmt: skip
 
 
 def with_chat_bos(ids: list[int], tokens: Tokens) -> list[int]:
@@ -65,18 +108,122 @@ def with_chat_bos(ids: list[int], tokens: Tokens) -> list[int]:
     return [tokens.bos, *ids]
 
 
+_controls: WeakKeyDictionary[Any, tuple[Any, Control]] = WeakKeyDictionary()  # a large tokenizer takes a second to copy
+
+
 class Template:
     """The chat template of a tokenizer; `marked` where it tells by itself what the assistant wrote."""
 
     def __init__(self, tokenizer: Any, tools: list[Any] | None = None):
+        """Raises UserError where there is no template, or several and none is the default."""
         if not tokenizer.chat_template:
             raise UserError(
                 "this tokenizer has no chat template, which messages need: set model.chat_template to a Jinja template or the "
                 "path of a .jinja file, or give prompt and completion columns"
             )
-        self.text: str = tokenizer.get_chat_template(None, tools)
+        try:
+            self.text: str = tokenizer.get_chat_template(None, tools)
+        except ValueError:
+            named = tokenizer.chat_template
+            raise UserError(
+                f"this tokenizer has the chat templates {', '.join(sorted(named))} and none is the default; set "
+                f"model.chat_template to the one to take, such as {sorted(named)[0]}, or to a Jinja template or .jinja file"
+            ) from None
         self.marked = bool(GENERATION.search(self.text))
+        self._tokenizer = tokenizer
         self._special = tokenizer.special_tokens_map
+
+    # ---- what the template does, found by trying ----
+
+    def _tried(self, *turns: tuple[str, str], generation: bool = False) -> str | None:
+        """The text of `(role, content)` turns; None where the template refuses them."""
+        try:
+            return self.render([{"role": role, "content": content} for role, content in turns], generation, "a probe")
+        except UserError:
+            return None
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether it writes a system message; where it cannot be told, as if it did."""
+        rest = ("user", "Hello"), ("assistant", "Hi")
+        text = self._tried(("system", SENTINEL), *rest)
+        return SENTINEL in text if text is not None else self._tried(*rest) is None
+
+    @cached_property
+    def closers(self) -> tuple[int | None, int | None]:
+        """The added tokens that stand right behind an answer: behind the last one, and behind one that a turn follows."""
+        turns = ("user", "Hello"), ("assistant", SENTINEL)
+        names = dict(self._tokenizer.get_added_vocab())
+        names |= {name: self._tokenizer.convert_tokens_to_ids(name) for name in self._tokenizer.all_special_tokens}
+
+        def closer(text: str | None) -> int | None:
+            behind = (text or "").rpartition(SENTINEL)[2].lstrip()
+            found = [name for name in names if name.strip() and behind.startswith(name)]
+            return names[max(found, key=len)] if found else None
+
+        return closer(self._tried(*turns)), closer(self._tried(*turns, ("user", "Hello"), ("assistant", "Hi")))
+
+    @cached_property
+    def control(self) -> Control:
+        made = _controls.get(self._tokenizer)
+        key = (self.text, len(self._tokenizer))
+        if made is None or made[0] != key:
+            # Up to the second question: an answer before it holds no reasoning, whose marks are the assistant's own words.
+            turns = ("user", SENTINEL), ("assistant", SENTINEL), ("user", SENTINEL)
+            text = self._tried(*turns) or self._tried(*turns[:2]) or self._tried(*turns[:1]) or ""
+            made = key, Control(self._tokenizer, text)
+            _controls[self._tokenizer] = made
+        return made[1]
+
+    # ---- a conversation ----
+
+    def prepare(self, example: Example) -> Chat:
+        """The conversation in the form that the template takes.
+
+        Raises UserError for spelled control tokens where `special_tokens_in_text` is `error`.
+        """
+        marked = self.control.mark(example.messages, example.special_tokens_in_text, example.where)
+        messages, notes, turns = marked.messages, marked.notes, example.prompt_turns
+        if messages[:1] and messages[0]["role"] == "system" and not self.takes_system:
+            folded = fold_system(messages)
+            if folded is not None:
+                messages, notes["system folded"] = folded, 1
+                turns = turns - 1 if turns else turns
+        messages = fit_calls(
+            messages,
+            lambda tried: self.render(tried, False, example.where, example.tools, example.template_arguments),
+        )
+        return Chat(replace(example, messages=tuple(messages), prompt_turns=turns), notes, marked.hidden)
+
+    def left_out(self, example: Example, text: str, trained: Sequence[int]) -> Counter[str]:
+        """What the template leaves out of the rendered conversation, of what these messages say and the tools.
+
+        Raises UserError for a trained call that is left out, or reasoning that is all there is.
+        """
+        where, messages, notes = example.where, example.messages, Counter()
+
+        def same(tried: Sequence[Message], tools: Any) -> bool:
+            try:
+                return self.render(tried, False, where, tools, example.template_arguments) == text
+            except UserError:
+                return False
+
+        if example.tools and same(messages, None):
+            notes["tools left out"] = 1
+        for fields, what in ((CALLS, "calls"), (REASONING, "reasoning")):
+            numbers = [n for n in trained if any(messages[n].get(field) for field in fields)]
+            if not numbers or not same(without(messages, fields, numbers), example.tools):
+                continue
+            silent = [n for n in numbers if not (messages[n].get("content") or "").strip()]
+            if what == "calls" or silent:
+                number = (silent or numbers)[0]
+                field = next(field for field in fields if messages[number].get(field))
+                raise UserError(
+                    f"{where}: the chat template does not write {field}, so what message {number} says would not be trained; "
+                    "set model.chat_template to a template that writes it, or put it into the content"
+                )
+            notes[f"{what} left out"] = 1
+        return notes
 
     def render(
         self, messages: Sequence[Message], generation: bool, where: str, tools: Any = None, arguments: Any = None
@@ -90,7 +237,8 @@ class Template:
 
     def _render(self, messages, generation, where, tools, arguments, marks) -> tuple[str, list[Span]]:
         plain = [
-            {key: value for key, value in m.items() if value is not None and key not in NOT_FOR_TEMPLATES} for m in messages
+            {key: value for key, value in m.items() if (value is not None or key == "content") and key not in NOT_FOR_TEMPLATES}
+            for m in messages
         ]
         try:
             texts, spans = render_jinja_template(
@@ -106,74 +254,96 @@ class Template:
             raise UserError(f"{where}: the chat template refuses these messages: {reason}") from None
         return texts[0], [tuple(span) for span in spans[0]] if marks else []
 
-    def turns(self, example: Example) -> tuple[str, list[tuple[int, Span]]]:
-        """The text of a conversation, and for each of the assistant's messages (by number) its characters.
+    def turns(self, example: Example) -> tuple[str, list[Turn]]:
+        """The text of a conversation, and for each of the assistant's messages its characters.
 
         Raises UserError where the template does not tell them and they cannot be found by rendering turn by turn.
         """
         messages, where, extra = example.messages, example.where, (example.tools, example.template_arguments)
+        numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         if self.marked:
             text, spans = self.render_marked(messages, where, *extra)
             spans = [span for span in spans if span[0] < span[1]]
-            numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
             if len(numbers) == len(spans):
-                return text, list(zip(numbers, spans, strict=True))
+                found = zip(numbers, spans, strict=True)
+                return text, [Turn(n, *span, self._prompt(messages, n, text, span, where, extra)) for n, span in found]
             if any("train" in m or "weight" in m for m in messages):
                 raise UserError(
                     f"{where}: the chat template marks {len(spans)} turns of the assistant and there are {len(numbers)}, so it "
                     "cannot be told which of them train and weight mean"
                 )
-            return text, [(numbers[-1] if numbers and span == spans[-1] else -1, span) for span in spans]
+            return text, [Turn(numbers[-1] if numbers and span == spans[-1] else -1, *span, span[0]) for span in spans]
         text = self.render(messages, False, where, *extra)
-        found = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._before(messages, number, text, where, extra)
-            last = number == len(messages) - 1
-            after = text if last else self.render(messages[: number + 1], False, where, *extra)
-            if not (text.startswith(after) and after.startswith(before)):
-                raise UserError(
-                    f"{where}: the chat template writes a conversation's earlier turns differently once later ones follow, so "
-                    f"what the assistant said in message {number} cannot be told apart. Set model.chat_template to a version "
-                    "with {% generation %} marks around the assistant's turns, or set data.last_turn_only: true where the "
-                    "last turn alone is to be trained"
-                )
-            found.append((number, (len(before), len(after))))
-        return text, found
+        return text, [self._turn(messages, number, number + 1, text, where, extra) for number in numbers]
 
-    def _before(self, messages: Sequence[Message], number: int, text: str, where: str, extra: tuple) -> str:
-        """What stands before an answer, the generation prompt included."""
-        if number:
-            return self.render(messages[:number], True, where, *extra)
-        # Nothing precedes it, and most templates refuse to render nothing: the prompt is what they add behind the rest.
-        prompt = self.render(messages, True, where, *extra)[len(text) :]
-        at = text.find(prompt) if prompt else -1
-        content = text.find(messages[0].get("content") or "\0")
-        return text[: at + len(prompt)] if at >= 0 and at + len(prompt) <= content else ""
-
-    def last_turn(self, example: Example) -> tuple[str, list[tuple[int, Span]]]:
+    def last_turn(self, example: Example) -> tuple[str, list[Turn]]:
         """As `turns`, with the last of the assistant's messages alone, which needs no prefix but its own."""
         messages, where, extra = example.messages, example.where, (example.tools, example.template_arguments)
         last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-        if last is None:
-            return self.render(messages, False, where, *extra), []
-        if self.marked:
+        if self.marked and last is not None:
             text, found = self.turns(example)
             return text, found[-1:]
-        return self.split_at(example, last, last + 1)
+        text = self.render(messages, False, where, *extra)
+        return text, [] if last is None else [self._turn(messages, last, last + 1, text, where, extra)]
 
-    def split_at(self, example: Example, prompt_turns: int, stop: int | None = None) -> tuple[str, list[tuple[int, Span]]]:
-        """The text, and the characters of the messages from `prompt_turns` on (to before `stop`)."""
+    def split_at(self, example: Example, prompt_turns: int) -> tuple[str, list[Turn]]:
+        """The text, and the characters of the messages from `prompt_turns` on."""
         messages, where, extra = example.messages, example.where, (example.tools, example.template_arguments)
         text = self.render(messages, False, where, *extra)
-        before = self._before(messages, prompt_turns, text, where, extra)
-        rest = stop is not None and stop < len(messages)
-        after = self.render(messages[:stop], False, where, *extra) if rest else text
-        if not (text.startswith(after) and after.startswith(before)):
-            raise UserError(
-                f"{where}: the chat template writes the prompt differently once the answer follows, so the answer's tokens "
-                "cannot be told apart. Set model.chat_template to a version with {% generation %} marks around the "
-                "assistant's turns, and give messages"
-            )
-        return text, [(prompt_turns, (len(before), len(after)))]
+        return text, [self._turn(messages, prompt_turns, len(messages), text, where, extra)]
+
+    def prompt_end(self, example: Example, number: int, text: str) -> int | None:
+        """Where the prompt that generation makes for message `number` ends in the text; None where that is another text."""
+        extra = (example.tools, example.template_arguments)
+        return self._prompt(example.messages, number, text, (0, len(text)), example.where, extra)
+
+    def _turn(self, messages: Sequence[Message], number: int, stop: int, text: str, where: str, extra: tuple) -> Turn:
+        """Of the messages from `number` to before `stop`."""
+        after = text if stop == len(messages) else self.render(messages[:stop], False, where, *extra)
+        if not text.startswith(after):  # some templates put an EOS behind the whole
+            after = after.removesuffix(self._special.get("eos_token") or "")
+        before = self._before(messages, number, text, where, extra)
+        if text.startswith(after):
+            if before is not None and after.startswith(before):
+                return Turn(number, len(before), len(after), len(before))
+            # Generation may begin the answer (`<think>`) where the template does not: the answer begins behind its header.
+            header = self._header(messages, number, where, extra)
+            if header and (before is None or before.startswith(header)) and after.startswith(header):
+                return Turn(number, len(header), len(after), None)
+        raise UserError(
+            f"{where}: the chat template writes a conversation's earlier turns differently once later ones follow, so what "
+            f"the assistant said in message {number} cannot be told apart. Set model.chat_template to a version with "
+            "{% generation %} marks around the assistant's turns"
+            + (", or data.last_turn_only: true to train the last turn alone" if stop < len(messages) else "")
+        )
+
+    def _prompt(self, messages: Sequence[Message], number: int, text: str, span: Span, where: str, extra: tuple) -> int | None:
+        """Where generation's prompt of a marked turn ends in the text."""
+        try:
+            before = self._before(messages, number, text, where, extra)
+        except UserError:
+            return None
+        return len(before) if before is not None and text.startswith(before) and len(before) < span[1] else None
+
+    def _before(self, messages: Sequence[Message], number: int, text: str, where: str, extra: tuple) -> str | None:
+        """What stands before an answer, the generation prompt included; None where it cannot be found."""
+        if any(message["role"] == "user" for message in messages[:number]):
+            return self.render(messages[:number], True, where, *extra)
+        # Nobody was asked, and most templates refuse to render nothing, or add a system message once there is something. With
+        # a question put before the answer, what stands behind the question's prompt is the rest of the text.
+        asked = [*messages[:number], {"role": "user", "content": SENTINEL}]
+        try:
+            prompt = self.render(asked, True, where, *extra)
+            whole = self.render([*asked, *messages[number:]], False, where, *extra)
+        except UserError:
+            return None
+        rest = whole[len(prompt) :]
+        return text[: len(text) - len(rest)] if whole.startswith(prompt) and rest and text.endswith(rest) else None
+
+    def _header(self, messages: Sequence[Message], number: int, where: str, extra: tuple) -> str | None:
+        """What the template writes before the content of an answer."""
+        try:
+            text = self.render([*messages[:number], {"role": "assistant", "content": SENTINEL}], False, where, *extra)
+        except UserError:
+            return None
+        return text.partition(SENTINEL)[0] if text.count(SENTINEL) == 1 else None

@@ -4,7 +4,7 @@ It works on the Rust tokenizer inside, as transformers' own call does, so that a
 what is asked for becomes Python objects.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import xxhash
@@ -31,8 +31,11 @@ class Tokens:
         self.bos = tokenizer.bos_token_id if tokenizer.bos_token_id in self.prefix else None
         added = tokenizer.added_tokens_decoder
         self.special = frozenset(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
-        # What can end a turn. A BOS only begins one.
+        # What can end a turn, where the text did not spell it. A BOS only begins one.
         self.ends = self.special - ({tokenizer.bos_token_id} - {self.eos})
+        # Of a tokenizer that knows every character the unknown one is often another special token.
+        unknown = tokenizer.unk_token_id
+        self.unknown: int | None = None if unknown in (self.eos, tokenizer.bos_token_id, tokenizer.pad_token_id) else unknown
         self.size = len(tokenizer)
         self.opens_with_space = self._ids("\na") != self._ids("\n") + self._ids("a")
 
@@ -56,20 +59,22 @@ class Tokens:
             ids = ids[1:]
         return [*self.prefix, *ids]
 
-    def continuation(self, text: str) -> tuple[Any, int, int]:
+    def continuation(self, text: str, batch: Callable[[Sequence[str]], list[Any]] | None = None) -> tuple[Any, int, int]:
         """A text that goes on after another one: without the space that some tokenizers put before a text.
 
-        Gives its encoding, and how many tokens and characters of that stand before the text itself.
+        Gives its encoding (by `batch`, where it is not this tokenizer's), and how many tokens and characters of that stand
+        before the text itself.
         """
+        batch = batch or self.batch
         for anchor in ANCHORS if self.opens_with_space else ():
-            encoding = self.batch([anchor + text])[0]
+            encoding = batch([anchor + text])[0]
             alone = self._ids(anchor)
             if encoding.ids[: len(alone)] == alone and first_token(encoding, len(anchor), len(anchor + text)) == (
                 len(alone),
                 False,
             ):
                 return encoding, len(alone), len(anchor)
-        return self.batch([text])[0], 0, 0
+        return batch([text])[0], 0, 0
 
     def fingerprint(self) -> str:
         """A digest of everything that decides which ids a text becomes."""

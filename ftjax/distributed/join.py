@@ -7,29 +7,34 @@ Cloud TPU, as a VM or on GKE, one slice or several. Anything else is a single pr
 
 import importlib.util
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ftjax.cpu_threads import set_threads
 from ftjax.distributed.ending import together
 from ftjax.errors import UserError
 
 HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead and the others are stopped
 GATHERING = 300  # seconds that the first process waits for the last
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+OPTIONS = ("--coordinator", "--num-processes", "--process-id")
 
 
 def alone(verb: str) -> None:
     """UserError on all processes but the first, for a verb that one process does and whose files others would write too."""
     asked = explicit(None, None, None, os.environ)
-    number, by = (0, "") if asked is None else (asked["process_id"], VARIABLES[2])
+    number, by, unset = (0, "", "") if asked is None else (asked["process_id"], VARIABLES[2], ", ".join(VARIABLES))
     if asked is None and _slurm_tasks(os.environ) > 1:
-        number, by = int(os.environ.get("SLURM_PROCID") or 0), "SLURM_PROCID"
+        number, by, unset = int(os.environ.get("SLURM_PROCID") or 0), "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
     if number > 0:
         raise UserError(
             f"ftjax {verb} is the work of one process, and {by} says that this is process {number} of several; run it on one "
-            f"host alone, as one task, or unset {by}"
+            f"host alone, as one task, or unset {unset}"
         )
 
 
@@ -59,24 +64,58 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         asked = detect(os.environ)
     if asked is None:
         return
+    set_threads(several_processes=True)
     import jax
 
     if jax.distributed.is_initialized():
         return
+    waiting, check = _waiting(asked, os.environ, any(one is not None for one in (coordinator, num_processes, process_id)))
+    if waiting:
+        print(f"joining: {waiting}; Ctrl-C ends it", file=sys.stderr, flush=True)
     try:
-        jax.distributed.initialize(**asked, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=GATHERING)
+        with _interruptible():
+            jax.distributed.initialize(**asked, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=GATHERING)
     except Exception as error:  # grpc, metadata servers and sockets raise what they like
         raise UserError(
-            f"the processes of this run could not be joined ({_first_line(error)}). Check that every process was started "
-            "with the same coordinator and number of processes, and that its port can be reached from all hosts"
+            f"the processes of this run could not be joined ({_first_line(error)}). Check that {check}, and that its port can "
+            "be reached from all hosts"
         ) from None
+
+
+def _waiting(asked: Mapping[str, Any], environment: Mapping[str, str], options: bool) -> tuple[str, str]:
+    """`(what is waited for, what to look at where it does not come)`; the first is empty for a single process."""
+    if "coordinator_address" not in asked:
+        tasks = _slurm_tasks(environment)
+        whom = f"all {tasks} tasks of this step of SLURM" if tasks > 1 else "all hosts of this TPU"
+        return f"waiting for {whom}", f"{whom} run this command"
+    count, number, address = asked["num_processes"], asked["process_id"], asked["coordinator_address"]
+    first, second, _ = OPTIONS if options else VARIABLES
+    check = f"every process was started with the same {first} ({address}) and {second} ({count}), process 0 among them"
+    if count == 1:
+        return "", check
+    return f"this is process {number}, waiting for all {count} processes at {address}", check
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the process at once: Python sees no signal while it waits in C++."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def explicit(
     coordinator: str | None, num_processes: int | None, process_id: int | None, environment: Mapping[str, str]
 ) -> dict[str, Any] | None:
     """What `jax.distributed.initialize` is to be given, where the command line or JAX's variables say it."""
+    names = OPTIONS
     if coordinator is None and num_processes is None and process_id is None:
+        names = VARIABLES
         given = [name for name in VARIABLES if environment.get(name)]
         if not given:
             return None
@@ -96,10 +135,15 @@ def explicit(
             raise UserError(f"{wrong}: expected two whole numbers") from None
     if coordinator is None or num_processes is None or process_id is None:
         raise UserError("--coordinator, --num-processes and --process-id belong together; give all three to every process")
-    if ":" not in coordinator:
-        raise UserError(f"--coordinator {coordinator}: expected host:port, the address of process 0")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"{names[0]}={coordinator}: expected host:port, the address of process 0")
+    if num_processes < 1:
+        raise UserError(f"{names[1]}={num_processes}: expected the number of processes, 1 at least")
     if not 0 <= process_id < num_processes:
-        raise UserError(f"--process-id {process_id}: of {num_processes} processes, the ids are 0 to {num_processes - 1}")
+        raise UserError(
+            f"{names[2]}={process_id}: of {num_processes} processes ({names[1]}), the ids are 0 to {num_processes - 1}"
+        )
     return {
         "coordinator_address": coordinator,
         "num_processes": num_processes,

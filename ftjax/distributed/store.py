@@ -7,6 +7,8 @@ import itertools
 import json
 import socket
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 _DAY = 24 * 3600 * 1000  # milliseconds: who does not come at all is noticed by its heartbeat, long before
@@ -57,7 +59,7 @@ def put(key: str, value: Any) -> None:
 
 def wait_for(key: str) -> Any:
     """The JSON of a key, as soon as it is there."""
-    return json.loads(_state().client.blocking_key_value_get(key, _DAY))
+    return json.loads(_interruptible(_state().client.blocking_key_value_get, key))
 
 
 def under(folder: str) -> dict[str, Any]:
@@ -68,7 +70,29 @@ def under(folder: str) -> dict[str, Any]:
 
 def wait_for_all(about: str) -> None:
     """Go on when every process has come here."""
-    _state().client.wait_at_barrier(new_name(about), _DAY)
+    _interruptible(_state().client.wait_at_barrier, new_name(about))
+
+
+def _interruptible(call: Callable[[str, int], Any], key: str) -> Any:
+    """What the call gives, which may take as long as another process takes; Ctrl-C ends the waiting.
+
+    The call waits in C++, where Python sees no signal; another thread's end is waited for in Python.
+    """
+    ended: list[tuple[Any, Exception | None]] = []
+
+    def work() -> None:
+        try:
+            ended.append((call(key, _DAY), None))
+        except Exception as error:
+            ended.append((None, error))
+
+    thread = threading.Thread(target=work, name=f"wait-for-{key}", daemon=True)
+    thread.start()
+    thread.join()
+    value, error = ended[0]
+    if error is not None:
+        raise error
+    return value
 
 
 def from_first(about: str, value: Any) -> Any:

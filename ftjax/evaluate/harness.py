@@ -24,6 +24,7 @@ from ftjax.evaluate.target import find_target
 from ftjax.generate.context import end_ids
 from ftjax.generate.score import Query, arrays
 from ftjax.generate.session import BATCH_SIZE, Generator
+from ftjax.models.classifier import classes_of
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # What lm_eval calls a request: ((context, continuation) or None, ids of the context, ids of the continuation)
@@ -67,6 +68,8 @@ class FtjaxLM(TemplateLM):
                 "dtype, batch_size, max_length, add_bos_token, prefix_token_id, seed, enable_thinking, think_end_token"
             )
         self.generator = path if isinstance(path, Generator) else _load(path, adapter, revision, tokenizer, dtype)
+        if classes_of(self.generator.model.config):
+            raise UserError("the model has a classification head, and these tasks need one that writes; use --task")
         self.tokenizer, self.name = self.generator.tokenizer, path if isinstance(path, str) else "ftjax"
         rows = BATCH_SIZE if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
         self.batch_size = min(rows, max_batch_size or rows)

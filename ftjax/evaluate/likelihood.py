@@ -9,6 +9,7 @@ from ftjax.config.data import DataConfig
 from ftjax.data.classes import cut, make_encoder
 from ftjax.data.encode import Encoded
 from ftjax.data.example import Example
+from ftjax.data.labels import Labels
 from ftjax.errors import UserError
 from ftjax.generate.batch import SCORES, groups
 from ftjax.generate.cache import bucket
@@ -31,11 +32,9 @@ class Likelihood:
     correct: float
 
 
-def encode(
-    examples: Sequence[Example], tokenizer, config: DataConfig, classes: Sequence[str] | None = None
-) -> list[list[Encoded]]:
+def encode(examples: Sequence[Example], tokenizer, config: DataConfig, labels: Labels | None = None) -> list[list[Encoded]]:
     """The documents that each example becomes in training; none where nothing of it would be trained."""
-    encoder = make_encoder(tokenizer, config, classes)
+    encoder = make_encoder(tokenizer, config, labels)
     found = []
     for document in encoder(examples):
         pieces = [document]
@@ -75,20 +74,19 @@ def likelihoods(
     return [found[i] for i in range(len(pairs))]
 
 
-def class_logprobs(
+def head_scores(
     generator: Generator,
     texts: Sequence[list[int]],
-    classes: int,
+    labels: int,
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """log p of each class `[N, classes]` by a classification head, read at the last token of each text."""
-    found = np.zeros((len(texts), classes))
+    """Scores (logits) `[N, labels]` by a classification head, read at the last token of each text."""
+    found = np.zeros((len(texts), labels))
     done = 0
     for batch, rows in batches(generator, [len(text) for text in texts], batch_size):
-        queries = [Query(texts[i], [len(texts[i]) - 1] * classes, range(classes)) for i in batch]
-        logprobs, _ = generator.engine.score(generator.params, *arrays(queries, rows))
-        found[batch] = logprobs[: len(batch), :classes]
+        tokens, segments, index, _ = arrays([Query(texts[i], [len(texts[i]) - 1], [0]) for i in batch], rows)
+        found[batch] = generator.engine.head(generator.params, tokens, segments, index[:, 0])[: len(batch)]
         done += len(batch)
         if progress:
             progress(done)

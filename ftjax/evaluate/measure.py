@@ -8,19 +8,24 @@ from typing import Any
 import numpy as np
 
 from ftjax.config import Config, EvaluateConfig
+from ftjax.data.encode import Encoded
 from ftjax.data.example import Example
+from ftjax.data.labels import Labels
+from ftjax.data.unknown import refuse_unknown
 from ftjax.errors import UserError
-from ftjax.evaluate.likelihood import class_logprobs, encode, likelihoods
+from ftjax.evaluate.likelihood import encode, head_scores, likelihoods
 from ftjax.evaluate.rows import Item
-from ftjax.evaluate.statistic import Scores
+from ftjax.evaluate.statistic import Scores, means
 from ftjax.evaluate.tasks.classify import classification, confusion_matrix, labels_of, with_label
 from ftjax.evaluate.tasks.code import code
+from ftjax.evaluate.tasks.heads import by_label, by_output, multi_label, regression
 from ftjax.evaluate.tasks.loss import loss
 from ftjax.evaluate.tasks.match import exact_match, f1, json_match, numeric_answer
 from ftjax.evaluate.tasks.overlap import bleu, chrf, rouge
 from ftjax.evaluate.tasks.own import load_metric, own
 from ftjax.generate.session import Generator
-from ftjax.models.classifier import classes_of
+from ftjax.models.classifier import MULTI, REGRESSION, SINGLE, classes_of, problem_of
+from ftjax.objectives.classification import thresholds
 
 TEXT_TASKS = {
     "exact_match": exact_match, "f1": f1, "numeric_answer": numeric_answer, "json_match": json_match, "bleu": bleu,
@@ -63,13 +68,12 @@ def check(config: EvaluateConfig, allow_code_execution: bool) -> None:
 def measure(generator: Generator, items: Sequence[Item], config: Config, progress: Progress | None = None) -> Measured:
     """The task of `config.evaluate` on these rows. Raises UserError where a row does not fit the task or the model."""
     start, task = perf_counter(), config.evaluate.task
-    classes = head_classes(generator, config)
-    if classes and task not in ("loss", "classification"):
-        raise UserError(f"evaluate.task {task}: a classification head writes no answers; the tasks are classification and loss")
-    if classes and task == "classification":
-        measured = _head(generator, items, config, classes, progress)
+    labels = head_labels(generator, config)
+    _fits(labels, config, task)
+    if labels and task != "loss":
+        measured = _head(generator, items, config, labels, progress)
     elif task == "loss":
-        measured = _losses(generator, items, config, progress)
+        measured = _losses(generator, items, config, labels, progress)
     elif task == "classification":
         measured = _classes(generator, items, config, progress)
     else:
@@ -78,36 +82,84 @@ def measure(generator: Generator, items: Sequence[Item], config: Config, progres
     return measured
 
 
-def head_classes(generator: Generator, config: Config) -> tuple[str, ...]:
-    """Of a classification head, by number; empty where there is none. A run knows the names that its adapter does not hold."""
-    stored = classes_of(generator.model.config)
-    return tuple(config.objective.classes) if stored and config.objective.classes else stored
+def head_labels(generator: Generator, config: Config) -> Labels | None:
+    """Of a classification head; None where there is none. A run knows the names that its adapter does not hold."""
+    stored, known = classes_of(generator.model.config), config.objective.classes
+    if not stored:
+        return None
+    if not known:
+        return Labels(problem_of(generator.model.config), stored)
+    if len(known) != len(stored):
+        raise UserError(f"objective.labels: {', '.join(known)}: the model's head has {len(stored)} outputs")
+    return Labels(config.objective.problem_type, tuple(known))
 
 
-def _head(
-    generator: Generator, items: Sequence[Item], config: Config, classes: Sequence[str], progress: Progress | None
-) -> Measured:
-    """The class with the highest score."""
-    documents = encode([item.example for item in items], generator.tokenizer, config.data, classes)
+def _fits(labels: Labels | None, config: Config, task: str) -> None:
+    """UserError where a head does something else than the task, or there is none where the task needs one."""
+    if labels:
+        own = "regression" if labels.problem_type == REGRESSION else "classification"
+        if task not in ("loss", own):
+            raise UserError(f"evaluate.task {task}: a {own} head writes no answers; the tasks are {own} and loss")
+    elif task == "regression" or config.objective.problem_type in (MULTI, REGRESSION):
+        raise UserError(f"evaluate.task {task}: several labels and numbers come from a head, and this model has none")
+
+
+def _head(generator: Generator, items: Sequence[Item], config: Config, labels: Labels, progress: Progress | None) -> Measured:
+    """What the head says: the class with the highest score, the labels that are likely enough, or numbers."""
+    texts, vectors = _texts(generator, items, config, labels)
+    names = list(labels.names)
+    table = head_scores(generator, texts, len(names), config.evaluate.batch_size, _counting(progress, len(texts)))
+    extra: dict[str, Any] = {"labels": names}
+    if labels.problem_type == SINGLE:
+        logprobs = table - np.logaddexp.reduce(table, axis=1, keepdims=True)
+        names = labels_of(items, config.evaluate.model_copy(update={"labels": names}))
+        chosen, scores = classification(items, logprobs, names)
+        extra["confusion_matrix"] = confusion_matrix(items, chosen, names)
+    elif labels.problem_type == MULTI:
+        truth, probabilities, limits = vectors > 0.5, _sigmoid(table), thresholds(config.evaluate, labels.names)
+        chosen, scores = multi_label(truth, probabilities, limits, names)
+        extra["table"] = by_label(truth, probabilities >= limits, names)
+    else:
+        chosen, scores = regression(vectors, table)
+        if len(names) > 1:
+            extra["table"] = by_output(vectors, table, names)
+    return Measured(scores, [[one] for one in chosen], extra=extra, tokens=sum(map(len, texts)))
+
+
+def _texts(
+    generator: Generator, items: Sequence[Item], config: Config, labels: Labels
+) -> tuple[list[list[int]], np.ndarray | None]:
+    """`(ids of each row, what its labels are [N, labels])`; None for the latter where they are one class."""
+    documents = encode([item.example for item in items], generator.tokenizer, config.data, labels)
+    _refuse_unknown(generator, [piece for pieces in documents for piece in pieces])
     for item, pieces in zip(items, documents, strict=True):
         if len(pieces) != 1:
             raise UserError(
                 f"{item.where}: the text is longer than data.max_length {config.data.max_length}; raise it, or set "
                 "data.truncation: right"
             )
-    texts = [pieces[0].tokens[:-1].tolist() for pieces in documents]
-    table = class_logprobs(generator, texts, len(classes), config.evaluate.batch_size, _counting(progress, len(texts)))
-    labels = labels_of(items, config.evaluate.model_copy(update={"labels": list(classes)}))
-    chosen, scores = classification(items, table, labels)
-    extra = {"labels": labels, "confusion_matrix": confusion_matrix(items, chosen, labels)}
-    return Measured(scores, [[one] for one in chosen], extra=extra, tokens=sum(map(len, texts)))
+    flat = [pieces[0] for pieces in documents]
+    vectors = None if labels.single else np.stack([document.labels for document in flat]).astype(np.float64)
+    return [document.tokens[:-1].tolist() for document in flat], vectors
 
 
-def _losses(generator: Generator, items: Sequence[Item], config: Config, progress: Progress | None) -> Measured:
-    documents = encode(
-        [item.example for item in items], generator.tokenizer, config.data, head_classes(generator, config) or None
-    )
+def _sigmoid(scores: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -scores))
+
+
+def _losses(
+    generator: Generator, items: Sequence[Item], config: Config, labels: Labels | None, progress: Progress | None
+) -> Measured:
+    if labels and not labels.single:
+        texts, vectors = _texts(generator, items, config, labels)
+        table = head_scores(generator, texts, len(labels.names), config.evaluate.batch_size, _counting(progress, len(texts)))
+        errors = (table - vectors) ** 2
+        if labels.problem_type == MULTI:
+            errors = np.logaddexp(0, table) - table * vectors
+        return Measured(means([{"loss": float(one)} for one in errors.mean(1)]), tokens=sum(map(len, texts)))
+    documents = encode([item.example for item in items], generator.tokenizer, config.data, labels)
     flat = [piece for pieces in documents for piece in pieces]
+    _refuse_unknown(generator, flat)
     if not flat:
         raise UserError("evaluate: no row has a trained token within data.max_length")
     found = iter(likelihoods(generator, flat, config.evaluate.batch_size, _counting(progress, len(flat))))
@@ -121,6 +173,7 @@ def _classes(generator: Generator, items: Sequence[Item], config: Config, progre
     labels = labels_of(items, config.evaluate)
     candidates: list[Example] = [with_label(item, label) for item in items for label in labels]
     documents = encode(candidates, generator.tokenizer, config.data)
+    _refuse_unknown(generator, [piece for pieces in documents for piece in pieces])
     for candidate, pieces in zip(candidates, documents, strict=True):
         if len(pieces) != 1:
             raise UserError(
@@ -133,6 +186,12 @@ def _classes(generator: Generator, items: Sequence[Item], config: Config, progre
     chosen, scores = classification(items, table, labels)
     extra = {"labels": labels, "confusion_matrix": confusion_matrix(items, chosen, labels)}
     return Measured(scores, [[one] for one in chosen], extra=extra, tokens=sum(len(piece.tokens) for piece in flat))
+
+
+def _refuse_unknown(generator: Generator, documents: Sequence[Encoded]) -> None:
+    """UserError, naming the row, where a token has no embedding."""
+    for document in documents:
+        refuse_unknown(document.tokens, generator.model.config["vocab_size"], document.where, generator.tokenizer)
 
 
 def _answers(generator: Generator, items: Sequence[Item], config: EvaluateConfig, progress: Progress | None) -> Measured:

@@ -77,6 +77,14 @@ def print_results(results: Mapping[str, Any], console: Any) -> None:
             for label, row in zip(labels, found["confusion_matrix"], strict=True):
                 matrix.add_row(label, *map(str, row))
             console.print(matrix)
+        if "table" in found:
+            console.print(f"{name}each {found['table']['head'][0]}")
+            each = Table()
+            for title in found["table"]["head"]:
+                each.add_column(title, justify="right")
+            for row in found["table"]["rows"]:
+                each.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+            console.print(each)
 
 
 def share(results: Mapping[str, Any]) -> str:

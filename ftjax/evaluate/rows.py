@@ -1,19 +1,21 @@
 """The rows that are evaluated, read and formatted as training reads them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ftjax.config import Config
 from ftjax.config.data import SourceConfig
+from ftjax.data.classes import find_labels
 from ftjax.data.clean import normalizer
 from ftjax.data.example import Example
 from ftjax.data.faults import Faults
 from ftjax.data.find import find
-from ftjax.data.formats import EmptyRow, Reader
-from ftjax.data.read import read_rows
+from ftjax.data.labels import Labels
+from ftjax.data.reader import read_source
+from ftjax.data.values import EmptyRow
 from ftjax.errors import UserError
 
 
@@ -48,22 +50,30 @@ def sources(config: Config) -> list[SourceConfig]:
     return config.data.model_copy(update={"validation": given}).sources("validation")
 
 
+def labels_of(config: Config) -> Labels | None:
+    """How rows write their labels: as training found it, or as the rows themselves show where a model comes without a run."""
+    labels = Labels.of(config.objective)
+    if labels is None or labels.single or (labels.names and (labels.form != "auto" or labels.problem_type == "regression")):
+        return labels
+    names, form = find_labels(sources(config), config.data, labels)
+    return replace(labels, names=tuple(names), form=form)
+
+
 def read_items(config: Config, limit: int | None = None) -> tuple[list[Item], int]:
-    """`(the rows, how many broken or empty ones were left out)`.
+    """`(the rows, how many broken, empty or unwanted ones were left out)`.
 
     Args:
         limit: at most so many rows, evenly spread, so that a file in the order of its classes is no trap.
 
     Raises UserError, with file and line, for a row that is wrong, unless `data.on_error` skips it.
     """
+    labels = labels_of(config)
     faults, empty, found = Faults(config.data.on_error == "skip"), 0, []
     normalize = normalizer(config.data.unicode_normalization)
     for number, source in enumerate(sources(config)):
-        reader = None
-        for row in read_rows(source, faults, found=find(source)):
-            reader = reader or Reader(source, row, normalize)
+        for reader, row in read_source(source, faults, found=find(source), normalize=normalize, label=labels and labels.read):
             try:
-                example = reader(row).with_source(number, config.data.prompt_format)
+                example = reader(row).with_source(number, config.data.prompt_format, config.data.special_tokens_in_text)
             except EmptyRow as error:
                 empty += 1
                 if not config.data.drop_empty:
@@ -72,6 +82,9 @@ def read_items(config: Config, limit: int | None = None) -> tuple[list[Item], in
                 continue
             except UserError as error:
                 faults(error)
+                continue
+            if not example.wanted:  # of an unpaired preference: no answer to compare with
+                empty += 1
                 continue
             found.append(Item(example, row.values))
     if not found:

@@ -8,92 +8,69 @@ from typing import Any
 from ftjax.config import Config
 from ftjax.config.load import config_of, load_config, print_note
 from ftjax.errors import UserError
+from ftjax.generate.named import Named, find_named
 from ftjax.generate.session import Generator
-from ftjax.hub.peft import CONFIG as ADAPTER
-from ftjax.hub.peft import read_adapter_config
+from ftjax.hub.fetch import resolve_config
 from ftjax.mesh import make_mesh
+from ftjax.models.classifier import SINGLE, classes_of, problem_of
+from ftjax.models.facts import read_config
 
 
 @dataclass(frozen=True)
-class Target:
-    """A model to be measured.
-
-    Attributes:
-        name: how it is called in results.
-        model: Hub id, folder or .gguf file.
-        adapter: a PEFT folder, or None.
-        config: evaluation, data and tokenizer; that of the run where there is one.
-        run: the run folder, or None.
-    """
-
-    name: str
-    model: str
-    adapter: Path | None
-    config: Config
-    run: Path | None = None
+class Target(Named):
+    """A model to be measured; `config` is there: evaluation, data and tokenizer."""
 
     def base(self) -> "Target":
         """What was fine-tuned. Raises UserError where that is this model itself."""
         if self.adapter is None and self.run is None:
             raise UserError(f"{self.name}: there is no base model to compare with; give a run, or --adapter with its model")
-        return replace(self, name=self.config.model.path, model=self.config.model.path, adapter=None)
+        kind, path = self.config.objective.problem_type, self.config.model.path
+        if kind not in (None, SINGLE) and not classes_of(_facts(path, self.config.model.revision)):
+            raise UserError(
+                f"--compare-base: several labels and numbers come from a head, and {path} has none; leave --compare-base out"
+            )
+        return replace(self, name=path, model=path, adapter=None, own_tokenizer=False)
 
     def load(self, tokenizer: Any = None) -> Generator:
         """The model in memory; `tokenizer` where it is another's, so that both see the same prompts."""
-        settings = self.config.model
-        return Generator(
-            self.model, self.adapter, revision=settings.revision if self.model == settings.path else None,
-            dtype=self.config.evaluate.dtype, mesh=make_mesh(self.config.mesh),
-            tokenizer=settings.tokenizer if tokenizer is None else tokenizer, chat_template=settings.chat_template,
-            quantization=settings.quantization,
-        )  # fmt: skip
+        own = self.options(revision=None, tokenizer=tokenizer, chat_template=None, quantization=None)
+        return Generator(self.model, self.adapter, dtype=self.config.evaluate.dtype, mesh=make_mesh(self.config.mesh), **own)
 
 
 def find_target(
     given: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, note: Callable[[str], None] = print_note
 ) -> Target:
-    """Tell a run folder (or its `final/` or `best/`), a configuration file, a PEFT folder, and a model.
+    """What `find_named` finds, with a configuration: a model without a run has the default settings, and the overrides.
 
-    A configuration file means the run in its `output_dir`, and before that has ended its base model. A PEFT folder means
-    itself on the base model that it names.
-
-    Raises UserError where it is none of them.
+    Raises UserError as `find_named` does.
     """
-    place = Path(given).expanduser()
-    if place.suffix in (".yaml", ".yml") and not place.is_dir():
-        config = load_config(place, overrides, note=note)
-        run = Path(config.output_dir)
-        if (run / "final").is_dir():
-            return _of_run(run, run / "final", config)
-        note(f"{run} holds no final/ yet, so that the base model {config.model.path} is evaluated")
-        return Target(config.model.path, config.model.path, None, config)
-    if adapter is None:
-        for run, result in ((place, place / "final"), (place.parent, place)):
-            if (run / "config.yaml").is_file() and _is_result(result):
-                return _of_run(run, result, load_config(run / "config.yaml", overrides, note=note))
-        if (place / "config.yaml").is_file():
-            raise UserError(
-                f"{given}: this run has no final/ yet; let it finish, or evaluate {place / 'best'} where that exists"
-            )
-        if (place / ADAPTER).is_file():
-            base = read_adapter_config(place).get("base_model_name_or_path")
-            if not base:
-                raise UserError(f"{place}: its {ADAPTER} names no base model; give the model, and this folder as --adapter")
-            return Target(given, base, place, _config_for(base, overrides, note))
-    name = f"{given} with {adapter}" if adapter else given
-    return Target(name, given, adapter, _config_for(given, overrides, note))
+    found = find_named(given, overrides, adapter=adapter, note=note)
+    return Target(**{**vars(found), "config": _settings(found, overrides, note)})
 
 
-def _is_result(folder: Path) -> bool:
-    return (folder / ADAPTER).is_file() or (folder / "config.json").is_file()
+def _settings(found: Named, overrides: Sequence[str], note: Callable[[str], None]) -> Config:
+    """A run's own, with the labels that it found in its data; of a model without a run the default settings and the overrides,
+    and a classifier's own objective."""
+    config = found.config
+    if config is None:
+        tree: dict[str, Any] = {"model": {"path": found.model, "revision": found.revision}, "data": {"train": "-"}}
+        facts = _facts(found.model, found.revision)
+        if classes := classes_of(facts):
+            own = {"name": "classification", "head": True, "problem_type": problem_of(facts), "labels": list(classes)}
+            tree["objective"] = own
+        return config_of(tree, overrides, note=note)
+    if config.objective.name != "classification" or config.objective.labels or found.run is None:
+        return config
+    if not (found.run / "config.yaml").is_file():
+        return config
+    saved = load_config(found.run / "config.yaml", note=note).objective
+    if saved.name != "classification":
+        return config
+    labels = {"labels": saved.labels, "label_format": saved.label_format}
+    return config.model_copy(update={"objective": config.objective.model_copy(update=labels)})
 
 
-def _of_run(run: Path, result: Path, config: Config) -> Target:
-    if (result / ADAPTER).is_file():
-        return Target(str(result), config.model.path, result, config, run)
-    return Target(str(result), str(result), None, config, run)
-
-
-def _config_for(model: str, overrides: Sequence[str], note: Callable[[str], None]) -> Config:
-    """A model without a run has the default settings, and the overrides."""
-    return config_of({"model": {"path": model}, "data": {"train": "-"}}, overrides, note=note)
+def _facts(model: str, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a model; nothing of a .gguf file, which is never a classifier."""
+    folder = resolve_config(model, revision)
+    return {} if folder.is_file() else read_config(folder)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ftjax.generate.sample import Sampling
 from ftjax.generate.text import StopStrings, TextStream
 
 
@@ -26,27 +27,41 @@ class Generation:
     prompt_tokens: int
 
 
+GREEDY = Sampling()
+
+
 class Answer:
     """One prompt on its way to a `Generation`: the host's side of a row."""
 
-    def __init__(self, prompt: list[int], limit: int, ends: frozenset[int], stops: StopStrings, stream: TextStream):
-        """`limit`: tokens of the longest answer. `ends`: ids that end it; `stops`: texts that do."""
-        self.prompt, self.limit = prompt, limit
+    def __init__(
+        self, prompt: list[int], limit: int, ends: frozenset[int], stops: StopStrings, stream: TextStream,
+        *, sampling: Sampling = GREEDY, seed: int = 0, number: int = 0,
+    ):  # fmt: skip
+        """
+        Args:
+            limit: tokens of the longest answer.
+            ends: ids that end it.
+            stops: texts that end it.
+            seed, number: make its random key.
+        """
+        self.prompt, self.limit, self.ends = prompt, limit, ends
+        self.sampling, self.seed, self.number = sampling, seed, number
         self.text = ""
         self.tokens: list[int] = []
-        self.logprobs: list[float] | None = None
+        self.logprobs: list[float] = []
         self.finish: Literal["stop", "length"] | None = None
-        self._ends, self._stops, self._stream = ends, stops, stream
+        self._stops, self._stream = stops, stream
         self._shown = 0  # characters that `piece` has given
         self._fed = 0  # tokens whose text is in `text`
 
-    def read(self, tokens: Sequence[int]) -> None:
+    def read(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
         """Take new tokens up to the end of the answer; what a finished row still brings means nothing."""
-        for token in tokens:
+        for token, logprob in zip(tokens, logprobs, strict=True):
             if self.finish:
                 return
             self.tokens.append(token)
-            if token in self._ends:
+            self.logprobs.append(logprob)
+            if token in self.ends:
                 self.finish = "stop"
             elif self._stops.strings:
                 self._grow()
@@ -63,18 +78,18 @@ class Answer:
         shown, self._shown = self._shown, max(until, self._shown)
         return self.text[shown:until]
 
-    def generation(self) -> Generation:
+    def generation(self, logprobs: bool = False) -> Generation:
         self._close()
-        return Generation(self.text, self.tokens, self.finish, self.logprobs, len(self.prompt))
+        return Generation(self.text, self.tokens, self.finish, self.logprobs if logprobs else None, len(self.prompt))
 
     def _grow(self) -> None:
         tokens, self._fed = self.tokens[self._fed :], len(self.tokens)
-        self._add(self._stream.feed([token for token in tokens if token not in self._ends]))
+        self._add(self._stream.feed([token for token in tokens if token not in self.ends]))
 
     def _close(self) -> None:
         if self._stream is None:
             return
-        ended_by_text = self.finish == "stop" and self.tokens[-1] not in self._ends
+        ended_by_text = self.finish == "stop" and self.tokens[-1] not in self.ends
         if not ended_by_text:
             self._grow()
             self._add(self._stream.finish())

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from ftjax.generate.cache import bucket
 
 SCORES = 1 << 26  # attention scores of one block of a prompt, in numbers (256 MiB in float32), over all rows
@@ -20,15 +18,6 @@ def groups(lengths: Sequence[int], batch_size: int, shards: int = 1) -> tuple[li
     size = math.ceil(len(order) / max(1, count))
     rows = math.ceil(bucket(max(1, size)) / shards) * shards
     return [order[at : at + size] for at in range(0, len(order), max(1, size))], rows
-
-
-def left_padded(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(tokens, segment ids)`, each `[rows, length]` int32: every prompt ends in the last column."""
-    tokens, segments = np.zeros((2, rows, length), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        segments[row, length - len(prompt) :] = 1
-    return tokens, segments
 
 
 def block_length(rows: int, length: int, slots: int, heads: int) -> int:

@@ -1,17 +1,25 @@
 """`ftjax chat`: talk to a model in the terminal."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from ftjax.errors import UserError
+from ftjax.generate.typed import checked, keep_wrong_bytes, read_turn
 
 HELP = """\
+/retry          answer the last question anew
+/undo           forget the last question and its answer
 /reset          forget the conversation; the system message stays
 /system TEXT    begin anew with this system message; without TEXT, with none
 /history        show what was said
+/save FILE      write the conversation, one row of training data (JSON)
 /help           show this
-/quit           leave (so does Ctrl-D); Ctrl-C stops an answer
-A line that ends in \\ goes on in the next one."""
-COMMANDS = ("/reset", "/system", "/history", "/help", "/quit", "/exit")
+/quit, /exit    leave (so does Ctrl-D); Ctrl-C stops an answer
+Pasted lines are one message. A line that ends in \\ goes on in the next one."""
+COMMANDS = ("/retry", "/undo", "/reset", "/system", "/history", "/save", "/help", "/quit", "/exit")
 
 
 def chat(
@@ -35,94 +43,126 @@ def chat(
 ) -> None:
     """Ask, answer, remember, until /quit.
 
+    Args:
+        model: a run, a configuration, a PEFT folder or a model (`find_named`).
+
     Settings that are None are those of the model's generation_config.json; without that, decoding is greedy.
 
-    Raises UserError where the model, the adapter or a setting is wrong.
+    Raises UserError where the model, the adapter or a setting is wrong, or what is piped in is not text.
     """
     from rich.console import Console
 
-    from ftjax.errors import UserError
+    from ftjax.compile_cache import keep_compiled_programs
     from ftjax.generate.context import recommended
     from ftjax.generate.conversation import Conversation
+    from ftjax.generate.named import find_named
     from ftjax.generate.session import Generator
 
-    notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    with notes.status(f"loading {model}"):
-        generator = Generator(
-            model, adapter, revision=revision, tokenizer=tokenizer, chat_template=chat_template, dtype=dtype,
-            quantization=quantization,
-        )  # fmt: skip
+    system = None if system is None else checked(system, "--system")
+    found = find_named(model, adapter=adapter)
+    keep_compiled_programs()
+    notes = Console(stderr=True, highlight=False, emoji=False)
+    notes.soft_wrap = not notes.is_terminal
+    with notes.status(f"loading {found.name}"):
+        options = found.options(revision=revision, tokenizer=tokenizer, chat_template=chat_template, quantization=quantization)
+        generator = Generator(found.model, found.adapter, dtype=dtype, **options)
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     asked["repetition_penalty"] = repetition_penalty
     sampling = recommended(generator.settings, asked)
     talk = Conversation(generator, sampling, system=system, max_new_tokens=max_new_tokens, stop=tuple(stop), seed=seed)
     interactive = sys.stdin.isatty()
+    keep_wrong_bytes(sys.stdin)
     if interactive:
-        notes.print(f"{model}{f' with {adapter}' if adapter else ''}; /help shows the commands, /quit leaves", markup=False)
+        notes.print(f"{found.name}; /help shows the commands, /quit leaves", markup=False)
+    saved: set[Path] = set()
     while True:
         try:
-            line = _read(interactive)
+            message = read_turn(interactive, alone=lambda line: _command(line) is not None)
         except KeyboardInterrupt:
             print(file=sys.stderr)
             continue
-        if line is None:
-            break
-        if not line.strip():
+        except UserError as error:
+            if not interactive:
+                raise
+            notes.print(str(error), markup=False)
             continue
-        command, _, rest = line.strip().partition(" ")
+        if message is None:
+            break
+        if not message.strip():
+            continue
+        command, rest = _command(message) or ("", "")
         if command in ("/quit", "/exit"):
             break
-        if command in COMMANDS:
-            _obey(talk, command, rest.strip(), notes)
-            continue
-        if command.startswith("/") and command[1:].isalpha():
-            notes.print(f"{command} is no command; those that are: {', '.join(COMMANDS)}", markup=False)
-            continue
         try:
-            _answer(talk, line)
+            if command == "/retry":
+                if (message := talk.undo()) is None:
+                    raise UserError("there is no question yet")
+            elif command:
+                _obey(talk, command, rest, notes, saved)
+                continue
+            _answer(talk, message)
         except UserError as error:
-            notes.print(f"{error}\n/reset forgets what was said so far", markup=False)
+            notes.print(str(error), markup=False)
 
 
-def _read(interactive: bool) -> str | None:
-    """One message; None at the end of the input."""
-    if interactive:
-        import readline  # noqa: F401  (the arrow keys work once it is there)
-    lines = []
-    while True:
-        try:
-            line = input("> " if interactive and not lines else "  " if interactive else "")
-        except EOFError:
-            return "\n".join(lines) if lines else None
-        if not line.endswith("\\"):
-            return "\n".join([*lines, line])
-        lines.append(line[:-1])
+def _command(message: str) -> tuple[str, str] | None:
+    """A command and what stands behind it; None for a message, such as pasted lines that begin with a stroke."""
+    word, *rest = message.strip().split(maxsplit=1) or [""]
+    several = "\n" in message.strip() and word not in ("/system", "/save")
+    return None if several or not (word.startswith("/") and word[1:].isalpha()) else (word, rest[0] if rest else "")
 
 
-def _answer(talk, line: str) -> None:
+def _answer(talk: Any, message: str) -> None:
     """Write the answer as it comes; Ctrl-C stops it, and what was said stays."""
-    pieces = talk.ask(line)
+    pieces = talk.ask(message)
     try:
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stdout.write(" ...")
+    except UserError as error:
+        raise UserError(f"{error}\n/reset forgets what was said so far") from None
     finally:
         pieces.close()
     sys.stdout.write("\n")
     sys.stdout.flush()
 
 
-def _obey(talk, command: str, rest: str, notes) -> None:
+def _obey(talk: Any, command: str, rest: str, notes: Any, saved: set[Path]) -> None:
+    """Do what a command says. `saved`: the files that this chat has written, which it may write again.
+
+    Raises UserError where it cannot be done.
+    """
     if command == "/help":
-        notes.print(HELP, markup=False)
+        said = HELP
     elif command == "/history":
-        for message in talk.messages:
-            notes.print(f"{message['role']}: {message['content']}", markup=False)
+        said = "\n".join(f"{message['role']}: {message['content']}" for message in talk.messages) or "nothing was said yet"
     elif command == "/reset":
         talk.reset()
-        notes.print("forgotten")
-    else:
+        said = "forgotten"
+    elif command == "/undo":
+        question = talk.undo()
+        said = "there is no question yet" if question is None else f"forgotten: {question}"
+    elif command == "/save":
+        said = _save(talk.messages, rest, saved)
+    elif command == "/system":
         talk.system(rest or None)
-        notes.print(f"system message: {rest}" if rest else "no system message", markup=False)
+        said = f"system message: {rest}" if rest else "no system message"
+    else:
+        said = f"{command} is no command; those that are: {', '.join(COMMANDS)}"
+    notes.print(said, markup=False)
+
+
+def _save(messages: Sequence[Any], name: str, saved: set[Path]) -> str:
+    path = Path(name).expanduser()
+    if not name:
+        raise UserError("write /save FILE, such as /save talk.jsonl")
+    if path.exists() and path not in saved:
+        raise UserError(f"{path}: this is there already; choose another name")
+    try:
+        path.write_text(json.dumps({"messages": list(messages)}, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    saved.add(path)
+    return f"written: {path}"

@@ -1,7 +1,6 @@
 """`ftjax generate`: answers to prompts from the command line or a file."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,8 @@ from ftjax.data.example import Example
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
+from ftjax.generate.named import find_named
+from ftjax.generate.typed import checked, read_standard_input
 from ftjax.hub.same_model import model_facts
 
 
@@ -41,6 +42,7 @@ def generate(
     """Print an answer to each prompt, in order: the text, or one JSON object a line.
 
     Args:
+        model: a run, a configuration, a PEFT folder or a model (`find_named`).
         prompt: texts; `-` is what stands on the standard input.
         prompts: a file of prompts (`read_prompts`).
         system: a system message before each prompt.
@@ -48,30 +50,33 @@ def generate(
 
     Raises UserError where a file, the model, the adapter or a setting is wrong.
     """
-    given: list[str | Example] = [sys.stdin.read() if text == "-" else text for text in prompt]
+    given: list[str | Example] = [read_standard_input() if text == "-" else checked(text, "--prompt") for text in prompt]
     given += read_prompts(prompts) if prompts else []
     if not given:
         raise UserError("generate: no prompt; give --prompt TEXT (- reads the standard input) or --prompts FILE")
+    found = find_named(model, adapter=adapter)
+    learnt = "raw" if raw else found.config.data.prompt_format if found.config else "auto"  # from prompts of this format
+    chat = {"raw": False, "chat": True}.get(learnt)
     if system is not None:
         if raw:
             raise UserError("generate: --system needs the chat template, which --raw leaves out; choose one")
-        given = [_with_system(one, system) for one in given]
+        given = [_with_system(one, checked(system, "--system")) for one in given]
 
-    sampling = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed, batch_size, raw, dtype)
+    options = found.options(revision=revision, tokenizer=tokenizer, chat_template=chat_template, quantization=quantization)
+    sampling = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed, batch_size, chat, dtype)
     if store.several():
         facts = {"prompts": len(given), "digest of the prompts": digest(given), "options": repr(sampling)}
-        agree("what is asked", {**facts, **model_facts(model, revision, adapter)})
+        agree("what is asked", {**facts, **model_facts(found.model, options["revision"], found.adapter)})
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from ftjax.compile_cache import keep_compiled_programs
     from ftjax.generate.session import Generator
 
+    keep_compiled_programs()
     notes = Console(stderr=True, highlight=False, quiet=store.index() > 0)
-    with notes.status(f"loading {model}"):
-        generator = Generator(
-            model, adapter, revision=revision, tokenizer=tokenizer, chat_template=chat_template, dtype=dtype,
-            quantization=quantization,
-        )  # fmt: skip
+    with notes.status(f"loading {found.name}"):
+        generator = Generator(found.model, found.adapter, dtype=dtype, **options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task("answers", total=len(given))
@@ -81,7 +86,7 @@ def generate(
 
         answers = generator.generate(
             given, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, stop=stop, seed=seed, batch_size=batch_size, chat=False if raw else None,
+            repetition_penalty=repetition_penalty, stop=stop, seed=seed, batch_size=batch_size, chat=chat,
             progress=show,
         )  # fmt: skip
     if store.index():
@@ -124,11 +129,12 @@ def read_prompts(path: Path) -> list[str | Example]:
         return found
 
     from ftjax.config.data import SourceConfig
-    from ftjax.data.formats import Reader
     from ftjax.data.read import read_rows
+    from ftjax.data.reader import Reader
 
     found, reader, source = [], None, SourceConfig(path=str(path), split="train")
-    for row in read_rows(source):
+    rows = list(read_rows(source))
+    for row in rows:
         value = row.values.get("messages", row.values.get("prompt"))
         if isinstance(value, list):
             found.append(_question(value, row.values.get("tools"), row.where))
@@ -137,7 +143,7 @@ def read_prompts(path: Path) -> list[str | Example]:
                 raise UserError(f"{row.where}: the prompt is empty; fill it or remove the row")
             found.append(value)
         else:
-            reader = reader or Reader(source, row)
+            reader = reader or Reader(source, rows)
             found.append(reader(row))
     return found
 

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 
 from ftjax.data.example import Message
 from ftjax.errors import UserError
-from ftjax.generate.engine import Memory
+from ftjax.generate.cache import bucket
+from ftjax.generate.engine import Batch
 from ftjax.generate.sample import Sampling
 from ftjax.generate.session import Generator
 from ftjax.generate.text import StopStrings
 
 CHUNK = 4  # tokens between two pieces of text
+SMALLEST = 1024  # slots of a conversation's cache
 
 
 class Conversation:
@@ -40,7 +42,7 @@ class Conversation:
         self.max_new_tokens, self.seed = max_new_tokens, seed
         self.tokens = 0
         self._stops = StopStrings(stop)
-        self._memory = Memory()
+        self._batch: Batch | None = None
         self._asked = 0
         self.system(system)
 
@@ -52,27 +54,48 @@ class Conversation:
         """Begin anew; the system message stays."""
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
 
+    def undo(self) -> str | None:
+        """Forget the last question and its answer; the question comes back, or None where there is none."""
+        asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
+            return None
+        question = self.messages[asked[-1]]["content"]
+        del self.messages[asked[-1] :]
+        return question
+
     def ask(self, text: str) -> Iterator[str]:
         """The answer in pieces. An iterator that is closed early, or interrupted, leaves what was said so far.
 
         Raises UserError where the conversation no longer fits into the model's context; the question is then not kept.
         """
-        generator, rows = self.generator, self.generator.engine.shards
+        generator = self.generator
         question = {"role": "user", "content": text}
         prompt = generator.encode([*self.messages, question])
-        answer = generator.begin(prompt, self.max_new_tokens, self._stops)
-        rules = generator.engine.rules(
-            self.sampling, self.seed, [self._asked], [answer], generator.ends_with(self._stops), rows
+        answer = generator.begin(
+            prompt, self.max_new_tokens, self._stops, sampling=self.sampling, seed=self.seed, number=self._asked
         )
         self._asked += 1
         self.messages.append(question)
         said = ""
         try:
-            steps = generator.engine.answer(generator.params, [answer], rows, rules, chunk=CHUNK, memory=self._memory)
-            for _ in steps:
+            batch = self._batch_for(len(prompt) + answer.limit)
+            batch.start({0: answer})
+            while True:
                 if piece := answer.piece():
                     said += piece
                     yield piece
+                if answer.finish:
+                    break
+                batch.step(CHUNK)
         finally:
             self.tokens = len(answer.tokens)
             self.messages.append({"role": "assistant", "content": said})
+
+    def _batch_for(self, tokens: int) -> Batch:
+        """The one that remembers the last turns, or a larger one."""
+        generator, slots = self.generator, SMALLEST
+        while slots < bucket(tokens, 16):
+            slots *= 2
+        if self._batch is None or self._batch.slots < slots or self._batch.params is not generator.params:
+            self._batch = Batch(generator.engine, generator.params, generator.engine.shards, slots)
+        return self._batch

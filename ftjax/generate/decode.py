@@ -1,8 +1,8 @@
-"""What runs on the device: prompts into the cache, then token after token in a loop that stops when all rows have.
+"""What runs on the device: prompts into the cache, then token after token, each row at its own pace.
 
-Pure functions; `ftjax.generate.session` compiles them.
+Pure functions; `ftjax.generate.engine` compiles them.
 
-Legend: B batch, T prompt length, S cache slots, N longest answer, V vocab, E embed.
+Legend: B rows of the batch, R rows that start together, T prompt length, S cache slots, C tokens of one call, V vocab.
 """
 
 from collections.abc import Mapping
@@ -13,59 +13,86 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.generate.cache import forward, new_cache
-from ftjax.generate.sample import choose, process
+from ftjax.generate.sample import RowSampling, choose, process
 from ftjax.mesh import constrain
 from ftjax.models.cache_shape import CacheShape
 from ftjax.models.context import Context, KVCache
 from ftjax.models.model import Model
 
+CHUNK = 32  # tokens of each row that one call of `decode` can give
+
 
 class Rules(NamedTuple):
-    """How tokens are chosen and when a row is done.
+    """How each row chooses its tokens, and when it has ended.
 
     Attributes:
-        numbers: of `Sampling`, by name.
-        keys: [B] PRNG keys, one for each row, so that a row does not depend on its neighbours.
-        ends: [e] int32, ids that end an answer.
-        limits: [B] int32, the longest answer of each row.
+        sampling: arrays [B].
+        keys: [B, 2] uint32, data of a PRNG key for each row, so that no row depends on its neighbours.
+        ends: [B, e] int32, ids that end an answer; -1 fills up.
+        limits: [B] int32, tokens of the longest answer.
     """
 
-    numbers: dict[str, jax.Array]
+    sampling: RowSampling
     keys: jax.Array
     ends: jax.Array
     limits: jax.Array
 
 
 class State(NamedTuple):
-    """A batch of answers in the making.
+    """Rows that decode.
 
     Attributes:
         token: [B] int32, chosen last and not yet in the cache.
-        position: [B] int32, of that token.
-        step: [] int32, tokens chosen so far.
-        tokens: [B, N] int32, all that were chosen; those behind a row's end mean nothing.
-        logprobs: [B, N] float32, their log-probabilities by the model itself, before temperature and the like; or None.
-        done: [B] bool.
-        seen: [B, V] bool, tokens of prompt and answer; or None.
+        count: [B] int32, tokens of the answer so far.
+        done: [B] bool; such a row stays as it is.
+        seen: [B, V] bool, tokens of prompt and answer.
     """
 
     cache: KVCache
     token: jax.Array
-    position: jax.Array
-    step: jax.Array
-    tokens: jax.Array
-    logprobs: jax.Array | None
+    count: jax.Array
     done: jax.Array
-    seen: jax.Array | None
+    seen: jax.Array
+    rules: Rules
+
+
+class Start(NamedTuple):
+    """Rows that start, in place of whatever was in them.
+
+    Attributes:
+        rows: [R] int32, which of the batch; B or more: none, this is padding.
+        tokens: [R, T] int32, what is to go into the cache, padded on the right.
+        counts: [R] int32, how many of them are not padding.
+        kept: [R] int32, tokens before them that are in the row's cache already.
+        chosen: [R] int32, how many of all these belong to the answer: a row that was computed anew goes on.
+        seeds, numbers: [R] uint32, which make each row's key.
+    """
+
+    rows: jax.Array
+    tokens: jax.Array
+    counts: jax.Array
+    kept: jax.Array
+    chosen: jax.Array
+    seen: jax.Array
+    seeds: jax.Array
+    numbers: jax.Array
+    sampling: RowSampling
+    ends: jax.Array
+    limits: jax.Array
 
 
 class View(NamedTuple):
-    """What the host looks at between two calls; every process holds all of it."""
+    """What the host looks at after a call; every process holds all of it.
 
-    step: jax.Array
+    Attributes:
+        tokens: [B, C] int32, the new ones of each row, from the left.
+        logprobs: [B, C] float32, their log-probabilities by the model itself, before temperature and the like.
+        counts: [B] int32, how many there are.
+    """
+
     tokens: jax.Array
-    logprobs: jax.Array | None
-    done: jax.Array
+    logprobs: jax.Array
+    counts: jax.Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,146 +103,113 @@ class Runner:
     shape: CacheShape
     dtype: Any
 
-    # ---- prompts ----
+    def empty(self, like: Start, *, rows: int, slots: int) -> State:
+        """A batch in which nothing decodes; `like` says the sizes of `rules`."""
+        zeros = lambda x: constrain(jnp.zeros((rows, *x.shape[1:]), x.dtype), "batch", *(None,) * (x.ndim - 1))  # noqa: E731
+        keys = constrain(jnp.zeros((rows, 2), jnp.uint32), "batch", None)
+        rules = Rules(jax.tree.map(zeros, like.sampling), keys, zeros(like.ends), zeros(like.limits))
+        token, count, done = zeros(like.counts), zeros(like.counts), ~zeros(like.counts).astype(bool)
+        return State(new_cache(self.shape, rows, slots, self.dtype), token, count, done, zeros(like.seen), rules)
 
-    def prefill(
-        self, params: Mapping[str, jax.Array], tokens: jax.Array, segment_ids: jax.Array, rules: Rules,
-        *, slots: int, longest: int, block: int, logprobs: bool,
-    ) -> tuple[State, View]:  # fmt: skip
-        """Left-padded prompts `[B, T]`, and the first token of each answer."""
-        rows, length = tokens.shape
-        cache = new_cache(self.shape, rows, slots, self.dtype)
-        last = jnp.full(rows, length - 1, jnp.int32)
-        logits, cache = self.absorb(params, cache, tokens, segment_ids, positions_of(segment_ids), last, block=block)
-        seen = seen_in(tokens, segment_ids, logits.shape[-1]) if "repetition_penalty" in rules.numbers else None
-        return self.start(logits, cache, jnp.sum(segment_ids, axis=1), seen, rules, longest=longest, logprobs=logprobs)
+    def begin(self, params: Mapping[str, jax.Array], start: Start, *, slots: int, block: int) -> tuple[State, View]:
+        """A new batch whose rows all start: `start.rows` is 0, 1, 2 ..., and a row without tokens is done."""
+        state = self.empty(start, rows=start.rows.shape[0], slots=slots)
+        return self._started(params, state.cache, start, block)
 
-    def again(
-        self, params: Mapping[str, jax.Array], state: State, tokens: jax.Array, segment_ids: jax.Array, rules: Rules,
-        *, slots: int, block: int,
-    ) -> tuple[State, View]:  # fmt: skip
-        """A new cache out of prompts and answers so far `[B, T]`, left-padded, and the next token of each answer."""
-        rows, length = tokens.shape
-        cache = new_cache(self.shape, rows, slots, self.dtype)
-        last = jnp.full(rows, length - 1, jnp.int32)
-        logits, cache = self.absorb(params, cache, tokens, segment_ids, positions_of(segment_ids), last, block=block)
-        return self._view(self.pick(state._replace(cache=cache), logits, rules))
+    def start(self, params: Mapping[str, jax.Array], state: State, start: Start, *, block: int) -> tuple[State, View]:
+        """Some rows start; the others stay as they are."""
+        own = replace(state.cache, keys=state.cache.keys[:, start.rows], values=state.cache.values[:, start.rows])
+        part, view = self._started(params, own, start, block)
 
-    def resume(
-        self, params: Mapping[str, jax.Array], cache: KVCache, length: jax.Array, tokens: jax.Array, count: jax.Array,
-        seen: jax.Array, rules: Rules, *, longest: int, block: int, logprobs: bool,
-    ) -> tuple[State, View]:  # fmt: skip
-        """Go on behind the first `length` slots of a cache, in which slot and position are the same: with the first
-        `count` of `tokens [B, T]`, and the first token of each answer. What is in later slots nobody sees: attention is
-        causal by slot, and each is written over before its turn comes."""
-        index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        segment_ids = (index < count).astype(jnp.int32)
-        last = jnp.full(tokens.shape[0], count - 1, jnp.int32)
-        # Padding stays within the positions that exist: what is not a number would outlive its slot.
-        positions = length + jnp.minimum(index, count - 1)
-        logits, cache = self.absorb(params, replace(cache, length=length), tokens, segment_ids, positions, last, block=block)
-        cache = replace(cache, length=length + count)  # the padding's slots are written over
-        seen = seen if "repetition_penalty" in rules.numbers else None
-        return self.start(logits, cache, length + last + 1, seen, rules, longest=longest, logprobs=logprobs)
+        def put(axis: int):
+            at = (slice(None),) * axis + (start.rows,)
+            return lambda whole, new: whole.at[at].set(new, mode="drop")
 
-    def absorb(
-        self, params: Mapping[str, jax.Array], cache: KVCache, tokens: jax.Array, segment_ids: jax.Array,
-        positions: jax.Array, last: jax.Array, *, block: int,
-    ) -> tuple[jax.Array, KVCache]:  # fmt: skip
-        """Put tokens `[B, T]` into the cache, `block` of them at a time, so that the scores of a long prompt never exist
-        at once; the logits `[B, V]` that follow the token at index `last [B]`."""
+        cache = replace(
+            state.cache,
+            keys=put(1)(state.cache.keys, part.cache.keys),
+            values=put(1)(state.cache.values, part.cache.values),
+            lengths=put(0)(state.cache.lengths, part.cache.lengths),
+        )
+        rest = jax.tree.map(put(0), state._replace(cache=None), part._replace(cache=None))
+        return rest._replace(cache=cache), view
+
+    def decode(self, params: Mapping[str, jax.Array], state: State, stopped: jax.Array, steps: jax.Array) -> tuple[State, View]:
+        """At most `steps` more tokens of each row, up to `CHUNK`; the host says which rows have `stopped [B]`."""
+        module = self.model.bind(params)
+        rows = state.token.shape[0]
+        state = state._replace(done=state.done | stopped)
+        tokens, logprobs = jnp.zeros((rows, CHUNK), jnp.int32), jnp.zeros((rows, CHUNK), jnp.float32)
+
+        def going(carry: tuple) -> jax.Array:
+            step, state, *_ = carry
+            return (step < steps) & ~jnp.all(state.done)
+
+        def body(carry: tuple) -> tuple:
+            step, state, tokens, logprobs = carry
+            active = (~state.done).astype(jnp.int32)
+            hidden, cache = forward(module, state.token[:, None], active, state.cache, self.dtype)
+            state, token, logprob = self._pick(state._replace(cache=cache), self._logits(module, hidden[:, 0]))
+            put = lambda x, new: jax.lax.dynamic_update_slice(x, new[:, None], (0, step))  # noqa: E731
+            return step + 1, state, put(tokens, token), put(logprobs, logprob)
+
+        before = state.count
+        _, state, tokens, logprobs = jax.lax.while_loop(going, body, (jnp.int32(0), state, tokens, logprobs))
+        return state, self._view(tokens, logprobs, state.count - before)
+
+    # ---- parts ----
+
+    def _started(self, params: Mapping[str, jax.Array], cache: KVCache, start: Start, block: int) -> tuple[State, View]:
+        """`State` and `View` of the rows that start alone, in their caches."""
+        keys = jax.random.key_data(jax.vmap(lambda s, n: jax.random.fold_in(jax.random.key(s), n))(start.seeds, start.numbers))
+        rules = Rules(start.sampling, keys, start.ends, start.limits)
+        logits, cache = self._prefill(params, replace(cache, lengths=start.kept), start.tokens, start.counts, block)
+        done = (start.counts <= 0) | (start.chosen >= start.limits)
+        state = State(cache, jnp.zeros_like(start.counts), start.chosen, done, start.seen, rules)
+        state, token, logprob = self._pick(state, logits)
+        return state, self._view(token[:, None], logprob[:, None], state.count - start.chosen)
+
+    def _prefill(
+        self, params: Mapping[str, jax.Array], cache: KVCache, tokens: jax.Array, counts: jax.Array, block: int
+    ) -> tuple[jax.Array, KVCache]:
+        """Put the first `counts [B]` of tokens `[B, T]` into the cache, `block` of them at a time, so that the scores of a long
+        prompt never exist at once; the logits `[B, V]` after the last of them."""
         module = self.model.bind(params)
 
         def part(at: jax.Array | int, cache: KVCache) -> tuple[jax.Array, KVCache]:
-            take = lambda x: jax.lax.dynamic_slice_in_dim(x, at, block, axis=1)  # noqa: E731
-            ctx = Context(take(positions), take(segment_ids), self.dtype)
-            hidden, cache = forward(module, take(tokens), ctx, cache)
-            inside = jnp.clip(last - at, 0, block - 1)
-            return jnp.take_along_axis(hidden, inside[:, None, None], axis=1)[:, 0], cache
+            here = jnp.clip(counts - at, 0, block)
+            hidden, cache = forward(module, jax.lax.dynamic_slice_in_dim(tokens, at, block, axis=1), here, cache, self.dtype)
+            last = jnp.clip(counts - 1 - at, 0, block - 1)
+            return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], cache
 
         def body(number: jax.Array, carry: tuple) -> tuple:
             final, cache = carry
             found, cache = part(number * block, cache)
-            return jnp.where((last >= number * block)[:, None], found, final), cache
+            return jnp.where((counts > number * block)[:, None], found, final), cache
 
         final, cache = part(0, cache)
         final, cache = jax.lax.fori_loop(1, tokens.shape[1] // block, body, (final, cache))
         return self._logits(module, final), cache
 
-    # ---- answers ----
-
-    def start(
-        self, logits: jax.Array, cache: KVCache, position: jax.Array, seen: jax.Array | None, rules: Rules,
-        *, longest: int, logprobs: bool,
-    ) -> tuple[State, View]:  # fmt: skip
-        """The first token of each row, from the logits behind its prompt; `position [B]` is where that token will be."""
-        rows = logits.shape[0]
-        state = State(
-            cache=cache,
-            token=jnp.zeros(rows, jnp.int32),
-            position=position - 1,
-            step=jnp.int32(0),
-            tokens=jnp.zeros((rows, longest), jnp.int32),
-            logprobs=jnp.zeros((rows, longest), jnp.float32) if logprobs else None,
-            done=rules.limits <= 0,
-            seen=seen,
-        )
-        return self._view(self.pick(state, logits, rules))
-
-    def decode(
-        self, params: Mapping[str, jax.Array], state: State, stopped: jax.Array, rules: Rules, until: jax.Array
-    ) -> tuple[State, View]:
-        """Go on to `until` tokens, or until every row is done; the host says which rows have `stopped [B]`."""
-        module = self.model.bind(params)
-
-        def going(state: State) -> jax.Array:
-            return (state.step < until) & ~jnp.all(state.done)
-
-        def body(state: State) -> State:
-            ctx = Context(state.position[:, None], jnp.ones_like(state.token)[:, None], self.dtype)
-            hidden, cache = forward(module, state.token[:, None], ctx, state.cache)
-            return self.pick(state._replace(cache=cache), self._logits(module, hidden[:, 0]), rules)
-
-        return self._view(jax.lax.while_loop(going, body, state._replace(done=state.done | stopped)))
-
-    def pick(self, state: State, logits: jax.Array, rules: Rules) -> State:
-        """One more token of each row."""
-        keys = jax.vmap(jax.random.fold_in, (0, None))(rules.keys, state.step)
-        token = choose(process(logits, state.seen, rules.numbers), rules.numbers, keys)
-        at, rows = (0, state.step), jnp.arange(token.shape[0])
-        logprobs, seen, step = state.logprobs, state.seen, state.step + 1
-        if logprobs is not None:
-            own = logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
-            logprobs = jax.lax.dynamic_update_slice(logprobs, own[:, None], at)
-        if seen is not None:
-            seen = seen.at[rows, token].set(True)
-        ended = jnp.any(token[:, None] == rules.ends, axis=1) | (step >= rules.limits)
-        return State(
-            cache=state.cache,
-            token=token,
-            position=state.position + 1,
-            step=step,
-            tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], at),
-            logprobs=logprobs,
+    def _pick(self, state: State, logits: jax.Array) -> tuple[State, jax.Array, jax.Array]:
+        """One more token of each row that is not done: `(state, token [B], its log-probability [B])`."""
+        rules, rows, active = state.rules, jnp.arange(logits.shape[0]), ~state.done
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rules.keys), state.count)
+        token = choose(process(logits, state.seen, rules.sampling), rules.sampling.temperature, keys)
+        logprob = logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
+        count = state.count + active
+        ended = jnp.any(token[:, None] == rules.ends, axis=1) | (count >= rules.limits)
+        state = state._replace(
+            token=jnp.where(active, token, state.token),
+            count=count,
             done=state.done | ended,
-            seen=seen,
+            seen=state.seen.at[rows, token].max(active),
         )
+        return state, token, logprob
 
     def _logits(self, module: Any, hidden: jax.Array) -> jax.Array:
         one = jnp.ones((1, 1), jnp.int32)
         return constrain(module.unembed(hidden, Context(one, one, self.dtype)), "batch", "vocab")
 
-    def _view(self, state: State) -> tuple[State, View]:
-        whole = [None if x is None else constrain(x, *(None,) * x.ndim) for x in (state.tokens, state.logprobs, state.done)]
-        return state, View(state.step, *whole)
-
-
-def positions_of(segment_ids: jax.Array) -> jax.Array:
-    """`[B, T]`: 0 for the first token behind the padding."""
-    return jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-
-
-def seen_in(tokens: jax.Array, segment_ids: jax.Array, vocab: int) -> jax.Array:
-    """`[B, V]` bool: the tokens that occur in each row, padding not counted."""
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    return jnp.zeros((tokens.shape[0], vocab), bool).at[rows, tokens].max(segment_ids > 0)
+    def _view(self, *arrays: jax.Array) -> View:
+        return View(*(constrain(x, *(None,) * x.ndim) for x in arrays))

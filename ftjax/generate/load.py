@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ftjax.config.load import print_note
 from ftjax.errors import UserError
 from ftjax.hub.classifier import with_adapters_head
 from ftjax.hub.fetch import resolve_model
-from ftjax.hub.load import load_base, open_model
+from ftjax.hub.load import check_base, load_base, open_model
 from ftjax.hub.model_folder import from_source, model_tensors
-from ftjax.hub.peft import attach_adapter, load_adapter
+from ftjax.hub.own_base import warn_of_another_base
+from ftjax.hub.peft import attach_adapter, load_adapter, read_adapter_config
 from ftjax.hub.safetensors import Tensor
+from ftjax.hub.untied import with_adapters_output
 from ftjax.hub.vocabulary import with_adapters_tokens
 from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
@@ -57,6 +60,8 @@ def load(
     path = resolve_model(model_path, revision)
     config, source = open_model(path)
     if adapter is not None:
+        warn_of_another_base(adapter, read_adapter_config(adapter), model_path, source)
+        config, source = with_adapters_output(adapter, config, source)
         config, source = with_adapters_tokens(adapter, config, source)
         config, source = with_adapters_head(adapter, config, source)
     root = build_module(config)
@@ -67,12 +72,16 @@ def load(
             quantise(root, quantization)
         model = Model.of(root, config)
         return Loaded(model, load_base(model, source, mesh, dtype, str(path)), path)
+    notes = root.notes
     method = attach_adapter(root, adapter)
+    for text in root.notes[len(notes) :]:
+        print_note(text)
     if quantization:
         quantise(root, quantization)
     model = Model.of(root, config)
     trained = load_adapter(model, adapter, mesh)
     if merge and not quantization and method_of(method).merged is not None:
+        check_base(model, source, str(path))
         merged = TensorList(model_tensors(model, from_source(source, trained), trained, method, np.float32))
         plain = Model.of(build_module(config), config)
         return Loaded(plain, load_base(plain, merged, mesh, dtype, str(path)), path)

@@ -4,10 +4,13 @@ repetition penalty, temperature, top-k, top-p, min-p.
 Legend: B batch, V vocab.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ftjax.errors import UserError
 
@@ -55,50 +58,79 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    def numbers(self) -> dict[str, jax.Array]:
-        """What is in use, by name. The names alone decide what is compiled, not the values."""
-        used: dict[str, float | int] = {}
-        if self.repetition_penalty != 1:
-            used["repetition_penalty"] = self.repetition_penalty
-        if not self.greedy:
-            used["temperature"] = self.temperature
-            if self.top_k:
-                used["top_k"] = int(self.top_k)
-            if self.top_p is not None and self.top_p < 1:
-                used["top_p"] = 1 - self.top_p  # what may be cut: a sum of small numbers is exact where one near 1 is not
-            if self.min_p:
-                used["min_p"] = self.min_p
-        return {name: jnp.int32(value) if name == "top_k" else jnp.float32(value) for name, value in used.items()}
+
+class RowSampling(NamedTuple):
+    """`Sampling` of each row of a batch, as arrays `[B]`: rows that sample differently share a program.
+
+    Attributes:
+        temperature: float32; 0 is greedy decoding.
+        top_k: int32; 0 is no limit.
+        cut: float32, 1 - top_p, what may be left out: a sum of small numbers is exact where one near 1 is not. 0 is no limit.
+        min_p: float32; 0 is no limit.
+        repetition_penalty: float32; 1 is none.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    cut: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
 
 
-def process(logits: jax.Array, seen: jax.Array | None, numbers: dict[str, jax.Array]) -> jax.Array:
-    """Logits `[B, V]` float32 with everything that `numbers` names applied; refused tokens get -inf.
+def row_sampling(rows: Sequence[Sampling]) -> RowSampling:
+    """Arrays of the host. A greedy row has no limits: its most probable token is within all of them."""
+    kinds = {"temperature": np.float32, "top_k": np.int32, "cut": np.float32, "min_p": np.float32}
+    values = {
+        "temperature": [one.temperature for one in rows],
+        "top_k": [0 if one.greedy else int(one.top_k or 0) for one in rows],
+        "cut": [0 if one.greedy or one.top_p is None else 1 - one.top_p for one in rows],
+        "min_p": [0 if one.greedy else one.min_p or 0 for one in rows],
+    }
+    penalty = np.array([one.repetition_penalty for one in rows], np.float32)
+    return RowSampling(**{name: np.array(values[name], kind) for name, kind in kinds.items()}, repetition_penalty=penalty)
+
+
+def process(logits: jax.Array, seen: jax.Array, rows: RowSampling) -> jax.Array:
+    """Logits `[B, V]` float32 as each row's sampling changes them; refused tokens get -inf.
+
+    What no row asks for is not computed.
 
     Args:
-        seen: [B, V] bool, the tokens of prompt and answer; needed for the repetition penalty only.
+        seen: [B, V] bool, the tokens of prompt and answer, for the repetition penalty.
     """
-    if "repetition_penalty" in numbers:
-        penalty = numbers["repetition_penalty"]
-        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-    if "temperature" in numbers:
-        logits = logits / numbers["temperature"]
-    if "top_k" in numbers:
-        others = (logits.shape[-1] - numbers["top_k"]).astype(jnp.float32)
-        logits = _keep(logits, logits >= _threshold(logits, jnp.ones_like(logits), others))
-    if "top_p" in numbers:
-        logits = _keep(logits, logits >= _threshold(logits, jax.nn.softmax(logits, axis=-1), numbers["top_p"]))
-    if "min_p" in numbers:
+    penalty, top_k, cut, min_p = (x[:, None] for x in (rows.repetition_penalty, rows.top_k, rows.cut, rows.min_p))
+    logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    logits = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
+
+    def most_probable(logits: jax.Array) -> jax.Array:
+        others = jnp.maximum(logits.shape[-1] - top_k, 0).astype(jnp.float32)
+        return _keep(logits, (logits >= _threshold(logits, jnp.ones_like(logits), others)) | (top_k == 0))
+
+    def nucleus(logits: jax.Array) -> jax.Array:
+        return _keep(logits, (logits >= _threshold(logits, jax.nn.softmax(logits, axis=-1), cut)) | (cut == 0))
+
+    def probable_enough(logits: jax.Array) -> jax.Array:
         probabilities = jax.nn.softmax(logits, axis=-1)
-        best = jnp.max(probabilities, axis=-1, keepdims=True)
-        logits = _keep(logits, probabilities >= numbers["min_p"] * best)
+        return _keep(logits, probabilities >= min_p * jnp.max(probabilities, axis=-1, keepdims=True))
+
+    for asked, limit in ((top_k > 0, most_probable), (cut > 0, nucleus), (min_p > 0, probable_enough)):
+        logits = jax.lax.cond(jnp.any(asked), limit, lambda logits: logits, logits)
     return logits
 
 
-def choose(logits: jax.Array, numbers: dict[str, jax.Array], keys: jax.Array) -> jax.Array:
-    """`[B]` int32: a token of each row of processed logits; `keys [B]` are one PRNG key for each row."""
-    if "temperature" not in numbers:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+def choose(logits: jax.Array, temperature: jax.Array, keys: jax.Array) -> jax.Array:
+    """`[B]` int32: a token of each row of processed logits.
+
+    Args:
+        temperature: [B]; rows where it is 0 take the most probable token.
+        keys: [B], one PRNG key for each row.
+    """
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def sampled() -> jax.Array:
+        return jnp.where(temperature > 0, jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32), best)
+
+    return jax.lax.cond(jnp.any(temperature > 0), sampled, lambda: best)
 
 
 def _keep(logits: jax.Array, kept: jax.Array) -> jax.Array:

@@ -42,7 +42,7 @@ def score_step(
     runner: Runner, params: Mapping[str, jax.Array], tokens: jax.Array, segment_ids: jax.Array, index: jax.Array,
     targets: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """`(log p [B, C], is the most probable [B, C])` of `targets [B, C]`, each predicted at `index [B, C]` of its row."""
+    """`(log p [B, C], is what greedy decoding writes [B, C])` of `targets [B, C]`, each at `index [B, C]` of its row."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     ctx = Context(positions, segment_ids, runner.dtype)
     module = runner.model.bind(params)
@@ -57,13 +57,24 @@ def score_step(
         hidden, targets = chunk
         logits = module.unembed(hidden, ctx)
         own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return own - jax.nn.logsumexp(logits, axis=-1), own >= jnp.max(logits, axis=-1)
+        return own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 
     def cut(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(rows, longest // part, part, *x.shape[2:]), 1, 0)
 
     found = jax.lax.map(of, (cut(hidden), cut(targets)))
     return tuple(jnp.moveaxis(x, 0, 1).reshape(rows, longest) for x in found)
+
+
+def head_step(
+    runner: Runner, params: Mapping[str, jax.Array], tokens: jax.Array, segment_ids: jax.Array, index: jax.Array
+) -> jax.Array:
+    """float32 scores `[B, labels]` of a classification head, read at `index [B]` of each row."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    ctx = Context(positions, segment_ids, runner.dtype)
+    module = runner.model.bind(params)
+    hidden = jnp.take_along_axis(module.hidden(tokens, ctx)[0], index[:, None, None], axis=1)
+    return module.unembed(hidden, ctx)[:, 0]
 
 
 def completion_ids(prompt: Any, ids: Sequence[int], completion: str | Sequence[int], tokenizer: Any) -> list[int]:

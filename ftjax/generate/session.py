@@ -16,20 +16,23 @@ from ftjax.data.template import example_prompt, render_prompt
 from ftjax.errors import UserError
 from ftjax.generate.answer import Answer, Generation
 from ftjax.generate.batch import groups
+from ftjax.generate.cache import bucket
 from ftjax.generate.context import context_length, end_ids, generation_config
-from ftjax.generate.engine import Engine
+from ftjax.generate.decode import CHUNK
+from ftjax.generate.engine import Batch, Engine
 from ftjax.generate.load import choose_dtype, load
 from ftjax.generate.sample import Sampling
 from ftjax.generate.score import Query, Score, arrays, completion_ids
 from ftjax.generate.text import StopStrings, TextStream
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.mesh import make_mesh
+from ftjax.models.classifier import classes_of
 from ftjax.models.model import Model
 
 log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[Message] | Sequence[int] | Example
-CHUNK, CHUNK_WITH_STOPS = 32, 8  # tokens between two looks of the host
+CHUNK_WITH_STOPS = 8  # tokens between two looks of the host, which finds stop strings
 BATCH_SIZE = 32
 
 
@@ -129,7 +132,10 @@ class Generator:
             raise UserError(f"max_new_tokens = {max_new_tokens}, batch_size = {batch_size}; both must be at least 1")
         stops = StopStrings([stop] if isinstance(stop, str) else stop)
         ids = [self.encode(prompt, number, chat) for number, prompt in enumerate(prompts)]
-        answers = [self.begin(prompt, max_new_tokens, stops) for prompt in ids]
+        answers = [
+            self.begin(prompt, max_new_tokens, stops, sampling=sampling, seed=seed, number=number)
+            for number, prompt in enumerate(ids)
+        ]
         short = [answer.limit for answer in answers if answer.limit < max_new_tokens]
         if short:
             log.warning(
@@ -138,13 +144,17 @@ class Generator:
             )  # fmt: skip
         batches, rows = groups([len(prompt) for prompt in ids], batch_size, self.engine.shards)
         for numbers in batches:
-            batch = [answers[number] for number in numbers]
-            rules = self.engine.rules(sampling, seed, numbers, batch, self.ends_with(stops), rows)
-            chunk = CHUNK_WITH_STOPS if stops.strings else CHUNK
-            for _ in self.engine.answer(self.params, batch, rows, rules, chunk=chunk, logprobs=logprobs):
+            group = [answers[number] for number in numbers]
+            slots = bucket(max(len(a.prompt) for a in group), 16) + bucket(max(a.limit for a in group), 16)
+            batch = Batch(self.engine, self.params, rows, slots)
+            batch.start(dict(enumerate(group)))
+            while True:
                 if progress:
                     progress(sum(a.finish is not None for a in answers), sum(len(a.tokens) for a in answers))
-        return [answer.generation() for answer in answers]
+                if not batch.active:
+                    break
+                batch.step(CHUNK_WITH_STOPS if stops.strings else CHUNK)
+        return [answer.generation(logprobs) for answer in answers]
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]], *, batch_size: int = BATCH_SIZE,
@@ -181,8 +191,11 @@ class Generator:
     def encode(self, prompt: Prompt, number: int = 0, chat: bool | None = None) -> list[int]:
         """The ids of a prompt; `number` is for messages.
 
-        Raises UserError where there are none, too many, or some that the model does not have.
+        Raises UserError where there are none, too many, or some that the model does not have, and for a model that writes
+        nothing.
         """
+        if classes_of(self.model.config):
+            raise UserError("the model has a classification head, which writes no answers; ftjax evaluate says what it finds")
         if isinstance(prompt, Example):
             ids = example_prompt(prompt, self.tokenizer)
             if ids is None:
@@ -206,10 +219,10 @@ class Generator:
             )
         return ids
 
-    def begin(self, prompt: list[int], max_new_tokens: int, stops: StopStrings) -> Answer:
-        """An answer without a token yet, whose length the context limits."""
+    def begin(self, prompt: list[int], max_new_tokens: int, stops: StopStrings, **options: Any) -> Answer:
+        """An answer without a token yet, whose length the context limits; `options` are those of `Answer`."""
         limit = min(max_new_tokens, self.context - len(prompt))
-        return Answer(prompt, limit, self.ends_with(stops), stops, TextStream(self.tokenizer, prompt))
+        return Answer(prompt, limit, self.ends_with(stops), stops, TextStream(self.tokenizer, prompt), **options)
 
     def ends_with(self, stops: StopStrings) -> frozenset[int]:
         """Ids that end an answer, stop strings included that are a token of their own, which may not show in a text."""

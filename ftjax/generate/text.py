@@ -4,6 +4,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ftjax.data.template import Template
+from ftjax.errors import UserError
+
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # how tokenizers show bytes that are not yet a character
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a character that SentencePiece has no piece for
 CONTEXT = 16  # tokens of the prompt that are decoded along, so that spaces come out as they stand between words
@@ -67,13 +70,7 @@ class StopStrings:
 
 def turn_end(tokenizer: Any) -> int | None:
     """The special token with which the chat template closes an answer (`<end_of_turn>`), which need not be the EOS."""
-    mark = "ANSWER"
-    turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": mark}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template may refuse these turns for reasons of its own; then it says nothing here
+        return Template(tokenizer).closers[0]
+    except UserError:  # several templates and no default
         return None
-    behind = text.rpartition(mark)[2].lstrip()
-    closing = [name for name in tokenizer.all_special_tokens if name and behind.startswith(name)]
-    closing += [name for name in tokenizer.get_added_vocab() if name.strip() and behind.startswith(name)]
-    return tokenizer.convert_tokens_to_ids(max(closing, key=len)) if closing else None

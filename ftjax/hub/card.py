@@ -13,6 +13,7 @@ from ftjax.config import Config
 from ftjax.hub.fetch import HUB, HUB_ID
 from ftjax.hub.gguf_file import open_gguf
 from ftjax.methods import method_of
+from ftjax.models.classifier import REGRESSION, SINGLE
 
 FILES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt")
 LOADING = "How to load it"
@@ -37,6 +38,7 @@ class CardFacts:
         rows: of the embedding, where the adapter's differs from the base model's.
         library: whose adapter it is, `peft` or `adapters`.
         classes: of a classification head, by number.
+        problem_type: of a classification head, as transformers calls it.
     """
 
     base_model: str
@@ -54,6 +56,7 @@ class CardFacts:
     rows: int | None = None
     library: str = "peft"
     classes: Sequence[str] = ()
+    problem_type: str | None = None
 
 
 def model_card(facts: CardFacts) -> str:
@@ -114,6 +117,7 @@ def run_card(
             rows=rows,
             library=method_of(config.method).library,
             classes=config.objective.classes or (),
+            problem_type=config.objective.problem_type,
         )
     )
 
@@ -200,13 +204,15 @@ def _settings(sections: Mapping[str, Any]) -> str:
 
 
 def _loading_head(facts: CardFacts) -> str:
+    several = "" if facts.problem_type == SINGLE else ", top_k=None"
+    task = "regression" if facts.problem_type == REGRESSION else "classification"
     if facts.kind == "model":
         return (
             "```python\n"
             "from transformers import pipeline\n\n"
-            'classify = pipeline("text-classification", "THIS_FOLDER")\n'
+            f'classify = pipeline("text-classification", "THIS_FOLDER"{several})\n'
             "```\n\n"
-            "- ftjax: `ftjax evaluate THIS_FOLDER --task classification --data FILE`"
+            f"- ftjax: `ftjax evaluate THIS_FOLDER --task {task} --data FILE`"
         )
     base = facts.base_model if _on_hub(facts.base_model) else "BASE_FOLDER"
     return (
@@ -214,7 +220,9 @@ def _loading_head(facts: CardFacts) -> str:
         "from peft import PeftModel\n"
         "from transformers import AutoModelForSequenceClassification\n\n"
         f"id2label = {dict(enumerate(facts.classes))}\n"
-        f'model = AutoModelForSequenceClassification.from_pretrained("{base}", id2label=id2label)\n'
+        "model = AutoModelForSequenceClassification.from_pretrained(\n"
+        f'    "{base}", id2label=id2label, problem_type="{facts.problem_type}"\n'
+        ")\n"
         "model.config.pad_token_id = ...  # the tokenizer's, for batches of several texts\n"
         'model = PeftModel.from_pretrained(model, "THIS_FOLDER")\n'
         "```\n\n"

@@ -11,7 +11,7 @@ from ftjax.errors import UserError
 from ftjax.hub.peft import adapter_file, read_adapter_config
 from ftjax.hub.source import TensorSource
 from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.models.classifier import HEAD, classes_of, classifier_config
+from ftjax.models.classifier import HEAD, REGRESSION, SINGLE, classes_of, classifier_config, problem_of
 
 TASK = "SEQ_CLS"  # PEFT's name
 OLD = ("lm_head.weight", "embed_out.weight")
@@ -38,22 +38,49 @@ class WithHead:
         return self._new[tuple(index)].copy() if name == WEIGHT else self._source.read(name, index)
 
 
-def with_head(
-    facts: Mapping[str, Any], source: TensorSource, classes: Sequence[str], *, seed: int = 0, pad_token_id: int | None = None
-) -> tuple[dict[str, Any], TensorSource]:
-    """config.json and tensors of a base model as those of a classifier; one that has these classes already keeps its head.
+class InOrder:
+    """A `TensorSource` of a classifier whose classes have other numbers: its head's rows in the order `order`."""
 
-    Raises UserError where the model is a classifier of others.
+    def __init__(self, source: TensorSource, order: Sequence[int]):
+        self._source, self._order = source, list(order)
+        self.keys, self.shape, self.dtype = source.keys, source.shape, source.dtype
+
+    def read(self, name: str, index: Sequence[slice] = ()) -> np.ndarray:
+        if name != WEIGHT:
+            return self._source.read(name, index)
+        return np.ascontiguousarray(self._source.read(name)[self._order][tuple(index)])
+
+
+def with_head(
+    facts: Mapping[str, Any], source: TensorSource, classes: Sequence[str], *, seed: int = 0, pad_token_id: int | None = None,
+    problem_type: str | None = SINGLE,
+) -> tuple[dict[str, Any], TensorSource]:  # fmt: skip
+    """config.json and tensors of a base model as those of a classifier; one that has these classes already keeps its head,
+    with its rows in the order of `classes`.
+
+    Args:
+        problem_type: None: not known.
+
+    Raises UserError where the model is a classifier of others, or of another kind.
     """
-    have = classes_of(facts)
+    have, kind = classes_of(facts), facts.get("problem_type")
+    if have and problem_type and (kind or (REGRESSION if len(have) == 1 else problem_type)) != problem_type:
+        raise UserError(
+            f"objective.problem_type: the model has a head for {problem_of(facts)} already, and {problem_type} is asked for; "
+            "set problem_type to what it has, or start from the causal language model"
+        )
+    if have and problem_type == REGRESSION and len(have) == len(classes):  # numbers have no names that matter
+        have = tuple(classes)
     if have and set(have) != set(classes):
         raise UserError(
             f"objective.labels: the model is a classifier of {', '.join(have)} already, and the labels are "
             f"{', '.join(classes)}; map the labels of the data to those, or start from the causal language model"
         )
     if have:
-        return dict(facts), source
-    facts = classifier_config(facts, classes, pad_token_id)
+        facts = {**classifier_config(facts, classes, pad_token_id, problem_type), "architectures": facts["architectures"]}
+        order = [have.index(name) for name in classes]
+        return facts, source if order == sorted(order) else InOrder(source, order)
+    facts = classifier_config(facts, classes, pad_token_id, problem_type)
     embed = facts.get("hidden_size") or facts["n_embd"]
     return facts, WithHead(source, (len(classes), embed), facts.get("initializer_range") or 0.02, seed)
 
@@ -68,7 +95,7 @@ def objectives_facts(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
         return facts
     if objective.classes is None:
         raise UserError("objective.head: its classes are not known without the data; name them in objective.labels")
-    return classifier_config(facts, objective.classes)
+    return classifier_config(facts, objective.classes, problem_type=objective.problem_type)
 
 
 def with_objectives_head(config: Config, facts: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], TensorSource]:
@@ -83,16 +110,22 @@ def with_objectives_head(config: Config, facts: dict[str, Any], source: TensorSo
         return facts, source
     tokenizer = load_tokenizer(config.model)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return with_head(facts, source, classes, seed=config.training.seed, pad_token_id=pad)
+    problem_type = config.objective.problem_type
+    return with_head(facts, source, classes, seed=config.training.seed, pad_token_id=pad, problem_type=problem_type)
 
 
 def with_adapters_head(
-    adapter: Path, facts: dict[str, Any], source: TensorSource, classes: Sequence[str] | None = None
+    adapter: Path,
+    facts: dict[str, Any],
+    source: TensorSource,
+    classes: Sequence[str] | None = None,
+    problem_type: str | None = None,
 ) -> tuple[dict[str, Any], TensorSource]:
     """As an adapter's folder needs it: a classifier where PEFT's task_type says so.
 
     Args:
         classes: their names, which no adapter folder holds; None: LABEL_0 and so on, as transformers calls them.
+        problem_type: what its scores mean, which no adapter folder holds either.
     """
     if read_adapter_config(adapter).get("task_type") != TASK:
         return facts, source
@@ -102,4 +135,5 @@ def with_adapters_head(
     count = stored.shape(name)[0]
     if classes_of(facts):
         classes = classes_of(facts)
-    return with_head(facts, source, classes or [f"LABEL_{number}" for number in range(count)])
+    names = classes or [f"LABEL_{number}" for number in range(count)]
+    return with_head(facts, source, names, problem_type=facts.get("problem_type") or problem_type)

@@ -15,6 +15,7 @@ from ftjax.errors import UserError
 from ftjax.hub.output import replacing
 from ftjax.hub.peft import CONFIG, WEIGHTS
 from ftjax.hub.plain_lora import Update, read_updates, targets, write_plain
+from ftjax.hub.run_folder import adapter_folder
 
 SAME = ("base_model_name_or_path", "fan_in_fan_out", "task_type")  # what adapters of one base model agree in
 
@@ -61,12 +62,12 @@ def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path) -> None:
 
 
 def parse(given: Sequence[str]) -> list[tuple[Path, float]]:
-    """`FOLDER=WEIGHT` each. Raises UserError where the weight is no number."""
+    """`FOLDER=WEIGHT` each, of an adapter or of a run. Raises UserError where the weight is no number."""
     found = []
     for one in given:
         folder, equals, weight = one.rpartition("=")
         try:
-            found.append((Path(folder), float(weight)))
+            found.append((adapter_folder(Path(folder)), float(weight)))
         except ValueError:
             equals = ""
         if not equals or not np.isfinite(found[-1][1]):

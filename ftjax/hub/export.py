@@ -7,39 +7,47 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.config import Config, MeshConfig
-from ftjax.config.load import load_config
+from ftjax.config.load import config_of, load_config, print_note
 from ftjax.errors import UserError
 from ftjax.hub.classifier import with_adapters_head
 from ftjax.hub.fetch import resolve_model
-from ftjax.hub.load import open_model
+from ftjax.hub.load import check_base, open_model, read_facts
 from ftjax.hub.model_folder import from_source, model_tensors, write_folder
 from ftjax.hub.output import replacing
-from ftjax.hub.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter
+from ftjax.hub.own_base import warn_of_another_base
+from ftjax.hub.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter, read_adapter_config
 from ftjax.hub.plain_lora import read_updates, targets, write_plain
 from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.untied import with_adapters_output
 from ftjax.hub.vocabulary import with_adapters_tokens
 from ftjax.mesh import make_mesh
 from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def export(
-    run: Path, out: Path, *, merge: bool = False, portable: bool = False, push_to_hub: str | None = None, private: bool = True
-) -> None:
-    """Write `out` from a run's `final/`, or from `final/` or `best/` itself.
+    run: Path | str, out: Path, *, adapter: Path | None = None, merge: bool = False, portable: bool = False,
+    push_to_hub: str | None = None, private: bool = True,
+) -> None:  # fmt: skip
+    """Write `out` from a run's `final/`, from `final/` or `best/` itself, or from an adapter folder that anyone made.
 
     Args:
-        merge: one model with the adapter's update added in float32, in the run's `model.dtype`.
+        run: with `adapter`, its base model.
+        merge: one model with the adapter's update added in float32, in the run's `model.dtype`, or else the base's dtype.
         portable: an adapter in the subset that vLLM and llama.cpp read: one rank, alpha = rank, plain LoRA keys.
         push_to_hub: a repository to upload `out` to, private unless told otherwise.
 
-    Raises UserError where the folder is not a run's, or its method cannot do what is asked.
+    Raises UserError where the folder is none of these, or its method cannot do what is asked.
     """
-    result, config = find_result(run)
-    adapter = (result / CONFIG).is_file()
+    result, config = find_result(Path(run)) if adapter is None else (adapter, None)
+    holds_adapter = (result / CONFIG).is_file()
+    if adapter is not None:
+        read_adapter_config(adapter)  # what is wrong with a folder that is none
     if merge and portable:
         raise UserError("export: --merge gives a whole model and --portable an adapter; choose one")
-    if not adapter and (merge or portable):
+    if not holds_adapter and (merge or portable):
         raise UserError(f"{result}: it is a whole model already; leave --merge and --portable out")
     if out.resolve() == result.resolve():
         raise UserError(f"export: --out {out} is the folder to be exported; choose another")
@@ -47,7 +55,7 @@ def export(
         raise UserError(f"export: --out {out} is not empty; choose another folder, or remove it first")
     with replacing(out) as folder:
         if merge:
-            write_merged(result, folder, config)
+            write_merged(result, folder, config, None if adapter is None else str(run))
         elif portable:
             write_portable(result, folder)
         else:
@@ -61,8 +69,9 @@ def export(
         push_folder(out, push_to_hub, private=private)
 
 
-def find_result(run: Path) -> tuple[Path, Config]:
-    """`(the folder with the weights, the run's configuration)`; `run` is a run folder or its `final/` or `best/`."""
+def find_result(run: Path) -> tuple[Path, Config | None]:
+    """`(the folder with the weights, the run's configuration)`; `run` is a run folder or its `final/` or `best/`, or an adapter
+    of which there is no run."""
     if (run / "final").is_dir():
         result, home = run / "final", run
     elif (run / CONFIG).is_file() or (run / "config.json").is_file():
@@ -72,24 +81,47 @@ def find_result(run: Path) -> tuple[Path, Config]:
     else:
         found = ", ".join(sorted(p.name for p in run.iterdir())[:10]) if run.is_dir() else "no such folder"
         raise UserError(f"{run}: expected a run folder (config.yaml, final/); found {found}")
-    if not (home / "config.yaml").is_file():
+    if (home / "config.yaml").is_file():
+        return result, load_config(home / "config.yaml")
+    if not (result / CONFIG).is_file():
         raise UserError(f"{home}: expected the run's config.yaml beside {result.name}/, to find the base model")
-    return result, load_config(home / "config.yaml")
+    return result, None
 
 
-def write_merged(adapter: Path, folder: Path, config: Config) -> None:
-    """Base and adapter as one model. The base's tensors pass through one at a time, as they are on disk, so neither
+def _base_alone(adapter: Path, base: str | None) -> Config:
+    """The settings of an adapter's base model, of which there is no run: its own dtype, and the tokenizer that the adapter
+    brings."""
+    base = base or read_adapter_config(adapter).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{adapter}: its {CONFIG} names no base model; name it: ftjax export BASE --adapter {adapter} --merge")
+    dtype = read_facts(resolve_model(base)).get("dtype")
+    own = {"dtype": dtype} if dtype in DTYPES else {}
+    own |= {"tokenizer": str(adapter)} if (adapter / "tokenizer_config.json").is_file() else {}
+    return config_of({"model": {"path": base, **own}, "data": {"train": "-"}})
+
+
+def write_merged(adapter: Path, folder: Path, config: Config | None, base: str | None = None) -> None:
+    """Base and adapter as one model, by the run's configuration, or without one on the base that is given or that the adapter
+    names. The base's tensors pass through one at a time, as they are on disk, so neither
     the size of the model nor a quantised run's rounding matters."""
+    config = config or _base_alone(adapter, base)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     path = resolve_model(config.model.path, config.model.revision)
-    facts, source = with_adapters_tokens(adapter, *open_model(path))
-    facts, source = with_adapters_head(adapter, facts, source, config.objective.classes)
+    facts, source = open_model(path)
+    warn_of_another_base(adapter, read_adapter_config(adapter), config.model.path, source)
+    facts, source = with_adapters_output(adapter, facts, source)
+    facts, source = with_adapters_tokens(adapter, facts, source)
+    facts, source = with_adapters_head(adapter, facts, source, config.objective.classes, config.objective.problem_type)
     root = build_module(facts)
+    notes = root.notes
     method = attach_adapter(root, adapter)
+    for text in root.notes[len(notes) :]:
+        print_note(text)
     if reason := method_of(method).no_merge:
         raise UserError(f"export: --merge: {reason}; leave --merge out")
     model = Model.of(root, facts)
     trained = load_adapter(model, adapter, mesh)
+    check_base(model, source, str(path))
     tensors = model_tensors(model, from_source(source, trained), trained, method, jnp.dtype(config.model.dtype))
     write_folder(folder, model, tensors, config.model.dtype, path)
     load_tokenizer(config.model).save_pretrained(folder)

@@ -4,22 +4,32 @@ import math
 import zlib
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from ftjax.errors import UserError
+from ftjax.hub.adapter_file import Renamed
+from ftjax.hub.fetch import resolve_config
 from ftjax.hub.mxfp4 import Mxfp4Source, is_mxfp4
 from ftjax.hub.quantize import abstract_quantised, quantised_array
 from ftjax.hub.safetensors import SafetensorsFolder
 from ftjax.hub.source import TensorSource
 from ftjax.mesh import sharding
-from ftjax.models.facts import complete_config, read_config
-from ftjax.models.model import Model
+from ftjax.methods.tied import OUTPUTS, tied_names
+from ftjax.models.facts import INSTEAD, complete_config, read_config
+from ftjax.models.model import Model, build_module
 from ftjax.models.param import Layout, Spec
 from ftjax.models.quantized import Quantized
 from ftjax.models.registry import FAMILIES
+
+# Tensors that other tools keep beside quantised weights: GPTQ and AWQ, bitsandbytes, FP8 and compressed-tensors
+QUANTISED = (
+    ".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_scale", ".weight_scale_inv",
+    ".weight_packed", ".weight_zero_point", ".input_scale",
+)  # fmt: skip
 
 
 def open_model(path: Path) -> tuple[dict, TensorSource]:
@@ -31,7 +41,16 @@ def open_model(path: Path) -> tuple[dict, TensorSource]:
         return facts, GGUFSource(path)
     source = SafetensorsFolder(path)
     source.add_prefix(FAMILIES[facts["model_type"]].prefix, but=("lm_head.", "embed_out.", "score."))
-    return facts, Mxfp4Source(source) if is_mxfp4(read_config(path)) else source
+    return facts, _with_embedding(facts, Mxfp4Source(source) if is_mxfp4(read_config(path)) else source)
+
+
+def _with_embedding(facts: Mapping[str, Any], source: TensorSource) -> TensorSource:
+    """The same tensors; a tied table that the file holds as the output alone is the embedding too, as in transformers."""
+    head = next((name for name in OUTPUTS if name in source.keys()), None)
+    names = tied_names(build_module(facts)) if head and facts.get("tie_word_embeddings") else None
+    if names is None or f"{names[0]}.weight" in source.keys():
+        return source
+    return Renamed(source, {**{name: name for name in source.keys()}, f"{names[0]}.weight": head})
 
 
 def read_facts(path: Path) -> dict:
@@ -46,11 +65,33 @@ def read_facts(path: Path) -> dict:
     return config
 
 
+def positions_of(path: str, revision: str | None = None) -> int | None:
+    """Tokens of the longest text that a model is made for, by its config.json; None where that does not say."""
+    try:
+        facts = read_facts(resolve_config(path, revision))
+    except UserError:  # whoever needs the model says what is wrong with it
+        return None
+    ropes = facts.get("rope_parameters") or {}
+    ropes = [ropes] if "rope_type" in ropes or "rope_theta" in ropes else [one for one in ropes.values() if one]
+    stretched = [(rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0) for rope in ropes]
+    known = [facts[name] for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len") if facts.get(name)]
+    return int(max(known[0], *stretched, 0)) if known else None
+
+
 def load_base(model: Model, source: TensorSource, mesh: Mesh, dtype, where: str) -> dict[str, jax.Array]:
     """Every parameter of the base model: trained ones in their own dtype, frozen ones in `dtype`. `where` is for messages."""
-    base = {path: spec for path, spec in model.specs.items() if not spec.row.adapter}
     check_tied(model, source, where)
-    return load_params(base, source, mesh, dtype, where, model.ignored)
+    return load_params(base_specs(model), source, mesh, dtype, where, model.ignored)
+
+
+def base_specs(model: Model) -> dict[str, Spec]:
+    return {path: spec for path, spec in model.specs.items() if not spec.row.adapter}
+
+
+def check_base(model: Model, source: TensorSource, where: str) -> None:
+    """UserError where the tensors are not those of the base model; for those who read them one by one."""
+    check_tied(model, source, where)
+    check_keys(base_specs(model), source, model.ignored, where)
 
 
 def check_tied(model: Model, source: TensorSource, where: str) -> None:
@@ -96,9 +137,18 @@ def abstract_param(spec: Spec, mesh: Mesh, dtype) -> jax.ShapeDtypeStruct | Quan
 
 
 def check_keys(specs: Mapping[str, Spec], source: TensorSource, ignored: Sequence[str], where: str) -> None:
-    """UserError where the source lacks a tensor, has one that nothing asks for, or has one of another shape."""
+    """UserError where the source lacks a tensor, has one that nothing asks for, or has one of another shape, and where
+    weights are integers or 8 bits wide: what they stand for is told by scales, which such a checkpoint keeps apart."""
     have = set(source.keys())
     asked = {piece.name: piece.shape for spec in specs.values() for piece in spec.pieces(layout_in(spec, have))}
+    quantised = sorted(name for name in have if name.endswith(QUANTISED)) + [
+        n for n in asked if n in have and _coarse(source, n)
+    ]
+    if quantised:
+        raise UserError(
+            f"{where}: its weights are quantised ({quantised[0]} is {source.dtype(quantised[0])}), in a way that ftjax "
+            f"does not read; {INSTEAD}"
+        )
     missing = sorted(set(asked) - have)
     unused = sorted(name for name in have - set(asked) if not any(name.endswith(end) for end in ignored))
     shapes = [
@@ -112,6 +162,11 @@ def check_keys(specs: Mapping[str, Spec], source: TensorSource, ignored: Sequenc
             problems.append(f"{len(names)} {label}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
     if problems:
         raise UserError(f"{where}: the weights do not fit the model; tensors " + "; ".join(problems))
+
+
+def _coarse(source: TensorSource, name: str) -> bool:
+    dtype = source.dtype(name)
+    return dtype.itemsize == 1 or dtype.kind in "iub"
 
 
 def layout_in(spec: Spec, have: Container[str]) -> Layout | None:

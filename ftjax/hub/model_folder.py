@@ -11,6 +11,7 @@ import numpy as np
 from ftjax.config import MethodConfig
 from ftjax.hub.gather import host_piece
 from ftjax.hub.load import layout_in, read_block
+from ftjax.hub.older_fields import older_fields
 from ftjax.hub.safetensors import Tensor, write_model
 from ftjax.hub.source import TensorSource
 from ftjax.methods import method_of
@@ -74,12 +75,13 @@ def model_tensors(
 
 
 def write_config(folder: Path, config: Mapping, dtype: str, source: Path) -> None:
-    """config.json, and generation_config.json where the source has one."""
+    """config.json, in the words of transformers 5 and 4, and generation_config.json as the source has it or as it follows
+    from `config`."""
     from transformers import CONFIG_MAPPING
 
-    values = {**config, "dtype": dtype}
-    text = CONFIG_MAPPING[config["model_type"]].from_dict(values).to_json_string()
-    (folder / "config.json").write_text(text)
+    written = CONFIG_MAPPING[config["model_type"]].from_dict({**config, "dtype": dtype}).to_diff_dict()
+    text = json.dumps({**written, **older_fields(written)}, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     generation = source / "generation_config.json"
     if source.is_dir() and generation.is_file():
         shutil.copyfile(generation, folder / "generation_config.json")

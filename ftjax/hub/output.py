@@ -13,6 +13,7 @@ from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.hub.card import run_card
 from ftjax.hub.model_folder import from_params, model_tensors, write_folder
+from ftjax.hub.own_base import write_base
 from ftjax.hub.peft import adapter_tensors, write_adapter
 from ftjax.hub.safetensors import Tensor
 from ftjax.methods import method_of
@@ -49,6 +50,7 @@ def write_output(
             write_folder(partial, model, _whole(model, params, config), config.model.dtype, source)
         else:
             write_adapter(partial, model, params, config.method, config.model.path)
+            write_base(partial, source)
         tokenizer.save_pretrained(partial)
         rows = model.config["vocab_size"] if config.model.adds_tokens or config.model.pad_vocab_to_multiple_of else None
         card = run_card(config, step=step, data=data, metrics=metrics or {}, whole=whole, rows=rows)
@@ -63,6 +65,9 @@ def _whole(model: Model, params: Mapping[str, jax.Array], config: Config) -> lis
 def replacing(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, which takes its place when the block ends well and vanishes when it does not.
 
+    The folder that was there is moved away first and removed last: a process that is killed between leaves it beside its
+    place, and `recover` puts it back.
+
     Raises UserError where the disk is full or the place cannot be written.
     """
     partial = folder.with_name(f".{folder.name}.partial")
@@ -70,10 +75,37 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        take_place(partial, folder)
     except OSError as error:
         raise UserError(f"{folder}: could not be written: {error.strerror or error}") from None
+    except Exception as error:
+        if "(os error " not in str(error):  # as the tokenizer's writer, which is Rust, says it
+            raise
+        raise UserError(f"{folder}: could not be written: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def take_place(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`; what was there is whole, in its place or beside it, until the new one is there."""
+    recover(folder)
+    old = _old(folder)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    finally:
+        recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """After `take_place`, also one that a crash has cut: put the old folder back where there is no new one, else remove it."""
+    old = _old(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")

@@ -5,7 +5,8 @@ What the two hold is the method's to say (`ftjax.methods.method`): for most of t
 """
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -13,16 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from pydantic import ValidationError
 
-from ftjax.config import MethodConfig
+from ftjax.config import LoraConfig, MethodConfig
 from ftjax.errors import UserError
+from ftjax.hub.adapter_file import AdapterFile, Renamed
 from ftjax.hub.gather import host_piece
 from ftjax.hub.load import init_params, load_params
-from ftjax.hub.safetensors import SafetensorsFolder, Tensor, write_file
+from ftjax.hub.safetensors import Tensor, write_file
 from ftjax.mesh import sharding
 from ftjax.methods import METHODS, method_named, method_of
+from ftjax.methods.lora_targets import adapted_modules
 from ftjax.methods.method import Fetch, Method, Start, Stored
 from ftjax.methods.save import train
+from ftjax.methods.saved_keys import refuse_unknown
+from ftjax.methods.tied import on_embedding
+from ftjax.methods.token_rows import DELTA
+from ftjax.methods.walk import describe
 from ftjax.models.model import Model
 from ftjax.models.param import specs, variables
 from ftjax.models.quantized import Quantized
@@ -121,8 +129,23 @@ def method_that_reads(folder: Path, saved: Mapping) -> Method:
     return found
 
 
+def settings_of(folder: Path, method: Method, saved: Mapping, config: MethodConfig | None = None) -> MethodConfig:
+    """What an adapter folder's configuration says. UserError for what it asks for that ftjax does not have."""
+    where = f"{folder / CONFIG}"
+    try:
+        if method.known is not None:
+            refuse_unknown(where, saved, method.known)
+        return method.from_saved(config or method.config(adapter_path=str(folder)), dict(saved))
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, one['loc']))} = {one['input']!r}: {one['msg']}" for one in error.errors())
+        raise UserError(f"{where}: {found}") from None
+    except KeyError as error:
+        raise UserError(f"{where}: it lacks {error.args[0]!r}; save the adapter again, with PEFT") from None
+
+
 def attach_adapter(root: nnx.Module, folder: Path, config: MethodConfig | None = None) -> MethodConfig:
-    """Put an adapter's layers into an abstract model, in place; its settings come back.
+    """Put an adapter's layers into an abstract model, in place; its settings come back. What they name and the model or the
+    file does not have is added to the model's notes.
 
     Args:
         config: of a run that starts from the folder; UserError where that is for another method.
@@ -131,10 +154,18 @@ def attach_adapter(root: nnx.Module, folder: Path, config: MethodConfig | None =
     method = method_that_reads(folder, saved)
     if config is not None and not isinstance(config, method.config):
         raise UserError(f"method.adapter_path: {folder} holds {method.kind}, but method.name is {config.name}")
-    settings = method.from_saved(config or method.config(adapter_path=str(folder)), saved)
-    method.attach(root, settings)
+    settings, have = settings_of(folder, method, saved, config), set(adapter_file(folder, method).keys())
+    refuse_single_experts(folder, have)
+    try:
+        if isinstance(settings, LoraConfig):
+            settings = with_updates_of(root, settings, saved, have)
+        method.attach(root, settings)
+    except re.error as error:
+        raise UserError(f"{folder / CONFIG}: {error.pattern!r} is no regular expression: {error}") from None
+    except UserError as error:  # it speaks of our configuration, and this is somebody's folder
+        text = str(error).removeprefix("method: ").replace("method.", "")
+        raise UserError(f"{folder / CONFIG}: {text}") from None
     # PEFT also saves embeddings that were resized, without saying so in its configuration.
-    have = set(adapter_file(folder, method).keys())
     beside = {
         path
         for path, spec in specs(root).items()
@@ -146,20 +177,44 @@ def attach_adapter(root: nnx.Module, folder: Path, config: MethodConfig | None =
     return settings
 
 
-def adapter_file(folder: Path, method: Method | None = None) -> SafetensorsFolder:
+def refuse_single_experts(folder: Path, names: Iterable[str]) -> None:
+    """UserError for updates of an expert's own layers, as adapters have them that were trained with transformers 4."""
+    found = sorted({match[1] for name in names if (match := re.search(r"\.experts\.\d+\.(\w+)\.lora_", name))})
+    if found:
+        raise UserError(
+            f"{folder}: it adapts single experts ({', '.join(found)} of each), which is not supported; train it without them, "
+            "or merge it into its base model with PEFT and give the merged model"
+        )
+
+
+def with_updates_of(root: nnx.Module, config: LoraConfig, saved: Mapping, have: Collection[str]) -> LoraConfig:
+    """The settings of a LoRA folder, whose targets are the modules of which its file has an update: PEFT lets the others start
+    at zero, and looks up those of a configuration without targets. Where they differ, the model's notes say so."""
+    stored = {match[1] for name in have if (match := re.match(rf"{re.escape(PREFIX)}(.+)\.lora_(?:embedding_)?A", name))}
+    if saved.get("target_modules") is None:
+        return config.model_copy(update={"target_modules": sorted(stored)})
+    wanted = adapted_modules(root, on_embedding(root, config))
+    absent = sorted(wanted - stored)
+    if not absent or not wanted & stored:
+        return config
+    root.notes = (*root.notes, f"{config.adapter_path}: its file holds no update of {describe(iter(absent))} ({len(absent)})")
+    return config.model_copy(update={"target_modules": sorted(wanted & stored)})
+
+
+def adapter_file(folder: Path, method: Method | None = None) -> AdapterFile:
     """The weights of an adapter folder. UserError where they are missing, or in a pickle."""
     method = method or method_that_reads(folder, read_adapter_config(folder))
     pickles = [name for name in ("adapter_model.bin", "pytorch_adapter.bin") if (folder / name).is_file()]
     if not (folder / method.weights_file).is_file() and pickles:
         raise UserError(f"{folder}: its weights are a pickle ({pickles[0]}), which is never loaded; save as safetensors")
-    return SafetensorsFolder(folder, single=method.weights_file)
+    return AdapterFile(folder, method.weights_file)
 
 
-class _AsInModel:
+class _AsInModel(Renamed):
     """An adapter file under the names that the model's rows use; tensors that it has beyond these keep their own."""
 
     def __init__(self, folder: Path, model: Model, method: Method):
-        self._source = adapter_file(folder, method)
+        source = adapter_file(folder, method)
         named = {
             method.file_name(model, spec, piece): piece.name for spec in model.trainable.values() for piece in spec.pieces()
         }
@@ -168,34 +223,23 @@ class _AsInModel:
             for spec in model.frozen.values()
             if spec.path.endswith(".base.weight") and not spec.stacked
         }
-        found = [name for name in self._source.keys() if name in beside]
+        found = [name for name in source.keys() if name in beside]
         named |= {name: beside[name].hf_template for name in found}
-        self._names = {named.get(name, name): name for name in self._source.keys()}
+        super().__init__(source, {named.get(name, name): name for name in source.keys()})
         self.base_layers = {beside[name].path for name in found}
-
-    def keys(self) -> list[str]:
-        return list(self._names)
 
     def repeated(self, model: Model, method: Method) -> list[str]:
         """Tensors that are another one of the file once more: the output projection where the model ties it to the
         embedding, and what the method writes twice."""
         tied = [name.removesuffix("weight") for name in model.ignored if name.endswith(".weight")]
         heads = {f"{PREFIX}{name}{layer}weight": f"{model.output}.weight" for name in tied for layer in ("", "base_layer.")}
+        heads |= {f"{PREFIX}{name}token_adapter.{DELTA}": f"{model.output}.token_adapter.{DELTA}" for name in tied}
         pairs = [(name, own, self.read) for name, own in heads.items()]
         pairs += [
             (name, model.specs[path].hf_template, lambda own: self.read(own).T) for name, path in method.copies(model).items()
         ]
         both = [pair for pair in pairs if pair[0] in self._names and pair[1] in self._names]
         return [name for name, own, read in both if np.array_equal(self.read(name), read(own))]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(self._names[name])
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._source.dtype(self._names[name])
-
-    def read(self, name: str, index=()) -> np.ndarray:
-        return self._source.read(self._names[name], index)
 
 
 def load_adapter(model: Model, folder: Path, mesh: Mesh) -> dict[str, jax.Array]:
@@ -207,4 +251,8 @@ def load_adapter(model: Model, folder: Path, mesh: Mesh) -> dict[str, jax.Array]
     source = _AsInModel(folder, model, method)
     ignored = (*method.ignored, *source.repeated(model, method))
     held = {path: spec for path, spec in model.frozen.items() if path in source.base_layers}
-    return load_params({**model.trainable, **held}, source, mesh, jnp.float32, where=str(folder), ignored=ignored)
+    try:
+        return load_params({**model.trainable, **held}, source, mesh, jnp.float32, where=str(folder), ignored=ignored)
+    except UserError as error:
+        named = read_adapter_config(folder).get("base_model_name_or_path")
+        raise UserError(f"{error}" + (f". It was made on {named}: is that the model that is given?" if named else "")) from None

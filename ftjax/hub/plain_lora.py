@@ -12,9 +12,8 @@ import numpy as np
 
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
-from ftjax.hub.peft import CONFIG, PREFIX, WEIGHTS, adapter_file, method_that_reads, read_adapter_config
+from ftjax.hub.peft import CONFIG, PREFIX, WEIGHTS, adapter_file, method_that_reads, read_adapter_config, settings_of
 from ftjax.hub.safetensors import Tensor, write_file
-from ftjax.methods.lora import from_saved
 from ftjax.methods.lora_targets import scale_of
 from ftjax.methods.method import Method
 
@@ -39,7 +38,7 @@ def read_updates(adapter: Path, why: str) -> tuple[dict, dict[str, Update]]:
     if parts := _beyond_plain(method, saved, source.keys()):
         instead = "leave it as it is" if method.no_merge else "ftjax export --merge folds it into its base model"
         raise UserError(f"{adapter}: {why}, and this adapter has {' and '.join(parts)}; {instead}")
-    config, updates = from_saved(LoraConfig(adapter_path=str(adapter)), saved), {}
+    config, updates = settings_of(adapter, method, saved), {}
     for name in source.keys():
         if name.endswith(".lora_A.weight"):
             layer = name.removesuffix(".lora_A.weight")
@@ -77,7 +76,7 @@ def write_plain(folder: Path, saved: Mapping, updates: Mapping[str, Update], tar
             tensors.append(Tensor(f"{PREFIX}{module}.{name}.weight", value.shape, value.dtype, lambda value=value: value))
     write_file(folder / WEIGHTS, tensors)
     plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    plain |= {"layers_to_transform": None, "exclude_modules": None, "target_modules": target_modules}
+    plain |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None, "target_modules": target_modules}
     (folder / CONFIG).write_text(json.dumps({**saved, **plain}, indent=2, sort_keys=True) + "\n")
 
 

@@ -9,13 +9,15 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
+from ftjax.config.load import print_note
 from ftjax.errors import UserError
 
 DTYPES = {
@@ -28,6 +30,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SAMPLE = 1 << 16  # values that are compared at each of three places of a tensor
 
 
 class _Entry(NamedTuple):
@@ -37,27 +40,67 @@ class _Entry(NamedTuple):
     dtype: np.dtype
 
 
+def _stop(entry: Any) -> int:
+    """Where an entry of a header ends, as far as that can be told."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    return offsets[1] if isinstance(offsets, list) and len(offsets) == 2 and isinstance(offsets[1], int) else 0
+
+
+def _listed(index: Path) -> dict[str, str]:
+    """The weight map of an index: the file of each tensor. UserError for files that are not in the index's own folder."""
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        named = isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values())
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{index}: not a safetensors index: {error}") from None
+    if not named or not listed:
+        raise UserError(f"{index}: not a safetensors index: weight_map should name the file of each tensor")
+    for file in listed.values():
+        if file in ("", "..") or file != Path(file).name or "\\" in file:
+            raise UserError(f"{index}: it names {file!r}, and shards have to be in the folder itself; correct the index")
+    return listed
+
+
 class SafetensorsFolder:
     """The tensors of `model.safetensors`, or of all shards that `model.safetensors.index.json` names.
 
-    Raises UserError for missing, truncated or damaged files, and where the index and the shards disagree.
+    As in transformers the single file counts where both are there; an index whose shards are gone is passed over with a note.
+
+    Raises UserError for missing, truncated or damaged files, for an index that leaves the folder or disagrees with its shards,
+    and where the file and the shards are two models.
     """
 
     def __init__(self, folder: Path, single: str = SINGLE):
         self._entries: dict[str, _Entry] = {}
         self._handles: dict[Path, int] = {}
-        index = folder / INDEX
-        if single == SINGLE and index.exists():
-            try:
-                listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-                raise UserError(f"{index}: not a safetensors index: {error}") from None
-            for file in sorted(set(listed.values())):
-                self._read_header(folder / file)
-            if absent := sorted(set(listed) - set(self._entries)):
-                raise UserError(f"{index}: it lists {absent[0]} (and {len(absent) - 1} more), which no shard holds")
+        index, whole = folder / INDEX, folder / single
+        listed = _listed(index) if single == SINGLE and index.exists() else {}
+        shards = sorted(set(listed.values()))
+        if not shards or (whole.is_file() and single not in shards):
+            self._read_header(whole)
+            if lost := [file for file in shards if not (folder / file).exists()]:
+                print_note(f"{index} is passed over: it names {lost[0]}, which is not there, and {single} is")
+            elif shards:
+                self._refuse_another(folder, listed)
         else:
-            self._read_header(folder / single)
+            self._read_shards(index, listed)
+
+    def _read_shards(self, index: Path, listed: Mapping[str, str]) -> None:
+        for file in sorted(set(listed.values())):
+            self._read_header(index.parent / file)
+        if absent := sorted(set(listed) - set(self._entries)):
+            raise UserError(f"{index}: it lists {absent[0]} (and {len(absent) - 1} more), which no shard holds")
+
+    def _refuse_another(self, folder: Path, listed: Mapping[str, str]) -> None:
+        """UserError where the shards of an index hold something else than the file that was read."""
+        shards = SafetensorsFolder.__new__(SafetensorsFolder)
+        shards._entries, shards._handles = {}, {}
+        shards._read_shards(folder / INDEX, listed)
+        if name := first_difference(self, shards):
+            raise UserError(
+                f"{folder}: it holds two models: {SINGLE}, and the shards of {INDEX}, whose {name} is another; remove the one "
+                "that is not meant"
+            )
 
     def _read_header(self, path: Path) -> None:
         try:
@@ -68,25 +111,29 @@ class SafetensorsFolder:
         except FileNotFoundError:
             found = ", ".join(sorted(p.name for p in path.parent.glob("*"))[:12]) or "nothing"
             raise UserError(f"{path}: this file of the model is missing; the folder holds {found}") from None
-        except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
+        except OSError as error:
+            raise UserError(f"{path}: could not be read: {error.strerror or error}") from None
+        except (struct.error, ValueError, RecursionError):
             header = None
-        if header is None:
+        if not isinstance(header, dict):
             raise UserError(f"{path}: not a safetensors file, or cut off inside its header ({size:,} bytes); download it again")
         header.pop("__metadata__", None)
-        end = 8 + length
-        for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                raise UserError(f"{path}: tensor {name} has dtype {entry['dtype']}, which is not supported")
-            start, stop = entry["data_offsets"]
-            end = max(end, 8 + length + stop)
-            if name in self._entries:
-                raise UserError(f"{path}: tensor {name} is also in {self._entries[name].file.name}")
-            dtype = DTYPES[entry["dtype"]]
-            if math.prod(entry["shape"]) * dtype.itemsize != stop - start:
-                raise UserError(f"{path}: tensor {name} has a shape that does not fit its data; the file is damaged")
-            self._entries[name] = _Entry(path, 8 + length + start, tuple(entry["shape"]), dtype)
+        end = 8 + length + max((_stop(entry) for entry in header.values()), default=0)
         if end > size:
             raise UserError(f"{path}: truncated: its header promises {end:,} bytes, the file has {size:,}; download it again")
+        for name, entry in header.items():
+            if isinstance(entry, dict) and str(entry.get("dtype", "F32")) not in DTYPES:
+                raise UserError(f"{path}: tensor {name} has dtype {entry['dtype']!r}, which is not supported")
+            if name in self._entries:
+                raise UserError(f"{path}: tensor {name} is also in {self._entries[name].file.name}")
+        try:  # the library knows what a header may say: shapes that fit, and offsets without gaps and overlaps
+            with safe_open(path, "numpy"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{path}: the file is damaged, or no safetensors file ({error}); download it again") from None
+        for name, entry in header.items():
+            start = 8 + length + entry["data_offsets"][0]
+            self._entries[name] = _Entry(path, start, tuple(entry["shape"]), DTYPES[entry["dtype"]])
 
     def add_prefix(self, prefix: str, but: tuple[str, ...]) -> None:
         """Name the tensors of a model without a head, `h.0.ln_1.bias`, as those of one with a head,
@@ -137,6 +184,24 @@ class SafetensorsFolder:
     def __del__(self):
         for handle in getattr(self, "_handles", {}).values():
             os.close(handle)
+
+
+def first_difference(one: SafetensorsFolder, other: SafetensorsFolder) -> str | None:
+    """The first tensor that two checkpoints do not share, or of which the first, middle or last rows differ, at the precision
+    of the coarser dtype."""
+    if odd := sorted(set(one.keys()) ^ set(other.keys())):
+        return odd[0]
+    for name in sorted(one.keys()):
+        if one.shape(name) != other.shape(name):
+            return name
+        shape = one.shape(name)
+        rows, many = (shape[0], max(1, SAMPLE // max(1, math.prod(shape[1:])))) if shape else (1, 1)
+        for start in sorted({0, max(0, rows // 2 - many // 2), max(0, rows - many)}):
+            a, b = (part.read(name, (slice(start, min(rows, start + many)),) if shape else ()) for part in (one, other))
+            coarse = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+            if a.astype(coarse).tobytes() != b.astype(coarse).tobytes():
+                return name
+    return None
 
 
 class Tensor(NamedTuple):

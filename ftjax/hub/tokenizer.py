@@ -18,7 +18,8 @@ VOCABULARIES = ("tokenizer.json", SENTENCEPIECE, "vocab.json", "vocab.txt", "spi
 def load_tokenizer(model: ModelConfig) -> Any:
     """A `PreTrainedTokenizerFast`, as the checkpoint saved it, and with the tokens that the configuration adds.
 
-    `model.tokenizer` replaces the model's own, `model.chat_template` (a template, or a .jinja file) its template.
+    `model.tokenizer` replaces the model's own, `model.chat_template` (a template, a .jinja file, or the name of one of the
+    tokenizer's, where it has several) its template.
 
     Raises UserError where there is none, or it cannot be read.
     """
@@ -33,7 +34,9 @@ def load_tokenizer(model: ModelConfig) -> Any:
     else:
         tokenizer = _from_folder(place, asked)
     if model.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(model.chat_template)
+        named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+        given = model.chat_template
+        tokenizer.chat_template = named[given] if given in named else read_chat_template(given)
     tokenizer.add_tokens(model.add_tokens)
     tokenizer.add_tokens(model.add_special_tokens, special_tokens=True)
     return tokenizer

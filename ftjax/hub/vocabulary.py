@@ -5,15 +5,17 @@ models"): transformers' `resize_token_embeddings`, without the noise of a billio
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ftjax.config import ModelConfig
+from ftjax.config import Config, ModelConfig
 from ftjax.errors import UserError
-from ftjax.hub.peft import PREFIX, adapter_file
+from ftjax.hub.fetch import resolve_config
+from ftjax.hub.load import read_facts
+from ftjax.hub.peft import PREFIX, adapter_file, read_adapter_config
 from ftjax.hub.source import TensorSource
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.models.model import Model, build_module
@@ -57,7 +59,9 @@ class Resized:
         return self._means[name]
 
 
-def with_new_tokens(model: ModelConfig, facts: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], TensorSource]:
+def with_new_tokens(
+    model: ModelConfig, facts: dict[str, Any], source: TensorSource | None
+) -> tuple[dict[str, Any], TensorSource]:
     """config.json and tensors of a base model, with rows for the tokens that the configuration adds.
 
     A vocabulary that is larger than its tokenizer has room already, and then keeps the checkpoint's rows.
@@ -68,21 +72,42 @@ def with_new_tokens(model: ModelConfig, facts: dict[str, Any], source: TensorSou
     return _resized(facts, source, math.ceil(rows / multiple) * multiple)
 
 
-def with_adapters_tokens(adapter: Path, facts: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], TensorSource]:
+def with_adapters_tokens(
+    adapter: Path, facts: dict[str, Any], source: TensorSource | None
+) -> tuple[dict[str, Any], TensorSource]:
     """config.json and tensors of a base model, with the rows that an adapter's folder needs: those of the embedding that it
     holds, or those of the tokens that its tokenizer has beyond the model's."""
     stored = adapter_file(adapter)
-    asked = {f"{PREFIX}{name}" for name in _tensors(facts)}
-    asked |= {f"{name.removesuffix('weight')}base_layer.weight" for name in asked}  # PEFT's name beside an update
-    names = asked & set(stored.keys())
-    rows = {stored.shape(name)[0] for name in names}
+    rows = {stored.shape(name)[axis] for name, axis in _rows_in(facts, stored.keys())}
     if len(rows) > 1:
         raise UserError(f"{adapter}: its embeddings have different numbers of rows: {', '.join(map(str, sorted(rows)))}")
     if rows:
         return _resized(facts, source, max(rows.pop(), facts["vocab_size"]))
+    ids = read_adapter_config(adapter).get("trainable_token_indices") or []
+    needed = [one + 1 for own in (ids.values() if isinstance(ids, dict) else [ids]) for one in own]
     if (adapter / "tokenizer_config.json").is_file():
-        return _resized(facts, source, max(facts["vocab_size"], tokens_of(ModelConfig(path=str(adapter)))))
-    return facts, source
+        needed.append(tokens_of(ModelConfig(path=str(adapter))))
+    return _resized(facts, source, max([facts["vocab_size"], *needed]))
+
+
+def _rows_in(facts: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[str, int]]:
+    """The tensors of an adapter's file that have a row for each token, and their axis of tokens."""
+    for name in _tensors(facts):
+        module = f"{PREFIX}{name.removesuffix('weight')}"
+        rows = {"weight": 0, "base_layer.weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}  # PEFT's names
+        yield from ((module + end, axis) for end, axis in rows.items() if module + end in names)
+
+
+def embeddings_of(config: Config) -> int:
+    """How many tokens the model of a run has embeddings for, those that the run adds included; reads no weights.
+
+    Raises UserError where config.json cannot be read.
+    """
+    facts = read_facts(resolve_config(config.model.path, config.model.revision))
+    adapter = getattr(config.method, "adapter_path", None)
+    if adapter:
+        facts, _ = with_adapters_tokens(Path(adapter), facts, None)
+    return with_new_tokens(config.model, facts, None)[0]["vocab_size"]
 
 
 def refuse_untrained_rows(model: Model, old: int, tokens: int, method: str) -> None:
@@ -127,7 +152,7 @@ def tokens_of(model: ModelConfig) -> int:
     return max(load_tokenizer(model).get_vocab().values()) + 1
 
 
-def _resized(facts: dict[str, Any], source: TensorSource, rows: int) -> tuple[dict[str, Any], TensorSource]:
+def _resized(facts: dict[str, Any], source: TensorSource | None, rows: int) -> tuple[dict[str, Any], TensorSource]:
     if rows == facts["vocab_size"]:
         return facts, source
     return {**facts, "vocab_size": rows}, Resized(source, _tensors(facts), rows)

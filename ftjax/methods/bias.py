@@ -4,8 +4,7 @@ from collections.abc import Set
 
 from flax import nnx
 
-from ftjax.methods.save import train
-from ftjax.models.param import specs, variables
+from ftjax.models.param import specs
 
 
 def trained_biases(root: nnx.Module, kind: str, adapted: Set[str]) -> set[str]:
@@ -21,14 +20,3 @@ def trained_biases(root: nnx.Module, kind: str, adapted: Set[str]) -> set[str]:
         for piece in spec.pieces()
     }
     return names if kind == "all" else {name for name in names if name.removesuffix(".bias") in adapted}
-
-
-def train_biases(root: nnx.Module, chosen: Set[str]) -> None:
-    """Mark these as trained, in place; stacks are parted before, so that a parameter trains as a whole."""
-    found = specs(root)
-    paths = {
-        path for path, spec in found.items() if not spec.row.adapter and all(piece.name in chosen for piece in spec.pieces())
-    }
-    for path, variable in variables(root):
-        if path in paths:
-            train(variable)

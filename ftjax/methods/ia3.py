@@ -15,7 +15,8 @@ from flax import nnx
 from ftjax.config import IA3Config
 from ftjax.errors import UserError
 from ftjax.methods.method import Method
-from ftjax.methods.save import mark_modules_to_save
+from ftjax.methods.parted import part_stacks
+from ftjax.methods.save import names_to_save, refuse_missing, train_names
 from ftjax.methods.walk import Site, describe, linears, matches, refuse_unmatched
 from ftjax.models.context import Context
 from ftjax.models.model import Model
@@ -52,6 +53,9 @@ def attach(root: nnx.Module, config: IA3Config) -> None:
 
     Raises UserError, naming what the model has, where a target matches nothing.
     """
+    refuse_missing(root, config.modules_to_save)
+    saved = names_to_save(root, config.modules_to_save)
+    part_stacks(root, saved)
     sites = [site for site in linears(root) if site.path != root.output]
     names = [name for site in sites for name in site.names]
     targets, inputs = _targets(config, names), _inputs(config, names)
@@ -73,7 +77,7 @@ def attach(root: nnx.Module, config: IA3Config) -> None:
         found = True
     if not found:
         raise UserError(f"method.target_modules: {targets!r} matches no linear layer; the model has {describe(iter(names))}")
-    mark_modules_to_save(root, config.modules_to_save)
+    train_names(root, saved)
 
 
 def _targets(config: IA3Config, names: list[str]) -> str | list[str]:
@@ -156,5 +160,8 @@ METHOD = Method(
     kind="IA3",
     saved_config=saved_config,
     from_saved=from_saved,
+    known=frozenset(
+        ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "fan_in_fan_out", "init_ia3_weights")
+    ),
     merged=merged,
 )

@@ -12,7 +12,7 @@ from flax import nnx
 
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
-from ftjax.methods.bias import train_biases, trained_biases
+from ftjax.methods.bias import trained_biases
 from ftjax.methods.lora_embedding import LoraEmbedding, output_copies
 from ftjax.methods.lora_linear import LoraLinear, is_conv1d
 from ftjax.methods.lora_start import start
@@ -20,7 +20,8 @@ from ftjax.methods.lora_targets import adapted_modules, check, rank_of, saved_mo
 from ftjax.methods.method import Fetch, Method, Stored, own_name
 from ftjax.methods.parted import part_stacks
 from ftjax.methods.pissa import as_plain, doubled
-from ftjax.methods.save import mark_modules_to_save
+from ftjax.methods.save import names_to_save, train_names
+from ftjax.methods.tied import OUTPUTS, on_embedding
 from ftjax.methods.token_rows import DELTA, attach_rows, row_sites, with_rows
 from ftjax.methods.walk import embeddings, linears
 from ftjax.models.classifier import HEAD
@@ -33,10 +34,12 @@ def attach(root: nnx.Module, config: LoraConfig) -> None:
 
     Raises UserError, naming all that does not fit, where options exclude each other or a name matches nothing.
     """
+    config = on_embedding(root, config)
     check(root, config)
-    biases = set() if config.bias == "none" else trained_biases(root, config.bias, adapted_modules(root, config))
-    if biases:
-        part_stacks(root, biases)
+    beside = names_to_save(root, saved_modules(config, root.output), both=config.ensure_weight_tying)
+    if config.bias != "none":
+        beside |= trained_biases(root, config.bias, adapted_modules(root, config))
+    part_stacks(root, beside)
     for site in linears(root):
         ranks = np.array([rank_of(name, config) for name in site.names])
         if ranks.any():
@@ -49,8 +52,7 @@ def attach(root: nnx.Module, config: LoraConfig) -> None:
             site.replace(LoraEmbedding(site, rank, scale_of(name, rank, config)))
     for site, ids in list(row_sites(root, config)):
         attach_rows(site, ids, root)
-    mark_modules_to_save(root, saved_modules(config, root.output))
-    train_biases(root, biases)
+    train_names(root, beside)
 
 
 def file_name(model: Model, spec: Spec, piece: Piece) -> str:
@@ -73,6 +75,11 @@ def stored(config: LoraConfig, model: Model, fetch: Fetch) -> Iterator[Stored]:
                 yield Stored(file_name(model, spec, piece), piece.shape, partial(_part, fetch, path, piece))
     for name, path in output_copies(model).items():
         yield Stored(name, model.specs[path].shape[::-1], lambda path=path: np.ascontiguousarray(fetch(path, ()).T))
+    if config.ensure_weight_tying and f"{model.output}.weight" in model.trainable:  # PEFT reads the tied output beside it
+        table = model.specs[f"{model.output}.weight"]
+        for name in OUTPUTS:
+            if name in model.ignored and table.row.axes[:1] == ("vocab",):
+                yield Stored(f"base_model.model.{name}", table.shape, partial(fetch, table.path, ()))
 
 
 def _part(fetch: Fetch, path: str, piece: Piece) -> np.ndarray:
@@ -135,6 +142,7 @@ def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
         "layers_to_transform": config.layers_to_transform,
+        "layers_pattern": config.layers_pattern,
         "modules_to_save": saved_modules(config, model.output) or None,
         "fan_in_fan_out": any(is_conv1d(model, layer) for layer in layers),
         "bias": config.bias,
@@ -144,22 +152,28 @@ def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
     }
 
 
+# What `LoraConfig` has under PEFT's names
+HONOURED = (
+    "r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "trainable_token_indices", "ensure_weight_tying",
+)  # fmt: skip
+# How the first values were found, what PEFT needs where it computes in other ways, and what only training has
+INERT = (
+    "lora_dropout", "init_lora_weights", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "megatron_core", "qalora_group_size", "runtime_config", "merge_weights",
+)  # fmt: skip
+STARTS = ("true", "false", "none", "gaussian", "orthogonal", "eva")  # of which the base model is as it was
+
+
 def from_saved(config: LoraConfig, saved: dict) -> LoraConfig:
     """The settings of a PEFT folder, for starting from it. Raises UserError for what ftjax's LoRA does not have."""
-    neutral = {"target_parameters": (None, []), "layers_pattern": (None, [])}
-    neutral |= {"lora_bias": (False, None), "alora_invocation_tokens": (None,)}
-    odd = [f"{key} = {saved[key]!r}" for key, allowed in neutral.items() if key in saved and saved[key] not in allowed]
-    if odd:
-        raise UserError(f"{config.adapter_path}: adapter_config.json asks for {', '.join(odd)}, which is not supported")
-    kind = str(saved.get("init_lora_weights")).lower()
-    if kind.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    kind = str(saved.get("init_lora_weights", True)).lower()
+    if kind not in STARTS:
         raise UserError(
             f"{config.adapter_path}: adapter_config.json says init_lora_weights = {kind}, which changed the base model as "
             "well; save it from PEFT as a plain LoRA (path_initial_model_for_weight_conversion) and use that folder"
         )
-    keys = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-    keys += ("layers_to_transform", "modules_to_save", "bias", "trainable_token_indices", "ensure_weight_tying")
-    values = {key: saved[key] for key in keys if saved.get(key) is not None}
+    values = {key: saved[key] for key in HONOURED if saved.get(key) is not None}
     if saved.get("task_type") == "SEQ_CLS":  # PEFT names the heads of all its models; this one's is added by itself
         heads = ("classifier", HEAD)
         values["modules_to_save"] = [name for name in values.get("modules_to_save", ()) if name not in heads]
@@ -173,6 +187,7 @@ METHOD = Method(
     kind="LORA",
     saved_config=saved_config,
     from_saved=from_saved,
+    known=frozenset((*HONOURED, *INERT)),
     file_name=file_name,
     copies=output_copies,
     stored=stored,

@@ -1,4 +1,8 @@
-"""Which modules LoRA adapts, with which rank and scale: PEFT's rules; and what of a configuration does not fit together."""
+"""Which modules LoRA adapts, with which rank and scale: PEFT's rules; and what of a configuration does not fit together.
+
+A folder that somebody made (`adapter_path`) may name what the model does not have: PEFT passes it over, and so it is a note
+there, and an error only where it is asked for.
+"""
 
 import math
 import re
@@ -9,11 +13,15 @@ from flax import nnx
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError, together
 from ftjax.methods.bias import trained_biases
-from ftjax.methods.save import paths_to_save
+from ftjax.methods.save import names_to_save, refuse_missing
+from ftjax.methods.tied import on_embedding, tied_names
 from ftjax.methods.token_rows import row_problems, row_sites
 from ftjax.methods.walk import describe, embeddings, layer_index, linears, matches, refuse_unmatched
 from ftjax.models.classifier import HEAD
-from ftjax.models.param import specs
+
+
+class NoEffect(str):
+    """What is asked for and changes nothing."""
 
 
 def is_target(name: str, config: LoraConfig, *, embedding: bool = False) -> bool:
@@ -27,17 +35,19 @@ def is_target(name: str, config: LoraConfig, *, embedding: bool = False) -> bool
             return False
     elif not matches(name, config.target_modules):
         return False
-    return config.layers_to_transform is None or layer_index(name) in _layers(config)
+    return config.layers_to_transform in (None, []) or layer_index(name, config.layers_pattern) in _layers(config)
 
 
 def rank_of(name: str, config: LoraConfig, *, embedding: bool = False) -> int:
     """The rank of one module; 0 where it is not adapted."""
-    return _pattern(name, config.rank_pattern, config.r) if is_target(name, config, embedding=embedding) else 0
+    if not is_target(name, config, embedding=embedding):
+        return 0
+    return _pattern(name, config.rank_pattern, config.r, first=bool(config.adapter_path))
 
 
 def scale_of(name: str, rank: int, config: LoraConfig) -> float:
     """The factor on a module's update."""
-    alpha = _pattern(name, config.alpha_pattern, config.lora_alpha)
+    alpha = _pattern(name, config.alpha_pattern, config.lora_alpha, first=bool(config.adapter_path))
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
@@ -55,9 +65,10 @@ def _fits(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
-def _pattern(name: str, patterns: dict, default):
+def _pattern(name: str, patterns: dict, default, *, first: bool = False):
+    """Args: `first`: take the first of several, as PEFT does."""
     found = {key: value for key, value in patterns.items() if _fits(key, name)}
-    if len(set(found.values())) > 1:
+    if len(set(found.values())) > 1 and not first:
         raise UserError(
             f"method: rank_pattern or alpha_pattern gives {name} several values ({found}); tools differ in which one they "
             "take, so make the patterns exclude each other"
@@ -72,9 +83,15 @@ def adapted_modules(root: nnx.Module, config: LoraConfig) -> set[str]:
 
 
 def check(root: nnx.Module, config: LoraConfig) -> None:
-    """UserError that lists all that does not fit: options among themselves, and names that the model does not have."""
+    """UserError that lists all that does not fit: options among themselves, and names that the model does not have. Of a
+    folder, what has no effect is added to the model's notes instead."""
+    config = on_embedding(root, config)
     found = [*config.conflicts(), *_target_problems(root, config), *_option_problems(root, config)]
     problems = list(dict.fromkeys(found))
+    if config.adapter_path:
+        ignored = [problem for problem in problems if isinstance(problem, NoEffect)]
+        problems = [problem for problem in problems if problem not in ignored]
+        root.notes = (*root.notes, *(f"{config.adapter_path}: without effect: {t.replace('method.', '')}" for t in ignored))
     if problems:
         raise UserError(together(problems, "method"))
 
@@ -94,11 +111,11 @@ def _target_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
     dense = [name for site in linears(root) for name in site.names]
     tables = [name for site in embeddings(root) for name in site.names]
     if isinstance(targets, list):
-        yield from _said(lambda: refuse_unmatched("method.target_modules", targets, [*dense, *tables]))
+        yield from map(NoEffect, _said(lambda: refuse_unmatched("method.target_modules", targets, [*dense, *tables])))
     if config.layers_to_transform is not None:
         exist = {layer_index(name) for name in dense} - {None}
         if absent := sorted(set(_layers(config)) - exist):
-            yield f"method.layers_to_transform: {absent} do not exist; layers are 0 to {max(exist)}"
+            yield NoEffect(f"method.layers_to_transform: {absent} do not exist; layers are 0 to {max(exist)}")
     adapted = sorted(adapted_modules(root, config))
     if not adapted:
         yield f"method.target_modules: {targets!r} matches no linear layer; the model has {describe(iter(dense))}"
@@ -106,9 +123,9 @@ def _target_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, option)
         if unused := [key for key in patterns if not any(_fits(key, name) for name in adapted)]:
-            yield f"method.{option}: {', '.join(map(repr, unused))} matches none of {describe(iter(adapted))}"
+            yield NoEffect(f"method.{option}: {', '.join(map(repr, unused))} matches none of {describe(iter(adapted))}")
         overlaps = [said for name in adapted for said in _said(lambda name=name, p=patterns: _pattern(name, p, None))]
-        if overlaps:
+        if overlaps and not config.adapter_path:
             yield overlaps[0]
             return  # no layer's rank is known
     yield from _rank_problems(root, config)
@@ -133,16 +150,19 @@ def _rank_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
 def _option_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
     """Options that exclude each other, or that this model cannot have."""
     saved = saved_modules(config, root.output)
-    yield from (missing := _said(lambda: paths_to_save(root, saved)))
-    rows = specs(root)
-    kept = set() if missing else {piece.name for path in paths_to_save(root, saved) for piece in rows[path].pieces()}
+    both = config.ensure_weight_tying
+    yield from map(NoEffect, _said(lambda: refuse_missing(root, saved)))
+    yield from _said(lambda: names_to_save(root, saved, both=both))
+    kept = names_to_save(root, saved, both=True)
     updated = [site for site in embeddings(root) if is_target(site.names[0], config, embedding=True)]
     for site in updated:
         yield from _embedding_problems(site.names[0], config, tied=site.path == root.output)
-    if config.ensure_weight_tying and not any(site.path == root.output for site in updated):
-        ties = any(site.path == root.output for site in embeddings(root))
-        why = "target_modules does not name it" if ties else "this model does not tie them"
-        yield f"method.ensure_weight_tying: for an embedding that is adapted and tied to the output; {why}, so leave it out"
+    tied = tied_names(root)
+    if both and not (tied and (f"{tied[0]}.weight" in kept or any(site.path == root.output for site in updated))):
+        why = "neither target_modules nor modules_to_save names it" if tied else "this model does not tie them"
+        yield NoEffect(
+            f"method.ensure_weight_tying: for an embedding that trains and is tied to the output; {why}, so leave it out"
+        )
     yield from row_problems(root, config)
     for site, _ in row_sites(root, config):
         embedding = hasattr(site.layer, "attend")
@@ -158,7 +178,7 @@ def _option_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
         biases = trained_biases(root, config.bias, adapted_modules(root, config))
         if not biases:
             where = "this model has" if config.bias == "all" else "the layers of target_modules have"
-            yield f"method.bias: {config.bias}, but {where} no biases; leave it out"
+            yield NoEffect(f"method.bias: {config.bias}, but {where} no biases; leave it out")
         if both := sorted(biases & kept):
             yield (
                 f"method.bias: {config.bias} and method.modules_to_save both train {both[0]}, which an adapter file holds "

@@ -56,6 +56,8 @@ class Method:
         saved_config: `(config, base_model, model)` -> `adapter_config.json`.
         from_saved: `(config, adapter_config.json)` -> the settings of a folder, for a model that is to hold its tensors.
             What a folder cannot say (dropout) is taken from `config`. Raises UserError for what ftjax does not have.
+        known: the keys of `adapter_config.json` that `from_saved` honours, or that change nothing in this method; any other
+            that is set is refused. None: `from_saved` looks at them itself.
         weights_file: beside `adapter_config.json`.
         file_name: `(model, spec, piece)` -> what the file calls a tensor.
         ignored: endings of tensors that the file may hold beside those of the model, and that say nothing new.
@@ -77,6 +79,7 @@ class Method:
     kind: str = ""
     saved_config: Callable[[Any, str, Model], dict[str, Any]] | None = None
     from_saved: Callable[[Any, dict[str, Any]], Any] | None = None
+    known: frozenset[str] | None = None
     weights_file: str = "adapter_model.safetensors"
     file_name: Callable[[Model, Spec, Piece], str] = own_name
     ignored: tuple[str, ...] = ()

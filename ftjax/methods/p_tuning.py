@@ -10,7 +10,7 @@ from flax import nnx
 
 from ftjax.config import PTuningConfig
 from ftjax.methods.method import Method
-from ftjax.methods.prefix_tuning import NO_MERGE, dense, file_name, put, stored_by
+from ftjax.methods.prefix_tuning import NO_MERGE, VIRTUAL, dense, file_name, put, stored_by
 from ftjax.methods.prompt_tuning import PromptTokens, virtual_settings
 from ftjax.models.cache_shape import CacheShape, cache_shape
 from ftjax.models.layers import project
@@ -66,6 +66,9 @@ METHOD = Method(
     kind="P_TUNING",
     saved_config=saved_config,
     from_saved=from_saved,
+    known=frozenset(
+        (*VIRTUAL, "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
+    ),
     file_name=file_name,
     stored=stored_by(EncodedTokens.flat),
     no_merge=NO_MERGE,

@@ -118,6 +118,7 @@ def from_saved(config: PrefixTuningConfig, saved: dict) -> PrefixTuningConfig:
     return PrefixTuningConfig(num_virtual_tokens=saved["num_virtual_tokens"], adapter_path=config.adapter_path)
 
 
+VIRTUAL = ("num_virtual_tokens", "num_transformer_submodules", "num_layers", "num_attention_heads", "token_dim")
 METHOD = Method(
     PrefixTuningConfig,
     attach,
@@ -125,6 +126,7 @@ METHOD = Method(
     kind="PREFIX_TUNING",
     saved_config=saved_config,
     from_saved=from_saved,
+    known=frozenset((*VIRTUAL, "encoder_hidden_size", "prefix_projection", "init_weights")),
     file_name=file_name,
     stored=stored_by(PrefixTokens.flat),
     no_merge=NO_MERGE,

@@ -15,7 +15,7 @@ from flax import nnx
 from ftjax.config import PromptTuningConfig
 from ftjax.errors import UserError
 from ftjax.methods.method import Method, Start
-from ftjax.methods.prefix_tuning import NO_MERGE, file_name, own, put
+from ftjax.methods.prefix_tuning import NO_MERGE, VIRTUAL, file_name, own, put
 from ftjax.models.cache_shape import CacheShape, cache_shape
 from ftjax.models.context import Context, KVCache, Prefix
 from ftjax.models.gemma import GemmaModel
@@ -39,7 +39,7 @@ class PromptTokens(nnx.Module):
         ones = jnp.ones(embeddings.shape[:2], jnp.int32)
         cache = KVCache.empty(self.shape.layers, 1, ones.shape[1], self.shape.kv_heads, self.shape.head_dim, ctx.dtype)
         own_ctx = replace(ctx, positions=jnp.cumsum(ones, axis=1) - 1, segment_ids=ones, dropout=None)
-        _, cache, _ = root.hidden(embeddings, own_ctx, cache.claim(ones))
+        _, cache, _ = root.hidden(embeddings, own_ctx, cache)
         return Prefix(cache.keys[:, 0], cache.values[:, 0])
 
 
@@ -102,6 +102,7 @@ METHOD = Method(
     kind="PROMPT_TUNING",
     saved_config=saved_config,
     from_saved=from_saved,
+    known=frozenset((*VIRTUAL, "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")),
     file_name=file_name,
     start=start,
     no_merge=NO_MERGE,

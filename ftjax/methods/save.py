@@ -1,58 +1,63 @@
 """`modules_to_save`: modules that train in full beside an adapter and are saved in its file (PEFT's key of that name)."""
 
 import dataclasses
+from collections.abc import Sequence, Set
 
 import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.errors import UserError
+from ftjax.methods.tied import tied_names
 from ftjax.methods.walk import describe
-from ftjax.models.layers import Embedding
-from ftjax.models.param import Spec, specs, variables
+from ftjax.models.param import specs, variables
 
 
-def mark_modules_to_save(root: nnx.Module, modules: list[str]) -> None:
-    """Make every parameter of these modules trainable (in float32), in place; raises as `paths_to_save`."""
-    chosen = paths_to_save(root, modules)
-    for path, variable in variables(root):
-        if path in chosen:
-            train(variable)
+def names_to_save(root: nnx.Module, modules: Sequence[str], *, both: bool = False) -> set[str]:
+    """The Hugging Face names of the parameters of these modules.
 
+    Args:
+        both: an embedding that is tied to the output may train, on both sides.
 
-def paths_to_save(root: nnx.Module, modules: list[str]) -> set[str]:
-    """The parameters of these modules.
-
-    Raises UserError for a name that no module has, or for an embedding that is tied to the output: PEFT would train a
-    copy of one side only, and no file format tells its reader so.
+    Raises UserError for such an embedding otherwise: PEFT would train a copy of one side only.
     """
-    found = specs(root)
-    base = {path: spec for path, spec in found.items() if not spec.row.adapter}
-    chosen: set[str] = set()
-    for module in modules:
-        paths = {path for path, spec in base.items() if _is(spec, module)}
-        if not paths:
-            raise UserError(
-                f"method.modules_to_save: no module is named {module!r}; the model has "
-                f"{describe(piece.name.rsplit('.', 1)[0] for spec in base.values() for piece in spec.pieces())}"
-            )
-        chosen |= paths
-    tied = getattr(root, "lm_head", True) is None
-    embeddings = {
-        ".".join(map(str, path)) + ".weight" for path, node in nnx.iter_graph(root) if isinstance(node, Embedding) and tied
-    }
-    if chosen & embeddings:
+    chosen = {name for name in _names(root) if any(_is(name, module) for module in modules)}
+    tied = tied_names(root)
+    if tied and f"{tied[0]}.weight" in chosen and not both:
         raise UserError(
-            "method.modules_to_save: this model ties its input and output embeddings, and an adapter file can only hold one of "
-            "them; leave it out, or use method.name: full"
+            "method.modules_to_save: this model ties its input and output embeddings, and PEFT would train one of them alone; "
+            "for LoRA set method.ensure_weight_tying: true, which trains both as one, or else use method.name: full"
         )
     return chosen
 
 
-def _is(spec: Spec, module: str) -> bool:
+def refuse_missing(root: nnx.Module, modules: Sequence[str]) -> None:
+    """UserError for names that no module has."""
+    names = _names(root)
+    if missing := [module for module in modules if not any(_is(name, module) for name in names)]:
+        raise UserError(
+            f"method.modules_to_save: no module is named {', '.join(map(repr, missing))}; the model has "
+            f"{describe(name.rsplit('.', 1)[0] for name in names)}"
+        )
+
+
+def _names(root: nnx.Module) -> list[str]:
+    return [piece.name for spec in specs(root).values() if not spec.row.adapter for piece in spec.pieces()]
+
+
+def _is(name: str, module: str) -> bool:
     """PEFT's rule: the name of the parameter's module, or of one around it, ends with what was asked for. So `norm` is
     also every `input_layernorm`."""
-    parts = spec.module.split(".")
+    parts = name.split(".")[:-1]
     return any(".".join(parts[:end]).endswith(module) for end in range(1, len(parts) + 1))
+
+
+def train_names(root: nnx.Module, chosen: Set[str]) -> None:
+    """Mark the parameters of these names as trained, in place; stacks are parted before, so that each trains as a whole."""
+    found = specs(root)
+    paths = {p for p, spec in found.items() if not spec.row.adapter and all(piece.name in chosen for piece in spec.pieces())}
+    for path, variable in variables(root):
+        if path in paths:
+            train(variable)
 
 
 def train(variable: nnx.Variable) -> None:

@@ -70,9 +70,15 @@ def matches(name: str, wanted: str | list[str]) -> bool:
     return any(name == one or name.endswith(f".{one}") for one in wanted)
 
 
-def layer_index(name: str) -> int | None:
-    """The first number that follows a module name: 3 in `model.layers.3.mlp.up_proj`."""
-    found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+def layer_index(name: str, patterns: str | list[str] | None = None) -> int | None:
+    """The first number that follows a module name: 3 in `model.layers.3.mlp.up_proj`.
+
+    Args:
+        patterns: which names of lists of layers count (PEFT's `layers_pattern`); all of them otherwise.
+    """
+    own = [patterns] if isinstance(patterns, str) and patterns else patterns or []
+    tried = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in own] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next((match for one in tried if (match := re.match(one, name))), None)
     return int(found[1]) if found else None
 
 

@@ -1,7 +1,7 @@
 """Causal attention over packed rows. Every backend honours segment ids, windows, softcap and sinks, or refuses.
 
-Order in a row (the slot), not the RoPE position, decides what is causal, so the same code serves packed training rows,
-left-padded prompts and the KV cache.
+Order in a row (the slot), not the RoPE position, decides what is causal, so the same code serves packed training rows and the
+KV cache.
 
 Legend: B batch, T query length, S key length, N heads, K kv heads, G = N / K, H head dim.
 """
@@ -23,16 +23,24 @@ from ftjax.models.pattern import MASKED, Pattern
 __all__ = ["KERNELS", "MASKED", "Pattern", "attend", "choose", "visible"]
 
 
-def visible(q_segments: jax.Array, k_segments: jax.Array, offset: jax.Array | int, window: int | None) -> jax.Array:
+def visible(
+    q_segments: jax.Array, k_segments: jax.Array | None, offset: jax.Array | int, slots: int, window: int | None
+) -> jax.Array:
     """`[B, T, S]` bool: key s is of query t's document, not after it, and inside the window.
 
-    The query at index t sits in slot `offset + t`.
+    Args:
+        q_segments: [B, T] int32.
+        k_segments: [B, S] int32; None for a KV cache, whose rows are one document each.
+        offset: slot of the first query, of each row [B] or of all.
+        slots: S.
     """
-    q_slot = offset + jnp.arange(q_segments.shape[1], dtype=jnp.int32)[:, None]
-    k_slot = jnp.arange(k_segments.shape[1], dtype=jnp.int32)[None, :]
+    q_slot = jnp.asarray(offset, jnp.int32)[..., None, None] + jnp.arange(q_segments.shape[1], dtype=jnp.int32)[:, None]
+    k_slot = jnp.arange(slots, dtype=jnp.int32)
     mask = k_slot <= q_slot
     if window is not None:
         mask &= q_slot - k_slot < window
+    if k_segments is None:
+        return jnp.broadcast_to(mask, (*q_segments.shape, slots))
     return mask & (q_segments[:, :, None] == k_segments[:, None, :])
 
 
@@ -41,7 +49,7 @@ def xla(
     k: jax.Array,
     v: jax.Array,
     q_segments: jax.Array,
-    k_segments: jax.Array,
+    k_segments: jax.Array | None,
     offset,
     pattern: Pattern,
     sinks: jax.Array | None = None,
@@ -50,7 +58,7 @@ def xla(
     """The reference: scores in full, softmax in float32."""
     b, t, n, h = q.shape
     kv = k.shape[2]
-    mask = visible(q_segments, k_segments, offset, pattern.window)
+    mask = visible(q_segments, k_segments, offset, k.shape[1], pattern.window)
     if prefix is not None:
         before = [jnp.broadcast_to(x, (b, *x.shape)).astype(k.dtype) for x in prefix[:2]]
         k, v = (jnp.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
@@ -114,8 +122,8 @@ def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: s
 
     Args:
         q_segments: [B, T] int32. A key is seen by queries of the same segment only.
-        k_segments: [B, S] int32.
-        offset: slot of the first query.
+        k_segments: [B, S] int32; None for a KV cache, whose rows are one document each.
+        offset: slot of the first query, of each row [B] or of all.
         pattern: scale, window and softcap of this layer.
         backend: what `choose` gave. A KV cache, whose few queries have few scores, and rows behind a prefix
             go through the plain XLA one.

@@ -38,7 +38,7 @@ class _Probe:
 
     notes: _Notes
     written: tuple[jax.Array, jax.Array] | None = None
-    length: int = 0
+    lengths: int = 0
 
     def write(self, layer: Any, k: jax.Array, v: jax.Array) -> "_Probe":
         assert k.shape == v.shape, "keys and values that differ in shape have no place in the cache"
@@ -47,10 +47,6 @@ class _Probe:
 
     def read(self, layer: Any) -> tuple[jax.Array, jax.Array]:
         return self.written
-
-    @property
-    def segment_ids(self) -> jax.Array:
-        return jnp.ones(self.written[0].shape[:2], jnp.int32)
 
 
 jax.tree_util.register_pytree_node(_Probe, lambda probe: ((), probe.notes), lambda notes, _: _Probe(notes))

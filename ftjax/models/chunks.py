@@ -143,8 +143,12 @@ def _is_variable(node) -> bool:
 
 
 def _whole(variable: nnx.Variable, dtype) -> nnx.Variable:
-    """A weight gathered from all devices, for matrix products in `dtype`; vectors as they are."""
+    """A weight gathered from all devices, for matrix products in `dtype`; vectors as they are.
+
+    A trained one (an adapter's) in float32: its gradient is a sum over chunks.
+    """
     value = variable.get_value()
     if not isinstance(variable, nnx.Param) or value.ndim < 2:
         return variable
+    dtype = jnp.float32 if variable.row.trainable else dtype
     return variable.replace(gathered(value.astype(dtype), variable.row.axes[-value.ndim :]))

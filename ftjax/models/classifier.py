@@ -17,6 +17,7 @@ from ftjax.models.layers import Linear
 HEAD = "score"
 ARCHITECTURE = "ForSequenceClassification"
 OTHERS = ("granite",)  # families of which transformers has no such class
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 
 
 def _unembed(self: Any, x: jax.Array, ctx: Context) -> jax.Array:
@@ -37,7 +38,20 @@ def classes_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for _, name in sorted((int(number), name) for number, name in config["id2label"].items()))
 
 
-def classifier_config(config: Mapping[str, Any], classes: Sequence[str], pad_token_id: int | None = None) -> dict[str, Any]:
+def problem_of(config: Mapping[str, Any]) -> str | None:
+    """What a classifier's scores mean; None for a model that writes text. One output alone is a number, as in transformers."""
+    classes = classes_of(config)
+    return (config.get("problem_type") or (REGRESSION if len(classes) == 1 else SINGLE)) if classes else None
+
+
+def vector_size(config: Mapping[str, Any]) -> int:
+    """Values that the labels of one text are; 0 where they are one class."""
+    return 0 if problem_of(config) in (None, SINGLE) else len(classes_of(config))
+
+
+def classifier_config(
+    config: Mapping[str, Any], classes: Sequence[str], pad_token_id: int | None = None, problem_type: str | None = SINGLE
+) -> dict[str, Any]:
     """config.json of a classifier over this model.
 
     Args:
@@ -60,7 +74,7 @@ def classifier_config(config: Mapping[str, Any], classes: Sequence[str], pad_tok
         "architectures": [name],
         "id2label": {str(number): label for number, label in enumerate(classes)},
         "label2id": {label: number for number, label in enumerate(classes)},
-        "problem_type": "single_label_classification",
+        "problem_type": problem_type,
         "pad_token_id": pad_token_id if pad is None else pad,
     }
 

@@ -21,6 +21,7 @@ INERT = {
     "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
     "use_cache", "use_bfloat16", "prefix", "pruned_heads", "finetuning_task", "_attn_implementation", "name_or_path",
     "cache_implementation", "_num_labels", "gradient_checkpointing", "tie_last_hidden_states",
+    "original_max_position_embeddings",  # except in Phi-3, which takes it: else only transformers 4 looks here
 }  # fmt: skip
 
 # Fields of every transformers configuration that would change the model if they were set.
@@ -28,6 +29,11 @@ REFUSED_UNLESS = {
     "add_cross_attention": False, "is_decoder": False, "is_encoder_decoder": False, "cross_attention_hidden_size": None,
     "tie_encoder_decoder": False, "quantization_config": None, "rope_interleaved": False, "is_causal": True,
 }  # fmt: skip
+
+INSTEAD = (
+    "take the checkpoint that it was made from, in bfloat16 or float16, and let model.quantization: nf4 or int8 hold it in few "
+    "bits while it trains"
+)
 
 
 class Facts:
@@ -88,6 +94,12 @@ class Facts:
 
     def finish(self) -> None:
         """UserError for fields that were neither taken nor known to be without effect."""
+        if quantised := self._values.get("quantization_config"):
+            kind = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+            raise UserError(
+                f"config.json of this {self.model_type} model has weights that are quantised (quantization_config: {kind}), "
+                f"in a way that ftjax does not read; {INSTEAD}. If its tensors are not quantised, remove that field"
+            )
         for name, value in REFUSED_UNLESS.items():
             if self._values.get(name, value) != value and name not in self._taken:
                 self.only(name, value, why="it changes the model")
@@ -130,7 +142,7 @@ def complete_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     model_type = raw["model_type"]
     if model_type == "mistral" and "layer_types" in raw:  # as transformers' AutoConfig does
         model_type = "ministral"
-    check_supported(model_type, where)
+    check_supported(model_type, where, text=raw.get("text_config"))
     from transformers import CONFIG_MAPPING
 
     try:

@@ -16,6 +16,7 @@ from ftjax.models.classifier import classes_of, to_classifier
 from ftjax.models.facts import Facts
 from ftjax.models.param import Buffer, Spec, specs, variables
 from ftjax.models.registry import FAMILIES
+from ftjax.models.rope import unread
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,22 @@ class Model:
         return tree.split(self.specs, lambda path: self.specs[path].row.trainable)[1]
 
 
+def note_unread(facts: Facts) -> None:
+    """A note of each key of RoPE that has no effect."""
+    ropes = facts.get("rope_parameters") or {}
+    nested = [value for value in ropes.values() if isinstance(value, Mapping)]
+    for key in sorted({key for one in nested or [ropes] for key in unread(one)}):
+        facts.note(
+            f"config.json of this {facts.model_type} model has {key} in its RoPE parameters, which transformers ignores too"
+        )
+
+
 def build_module(config: Mapping[str, Any]) -> nnx.Module:
     """The abstract module of a completed config.json (`ftjax.models.facts`); every field is honoured or refused."""
     facts = Facts(config)
     module = FAMILIES[facts.model_type].build(facts)
     facts.finish()
+    note_unread(facts)
     if classes_of(config):
         to_classifier(module, config)
     module.notes, module.max_positions = tuple(facts.notes), facts.max_positions

@@ -1,7 +1,7 @@
 """Which Hugging Face `model_type` is built by which file."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +44,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def check_supported(model_type: str, where: str) -> None:
-    """UserError with the list of families where a model type is not one of them."""
-    if model_type not in FAMILIES:
+def check_supported(model_type: str, where: str, text: Any = None) -> None:
+    """UserError with the list of families where a model type is not one of them.
+
+    Args:
+        text: the `text_config` of a model that reads images or sound too.
+    """
+    if model_type in FAMILIES:
+        return
+    if text is not None:
+        kind = text.get("model_type") if isinstance(text, Mapping) else None
+        known = FAMILIES.get(kind)
+        instead = f"take a text model, such as {known.example} ({kind})" if known else "take a text model of these families"
         raise UserError(
-            f"{where}: model_type {model_type!r} is not supported; the families that are: {', '.join(sorted(FAMILIES))}"
+            f"{where}: model_type {model_type!r} wraps a text model ({kind}) with parts for images or sound, and ftjax reads "
+            f"text models only; {instead}. The families: {', '.join(sorted(FAMILIES))}"
         )
+    raise UserError(
+        f"{where}: model_type {model_type!r} is not supported; the families that are: {', '.join(sorted(FAMILIES))}"
+    )

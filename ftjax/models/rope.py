@@ -92,6 +92,18 @@ def apply(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
 
 
+def unread(parameters: Mapping[str, Any]) -> list[str]:
+    """The keys of `rope_parameters` that are set and that transformers does not read for their type, such as `finetuned` of
+    YaRN's first models and `short_mscale` of Phi-3.5 MoE."""
+    known = _KEYS.get(parameters.get("rope_type", "default"), set()) | {
+        "rope_type",
+        "type",
+        "rope_theta",
+        "partial_rotary_factor",
+    }
+    return sorted(key for key, value in parameters.items() if key not in known and value is not None)
+
+
 def refuse_partial(parameters: dict[str, Any]) -> dict[str, Any]:
     """The same `rope_parameters`, for a family that rotates whole heads; UserError where a part is asked for."""
     factor = parameters.get("partial_rotary_factor")
@@ -103,17 +115,14 @@ def refuse_partial(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_rope(parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> Rope:
-    """From a `rope_parameters` dict as transformers 5 standardises it.
+    """From a `rope_parameters` dict as transformers 5 standardises it; keys that its type does not know have no effect there
+    (`unread`), nor here.
 
-    Raises UserError for an unknown type, or for a key that the type does not know.
+    Raises UserError for an unknown type.
     """
     kind = parameters.get("rope_type", "default")
     if kind not in _KEYS:
         raise UserError(f"rope_parameters: rope_type {kind!r} is not supported; those that are: {', '.join(sorted(_KEYS))}")
-    known = _KEYS[kind] | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    unknown = sorted(key for key, value in parameters.items() if key not in known and value is not None)
-    if unknown:
-        raise UserError(f"rope_parameters: rope_type {kind!r} does not use {', '.join(unknown)}; remove it or change the type")
     base = parameters["rope_theta"]
     part = parameters.get("partial_rotary_factor")
     dim = head_dim if part is None else int(head_dim * part)

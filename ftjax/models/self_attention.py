@@ -33,7 +33,7 @@ def self_attention(
     segments, offset = ctx.segment_ids, 0
     if cache is not None:
         cache = cache.write(layer, k, v)
-        (k, v), segments, offset = cache.read(layer), cache.segment_ids, cache.length
+        (k, v), segments, offset = cache.read(layer), None, cache.lengths
     y = attend(q, k, v, ctx.segment_ids, segments, offset, pattern, ctx.attention, sinks, _before(ctx, pattern, layer))
     return y.reshape(b, t, n * h), cache
 

@@ -26,7 +26,19 @@ class Sums(NamedTuple):
 
     loss: jax.Array  # sum of weight * -log p(target), float32
     weight: jax.Array  # sum of weights
-    correct: jax.Array  # sum of weight where the most likely token is the target
+    correct: jax.Array  # sum of weight where greedy decoding writes the target: the most likely token, of several the first
+
+
+# (float32 logits [B, C, V], targets [B, C] or [B, C, ...], weights [B, C]) -> their sums
+Measure = Callable[[jax.Array, jax.Array, jax.Array], Sums]
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
+    """Of tokens `targets` [B, C]."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    loss = jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
+    correct = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * weights)
+    return Sums(loss, jnp.sum(weights), correct)
 
 
 # (hidden [B, C, E], targets [B, C], weights [B, C]) -> the same, laid out over the devices as the projection needs them
@@ -49,14 +61,10 @@ def trained_first(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> 
 
 
 def _chunk_sums(
-    unembed: Unembed, arrange: Arrange, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+    unembed: Unembed, arrange: Arrange, measure: Measure, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> Sums:
     hidden, targets, weights = arrange(hidden, targets, weights)
-    logits = unembed(params, hidden)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    loss = jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
-    correct = jnp.sum((jnp.max(logits, axis=-1) <= picked) * weights)
-    return Sums(loss, jnp.sum(weights), correct)
+    return measure(unembed(params, hidden), targets, weights)
 
 
 def chunked_cross_entropy(
@@ -68,20 +76,21 @@ def chunked_cross_entropy(
     weights: jax.Array,
     arrange: Arrange = as_it_is,
     skip: bool = False,
+    measure: Measure = cross_entropy,
 ) -> Sums:
-    """Weighted sums of the cross-entropy over all tokens.
+    """Weighted sums of the cross-entropy, or what else `measure` gives, over all tokens.
 
     Args:
         unembed: the projection to the vocabulary; it may close over frozen arrays, but not over what is differentiated.
         length: tokens of each row whose logits exist at one time (C).
         params: what `unembed` takes and is differentiated: its trained parameters.
         hidden: [B, T, E].
-        targets: [B, T] int32, the token to be predicted at each place.
+        targets: [B, T] int32, the token to be predicted at each place; [B, T, ...] where `measure` takes them.
         weights: [B, T] float32; zero where nothing is trained.
         arrange: lays each chunk out over the devices.
         skip: chunks in which nothing is trained are not computed; on several devices they would have to agree on it first.
     """
-    return _cross_entropy(unembed, arrange, length, skip, params, hidden, targets, weights)
+    return _cross_entropy(unembed, arrange, measure, length, skip, params, hidden, targets, weights)
 
 
 def _unless_idle(skip: bool, run: Callable[[], Any], weights: jax.Array) -> Any:
@@ -92,23 +101,23 @@ def _unless_idle(skip: bool, run: Callable[[], Any], weights: jax.Array) -> Any:
     return jax.lax.cond(jnp.any(weights != 0), run, lambda: nothing)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _cross_entropy(unembed, arrange, length, skip, params, hidden, targets, weights):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _cross_entropy(unembed, arrange, measure, length, skip, params, hidden, targets, weights):
     def body(sums, chunk):
-        more = _unless_idle(skip, lambda: _chunk_sums(unembed, arrange, params, *chunk), chunk[-1])
+        more = _unless_idle(skip, lambda: _chunk_sums(unembed, arrange, measure, params, *chunk), chunk[-1])
         return jax.tree.map(jnp.add, sums, more), None
 
     xs = tuple(chunks(x, length) for x in (hidden, targets, weights))
     return jax.lax.scan(body, Sums(*(jnp.zeros((), jnp.float32),) * 3), xs)[0]
 
 
-def _forward(unembed, arrange, length, skip, params, hidden, targets, weights):
+def _forward(unembed, arrange, measure, length, skip, params, hidden, targets, weights):
     def body(carry, chunk):
         sums, d_params = carry
         h, *rest = chunk
 
         def loss(params, h):
-            sums = _chunk_sums(unembed, arrange, params, h, *rest)
+            sums = _chunk_sums(unembed, arrange, measure, params, h, *rest)
             return sums.loss, sums
 
         def gradients():
@@ -116,16 +125,17 @@ def _forward(unembed, arrange, length, skip, params, hidden, targets, weights):
             return sums, *pull(jnp.float32(1))
 
         more, d_more, d_h = _unless_idle(skip, gradients, rest[-1])
-        carry = jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.add, d_params, d_more)
+        carry = jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.add, d_params, d_more)  # in float32, whatever d_more is
         return carry, d_h
 
     xs = tuple(chunks(x, length) for x in (hidden, targets, weights))
-    start = (Sums(*(jnp.zeros((), jnp.float32),) * 3), jax.tree.map(jnp.zeros_like, params))
-    (sums, d_params), d_hidden = jax.lax.scan(body, start, xs)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
+    (sums, d_params), d_hidden = jax.lax.scan(body, (Sums(*(jnp.zeros((), jnp.float32),) * 3), zeros), xs)
+    d_params = jax.tree.map(lambda g, x: g.astype(x.dtype), d_params, params)
     return sums, (d_params, joined(d_hidden, hidden.shape[1]))
 
 
-def _backward(unembed, arrange, length, skip, residuals, cotangent: Sums):
+def _backward(unembed, arrange, measure, length, skip, residuals, cotangent: Sums):
     d_params, d_hidden = jax.tree.map(lambda g: (g * cotangent.loss).astype(g.dtype), residuals)
     return d_params, d_hidden, None, None
 

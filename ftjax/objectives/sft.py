@@ -16,7 +16,7 @@ from ftjax.mesh import CUT, RULES, constrain, spec
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded, gathered, in_order
 from ftjax.models.model import Model
-from ftjax.objectives.loss import Arrange, Sums, as_it_is, chunked_cross_entropy, trained_first
+from ftjax.objectives.loss import Arrange, Measure, Sums, as_it_is, chunked_cross_entropy, cross_entropy, trained_first
 
 
 def sums(
@@ -26,11 +26,13 @@ def sums(
     batch: Mapping[str, jax.Array],
     ctx: Context,
     loss_chunk: int,
+    measure: Measure = cross_entropy,
 ) -> tuple[Sums, jax.Array]:
     """`(Sums, auxiliary loss)` of a batch `[B, T]`.
 
     Args:
         loss_chunk: tokens of the batch whose logits exist at one time.
+        measure: of logits and the batch's targets.
     """
     module = model.bind({**frozen, **trainable})
     hidden, _, aux = module.hidden(batch["tokens"], ctx)
@@ -45,9 +47,9 @@ def sums(
     alone = jax.sharding.get_abstract_mesh().size <= 1
     if alone:
         hidden, targets, weights = trained_first(hidden, targets, weights)
-    b, t = targets.shape
+    b, t = weights.shape
     length = min(t, max(1, loss_chunk // b))
-    return chunked_cross_entropy(unembed, length, inside, hidden, targets, weights, arrange, skip=alone), aux
+    return chunked_cross_entropy(unembed, length, inside, hidden, targets, weights, arrange, alone, measure), aux
 
 
 def output_projection(model: Model, params: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], Arrange]:

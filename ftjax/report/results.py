@@ -99,6 +99,9 @@ def _metrics(results: Mapping[str, Any]) -> str:
             labels = found["labels"]
             rows = [[label, *map(str, row)] for label, row in zip(labels, found["confusion_matrix"], strict=True)]
             parts.append(table(["", *labels], rows, caption=f"{who}true class (rows), chosen class (columns)"))
+        if "table" in found:
+            rows = [[number(x) if isinstance(x, float) or x is None else str(x) for x in row] for row in found["table"]["rows"]]
+            parts.append(table(found["table"]["head"], rows, caption=f"{who}each {found['table']['head'][0]}"))
     return "".join(parts)
 
 

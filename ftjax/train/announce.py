@@ -7,11 +7,13 @@ from typing import Any
 import jax
 
 from ftjax.config import Config
+from ftjax.data.labels import Labels
 from ftjax.data.pipeline import Split
 from ftjax.data.preview import render_example
 from ftjax.flops import TrainFlops
 from ftjax.mesh import describe, notes
 from ftjax.methods import method_of
+from ftjax.models.classifier import MULTI, SINGLE
 from ftjax.train.progress import say
 from ftjax.train.setup import Setup
 
@@ -39,29 +41,30 @@ def announce(setup: Setup, split: Split, flops: TrainFlops, *, steps: int, epoch
 
 def show_example(config: Config, split: Split, tokenizer: Any) -> None:
     """One row as the model sees it, with what is trained marked."""
-    if (classes := config.objective.classes) is not None:
-        *text, number = split.example().tokens.tolist()
-        say("an example:", tokenizer.decode(text), f"its class: {classes[number]}")
+    if config.objective.classes is not None:
+        document, labels = split.example(), Labels.of(config.objective)
+        *text, number = document.tokens.tolist()
+        what = {SINGLE: "class", MULTI: "labels"}.get(labels.problem_type, "value")
+        say("an example:", tokenizer.decode(text), f"its {what}: {labels.words(number, document.labels)}")
         return
     say("an example (what is trained is marked):", render_example(split.example(), tokenizer))
 
 
 def next_commands(folder: Path, config: Config) -> list[str]:
     """What one does with a finished run."""
-    final, base = folder / "final", config.model.path
+    final = folder / "final"
     method = method_of(config.method)
     adapter = method.adapter
     if config.objective.classes is not None:
         lines = [f"done; the result is in {final}", f"  measure it: ftjax evaluate {folder} --data FILE"]
         if adapter:
             return [*lines, f"  one model:  ftjax export {folder} --out {folder / 'merged'} --merge"]
-        return [*lines, f"  in Python:  transformers.pipeline('text-classification', {str(final)!r})"]
-    model = f"{base} --adapter {final}" if adapter else str(final)
-    raw = "--raw " if config.data.prompt_format == "raw" else ""  # as the prompts were that it learnt from
+        several = "" if config.objective.single else ", top_k=None"
+        return [*lines, f"  in Python:  transformers.pipeline('text-classification', {str(final)!r}{several})"]
     merged = folder / "merged" if adapter else final
     lines = [
         f"done; the result is in {final}",
-        f"  try it:     ftjax generate {model} {raw}--prompt '...'",
+        f"  try it:     ftjax generate {folder} --prompt '...'",
         f"  look at it: ftjax report {folder}",
     ]
     if adapter and method.merged is None:

@@ -5,6 +5,7 @@ before it whole. A checkpoint holds logical arrays: it can be restored on anothe
 """
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,44 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of
 ocp.type_handlers.register_type_handler(jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True)
 
 
-class _FailedSave(logging.Handler):
-    """Hears of a save that failed, where Orbax would leave this process waiting for the others, and them for it."""
+# What systems say of a disk; the last is TensorStore's own word, where there is no better one.
+REASONS = (
+    "No space left on device", "Permission denied", "Read-only file system", "Disk quota exceeded", "File too large",
+    "RESOURCE_EXHAUSTED",
+)  # fmt: skip
+
+
+class _FailedSave(logging.Filter):
+    """Hears of a save that failed, which Orbax reports with a traceback from each of its threads and raises later.
+
+    With several processes it would leave this one waiting for the others, and them for it.
+    """
 
     def __init__(self, checkpoints: "Checkpoints"):
-        super().__init__(logging.ERROR)
+        super().__init__()
         self._checkpoints = checkpoints
 
-    def emit(self, record: logging.LogRecord) -> None:
-        error = record.exc_info[1] if record.exc_info else None
-        if (
-            error is not None
-            and "Failed to run" in record.getMessage()
-            and str(self._checkpoints.folder) in record.getMessage()
-        ):
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is shown."""
+        error, text = record.exc_info[1] if record.exc_info else None, record.getMessage()
+        if error is None or "orbax" not in record.pathname:
+            return True
+        if store.several() and "Failed to run" in text and str(self._checkpoints.folder) in text:
             fail(self._checkpoints.explained(error) or error)
+        return False
+
+
+def _quiet_writers() -> None:
+    """TensorStore prints a traceback for every array that is done after a save has failed, as nobody waits for it."""
+    before = sys.unraisablehook
+    if getattr(before, "__module__", None) == __name__:
+        return
+
+    def unraisablehook(args) -> None:
+        if not (args.exc_type is RuntimeError and str(args.exc_value) == "Event loop is closed"):
+            before(args)
+
+    sys.unraisablehook = unraisablehook
 
 
 class Checkpoints:
@@ -47,8 +71,8 @@ class Checkpoints:
         self.folder = folder = place(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "meta"))
-        if store.several():
-            logging.getLogger("absl").addHandler(_FailedSave(self))
+        logging.getLogger("absl").addFilter(_FailedSave(self))
+        _quiet_writers()
 
     @property
     def latest(self) -> int | None:
@@ -105,9 +129,10 @@ class Checkpoints:
         """What a failed save means for the user; None where it is not the disk's fault."""
         if not _is_disk_error(error):
             return None
-        before = f"The checkpoint before it is whole (step {self.latest})" if self.latest else "There is none before it"
+        whole = max(ocp.utils.checkpoint_steps(self.folder), default=None)
+        before = "There is none before it" if whole is None else f"The checkpoint before it is whole (step {whole})"
         return UserError(
-            f"{self.folder}: a checkpoint could not be written: {_root(error)}. {before}; make room and run the same command "
+            f"{self.folder}: a checkpoint could not be written: {_reason(error)}. {before}; make room and run the same command "
             "again"
         )
 
@@ -136,18 +161,12 @@ def _chain(error: BaseException | None):
         error = error.__cause__ or error.__context__
 
 
-def _root(error: BaseException) -> str:
-    return str(list(_chain(error))[-1]).splitlines()[0]
+def _reason(error: BaseException) -> str:
+    """In a few words; TensorStore puts them behind the name of the array and two long paths."""
+    text = str(list(_chain(error))[-1]).splitlines()[0]
+    return next((words for words in REASONS if words in text), text)
 
 
 def _is_disk_error(error: BaseException) -> bool:
     """Whether a failed save is the disk's fault; tensorstore reports that as text inside a ValueError."""
-    words = (
-        "No space left",
-        "RESOURCE_EXHAUSTED",
-        "Permission denied",
-        "Read-only file system",
-        "Disk quota",
-        "File too large",
-    )
-    return any(isinstance(e, OSError) or any(word in str(e) for word in words) for e in _chain(error))
+    return any(isinstance(e, OSError) or any(words in str(e) for words in REASONS) for e in _chain(error))

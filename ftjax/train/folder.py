@@ -1,21 +1,25 @@
 """The folder of a run: made, or found to hold this very run, by one process for all."""
 
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
 
 from etils import epath
+from pydantic import BaseModel
 
 from ftjax.config import Config
-from ftjax.config.load import diff_configs, load_config, save_config
+from ftjax.config.load import diff_configs, flatten_config, load_config, save_config
+from ftjax.data.find import find
 from ftjax.distributed import store
 from ftjax.distributed.agree import see_one_folder
 from ftjax.errors import UserError
+from ftjax.hub.output import recover, take_place
 from ftjax.train.checkpoint import place
 from ftjax.train.same_run import is_free
 
-CONFIG, BEST = "config.yaml", "best"
+CONFIG, FINAL, BEST, WANDB = "config.yaml", "final", "best", "wandb_run_id"
 
 
 def checkpoints_of(config: Config) -> epath.Path:
@@ -43,14 +47,20 @@ def _create(config: Config, checkpoints: epath.Path) -> None:
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}; choose another output_dir") from None
+    for result in (folder / FINAL, folder / BEST, *([] if "://" in str(checkpoints) else [Path(checkpoints) / BEST])):
+        recover(result)
     kept = checkpoints / CONFIG if config.training.checkpoint_dir else folder / CONFIG
     if any(step.name.isdecimal() for step in _children(checkpoints)) and kept.exists():
-        differences = [d for d in diff_configs(_read(kept), config) if not is_free(d, config)]
+        before = _read(kept)
+        differences = [key for key in diff_configs(before, config) if not is_free(key, config)]
         if differences:
+            _look_for_data(config, differences)
+            values = [flatten_config(one) for one in (before, config)]
+            lines = [f"{key}: {_shown(values[1].get(key))} (before: {_shown(values[0].get(key))})" for key in differences]
             raise UserError(
                 f"output_dir: {config.training.checkpoint_dir or folder} holds checkpoints of another configuration, which "
                 "differs in\n  "
-                + "\n  ".join(differences)
+                + "\n  ".join(lines)
                 + "\nChoose another output_dir, remove that folder, or undo the difference to go on with that run"
             )
     save_config(config, folder / CONFIG)
@@ -62,13 +72,50 @@ def _create(config: Config, checkpoints: epath.Path) -> None:
         raise UserError(f"training.checkpoint_dir: {checkpoints} cannot be written: {error.strerror or error}") from None
 
 
-def replace_text(path: epath.Path, text: str) -> None:
+def _look_for_data(config: Config, differences: list[str]) -> None:
+    """UserError where other data is named that is not there: a slip of the pen is then said, and not another run."""
+    for which in ("train", "validation"):
+        if f"data.{which}" in differences:
+            for source in config.data.sources(which):
+                find(source)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(value, list):
+        value = [one.model_dump(mode="json", exclude_defaults=True) if isinstance(one, BaseModel) else one for one in value]
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+def wandb_id(config: Config, first: int) -> str | None:
+    """The run's name at Weights & Biases, which starts that go on from a checkpoint share; None where none is wanted.
+
+    It is kept in the run folder, and beside the checkpoints where these are elsewhere. A run that begins anew gets a new one.
+
+    Args:
+        first: the step that this start goes on from.
+    """
+    if "wandb" not in config.training.report_to or store.index() > 0:
+        return None
+    files = [epath.Path(config.output_dir) / WANDB]
+    if config.training.checkpoint_dir:
+        files.append(checkpoints_of(config) / WANDB)
+    kept = [file.read_text().strip() for file in files if first and file.exists()]
+    name = kept[0] if kept else secrets.token_hex(6)
+    for file in files:
+        replace_text(file, name)
+    return name
+
+
+def replace_text(path: Path | epath.Path, text: str) -> None:
     """Write a file that is whole whenever somebody reads it, on a disk or in a bucket."""
     if "://" in str(path):
         path.write_text(text)  # an object appears as a whole
         return
     partial = path.parent / f".{path.name}.{os.getpid()}"
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -108,7 +155,7 @@ def bring_best_back(folder: Path, checkpoints: epath.Path) -> str | None:
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
-    """A folder of files in place of another, which is whole or not there at any time on a disk."""
+    """A folder of files in place of another, which on a disk is whole at any time."""
     partial = target.parent / f".{target.name}.partial"
     local = "://" not in str(target)
     place = partial if local else target
@@ -119,5 +166,4 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
         with file.open("rb") as read, (place / file.name).open("wb") as write:
             shutil.copyfileobj(read, write, 1 << 24)
     if local:
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        take_place(Path(partial), Path(target))

@@ -9,6 +9,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,27 +19,33 @@ import numpy as np
 
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config, TrainingConfig
+from ftjax.data.batch import BatchIterator
 from ftjax.data.classes import with_labels
-from ftjax.data.pipeline import BatchIterator, Split, load_splits
+from ftjax.data.labels import Labels
+from ftjax.data.pipeline import Split, load_splits
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree
 from ftjax.distributed.ending import asked_to_stop, together
 from ftjax.errors import UserError
 from ftjax.flops import peak_of, train_flops
+from ftjax.hub.load import positions_of
 from ftjax.hub.output import write_output
 from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.vocabulary import embeddings_of
+from ftjax.objectives import classification
 from ftjax.train.announce import announce, next_commands, show_example
 from ftjax.train.checkpoint import Checkpoints
-from ftjax.train.folder import bring_best_back, checkpoints_of, keep_best, open_run_folder
+from ftjax.train.folder import bring_best_back, checkpoints_of, keep_best, open_run_folder, wandb_id
 from ftjax.train.layout import BatchLayout
+from ftjax.train.lock import alone_in
 from ftjax.train.profile import Profile
 from ftjax.train.progress import Progress, say
-from ftjax.train.record import peak_memory_gib, write_record
+from ftjax.train.record import finished_at, peak_memory_gib, write_finished, write_record
 from ftjax.train.same_run import Documents, facts_to_agree, fingerprints, refuse_other_documents
 from ftjax.train.setup import Setup, compile_steps, prepare
 from ftjax.train.step import StepMetrics, abstract_state, init_state
-from ftjax.train.track import Observation, Tracker
-from ftjax.train.watch import BestMetric, Diverged, LossWatch, OverfitWatch
+from ftjax.train.track import Observation, Tracker, check_report_to
+from ftjax.train.watch import BestMetric, Diverged, LossWatch, OverfitWatch, why_skipped
 
 
 class Observer(Protocol):
@@ -54,27 +62,35 @@ class Observer(Protocol):
 def train(
     config: Config,
     *,
-    config_path: Path | None = None,
+    command: str = "the same command",
     make_observer: Callable[[Setup, Any, Split | None], Observer | None] | None = None,
 ) -> None:
     """Fine-tune from start, or from the newest checkpoint in `output_dir`, to the end; writes the run folder.
 
     Args:
+        command: what a person types to go on with this run, for messages.
         make_observer: of set-up, tokenizer and validation data; what it gives is called at every evaluation.
 
     Raises UserError for whatever in the configuration, the model or the data is wrong; of several processes each then ends
     the same way (`ftjax.distributed.ending`).
     """
-    with together():
+    with together(), ExitStack() as held:
         keep_compiled_programs()
         agree("the number of devices", {"devices": jax.local_device_count(), "platform": jax.default_backend()})
         config = with_labels(config)
+        check_report_to(config.training.report_to)
+        held.enter_context(alone_in(config))
         open_run_folder(config)
         checkpoints = Checkpoints(checkpoints_of(config), config.training.save_total_limit)
         tokenizer = load_tokenizer(config.model)
         train_split, validation = load_splits(
-            config.data, tokenizer, seed=config.training.seed, classes=config.objective.classes
-        )
+            config.data, tokenizer, seed=config.training.seed, labels=Labels.of(config.objective),
+            positions=positions_of(config.model.path, config.model.revision),
+        )  # fmt: skip
+        embeddings = embeddings_of(config)
+        for split in (train_split, validation):
+            if split is not None:
+                split.refuse_unknown(embeddings, tokenizer)
         documents = fingerprints(train_split, validation)
         refuse_other_documents(checkpoints, documents, config)
         steps = steps_of_run(train_split, config.training)
@@ -85,7 +101,7 @@ def train(
             observer = make_observer(setup, tokenizer, validation) if make_observer else None
             agree("what is evaluated while training", observer.facts if observer is not None else {})
             check_early_stopping(config, evaluates=validation is not None or observer is not None)
-            Run(setup, tokenizer, train_split, validation, checkpoints, documents, steps, config_path, observer).go()
+            Run(setup, tokenizer, train_split, validation, checkpoints, documents, steps, command, observer).go()
 
 
 def check_early_stopping(config: Config, *, evaluates: bool) -> None:
@@ -113,15 +129,26 @@ def steps_of_run(split: Split, options: TrainingConfig) -> int:
     return max(1, math.ceil(sum(each[:-1]) + each[-1] * (options.num_train_epochs - whole + 1)))
 
 
+@dataclass
+class Update:
+    """One that was dispatched, and whose metrics have not been read."""
+
+    step: int
+    metrics: StepMetrics
+    limit: float  # of its loss
+    ended: float | None = None  # when it was seen to be done (`time.perf_counter`)
+
+
 class Run:
     """One run of the loop; what it prints and writes is the run folder of the documentation."""
 
     def __init__(
         self, setup: Setup, tokenizer: Any, split: Split, validation: Split | None, checkpoints: Checkpoints,
-        documents: Documents, steps: int, config_path: Path | None, observer: Observer | None = None,
+        documents: Documents, steps: int, command: str, observer: Observer | None = None,
     ):  # fmt: skip
         self.setup, self.tokenizer, self.split, self.validation = setup, tokenizer, split, validation
-        self.config, self.config_path, self.observer = setup.config, config_path, observer
+        self.config, self.command, self.observer = setup.config, command, observer
+        self.evaluates = validation is not None or observer is not None
         self.checkpoints, self.folder = checkpoints, Path(setup.config.output_dir)
         options = self.options = setup.config.training
         self.documents, self.total = documents, steps
@@ -134,7 +161,8 @@ class Run:
             options.global_batch_size, seed=options.seed, shuffle=True, epochs=None,
             rows=self.layout.own, width_multiple=self.layout.length_parts,
         )  # fmt: skip
-        self.watch = LossWatch(options.loss_spike_factor)
+        self.watch = LossWatch(options.loss_spike_factor, options.max_skipped_updates)
+        self.pending: list[Update] = []  # in their order
         self.best = BestMetric(
             options.metric_for_best_model,
             options.best_is_greatest,
@@ -146,9 +174,9 @@ class Run:
         self.since_eval = np.zeros(2)  # and since the last evaluation
         self.counted = np.zeros(2)  # FLOPs and tokens since the last log
         self.latest: dict[str, float] = {}  # metrics of the last log
-        self.last_eval = 0
         self.key = jax.random.key(options.seed)
         self.interrupted: str | None = None
+        self.why = ""  # the latest update that was skipped, in words
         self.compiled: set[tuple[int, ...]] = set()  # shapes of batches whose program all processes have
 
     # ---- start, middle, end ----
@@ -157,7 +185,7 @@ class Run:
         first = self.begin() if self.checkpoints.latest is None else self.restore()
         self.tracker = Tracker(
             self.folder, self.options.report_to, self.config.model_dump(mode="json"),
-            active=jax.process_index() == 0, resume_from=first,
+            active=jax.process_index() == 0, resume_from=first, run_id=wandb_id(self.config, first),
         )  # fmt: skip
         self.announce(first)
         # With several processes SIGTERM is JAX's, which has them all agree on the step after which they stop.
@@ -165,11 +193,6 @@ class Run:
         handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         try:
             done = self.loop(first)
-        except Diverged:
-            # The update was refused inside the step, so the state is that of the last good one.
-            self.save(int(self.state.step))
-            self.checkpoints.wait()
-            raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -177,49 +200,84 @@ class Run:
             self.tracker.close()
         if self.interrupted:
             self.checkpoints.close()
-            again = f"ftjax train {self.config_path}" if self.config_path else "the same command"
-            say(f"{self.interrupted}: saved step {done} of {self.total} in {self.folder}. To go on: {again}")
+            where = ", on all hosts" if store.several() else ""
+            say(f"{self.interrupted}: saved step {done} of {self.total} in {self.folder}. To go on{where}: {self.command}")
             raise SystemExit(1)
         self.checkpoints.close()
-        self.finish(done)
+        self.finish(first, done)
 
     def loop(self, first: int) -> int:
         """Updates `first + 1` to the last; returns the number of the last one done."""
-        pending: tuple[int, StepMetrics] | None = None
         step = first
+        if self.best.exhausted:
+            self.say_early_stop(step)
+            return step
         with Progress(self.total, first) as progress:
-            while step < self.total and not self.interrupted:
+            while step < self.total:
                 batch = self.layout.arrays(next(self.batches))
-                limit = np.float32(self.watch.limit())
+                limit = np.float32(self.watch.limit(step + 1))
                 self.compile_together(batch, limit)
+                self.look()
                 with self.profile.step(step + 1):
                     self.state, metrics = self.train_step(self.state, self.setup.frozen, batch, self.key, limit)
                 step += 1
                 self.profile.dispatched(step, metrics)
+                self.pending.append(Update(step, metrics, float(limit)))
                 if jax.process_count() > 1 and asked_to_stop(step):
                     self.interrupted = signal.SIGTERM.name
-                if pending:
-                    self.read(*pending, progress)
-                pending = (step, metrics)
-                evaluates = self.validation is not None or self.observer is not None
-                evaluate = evaluates and self.options.eval_steps and step % self.options.eval_steps == 0
-                save = step % self.options.save_steps == 0
-                if evaluate or save or self.interrupted or step == self.total:
-                    self.read(*pending, progress)  # a bad update must not be saved or called the best
-                    pending = None
-                if evaluate or (step == self.total and evaluates):
-                    self.evaluate(step, progress)
-                if save or self.interrupted or step == self.total:
-                    self.save(step)
-                if self.best.exhausted and step < self.total:
-                    say(f"early stop at step {step}: {self.best.name} has not improved since step {self.best.step}")
-                    self.save(step)
+                if self.settle(step, progress):
                     break
         return step
 
-    def finish(self, step: int) -> None:
-        """Write `final/` and say what to do next."""
-        self.write("final", step, {})
+    def settle(self, step: int, progress: Progress) -> bool:
+        """What follows the dispatch of update `step`, in this order: read, evaluate, save, end. Whether the loop ends here.
+
+        The update before is read always, and this one too where anything else follows: what is evaluated or saved has been
+        looked at, and all that was counted until then is saved with it.
+
+        Raises Diverged, after saving, where too many updates in a row were skipped.
+        """
+        last = step == self.total
+        evaluate = self.evaluates and (last or (self.options.eval_steps is not None and step % self.options.eval_steps == 0))
+        save = last or step % self.options.save_steps == 0
+        while len(self.pending) > 1:
+            self.read_next(progress)
+        while self.pending and (evaluate or save or self.watch.gives_up):
+            self.read_next(progress)
+        # Where it is broken there is nothing to evaluate.
+        if evaluate and not self.diverged:
+            self.evaluate(step, progress)
+        stop = self.interrupted is not None  # a signal may come at any time, and is looked for here alone
+        while self.pending and stop:
+            self.read_next(progress)
+        early, diverged = self.best.exhausted and not last, self.diverged
+        if diverged:
+            row = self.watch.in_a_row
+            self.watch.forget()
+        if save or stop or early or diverged:
+            self.save(step)
+        if diverged:
+            self.checkpoints.wait()
+            raise Diverged(step, row, self.why)
+        if early:
+            self.say_early_stop(step)
+        return stop or last or early
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it is time to give up: too many updates in a row were skipped, or all of a whole run."""
+        return self.watch.gives_up or self.watch.skipped == self.total
+
+    def say_early_stop(self, step: int) -> None:
+        say(f"early stop at step {step}: {self.best.name} has not improved since step {self.best.step}")
+
+    def finish(self, first: int, step: int) -> None:
+        """Write `final/`, unless this start had nothing to add to it, and say what to do next."""
+        there = first == step and finished_at(self.folder) == step and (self.folder / "final").is_dir()
+        if not store.from_first("finished", there):
+            self.write("final", step, {})
+            if jax.process_index() == 0:
+                write_finished(self.folder, step)
         if jax.process_index() == 0:
             say(*next_commands(self.folder, self.config))
 
@@ -236,29 +294,45 @@ class Run:
             store.wait_for_all("compiled")
             self.compiled.add(shape)
 
-    def read(self, step: int, metrics: StepMetrics, progress: Progress) -> None:
+    def look(self) -> None:
+        """Note the time of updates that are done already, before the next is dispatched: that may wait for it on CPUs."""
+        for update in self.pending:
+            if update.ended is None and update.metrics.loss.is_ready():
+                update.ended = time.perf_counter()
+
+    def read_next(self, progress: Progress) -> None:
+        update = self.pending.pop(0)
+        self.read(update.step, update, progress)
+
+    def read(self, step: int, update: Update, progress: Progress) -> None:
         """Fetch an update's metrics; log them where it is time."""
-        if step <= progress.read:
-            return
-        loss, weight, tokens, flops, grad_norm, update_norm, good = (np.asarray(value).item() for value in metrics)
-        self.watch.see(step, loss, grad_norm, good)
-        self.window += (loss * weight, weight)
-        self.since_eval += (loss * weight, weight)
+        values = (np.asarray(value).item() for value in update.metrics)
+        loss, weight, tokens, flops, grad_norm, update_norm, good = values
+        self.watch.see(step, loss, good)
+        if good:
+            self.window += (loss * weight, weight)
+            self.since_eval += (loss * weight, weight)
+        else:
+            self.why = why_skipped(loss, grad_norm, update.limit)
+            warning = f"update {step} is not applied: {self.why}; {self.watch.skipped} skipped so far"
+            say(f"warning: {warning}")
+            self.tracker.warn(step, warning)
         self.counted += (flops, tokens)
-        progress.update(step, loss, tokens)
+        progress.update(step, loss, tokens, update.ended)
         if step % self.options.logging_steps == 0 or step == self.total:
             row = {
-                "train/loss": self.window[0] / max(self.window[1], 1e-9),
-                "train/learning_rate": float(self.schedule(step - 1)),
-                "train/grad_norm": grad_norm,
-                "train/update_norm": update_norm,
+                # Of the updates that were applied; without any, there is none.
+                **({"train/loss": self.window[0] / max(self.window[1], 1e-9)} if good or self.window[1] else {}),
+                "train/learning_rate": float(self.schedule(step - 1 - self.watch.skipped)),
+                **({"train/grad_norm": grad_norm, "train/update_norm": update_norm} if good else {}),
                 "train/trained_tokens": weight,
+                "train/skipped_updates": self.watch.skipped,
                 **self.speed(progress.rate()),
                 "train/peak_memory_gib": peak_memory_gib(),
                 "train/epoch": step / self.epoch_steps,
             }
             self.window[:] = self.counted[:] = 0
-            self.latest = row
+            self.latest |= row
             self.tracker.log(step, row)
             progress.report(step, row)
 
@@ -275,9 +349,6 @@ class Run:
 
     def evaluate(self, step: int, progress: Progress) -> None:
         """Loss and token accuracy over the whole validation set, and what the observer sees; keeps the best."""
-        if self.last_eval == step:
-            return
-        self.last_eval = step
         start, row = time.perf_counter(), self.losses() if self.validation is not None else {}
         if self.observer is not None:
             seen = self.observer({**self.setup.frozen, **self.state.params})
@@ -310,12 +381,8 @@ class Run:
         sums = np.zeros(3)
         for batch in batches:
             sums += np.array(self.eval_step(self.state.params, self.setup.frozen, layout.arrays(batch)), np.float64)
-        loss = sums[0] / max(sums[1], 1e-9)
-        return {
-            "eval/loss": loss,
-            "eval/perplexity": math.exp(min(loss, 700.0)),
-            "eval/token_accuracy": sums[2] / max(sums[1], 1e-9),
-        }
+        weight = max(sums[1], 1e-9)
+        return classification.named(self.setup.model.config, sums[0] / weight, sums[2] / weight)
 
     # ---- what is kept ----
 
@@ -332,9 +399,8 @@ class Run:
             "step": step,
             "data": self.batches.get_state(),
             "best": self.best.state(),
-            "recent_losses": list(self.watch.recent),
+            "watch": self.watch.state(),
             "window": self.window.tolist(),
-            "last_eval": self.last_eval,
             "since_eval": self.since_eval.tolist(),
             "latest": self.latest,
             "overfit": self.overfit.state(),
@@ -359,9 +425,9 @@ class Run:
         if self.best.value is not None and (lost := bring_best_back(self.folder, self.checkpoints.folder)):
             say(f"warning: {lost}")
             self.best.value = None
-        self.watch.recent.extend(meta["recent_losses"])
+        if "watch" in meta:  # older checkpoints have none
+            self.watch.load(meta["watch"])
         self.window[:] = meta["window"]
-        self.last_eval = meta["last_eval"]
         self.since_eval[:] = meta["since_eval"]
         self.latest = meta["latest"]
         self.overfit.load(meta["overfit"])

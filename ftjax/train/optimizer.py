@@ -1,4 +1,4 @@
-"""AdamW with schedules, clipping and per-parameter groups, assembled from optax.
+"""AdamW or Adafactor with schedules, clipping and per-parameter groups, assembled from optax.
 
 The update of a parameter p with decay w and learning rate lr is `p -= lr * (m / (sqrt(v) + eps) + w * p)` (Loshchilov and
 Hutter 2019, arXiv:1711.05101), as in torch.optim.AdamW. Schedules are those of transformers.get_scheduler.
@@ -15,6 +15,7 @@ import optax
 from ftjax.config import OptimizerConfig
 from ftjax.errors import UserError
 from ftjax.models.param import Spec
+from ftjax.train.adafactor import scale_by_adafactor
 from ftjax.train.moments import scale_by_held_adam
 from ftjax.train.place import on_the_host
 
@@ -51,7 +52,7 @@ def make_optimizer(config: OptimizerConfig, specs: Mapping[str, Spec], steps: in
     decay = {path: _per_layer(spec, lambda name, s=spec: _decay(config, name, s)) for path, spec in specs.items()}
     schedule = make_schedule(config, steps)
     chain = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
-    moments = _moments(config)
+    moments = _moments(config, specs)
     chain.append(on_the_host(moments) if config.offload else moments)
     if any(np.any(value) for value in decay.values()):
         chain.append(optax.stateless(lambda updates, params: {k: u + decay[k] * params[k] for k, u in updates.items()}))
@@ -61,14 +62,10 @@ def make_optimizer(config: OptimizerConfig, specs: Mapping[str, Spec], steps: in
     return optax.chain(*chain)
 
 
-def _moments(config: OptimizerConfig) -> optax.GradientTransformation:
-    """What a gradient is divided by.
-
-    Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) as transformers' Trainer sets it up: no first moment, no relative
-    step, updates clipped to a root mean square of 1 for each layer; matrices of at least 128 x 128 are factored.
-    """
+def _moments(config: OptimizerConfig, specs: Mapping[str, Spec]) -> optax.GradientTransformation:
+    """What a gradient is divided by."""
     if config.name == "adafactor":
-        return optax.chain(optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0))
+        return scale_by_adafactor(specs)
     b1, b2, eps = config.adam_beta1, config.adam_beta2, config.adam_epsilon
     if config.state_dtype == "float32":
         return optax.scale_by_adam(b1, b2, eps)
@@ -121,7 +118,8 @@ def _decay(config: OptimizerConfig, name: str, spec: Spec) -> float:
     group = _group(config, name)
     if group and group.weight_decay is not None:
         return group.weight_decay
-    return config.weight_decay if len(spec.shape) - len(spec.stacked) > 1 else 0.0
+    vector = len(spec.shape) - len(spec.stacked) < 2 or spec.row.name.endswith("bias")  # those of all experts are one array
+    return 0.0 if vector else config.weight_decay
 
 
 def _per_layer(spec: Spec, value: Callable[[str], float]) -> np.ndarray:

@@ -23,7 +23,6 @@ class Progress:
     """Counts updates and tokens; `with` keeps the bar alive."""
 
     def __init__(self, total: int, first: int):
-        self.read = first  # the newest update whose metrics were read
         self._total = total
         self._marks: list[tuple[float, float]] = []  # (time, tokens up to then)
         self._tokens = 0.0
@@ -42,11 +41,11 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def update(self, step: int, loss: float, tokens: float) -> None:
-        self.read = step
+    def update(self, step: int, loss: float, tokens: float, ended: float | None = None) -> None:
+        """Args: ended: when the update was seen to be done (`time.perf_counter`); None: just now."""
         if self._marks:  # the first step compiles, so its time says nothing
             self._tokens += tokens
-        self._marks.append((time.perf_counter(), self._tokens))
+        self._marks.append((time.perf_counter() if ended is None else ended, self._tokens))
         del self._marks[:-20]
         if self._bar:
             self._bar.update(self._task, completed=step, description=f"loss {loss:.4f}  {self.rate():,.0f} tokens/s")
@@ -59,8 +58,10 @@ class Progress:
         return (after - before) / max(end - start, 1e-9)
 
     def skip_time(self) -> None:
-        """Leave what was done since the last update (an evaluation) out of the rate."""
-        self._marks.clear()
+        """Leave the time since the last update, in which no other was under way (an evaluation), out of the rate."""
+        if self._marks:
+            skipped = time.perf_counter() - self._marks[-1][0]
+            self._marks = [(at + skipped, tokens) for at, tokens in self._marks]
 
     def report(self, step: int, row: Mapping[str, float]) -> None:
         """One line for one row of metrics."""

@@ -13,6 +13,7 @@ import jax
 from ftjax.data.pipeline import Split
 from ftjax.data.report import histogram
 from ftjax.hub.card import installed_versions
+from ftjax.train.folder import replace_text
 from ftjax.train.setup import Setup
 
 RECORD = "run.json"
@@ -28,11 +29,12 @@ def write_record(
         splits: training and validation data by name.
         first: the step that this start goes on from.
     """
-    path = folder / RECORD
+    path, before = folder / RECORD, _read(folder) if first else {}
     now = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": first}
     devices = jax.devices()
     record = {
-        "starts": [*(_starts(path) if first else []), now], "steps": steps, "steps_per_epoch": epoch_steps,
+        "starts": [*before.get("starts", []), now], "finished": before.get("finished"),
+        "steps": steps, "steps_per_epoch": epoch_steps,
         "trained": setup.trained_line(), "notes": list(setup.model.notes),
         "devices": {"count": len(devices), "platform": devices[0].platform, "kind": devices[0].device_kind},
         "processes": jax.process_count(), "mesh": dict(setup.mesh.shape), "remat": setup.runtime.remat,
@@ -40,7 +42,17 @@ def write_record(
         "versions": {"python": platform.python_version(), **installed_versions()}, "system": platform.platform(),
         "data": {name: _of(split) for name, split in splits.items() if split is not None},
     }  # fmt: skip
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    _write(path, record)
+
+
+def write_finished(folder: Path, step: int) -> None:
+    """Note that `final/` is what the run was at this step."""
+    _write(folder / RECORD, {**_read(folder), "finished": step})
+
+
+def finished_at(folder: Path) -> int | None:
+    """The step that `final/` was made of; None where that is not known."""
+    return _read(folder).get("finished")
 
 
 def peak_memory_gib() -> float:
@@ -59,8 +71,13 @@ def _of(split: Split) -> dict[str, Any]:
     return {**split.report.state(), "histogram": bins}
 
 
-def _starts(path: Path) -> list[dict[str, Any]]:
+def _read(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["starts"]
-    except (OSError, ValueError, KeyError):  # a run of an older version, or a file that was cut
-        return []
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a run of an older version, or a file that was cut
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    replace_text(path, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ftjax.models.classifier import vector_size
 from ftjax.models.model import Model
 from ftjax.train.step import Runtime, SumsFn
 
@@ -52,6 +53,8 @@ def saved_bytes(sums_fn: SumsFn, runtime: Runtime, model: Model, dtype: Any, pol
     trainable, frozen = shapes(model.trainable), shapes({path: spec.astype(dtype) for path, spec in model.frozen.items()})
     ints, floats = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
     batch = {"tokens": ints, "targets": ints, "weights": floats, "positions": ints, "segment_ids": ints}
+    if size := vector_size(model.config):
+        batch["labels"] = jax.ShapeDtypeStruct((rows, length * size), jnp.float32)
     runtime = Runtime(runtime.dtype, runtime.attention, policy)
 
     def residuals(trainable, frozen, batch):

@@ -14,6 +14,7 @@ from ftjax.train.checkpoint import Checkpoints
 _FREE = (
     "mesh.", "training.logging_steps", "training.save_steps", "training.save_total_limit", "training.report_to",
     "training.profile_steps", "training.checkpoint_dir", "training.allow_changed_data",
+    "training.loss_spike_factor", "training.max_skipped_updates",
     "training.eval_batch_size", "model.remat", "model.attention", "objective.loss_chunk", "output_dir", "evaluate.", "check.",
 )  # fmt: skip
 # Places on a host's own disk. What lies there is compared instead: documents, files of model and adapter, the run folder.

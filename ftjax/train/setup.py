@@ -18,19 +18,21 @@ from jax.sharding import Mesh
 
 from ftjax import tree
 from ftjax.config import Config
-from ftjax.data.pipeline import KEYS
+from ftjax.data.batch import KEYS
 from ftjax.errors import UserError
 from ftjax.flops import train_flops
 from ftjax.hub.classifier import objectives_facts, with_objectives_head
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import abstract_param, load_base, open_model
-from ftjax.hub.peft import attach_adapter, load_adapter, start_adapter
+from ftjax.hub.own_base import warn_of_another_base
+from ftjax.hub.peft import attach_adapter, load_adapter, read_adapter_config, start_adapter
 from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.untied import with_adapters_output
 from ftjax.hub.vocabulary import refuse_untrained_rows, tokens_of, with_adapters_tokens, with_new_tokens
 from ftjax.mesh import make_mesh, parts, replicated, sharding
 from ftjax.methods import method_of
 from ftjax.models.attention import choose
-from ftjax.models.classifier import classes_of
+from ftjax.models.classifier import classes_of, vector_size
 from ftjax.models.model import Model, build_module
 from ftjax.models.param import variables
 from ftjax.models.quantized_linear import quantise
@@ -57,7 +59,7 @@ class Design:
 
     @property
     def sums_fn(self) -> SumsFn:
-        return partial(_sums, self.model, self.config.objective.loss_chunk, self.shards)
+        return partial(_sums, self.model, self.config, self.shards)
 
     def trained_line(self) -> str:
         """PEFT's line: `trainable params: X || all params: Y || trainable%: Z`."""
@@ -77,7 +79,10 @@ class Design:
         micro = options.gradient_accumulation_steps
         shape = (micro, options.global_batch_size // micro, self.config.data.max_length)
         where = sharding(self.mesh, "training.global_batch_size", shape, (None, "batch", "length"))
-        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in KEYS.items()}
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in KEYS.items()}
+        if size := vector_size(self.model.config):
+            batch["labels"] = jax.ShapeDtypeStruct((*shape[:2], shape[2] * size), jnp.float32, sharding=where)
+        return batch
 
     def abstract_inputs(self, optimizer: optax.GradientTransformation) -> tuple:
         """What the train step of `compile_steps` takes, as shapes with shardings: state, frozen, batch, key, limit."""
@@ -103,10 +108,12 @@ class Setup(Design):
     mesh_reason: str | None = None  # where `mesh: auto` chose
 
 
-def _sums(model, chunk, shards, trainable, frozen, batch, ctx):
+def _sums(model, config, shards, trainable, frozen, batch, ctx):
     """`loss_chunk` counts the tokens of one device; those of a batch lie on several."""
-    objective = classification if classes_of(model.config) else sft
-    return objective.sums(model, trainable, frozen, batch, ctx, chunk * shards)
+    chunk = config.objective.loss_chunk * shards
+    if classes_of(model.config):
+        return classification.sums(model, trainable, frozen, batch, ctx, chunk, config.evaluate)
+    return sft.sums(model, trainable, frozen, batch, ctx, chunk)
 
 
 def build(config: Config, facts: Mapping[str, Any]) -> tuple[Model, Config]:
@@ -197,6 +204,8 @@ def prepare(config: Config) -> Setup:
     facts, source = open_model(path)
     adapter = getattr(config.method, "adapter_path", None)
     if adapter:
+        warn_of_another_base(Path(adapter), read_adapter_config(Path(adapter)), config.model.path, source)
+        facts, source = with_adapters_output(Path(adapter), facts, source)
         facts, source = with_adapters_tokens(Path(adapter), facts, source)
     had = facts["vocab_size"]
     facts, source = with_new_tokens(config.model, facts, source)

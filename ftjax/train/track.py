@@ -1,7 +1,10 @@
 """Where metrics go: metrics.jsonl, TensorBoard, Weights & Biases."""
 
+import importlib.util
 import json
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,35 +20,51 @@ class Observation:
     texts: Sequence[Mapping[str, str]]
 
 
+def check_report_to(report_to: Sequence[str]) -> None:
+    """Raises UserError where what a run is to report to is not installed; called before a model is loaded."""
+    if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
+        raise UserError("training.report_to: wandb is not installed; pip install 'ftjax[wandb]', or leave wandb out")
+
+
 class Tracker:
     """Writes one row of metrics at a time; only the process that was made `active` writes.
 
     `resume_from`: rows after this step, left by a process that was stopped, are dropped, since those steps run again.
     """
 
-    def __init__(self, folder: Path, report_to: list[str], config: Mapping[str, Any], *, active: bool, resume_from: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        report_to: list[str],
+        config: Mapping[str, Any],
+        *,
+        active: bool,
+        resume_from: int = 0,
+        run_id: str | None = None,
+    ):
+        """Args: run_id: of the run at Weights & Biases."""
         self._file = self._board = self._wandb = None
         if not active:
             return
+        if "wandb" in report_to:
+            self._wandb = _wandb_run(folder, config, run_id)
         path = folder / "metrics.jsonl"
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_from]
         path.write_text("".join(line + "\n" for line in kept))
         self._file = path.open("a", buffering=1)
+        self._board_errors: list[BaseException] = []
         if "tensorboard" in report_to:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_from + 1 if resume_from else None)
-        if "wandb" in report_to:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("training.report_to: wandb is not installed; pip install 'ftjax[wandb]'") from None
-            self._wandb = wandb.init(dir=str(folder), name=folder.name, config=dict(config), resume="allow", id=_run_id(folder))
+            self._quiet_board()
+            # With a queue that a row of metrics fills, logging would wait for ever for a writer that has failed.
+            purge = resume_from + 1 if resume_from else None
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, max_queue=10_000)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._write({"step": step, **metrics})
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
@@ -56,7 +75,7 @@ class Tracker:
         """Answers to fixed prompts: a list in metrics.jsonl, text in TensorBoard, a table in W&B."""
         if self._file is None or not rows:
             return
-        self._file.write(json.dumps({"step": step, name: [dict(row) for row in rows]}, ensure_ascii=False) + "\n")
+        self._write({"step": step, name: [dict(row) for row in rows]})
         if self._board is not None:
             for number, row in enumerate(rows):
                 text = "\n\n".join(f"**{key}**\n\n{_indented(value)}" for key, value in row.items())
@@ -72,14 +91,39 @@ class Tracker:
         """A warning, kept beside the metrics."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, "warning": text}, ensure_ascii=False) + "\n")
+        self._write({"step": step, "warning": text})
         if self._board is not None:
             self._board.add_text("warning", text, step)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        """One line. Raises UserError where it, or TensorBoard's before it, could not be written."""
+        try:
+            for error in self._board_errors:
+                raise error
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name}: metrics could not be written: {error.strerror or error}; make room and run the same "
+                "command again"
+            ) from None
+
+    def _quiet_board(self) -> None:
+        """Hear of an error in TensorBoard's own thread, which would end with a traceback."""
+        before = threading.excepthook
+
+        def excepthook(args) -> None:
+            if type(args.thread).__module__.startswith("tensorboardX"):
+                self._board_errors.append(args.exc_value)
+            else:
+                before(args)
+
+        threading.excepthook = excepthook
 
     def close(self) -> None:
         for one in (self._file, self._board):
             if one is not None:
-                one.close()
+                with suppress(OSError):  # of a full disk, which was said
+                    one.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -104,8 +148,13 @@ def _complete_lines(path: Path) -> list[str]:
     return lines
 
 
-def _run_id(folder: Path) -> str:
-    """One W&B run for one output folder, also after a resume."""
-    import hashlib
+def _wandb_run(folder: Path, config: Mapping[str, Any], run_id: str | None) -> Any:
+    import wandb
 
-    return hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
+    try:
+        return wandb.init(dir=str(folder), name=folder.name, config=dict(config), resume="allow", id=run_id)
+    except wandb.Error as error:  # no key, no network, another version's folder ...
+        raise UserError(
+            f"training.report_to: wandb cannot start: {str(error).strip()}. Log in with `wandb login`, set WANDB_MODE=offline, "
+            "or leave wandb out"
+        ) from None

@@ -1,47 +1,96 @@
-"""The watchdog: notices a loss that is not a number or has jumped, and an evaluation that no longer improves."""
+"""The watchdog: which updates are not applied and when a run gives up, and an evaluation that no longer improves."""
 
 import itertools
 import math
-import statistics
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ftjax.errors import UserError
 
-WINDOW = 32  # losses that the running median looks back on
-WARMUP = 8  # losses needed before a spike can be told
+WINDOW = 32  # losses that tell what is usual
+WARMUP = 8  # of them are needed before a spike can be told
+LAG = 2  # updates: when one starts, the one before it has not been read yet
+FLOOR = 3.0  # nats above the median that are never a spike: a row that surprises the model is no divergence
 
 
 class LossWatch:
-    """The limit that the next update's loss must not exceed."""
+    """Which updates are skipped (their gradient is not applied), how many were, and whether it is time to give up.
 
-    def __init__(self, factor: float | None):
-        self._factor = factor
-        self.recent: deque[float] = deque(maxlen=WINDOW)
+    A loss is a spike where it lies further above the median of the latest losses than `factor` times the distance from the
+    median to their 90th percentile, and than `FLOOR`. Updates that are skipped one after another do not change what is
+    usual; once one is applied again, they count like all others, so that hard rows that keep coming are trained.
+    """
 
-    def limit(self) -> float:
-        if self._factor is None or len(self.recent) < WARMUP:
+    def __init__(self, factor: float | None, patience: int):
+        """Args: patience: updates in a row that may be skipped."""
+        self._factor, self._patience, self._span = factor, patience, WINDOW + patience
+        # Step, loss (None: not finite) and whether it was applied.
+        self._seen: deque[tuple[int, float | None, bool]] = deque(maxlen=self._span + LAG)
+        self.skipped = 0  # of the whole run
+
+    def limit(self, step: int) -> float:
+        """What the loss of update `step` must not exceed, by the updates up to `step - LAG`.
+
+        It does not matter what was read since then, so that a run that was stopped goes on with the same limits.
+        """
+        last = step - LAG
+        known = [(loss, good) for number, loss, good in self._seen if last - self._span < number <= last]
+        while known and not known[-1][1]:
+            known.pop()
+        losses = [loss for loss, _ in known if loss is not None][-WINDOW:]
+        if self._factor is None or len(losses) < WARMUP:
             return math.inf
-        return self._factor * statistics.median(self.recent)
+        median, high = np.quantile(losses, [0.5, 0.9]).tolist()
+        return median + max(FLOOR, self._factor * (high - median))
 
-    def see(self, step: int, loss: float, grad_norm: float, good: bool) -> None:
-        """Raises Diverged where the update was refused."""
-        if not good:
-            raise Diverged(step, loss, grad_norm, self.limit())
-        self.recent.append(loss)
+    def see(self, step: int, loss: float, good: bool) -> None:
+        """Args: good: whether the update was applied."""
+        self._seen.append((step, loss if math.isfinite(loss) else None, good))
+        self.skipped += not good
+
+    @property
+    def in_a_row(self) -> int:
+        """How many of the latest updates were skipped, one after another."""
+        return sum(1 for _ in itertools.takewhile(lambda row: not row[2], reversed(self._seen)))
+
+    @property
+    def gives_up(self) -> bool:
+        return self.in_a_row > self._patience
+
+    def forget(self) -> None:
+        """Learn anew what is usual; the count of skipped updates stays."""
+        self._seen.clear()
+
+    def state(self) -> dict[str, Any]:
+        return {"seen": [list(row) for row in self._seen], "skipped": self.skipped}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._seen.extend((step, loss, good) for step, loss, good in state["seen"])
+        self.skipped = state["skipped"]
+
+
+def why_skipped(loss: float, grad_norm: float, limit: float) -> str:
+    """What was wrong with an update."""
+    what = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        what += f", and a loss above {limit:.4g} counts as a spike (training.loss_spike_factor)"
+    return what
 
 
 class Diverged(UserError):
-    """An update was refused; the state is still that of the step before."""
+    """Too many updates in a row were skipped; the state without them is saved."""
 
-    def __init__(self, step: int, loss: float, grad_norm: float, limit: float):
-        what = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            what += f", while {limit:.4g} is the limit (training.loss_spike_factor times the running median)"
+    def __init__(self, step: int, skipped: int, last: str):
+        """Args: skipped: updates in a row, the last of which is `step`; last: what was wrong with that one."""
         super().__init__(
-            f"training diverged at step {step}: {what}. The update was not applied and the state before it was saved. "
-            "Try a lower optimizer.learning_rate, more warmup or a smaller optimizer.max_grad_norm"
+            f"training diverged at step {step}: {skipped} updates in a row were not applied (the last one: {last}). The "
+            f"checkpoint of step {step} holds the weights as they were before these updates, and the position in the data "
+            "behind them: the same command goes on from there, with a new start at what loss is usual. Where that ends the "
+            "same way, the weights were broken by the updates before: take another output_dir with a lower "
+            "optimizer.learning_rate, more warmup or a smaller optimizer.max_grad_norm"
         )
 
 

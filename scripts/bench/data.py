@@ -24,9 +24,9 @@ from typing import Any
 from ftjax.config import DataConfig, ModelConfig
 from ftjax.data.build import CHUNK
 from ftjax.data.encode import Encoder
-from ftjax.data.formats import to_examples
 from ftjax.data.pipeline import Split, load_splits
 from ftjax.data.read import read_rows
+from ftjax.data.reader import to_examples
 from ftjax.hub.tokenizer import load_tokenizer
 
 

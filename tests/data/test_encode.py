@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from ftjax.data.encode import Encoder
 from ftjax.data.example import Example
-from ftjax.data.formats import to_examples
+from ftjax.data.reader import to_examples
 from ftjax.data.row import Row
 from ftjax.data.template import example_prompt, render_prompt
 from ftjax.errors import UserError

@@ -4,8 +4,9 @@ import pytest
 
 from ftjax.config.data import DataConfig, SourceConfig
 from ftjax.data.faults import Faults
-from ftjax.data.formats import EmptyRow, Reader, to_examples
+from ftjax.data.reader import Reader, to_examples
 from ftjax.data.row import Row
+from ftjax.data.values import EmptyRow
 from ftjax.errors import UserError
 
 
@@ -68,7 +69,7 @@ def test_conversations(values):
     assert said(example) == ASKED and example.references == ("A",)
     assert all(None not in message.values() for message in example.messages)
     assert example.rejected == ("B" if "rejected" in values else None)
-    assert example.prompt_turns == (1 if "prompt" in values else None)
+    assert example.prompt_turns == (1 if {"prompt", "chosen"} & values.keys() else None)
 
 
 def test_a_system_column_opens_a_conversation():
@@ -84,10 +85,10 @@ def test_a_function_call_of_sharegpt_is_a_tool_call():
         {"from": "observation", "value": "3"},
         {"from": "gpt", "value": "A"},
     ]
-    example = read({"conversations": turns, "tools": '[{"name": "add", "extra": null}]'})
+    example = read({"conversations": turns, "tools": '[{"name": "add", "default": null}]'})
     assert [message["role"] for message in example.messages] == ["user", "assistant", "tool", "assistant"]
     assert example.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
-    assert example.tools == [{"name": "add"}]
+    assert example.tools == [{"name": "add", "default": None}]
 
 
 def test_text_and_tokens():
@@ -141,7 +142,7 @@ def test_a_format_can_be_named():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"alpha": "a", "beta": "b"}, r'expected columns .*; found "alpha", "beta". Map .*\{prompt: alpha, completion: beta\}'),
+        ({"alpha": "a", "beta": "b"}, r'expected columns .*; found "alpha", "beta". Say which .*: "alpha" \(text\); "beta"'),
         ({"prompt": "Q", "completion": ""}, "'completion' is empty"),
         ({"prompt": "Q", "completion": None}, "'completion' is empty"),
         ({"prompt": "Q", "completion": {"a": 1}}, "'completion' is an object, expected text"),
@@ -160,8 +161,8 @@ def test_a_format_can_be_named():
         ({"messages": [{"role": "user", "content": {"a": 1}}]}, "message 0: the content is dict, not text"),
         ({"messages": [*TURNS, {**TURNS[1], "train": "yes"}]}, "message 2: train is 'yes', expected true or false"),
         ({"messages": [{**TURNS[1], "weight": -1}]}, "message 0: weight is -1"),
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 0: expected from"),
-        ({"conversations": None}, "expected a list of turns"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "message 0: expected from to be one of .*; found 'alien'"),
+        ({"conversations": None}, "expected a list of messages"),
         ({"chosen": "A", "rejected": ""}, "'rejected' is text, expected an answer"),
         ({"instruction": "Q", "output": "A", "history": ["x"]}, "'history' is a list of text, expected a list of"),
         ({"input_ids": []}, "'input_ids' is empty"),
@@ -187,7 +188,7 @@ def test_a_missing_column_of_a_later_row_and_of_the_mapping():
         list(to_examples(rows))
     faults = Faults(skip=True)
     assert len(list(to_examples(rows, faults=faults))) == 1 and faults.count == 1
-    with pytest.raises(UserError, match=r'a.jsonl:1: data.columns names "label", but the row has "prompt", "completion"'):
+    with pytest.raises(UserError, match=r'a.jsonl:1: data.columns names "label", but the rows have "prompt", "completion"'):
         list(to_examples(rows, SourceConfig(path="a", columns={"completion": "label"})))
 
 
@@ -198,13 +199,13 @@ def test_an_empty_row_is_told_apart():
 
 def test_columns_that_are_not_used():
     row = Row({"question": "Q", "answer": "A", "id": 3, "hint": "H"}, "a:1")
-    reader = Reader(SourceConfig(path="a"), row)
+    reader = Reader(SourceConfig(path="a"), [row])
     reader(row)
     assert reader.unused == ["id", "hint"]
-    templated = Reader(SourceConfig(path="a", template="{question} {hint}"), row)
+    templated = Reader(SourceConfig(path="a", template="{question} {hint}"), [row])
     templated(row)
     assert templated.unused == ["id"]
-    mapped = Reader(SourceConfig(path="a", columns={"prompt": "id", "completion": "hint"}), row)
+    mapped = Reader(SourceConfig(path="a", columns={"prompt": "id", "completion": "hint"}), [row])
     mapped(row)
     assert mapped.unused == ["question", "answer"]
 
@@ -213,5 +214,5 @@ def test_unicode_is_normalised():
     row = Row({"messages": [{"role": "user", "content": "e\u0301"}, {"role": "assistant", "content": "ﬁ"}]}, "a:1")
     import unicodedata
 
-    reader = Reader(SourceConfig(path="a"), row, lambda text: unicodedata.normalize("NFKC", text))
+    reader = Reader(SourceConfig(path="a"), [row], lambda text: unicodedata.normalize("NFKC", text))
     assert said(reader(row)) == [("user", "é"), ("assistant", "fi")]

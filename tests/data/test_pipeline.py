@@ -8,7 +8,7 @@ from data_sets import counted, documents_in, load, same, whole, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftjax.data.pipeline import KEYS
+from ftjax.data.batch import KEYS
 from ftjax.errors import UserError
 
 
@@ -50,7 +50,7 @@ def test_targets_weights_and_positions_are_those_of_each_document(tmp_path, pack
 
 
 def test_the_example_of_the_documentation():
-    from ftjax.data.pipeline import fill
+    from ftjax.data.batch import fill
 
     class Store:
         tokens = np.array([1, 15, 31, 2, 1, 40, 41, 2], np.int32)

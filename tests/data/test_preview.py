@@ -12,8 +12,8 @@ from rich.console import Console
 
 from ftjax.config import Config
 from ftjax.data.encode import Encoder
-from ftjax.data.formats import to_examples
 from ftjax.data.preview import preview, render_example, token_texts
+from ftjax.data.reader import to_examples
 from ftjax.data.row import Row
 from ftjax.errors import UserError
 

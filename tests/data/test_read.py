@@ -1,7 +1,9 @@
 """Every kind of file gives the same rows, and whatever is wrong with one is said with its place."""
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,15 +15,15 @@ from hypothesis import strategies as st
 
 from ftjax.config.data import SourceConfig
 from ftjax.data.faults import Faults
-from ftjax.data.formats import to_examples
 from ftjax.data.read import read_rows
+from ftjax.data.reader import to_examples
 from ftjax.errors import UserError
 
 ROWS = [{"prompt": "Hi, é", "completion": 'He said "no"\nand left'}, {"prompt": "2", "completion": "3"}]
 
 
 def write(path: Path) -> Path:
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    name = path.name.removesuffix(path.suffix) if path.suffix in PACKED else path.name
     table, plain = pa.Table.from_pylist(ROWS), path.with_name(name)
     if name.endswith((".jsonl", ".ndjson")):
         plain.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
@@ -39,8 +41,9 @@ def write(path: Path) -> Path:
     else:
         with pa.OSFile(str(plain), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(plain.read_bytes()))
+    if path.suffix in (".gz", ".bz2", ".xz"):
+        pack = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[path.suffix]
+        path.write_bytes(pack.compress(plain.read_bytes()))
     elif path.suffix == ".zst":
         path.write_bytes(zstandard.compress(plain.read_bytes()[:20]) + zstandard.compress(plain.read_bytes()[20:]))
     if path != plain:
@@ -49,14 +52,15 @@ def write(path: Path) -> Path:
 
 
 KINDS = ["a.jsonl", "a.ndjson", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow", "stream.arrow"]
+PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 
-@pytest.mark.parametrize("name", [*KINDS, *(f"{kind}{packed}" for kind in KINDS for packed in (".gz", ".zst"))])
+@pytest.mark.parametrize("name", [*KINDS, *(f"{kind}{packed}" for kind in KINDS for packed in PACKED)])
 def test_every_kind_of_file(tmp_path, name):
     path = write(tmp_path / name)
     rows = list(read_rows(str(path)))
     assert [row.values for row in rows] == ROWS
-    places = {"jsonl": (":1", ":2"), "ndjson": (":1", ":2"), "csv": (":2", ":4"), "tsv": (":2", ":4"), "json": (":2", ":6")}
+    places = {"jsonl": (":1", ":2"), "ndjson": (":1", ":2"), "csv": (":2", ":4"), "tsv": (":2", ":4")}
     kind = next((part for part in name.split(".") if part in places), None)
     assert [row.where for row in rows] == [f"{path}{place}" for place in places.get(kind, ("[0]", "[1]"))]
 
@@ -71,6 +75,7 @@ def test_folders_and_globs(tmp_path):
     write(tmp_path / "b.jsonl")
     write(tmp_path / "a.parquet")
     (tmp_path / "README.md").write_text("notes")
+    (tmp_path / "picture.png").write_bytes(b"...")
     assert [row.where.rpartition("/")[2] for row in read_rows(str(tmp_path))] == [
         "a.parquet[0]",
         "a.parquet[1]",
@@ -143,7 +148,7 @@ def test_a_hub_set_that_is_not_there(monkeypatch):
         ("a.json", b'[{"a": 1},\n{"a" 2}]', "a.json:2: broken JSON"),
         ("a.json", b'[{"a": 1},\n{"a": 2}', "a.json:2: broken JSON"),
         ("a.json", b'[{"a": 1}]\nx', "a.json:2: broken JSON: something follows"),
-        ("a.json", b'[{"a": 1}, 3]', "a.json:1: expected a JSON object, found a number"),
+        ("a.json", b'[{"a": 1}, 3]', "a.json[1]: expected a JSON object, found a number"),
         ("a.json", b'{"train": [{"a": 1}], "test": [{"a": 1}]}', "several lists (train, test)"),
         ("a.json", b'{"a": \xff}', "a.json:1: not UTF-8"),
         ("a.csv", b"a,b\n1,2\n3\n", "a.csv:3: 1 fields, but the header has 2: a, b"),
@@ -157,7 +162,11 @@ def test_a_hub_set_that_is_not_there(monkeypatch):
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20], "a.jsonl.gz: cannot be read"),
         ("a.jsonl.zst", b"not zstd", "a.jsonl.zst: cannot be read"),
         ("a.jsonl.zst", zstandard.compress(b'{"a": 1}\n' * 1000)[:-9], "a.jsonl.zst: cannot be read"),
-        ("a.txt", b"text", "a.txt: unknown kind of file"),
+        ("a.jsonl.bz2", b"not bz2", "a.jsonl.bz2: cannot be read"),
+        ("a.jsonl.xz", b"not xz", "a.jsonl.xz: cannot be read"),
+        ("a.jsonl.xz", lzma.compress(b'{"a": 1}\n' * 1000)[:-20], "a.jsonl.xz: cannot be read"),
+        ("a.xlsx", b"text", "a.xlsx: unknown kind of file"),
+        ("a.txt", b" \n\n", "a.txt: the data is empty"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path, name, content, message):

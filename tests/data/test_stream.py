@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import ftjax.data.stream as room
 from ftjax.config.data import DataConfig
-from ftjax.data.pipeline import KEYS
+from ftjax.data.batch import KEYS
 from ftjax.errors import UserError
 
 
@@ -103,10 +103,29 @@ def test_the_length_of_an_epoch_is_estimated_or_known(tmp_path):
 def test_a_mixture_takes_turns_by_weight(tmp_path):
     parts = [{"path": str(write_rows(tmp_path / f"{n}.jsonl", 60, seed=n)), "weight": n} for n in (1, 3)]
     split = load(parts, max_length=64, streaming=True)
-    seen = every(split, 1)
-    assert sum(counted(seen).values()) == 120, "each row once, whatever the weights"
+    assert sum(counted(every(split, 1)).values()) == 60 + 3 * 60
     places = [d.where.rpartition("/")[2].partition(".")[0] for d, _ in split.first(40)]
     assert places.count("3") == 30 and places.count("1") == 10
+
+
+def test_an_epoch_sees_each_row_as_often_as_its_weight_says(tmp_path):
+    weights = {"a": 2, "b": 1, "c": 0.25, "d": 1.5}
+    paths = {name: write_rows(tmp_path / f"{name}.jsonl", 40, seed=n) for n, name in enumerate(weights)}
+    parts = [{"path": str(paths[name]), "weight": weight} for name, weight in weights.items()]
+    split = load(parts, max_length=64, streaming=True)
+    of = {name: set(counted(every(load(path, max_length=64, streaming=True), 1))) for name, path in paths.items()}
+    one, four = (counted(every(split, 1, epochs=epochs)) for epochs in (1, 4))
+    for name, weight in weights.items():
+        seen = [one[document] for document in of[name]]
+        assert set(seen) <= {int(weight), int(-(-weight // 1))}
+        assert abs(sum(seen) - 40 * weight) <= 2
+        assert all(four[document] == 4 * weight for document in of[name]), "after four epochs each row had its turns"
+
+
+def test_weights_that_leave_no_row(tmp_path):
+    part = {"path": str(write_rows(tmp_path / "a.jsonl", 10)), "weight": 0.001}
+    with pytest.raises(UserError, match=r"an epoch sees none of its (10 )?rows; raise"):
+        load([part], max_length=64)
 
 
 def test_mistakes_show_at_once_or_when_they_are_reached(tmp_path):

@@ -9,8 +9,8 @@ from data_tokenizers import CHATML, MARKED, WITH_BOS, byte_level, spaced
 
 from ftjax.config.data import SourceConfig
 from ftjax.data.encode import Encoder
-from ftjax.data.formats import to_examples
 from ftjax.data.read import read_rows
+from ftjax.data.reader import to_examples
 from ftjax.data.row import Row
 
 # TRL sets a field of transformers that was renamed; TRL's and transformers' affair.

@@ -143,14 +143,19 @@ def stories_generator(stories):
 PROMPTS = ["Once upon a time", "Tom and Lily went to the park and", "The dog"]
 
 
-def test_company_does_not_matter_and_where_it_does_that_is_seen(stories_generator, monkeypatch):
+def test_company_does_not_matter_and_where_it_does_that_is_seen(stories_generator, stories, monkeypatch):
     alone, gaps = in_company(stories_generator, PROMPTS, 8)
     assert max(*gaps["batch_gap"], *gaps["padding_gap"]) < 1e-3
     assert [one.tokens for one in alone] == [stories_generator.generate([p], max_new_tokens=8)[0].tokens for p in PROMPTS]
-    import ftjax.generate.engine as engine
+    import ftjax.models.attention as attention
 
-    right = engine.left_padded
-    monkeypatch.setattr(engine, "left_padded", lambda *given: (right(*given)[0], np.ones_like(right(*given)[1])))
+    right = attention.visible
+
+    def all_slots(q_segments, k_segments, offset, slots, window):
+        return right(q_segments, k_segments, slots, slots, window)
+
+    monkeypatch.setattr(attention, "visible", all_slots)
+    stories_generator = Generator(str(stories), dtype="float32")  # compiles anew
     _, gaps = in_company(stories_generator, PROMPTS, 8)
     assert max(gaps["padding_gap"]) > 0.5  # padding that is attended to
 

@@ -63,8 +63,8 @@ def test_raw_and_system(stories, capsys):
 
 def test_rows_in_trainings_formats(stories, tmp_path):
     """A data set's rows are asked as training saw them, tools included."""
-    from ftjax.data.formats import to_examples
     from ftjax.data.read import read_rows
+    from ftjax.data.reader import to_examples
     from ftjax.data.template import example_prompt
 
     ours = Generator(str(stories), dtype="float32", chat_template=TEMPLATE)

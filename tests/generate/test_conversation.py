@@ -6,6 +6,7 @@ from ftjax.errors import UserError
 from ftjax.generate.chat import chat
 from ftjax.generate.context import recommended
 from ftjax.generate.conversation import Conversation
+from ftjax.generate.engine import Batch
 from ftjax.generate.sample import Sampling
 from ftjax.generate.session import Generator
 
@@ -19,17 +20,15 @@ def storyteller(stories) -> Generator:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_k=20, repetition_penalty=1.2)], ids=str)
-def test_answers_are_those_without_a_memory(storyteller, sampling):
+def test_answers_are_those_without_a_memory(storyteller, sampling, monkeypatch):
     """What is in the cache from earlier turns is what would be computed anew."""
     talk = Conversation(storyteller, sampling, max_new_tokens=24, seed=5)
     messages, kept = [], []
-    resume = storyteller.engine._resume
+    same = Batch._same
     for number, text in enumerate(ASKED):
-        storyteller.engine._resume = lambda params, cache, same, *rest, **sizes: (
-            kept.append(int(same)), resume(params, cache, same, *rest, **sizes)
-        )[1]  # fmt: skip
-        said = "".join(talk.ask(text))
-        storyteller.engine._resume = resume
+        with monkeypatch.context() as patched:
+            patched.setattr(Batch, "_same", lambda self, row, text: kept.append(same(self, row, text)) or kept[-1])
+            said = "".join(talk.ask(text))
         messages.append({"role": "user", "content": text})
         padding = [[5]] * number  # the number of a prompt is part of its random key
         alone = storyteller.generate(
@@ -62,8 +61,8 @@ def test_an_interruption_within_a_step(storyteller, monkeypatch):
         decode(*arguments)
         raise KeyboardInterrupt
 
-    decode = storyteller.engine._decode
-    monkeypatch.setattr(storyteller.engine, "_decode", interrupted)
+    decode = storyteller.engine.decode
+    monkeypatch.setattr(storyteller.engine, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         for _ in pieces:
             pass

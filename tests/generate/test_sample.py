@@ -8,9 +8,10 @@ import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from ftjax.errors import UserError
-from ftjax.generate.sample import Sampling, choose, process
+from ftjax.generate.sample import Sampling, choose, process, row_sampling
 
 B, V = 6, 257
+UNSEEN = jnp.zeros((B, V), bool)
 SETTINGS = [
     {},
     {"temperature": 0.7},
@@ -48,7 +49,8 @@ def theirs(logits: np.ndarray, ids: np.ndarray, settings: dict) -> np.ndarray:
 def ours(logits: np.ndarray, ids: np.ndarray, settings: dict) -> np.ndarray:
     seen = np.zeros((B, V), bool)
     np.put_along_axis(seen, ids, True, axis=1)
-    return np.asarray(process(jnp.asarray(logits), jnp.asarray(seen), Sampling(**settings).numbers()))
+    rows = row_sampling([Sampling(**settings)] * B)
+    return np.asarray(process(jnp.asarray(logits), jnp.asarray(seen), rows))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -62,16 +64,17 @@ def test_ties_at_the_limit_are_kept():
     """As transformers keeps them with top-k; with top-p it keeps as many as its sort happens to."""
     logits = np.array([[1.0, 2.0, 2.0, 2.0, 0.0, -0.0]], np.float32)
     for settings in ({"top_k": 2}, {"top_p": 0.5}):
-        kept = process(jnp.asarray(logits), None, Sampling(temperature=1.0, **settings).numbers())
+        kept = process(jnp.asarray(logits), UNSEEN[:1, :6], row_sampling([Sampling(temperature=1.0, **settings)]))
         assert np.isfinite(kept).tolist() == [[False, True, True, True, False, False]]
 
 
 def test_draws_follow_the_distribution():
     logits, _ = case(0)
-    numbers = Sampling(temperature=0.9, top_k=5, top_p=0.95).numbers()
-    processed = process(jnp.asarray(logits[:1]), None, numbers)
+    sampling = row_sampling([Sampling(temperature=0.9, top_k=5, top_p=0.95)])
+    processed = process(jnp.asarray(logits[:1]), UNSEEN[:1], sampling)
     many = 20_000
-    drawn = choose(jnp.broadcast_to(processed, (many, V)), numbers, jax.random.split(jax.random.key(0), many))
+    keys = jax.random.split(jax.random.key(0), many)
+    drawn = choose(jnp.broadcast_to(processed, (many, V)), jnp.full(many, 0.9), keys)
     counts = np.bincount(np.asarray(drawn), minlength=V) / many
     want = np.asarray(jax.nn.softmax(processed[0]))
     np.testing.assert_allclose(counts, want, atol=4 * np.sqrt(0.25 / many))
@@ -80,10 +83,29 @@ def test_draws_follow_the_distribution():
 
 def test_greedy_is_the_most_probable():
     logits, _ = case(1)
-    numbers = Sampling().numbers()
-    assert numbers == {}
-    drawn = choose(process(jnp.asarray(logits), None, numbers), numbers, jax.random.split(jax.random.key(0), B))
+    rows = row_sampling([Sampling()] * B)
+    processed = process(jnp.asarray(logits), UNSEEN, rows)
+    drawn = choose(processed, jnp.asarray(rows.temperature), jax.random.split(jax.random.key(0), B))
+    np.testing.assert_array_equal(processed, logits)
     np.testing.assert_array_equal(drawn, logits.argmax(axis=1))
+
+
+def test_each_row_has_its_own_sampling():
+    """Rows with unlike settings in one batch are what each is alone, to the bit."""
+    logits, ids = case(2)
+    for at in range(0, len(SETTINGS) - B + 1, B):
+        several = SETTINGS[at : at + B]
+        seen = np.zeros((B, V), bool)
+        np.put_along_axis(seen, ids, True, axis=1)
+        rows = row_sampling([Sampling(**settings) for settings in several])
+        together = process(jnp.asarray(logits), jnp.asarray(seen), rows)
+        keys = jax.random.split(jax.random.key(1), B)
+        drawn = choose(together, jnp.asarray(rows.temperature), keys)
+        for row, settings in enumerate(several):
+            np.testing.assert_array_equal(together[row], ours(logits, ids, settings)[row])
+            temperature = jnp.full(B, settings.get("temperature", 0.0))
+            alone = choose(jnp.asarray(ours(logits, ids, settings)), temperature, keys)
+            assert drawn[row] == alone[row]
 
 
 @pytest.mark.parametrize(

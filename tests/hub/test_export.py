@@ -1,13 +1,15 @@
 """Exports of a run: merged, portable, and what is refused (T14, T19)."""
 
 import json
+import warnings
 
 import jax
 import numpy as np
 import pytest
 from oracle import Case, hf_logits, load, logits, make_hf, one_device, tokens
-from peft import PeftModel
-from tiny_tokenizer import save_tokenizer
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from tiny_tokenizer import make_tokenizer, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftjax.config import Config, LoraConfig
@@ -85,6 +87,42 @@ def test_merge_rounds_once(tmp_path):
         apart = (got[name].float() - value.to(torch.bfloat16).float()).abs()
         # Summation order may move a value across a rounding boundary: one unit in the last place, and rarely.
         assert (apart > 0).float().mean() < 0.01 and (apart <= value.abs() / 64 + 1e-6).all(), name
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_adapter_that_was_made_elsewhere(tmp_path, tied):
+    """On the base that is given, or on the one that it names; in the base's dtype, with the tokenizer that it brings."""
+    import torch
+
+    base, folder, adapter = tmp_path / "base", tmp_path / "out", tmp_path / "elsewhere" / "adapter"
+    make_hf(Case("llama", "llama", {"tie_word_embeddings": tied, "vocab_size": len(make_tokenizer())}), base)
+    save_tokenizer(base)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with warnings.catch_warnings(action="ignore"):
+        theirs = get_peft_model(model, PeftLoraConfig(
+            r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM"
+        )).eval()  # fmt: skip
+        with torch.no_grad():
+            theirs.base_model.model.lm_head.weight.add_(0.1)
+        theirs.save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    export(str(base), folder / "given", adapter=adapter, merge=True)
+    export(adapter, folder / "named", merge=True)
+    ids = tokens(2, 20, vocab=len(tokenizer))
+    for out in (folder / "given", folder / "named"):
+        merged = AutoModelForCausalLM.from_pretrained(out)
+        assert merged.dtype == torch.float32
+        np.testing.assert_allclose(hf_logits(merged, ids), hf_logits(theirs, ids), atol=1e-4)
+        assert len(AutoTokenizer.from_pretrained(out)) == len(tokenizer)
+    with pytest.raises(UserError, match=r"expected an adapter folder with adapter_config\.json"):
+        export(str(base), folder / "x", adapter=base, merge=True)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(UserError, match="names no base model; name it: ftjax export BASE --adapter"):
+        export(adapter, folder / "x", merge=True)
 
 
 def test_refusals(tmp_path):

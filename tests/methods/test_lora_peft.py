@@ -27,6 +27,8 @@ VARIANTS = {
         "rank_pattern": {"k_proj": 5, r"layers\.1\.mlp\.down_proj": 1}, "alpha_pattern": {"layers.0.self_attn.q_proj": 32},
     },
     "layers": {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1]},
+    "layers-pattern": {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+    "saved-layer": {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["layers.1.mlp", "norm"]},
     "exclude": {"exclude_modules": ["v_proj"]},
     "biases": {"bias": "all", "target_modules": ["q_proj"], "layers_to_transform": [1]},
     "some-biases": {"bias": "lora_only", "target_modules": ["q_proj", "v_proj", "up_proj"], "layers_to_transform": [1]},
@@ -35,6 +37,12 @@ VARIANTS = {
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [61, 7, 94, 5]},
     "two-tables": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [61, 7], "lm_head": [94, 3, 5]}},
     "tied-embedding": {"target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True, "r": 4},
+    "tied-saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "tied-saved-output": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    "tied-target-output": {"target_modules": r".*q_proj|lm_head", "ensure_weight_tying": True, "r": 4},
+    "tied-tokens-twice": {
+        "target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [61, 7], "lm_head": [61, 7]},
+    },
     "tied-tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [61, 7, 94, 5]},
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,72 +14,13 @@ import numpy as np
 import pytest
 import yaml
 from buckets import bucket
-from oracle import Case, make_hf
 from quick_compile import QUICK
 from safetensors.numpy import load_file
-from tiny_tokenizer import save_tokenizer
+from whole_runs import config, losses, rows, same_adapter
 
-from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.train.layout import BatchLayout
 from ftjax.train.loop import Run, train
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_hf(Case("llama", "llama", {"initializer_range": 0.05}), folder)
-    save_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 90), ("validation", 12)):
-        words = ["".join(rng.choice(list("abcdef"), rng.integers(2, 12))) for _ in range(count)]
-        rows = [json.dumps({"prompt": word, "completion": word[::-1]}) for word in words]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
-
-
-def config(model, data, out, **over) -> Config:
-    values = {
-        "model": {"path": str(model), "dtype": "float32", "compute_dtype": "float32", "remat": "none"},
-        "method": {"name": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
-        "data": {"train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl"), "max_length": 64},
-        "optimizer": {"learning_rate": 1e-2, "warmup_ratio": 0.1},
-        "training": {
-            "max_steps": 12, "global_batch_size": 4, "eval_steps": 4, "save_steps": 3, "logging_steps": 2, "seed": 3,
-            "report_to": [],
-        },
-        "mesh": {"fsdp": 1},
-        "output_dir": str(out),
-    }  # fmt: skip
-    for key, value in over.items():
-        section, _, name = key.partition("__")
-        if name:
-            values[section] = {**values[section], name: value}
-        else:
-            values[section] = value
-    return Config.model_validate(values)
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return {row["step"]: row["train/loss"] for row in rows(folder) if "train/loss" in row}
-
-
-def same_adapter(one, other):
-    """To the bit."""
-    want, got = (load_file(folder / "final" / "adapter_model.safetensors") for folder in (one, other))
-    assert want.keys() == got.keys()
-    for name in want:
-        assert want[name].tobytes() == got[name].tobytes(), name
 
 
 class Stop(Exception):
@@ -299,21 +241,81 @@ def test_early_stopping(model, data, tmp_path, on_one_device):
     assert "1 " in (tmp_path / "best" / "README.md").read_text()
 
 
-def test_divergence_keeps_the_last_good_state(model, data, tmp_path, on_one_device, monkeypatch):
-    """NaN at update 6: an error that says so, and the checkpoint of update 5 (T21)."""
+def test_the_same_command_after_an_early_stop(model, data, tmp_path, on_one_device, capsys):
+    """It trains nothing more, and leaves the result and whatever else lies in its folder; a lost result is written anew."""
+    over = {"optimizer": {"learning_rate": 1e-2}, "training__early_stopping_patience": 1, "training__eval_steps": 1}
+    over["training__early_stopping_threshold"] = 100.0
+    train(config(model, data, tmp_path, **over))
+    before, metrics = (tmp_path / "final" / "adapter_model.safetensors").read_bytes(), rows(tmp_path)
+    assert metrics[-1]["step"] == 2
+    (tmp_path / "final" / "notes.txt").write_text("mine")
+    train(config(model, data, tmp_path, **over))
+    assert "early stop at step 2" in capsys.readouterr().out.rpartition("resuming")[2]
+    assert (tmp_path / "final" / "notes.txt").exists() and rows(tmp_path) == metrics
+    shutil.rmtree(tmp_path / "final")
+    train(config(model, data, tmp_path, **over))
+    assert (tmp_path / "final" / "adapter_model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
+
+
+def spoil(monkeypatch, first: int, last: int) -> None:
+    """Losses that are not numbers, in the updates from `first` to `last`."""
     original, seen = BatchLayout.arrays, []
 
     def arrays(self, batch):
         seen.append(self.microbatches)
-        if seen.count(1) == 6:  # evaluations have no microbatches
+        if first <= seen.count(1) <= last:  # evaluations have no microbatches
             batch = {**batch, "weights": batch["weights"] * np.nan}
         return original(self, batch)
 
     monkeypatch.setattr(BatchLayout, "arrays", arrays)
-    with pytest.raises(UserError, match="diverged at step 6"):
-        train(config(model, data, tmp_path, training__eval_steps=None))
-    assert (tmp_path / "checkpoints" / "5").exists()
-    assert not (tmp_path / "checkpoints" / "6").exists()
+
+
+def test_bad_updates_are_skipped(model, data, tmp_path, on_one_device, monkeypatch, capsys):
+    """NaN in updates 5 and 6: the run goes on without them, says and counts it, and its numbers are numbers."""
+    spoil(monkeypatch, 5, 6)
+    train(config(model, data, tmp_path))
+    logged = {row["step"]: row for row in rows(tmp_path) if "train/skipped_updates" in row}
+    assert [logged[step]["train/skipped_updates"] for step in sorted(logged)] == [0, 0, 2, 2, 2, 2]
+    assert "train/loss" not in logged[6] and "train/grad_norm" not in logged[6]
+    assert all(np.isfinite(v) for row in logged.values() for name, v in row.items() if name != "train/trained_tokens")
+    assert [row["step"] for row in rows(tmp_path) if "warning" in row] == [5, 6]
+    said = capsys.readouterr().out
+    assert "update 5 is not applied: loss nan" in said and "2 skipped so far" in said
+    # The schedule counts the updates that were applied.
+    assert logged[12]["train/learning_rate"] > 0 and (tmp_path / "final" / "adapter_model.safetensors").exists()
+
+
+def test_divergence_gives_up(model, data, tmp_path, on_one_device, monkeypatch):
+    """NaN from update 6 on: after so many in a row the run ends; the checkpoint is where the message says, with the state of
+    update 5, and another start goes on behind the bad rows."""
+    over = {"training__eval_steps": None, "training__max_skipped_updates": 2}
+    with monkeypatch.context() as patch:
+        spoil(patch, 6, 99)
+        with pytest.raises(UserError, match=r"(?s)diverged at step 9: 4 updates in a row.*checkpoint of step 9"):
+            train(config(model, data, tmp_path, **over))
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())[-1] == 9
+    assert not (tmp_path / "final").exists()
+    kept = []
+    original = Run.restore
+
+    def restore(self):
+        first = original(self)
+        kept.append((first, int(self.state.step), self.batches.get_state()["row"], self.watch.skipped))
+        return first
+
+    monkeypatch.setattr(Run, "restore", restore)
+    train(config(model, data, tmp_path, **over))
+    ((first, applied, row, skipped),) = kept
+    assert (first, applied, skipped) == (9, 5, 4) and row % 4 == 0
+    assert [row["step"] for row in rows(tmp_path) if "train/loss" in row][-1] == 12
+
+
+def test_nothing_but_bad_updates(model, data, tmp_path, on_one_device, monkeypatch):
+    """A run that is shorter than the patience does not end well without a single update."""
+    spoil(monkeypatch, 1, 99)
+    with pytest.raises(UserError, match="diverged at step 2"):
+        train(config(model, data, tmp_path, training__max_steps=2))
 
 
 def test_full_run_loads_in_transformers(model, data, tmp_path, on_one_device):
@@ -351,11 +353,11 @@ def test_killed_from_outside(model, data, whole, tmp_path, on_one_device):
 
 
 def test_told_to_stop(model, data, whole, tmp_path, capsys, monkeypatch, on_one_device):
-    """SIGTERM: the update under way is saved and the command says how to go on; the result is as if nothing had been."""
+    """SIGTERM: the update under way is saved, and the whole command to go on is said; the result is as if nothing had been."""
     from ftjax.cli import app
 
-    path = tmp_path / "config.yaml"
-    settings = config(model, data, tmp_path / "run", evaluate={"training_examples": 0})
+    path, out = tmp_path / "config.yaml", tmp_path / "my run"
+    settings = config(model, data, tmp_path / "another", evaluate={"training_examples": 0})
     path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     original = Run.read
 
@@ -366,14 +368,17 @@ def test_told_to_stop(model, data, whole, tmp_path, capsys, monkeypatch, on_one_
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(Run, "read", read)
-        app(["train", str(path)])
+        app(["train", str(path), f"output_dir={out}", "training.logging_steps=2"])
     assert end.value.code == 1
-    assert f"SIGTERM: saved step 8 of 12 in {tmp_path / 'run'}. To go on: ftjax train {path}" in capsys.readouterr().out
-    assert (tmp_path / "run" / "checkpoints" / "8").exists() and not (tmp_path / "run" / "final").exists()
+    said = capsys.readouterr().out
+    assert f"SIGTERM: saved step 8 of 12 in {out}. To go on: ftjax train {path} " in said
+    assert (out / "checkpoints" / "8").exists() and not (out / "final").exists()
+    program, *again = shlex.split(said.partition("To go on: ")[2].splitlines()[0])
+    assert program == "ftjax" and again[2:] == [f"output_dir={out}", "training.logging_steps=2"]
     with pytest.raises(SystemExit) as end:
-        app(["train", str(path)])
+        app(again)
     assert end.value.code == 0
-    same_adapter(whole, tmp_path / "run")
+    same_adapter(whole, out)
 
 
 def test_folder_that_cannot_be_written(model, data, tmp_path):

@@ -78,6 +78,36 @@ def test_sums(problem):
     np.testing.assert_allclose(sums.correct, ((best == problem["targets"]) * problem["weights"]).sum(), rtol=1e-6)
 
 
+def test_ties(problem):
+    """Of tokens that are as likely as each other the first counts, which is what greedy decoding writes; NaN counts nothing."""
+    levels = jnp.asarray([[[1.0, 3.0, 3.0, 0.0]] * 4])
+    logits = jnp.concatenate([levels, levels * jnp.nan], axis=1)
+    targets = jnp.asarray([[0, 1, 2, 3] * 2])
+    sums = chunked_cross_entropy(lambda params, hidden: hidden, 2, {}, logits, targets, jnp.ones((1, 8)).at[0, 4].set(0))
+    assert sums.correct == 1
+
+
+def test_gradients_are_summed_in_float32():
+    """A weight in bfloat16 has the gradient that it has in float32, up to one rounding, however many chunks there are."""
+    rng = np.random.default_rng(1)
+    weight = jnp.asarray(rng.normal(size=(V, E)), jnp.bfloat16)
+    hidden = jnp.asarray(rng.normal(size=(1, 1024, E)), jnp.float32)
+    targets, weights = jnp.asarray(rng.integers(0, V, (1, 1024))), jnp.ones((1, 1024))
+
+    def gradient(weight, length):
+        def loss(weight):
+            project = lambda w, h: h @ w.astype(jnp.float32).T  # noqa: E731
+            return chunked_cross_entropy(project, length, weight, hidden, targets, weights).loss
+
+        found = jax.grad(loss)(weight)
+        assert found.dtype == weight.dtype
+        return np.asarray(found, np.float32)
+
+    want = gradient(weight.astype(jnp.float32), 1024)
+    error = np.linalg.norm(gradient(weight, 4) - want) / np.linalg.norm(want)
+    assert error < 2.5e-3
+
+
 def test_padding_has_no_effect(problem):
     """A target under weight zero may be anything, and its hidden state gets no gradient."""
     dead = problem["weights"] == 0

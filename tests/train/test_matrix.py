@@ -70,6 +70,17 @@ FEATURES = {
         },
         sparse=False,
     ),
+    "labels": Features(
+        {
+            "method": LORA,
+            "objective": {"name": "classification", "problem_type": "multi_label_classification"},
+            "data": {"train": "{folder}/labels.jsonl", "validation": "{folder}/labels.jsonl"},
+            "evaluate": {"training_rows": 5},
+            "training": {"eval_steps": 2},
+        },
+        microbatches=2,
+        sparse=False,
+    ),
 }
 LAYOUTS = ((2, 2), (4, 1))  # processes and devices of each
 LINES = [
@@ -80,7 +91,7 @@ LINES = [
 ]
 SLICE = {
     ("tensor", "lora"), ("sequence", "full"), ("fsdp x tensor", "classes"), ("fsdp x expert", "lora"), ("slices", "int8"),
-    ("fsdp x sequence", "prefix"),
+    ("fsdp x sequence", "prefix"), ("sequence", "labels"),
 }  # fmt: skip
 
 
@@ -106,6 +117,8 @@ def folder_of(tmp_path_factory):
             words = [json.loads(line)["prompt"] for line in lines[:80]]
             labelled = [{"text": word, "label": "long" if len(word) > 6 else "short"} for word in words]
             (folder / "classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+            several = [{"text": word, "label": [letter for letter in "abc" if letter in word]} for word in words]
+            (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in several))
             made[sparse] = folder, settings
         return made[sparse]
 
@@ -137,14 +150,14 @@ def test_processes_are_one(mesh, name, layout, folder_of, tmp_path):
     got, want = rows(many), rows(one)
     assert list(got) == list(want) and len(want) == (2 if name == "full" else 4)
     same_losses(got, want, 1e-5)
-    for metric in ("eval/loss", "eval/token_accuracy", "eval/accuracy"):
+    for metric in ("eval/loss", "eval/token_accuracy", "eval/accuracy", "eval/subset_accuracy", "eval/micro_f1"):
         ours, theirs = rows(many, metric), rows(one, metric)
         assert list(ours) == list(theirs)
         for step in theirs:
             assert ours[step][metric] == pytest.approx(theirs[step][metric], abs=1e-5), (metric, step)
     ours, theirs = rows(many, "eval/generations"), rows(one, "eval/generations")
     assert [row["eval/generations"] for row in ours.values()] == [row["eval/generations"] for row in theirs.values()]
-    assert bool(theirs) == (name != "classes")  # a head writes nothing
+    assert bool(theirs) == (name not in ("classes", "labels"))  # a head writes nothing
     compared = 0
     for file in (one / "final").glob("*.safetensors"):
         ours, theirs = (load_file(path) for path in (many / "final" / file.name, file))

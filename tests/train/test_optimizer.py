@@ -1,16 +1,18 @@
 """Schedules against transformers, updates against torch.optim.AdamW, groups by path."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
-from transformers import get_scheduler
+from transformers import Adafactor, get_scheduler
 
 from ftjax.config import OptimizerConfig
 from ftjax.errors import UserError
 from ftjax.models.param import Row, Spec
-from ftjax.train.optimizer import frozen_by_groups, make_optimizer, make_schedule
+from ftjax.train.optimizer import decay_and_rate, frozen_by_groups, make_optimizer, make_schedule
 
 
 def spec(path, shape, axes, name):
@@ -124,3 +126,76 @@ def test_freezing():
 def test_groups_that_are_wrong(pattern, says):
     with pytest.raises(UserError, match=says):
         frozen_by_groups(OptimizerConfig(groups=[{"pattern": pattern, "freeze": True}]), SPECS)
+
+
+STACKS = {
+    # as many layers as a matrix has rows, and more experts than either: neither is an axis of a matrix
+    "layers.block.q": spec("layers.block.q", (40, 24, 32), ("layers", "heads", "embed"), "weight"),
+    "layers.block.experts.gate_up_proj": Spec(
+        "layers.block.experts.gate_up_proj", (2, 50, 2, 6, 8), jnp.dtype("float32"),
+        Row(("layers", "experts", None, "mlp", "embed"), "gate_up_proj", hf_shape=(50, 12, 8)),
+    ),
+    "layers.block.v.lora_A": Spec(
+        "layers.block.v.lora_A", (3, 8, 16), jnp.dtype("float32"),
+        Row(("layers", "rank", "embed"), "lora_A.weight", ranks=(8, 2, 0)),
+    ),
+    "layers.block.v.lora_B": Spec(
+        "layers.block.v.lora_B", (3, 16, 8), jnp.dtype("float32"),
+        Row(("layers", "heads", "rank"), "lora_B.weight", ranks=(8, 2, 0)),
+    ),
+    "layers.block.norm": spec("layers.block.norm", (3, 16), ("layers", "norm"), "weight"),
+    "lm_head": spec("lm_head", (96, 16), ("vocab", "embed"), "weight"),
+}  # fmt: skip
+
+
+def of_stacks(seed):
+    """Values of every layer, of sizes that differ much from layer to layer; what is padding is zero."""
+    rng, found = np.random.default_rng(seed), {}
+    for path, one in STACKS.items():
+        found[path] = np.zeros(one.shape, np.float32)
+        for piece in one.pieces():
+            found[path][piece.index] = rng.normal(size=found[path][piece.index].shape) * 10 ** rng.uniform(-3, 2)
+    return found
+
+
+def test_adafactor_is_that_of_transformers():
+    """Of each tensor by itself, as its module holds it: rows, columns and the clipped root mean square."""
+    config = OptimizerConfig(
+        name="adafactor", learning_rate=0.1, lr_scheduler_type="constant", weight_decay=0.05, max_grad_norm=None
+    )
+    optimizer = make_optimizer(config, STACKS, 10)
+    params = {path: jnp.asarray(value) for path, value in of_stacks(0).items()}
+    state = optimizer.init(params)
+    pieces = {piece.name: (path, piece) for path, one in STACKS.items() for piece in one.pieces()}
+    tensors = {
+        name: torch.nn.Parameter(torch.tensor(np.array(params[path][piece.index])).reshape(piece.shape))
+        for name, (path, piece) in pieces.items()
+    }
+    vectors = [tensor for tensor in tensors.values() if tensor.ndim == 1]
+    matrices = [tensor for tensor in tensors.values() if tensor.ndim > 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    theirs = Adafactor(groups, lr=0.1, scale_parameter=False, relative_step=False)
+    for number in range(1, 5):
+        gradients = of_stacks(number)
+        updates, state = optimizer.update({path: jnp.asarray(g) for path, g in gradients.items()}, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, (path, piece) in pieces.items():
+            tensors[name].grad = torch.tensor(gradients[path][piece.index]).reshape(piece.shape)
+        theirs.step()
+        for name, (path, piece) in pieces.items():
+            got = np.asarray(params[path][piece.index]).reshape(piece.shape)
+            np.testing.assert_allclose(got, tensors[name].detach().numpy(), rtol=2e-5, atol=2e-5, err_msg=f"{name} {number}")
+    kept = sum(math.prod(leaf.shape) for leaf in [*state[0].row.values(), *state[0].col.values()])
+    assert kept < sum(math.prod(one.shape) for one in STACKS.values()) / 4
+
+
+def test_biases_of_experts_are_vectors():
+    """Only matrices are decayed: an expert's, and the router's, whose rows are the experts."""
+    specs = {
+        "r": spec("layers.block.router", (2, 4, 8), ("layers", "experts", "embed"), "router"),
+        "a": spec("layers.block.experts.down_proj", (2, 4, 8, 8), ("layers", "experts", "mlp", "embed"), "down_proj"),
+        "b": spec("layers.block.experts.down_proj_bias", (2, 4, 8), ("layers", "experts", "embed"), "down_proj_bias"),
+    }
+    found = decay_and_rate(OptimizerConfig(weight_decay=0.1), specs)
+    decayed = {name.split(".")[-1] for name, (decay, _) in found.items() if decay}
+    assert decayed == {"router", "down_proj"}

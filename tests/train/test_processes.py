@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from buckets import bucket
 from processes import (
     ALL,
     COMMAND,
-    address,
     end,
     environment,
     launch,
@@ -139,13 +137,14 @@ DIFFERENCES = {
     "no data": (["data.train={folder}/nothing.jsonl"], ["nothing.jsonl: no such file"]),
     "a typo": (["training.max_stepz=3"], ["training.max_stepz: unknown key; did you mean max_steps?"]),
     "weights": (["model.path={folder}/model"], ["digest of the model's files"]),
+    "adapter": (["method.adapter_path={folder}/adapter"], ["digest of the adapter's files"]),
     "prompts": (["evaluate.training_prompts=[abc]"], ["evaluate.training_prompts"]),
     "folder": (["output_dir={folder}/elsewhere"], ["output_dir: ", "is not the folder that process 0 sees"]),
 }
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_hosts_that_differ(settings, tmp_path, name):
+def test_hosts_that_differ(settings, whole, tmp_path, name):
     """Refused before the first update, on both, with exit code 2 and the difference."""
     lines = Path(settings["data"]["train"]).read_text().splitlines(keepends=True)
     (tmp_path / "reversed.jsonl").write_text("".join(lines[::-1]))
@@ -154,13 +153,16 @@ def test_hosts_that_differ(settings, tmp_path, name):
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] + np.float32(1e-3)
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    arguments, words = DIFFERENCES[name]
-    running = launch(
-        2,
-        settings,
-        tmp_path / "run",
-        own={1: [text.format(folder=tmp_path, train=settings["data"]["train"]) for text in arguments]},
+    shutil.copytree(whole / "final", tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    save_file(
+        {key: value * np.float32(2) for key, value in weights.items()}, tmp_path / "adapter" / "adapter_model.safetensors"
     )
+    if name == "adapter":
+        settings = {**settings, "method": {**settings["method"], "adapter_path": str(whole / "final")}}
+    arguments, words = DIFFERENCES[name]
+    own = {1: [text.format(folder=tmp_path, train=settings["data"]["train"]) for text in arguments]}
+    running = launch(2, settings, tmp_path / "run", own=own)
     said = end(running, timeout=120)
     assert [process.returncode for process in running] == [2, 2], "\n".join(said)
     for text in said:
@@ -231,15 +233,66 @@ def test_a_disk_that_fills_on_one_host(settings, tmp_path):
     out = tmp_path / "run"
     often = {**settings, "method": {"name": "full"}, "training": {**settings["training"], "save_steps": 2, "max_steps": 6}}
     code = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))\n{COMMAND}"
-    path = out.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump({**often, "output_dir": str(out)}))
-    joined = ["--coordinator", address(), "--num-processes", "2"]
-    running = [
-        start(["train", path, *joined, "--process-id", str(i)], code=code if i else COMMAND, env=environment()) for i in (0, 1)
-    ]
+    running = launch(2, often, out, code={1: code})
     said = end(running, timeout=150)
     assert [process.returncode for process in running] == [2, 2], "\n".join(said)
     assert all("error: process 1 of 2" in text and "a checkpoint could not be written" in text for text in said), said
+
+
+# The last thing that the first process does, when the others have nothing left to do but wait for it.
+AT_THE_END = {
+    "slow": "time.sleep(25); return original(*args, **more)",  # longer than a heartbeat may be missing
+    "failing": "raise OSError(28, 'No space left on device')",
+}
+
+
+@pytest.mark.parametrize("how", AT_THE_END)
+def test_the_end_of_the_first_process(settings, tmp_path, how):
+    """The others wait for the files that it writes last, and fail with it."""
+    before, last = COMMAND[: COMMAND.index("from ftjax")], COMMAND[COMMAND.index("from ftjax") :]
+    code = (
+        f"{before}import time\nimport ftjax.train.loop as loop\noriginal = loop.next_commands\n"
+        "def last(*args, **more):\n"
+        f"    {AT_THE_END[how]}\nloop.next_commands = last\n{last}"
+    )
+    short = {**settings, "training": {**settings["training"], "max_steps": 2, "save_steps": 2}}
+    running = launch(2, short, tmp_path / "run", code={0: code})
+    said = end(running, timeout=150)
+    ends = [process.returncode for process in running]
+    if how == "slow":
+        assert ends == [0, 0] and (tmp_path / "run" / "final").is_dir(), said
+    else:
+        assert 0 not in ends and all("error: process 0 of 2" in text and "No space left" in text for text in said), (ends, said)
+
+
+def test_the_keyboard_while_others_are_waited_for(settings, tmp_path):
+    """Ctrl-C at a process that waits for the first one's last files ends both."""
+    before, last = COMMAND[: COMMAND.index("from ftjax")], COMMAND[COMMAND.index("from ftjax") :]
+    mark = tmp_path / "mark"
+    code = (
+        f"{before}import time, pathlib\nimport ftjax.train.loop as loop\n"
+        f"def last(*args, **more):\n    pathlib.Path({str(mark)!r}).touch()\n    time.sleep(100)\n"
+        f"loop.next_commands = last\n{last}"
+    )
+    heeding = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{COMMAND}"  # in a background job too
+    short = {**settings, "training": {**settings["training"], "max_steps": 2, "save_steps": 2}}
+    running = launch(2, short, tmp_path / "run", code={0: code, 1: heeding})
+    while not mark.exists() and running[0].poll() is None:
+        time.sleep(0.1)
+    time.sleep(3)  # the other is at the end
+    running[1].send_signal(signal.SIGINT)
+    start_of_end = time.monotonic()
+    said = end(running, timeout=150)
+    assert time.monotonic() - start_of_end < 60 and [process.returncode for process in running] == [130, 130], said
+    assert all("stopped by the keyboard" in text for text in said)
+
+
+def test_hosts_with_unlike_devices(settings, tmp_path):
+    """Hosts of a slice have as many chips each; others are refused before anything waits for a device that is not there."""
+    running = launch(2, settings, tmp_path / "run", devices=[1, 3])
+    said = end(running, timeout=150)
+    assert [process.returncode for process in running] == [2, 2], "\n".join(said)
+    assert all("error: process 1 of 2" in text and "devices: 1 on process 0, 3 here" in text for text in said), said
 
 
 # ---- the other verbs, where JAX's variables join processes ----
@@ -270,6 +323,15 @@ def test_generate_and_evaluate_are_joined(settings, tmp_path):
     said = end(running)
     assert [process.returncode for process in running] == [2, 2]
     assert all("what is asked differs from that of process 0" in text for text in said), said
+    shutil.copytree(model, tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + np.float32(1e-3)
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    for verb in (asked, measured):
+        running = launch_verb(2, verb, tmp_path, instead={1: [text.replace(model, str(tmp_path / "other")) for text in verb]})
+        said = end(running)
+        assert [process.returncode for process in running] == [2, 2]
+        assert all("digest of the model's files" in text for text in said), said
 
 
 def test_verbs_of_one_process(tmp_path):

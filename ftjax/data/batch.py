@@ -1,0 +1,79 @@
+"""One batch: rows of packed documents as arrays.
+
+One row of 12 tokens that holds two documents, `<s> Hi _there </s>` (weights 0 0 1 1) and `<s> Q A </s>` (0 0 1 1):
+
+    tokens       1 15 31  2  1 40 41  2  0  0  0  0
+    targets     15 31  2  0 40 41  2  0  0  0  0  0     the token that follows in the same document
+    weights      0  1  1  0  0  1  1  0  0  0  0  0     that of the target
+    positions    0  1  2  3  0  1  2  3  0  0  0  0
+    segment_ids  1  1  1  1  2  2  2  2  0  0  0  0
+
+Texts with several labels (or numbers) have `labels` besides: so many values for each token, those of its text at the token that
+carries weight and zeros elsewhere, one token's after the other's.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+KEYS = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "positions": np.int32, "segment_ids": np.int32}
+Batch = dict[str, np.ndarray]
+
+
+class BatchIterator(Protocol):
+    """Batches of this process's rows, `[rows, T]` of each of `KEYS` and perhaps `labels` `[rows, T * labels]`, and a position
+    that is the same on all processes."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> dict[str, int]:
+        """Where the next batch is, as JSON: independent of the number of processes."""
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go there."""
+
+
+def own_rows(rows: Sequence[int] | None, batch_size: int) -> np.ndarray:
+    """The rows of a batch that are to be built, as an array.
+
+    Raises ValueError where they do not rise or are none of the batch's.
+    """
+    own = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+    if not len(own) or own[0] < 0 or own[-1] >= batch_size or (np.diff(own) <= 0).any():
+        raise ValueError(f"rows of a batch of {batch_size}: expected rising numbers from 0 on, found {own.tolist()}")
+    return own
+
+
+def fill(
+    store: Any, starts: np.ndarray, lengths: np.ndarray, per_row: np.ndarray, width: int, labels: np.ndarray | None = None
+) -> Batch:
+    """`[len(per_row), width]` of each of `KEYS`, from documents `store.tokens[start : start + length]`.
+
+    Args:
+        per_row: how many of the documents each row holds, in their order.
+        labels: `[documents, labels]`, which go to the last token but one of each.
+    """
+    batch = {name: np.zeros(len(per_row) * width, dtype) for name, dtype in KEYS.items()}
+    if labels is not None:
+        batch["labels"] = np.zeros((len(per_row) * width, labels.shape[1]), np.float32)
+    if len(starts):
+        before = np.cumsum(lengths) - lengths  # tokens of all documents before each
+        first = np.cumsum(per_row) - per_row  # of each row, its first document
+        row = np.repeat(np.arange(len(per_row)), per_row)
+        within = np.arange(int(lengths.sum())) - np.repeat(before, lengths)
+        source = np.repeat(starts, lengths) + within
+        begin = row * width + before - before[first[row]]
+        target = np.repeat(begin, lengths) + within
+        segment = np.arange(len(starts)) - first[row] + 1
+        batch["tokens"][target] = store.tokens[source]
+        batch["positions"][target] = within
+        batch["segment_ids"][target] = np.repeat(segment, lengths)
+        inner = within < np.repeat(lengths - 1, lengths)  # the last token of a document has no target
+        source, target = source[inner] + 1, target[inner]
+        batch["targets"][target] = store.tokens[source]
+        batch["weights"][target] = store.weights[source]
+        if labels is not None:
+            batch["labels"][begin + lengths - 2] = labels
+    return {name: values.reshape(len(per_row), width * math.prod(values.shape[1:])) for name, values in batch.items()}

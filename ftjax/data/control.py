@@ -1,0 +1,134 @@
+"""Control tokens that a message only spells: `<|im_end|>` in a user's text ends no turn.
+
+A message is marked before the template sees it: `<|im_end|>` becomes `<~|~i~m~...~>`, with a private character for `~`. In the
+rendered text every control token that is still whole is then the template's own. Each of those is replaced by an alias of the
+same length, of other private characters, and the marks are taken out. A copy of the tokenizer that knows the aliases and
+reads its control tokens as plain text tokenises the result, and aliases become the tokens that they stand for.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from tokenizers import AddedToken, Tokenizer
+
+from ftjax.data.example import Message
+from ftjax.errors import UserError
+
+MARK = "\U0010fffd"
+ALIAS = 0xF0000  # the first of the characters that aliases are made of
+PRIVATE = re.compile("[\U000f0000-\U000ffffd\U0010fffd]")
+Mode = Literal["encode", "split", "error"]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Messages as the template is to see them, and what was found in them."""
+
+    messages: list[Message]
+    notes: Counter[str]
+
+    @property
+    def hidden(self) -> bool:
+        return bool(self.notes["control tokens split"] or self.notes["control tokens split in answers"])
+
+
+class Control:
+    """The control tokens of a tokenizer.
+
+    Args:
+        frame: what the chat template writes around messages. Of the added tokens those are control tokens that are special
+            or stand in it; in an answer only what is both, and BOS and EOS: others may be what it is made of.
+    """
+
+    def __init__(self, tokenizer: Any, frame: str):
+        self._backend = tokenizer.backend_tokenizer
+        added = tokenizer.added_tokens_decoder
+        tokens = {token.content: (number, token) for number, token in added.items() if len(token.content) > 1}
+        self._tokens = {name: pair for name, pair in tokens.items() if pair[1].special or name in frame}
+        edges = {tokenizer.bos_token, tokenizer.eos_token}
+        turn = [name for name, (_, token) in self._tokens.items() if name in edges or (token.special and name in frame)]
+        self.ids = {name: number for name, (number, _) in self._tokens.items()}
+        self._any, self._turn = _pattern(self._tokens), _pattern(turn)
+        self._tail = re.compile(rf"(?:(?:{self._turn.pattern})\s*)+\Z")
+        self._alias = {name: chr(ALIAS + at) * len(name) for at, name in enumerate(self._tokens)}
+
+    def mark(self, messages: Sequence[Message], mode: Mode, where: str) -> Marked:
+        """Messages whose spelled control tokens no longer read as such, unless `mode` is `encode`.
+
+        Raises UserError for `error`, naming the message.
+        """
+        marked, notes = [], Counter()
+        for number, message in enumerate(messages):
+            content = message.get("content")
+            if isinstance(content, str) and content:
+                answer = message["role"] == "assistant"
+                end = self._tail.search(content) if answer else None  # an end that was written by hand stays one
+                body = content[: end.start()] if end else content
+                found = (self._turn if answer else self._any).search(body)
+                if found:
+                    self._found(found[0], number, message["role"], mode, where)
+                    kind = "encoded" if mode == "encode" else "split in answers" if answer else "split"
+                    notes[f"control tokens {kind}"] = 1
+                    if mode != "encode":
+                        if PRIVATE.search(content):
+                            raise UserError(
+                                f"{where}: message {number} spells the control token {found[0]!r} and holds private-use "
+                                "characters that ftjax needs to tell it from a real one; take them out of the text"
+                            )
+                        pattern = self._turn if answer else self._any
+                        hidden = pattern.sub(lambda match: MARK.join(match[0]), body)
+                        message = {**message, "content": hidden + content[len(body) :]}
+            marked.append(message)
+        return Marked(marked, notes)
+
+    def _found(self, name: str, number: int, role: str, mode: Mode, where: str) -> None:
+        if mode == "error":
+            raise UserError(
+                f"{where}: message {number} of the {role} spells the control token {name!r}; change the text, or set "
+                "data.special_tokens_in_text: split (it is read as plain text) or encode (as the token)"
+            )
+
+    def spelled(self, messages: Sequence[Message]) -> frozenset[int]:
+        """The ids of control tokens in what the assistant says."""
+        texts = [message["content"] for message in messages if message["role"] == "assistant" and message.get("content")]
+        return frozenset(self.ids[name] for text in texts for name in self._any.findall(text))
+
+    def reveal(self, text: str, places: Sequence[int], where: str) -> tuple[str, list[int]]:
+        """A rendered text with aliases and without marks, and where these places of it are then."""
+        if PRIVATE.search(text.replace(MARK, "")):
+            raise UserError(f"{where}: it spells control tokens and holds private-use characters; take them out of the text")
+        aliased = self._any.sub(lambda match: self._alias[match[0]], text)
+        return aliased.replace(MARK, ""), [place - text.count(MARK, 0, place) for place in places]
+
+    @cached_property
+    def _reader(self) -> Tokenizer:
+        made = json.loads(self._backend.to_str())
+        made["truncation"] = made["padding"] = None
+        for token in made["added_tokens"]:
+            token["special"] = token["content"] in self._tokens
+        reader = Tokenizer.from_str(json.dumps(made))
+        self._real = {}
+        for name, (number, token) in self._tokens.items():
+            alias = self._alias[name]
+            flags = {flag: getattr(token, flag) for flag in ("lstrip", "rstrip", "single_word")}
+            reader.add_tokens([AddedToken(alias, normalized=False, special=False, **flags)])
+            self._real[reader.token_to_id(alias)] = number
+        reader.encode_special_tokens = True
+        return reader
+
+    def batch(self, texts: Sequence[str]) -> list[Any]:
+        """Encodings of texts with aliases; `real` makes their ids those of the tokenizer."""
+        return self._reader.encode_batch(list(texts), add_special_tokens=False)
+
+    def real(self, ids: Sequence[int]) -> list[int]:
+        return [self._real.get(number, number) for number in ids]
+
+
+def _pattern(names: Any) -> re.Pattern:
+    found = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found)) if found else r"(?!)")

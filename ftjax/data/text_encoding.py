@@ -1,0 +1,80 @@
+"""Text files of any encoding as UTF-8: that of `data.encoding`, of a BOM, or Excel's cp1252 where the bytes show it."""
+
+import codecs
+import io
+import re
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ftjax.data.faults import Faults
+from ftjax.errors import UserError
+
+BOM = codecs.BOM_UTF8
+LONGEST_LINE = 1 << 30  # bytes; a longer line is a file of another kind
+LOOKED_AT = 1 << 20  # bytes by which an encoding is told
+# In texts of western Europe single letters stand between others, and no signs between letters: where they do, or where runs
+# of such bytes are long, the text is of another code page, which only a person can name.
+NOT_WESTERN = re.compile(
+    rb"[\x80-\xff]{3}|[\x81\x8d\x8f\x90\x9d\xfe\xff]"
+    rb"|[A-Za-z\xc0-\xfd][\xa1-\xa9\xab-\xb3\xb5\xb6\xb8\xb9\xbb-\xbf\xd7\xf7][A-Za-z\xc0-\xfd]"
+)
+
+
+def as_utf8(file: Any, encoding: str | None) -> BinaryIO:
+    """The file as UTF-8. Reading it raises UnicodeError where it is not of its encoding."""
+    return file if encoding in (None, "utf-8") else io.BufferedReader(_Recoded(file, encoding))
+
+
+def found_encoding(path: Path, start: bytes, faults: Faults, western: bool) -> str | None:
+    """The encoding of a file that begins with these bytes (`LOOKED_AT` of them); None for UTF-8.
+
+    Args:
+        western: take bytes that cannot be UTF-8 for cp1252 where they look like it, which `faults` notes.
+    """
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if western and _is_western(start):
+        faults.note(f"{path}: not UTF-8, and read as cp1252 (Excel's); data.encoding names another encoding")
+        return "cp1252"
+    return None
+
+
+def _is_western(start: bytes) -> bool:
+    if start.isascii():
+        return False
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return not NOT_WESTERN.search(start)
+    return False
+
+
+class _Recoded(io.RawIOBase):
+    """A file of another encoding as UTF-8; ends of lines stay as they are."""
+
+    def __init__(self, file: Any, encoding: str):
+        self._text = io.TextIOWrapper(file, encoding, newline="")
+        self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._output:
+            self._output = self._text.read(1 << 16).encode()
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+
+def decoded(line: bytes, where: str) -> str:
+    """A line of UTF-8. Raises UserError for another."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(not_utf8(where, line[error.start])) from None
+
+
+def not_utf8(where: str, byte: int) -> str:
+    return f"{where}: not UTF-8 (byte {byte:#04x}); name its encoding in data.encoding, or convert the file to UTF-8"

@@ -1,0 +1,23 @@
+"""Token ids that the model has no row for: a tokenizer that is larger than the model, or another model's."""
+
+from typing import Any
+
+import numpy as np
+
+from ftjax.errors import UserError
+
+
+def refuse_unknown(tokens: np.ndarray, rows: int, where: str, tokenizer: Any) -> None:
+    """UserError where an id is not below `rows`, the number of the model's embeddings; `where` names the row of data.
+
+    A model would look up nothing for such an id: the loss is not a number, or silently that of another token.
+    """
+    beyond = tokens[tokens >= rows]
+    if len(beyond):
+        number = int(beyond[0])
+        text = tokenizer.convert_ids_to_tokens(number)
+        raise UserError(
+            f"{where}: the token {text!r} has the id {number}, and the model has embeddings for 0 to {rows - 1} only. Use the "
+            f"tokenizer that belongs to the model (model.tokenizer), or give the token an embedding of its own with "
+            f"model.add_special_tokens: [{text!r}], and a method that trains it"
+        )

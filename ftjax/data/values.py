@@ -1,0 +1,141 @@
+"""The values of a row: as text, whole numbers or lists, each refused with its place where it is something else."""
+
+import datetime
+import decimal
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ftjax.errors import UserError
+
+Values = Mapping[str, Any]
+SIMPLE = (str, int, float, bool, type(None))
+DATES = (datetime.date, datetime.time, datetime.timedelta)  # a datetime is a date too
+
+
+class EmptyRow(UserError):
+    """A row in which there is nothing to learn: `data.drop_empty` drops and counts it."""
+
+
+def plain(value: Any) -> Any:
+    """What a table holds, as JSON would: bytes of UTF-8, decimal numbers and dates as text, and structs without the keys that
+    are null, because a table gives every struct the keys of all others."""
+    kind = type(value)
+    if kind in SIMPLE:
+        return value
+    if kind is dict:
+        return {name: item if type(item) is str else plain(item) for name, item in value.items() if item is not None}
+    if kind is list:  # lists of numbers and of text, which are long, are left alone
+        return value if not value or type(value[0]) in SIMPLE[:-1] else [plain(item) for item in value]
+    if kind is bytes:
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    return str(value) if isinstance(value, (decimal.Decimal, *DATES)) else value
+
+
+def string(v: Values, name: str, where: str) -> str:
+    """A text; numbers and booleans are written as JSON does. UserError for anything else."""
+    value = v[name]
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {name!r} is {value}, expected text")
+    if isinstance(value, int | float):
+        try:
+            return str(value)
+        except ValueError as error:  # a number of more digits than Python converts
+            raise UserError(f"{where}: {name!r}: {error}") from None
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name!r} is {kind_of(value)}, expected text")
+    check_unicode(value, repr(name), where)
+    return value
+
+
+def optional(v: Values, name: str, where: str) -> str:
+    """As `string`; nothing where there is none."""
+    return "" if v.get(name) is None else string(v, name, where)
+
+
+def filled(v: Values, name: str, where: str) -> str:
+    """As `string`; EmptyRow where there is none."""
+    if v[name] is None or (isinstance(v[name], str) and not v[name].strip()):
+        raise EmptyRow(f"{where}: {name!r} is empty, so there is nothing to learn from this row; fill or remove it")
+    return string(v, name, where)
+
+
+def integers(values: Any, name: str, where: str) -> list[int]:
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise UserError(f"{where}: {name!r} is {kind_of(values)}, expected a list of whole numbers")
+    return values
+
+
+def mask(values: Any, name: str, count: int, where: str) -> list[bool]:
+    """One true or false, or 1 or 0, for each of `count` input_ids."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, list) or not all(value in (0, 1) for value in values):
+        raise UserError(f"{where}: {name!r} is {kind_of(values)}, expected a list of 0 and 1")
+    if len(values) != count:
+        raise UserError(f"{where}: {len(values)} values of {name} for {count} input_ids; they must be as many")
+    return [bool(value) for value in values]
+
+
+def check_unicode(value: Any, name: str, where: str) -> None:
+    """UserError where a text, wherever it stands in `value`, cannot be written as UTF-8."""
+    kind = type(value)
+    if kind is str:
+        if value.isascii():
+            return
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start]
+            raise UserError(
+                f"{where}: {name} holds half of a character, {half!r} (a lone surrogate); write the text as UTF-8"
+            ) from None
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_unicode(key, name, where)
+            check_unicode(item, name, where)
+    elif kind is list or kind is tuple:
+        for item in value:
+            check_unicode(item, name, where)
+
+
+def by_row(value: Any) -> Any:
+    """`{"role": ["user", "assistant"], "content": ["Hi", "Hello"]}` as a list of messages; anything else as it is."""
+    if not isinstance(value, Mapping) or not value or not all(isinstance(items, list) for items in value.values()):
+        return value
+    if len({len(items) for items in value.values()}) > 1:
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+
+
+def normalized(value: Any, normalize: Callable[[str], str]) -> Any:
+    """With each text in it normalised."""
+    if isinstance(value, str):
+        return normalize(value)
+    if isinstance(value, list):
+        return [normalized(item, normalize) for item in value]
+    return {key: normalized(item, normalize) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def kind_of(value: Any) -> str:
+    """`text`, `a number`, `a list of objects`, for messages."""
+    names = {type(None): "null", bool: "true or false", str: "text", int: "a number", float: "a number", dict: "an object"}
+    if isinstance(value, list):
+        return "an empty list" if not value else f"a list of {kind_of(value[0]).removeprefix('a ').removeprefix('an ')}"
+    if isinstance(value, bytes):
+        return "bytes that are no UTF-8"
+    return names.get(type(value), type(value).__name__)
+
+
+def quoted(names: Iterable[str], join: str = ", ") -> str:
+    return join.join(f'"{name}"' for name in names)
+
+
+def names_of(values: Iterable[str]) -> str:
+    names = list(values)
+    return quoted(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") if names else "no columns"

@@ -1,0 +1,116 @@
+"""What a person names when they name a model: a run, a configuration, an adapter or a model itself."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftjax.config import Config
+from ftjax.config.load import load_config, print_note
+from ftjax.errors import UserError
+from ftjax.hub.fetch import resolve_config
+from ftjax.hub.peft import CONFIG as ADAPTER
+from ftjax.hub.peft import read_adapter_config
+from ftjax.hub.run_folder import RUN, adapter_folder, result_of
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model that can be loaded.
+
+    Attributes:
+        name: how it is called in messages and results.
+        model: Hub id, folder or .gguf file: of an adapter, its base model.
+        adapter: a PEFT folder, or None.
+        config: of the run or of the configuration file, or None.
+        run: the run folder, or None.
+        revision: of the base model, as an adapter's own file has it.
+        own_tokenizer: the result brings the tokenizer that it was trained with, added tokens and chat template included, and
+            nobody asked for another.
+    """
+
+    name: str
+    model: str
+    adapter: Path | None = None
+    config: Config | None = None
+    run: Path | None = None
+    revision: str | None = None
+    own_tokenizer: bool = False
+
+    def options(self, **asked: Any) -> dict[str, Any]:
+        """`Generator`'s revision, tokenizer, chat_template and quantization: as asked (a quantization `none` is none),
+        and where that is None as the run was trained."""
+        own: dict[str, Any] = {"revision": self.revision}
+        if self.config is not None:
+            settings = self.config.model
+            own = {"quantization": settings.quantization}
+            if self.model == settings.path:
+                own["revision"] = settings.revision
+            if not self.own_tokenizer:
+                own |= {"tokenizer": settings.tokenizer, "chat_template": settings.chat_template}
+        chosen = {name: own.get(name) if value is None else value for name, value in asked.items()}
+        return {name: None if (name, value) == ("quantization", "none") else value for name, value in chosen.items()}
+
+
+def find_named(
+    given: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, note: Callable[[str], None] = print_note
+) -> Named:
+    """Tell a run folder (or its `final/` or `best/`), a configuration file, a PEFT folder, and a model.
+
+    A configuration file means the run in its `output_dir`, and before that has ended its base model. A PEFT folder means
+    itself on the base model that it names. `adapter` may be a run's folder, too.
+
+    Raises UserError where a run has no result yet, an adapter's base model is not known or not there, or two adapters are
+    given.
+    """
+    place = Path(given).expanduser()
+    adapter = None if adapter is None else adapter_folder(adapter)
+    if place.suffix in (".yaml", ".yml") and not place.is_dir():
+        config = load_config(place, overrides, note=note)
+        run = Path(config.output_dir)
+        if adapter is None and (run / "final").is_dir():
+            return _of_run(run, run / "final", config, config)
+        if adapter is None:
+            note(f"{run} holds no final/ yet, so that the base model {config.model.path} is taken")
+            return Named(config.model.path, config.model.path, None, config)
+        return Named(f"{config.model.path} with {adapter}", config.model.path, adapter, config)
+    found = None
+    if (result := result_of(place)) is not None:
+        config = load_config(result[1] / RUN, overrides, note=note)
+        trained = load_config(result[1] / RUN, note=lambda text: None) if overrides else config
+        found = _of_run(result[1], result[0], config, trained)
+    elif (place / ADAPTER).is_file():
+        if adapter is None:
+            return _of_adapter(given, place)
+        found = Named(given, given, place)
+    if adapter is None:
+        return Named(given, given) if found is None else found
+    if found is not None and found.adapter is not None:
+        raise UserError(f"{given}: this is an adapter itself, and --adapter {adapter} is another; give the base model and one")
+    model = given if found is None else found.model
+    return Named(f"{model} with {adapter}", model, adapter)
+
+
+def _of_run(run: Path, result: Path, config: Config, trained: Config) -> Named:
+    """The result of a run; `trained` is its configuration without this command's overrides."""
+    tokenizers = [(one.model.tokenizer, one.model.chat_template) for one in (config, trained)]
+    own = (result / "tokenizer_config.json").is_file() and tokenizers[0] == tokenizers[1]
+    if (result / ADAPTER).is_file():
+        return Named(str(result), config.model.path, result, config, run, own_tokenizer=own)
+    return Named(str(result), str(result), None, config, run, own_tokenizer=own)
+
+
+def _of_adapter(given: str, place: Path) -> Named:
+    saved = read_adapter_config(place)
+    base = saved.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{place}: its {ADAPTER} names no base model; give the model, and this folder as --adapter")
+    revision = None if Path(base).exists() else saved.get("revision")
+    try:
+        resolve_config(str(base), revision)
+    except UserError as error:
+        raise UserError(
+            f"{place}: its {ADAPTER} names the base model {base}, which is not to be had here ({error}). "
+            f"Give the model's own place, and this folder as --adapter"
+        ) from None
+    return Named(given, str(base), place, revision=revision)

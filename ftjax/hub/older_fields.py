@@ -1,0 +1,59 @@
+"""Fields of config.json under the names that transformers 4 and tools of its time read.
+
+transformers 5 keeps all of RoPE in `rope_parameters` and renamed a few other fields. What reads only the older names (4.57,
+mlx-lm, llama.cpp's converter, ONNX's exporter) would take its defaults for them without a word. transformers 5 reads either.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+# transformers 4 accepts a scaling of these families only as {type, factor} or {type, short_factor, long_factor}.
+NAMED_TYPE = {"olmo2", "phi3"}
+
+
+def older_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The older fields that say what `config` says, a config.json as transformers 5 completes it.
+
+    Where transformers 4 cannot express a scaling, the fields hold all of it, so that 4 refuses it rather than leave out a part.
+    """
+    family = config["model_type"]
+    fields: dict[str, Any] = {"torch_dtype": config["dtype"]} if config.get("dtype") else {}
+    if family == "qwen3_moe":
+        fields["num_experts"] = config["num_local_experts"]
+    if family == "gemma3_text" and (pattern := _pattern(config["layer_types"])):
+        fields["sliding_window_pattern"] = pattern
+    if rope := config.get("rope_parameters"):
+        fields |= _rope(family, rope, config)
+    return fields
+
+
+def _rope(family: str, parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    local = parameters.get("sliding_attention")
+    rope = dict(parameters.get("full_attention", parameters))
+    theta, part = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
+    kind = rope.pop("rope_type", None) or rope.pop("type", "default")
+    rope.pop("type", None)
+    if family == "gpt_neox":  # transformers 5 would take rope_theta for a field that it does not know
+        fields = {"rotary_emb_base": theta, "rotary_pct": part}
+    else:
+        fields = {"rope_theta": theta} | ({"partial_rotary_factor": part} if part is not None else {})
+    if family == "gemma3_text" and local:
+        fields["rope_local_base_freq"] = local["rope_theta"]
+    if kind == "default":
+        return {**fields, "rope_scaling": None}
+    original = rope.get("original_max_position_embeddings")
+    if kind == "longrope" and original is not None:  # which 4 reads outside of the scaling
+        fields["original_max_position_embeddings"] = original
+        if family == "phi3":  # and so does 5
+            rope.pop("original_max_position_embeddings")
+            if rope.get("factor") == config["max_position_embeddings"] / original:  # as both compute it
+                rope.pop("factor")
+    rope = {name: float(value) if name == "factor" and value is not None else value for name, value in rope.items()}
+    return {**fields, "rope_scaling": {"type" if family in NAMED_TYPE else "rope_type": kind, **rope}}
+
+
+def _pattern(layer_types: list[str]) -> int | None:
+    """Every how manieth layer sees the whole text; None where the layers follow no such rule."""
+    whole = [number for number, kind in enumerate(layer_types, start=1) if kind == "full_attention"]
+    pattern = whole[0] if whole else len(layer_types) + 1
+    return pattern if whole == list(range(pattern, len(layer_types) + 1, pattern)) else None

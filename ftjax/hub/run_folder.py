@@ -1,0 +1,42 @@
+"""A run's folder, told from a model's and an adapter's: where its result lies."""
+
+from pathlib import Path
+
+from ftjax.errors import UserError
+from ftjax.hub.peft import CONFIG as ADAPTER
+
+RUN = "config.yaml"  # what makes a folder a run's
+
+
+def result_of(place: Path) -> tuple[Path, Path] | None:
+    """`(the folder with the weights, the run's folder)` of a run folder, or of its `final/` or `best/`; else None.
+
+    Raises UserError where the run has no result yet.
+    """
+    for run, result in ((place, place / "final"), (place.parent, place)):
+        if (run / RUN).is_file() and is_result(result):
+            return result, run
+    if not (place / RUN).is_file() or is_result(place):
+        return None
+    best = place / "best"
+    rest = f"take {best}, its best so far" if is_result(best) else "train it to its end first"
+    raise UserError(f"{place}: this run has no final/ yet; {rest}")
+
+
+def adapter_folder(place: Path) -> Path:
+    """The PEFT folder that is meant: of a run, its result's.
+
+    Raises UserError where a run has no result yet, or its result is a whole model.
+    """
+    place = place.expanduser()
+    found = None if (place / ADAPTER).is_file() else result_of(place)
+    if found is None:
+        return place
+    if not (found[0] / ADAPTER).is_file():
+        raise UserError(f"{place}: this run trained a whole model, not an adapter; give {found[0]} as the model")
+    return found[0]
+
+
+def is_result(folder: Path) -> bool:
+    """Whether it holds a model or an adapter."""
+    return (folder / ADAPTER).is_file() or (folder / "config.json").is_file()

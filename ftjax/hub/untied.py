@@ -1,0 +1,91 @@
+"""A base model that ties its output to its embedding, for an adapter that trains one of the two, or each by itself.
+
+PEFT then wraps one side, or copies it, and leaves the other as it was. Here the model gets an output of its own that starts as
+the embedding, so that what the adapter is merged into says `tie_word_embeddings: false` and holds both.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftjax.hub.adapter_file import AdapterFile, Renamed
+from ftjax.hub.load import check_tied
+from ftjax.hub.peft import PREFIX, adapter_file, read_adapter_config
+from ftjax.hub.source import TensorSource
+from ftjax.methods.tied import tied_names
+from ftjax.methods.walk import matches
+from ftjax.models.model import build_module
+
+
+class Beside:
+    """The tensors of two sources; those of the second count where both have one."""
+
+    def __init__(self, source: TensorSource, more: TensorSource):
+        self._of = {name: one for one in (source, more) for name in one.keys()}
+
+    def keys(self) -> list[str]:
+        return list(self._of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._of[name].shape(name))
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._of[name].dtype(name)
+
+    def read(self, name: str, index=()) -> np.ndarray:
+        return self._of[name].read(name, index)
+
+
+def with_adapters_output(adapter: Path, facts: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], TensorSource]:
+    """config.json and tensors of a base model, with an output of its own where an adapter's folder needs one.
+
+    Raises UserError where the base's file holds another output than the embedding that config.json ties to it.
+    """
+    saved, root = read_adapter_config(adapter), build_module(facts)
+    names = tied_names(root)
+    if names is None or saved.get("task_type") == "SEQ_CLS" or "peft_type" not in saved:
+        return facts, source
+    stored = adapter_file(adapter)
+    if not _apart(saved, stored, *names):
+        return facts, source
+    check_tied(root, source, str(adapter))
+    tables = [f"{name}.weight" for name in names]
+    # The base's table is one, of which the file may hold either side's.
+    held = [f"{PREFIX}{name}.base_layer.weight" for name in names]
+    kept = [f"{PREFIX}{table}" for table in tables]
+    found = [(stored, name) for name in held if name in stored.keys()]
+    found += [(stored.original, name) for name in kept if name in stored.original.keys()]
+    table = found[0] if found else (source, tables[0])
+    return {**facts, "tie_word_embeddings": False}, Beside(source, Renamed(table[0], dict.fromkeys(tables, table[1])))
+
+
+def _apart(saved: Mapping[str, Any], stored: AdapterFile, embedding: str, output: str) -> bool:
+    """Whether an adapter trains one side alone, or each by itself."""
+    rows = saved.get("trainable_token_indices")
+    if isinstance(rows, Mapping):
+        own, others = ([ids for key, ids in rows.items() if ids and matches(name, [key])] for name in (embedding, output))
+        if others and own[:1] != others[:1]:
+            return True
+    asked = any(_trains(saved, name) for name in (embedding, output))
+    return asked and not (saved.get("ensure_weight_tying") and _one(stored, embedding, output))
+
+
+def _trains(saved: Mapping[str, Any], name: str) -> bool:
+    """Whether `modules_to_save` or `target_modules` name a module."""
+    if any(name.endswith(one) for one in saved.get("modules_to_save") or ()):
+        return True
+    targets, excluded = saved.get("target_modules"), saved.get("exclude_modules")
+    if not targets or targets == "all-linear" or saved.get("layers_to_transform") not in (None, []):
+        return False
+    return matches(name, targets) and not (excluded and matches(name, excluded))
+
+
+def _one(stored: AdapterFile, embedding: str, output: str) -> bool:
+    """Whether the file has the same for both sides: PEFT ties no embedding of another name than `embed_tokens`."""
+    pairs = {("weight", "weight"), ("lora_embedding_A", "lora_B.weight"), ("lora_embedding_B", "lora_A.weight")}
+    found = [(f"{PREFIX}{embedding}.{a}", f"{PREFIX}{output}.{b}") for a, b in pairs]
+    found = [pair for pair in found if set(pair) <= set(stored.keys())]
+    values = [(stored.read(a), stored.read(b)) for a, b in found]
+    return bool(values) and all(np.array_equal(a, b if a.shape == b.shape else b.T) for a, b in values)

@@ -1,0 +1,112 @@
+"""Whatever names a model, named to any verb: runs, `final/`, `best/`, adapters' folders, configurations."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from ftjax.errors import UserError
+from ftjax.evaluate.target import find_target
+from ftjax.generate.chat import chat
+from ftjax.generate.command import generate
+from ftjax.generate.named import find_named
+from ftjax.generate.session import Generator
+from ftjax.hub.combine import merge_adapters, parse
+from ftjax.hub.run_folder import adapter_folder
+
+PROMPT, SETTINGS = "abc:", {"max_new_tokens": 3, "dtype": "float32"}
+CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture
+def alone(run, tmp_path):
+    """The adapter's folder without the run around it."""
+    shutil.copytree(run / "final", tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def changed(run, tmp_path):
+    """`changed(section={...})`: a copy of the run with other settings in its config.yaml."""
+
+    def change(**sections):
+        folder = tmp_path / "changed"
+        shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints"))
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        for name, values in sections.items():
+            config[name] |= values
+        (folder / "config.yaml").write_text(yaml.safe_dump({**config, "output_dir": str(folder)}))
+        return folder
+
+    return change
+
+
+def test_generate_takes_what_evaluate_takes(run, tiny, alone, capsys):
+    want = Generator(str(tiny), run / "final", dtype="float32").generate([PROMPT], max_new_tokens=3)[0].text
+    base = Generator(str(tiny), dtype="float32").generate([PROMPT], max_new_tokens=3)[0].text
+    assert want != base
+    for given in (run, run / "final", run / "best", run / "config.yaml", alone):
+        generate(str(given), prompt=[PROMPT], **SETTINGS)
+        assert capsys.readouterr().out == want + "\n", given
+    generate(str(tiny), prompt=[PROMPT], adapter=run, **SETTINGS)  # and a run for its adapter
+    assert capsys.readouterr().out == want + "\n"
+
+
+def test_chat_takes_a_run(run, tiny, monkeypatch, capsys):
+    lines = iter([PROMPT, "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    chat(str(run), chat_template=CHAT, **SETTINGS)
+    ours = Generator(str(tiny), run / "final", dtype="float32", chat_template=CHAT)
+    assert capsys.readouterr().out == ours.generate([PROMPT], max_new_tokens=3)[0].text + "\n"
+
+
+def test_a_run_is_asked_as_it_was_trained(changed, capsys):
+    """Its prompts without a chat template, its tokens, its quantization; what is asked for comes first."""
+    folder = changed(data={"prompt_format": "raw"}, model={"quantization": "int8", "tokenizer": "gone", "chat_template": CHAT})
+    (folder / "final" / "chat_template.jinja").write_text("{% for m in messages %}aaaaaa{{ m.content }}{% endfor %}")
+    generate(str(folder), prompt=[PROMPT], as_json=True, **SETTINGS)
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 1 + len(PROMPT)  # and BOS
+    nothing = dict.fromkeys(("revision", "tokenizer", "chat_template", "quantization"))
+    own = find_named(str(folder)).options(**nothing)
+    assert own == {**nothing, "quantization": "int8"}  # the tokenizer is the result's own
+    assert find_named(str(folder), ["model.chat_template=x{{ 1 }}"]).options(**nothing)["chat_template"] == "x{{ 1 }}"
+    asked = {"revision": "r", "tokenizer": "t", "chat_template": "c", "quantization": "nf4"}
+    assert find_named(str(folder)).options(**asked) == asked
+    assert find_named(str(folder)).options(quantization="none") == {"quantization": None}
+    (folder / "final" / "tokenizer_config.json").unlink()
+    assert find_named(str(folder)).options(**nothing)["tokenizer"] == "gone"
+
+
+def test_a_base_that_is_not_here_is_said(alone, tmp_path):
+    path = alone / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "base_model_name_or_path": str(tmp_path / "gone" / "llama")}))
+    with pytest.raises(UserError, match=r"adapter_config.json names the base model .*gone/llama, .*as --adapter"):
+        generate(str(alone), prompt=[PROMPT])
+    path.write_text(json.dumps({**saved, "base_model_name_or_path": None}))
+    with pytest.raises(UserError, match="names no base model"):
+        find_target(str(alone))
+
+
+def test_what_cannot_be_meant(run, tiny, alone, changed, tmp_path):
+    with pytest.raises(UserError, match="an adapter itself"):
+        find_named(str(run), adapter=alone)
+    folder = changed()
+    shutil.rmtree(folder / "final")
+    with pytest.raises(UserError, match=r"no final/ yet; take .*best"):
+        generate(str(folder), prompt=[PROMPT])
+    shutil.rmtree(folder / "best")
+    with pytest.raises(UserError, match="train it to its end first"):
+        generate(str(folder), prompt=[PROMPT])
+    shutil.copytree(tiny, folder / "final")  # a run of full fine-tuning
+    assert find_named(str(folder)).model == str(folder / "final")
+    with pytest.raises(UserError, match="a whole model, not an adapter"):
+        adapter_folder(folder)
+
+
+def test_merge_adapters_takes_runs(run, tmp_path):
+    for name, given in (("runs", run), ("folders", run / "final")):
+        merge_adapters(parse([f"{given}=0.5", f"{given}=0.25"]), tmp_path / name)
+    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("runs", "folders"))
+    assert one == other

@@ -1,0 +1,171 @@
+"""Rows that answer at their own pace: whatever the others do, and whenever a row starts, its answer is the one it has alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from generate.words import words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Case, load, make_hf, one_device, tokens
+
+from ftjax.config import MeshConfig
+from ftjax.generate.answer import Answer
+from ftjax.generate.engine import Batch
+from ftjax.generate.sample import Sampling
+from ftjax.generate.session import Generator
+from ftjax.generate.text import StopStrings
+from ftjax.mesh import make_mesh
+
+ROWS, SLOTS = 3, 64
+ENDS = frozenset(range(0, 600, 9))  # one of nine tokens ends an answer: the model is random
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.8, top_k=20, top_p=0.9),
+    Sampling(temperature=1.2, min_p=0.05, repetition_penalty=1.3),
+    Sampling(repetition_penalty=1.5),
+]
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory) -> Generator:
+    return made(tmp_path_factory.mktemp("model"), Case("llama", "llama", {"initializer_range": 0.1}))
+
+
+def made(folder, case: Case, mesh=None) -> Generator:
+    make_hf(case, folder)
+    mesh = mesh or one_device()
+    found = Generator.of(*load(folder, mesh=mesh), words(), mesh=mesh, dtype=jnp.float32)
+    found.ends = ENDS
+    return found
+
+
+def answer(generator: Generator, number: int) -> Answer:
+    """Request `number`: each has a length, a limit and a sampling of its own."""
+    length, limit = 3 + number * 5 % 13, 4 + number * 7 % 19
+    prompt = tokens(1, length, seed=number)[0].tolist()
+    return generator.begin(prompt, limit, StopStrings(()), sampling=SAMPLINGS[number % len(SAMPLINGS)], seed=3, number=number)
+
+
+def alone(generator: Generator, number: int, rows: int = ROWS) -> list[int]:
+    batch, one = Batch(generator.engine, generator.params, rows, SLOTS), answer(generator, number)
+    batch.start({0: one})
+    while batch.active:
+        batch.step()
+    return one.tokens
+
+
+@pytest.fixture(scope="module")
+def want(generator) -> list[list[int]]:
+    found = [alone(generator, number) for number in range(10)]
+    assert len({len(one) for one in found}) > 4 and any(one[-1] in ENDS for one in found)
+    return found
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_any_order_of_arrivals_and_departures(generator, want, data):
+    """Requests come when they like, into whichever row is free; some are ended before they have ended themselves."""
+    batch, waiting, running = Batch(generator.engine, generator.params, ROWS, SLOTS), list(range(10)), {}
+    waiting = data.draw(st.permutations(waiting))
+    while waiting or batch.active:
+        free = data.draw(st.permutations(batch.free()))
+        come = min(data.draw(st.integers(0, len(free))), len(waiting))
+        if not batch.active and waiting:
+            come = max(come, 1)
+        for row in free[:come]:
+            if row in running:
+                number, one = running.pop(row)
+                assert one.tokens == want[number]
+        started = {row: (number := waiting.pop(), answer(generator, number)) for row in free[:come]}
+        batch.start({row: one for row, (_, one) in started.items()})
+        running |= started
+        batch.step(data.draw(st.integers(1, 9)))
+        if batch.active and data.draw(st.integers(0, 3)) == 0:
+            row = data.draw(st.sampled_from([r for r, (_, one) in running.items() if not one.finish]))
+            number, one = running.pop(row)
+            batch.end(row)
+            assert one.tokens == want[number][: len(one.tokens)]
+    for number, one in running.values():
+        assert one.tokens == want[number]
+
+
+def test_nothing_is_compiled_for_other_requests(generator, want, lowered):
+    def all_of_them(numbers):
+        batch, waiting = Batch(generator.engine, generator.params, ROWS, SLOTS), list(numbers)
+        while waiting or batch.active:
+            for row in batch.free():
+                if waiting:
+                    batch.start({row: answer(generator, waiting.pop())})
+            batch.step(5)
+
+    all_of_them(range(4))
+    first = lowered()
+    all_of_them(range(4, 10))
+    assert lowered() == first
+
+
+def test_a_prompt_that_a_row_knows_is_not_computed_again(generator, monkeypatch):
+    batch = Batch(generator.engine, generator.params, ROWS, SLOTS)
+    one = answer(generator, 3)
+    batch.start({1: one})
+    while batch.active:
+        batch.step()
+    more = generator.begin([*one.prompt, *one.tokens, 5, 6], 8, StopStrings(()))
+    start, counts = generator.engine.start, []
+
+    def watched(params, state, given, **sizes):
+        counts.append(np.asarray(given.counts).tolist())
+        return start(params, state, given, **sizes)
+
+    monkeypatch.setattr(generator.engine, "start", watched)
+    batch.start({1: more})
+    while batch.active:
+        batch.step()
+    assert counts == [[3]]  # the last token of the answer was chosen and not put in
+    again = generator.begin(more.prompt, 8, StopStrings(()))
+    fresh = Batch(generator.engine, generator.params, ROWS, SLOTS)
+    fresh.start({0: again})
+    while fresh.active:
+        fresh.step()
+    assert more.tokens == again.tokens
+
+
+def test_texts_that_outgrow_their_frequencies(tmp_path):
+    """LongRoPE: a row whose text passes the original length is computed anew, and its neighbours are not disturbed."""
+    generator = made(tmp_path, Case("phi3", "phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 64}))
+    expected = {number: alone(generator, number) for number in (1, 2, 3)}
+    batch = Batch(generator.engine, generator.params, ROWS, SLOTS)
+    answers = {number: answer(generator, number) for number in (1, 2, 3)}
+    for row, number in enumerate(answers):
+        batch.start({row: answers[number]})
+        batch.step(3)
+    while batch.active:
+        batch.step(5)
+    assert {number: one.tokens for number, one in answers.items()} == expected
+
+
+def test_a_sharded_cache_is_written_where_it_is(tmp_path):
+    """Rows on four devices, heads on two: decoding moves no keys and values, and the answers are those of one device."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    case = Case("llama", "llama", {"initializer_range": 0.1})
+    spread, one = made(tmp_path / "a", case, mesh), made(tmp_path / "b", case)
+    for number in (2, 5):
+        assert alone(spread, number, 4) == alone(one, number, 4)
+    batch = Batch(spread.engine, spread.params, 8, 1024)
+    batch.start({0: answer(spread, 1)})
+    text = _decode_program(spread, batch)
+    gathered = [line for line in text.splitlines() if "all-gather(" in line and "1024" in line.split("all-gather(")[0]]
+    assert not gathered, gathered
+
+
+def _decode_program(generator: Generator, batch: Batch) -> str:
+    engine = generator.engine
+    with jax.set_mesh(engine.mesh):
+        stopped, steps = engine.place(np.zeros(8, bool)), engine.everywhere(np.int32(1))
+        return engine.decode.lower(generator.params, batch._state, stopped, steps).compile().as_text()

@@ -1,0 +1,100 @@
+"""config.json also says what it says in the words of transformers 4; the values here are those of published folders."""
+
+import json
+from pathlib import Path
+
+import pytest
+from cases import CASES, LLAMA3_ROPE
+from oracle import Case, hf_config
+
+from ftjax.hub.model_folder import write_config
+from ftjax.models.facts import complete_config
+from ftjax.models.model import build_module
+
+SCALING = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+NONE = {"rope_theta": 10000.0, "rope_scaling": None}
+WANT = {
+    "llama": NONE,
+    "llama3.1": {"rope_theta": 10000.0, "rope_scaling": SCALING},
+    "llama-linear": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama-dynamic": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "llama-yarn": {"rope_theta": 500.0, "rope_scaling": {**YARN, "beta_fast": 16.0}},
+    "gemma": NONE,
+    "gemma2": NONE,
+    "gemma3": {
+        "rope_theta": 1000.0, "rope_local_base_freq": 100.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window_pattern": 3,
+    },
+    "gemma3-ropes": {"rope_theta": 500.0, "rope_local_base_freq": 300.0, "rope_scaling": YARN},
+    "mixtral": {"rope_theta": 1e6, "rope_scaling": None, "num_local_experts": 4},
+    "qwen3-moe": {**NONE, "num_experts": 6},
+    "gpt-oss": {"rope_theta": 500.0, "rope_scaling": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}},
+    "gpt-oss-plain": {"rope_theta": 500.0, "rope_scaling": None},  # without the field, 4 takes the published YaRN
+    "mistral": NONE,
+    "ministral": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "qwen2": {"rope_theta": 500.0, "rope_scaling": {**YARN, "truncate": False}},
+    "qwen3-tied": {"rope_theta": 10000.0, "rope_scaling": SCALING},
+    "gpt2": {},
+    "gpt-neox": {"rotary_pct": 0.5, "rotary_emb_base": 500, "rope_scaling": None},
+    "gpt-neox-serial": {
+        "rotary_pct": 1.0, "rotary_emb_base": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
+    "phi3": {
+        "rope_theta": 500.0, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 16,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]},
+    },
+    "olmo2": NONE,
+    "olmo3": {"rope_theta": 500.0, "rope_scaling": YARN},
+    "smollm3": {"rope_theta": 10000.0, "rope_scaling": SCALING},
+    "granite": NONE,
+}  # fmt: skip
+BY_NAME = {case.name: case for case in CASES}
+LINEAR_OLMO = Case("olmo2-linear", "olmo2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4}})
+LONG_LLAMA = Case("llama-longrope", "llama", {"rope_parameters": {
+    "rope_type": "longrope", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+}})  # fmt: skip
+
+
+def written(case: Case, folder: Path) -> tuple[dict, dict, dict]:
+    """`(config as transformers 5 completes it, config.json as we write it, the same as transformers 5 completes that)`."""
+    config = complete_config(json.loads(hf_config(case).to_json_string()), case.name)
+    write_config(folder, config, "bfloat16", folder / "nothing")
+    text = (folder / "config.json").read_text()
+    return config, json.loads(text), complete_config(json.loads(text), case.name)  # which changes what it is given
+
+
+@pytest.mark.parametrize("name", WANT)
+def test_what_transformers_4_reads(name, tmp_path):
+    _, on_disk, _ = written(BY_NAME[name], tmp_path)
+    assert on_disk["torch_dtype"] == on_disk["dtype"] == "bfloat16"
+    assert {key: on_disk.get(key, "absent") for key in WANT[name]} == WANT[name]
+    if name.startswith("gpt"):
+        assert name.startswith("gpt-oss") or not {"rope_theta", "partial_rotary_factor"} & set(on_disk)
+
+
+def test_every_family_is_held():
+    assert {case.model_type for case in CASES} == {BY_NAME[name].model_type for name in WANT}
+
+
+@pytest.mark.parametrize("case", [*CASES, LINEAR_OLMO, LONG_LLAMA], ids=str)
+def test_nothing_changes_for_transformers_5(case, tmp_path):
+    config, _, again = written(case, tmp_path)
+    for one in (config, again):
+        one.pop("dtype")
+        one["partial_rotary_factor"] = None  # of Phi-3: beside rope_parameters, which holds it too
+        for rope in (one.get("rope_parameters") or {}, *(one.get("rope_parameters") or {}).values()):
+            if isinstance(rope, dict):
+                rope.pop("type", None)  # the older name of rope_type
+    assert {key: again[key] for key in config if again[key] != config[key]} == {}
+    build_module(again)
+
+
+def test_scalings_that_transformers_4_has_rules_for(tmp_path):
+    _, on_disk, _ = written(LINEAR_OLMO, tmp_path)
+    assert on_disk["rope_scaling"] == {"type": "linear", "factor": 4.0}
+    _, on_disk, again = written(LONG_LLAMA, tmp_path)
+    assert on_disk["original_max_position_embeddings"] == 16
+    assert on_disk["rope_scaling"]["long_factor"] == [2.0] * 4
+    build_module(again)

@@ -1,0 +1,37 @@
+"""Run by a Python that has transformers 4.57: what it makes of model folders. Arguments: a list of folders and of texts, as
+JSON, and where the answers go."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def read(folder: str, ids: list, texts: list[str]) -> dict:
+    answer = {}
+    if ids:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        with torch.no_grad():
+            answer["logits"] = model(torch.tensor(ids), use_cache=False).logits.tolist()
+    if texts:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        answer["ids"] = [tokenizer(text).input_ids for text in texts]
+        answer["special"] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+        if tokenizer.chat_template:
+            answer["chat"] = tokenizer.apply_chat_template([{"role": "user", "content": texts[0]}], tokenize=False)
+    return answer
+
+
+def main(asked: str, out: str) -> None:
+    answers = []
+    for one in json.loads(Path(asked).read_text()):
+        try:
+            answers.append(read(**one))
+        except Exception as error:  # the test says which of them are refused
+            answers.append({"error": f"{type(error).__name__}: {error}"})
+    Path(out).write_text(json.dumps(answers))
+
+
+main(*sys.argv[1:])
