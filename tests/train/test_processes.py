@@ -26,7 +26,7 @@ from processes import (
 )
 from safetensors.numpy import load_file, save_file
 
-STEPS = 24
+STEPS = 60  # so many that a signal sent after some of them comes before the last on a busy machine too
 
 
 @pytest.fixture(scope="module")
