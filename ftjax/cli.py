@@ -133,7 +133,7 @@ def train(
     with joined(coordinator, num_processes, process_id):
         settings = load_config(config, overrides or [])
         from ftjax.evaluate.observe import make_observer
-        from ftjax.train.loop import train as run
+        from ftjax.train.run import train as run
 
         given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
         joined_by = [word for name, value in given.items() if value is not None for word in (name, str(value))]
@@ -157,18 +157,19 @@ def preview(
 
     from rich.console import Console
 
-    from ftjax.data.classes import with_labels
     from ftjax.data.preview import preview as show
     from ftjax.hub.load import positions_of
     from ftjax.hub.tokenizer import load_tokenizer
     from ftjax.hub.vocabulary import embeddings_of
+    from ftjax.objectives import encoding_of, objective_of
 
-    settings = with_labels(settings)
+    settings = objective_of(settings).complete(settings)
     with suppress(UserError):  # data can be looked at without a model that can be trained
         embeddings = embeddings_of(settings)
     show(
         settings, load_tokenizer(settings.model), html=html, as_json=as_json, console=Console(), examples=examples,
         positions=positions_of(settings.model.path, settings.model.revision), embeddings=embeddings,
+        encoding=encoding_of(settings),
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ that are not trained: at most 4 x embed x vocab of F for each, which the convent
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,8 @@ class TrainFlops:
         attention: W of all layers together that have one window, by that window (None: no window).
         below: N_0.
         attention_below: W of the layers below, like `attention`.
+        reference: N of a second model that only reads the tokens, at 2 N + 4 W K.
+        reference_attention: its W, like `attention`.
     """
 
     matrices: float
@@ -58,6 +60,8 @@ class TrainFlops:
     attention: dict[int | None, int]
     below: float = 0.0
     attention_below: dict[int | None, int] = field(default_factory=dict)
+    reference: float = 0.0
+    reference_attention: dict[int | None, int] = field(default_factory=dict)
 
     def per_token(self, length: float) -> float:
         """F in documents of `length` tokens."""
@@ -77,25 +81,33 @@ class TrainFlops:
     @property
     def _products(self) -> float:
         """FLOPs of the matrices' products."""
-        return 4.0 * self.matrices + 2.0 * self.trained - 2.0 * self.below
+        return 4.0 * self.matrices + 2.0 * self.trained - 2.0 * self.below + 2.0 * self.reference
 
     @property
     def _widths(self) -> dict[int | None, float]:
         """FLOPs of attention for each key that a token sees, by window."""
-        return {window: 12.0 * width - 8.0 * self.attention_below.get(window, 0) for window, width in self.attention.items()}
+        return {
+            window: 12.0 * width - 8.0 * self.attention_below.get(window, 0) + 4.0 * self.reference_attention.get(window, 0)
+            for window, width in self.attention.items()
+        }
 
     def formula(self, length: int) -> str:
         """The formula with its numbers, for people."""
         attention = self.per_token(length) - self._products
+        reference = f"+ 2 x {self.reference:.4g} of the reference model " if self.reference else ""
         below = f"- 2 x {self.below:.4g} below the lowest trained layer " if self.below else ""
         return (
             f"{self.per_token(length):.4g} FLOPs a token = 4 x {self.matrices:.4g} weights + 2 x {self.trained:.4g} trained "
-            f"{below}+ {attention:.4g} attention (documents of {length} tokens)"
+            f"{below}{reference}+ {attention:.4g} attention (documents of {length} tokens)"
         )
 
 
-def train_flops(model: Model) -> TrainFlops:
-    """The terms for a model with its method."""
+def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
+    """The terms for a model with its method.
+
+    Args:
+        reference: a model of the same layers that reads each token as well.
+    """
     module = model.bind({path: spec.abstract for path, spec in model.specs.items()})
     nodes = {".".join(map(str, path)): node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Module)}
     # What a method has put around an embedding is looked up as well.
@@ -135,7 +147,11 @@ def train_flops(model: Model) -> TrainFlops:
                 if layer < lowest:
                     attention_below[pattern.window] += widths[name]
     trained = sum(count for path, count in counted.items() if model.specs[path].row.trainable)
-    return TrainFlops(sum(counted.values()), trained, dict(attention), below, dict(attention_below))
+    own = TrainFlops(sum(counted.values()), trained, dict(attention), below, dict(attention_below))
+    if reference is None:
+        return own
+    other = train_flops(reference)
+    return replace(own, reference=other.matrices, reference_attention=other.attention)
 
 
 def _places(model: Model, nodes: Mapping[str, nnx.Module]) -> tuple[int, dict[str, list[tuple[Piece, int]]]]:

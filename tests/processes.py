@@ -174,7 +174,7 @@ def whole_run(settings: dict, out: Path, devices: int) -> None:
     from ftjax.config import Config
     from ftjax.evaluate.observe import make_observer
     from ftjax.mesh import make_mesh
-    from ftjax.train.loop import train
+    from ftjax.train.run import train
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "make_mesh", lambda config, found=None: make_mesh(config, found or jax.devices()[:devices]))

@@ -12,7 +12,7 @@ from ftjax.config.load import load_config
 from ftjax.evaluate.rows import sources
 from ftjax.plan.plan import design_for
 from ftjax.plan.topology import parse
-from ftjax.train.loop import next_commands
+from ftjax.train.announce import next_commands
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")

@@ -10,12 +10,12 @@ import numpy as np
 from ftjax.check.general import PROMPTS, TEXTS
 from ftjax.config import CheckConfig, Config
 from ftjax.config.data import SourceConfig
-from ftjax.data.encode import Encoded
+from ftjax.data.encoder import Encoded
 from ftjax.data.example import Example
-from ftjax.data.labels import Labels
 from ftjax.data.pipeline import Split, load_splits
 from ftjax.data.read import read_rows
 from ftjax.errors import UserError
+from ftjax.objectives import encoding_of
 
 LABELS = ("safe", "unsafe")
 BUILT_IN = "built in"
@@ -110,7 +110,7 @@ def _texts(path: str | None) -> tuple[Example, ...]:
 
 def training_splits(config: Config, tokenizer: Any) -> tuple[Split, Split | None]:
     """The run's own data, as it trained on them. Raises UserError where they are no longer there."""
-    return load_splits(config.data, tokenizer, seed=config.training.seed, labels=Labels.of(config.objective))
+    return load_splits(config.data, tokenizer, seed=config.training.seed, encoding=encoding_of(config))
 
 
 def pieces(split: Split, settings: CheckConfig, context: int, *, seed: int | None) -> tuple[list[Piece], int]:

@@ -13,16 +13,6 @@ class SftConfig(Section):
     name: Literal["sft"] = "sft"
     loss_chunk: int = Field(512, ge=1, description="tokens whose logits exist at one time, on each device")
 
-    @property
-    def classes(self) -> None:
-        """Of a classification head: there is none."""
-        return None
-
-    @property
-    def problem_type(self) -> None:
-        """Of a classification head."""
-        return None
-
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]  # transformers' names
 
@@ -48,11 +38,6 @@ class ClassificationConfig(Section):
         None, min_length=1, description="between labels (or numbers) that the data has as one text: ',' for 'joy, love'"
     )
     loss_chunk: int = Field(512, ge=1, description="tokens whose logits exist at one time, on each device")
-
-    @property
-    def classes(self) -> list[str] | None:
-        """Of the classification head; None without one."""
-        return self.labels if self.head else None
 
     @property
     def single(self) -> bool:

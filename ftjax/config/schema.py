@@ -35,6 +35,16 @@ def section_fields() -> dict[str, FieldInfo]:
     return {name: field for name, field in Config.model_fields.items() if _sections(field.annotation)}
 
 
+def add_objective(section: type[Section]) -> str:
+    """Let `objective` have this section as well; gives its name."""
+    field = Config.model_fields["objective"]
+    field.annotation = field.annotation | section
+    Config.model_rebuild(force=True)
+    for known in (section_fields, _places, homes):
+        known.cache_clear()
+    return _tag(section, field.discriminator)
+
+
 def with_default_tag(name: str, section: dict[str, Any]) -> dict[str, Any]:
     """`method: {r: 8}` means the default method: its name is filled in."""
     field = section_fields()[name]

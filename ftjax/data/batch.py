@@ -14,12 +14,32 @@ carries weight and zeros elsewhere, one token's after the other's.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-KEYS = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "positions": np.int32, "segment_ids": np.int32}
 Batch = dict[str, np.ndarray]
+
+
+class BatchArray(NamedTuple):
+    """One array of a batch: `[rows, T * width]` of `dtype`."""
+
+    dtype: Any
+    width: int = 1  # values of a token, one token's after the other's
+
+
+KEYS = {
+    "tokens": BatchArray(np.int32),
+    "targets": BatchArray(np.int32),
+    "weights": BatchArray(np.float32),
+    "positions": BatchArray(np.int32),
+    "segment_ids": BatchArray(np.int32),
+}
+
+
+def batch_arrays(values: int = 0) -> dict[str, BatchArray]:
+    """The arrays of a batch whose documents carry so many values besides their tokens (`RowEncoding.values`)."""
+    return KEYS | ({"labels": BatchArray(np.float32, values)} if values else {})
 
 
 class BatchIterator(Protocol):
@@ -55,9 +75,11 @@ def fill(
         per_row: how many of the documents each row holds, in their order.
         labels: `[documents, labels]`, which go to the last token but one of each.
     """
-    batch = {name: np.zeros(len(per_row) * width, dtype) for name, dtype in KEYS.items()}
-    if labels is not None:
-        batch["labels"] = np.zeros((len(per_row) * width, labels.shape[1]), np.float32)
+    arrays = batch_arrays(0 if labels is None else labels.shape[1])
+    batch = {
+        name: np.zeros((len(per_row) * width, *([one.width] if name == "labels" else [])), one.dtype)
+        for name, one in arrays.items()
+    }
     if len(starts):
         before = np.cumsum(lengths) - lengths  # tokens of all documents before each
         first = np.cumsum(per_row) - per_row  # of each row, its first document

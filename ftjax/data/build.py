@@ -5,21 +5,19 @@ import multiprocessing
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import xxhash
 
 from ftjax.config.data import DataConfig, SourceConfig
-from ftjax.data.classes import cut as cut_document
-from ftjax.data.classes import make_encoder
 from ftjax.data.clean import Duplicates, content, digest, normalizer
-from ftjax.data.encode import Encoded, Encoder
+from ftjax.data.encoder import Encoded, RowEncoder, Unit
+from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.example import Example
 from ftjax.data.faults import SHOWN, Faults
 from ftjax.data.find import Files, HubSet, find
-from ftjax.data.labels import Labels
 from ftjax.data.reader import Reader, read_source
 from ftjax.data.report import DataReport
 from ftjax.data.row import Row
@@ -63,27 +61,27 @@ UNWANTED = "with label false"
 
 def build_documents(
     sources: Sequence[SourceConfig], config: DataConfig, tokenizer: Any, progress: Any = None,
-    labels: Labels | None = None,
+    encoding: RowEncoding = ANSWERS,
 ) -> tuple[Documents, bool]:  # fmt: skip
     """The tokenised documents of a set, and whether they were in the cache.
 
     Args:
-        labels: of a classification.
+        encoding: how rows become documents.
 
     Raises UserError, with file and line, for anything that is wrong with the data.
     """
     found = [find(source) for source in sources]
-    key = cache_key(sources, found, config, tokenizer, labels)
+    key = cache_key(sources, found, config, tokenizer, encoding)
 
     def build(writer: Writer) -> dict[str, Any]:
-        return Build(sources, found, config, tokenizer, progress, labels).run(writer)
+        return Build(sources, found, config, tokenizer, encoding, progress).run(writer)
 
     return cached(key, build)
 
 
 def cache_key(
     sources: Sequence[SourceConfig], found: Sequence[Files | HubSet], config: DataConfig, tokenizer: Any,
-    labels: Labels | None = None,
+    encoding: RowEncoding = ANSWERS,
 ) -> str:  # fmt: skip
     """A digest of everything that decides which documents come out."""
     facts = {
@@ -96,8 +94,8 @@ def cache_key(
         ],
         "data": [where.fingerprint() for where in found],
     }
-    if labels is not None and labels.head:
-        facts["labels"] = asdict(labels)
+    if (key := encoding.key()) is not None:
+        facts["encoding"] = key
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogateescape"))
 
 
@@ -114,14 +112,14 @@ class Build:
     found: Sequence[Files | HubSet]
     config: DataConfig
     tokenizer: Any
+    encoding: RowEncoding = ANSWERS
     progress: Any = None  # called with the number of rows read
-    labels: Labels | None = None  # of a classification
     epoch: int = 0  # of a set that is streamed: it decides whose turn it is where a weight is no whole number
 
     def __post_init__(self):
         config = self.config
         self.unread, self.faults = Faults(config.on_error == "skip"), Faults(config.on_error == "skip")
-        self.encoder = make_encoder(self.tokenizer, config, self.labels)
+        self.encoder = self.encoding.encoder(self.tokenizer, config)
         self.ends = self.encoder.tokens.ends | {self.encoder.tokens.eos}
         self.duplicates = (
             Duplicates(config.deduplicate, config.near_duplicate_threshold) if config.deduplicate != "none" else None
@@ -136,12 +134,12 @@ class Build:
         """Write every document; gives the report."""
         for chunk, encoded in self.encoded(self.examples()):
             documents, cut, rows, digests = [], [], [], []
-            for (number, mark, _), document in zip(chunk, encoded, strict=True):
-                for piece in self.fit(document) if document is not None else ():
-                    documents.append(piece)
-                    cut.append(len(document.tokens) > self.config.max_length)
-                    rows.append(number)
-                    digests.append(mark)
+            for (number, mark, _), unit in zip(chunk, encoded, strict=True):
+                pieces = self.fit(unit) if unit is not None else ()
+                documents += pieces
+                cut += [any(len(document.tokens) > self.config.max_length for document in unit or ())] * len(pieces)
+                rows += [number] * len(pieces)
+                digests += [mark] * len(pieces)
             writer.add(documents, cut, rows, digests)
         return self.summary().state()
 
@@ -153,7 +151,7 @@ class Build:
             source, streaming = self.sources[number], self.config.streaming
             for reader, row in read_source(
                 source, self.unread, found=self.found[number], streaming=streaming, normalize=normalize,
-                label=self.labels and self.labels.read,
+                label=self.encoding.label_reader,
             ):  # fmt: skip
                 self.readers.setdefault(number, reader)
                 self.report.formats[source.path] = reader.name
@@ -234,7 +232,7 @@ class Build:
                 )
         return found
 
-    def encoded(self, examples: Iterable[tuple[int, int, Example]]) -> Iterator[tuple[list, list[Encoded | None]]]:
+    def encoded(self, examples: Iterable[tuple[int, int, Example]]) -> Iterator[tuple[list, list[Unit | None]]]:
         """Chunks of examples with their documents, in order, by as many processes as `num_proc` says."""
         chunks = iter(lambda: list(islice(examples, CHUNK)), [])
         if self.config.num_proc == 1:
@@ -250,7 +248,7 @@ class Build:
             return
         # Threads of the parent (JAX has many) do not survive a fork, so workers start fresh.
         context = multiprocessing.get_context("spawn")
-        made = (self.tokenizer, self.config, self.labels)
+        made = (self.tokenizer, self.config, self.encoding)
         with context.Pool(self.config.num_proc, _start_worker, made) as pool:
             waiting: deque = deque()
             for chunk in chunks:
@@ -260,37 +258,45 @@ class Build:
             while waiting:
                 yield self._collected(*waiting.popleft())
 
-    def _collected(self, chunk: list, result: Any) -> tuple[list, list[Encoded | None]]:
+    def _collected(self, chunk: list, result: Any) -> tuple[list, list[Unit | None]]:
         documents, messages, notes = result.get()
         for message in messages:
             self.faults(UserError(message))
         self.encoder.notes.update(notes)
         return chunk, documents
 
-    def fit(self, document: Encoded) -> Sequence[Encoded]:
-        """What is left of a document: of the wanted length, with something that is trained."""
-        config, report, count = self.config, self.report, len(document.tokens)
+    def fit(self, unit: Unit) -> Sequence[Encoded]:
+        """What is left of a row's documents: of the wanted length, with something that is trained.
+
+        Several documents are kept all or none, and fit into one row of a batch together.
+        """
+        config, report = self.config, self.report
+        count = sum(len(document.tokens) for document in unit)
         if config.min_tokens and count < config.min_tokens:
             report.dropped["shorter than min_tokens"] += 1
             return ()
         if config.max_tokens and count > config.max_tokens:
             report.dropped["longer than max_tokens"] += 1
             return ()
-        pieces: Sequence[Encoded] = [document]
+        pieces: Sequence[Encoded] = unit
         if count > config.max_length:
-            pieces = cut_document(document, config, self.encoder)
-            if not pieces:
+            if len(unit) == 1:
+                pieces = self.encoding.shorten(unit[0], config, self.encoder.tokens.bos)
+            if len(unit) > 1 or not pieces:
                 report.dropped[LONG] += 1
                 return ()
-        elif self.labels is None or not self.labels.head:
-            last = document.tokens[1:][document.weights[1:] > 0][-3:].tolist()
-            report.notes["no end trained"] += bool(last) and not self.ends.intersection(last)
+        elif self.encoding.answers:
+            for document in unit:
+                last = document.tokens[1:][document.weights[1:] > 0][-3:].tolist()
+                report.notes["no end trained"] += bool(last) and not self.ends.intersection(last)
         kept = [piece for piece in pieces if piece.weights[1:].any()]
+        if len(unit) > 1 and len(kept) < len(unit):
+            kept = []
         report.notes["pieces without a trained token"] += len(pieces) - len(kept) if kept else 0
         if not kept:
             report.dropped[MASKED] += 1
             if len(self.masked_where) < 3:
-                self.masked_where.append(document.where)
+                self.masked_where.append(unit[0].where)
             return ()
         report.kept += 1
         report.documents += len(kept)
@@ -367,16 +373,16 @@ def warnings_of(report: DataReport, broken: list[str], masked: list[str]) -> lis
     return found
 
 
-_encoder: Encoder | None = None
+_encoder: RowEncoder | None = None
 
 
-def _start_worker(tokenizer: Any, config: DataConfig, labels: Labels | None) -> None:
+def _start_worker(tokenizer: Any, config: DataConfig, encoding: RowEncoding) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = make_encoder(tokenizer, config, labels)
+    _encoder = encoding.encoder(tokenizer, config)
 
 
-def _work(examples: list[Example]) -> tuple[list[Encoded | None], list[str], Counter[str]]:
+def _work(examples: list[Example]) -> tuple[list[Unit | None], list[str], Counter[str]]:
     """In a worker: documents, the messages of what failed, and notes."""
     messages: list[str] = []
 
@@ -384,4 +390,4 @@ def _work(examples: list[Example]) -> tuple[list[Encoded | None], list[str], Cou
         messages.append(str(error))
 
     _encoder.notes.clear()
-    return _encoder(examples, fault), messages, Counter(_encoder.notes)
+    return next(_encoder.stream([examples], fault)), messages, Counter(_encoder.notes)

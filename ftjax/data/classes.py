@@ -9,8 +9,8 @@ target of the one before, so lets the last token of the text predict it. The tex
 Several labels, or the numbers of a regression, are a vector beside the tokens (`Encoded.labels`), and the token is 0.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ import numpy as np
 from ftjax.config import Config
 from ftjax.config.data import DataConfig, SourceConfig
 from ftjax.data.clean import normalizer
-from ftjax.data.encode import Encoded, Encoder, NoWay, _Plan
+from ftjax.data.encoder import Encoded, NoWay, RowEncoder, TextPlan
+from ftjax.data.encoding import RowEncoding
 from ftjax.data.example import Example
 from ftjax.data.faults import Faults
 from ftjax.data.find import find
@@ -53,21 +54,22 @@ def text_of(example: Example) -> str:
 
 
 @dataclass
-class ClassEncoder(Encoder):
+class ClassEncoder(RowEncoder):
     """Encodes texts as transformers' tokenizers do for classifiers, with what they put before a text and without an EOS."""
 
-    labels: Labels | None = None
+    labels: Labels
 
-    def _plan(self, example: Example) -> _Plan:
+    def plan(self, example: Example) -> Sequence[TextPlan]:
+        """Of one text: see `RowEncoder.plan`."""
+        if example.input_ids is not None:
+            raise NoWay(f"{example.where}: a classification head needs text, not input_ids")
         label = label_of(example)
         if self.labels.single and label not in self.labels.names:
             raise UserError(f"{example.where}: the label {label!r} is not in objective.labels: {', '.join(self.labels.names)}")
-        return _Plan(example, text_of(example), [])
+        return [TextPlan(example, text_of(example), [])]
 
-    def _ready(self, example: Example) -> Encoded:
-        raise NoWay(f"{example.where}: a classification head needs text, not input_ids")
-
-    def _encode(self, plan: _Plan, encodings: list[Any]) -> Encoded:
+    def encode(self, plan: TextPlan, encodings: list[Any]) -> Encoded:
+        """The text with its class, or its labels, after it."""
         ids = self.tokens.with_prefix(encodings[-1].ids)
         if not ids:
             raise NoWay(f"{plan.example.where}: the text has no token")
@@ -80,31 +82,50 @@ class ClassEncoder(Encoder):
         return Encoded(np.array([*ids, number], np.int32), weights, plan.example.where, plan.example.source, vector)
 
 
-def make_encoder(tokenizer: Any, config: DataConfig, labels: Labels | None = None) -> Encoder:
-    """For answers, or for the labels of a head."""
-    if labels is not None and labels.head:
-        return ClassEncoder(tokenizer, labels=labels)
-    return Encoder(tokenizer, config.train_on_inputs, config.last_turn_only)
+@dataclass(frozen=True)
+class TextLabels(RowEncoding):
+    """Each row is a text whose labels a classification head predicts."""
 
+    labels: Labels
 
-def cut(document: Encoded, config: DataConfig, encoder: Encoder) -> Sequence[Encoded]:
-    """What a document that is longer than `max_length` becomes (`ftjax.data.truncate`); a class stays behind its text."""
-    if not isinstance(encoder, ClassEncoder):
-        return truncate(document, config.max_length, config.truncation, encoder.tokens.bos)
-    if config.truncation == "split":
-        raise UserError(
-            "data.truncation: split would give every part of a text the class of the whole; choose right, left or drop"
-        )
-    text = replace(document, tokens=document.tokens[:-1], weights=document.weights[:-1])
-    pieces = [text]
-    if config.max_length - 1 < len(text.tokens):
-        pieces = truncate(text, config.max_length - 1, config.truncation, encoder.tokens.bos)
-    return [
-        replace(
-            piece, tokens=np.append(piece.tokens, document.tokens[-1]), weights=np.append(piece.weights, document.weights[-1])
-        )
-        for piece in pieces
-    ]
+    answers = False
+
+    @property
+    def values(self) -> int:
+        """One class is a token; several labels, or numbers, are beside the tokens."""
+        return 0 if self.labels.single or self.labels.names is None else len(self.labels.names)
+
+    def key(self) -> Any:
+        return asdict(self.labels)
+
+    @property
+    def label_reader(self) -> Callable[[Any, str], Any]:
+        return self.labels.read
+
+    def encoder(self, tokenizer: Any, config: DataConfig) -> ClassEncoder:
+        return ClassEncoder(tokenizer, self.labels)
+
+    def shorten(self, document: Encoded, config: DataConfig, bos: int | None) -> Sequence[Encoded]:
+        """Truncates the text; its class stays after it."""
+        if config.truncation == "split":
+            raise UserError(
+                "data.truncation: split would give every part of a text the class of the whole; choose right, left or drop"
+            )
+        text = replace(document, tokens=document.tokens[:-1], weights=document.weights[:-1])
+        pieces = [text]
+        if config.max_length - 1 < len(text.tokens):
+            pieces = truncate(text, config.max_length - 1, config.truncation, bos)
+        return [
+            replace(
+                piece,
+                tokens=np.append(piece.tokens, document.tokens[-1]),
+                weights=np.append(piece.weights, document.weights[-1]),
+            )
+            for piece in pieces
+        ]
+
+    def label_text(self, document: Encoded) -> str:
+        return self.labels.words(int(document.tokens[-1]), document.labels)
 
 
 def with_labels(config: Config) -> Config:

@@ -8,133 +8,44 @@ makes, and a model that generates has before it. Where the whole text does not b
 characters across the boundary or splits those before it in another way, the answer is tokenised apart and put behind them.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ftjax.data.control import Control
+from ftjax.data.encoder import Encoded, NoWay, RowEncoder, TextPlan
 from ftjax.data.example import Example
-from ftjax.data.faults import Faults
 from ftjax.data.template import Template, with_chat_bos
-from ftjax.data.tokens import Tokens, end_token, first_token
+from ftjax.data.tokens import end_token, first_token
 from ftjax.errors import UserError
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """`tokens` int32 `[n]` of one document, and `weights` float32 `[n]`: that of each as something to be predicted.
-
-    `labels` float32 `[labels]`: of a text with several labels, or numbers.
-    """
-
-    tokens: np.ndarray
-    weights: np.ndarray
-    where: str
-    source: int = 0
-    labels: np.ndarray | None = None
-
-
-class NoWay(UserError):
-    """The tokenizer cannot serve the data: no row's fault, so none is skipped for it."""
-
-
-@dataclass(slots=True)
-class _Plan:
-    """A text and its spans: from, to, weight.
-
-    `cuts`: where prompts end in it, rising. `whole`: it is tokenised in one all the same. `answered`: it ends with an answer,
-    behind which the end is trained; `spelled` are the special tokens that answers spell, `closers` those that the template
-    writes behind them. `control`: of a text with aliases.
-    """
-
-    example: Example
-    text: str
-    spans: list[tuple[int, int, float]]
-    cuts: list[int] = field(default_factory=list)
-    whole: bool = False
-    chat: bool = False
-    answered: bool = True
-    spelled: frozenset[int] = frozenset()
-    closers: frozenset[int] = frozenset()
-    control: Control | None = None
-
-    @property
-    def texts(self) -> list[str]:
-        return [*(self.text[:cut] for cut in self.cuts), self.text]
-
-
 @dataclass
-class Encoder:
-    """Encodes examples in batches; `notes` counts what is worth a warning."""
+class Encoder(RowEncoder):
+    """Encodes texts and conversations whose answers are trained.
 
-    tokenizer: Any
+    Raises UserError where the tokenizer lacks an EOS token or a chat template that the data needs, and, with file and line,
+    where the template refuses a conversation.
+    """
+
     train_on_inputs: bool = False
     last_turn_only: bool = False
-    notes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self):
-        self.tokens = Tokens(self.tokenizer)
+        super().__post_init__()
         self._templates: dict[bool, Template] = {}
-
-    def __call__(self, examples: Sequence[Example], faults: Faults | None = None) -> list[Encoded | None]:
-        """A document for each example, or None for one that `faults` skips.
-
-        Raises UserError where the tokenizer lacks an EOS token or a chat template that the data needs, and, with file and
-        line, where the template refuses a conversation.
-        """
-        (documents,) = self.stream([examples], faults)
-        return documents
-
-    def stream(self, chunks: Iterable[Sequence[Example]], faults: Faults | None = None) -> Iterator[list[Encoded | None]]:
-        """As a call for each of many chunks. While one is tokenised, by threads without Python, templates are rendered for the
-        next and weights found for the one before."""
-        faults = faults or Faults()
-        waiting: tuple[list[_Plan | Encoded | None], Future] | None = None
-        with ThreadPoolExecutor(1, "tokenize") as pool:
-            for examples in chunks:
-                plans = [self._planned(example, faults) for example in examples]
-                coming = plans, pool.submit(self._tokenised, plans)
-                if waiting is not None:
-                    yield self._encoded(*waiting)
-                waiting = coming
-            if waiting is not None:
-                yield self._encoded(*waiting)
-
-    def _tokenised(self, plans: list["_Plan | Encoded | None"]) -> Iterator[list[Any]]:
-        """The encodings of each plan's texts."""
-        texts = [text for plan in plans if isinstance(plan, _Plan) and plan.control is None for text in plan.texts]
-        encodings = iter(self.tokens.batch(texts))
-        return iter(
-            [
-                plan.control.batch(plan.texts) if plan.control else [next(encodings) for _ in plan.texts]
-                for plan in plans
-                if isinstance(plan, _Plan)
-            ]
-        )
-
-    def _encoded(self, plans: list["_Plan | Encoded | None"], batch: Future) -> list[Encoded | None]:
-        encodings = batch.result()
-        return [self._encode(plan, next(encodings)) if isinstance(plan, _Plan) else plan for plan in plans]
-
-    def _planned(self, example: Example, faults: Faults) -> "_Plan | Encoded | None":
-        try:
-            return self._ready(example) if example.input_ids is not None else self._plan(example)
-        except NoWay:
-            raise
-        except UserError as error:
-            faults(error)
-            return None
 
     # ---- what is trained ----
 
-    def _plan(self, example: Example) -> _Plan:
+    def plan(self, example: Example) -> Sequence[TextPlan | Encoded]:
+        """Of one document: see `RowEncoder.plan`."""
+        return [self._ready(example) if example.input_ids is not None else self._text(example)]
+
+    def _text(self, example: Example) -> TextPlan:
         if example.text is not None:
             self._need_eos()
-            return _Plan(example, example.text, [(0, len(example.text), 1.0)])
+            return TextPlan(example, example.text, [(0, len(example.text), 1.0)])
         if not example.is_chat(self.tokenizer):
             self._need_eos()
             start = len(example.prompt)
@@ -142,10 +53,10 @@ class Encoder:
             joined = text[max(0, start - 1) : start + 1]
             self.notes["joined without a space"] += len(joined) == 2 and not any(c.isspace() for c in joined)
             spans = [(0 if self.train_on_inputs else start, len(text), 1.0)]
-            return _Plan(example, text, spans, [start] if start else [])
+            return TextPlan(example, text, spans, [start] if start else [])
         return self._chat(example)
 
-    def _chat(self, example: Example) -> _Plan:
+    def _chat(self, example: Example) -> TextPlan:
         template = self._template(example)
         chat = template.prepare(example)
         example, notes = chat.example, chat.notes
@@ -184,7 +95,7 @@ class Encoder:
             cuts, places = places[: len(cuts)], iter(places[len(cuts) :])
             spans = [(next(places), next(places), weight) for _, _, weight in spans]
         self.notes.update(notes)
-        return _Plan(
+        return TextPlan(
             example, text, spans, sorted({cut for cut in cuts if 0 < cut < len(text)}), whole=whole, chat=True,
             answered=messages[-1]["role"] == "assistant", spelled=spelled,
             closers=frozenset(closer for closer in template.closers if closer is not None), control=control,
@@ -219,7 +130,7 @@ class Encoder:
 
     # ---- ids and weights ----
 
-    def _encode(self, plan: _Plan, encodings: list[Any]) -> Encoded:
+    def encode(self, plan: TextPlan, encodings: list[Any]) -> Encoded:
         """From the encodings of the text up to each cut, and of the whole text."""
         ids: list[int] = []
         weights = np.zeros(0, np.float32)
@@ -247,7 +158,7 @@ class Encoder:
         self.notes["unknown tokens"] += unknown is not None and unknown in (np.array(ids)[weights > 0])
         return Encoded(np.array(ids, np.int32), weights, plan.example.where, plan.example.source)
 
-    def _finish_text(self, plan: _Plan, ids: list[int], weights: np.ndarray) -> tuple[list[int], np.ndarray]:
+    def _finish_text(self, plan: TextPlan, ids: list[int], weights: np.ndarray) -> tuple[list[int], np.ndarray]:
         """One BOS, not trained, and one EOS, trained."""
         count = len(ids)
         ids = self.tokens.with_prefix(ids)
@@ -258,7 +169,7 @@ class Encoder:
             return ids, weights
         return [*ids, self.tokens.eos], np.append(weights, np.float32(1.0))
 
-    def _finish_chat(self, plan: _Plan, ids: list[int], weights: np.ndarray) -> tuple[list[int], np.ndarray]:
+    def _finish_chat(self, plan: TextPlan, ids: list[int], weights: np.ndarray) -> tuple[list[int], np.ndarray]:
         """One BOS where the tokenizer uses one, and a trained end behind the last answer."""
         bos = self.tokens.bos
         if bos is not None:
@@ -278,12 +189,12 @@ class Encoder:
         self.notes["end added"] += 1
         return [*ids[: trained + 1], self.tokens.eos], np.append(weights[: trained + 1], weights[trained])
 
-    def _ends(self, plan: _Plan) -> frozenset[int]:
+    def _ends(self, plan: TextPlan) -> frozenset[int]:
         """What ends a turn of this text: EOS, what the template closes answers with, and any special token that no answer
         spells, so that the template must have written it."""
         return (self.tokens.ends - plan.spelled) | plan.closers | ({self.tokens.eos} - {None})
 
-    def _with_ends(self, ids: list[int], weights: np.ndarray, plan: _Plan) -> np.ndarray:
+    def _with_ends(self, ids: list[int], weights: np.ndarray, plan: TextPlan) -> np.ndarray:
         """An end of turn that stands right behind a trained span which holds none is trained with it.
 
         Behind the last answer a special token can only be its end; behind an earlier one it may begin the next turn.

@@ -18,8 +18,8 @@ from ftjax.config.data import DataConfig
 from ftjax.data.batch import Batch, BatchIterator, fill, own_rows
 from ftjax.data.build import build_documents
 from ftjax.data.clean import held_out
-from ftjax.data.encode import Encoded
-from ftjax.data.labels import Labels
+from ftjax.data.encoder import Encoded
+from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.pack import Plan, in_order, pack
 from ftjax.data.report import DataReport
 from ftjax.data.store import Documents
@@ -62,19 +62,19 @@ class Split(Protocol):
 
 
 def load_splits(
-    config: DataConfig, tokenizer: Any, *, seed: int, progress: Any = None, labels: Labels | None = None,
+    config: DataConfig, tokenizer: Any, *, seed: int, progress: Any = None, encoding: RowEncoding = ANSWERS,
     positions: int | None = None,
 ) -> tuple[Split, Split | None]:  # fmt: skip
     """Training data, and validation data where the configuration names some or splits some off.
 
     Args:
         progress: called now and then with the name of the set and the number of rows that were read.
-        labels: of a classification.
+        encoding: how rows become documents.
         positions: tokens of the longest text that the model is made for, where it is known.
 
     Raises UserError, with file and line, for anything that is wrong with them.
     """
-    train, validation = _load_splits(config, tokenizer, seed, progress, labels)
+    train, validation = _load_splits(config, tokenizer, seed, progress, encoding)
     if positions is not None and config.max_length > positions:
         for split in (train, validation):
             if split is not None:
@@ -86,14 +86,14 @@ def load_splits(
 
 
 def _load_splits(
-    config: DataConfig, tokenizer: Any, seed: int, progress: Any, labels: Labels | None
+    config: DataConfig, tokenizer: Any, seed: int, progress: Any, encoding: RowEncoding
 ) -> tuple[Split, Split | None]:
-    validation = _load("validation", config, tokenizer, seed, progress, labels) if config.validation is not None else None
+    validation = _load("validation", config, tokenizer, seed, progress, encoding) if config.validation is not None else None
     if config.streaming:
         from ftjax.data.stream import StreamSplit
 
-        return StreamSplit.load(config, tokenizer, seed), validation
-    train = _load("train", config, tokenizer, seed, progress, labels)
+        return StreamSplit.load(config, tokenizer, seed, encoding), validation
+    train = _load("train", config, tokenizer, seed, progress, encoding)
     if config.validation_split is not None:
         train, validation = _divide(train, config.validation_split, seed)
     elif validation is not None and config.contamination != "ignore":
@@ -101,14 +101,14 @@ def _load_splits(
     return train, validation
 
 
-def _load(which: str, config: DataConfig, tokenizer: Any, seed: int, progress: Any, labels: Labels | None) -> "PackedSplit":
+def _load(which: str, config: DataConfig, tokenizer: Any, seed: int, progress: Any, encoding: RowEncoding) -> "PackedSplit":
     sources = config.sources(which)
     tell = (lambda rows: progress(which, rows)) if progress else None
-    documents, _ = build_documents(sources, config, tokenizer, tell, labels)
+    documents, _ = build_documents(sources, config, tokenizer, tell, encoding)
     report = DataReport.of_state(documents.report)
     report.weights = {source.path: source.weight for source in sources}
     weights = tuple(source.weight for source in sources)
-    split = PackedSplit.of(documents, weights, config, seed, report)
+    split = PackedSplit.of(documents, weights, config, seed, report, encoding.sequences)
     seen = set(documents.source[split.plan(0, True, seed).documents].tolist())
     for number, source in enumerate(sources):
         own = int((documents.source == number).sum())
@@ -180,13 +180,17 @@ class PackedSplit:
     truncation: str
     seed: int
     report: DataReport
+    sequences: int = 1  # documents of each row of data, which follow one another in `chosen`
 
     @classmethod
-    def of(cls, documents: Documents, weights: tuple[float, ...], config: DataConfig, seed: int, report: DataReport):
+    def of(
+        cls, documents: Documents, weights: tuple[float, ...], config: DataConfig, seed: int, report: DataReport,
+        sequences: int = 1,
+    ) -> "PackedSplit":  # fmt: skip
         """All of the documents."""
         chosen = np.arange(len(documents))
         how = (config.packing, config.mix_epochs, config.shuffle, config.max_length, config.truncation)
-        return cls(documents, chosen, weights, *how, seed, report).choose(chosen, report)
+        return cls(documents, chosen, weights, *how, seed, report, sequences).choose(chosen, report)
 
     def choose(self, chosen: np.ndarray, report: DataReport) -> "PackedSplit":
         """The same set with other documents of it; the report is brought up to date."""
@@ -233,30 +237,36 @@ class PackedSplit:
     # ---- the plan of an epoch ----
 
     def _plan(self, epoch: int, shuffle: bool, seed: int, batch_size: int = 0) -> Plan:
-        """`batch_size` matters where rows are not packed: those of one batch are of like lengths."""
+        """`batch_size` matters where rows are not packed: those of one batch are of like lengths.
+
+        What is planned is a unit: the documents of one row of data, which stay together.
+        """
         rng = np.random.default_rng((seed, epoch)) if shuffle and self.shuffle else None
-        seen = self._seen(epoch)
-        lengths = np.diff(self.documents.starts)[seen]
+        units = self._seen(epoch)
+        lengths = self._unit_lengths(units)
         if not self.shuffle:
-            return Plan(seen, in_order(lengths, self.max_length) if self.packing else np.arange(len(seen) + 1))
+            starts = in_order(lengths, self.max_length) if self.packing else np.arange(len(units) + 1)
+            return Plan(units.ravel(), starts * self.sequences)
         if self.packing:
             plan = pack(lengths, self.max_length, rng)
-            return Plan(seen[plan.documents], plan.starts)
-        order = np.arange(len(seen)) if rng is None else rng.permutation(len(seen))
+            return Plan(units[plan.documents].ravel(), plan.starts * self.sequences)
+        order = np.arange(len(units)) if rng is None else rng.permutation(len(units))
         order = order[np.argsort(np.searchsorted(self.buckets, lengths[order]), kind="stable")]
         full = len(order) // batch_size if batch_size else 0
         if full and rng is not None:  # whole batches change places; the last, which may be smaller, stays
             blocks = order[: full * batch_size].reshape(full, batch_size)
             order = np.concatenate([blocks[rng.permutation(full)].ravel(), order[full * batch_size :]])
-        return Plan(seen[order], np.arange(len(order) + 1))
+        return Plan(units[order].ravel(), np.arange(len(order) + 1) * self.sequences)
 
     def _seen(self, epoch: int) -> np.ndarray:
-        """The documents of an epoch: whole copies of each source, and of a fraction the part whose turn it is."""
+        """The units `[U, sequences]` of an epoch, by document: whole copies of each source, and of a fraction the part whose
+        turn it is."""
+        units = self.chosen.reshape(-1, self.sequences)
         if all(weight == 1 for weight in self.weights):
-            return self.chosen
+            return units
         parts = []
         for number, weight in enumerate(self.weights):
-            own = self.chosen[self.documents.source[self.chosen] == number]
+            own = units[self.documents.source[units[:, 0]] == number]
             whole = int(weight)
             parts += [own] * whole
             if weight > whole and len(own):
@@ -264,6 +274,9 @@ class PackedSplit:
                 low, high = (int((weight - whole) * len(own) * (epoch + step)) for step in (0, 1))
                 parts.append(own[turn[np.arange(low, high) % len(own)]])
         return np.concatenate(parts)
+
+    def _unit_lengths(self, units: np.ndarray) -> np.ndarray:
+        return np.diff(self.documents.starts)[units].sum(axis=1)
 
     @property
     def buckets(self) -> np.ndarray:
@@ -274,9 +287,8 @@ class PackedSplit:
         return np.array(widths[::-1])
 
     def widths(self, documents: np.ndarray) -> np.ndarray:
-        """Of each of these documents, the width of a row that holds it alone."""
-        starts = self.documents.starts
-        return self.buckets[np.searchsorted(self.buckets, starts[documents + 1] - starts[documents])]
+        """Of each unit of these documents, the width of a row that holds it alone."""
+        return self.buckets[np.searchsorted(self.buckets, self._unit_lengths(documents.reshape(-1, self.sequences)))]
 
     def rows_per_epoch(self, epoch: int) -> int:
         """Rows that hold documents; the last batch is filled up with rows of padding."""
@@ -340,7 +352,8 @@ class PackedBatches(Iterator[Batch]):
         """This process's rows of the batch that begins with `row` of `epoch`."""
         split, plan, numbers = self._split, self._plan(epoch), row + self._rows
         if not split.packing:  # the whole batch decides, so that all processes have rows of one width
-            longest = split.widths(plan.documents[row : row + self._batch_size]).max()
+            documents = plan.documents[plan.starts[row] : plan.starts[min(row + self._batch_size, len(plan))]]
+            longest = split.widths(documents).max()
             return split.rows(plan, numbers, int(self._widths[np.searchsorted(self._widths, longest)]))
         if not split.mix_epochs:
             return split.rows(plan, numbers, split.max_length)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ftjax.config import Config
-from ftjax.data.encode import Encoded
-from ftjax.data.labels import Labels
+from ftjax.data.encoder import Encoded
+from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.pipeline import Split, load_splits
 from ftjax.data.preview_html import write_html
 from ftjax.data.report import DataReport, histogram
@@ -34,7 +34,7 @@ class Shown:
 
 def preview(
     config: Config, tokenizer: Any, *, html: Path | None = None, as_json: bool = False, console: Any, examples: int = EXAMPLES,
-    positions: int | None = None, embeddings: int | None = None,
+    positions: int | None = None, embeddings: int | None = None, encoding: RowEncoding = ANSWERS,
 ) -> None:  # fmt: skip
     """Print (or write) the first examples with what is trained, the counts, a histogram of lengths, and warnings.
 
@@ -44,15 +44,15 @@ def preview(
         console: a `rich.console.Console`.
         positions: tokens of the longest text that the model is made for, where it is known.
         embeddings: of the model, where that is known: a token id beyond them is an error.
+        encoding: how the objective's rows become documents.
 
     Raises UserError for anything that is wrong with the data, or where `html` cannot be written.
     """
-    labels = Labels.of(config.objective)
-    train, validation = load_splits(config.data, tokenizer, seed=config.training.seed, labels=labels, positions=positions)
+    train, validation = load_splits(config.data, tokenizer, seed=config.training.seed, encoding=encoding, positions=positions)
     for split in (train, validation):
         if split is not None and embeddings is not None:
             split.refuse_unknown(embeddings, tokenizer)
-    shown = show_examples(train, tokenizer, examples, labels)
+    shown = show_examples(train, tokenizer, examples, encoding)
     sets = {"train": train, **({"validation": validation} if validation is not None else {})}
     if html is not None:
         try:
@@ -70,12 +70,12 @@ def preview(
         console.print(f"written: {html}", highlight=False, soft_wrap=True)
 
 
-def show_examples(split: Split, tokenizer: Any, count: int = EXAMPLES, labels: Labels | None = None) -> list[Shown]:
-    """The first `count` documents of a set; of a classification head's the last token is shown as the labels."""
+def show_examples(split: Split, tokenizer: Any, count: int = EXAMPLES, encoding: RowEncoding = ANSWERS) -> list[Shown]:
+    """The first `count` documents of a set; where a document ends with labels, its last token is shown as their words."""
     found = [(document, shown(document, tokenizer, *place)) for document, place in split.first(count)]
-    if labels is not None and labels.head:
-        for document, item in found:
-            item.texts[-1] = f" -> {labels.words(item.ids[-1], document.labels)}"
+    for document, item in found:
+        if (words := encoding.label_text(document)) is not None:
+            item.texts[-1] = f" -> {words}"
     return [item for _, item in found]
 
 

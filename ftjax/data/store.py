@@ -22,7 +22,7 @@ import pyarrow as pa
 import xxhash
 from filelock import FileLock
 
-from ftjax.data.encode import Encoded
+from ftjax.data.encoder import Encoded
 from ftjax.errors import UserError
 
 FILE, REPORT = "documents.arrow", "report.json"

@@ -16,9 +16,10 @@ import numpy as np
 import xxhash
 
 from ftjax.config.data import DataConfig, SourceConfig
-from ftjax.data.batch import KEYS, Batch, fill, own_rows
+from ftjax.data.batch import Batch, batch_arrays, fill, own_rows
 from ftjax.data.build import Build
-from ftjax.data.encode import Encoded
+from ftjax.data.encoder import Encoded
+from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.find import Files, HubSet, find
 from ftjax.data.pack import Plan, in_order, pack
 from ftjax.data.report import DataReport
@@ -40,25 +41,36 @@ class Window:
     starts: np.ndarray
     plan: Plan
     last: bool
+    labels: np.ndarray | None = None  # float32 [D, labels], where documents have such numbers
 
     @classmethod
     def of(
-        cls, number: int, documents: list[Encoded], length: int, rng: np.random.Generator | None, last: bool, keep: bool = False
-    ) -> "Window":
-        """`keep`: documents stay in their order."""
+        cls, number: int, documents: list[Encoded], length: int, rng: np.random.Generator | None, last: bool,
+        keep: bool = False, sequences: int = 1,
+    ) -> "Window":  # fmt: skip
+        """Packs documents.
+
+        Args:
+            keep: they stay in their order.
+            sequences: so many that follow one another stay in one row.
+        """
         starts = np.concatenate([[0], np.cumsum([len(d.tokens) for d in documents], dtype=np.int64)])
         tokens, weights = (
             np.concatenate([np.zeros(0, dtype), *(getattr(d, name) for d in documents)]).astype(dtype)
             for name, dtype in (("tokens", np.int32), ("weights", np.float32))
         )
-        lengths = np.diff(starts)
-        plan = Plan(np.arange(len(documents)), in_order(lengths, length)) if keep else pack(lengths, length, rng)
-        return cls(number, documents, tokens, weights, starts, plan, last)
+        units = np.arange(len(documents)).reshape(-1, sequences)
+        lengths = np.diff(starts)[units].sum(axis=1)
+        plan = Plan(np.arange(len(units)), in_order(lengths, length)) if keep else pack(lengths, length, rng)
+        plan = Plan(units[plan.documents].ravel(), plan.starts * sequences)
+        labels = None if not documents or documents[0].labels is None else np.stack([d.labels for d in documents])
+        return cls(number, documents, tokens, weights, starts, plan, last, labels)
 
     def rows(self, numbers: np.ndarray, width: int) -> Batch:
         """Rows by their numbers, as `[len(numbers), width]`."""
         documents, count = self.plan.take(numbers)
-        return fill(self, self.starts[documents], self.starts[documents + 1] - self.starts[documents], count, width)
+        labels = None if self.labels is None else self.labels[documents]
+        return fill(self, self.starts[documents], self.starts[documents + 1] - self.starts[documents], count, width, labels)
 
 
 @dataclass
@@ -71,18 +83,19 @@ class StreamSplit:
     tokenizer: Any
     seed: int
     report: DataReport
+    encoding: RowEncoding = ANSWERS
     window_rows: int = field(default_factory=lambda: WINDOW)
     known: int | None = None  # the model's embeddings
 
     @classmethod
-    def load(cls, config: DataConfig, tokenizer: Any, seed: int) -> "StreamSplit":
+    def load(cls, config: DataConfig, tokenizer: Any, seed: int, encoding: RowEncoding = ANSWERS) -> "StreamSplit":
         """Read the first window, so that mistakes show at once.
 
         Raises UserError, with file and line, for anything that is wrong with it.
         """
         sources = config.sources("train")
         found = [find(source) for source in sources]
-        split = cls(sources, found, config, tokenizer, seed, DataReport(""))
+        split = cls(sources, found, config, tokenizer, seed, DataReport(""), encoding)
         split._states = [where.state() if isinstance(where, Files) else None for where in found]
         build = split.build()
         first = next(split.windows(build, 0, 0, shuffle=False))
@@ -166,7 +179,7 @@ class StreamSplit:
             for path, one, other in zip(found.paths, before, found.state(), strict=True) if before is not None else ():
                 if one != other:
                     raise UserError(f"{path}: the file was changed while the run goes on; start again with data that stays")
-        return Build(self.sources, self.found, self.config, self.tokenizer)
+        return Build(self.sources, self.found, self.config, self.tokenizer, self.encoding)
 
     def windows(self, build: Build, epoch: int, start: int, *, shuffle: bool, seed: int | None = None) -> Iterator[Window]:
         """The windows of an epoch from number `start` on."""
@@ -180,12 +193,12 @@ class StreamSplit:
             documents = []
             for chunk, encoded in build.encoded(iter(waiting)):
                 del chunk
-                documents += [piece for document in encoded if document is not None for piece in build.fit(document)]
+                documents += [piece for unit in encoded if unit is not None for piece in build.fit(unit)]
             for document in documents if self.known is not None else ():
                 refuse_unknown(document.tokens, self.known, document.where, self.tokenizer)
             rng = np.random.default_rng((self.seed if seed is None else seed, epoch, number)) if shuffle else None
             keep = not self.config.shuffle
-            yield Window.of(number, documents, self.max_length, rng, not coming, keep)
+            yield Window.of(number, documents, self.max_length, rng, not coming, keep, self.encoding.sequences)
             if not coming:
                 return
             number, waiting = number + 1, coming
@@ -259,8 +272,9 @@ class StreamBatches(Iterator[Batch]):
                 parts.append(self._window.rows(self._row + wanted - at, width))
             at, self._row = at + taken, self._row + taken
         got = sum(len(part["tokens"]) for part in parts)
-        parts.append({name: np.zeros((len(own) - got, width), dtype) for name, dtype in KEYS.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in KEYS}
+        arrays = batch_arrays(self._split.encoding.values)
+        parts.append({name: np.zeros((len(own) - got, width * one.width), one.dtype) for name, one in arrays.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in arrays}
 
     def get_state(self) -> dict[str, int]:
         """Epoch, window, and row of the window: those of the next batch."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ftjax.data.encode import Encoded
+from ftjax.data.encoder import Encoded
 from ftjax.errors import UserError
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ftjax.config.data import DataConfig
-from ftjax.data.classes import cut, make_encoder
-from ftjax.data.encode import Encoded
+from ftjax.data.encoder import Encoded
+from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.example import Example
-from ftjax.data.labels import Labels
 from ftjax.errors import UserError
 from ftjax.generate.batch import SCORES, groups
 from ftjax.generate.cache import bucket
@@ -32,14 +31,14 @@ class Likelihood:
     correct: float
 
 
-def encode(examples: Sequence[Example], tokenizer, config: DataConfig, labels: Labels | None = None) -> list[list[Encoded]]:
+def encode(examples: Sequence[Example], tokenizer, config: DataConfig, encoding: RowEncoding = ANSWERS) -> list[list[Encoded]]:
     """The documents that each example becomes in training; none where nothing of it would be trained."""
-    encoder = make_encoder(tokenizer, config, labels)
+    encoder = encoding.encoder(tokenizer, config)
     found = []
     for document in encoder(examples):
         pieces = [document]
         if len(document.tokens) > config.max_length:
-            pieces = cut(document, config, encoder)
+            pieces = encoding.shorten(document, config, encoder.tokens.bos)
         found.append([piece for piece in pieces if piece.weights[1:].any()])
     return found
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from ftjax.config import Config, EvaluateConfig
-from ftjax.data.encode import Encoded
+from ftjax.data.classes import TextLabels
+from ftjax.data.encoder import Encoded
+from ftjax.data.encoding import ANSWERS
 from ftjax.data.example import Example
 from ftjax.data.labels import Labels
 from ftjax.data.unknown import refuse_unknown
@@ -25,6 +27,7 @@ from ftjax.evaluate.tasks.overlap import bleu, chrf, rouge
 from ftjax.evaluate.tasks.own import load_metric, own
 from ftjax.generate.session import Generator
 from ftjax.models.classifier import MULTI, REGRESSION, SINGLE, classes_of, problem_of
+from ftjax.objectives import head_of
 from ftjax.objectives.classification import thresholds
 
 TEXT_TASKS = {
@@ -84,14 +87,14 @@ def measure(generator: Generator, items: Sequence[Item], config: Config, progres
 
 def head_labels(generator: Generator, config: Config) -> Labels | None:
     """Of a classification head; None where there is none. A run knows the names that its adapter does not hold."""
-    stored, known = classes_of(generator.model.config), config.objective.classes
+    stored, known = classes_of(generator.model.config), head_of(config)
     if not stored:
         return None
-    if not known:
+    if known is None or not known.classes:
         return Labels(problem_of(generator.model.config), stored)
-    if len(known) != len(stored):
-        raise UserError(f"objective.labels: {', '.join(known)}: the model's head has {len(stored)} outputs")
-    return Labels(config.objective.problem_type, tuple(known))
+    if len(known.classes) != len(stored):
+        raise UserError(f"objective.labels: {', '.join(known.classes)}: the model's head has {len(stored)} outputs")
+    return Labels(known.problem_type, known.classes)
 
 
 def _fits(labels: Labels | None, config: Config, task: str) -> None:
@@ -100,7 +103,7 @@ def _fits(labels: Labels | None, config: Config, task: str) -> None:
         own = "regression" if labels.problem_type == REGRESSION else "classification"
         if task not in ("loss", own):
             raise UserError(f"evaluate.task {task}: a {own} head writes no answers; the tasks are {own} and loss")
-    elif task == "regression" or config.objective.problem_type in (MULTI, REGRESSION):
+    elif task == "regression" or ((head := head_of(config)) and head.problem_type in (MULTI, REGRESSION)):
         raise UserError(f"evaluate.task {task}: several labels and numbers come from a head, and this model has none")
 
 
@@ -130,7 +133,7 @@ def _texts(
     generator: Generator, items: Sequence[Item], config: Config, labels: Labels
 ) -> tuple[list[list[int]], np.ndarray | None]:
     """`(ids of each row, what its labels are [N, labels])`; None for the latter where they are one class."""
-    documents = encode([item.example for item in items], generator.tokenizer, config.data, labels)
+    documents = encode([item.example for item in items], generator.tokenizer, config.data, TextLabels(labels))
     _refuse_unknown(generator, [piece for pieces in documents for piece in pieces])
     for item, pieces in zip(items, documents, strict=True):
         if len(pieces) != 1:
@@ -157,7 +160,8 @@ def _losses(
         if labels.problem_type == MULTI:
             errors = np.logaddexp(0, table) - table * vectors
         return Measured(means([{"loss": float(one)} for one in errors.mean(1)]), tokens=sum(map(len, texts)))
-    documents = encode([item.example for item in items], generator.tokenizer, config.data, labels)
+    encoding = TextLabels(labels) if labels else ANSWERS
+    documents = encode([item.example for item in items], generator.tokenizer, config.data, encoding)
     flat = [piece for pieces in documents for piece in pieces]
     _refuse_unknown(generator, flat)
     if not flat:

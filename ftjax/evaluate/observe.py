@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ftjax.data.encode import Encoded
+from ftjax.data.encoder import Encoded
 from ftjax.data.pipeline import Split
 from ftjax.distributed.agree import digest
 from ftjax.errors import UserError
@@ -14,14 +14,14 @@ from ftjax.evaluate.measure import check, measure
 from ftjax.evaluate.rows import read_items
 from ftjax.generate.session import Generator
 from ftjax.models.classifier import classes_of
+from ftjax.train.observer import Observation
 from ftjax.train.setup import Setup
-from ftjax.train.track import Observation
 
 START = 16  # tokens of a text that has no prompt, after which the model goes on
 
 
 def make_observer(setup: Setup, tokenizer: Any, validation: Split | None) -> "Observer | None":
-    """For `ftjax.train.loop.train`; None where the configuration asks for nothing.
+    """For `ftjax.train.run.train`; None where the configuration asks for nothing.
 
     Raises UserError, before anything is trained, where rows or prompts cannot be used.
     """

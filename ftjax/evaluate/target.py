@@ -14,6 +14,7 @@ from ftjax.hub.fetch import resolve_config
 from ftjax.mesh import make_mesh
 from ftjax.models.classifier import SINGLE, classes_of, problem_of
 from ftjax.models.facts import read_config
+from ftjax.objectives import head_of
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Target(Named):
         """What was fine-tuned. Raises UserError where that is this model itself."""
         if self.adapter is None and self.run is None:
             raise UserError(f"{self.name}: there is no base model to compare with; give a run, or --adapter with its model")
-        kind, path = self.config.objective.problem_type, self.config.model.path
-        if kind not in (None, SINGLE) and not classes_of(_facts(path, self.config.model.revision)):
+        head, path = head_of(self.config), self.config.model.path
+        if head is not None and head.problem_type != SINGLE and not classes_of(_facts(path, self.config.model.revision)):
             raise UserError(
                 f"--compare-base: several labels and numbers come from a head, and {path} has none; leave --compare-base out"
             )

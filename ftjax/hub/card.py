@@ -14,6 +14,7 @@ from ftjax.hub.fetch import HUB, HUB_ID
 from ftjax.hub.gguf_file import open_gguf
 from ftjax.methods import method_of
 from ftjax.models.classifier import REGRESSION, SINGLE
+from ftjax.objectives import head_of
 
 FILES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt")
 LOADING = "How to load it"
@@ -97,7 +98,7 @@ def run_card(
         whole: a whole model, not an adapter.
         rows: of the embedding, where the run changed their number.
     """
-    sections = config.model_dump(mode="json")
+    sections, head = config.model_dump(mode="json"), head_of(config)
     return model_card(
         CardFacts(
             base_model=_name(config.model.path),
@@ -116,8 +117,8 @@ def run_card(
             license=base_license(config.model.path, config.model.revision),
             rows=rows,
             library=method_of(config.method).library,
-            classes=config.objective.classes or (),
-            problem_type=config.objective.problem_type,
+            classes=(head and head.classes) or (),
+            problem_type=head and head.problem_type,
         )
     )
 

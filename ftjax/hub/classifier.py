@@ -12,6 +12,7 @@ from ftjax.hub.peft import adapter_file, read_adapter_config
 from ftjax.hub.source import TensorSource
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.models.classifier import HEAD, REGRESSION, SINGLE, classes_of, classifier_config, problem_of
+from ftjax.objectives import head_of
 
 TASK = "SEQ_CLS"  # PEFT's name
 OLD = ("lm_head.weight", "embed_out.weight")
@@ -90,18 +91,18 @@ def objectives_facts(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
 
     Raises UserError where the objective has a head whose classes nobody has named or looked for.
     """
-    objective = config.objective
-    if objective.name != "classification" or not objective.head or classes_of(facts):
+    head = head_of(config)
+    if head is None or classes_of(facts):
         return facts
-    if objective.classes is None:
+    if head.classes is None:
         raise UserError("objective.head: its classes are not known without the data; name them in objective.labels")
-    return classifier_config(facts, objective.classes, problem_type=objective.problem_type)
+    return classifier_config(facts, head.classes, problem_type=head.problem_type)
 
 
 def with_objectives_head(config: Config, facts: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], TensorSource]:
     """As the objective of a run has it."""
-    classes = config.objective.classes
-    if classes is None:
+    head = head_of(config)
+    if head is None or head.classes is None:
         if classes_of(facts):
             raise UserError(
                 f"{config.model.path} is a sequence classifier, and the objective {config.objective.name} trains the words of "
@@ -110,8 +111,7 @@ def with_objectives_head(config: Config, facts: dict[str, Any], source: TensorSo
         return facts, source
     tokenizer = load_tokenizer(config.model)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    problem_type = config.objective.problem_type
-    return with_head(facts, source, classes, seed=config.training.seed, pad_token_id=pad, problem_type=problem_type)
+    return with_head(facts, source, head.classes, seed=config.training.seed, pad_token_id=pad, problem_type=head.problem_type)
 
 
 def with_adapters_head(

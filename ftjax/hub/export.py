@@ -23,6 +23,7 @@ from ftjax.hub.vocabulary import with_adapters_tokens
 from ftjax.mesh import make_mesh
 from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
+from ftjax.objectives import head_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -111,7 +112,7 @@ def write_merged(adapter: Path, folder: Path, config: Config | None, base: str |
     warn_of_another_base(adapter, read_adapter_config(adapter), config.model.path, source)
     facts, source = with_adapters_output(adapter, facts, source)
     facts, source = with_adapters_tokens(adapter, facts, source)
-    facts, source = with_adapters_head(adapter, facts, source, config.objective.classes, config.objective.problem_type)
+    facts, source = with_adapters_head(adapter, facts, source, *(head_of(config) or ()))
     root = build_module(facts)
     notes = root.notes
     method = attach_adapter(root, adapter)

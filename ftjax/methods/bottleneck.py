@@ -93,6 +93,10 @@ class Bottleneck(nnx.Module):
         self.up = param((*stack, size, width), (*axes, "embed", "rank"), f"{name}.adapter_up.weight", init=up, **row)
         self.up_bias = param((*stack, size), (*axes, "embed"), f"{name}.adapter_up.bias", init=Init("zeros"), **row)
 
+    def without_adapter(self) -> nnx.Module:
+        """What is in this place where the method is taken out of the model."""
+        return AsItIs()
+
     def __call__(self, x: jax.Array, o: jax.Array, ctx: Context) -> jax.Array:
         """x and o `[B, T, E] -> o' [B, T, E]`."""
         z = {"sum": x + o, "result": o, "stream": x}[self.reads]

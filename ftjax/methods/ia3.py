@@ -43,6 +43,10 @@ class IA3Linear(nnx.Module):
         )  # fmt: skip
         self.on = Buffer(chosen.reshape(site.stack), row=Row(site.stack_axes, "on"))
 
+    def without_adapter(self) -> nnx.Module:
+        """What is in this place where the method is taken out of the model."""
+        return self.base
+
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         factor = jnp.where(self.on[...], self.ia3_l[...].reshape(-1), 1).astype(x.dtype)
         return self.base(x * factor, ctx) if self.feedforward else self.base(x, ctx) * factor

@@ -32,6 +32,10 @@ class LoraEmbedding(nnx.Module):
         self.lora_embedding_B = param((embed, rank), (axis_embed, "rank"), "lora_embedding_B", init=Init("normal", 1.0), **row)
         self.scale = Buffer(np.full(rank, scale, np.float32), row=Row(("rank",), "scale"))
 
+    def without_adapter(self) -> nnx.Module:
+        """What is in this place where the method is taken out of the model."""
+        return self.base
+
     def __call__(self, tokens: jax.Array, dtype) -> jax.Array:
         """Ids `[B, T]` (or embeddings of virtual tokens, which go through) -> `[B, T, E]`."""
         rows = self.base(tokens, dtype)

@@ -57,6 +57,10 @@ class LoraLinear(nnx.Module):
         scale = np.where(np.arange(rank) < ranks[:, None], scales[:, None], 0).astype(np.float32)
         self.scale = Buffer(scale.reshape(*site.stack, rank), row=Row((*site.stack_axes, "rank"), "scale"))
 
+    def without_adapter(self) -> nnx.Module:
+        """What is in this place where the method is taken out of the model."""
+        return self.base
+
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         dropped = self._drop(x, ctx)
         update = self._product(dropped, self.lora_A[...], self.lora_B[...], ctx)

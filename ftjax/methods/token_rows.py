@@ -41,6 +41,10 @@ class TokenRows(nnx.Module):
         self.base = site.layer
         self.trainable_tokens_delta, self.ids = _rows(site, ids)
 
+    def without_adapter(self) -> nnx.Module:
+        """What is in this place where the method is taken out of the model."""
+        return self.base
+
     def __call__(self, tokens: jax.Array, dtype) -> jax.Array:
         """Ids `[B, T]` (or embeddings of virtual tokens, which go through) -> `[B, T, E]`."""
         rows = self.base(tokens, dtype)
@@ -64,6 +68,10 @@ class OutputRows(nnx.Module):
     def __init__(self, site: Site, ids: Sequence[int]):
         self.base = site.layer
         self.trainable_tokens_delta, self.ids = _rows(site, ids)
+
+    def without_adapter(self) -> nnx.Module:
+        """What is in this place where the method is taken out of the model."""
+        return self.base
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         """`[..., E] -> [..., V]`."""

@@ -63,6 +63,18 @@ def _site(path: tuple, layer: Linear | Embedding, nodes: dict, rows: Mapping[str
     return Site(name, nodes[path[:-1]], str(path[-1]), layer, names, spec.stacked, stack_axes)
 
 
+def remove_adapters(root: nnx.Module) -> None:
+    """Take out of an abstract model what a method added, in place: wrapped layers, bottlenecks and virtual tokens."""
+    if hasattr(root, "virtual"):
+        root.virtual = None
+    found = True
+    while found:  # a layer may be wrapped twice
+        nodes = {path: node for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)}
+        found = [path for path, node in nodes.items() if hasattr(node, "without_adapter")]
+        for path in found:
+            setattr(nodes[path[:-1]], str(path[-1]), nodes[path].without_adapter())
+
+
 def matches(name: str, wanted: str | list[str]) -> bool:
     """PEFT's rule: a string is a regex over the whole name; a list holds whole names or their last parts."""
     if isinstance(wanted, str):

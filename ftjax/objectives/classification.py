@@ -14,7 +14,6 @@ Without a head the words of the labels are trained, which is `ftjax.objectives.s
 Legend: B batch, C tokens of a chunk, L labels.
 """
 
-import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -22,54 +21,54 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.config import EvaluateConfig
+from ftjax.config import ClassificationConfig, EvaluateConfig
+from ftjax.data.classes import TextLabels, with_labels
+from ftjax.data.encoding import Answers, RowEncoding
+from ftjax.data.labels import Labels
 from ftjax.errors import UserError
-from ftjax.models.classifier import MULTI, REGRESSION, SINGLE, classes_of, problem_of
-from ftjax.models.context import Context
-from ftjax.models.model import Model
+from ftjax.models.classifier import MULTI, classes_of
 from ftjax.objectives import sft
-from ftjax.objectives.loss import Sums
+from ftjax.objectives.loss import LossTotals
+from ftjax.objectives.objective import Head, LossInputs, Objective
 
 
-def sums(
-    model: Model,
-    trainable: Mapping[str, jax.Array],
-    frozen: Mapping[str, jax.Array],
-    batch: Mapping[str, jax.Array],
-    ctx: Context,
-    loss_chunk: int,
-    settings: EvaluateConfig,
-) -> tuple[Sums, jax.Array]:
-    """`(Sums, auxiliary loss)` of a batch `[B, T]`; `correct` counts texts whose class has the highest score, or of whose
-    labels each is right (`settings.threshold`); of numbers it is 0."""
-    kind = problem_of(model.config)
-    if kind == SINGLE:
+def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
+    """Computes the loss of a batch of texts.
+
+    `token_accuracy` is the share of texts whose class has the highest score, `subset_accuracy` of those whose labels are all
+    right (`evaluate.threshold`); of numbers there is neither.
+    """
+    objective = inputs.config.objective
+    if not objective.head:
+        return sft.loss(inputs)
+    targets, weights = inputs.batch["targets"], inputs.batch["weights"]
+    if objective.single:
         # Targets without weight are tokens, of which there are more than classes.
-        targets = jnp.where(batch["weights"] > 0, batch["targets"], 0)
-        return sft.sums(model, trainable, frozen, {**batch, "targets": targets}, ctx, loss_chunk)
-    if kind == REGRESSION:
-        measure = squared_error
-    else:
-        measure = partial(binary_cross_entropy, tuple(thresholds(settings, classes_of(model.config)).tolist()))
-    labels = batch["labels"].reshape(*batch["targets"].shape, -1)
-    return sft.sums(model, trainable, frozen, {**batch, "targets": labels}, ctx, loss_chunk, measure)
+        return inputs.token_totals(jnp.where(weights > 0, targets, 0)), inputs.auxiliary
+    labels = inputs.batch["labels"].reshape(*targets.shape, -1)
+    measure = squared_error
+    if objective.problem_type == MULTI:
+        limits = thresholds(inputs.config.evaluate, classes_of(inputs.model.config))
+        measure = partial(binary_cross_entropy, tuple(limits.tolist()))
+    return inputs.token_totals(labels, measure), inputs.auxiliary
 
 
-def binary_cross_entropy(limits: tuple[float, ...], scores: jax.Array, labels: jax.Array, weights: jax.Array) -> Sums:
-    """Of labels that are 0 or 1 `[B, C, L]`: the mean over them, as `BCEWithLogitsLoss` has it.
+def binary_cross_entropy(limits: tuple[float, ...], scores: jax.Array, labels: jax.Array, weights: jax.Array) -> LossTotals:
+    """Averages it over labels that are 0 or 1 `[B, C, L]`, as `BCEWithLogitsLoss` does.
 
     Args:
         limits: the probability from which each label counts as said.
     """
     loss = jnp.mean(jax.nn.softplus(scores) - scores * labels, axis=-1)
     right = jnp.all((jax.nn.sigmoid(scores) >= jnp.array(limits, scores.dtype)) == (labels > 0.5), axis=-1)
-    return Sums(jnp.sum(loss * weights), jnp.sum(weights), jnp.sum(right * weights))
+    weight = jnp.sum(weights)
+    return LossTotals(jnp.sum(loss * weights), weight, {"subset_accuracy": (jnp.sum(right * weights), weight)})
 
 
-def squared_error(scores: jax.Array, labels: jax.Array, weights: jax.Array) -> Sums:
-    """Of numbers `[B, C, L]`: the mean over them, as `MSELoss` has it."""
+def squared_error(scores: jax.Array, labels: jax.Array, weights: jax.Array) -> LossTotals:
+    """Averages it over numbers `[B, C, L]`, as `MSELoss` does."""
     loss = jnp.mean(jnp.square(scores - labels), axis=-1)
-    return Sums(jnp.sum(loss * weights), jnp.sum(weights), jnp.zeros((), jnp.float32))
+    return LossTotals(jnp.sum(loss * weights), jnp.sum(weights), {})
 
 
 def thresholds(settings: EvaluateConfig, labels: tuple[str, ...]) -> np.ndarray:
@@ -85,11 +84,15 @@ def thresholds(settings: EvaluateConfig, labels: tuple[str, ...]) -> np.ndarray:
     return np.array([given.get(name, 0.5) for name in labels])
 
 
-def named(config: Mapping, loss: float, correct: float) -> dict[str, float]:
-    """What an evaluation calls the mean loss and the share of what is right, by the model's config.json."""
-    kind = problem_of(config)
-    if kind == REGRESSION:
-        return {"eval/loss": loss}
-    if kind == MULTI:
-        return {"eval/loss": loss, "eval/subset_accuracy": correct}
-    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/token_accuracy": correct}
+def _head(section: ClassificationConfig) -> Head | None:
+    if not section.head:
+        return None
+    return Head(None if section.labels is None else tuple(section.labels), section.problem_type)
+
+
+def _encoding(section: ClassificationConfig) -> RowEncoding:
+    labels = Labels.of(section)
+    return TextLabels(labels) if section.head else Answers(labels)
+
+
+OBJECTIVE = Objective(ClassificationConfig, _encoding, loss, sft.perplexity, _head, complete=with_labels)

@@ -1,14 +1,15 @@
-"""Cross-entropy from hidden states, a few tokens' logits at a time.
+"""A loss from hidden states, computed for a few tokens' logits at a time.
 
 The logits of a whole batch are the largest array of a fine-tuning step (8 x 4096 tokens x 128k words in float32 are
-17 GB), and the loss is a scalar whose gradient with respect to them is known at once. So the gradients are taken in the
-forward pass, chunk by chunk: the logits are computed once, never kept, and the backward pass only scales. Where one device
-holds the batch, tokens that are trained come first (`trained_first`), and chunks without any are not computed at all.
+17 GB). Where a loss is a weighted sum over tokens, its gradient with respect to them is known at once, so `token_totals` takes
+the gradients in the forward pass, chunk by chunk: the logits are computed once, never kept, and the backward pass only scales.
+Losses that are no such sum take `ftjax.objectives.logprobs`. On one device, trained tokens come first (`trained_first`), and
+chunks without any are not computed at all.
 
 Legend: B batch, T length, C tokens of a chunk, E embed, V vocab.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,64 +22,86 @@ from ftjax.models.chunks import chunks, joined
 Unembed = Callable[[Any, jax.Array], jax.Array]
 
 
-class Sums(NamedTuple):
-    """What is added over chunks, microbatches and devices, and divided once at the end."""
+class LossTotals(NamedTuple):
+    """Sums over chunks, microbatches and devices, divided once at the end.
 
-    loss: jax.Array  # sum of weight * -log p(target), float32
-    weight: jax.Array  # sum of weights
-    correct: jax.Array  # sum of weight where greedy decoding writes the target: the most likely token, of several the first
+    Attributes:
+        loss: float32 [], the sum of the loss.
+        weight: float32 [], what that sum is divided by. It need not be the sum of the tokens' weights, which may be signed.
+        metrics: of each metric its sum and what that is divided by, both float32 [].
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+    metrics: Mapping[str, tuple[jax.Array, jax.Array]]
 
 
-# (float32 logits [B, C, V], targets [B, C] or [B, C, ...], weights [B, C]) -> their sums
-Measure = Callable[[jax.Array, jax.Array, jax.Array], Sums]
+# (float32 logits [B, C, V], targets [B, C] or [B, C, ...], weights [B, C]) -> their totals
+Measure = Callable[[jax.Array, jax.Array, jax.Array], LossTotals]
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
-    """Of tokens `targets` [B, C]."""
+def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> LossTotals:
+    """Sums weight * -log p(target) over tokens `targets` [B, C].
+
+    `token_accuracy` sums the weights of targets that greedy decoding writes: the most likely token, of several the first.
+    """
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     loss = jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
     correct = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * weights)
-    return Sums(loss, jnp.sum(weights), correct)
+    weight = jnp.sum(weights)
+    return LossTotals(loss, weight, {"token_accuracy": (correct, weight)})
 
 
-# (hidden [B, C, E], targets [B, C], weights [B, C]) -> the same, laid out over the devices as the projection needs them
+# (hidden [B, C, E], targets [B, C], weights [B, C]) -> the same, sharded as the projection needs them
 Arrange = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def as_it_is(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Leaves a chunk where it lies."""
+def keep_sharding(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Leaves a chunk sharded as it is."""
     return hidden, targets, weights
 
 
+def trained_order(weights: jax.Array) -> jax.Array:
+    """Orders the tokens of a batch so that those that carry weight come first: int32 `[B * T]`, stable."""
+    return jnp.argsort(weights.reshape(-1) == 0, stable=True)
+
+
+def reorder(x: jax.Array, order: jax.Array) -> jax.Array:
+    """Puts the tokens of a batch into one row in the given order: `[B, T, ...]` -> `[1, B * T, ...]`."""
+    return jnp.asarray(x).reshape(-1, *x.shape[2:]).at[order].get(unique_indices=True, mode="promise_in_bounds")[None]
+
+
 def trained_first(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All tokens of a batch as one row, those that carry weight before the others: `[B, T, ...]` -> `[1, B * T, ...]`."""
-    order = jnp.argsort(weights.reshape(-1) == 0, stable=True)
-
-    def ordered(x: jax.Array) -> jax.Array:
-        return jnp.asarray(x).reshape(-1, *x.shape[2:]).at[order].get(unique_indices=True, mode="promise_in_bounds")[None]
-
-    return ordered(hidden), ordered(targets), ordered(weights)
+    """Puts all tokens of a batch into one row, those that carry weight first: `[B, T, ...]` -> `[1, B * T, ...]`."""
+    order = trained_order(weights)
+    return reorder(hidden, order), reorder(targets, order), reorder(weights, order)
 
 
-def _chunk_sums(
-    unembed: Unembed, arrange: Arrange, measure: Measure, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
-) -> Sums:
-    hidden, targets, weights = arrange(hidden, targets, weights)
-    return measure(unembed(params, hidden), targets, weights)
+def zeros_of(run: Callable[[], Any]) -> Any:
+    """Zeros of the shapes and dtypes that `run()` would give."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run))
 
 
-def chunked_cross_entropy(
+def unless_idle(skip: bool, run: Callable[[], Any], weights: jax.Array) -> Any:
+    """Computes `run()`, or zeros of its shapes where `skip` is set and no token of the chunk carries weight."""
+    if not skip:
+        return run()
+    nothing = zeros_of(run)
+    return jax.lax.cond(jnp.any(weights != 0), run, lambda: nothing)
+
+
+def token_totals(
     unembed: Unembed,
     length: int,
     params: Any,
     hidden: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
-    arrange: Arrange = as_it_is,
+    arrange: Arrange = keep_sharding,
     skip: bool = False,
     measure: Measure = cross_entropy,
-) -> Sums:
-    """Weighted sums of the cross-entropy, or what else `measure` gives, over all tokens.
+) -> LossTotals:
+    """Sums the cross-entropy, or what else `measure` gives, over all tokens.
 
     Args:
         unembed: the projection to the vocabulary; it may close over frozen arrays, but not over what is differentiated.
@@ -87,57 +110,61 @@ def chunked_cross_entropy(
         hidden: [B, T, E].
         targets: [B, T] int32, the token to be predicted at each place; [B, T, ...] where `measure` takes them.
         weights: [B, T] float32; zero where nothing is trained.
-        arrange: lays each chunk out over the devices.
-        skip: chunks in which nothing is trained are not computed; on several devices they would have to agree on it first.
+        arrange: shards each chunk over the devices.
+        skip: chunks in which nothing is trained are not computed; several devices would have to agree on it first.
     """
-    return _cross_entropy(unembed, arrange, measure, length, skip, params, hidden, targets, weights)
+    return _totals(unembed, arrange, measure, length, skip, params, hidden, targets, weights)
 
 
-def _unless_idle(skip: bool, run: Callable[[], Any], weights: jax.Array) -> Any:
-    """`run()`; zeros of its shapes where no token of the chunk carries weight and `skip` is set."""
-    if not skip:
-        return run()
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run))
-    return jax.lax.cond(jnp.any(weights != 0), run, lambda: nothing)
+def _chunk_totals(unembed, arrange, measure, params, hidden, targets, weights) -> LossTotals:
+    hidden, targets, weights = arrange(hidden, targets, weights)
+    return measure(unembed(params, hidden), targets, weights)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _cross_entropy(unembed, arrange, measure, length, skip, params, hidden, targets, weights):
-    def body(sums, chunk):
-        more = _unless_idle(skip, lambda: _chunk_sums(unembed, arrange, measure, params, *chunk), chunk[-1])
-        return jax.tree.map(jnp.add, sums, more), None
+def _totals(unembed, arrange, measure, length, skip, params, hidden, targets, weights):
+    def of(chunk):
+        return _chunk_totals(unembed, arrange, measure, params, *chunk)
+
+    def body(totals, chunk):
+        return jax.tree.map(jnp.add, totals, unless_idle(skip, lambda: of(chunk), chunk[-1])), None
 
     xs = tuple(chunks(x, length) for x in (hidden, targets, weights))
-    return jax.lax.scan(body, Sums(*(jnp.zeros((), jnp.float32),) * 3), xs)[0]
+    return jax.lax.scan(body, zeros_of(lambda: of([x[0] for x in xs])), xs)[0]
 
 
 def _forward(unembed, arrange, measure, length, skip, params, hidden, targets, weights):
-    def body(carry, chunk):
-        sums, d_params = carry
+    def gradients(chunk):
         h, *rest = chunk
 
         def loss(params, h):
-            sums = _chunk_sums(unembed, arrange, measure, params, h, *rest)
-            return sums.loss, sums
+            totals = _chunk_totals(unembed, arrange, measure, params, h, *rest)
+            return totals.loss, totals
 
-        def gradients():
-            _, pull, sums = jax.vjp(loss, params, h, has_aux=True)
-            return sums, *pull(jnp.float32(1))
+        _, pull, totals = jax.vjp(loss, params, h, has_aux=True)
+        return totals, *pull(jnp.float32(1))
 
-        more, d_more, d_h = _unless_idle(skip, gradients, rest[-1])
-        carry = jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.add, d_params, d_more)  # in float32, whatever d_more is
+    def body(carry, chunk):
+        totals, d_params = carry
+        more, d_more, d_h = unless_idle(skip, lambda: gradients(chunk), chunk[-1])
+        carry = jax.tree.map(jnp.add, totals, more), jax.tree.map(jnp.add, d_params, d_more)  # in float32, whatever d_more is
         return carry, d_h
 
     xs = tuple(chunks(x, length) for x in (hidden, targets, weights))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
-    (sums, d_params), d_hidden = jax.lax.scan(body, (Sums(*(jnp.zeros((), jnp.float32),) * 3), zeros), xs)
+    totals = zeros_of(lambda: _chunk_totals(unembed, arrange, measure, params, *(x[0] for x in xs)))
+    (totals, d_params), d_hidden = jax.lax.scan(body, (totals, float32_zeros(params)), xs)
     d_params = jax.tree.map(lambda g, x: g.astype(x.dtype), d_params, params)
-    return sums, (d_params, joined(d_hidden, hidden.shape[1]))
+    return totals, (d_params, joined(d_hidden, hidden.shape[1]))
 
 
-def _backward(unembed, arrange, measure, length, skip, residuals, cotangent: Sums):
+def float32_zeros(params: Any) -> Any:
+    """Zeros to sum gradients of these parameters in: float32, or wider where they are."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
+
+
+def _backward(unembed, arrange, measure, length, skip, residuals, cotangent: LossTotals):
     d_params, d_hidden = jax.tree.map(lambda g: (g * cotangent.loss).astype(g.dtype), residuals)
     return d_params, d_hidden, None, None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_totals.defvjp(_forward, _backward)

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from ftjax.compile_cache import nothing_kept
 from ftjax.config import Config
 from ftjax.errors import UserError
-from ftjax.flops import train_flops
 from ftjax.hub.fetch import resolve_config
 from ftjax.hub.load import read_facts
 from ftjax.mesh import notes
@@ -107,7 +106,7 @@ def _limit(topology: Topology, device: Any) -> float:
 
 def _describe(made: Design, topology: Topology, memory: dict[str, float], flops: float) -> Plan:
     config, options = made.config, made.config.training
-    needed = train_flops(made.model)
+    needed = made.train_flops
     return Plan(
         topology=topology.name,
         chips=topology.chips,

@@ -1,27 +1,29 @@
 """What a run says before its first update and after its last."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from ftjax.config import Config
-from ftjax.data.labels import Labels
 from ftjax.data.pipeline import Split
 from ftjax.data.preview import render_example
 from ftjax.flops import TrainFlops
 from ftjax.mesh import describe, notes
 from ftjax.methods import method_of
 from ftjax.models.classifier import MULTI, SINGLE
+from ftjax.objectives import encoding_of, head_of
 from ftjax.train.progress import say
 from ftjax.train.setup import Setup
 
 
-def announce(setup: Setup, split: Split, flops: TrainFlops, *, steps: int, epoch_steps: int, first: int) -> None:
+def announce(setup: Setup, data: Sequence[str], flops: TrainFlops, *, steps: int, epoch_steps: int | None, first: int) -> None:
     """Devices, mesh, what is trained and on what data; called by one process.
 
     Args:
+        data: what is said of the data.
         first: the step that this start goes on from.
     """
     config, options, devices = setup.config, setup.config.training, jax.devices()
@@ -33,21 +35,19 @@ def announce(setup: Setup, split: Split, flops: TrainFlops, *, steps: int, epoch
         setup.trained_line(),
         flops.formula(config.data.max_length),
         *(f"note: {note}" for note in setup.model.notes),
-        *split.report.lines(),
-        f"{steps} steps of {options.global_batch_size} rows, {epoch_steps} steps an epoch; "
+        *data,
+        f"{steps} steps of {options.global_batch_size} rows{(epoch_steps and f', {epoch_steps} steps an epoch') or ''}; "
         f"remat: {setup.runtime.remat}; attention: {setup.runtime.attention}",
     )
 
 
-def show_example(config: Config, split: Split, tokenizer: Any) -> None:
+def example_lines(config: Config, split: Split, tokenizer: Any) -> list[str]:
     """One row as the model sees it, with what is trained marked."""
-    if config.objective.classes is not None:
-        document, labels = split.example(), Labels.of(config.objective)
-        *text, number = document.tokens.tolist()
-        what = {SINGLE: "class", MULTI: "labels"}.get(labels.problem_type, "value")
-        say("an example:", tokenizer.decode(text), f"its {what}: {labels.words(number, document.labels)}")
-        return
-    say("an example (what is trained is marked):", render_example(split.example(), tokenizer))
+    document, head = split.example(), head_of(config)
+    if (words := encoding_of(config).label_text(document)) is not None:
+        what = {SINGLE: "class", MULTI: "labels"}.get(head and head.problem_type, "value")
+        return ["an example:", tokenizer.decode(document.tokens[:-1].tolist()), f"its {what}: {words}"]
+    return ["an example (what is trained is marked):", render_example(document, tokenizer)]
 
 
 def next_commands(folder: Path, config: Config) -> list[str]:
@@ -55,11 +55,11 @@ def next_commands(folder: Path, config: Config) -> list[str]:
     final = folder / "final"
     method = method_of(config.method)
     adapter = method.adapter
-    if config.objective.classes is not None:
+    if head := head_of(config):
         lines = [f"done; the result is in {final}", f"  measure it: ftjax evaluate {folder} --data FILE"]
         if adapter:
             return [*lines, f"  one model:  ftjax export {folder} --out {folder / 'merged'} --merge"]
-        several = "" if config.objective.single else ", top_k=None"
+        several = "" if head.problem_type == SINGLE else ", top_k=None"
         return [*lines, f"  in Python:  transformers.pipeline('text-classification', {str(final)!r}{several})"]
     merged = folder / "merged" if adapter else final
     lines = [

@@ -1,166 +1,59 @@
-"""`ftjax train`: the loop.
+"""The loop of a run.
 
 It never waits for the step in flight: the metrics of one update are read after the next is dispatched, and checkpoints
 are written while training goes on.
 """
 
-import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
-from ftjax.compile_cache import keep_compiled_programs
-from ftjax.config import Config, TrainingConfig
-from ftjax.data.batch import BatchIterator
-from ftjax.data.classes import with_labels
-from ftjax.data.labels import Labels
-from ftjax.data.pipeline import Split, load_splits
+from ftjax.data.pipeline import Split
 from ftjax.distributed import store
-from ftjax.distributed.agree import agree
-from ftjax.distributed.ending import asked_to_stop, together
+from ftjax.distributed.ending import asked_to_stop
 from ftjax.errors import UserError
-from ftjax.flops import peak_of, train_flops
-from ftjax.hub.load import positions_of
 from ftjax.hub.output import write_output
-from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.hub.vocabulary import embeddings_of
-from ftjax.objectives import classification
-from ftjax.train.announce import announce, next_commands, show_example
+from ftjax.objectives import objective_of
+from ftjax.train.announce import announce, next_commands
 from ftjax.train.checkpoint import Checkpoints
-from ftjax.train.folder import bring_best_back, checkpoints_of, keep_best, open_run_folder, wandb_id
+from ftjax.train.folder import bring_best_back, keep_best, wandb_id
 from ftjax.train.layout import BatchLayout
-from ftjax.train.lock import alone_in
+from ftjax.train.log import Log, Update
+from ftjax.train.means import Means
+from ftjax.train.observer import Observer
 from ftjax.train.profile import Profile
 from ftjax.train.progress import Progress, say
-from ftjax.train.record import finished_at, peak_memory_gib, write_finished, write_record
-from ftjax.train.same_run import Documents, facts_to_agree, fingerprints, refuse_other_documents
-from ftjax.train.setup import Setup, compile_steps, prepare
-from ftjax.train.step import StepMetrics, abstract_state, init_state
-from ftjax.train.track import Observation, Tracker, check_report_to
+from ftjax.train.record import finished_at, split_record, write_finished, write_record
+from ftjax.train.same_run import Documents
+from ftjax.train.setup import Setup, compile_steps
+from ftjax.train.source import BatchSource
+from ftjax.train.step import abstract_state, init_state
+from ftjax.train.track import Tracker
 from ftjax.train.watch import BestMetric, Diverged, LossWatch, OverfitWatch, why_skipped
-
-
-class Observer(Protocol):
-    """What is measured of a model while it trains, besides its loss."""
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What must be equal on all processes, as JSON: prompts and rows."""
-
-    def __call__(self, params: Mapping[str, jax.Array]) -> Observation:
-        """Args: params: all of them, trained and frozen."""
-
-
-def train(
-    config: Config,
-    *,
-    command: str = "the same command",
-    make_observer: Callable[[Setup, Any, Split | None], Observer | None] | None = None,
-) -> None:
-    """Fine-tune from start, or from the newest checkpoint in `output_dir`, to the end; writes the run folder.
-
-    Args:
-        command: what a person types to go on with this run, for messages.
-        make_observer: of set-up, tokenizer and validation data; what it gives is called at every evaluation.
-
-    Raises UserError for whatever in the configuration, the model or the data is wrong; of several processes each then ends
-    the same way (`ftjax.distributed.ending`).
-    """
-    with together(), ExitStack() as held:
-        keep_compiled_programs()
-        agree("the number of devices", {"devices": jax.local_device_count(), "platform": jax.default_backend()})
-        config = with_labels(config)
-        check_report_to(config.training.report_to)
-        held.enter_context(alone_in(config))
-        open_run_folder(config)
-        checkpoints = Checkpoints(checkpoints_of(config), config.training.save_total_limit)
-        tokenizer = load_tokenizer(config.model)
-        train_split, validation = load_splits(
-            config.data, tokenizer, seed=config.training.seed, labels=Labels.of(config.objective),
-            positions=positions_of(config.model.path, config.model.revision),
-        )  # fmt: skip
-        embeddings = embeddings_of(config)
-        for split in (train_split, validation):
-            if split is not None:
-                split.refuse_unknown(embeddings, tokenizer)
-        documents = fingerprints(train_split, validation)
-        refuse_other_documents(checkpoints, documents, config)
-        steps = steps_of_run(train_split, config.training)
-        if store.several():
-            agree("this run", facts_to_agree(config, documents, steps, checkpoints.latest))
-        setup = prepare(config)
-        with jax.set_mesh(setup.mesh):
-            observer = make_observer(setup, tokenizer, validation) if make_observer else None
-            agree("what is evaluated while training", observer.facts if observer is not None else {})
-            check_early_stopping(config, evaluates=validation is not None or observer is not None)
-            Run(setup, tokenizer, train_split, validation, checkpoints, documents, steps, command, observer).go()
-
-
-def check_early_stopping(config: Config, *, evaluates: bool) -> None:
-    """UserError where a run is to stop by an evaluation that never comes."""
-    options = config.training
-    if options.early_stopping_patience is None:
-        return
-    if options.eval_steps is None:
-        raise UserError(
-            "training.early_stopping_patience: it counts evaluations, and there are none before the end; set eval_steps"
-        )
-    if not evaluates:
-        raise UserError(
-            "training.early_stopping_patience: there is nothing to evaluate; set data.validation (or data.validation_split), "
-            "or evaluate.training_rows with evaluate.data"
-        )
-
-
-def steps_of_run(split: Split, options: TrainingConfig) -> int:
-    """Updates of the whole run; epochs may pack into different numbers of rows."""
-    if options.max_steps:
-        return options.max_steps
-    whole = math.ceil(options.num_train_epochs)
-    each = [math.ceil(split.rows_per_epoch(epoch) / options.global_batch_size) for epoch in range(whole)]
-    return max(1, math.ceil(sum(each[:-1]) + each[-1] * (options.num_train_epochs - whole + 1)))
-
-
-@dataclass
-class Update:
-    """One that was dispatched, and whose metrics have not been read."""
-
-    step: int
-    metrics: StepMetrics
-    limit: float  # of its loss
-    ended: float | None = None  # when it was seen to be done (`time.perf_counter`)
 
 
 class Run:
     """One run of the loop; what it prints and writes is the run folder of the documentation."""
 
     def __init__(
-        self, setup: Setup, tokenizer: Any, split: Split, validation: Split | None, checkpoints: Checkpoints,
-        documents: Documents, steps: int, command: str, observer: Observer | None = None,
+        self, setup: Setup, tokenizer: Any, source: BatchSource, layout: BatchLayout, validation: Split | None,
+        checkpoints: Checkpoints, documents: Documents, steps: int, command: str, observer: Observer | None = None,
     ):  # fmt: skip
-        self.setup, self.tokenizer, self.split, self.validation = setup, tokenizer, split, validation
+        self.setup, self.tokenizer, self.batches, self.validation = setup, tokenizer, source, validation
         self.config, self.command, self.observer = setup.config, command, observer
         self.evaluates = validation is not None or observer is not None
         self.checkpoints, self.folder = checkpoints, Path(setup.config.output_dir)
         options = self.options = setup.config.training
         self.documents, self.total = documents, steps
-        self.epoch_steps = math.ceil(split.rows_per_epoch(0) / options.global_batch_size)
         self.train_step, self.eval_step, self.optimizer, self.schedule = compile_steps(setup, self.total)
         self.profile = Profile(options.profile_steps, self.folder / "profile", self.total)
-        self.flops, self.peak = train_flops(setup.model), peak_of(list(setup.mesh.devices.flat))
-        self.layout = BatchLayout(setup.mesh, options.global_batch_size, options.gradient_accumulation_steps)
-        self.batches: BatchIterator = split.batches(
-            options.global_batch_size, seed=options.seed, shuffle=True, epochs=None,
-            rows=self.layout.own, width_multiple=self.layout.length_parts,
-        )  # fmt: skip
+        self.layout = layout
         self.watch = LossWatch(options.loss_spike_factor, options.max_skipped_updates)
         self.pending: list[Update] = []  # in their order
         self.best = BestMetric(
@@ -170,13 +63,9 @@ class Run:
             options.early_stopping_threshold,
         )
         self.overfit = OverfitWatch()
-        self.window = np.zeros(2)  # sums of loss * weight and of weight since the last log
-        self.since_eval = np.zeros(2)  # and since the last evaluation
-        self.counted = np.zeros(2)  # FLOPs and tokens since the last log
-        self.latest: dict[str, float] = {}  # metrics of the last log
+        self.log = Log(setup.mesh, setup.train_flops, self.total, source.steps_per_epoch, options.logging_steps, self.schedule)
         self.key = jax.random.key(options.seed)
         self.interrupted: str | None = None
-        self.why = ""  # the latest update that was skipped, in words
         self.compiled: set[tuple[int, ...]] = set()  # shapes of batches whose program all processes have
 
     # ---- start, middle, end ----
@@ -214,7 +103,7 @@ class Run:
             return step
         with Progress(self.total, first) as progress:
             while step < self.total:
-                batch = self.layout.arrays(next(self.batches))
+                batch = self.layout.arrays(self.batches.next(self.state.params))
                 limit = np.float32(self.watch.limit(step + 1))
                 self.compile_together(batch, limit)
                 self.look()
@@ -258,7 +147,7 @@ class Run:
             self.save(step)
         if diverged:
             self.checkpoints.wait()
-            raise Diverged(step, row, self.why)
+            raise Diverged(step, row, self.log.why)
         if early:
             self.say_early_stop(step)
         return stop or last or early
@@ -306,49 +195,21 @@ class Run:
 
     def read(self, step: int, update: Update, progress: Progress) -> None:
         """Fetch an update's metrics; log them where it is time."""
-        values = (np.asarray(value).item() for value in update.metrics)
-        loss, weight, tokens, flops, grad_norm, update_norm, good = values
-        self.watch.see(step, loss, good)
-        if good:
-            self.window += (loss * weight, weight)
-            self.since_eval += (loss * weight, weight)
-        else:
-            self.why = why_skipped(loss, grad_norm, update.limit)
-            warning = f"update {step} is not applied: {self.why}; {self.watch.skipped} skipped so far"
+        read = self.log.read(update)
+        self.watch.see(step, read.loss, read.good)
+        if not read.good:
+            self.log.why = why_skipped(read.loss, read.grad_norm, update.limit)
+            warning = f"update {step} is not applied: {self.log.why}; {self.watch.skipped} skipped so far"
             say(f"warning: {warning}")
             self.tracker.warn(step, warning)
-        self.counted += (flops, tokens)
-        progress.update(step, loss, tokens, update.ended)
-        if step % self.options.logging_steps == 0 or step == self.total:
-            row = {
-                # Of the updates that were applied; without any, there is none.
-                **({"train/loss": self.window[0] / max(self.window[1], 1e-9)} if good or self.window[1] else {}),
-                "train/learning_rate": float(self.schedule(step - 1 - self.watch.skipped)),
-                **({"train/grad_norm": grad_norm, "train/update_norm": update_norm} if good else {}),
-                "train/trained_tokens": weight,
-                "train/skipped_updates": self.watch.skipped,
-                **self.speed(progress.rate()),
-                "train/peak_memory_gib": peak_memory_gib(),
-                "train/epoch": step / self.epoch_steps,
-            }
-            self.window[:] = self.counted[:] = 0
-            self.latest |= row
+        progress.update(step, read.loss, read.tokens, update.ended)
+        if self.log.is_time(step):
+            row = self.log.row(step, read, self.watch.skipped, progress.rate())
             self.tracker.log(step, row)
             progress.report(step, row)
 
-    def speed(self, tokens_per_second: float) -> dict[str, float]:
-        """What a rate means for each device; MFU (`ftjax.flops`) where the chip is known."""
-        devices = self.setup.mesh.size
-        flops = tokens_per_second * self.counted[0] / max(self.counted[1], 1)
-        row = {
-            "train/tokens_per_second": tokens_per_second,
-            "train/tokens_per_second_per_device": tokens_per_second / devices,
-            "train/tflops_per_second_per_device": flops / devices / 1e12,
-        }
-        return row | ({"train/mfu": flops / self.peak} if self.peak else {})
-
     def evaluate(self, step: int, progress: Progress) -> None:
-        """Loss and token accuracy over the whole validation set, and what the observer sees; keeps the best."""
+        """Loss and metrics over the whole validation set, and what the observer sees; keeps the best."""
         start, row = time.perf_counter(), self.losses() if self.validation is not None else {}
         if self.observer is not None:
             seen = self.observer({**self.setup.frozen, **self.state.params})
@@ -359,12 +220,12 @@ class Run:
         progress.report(step, row)
         progress.skip_time()
         if "eval/loss" in row:
-            warning = self.overfit.see(step, self.since_eval[0] / max(self.since_eval[1], 1e-9), row["eval/loss"])
+            warning = self.overfit.see(step, self.log.since_eval["loss"], row["eval/loss"])
             if warning:
                 say(f"warning: {warning}")
                 self.tracker.warn(step, warning)
-        self.since_eval[:] = 0
-        measured = {**self.latest, **row}
+        self.log.since_eval.clear()
+        measured = {**self.log.latest, **row}
         if self.validation is None and self.best.name == "eval/loss" and self.best.patience is None:
             return  # answers to prompts alone say nothing of which step is the best
         if self.best.see(step, measured):
@@ -378,11 +239,13 @@ class Run:
         batches = self.validation.batches(
             rows, seed=0, shuffle=False, epochs=1, rows=layout.own, width_multiple=layout.length_parts
         )
-        sums = np.zeros(3)
+        means = Means()
         for batch in batches:
-            sums += np.array(self.eval_step(self.state.params, self.setup.frozen, layout.arrays(batch)), np.float64)
-        weight = max(sums[1], 1e-9)
-        return classification.named(self.setup.model.config, sums[0] / weight, sums[2] / weight)
+            totals = self.eval_step(self.state.params, self.setup.frozen, layout.arrays(batch))
+            means.add(jax.tree.map(float, {"loss": (totals.loss, totals.weight), **totals.metrics}))
+        objective = objective_of(self.config)
+        found = {"loss": means["loss"], **objective.derived(means["loss"]), **means.means()}
+        return {f"eval/{name}": value for name, value in found.items()}
 
     # ---- what is kept ----
 
@@ -400,9 +263,7 @@ class Run:
             "data": self.batches.get_state(),
             "best": self.best.state(),
             "watch": self.watch.state(),
-            "window": self.window.tolist(),
-            "since_eval": self.since_eval.tolist(),
-            "latest": self.latest,
+            "log": self.log.state(),
             "overfit": self.overfit.state(),
             "documents": self.documents,
         }
@@ -425,11 +286,8 @@ class Run:
         if self.best.value is not None and (lost := bring_best_back(self.folder, self.checkpoints.folder)):
             say(f"warning: {lost}")
             self.best.value = None
-        if "watch" in meta:  # older checkpoints have none
-            self.watch.load(meta["watch"])
-        self.window[:] = meta["window"]
-        self.since_eval[:] = meta["since_eval"]
-        self.latest = meta["latest"]
+        self.watch.load(meta["watch"])
+        self.log.load(meta["log"])
         self.overfit.load(meta["overfit"])
         return meta["step"]
 
@@ -437,7 +295,7 @@ class Run:
         """`final/` or `best/`: a complete, loadable output."""
         write_output(
             self.folder / name, self.setup.config, self.setup.model, {**self.setup.frozen, **self.state.params}, self.tokenizer,
-            self.setup.source, step=step, data=self.split.report.lines(), metrics=metrics,
+            self.setup.source, step=step, data=self.batches.report(), metrics=metrics,
         )  # fmt: skip
         if name == "best" and self.options.checkpoint_dir:
             keep_best(self.folder, self.checkpoints.folder)
@@ -453,10 +311,11 @@ class Run:
     def announce(self, first: int) -> None:
         if jax.process_index():
             return
-        splits = {"train": self.split, "validation": self.validation}
-        write_record(self.folder, self.setup, splits, first=first, steps=self.total, epoch_steps=self.epoch_steps)
-        announce(self.setup, self.split, self.flops, steps=self.total, epoch_steps=self.epoch_steps, first=first)
+        options = {"first": first, "steps": self.total, "epoch_steps": self.batches.steps_per_epoch}
+        data = {"train": self.batches.record(), "validation": self.validation and split_record(self.validation)}
+        write_record(self.folder, self.setup, data, **options)
+        announce(self.setup, self.batches.report(), self.log.flops, **options)
         if first:
             say(f"resuming from step {first} of {self.total}")
         else:
-            show_example(self.config, self.split, self.tokenizer)
+            say(*self.batches.example(self.config, self.tokenizer))

@@ -20,13 +20,11 @@ RECORD = "run.json"
 GIB = 1 << 30
 
 
-def write_record(
-    folder: Path, setup: Setup, splits: dict[str, Split | None], *, first: int, steps: int, epoch_steps: int
-) -> None:
+def write_record(folder: Path, setup: Setup, data: dict[str, Any], *, first: int, steps: int, epoch_steps: int | None) -> None:
     """Written at every start; `starts` keeps the ones before.
 
     Args:
-        splits: training and validation data by name.
+        data: JSON about training and validation data by name (`split_record`); None where there is none.
         first: the step that this start goes on from.
     """
     path, before = folder / RECORD, _read(folder) if first else {}
@@ -40,7 +38,7 @@ def write_record(
         "processes": jax.process_count(), "mesh": dict(setup.mesh.shape), "remat": setup.runtime.remat,
         "attention": setup.runtime.attention,
         "versions": {"python": platform.python_version(), **installed_versions()}, "system": platform.platform(),
-        "data": {name: _of(split) for name, split in splits.items() if split is not None},
+        "data": {name: found for name, found in data.items() if found is not None},
     }  # fmt: skip
     _write(path, record)
 
@@ -66,7 +64,8 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
-def _of(split: Split) -> dict[str, Any]:
+def split_record(split: Split) -> dict[str, Any]:
+    """What run.json says of a data set: its report, with a histogram of lengths."""
     bins = [{"from": low, "to": high, "documents": count} for low, high, count in histogram(split.lengths)]
     return {**split.report.state(), "histogram": bins}
 

@@ -7,28 +7,30 @@ where they are used (1.2 times the time of a step on a CPU, and twice the memory
 import math
 import os
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 
-from ftjax.models.classifier import vector_size
-from ftjax.models.model import Model
-from ftjax.train.step import Runtime, SumsFn
+from ftjax.data.batch import batch_arrays
+from ftjax.models.param import Spec
+from ftjax.train.step import LossFn, Runtime
 
 SHARE = 0.5  # of the device's memory may go to activations
 
 
 def choose_remat(
-    sums_fn: SumsFn, runtime: Runtime, model: Model, dtype: Any, rows: int, length: int, memory: int | None = None
-) -> str:
+    loss_fn: LossFn, runtime: Runtime, trainable: Mapping[str, Spec], frozen: Mapping[str, Spec], shape: tuple[int, int],
+    values: int = 0, memory: int | None = None,
+) -> str:  # fmt: skip
     """What is asked for, or the first of `dots`, `attention` and `full` whose saved activations fit: the fastest.
 
     The size is exact: the bytes of everything that the backward pass of one device's microbatch keeps, from shapes alone.
 
     Args:
-        dtype: of frozen weights.
-        rows: rows of a microbatch on one device.
+        trainable: rows of the parameters by path, with the dtypes that are held.
+        frozen: the same of those that do not train.
+        shape: rows and tokens of a microbatch on one device.
+        values: of a document besides its tokens (`batch_arrays`).
         memory: bytes of the device; None for this process's own.
     """
     if runtime.remat != "auto":
@@ -38,28 +40,25 @@ def choose_remat(
         (
             policy
             for policy in ("dots", "attention")
-            if saved_bytes(sums_fn, runtime, model, dtype, policy, rows, length) < budget
+            if saved_bytes(loss_fn, runtime, trainable, frozen, policy, shape, values) < budget
         ),
         "full",
     )
 
 
-def saved_bytes(sums_fn: SumsFn, runtime: Runtime, model: Model, dtype: Any, policy: str, rows: int, length: int) -> int:
+def saved_bytes(
+    loss_fn: LossFn, runtime: Runtime, trainable: Mapping[str, Spec], frozen: Mapping[str, Spec], policy: str,
+    shape: tuple[int, int], values: int = 0,
+) -> int:  # fmt: skip
     """Bytes that the forward pass leaves for the backward pass, beyond the parameters themselves."""
-
-    def shapes(specs):
-        return {path: spec.abstract for path, spec in specs.items()}
-
-    trainable, frozen = shapes(model.trainable), shapes({path: spec.astype(dtype) for path, spec in model.frozen.items()})
-    ints, floats = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
-    batch = {"tokens": ints, "targets": ints, "weights": floats, "positions": ints, "segment_ids": ints}
-    if size := vector_size(model.config):
-        batch["labels"] = jax.ShapeDtypeStruct((rows, length * size), jnp.float32)
+    trainable, frozen = ({path: spec.abstract for path, spec in specs.items()} for specs in (trainable, frozen))
+    rows, length = shape
+    batch = {name: jax.ShapeDtypeStruct((rows, length * one.width), one.dtype) for name, one in batch_arrays(values).items()}
     runtime = Runtime(runtime.dtype, runtime.attention, policy)
 
     def residuals(trainable, frozen, batch):
         def loss(trainable):
-            return sums_fn(trainable, frozen, batch, runtime.context(batch))[0].loss
+            return loss_fn(trainable, frozen, batch, runtime.context(batch))[0].loss
 
         return jax.vjp(loss, trainable)[1]
 

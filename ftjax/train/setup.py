@@ -6,7 +6,7 @@ what `ftjax plan` compiles for chips that are not there, and what a run loads we
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from ftjax import tree
 from ftjax.config import Config
-from ftjax.data.batch import KEYS
+from ftjax.data.batch import batch_arrays
 from ftjax.errors import UserError
-from ftjax.flops import train_flops
+from ftjax.flops import TrainFlops, train_flops
 from ftjax.hub.classifier import objectives_facts, with_objectives_head
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import abstract_param, load_base, open_model
@@ -32,15 +33,16 @@ from ftjax.hub.vocabulary import refuse_untrained_rows, tokens_of, with_adapters
 from ftjax.mesh import make_mesh, parts, replicated, sharding
 from ftjax.methods import method_of
 from ftjax.models.attention import choose
-from ftjax.models.classifier import classes_of, vector_size
 from ftjax.models.model import Model, build_module
-from ftjax.models.param import variables
+from ftjax.models.param import Spec, variables
 from ftjax.models.quantized_linear import quantise
-from ftjax.objectives import classification, sft
+from ftjax.objectives import encoding_of, objective_of
+from ftjax.objectives.objective import Forward, LossInputs
 from ftjax.train.auto_mesh import choose_mesh
 from ftjax.train.optimizer import frozen_by_groups, make_optimizer, make_schedule
+from ftjax.train.reference import Reference, make_reference
 from ftjax.train.remat import choose_remat, device_memory
-from ftjax.train.step import Runtime, SumsFn, TrainState, abstract_state, init_state, make_eval_step, make_train_step
+from ftjax.train.step import LossFn, Runtime, TrainState, abstract_state, init_state, make_eval_step, make_train_step
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Design:
     mesh: Mesh
     model: Model
     runtime: Runtime
+    reference: Reference | None = None  # where the objective compares with the model as it was
 
     @property
     def shards(self) -> int:
@@ -58,8 +61,20 @@ class Design:
         return parts(self.mesh.shape, "batch", "length")
 
     @property
-    def sums_fn(self) -> SumsFn:
-        return partial(_sums, self.model, self.config, self.shards)
+    def loss_fn(self) -> LossFn:
+        return partial(_loss, self.model, self.reference, self.config, self.shards)
+
+    @property
+    def frozen_specs(self) -> dict[str, Spec]:
+        """The rows of all parameters that a step takes and does not change, by path; their dtypes are those that are held."""
+        dtype = jnp.dtype(self.config.model.dtype)
+        frozen = {path: spec.astype(dtype) for path, spec in self.model.frozen.items()}
+        return frozen | ({} if self.reference is None else self.reference.copy_specs(self.model, dtype))
+
+    @property
+    def train_flops(self) -> TrainFlops:
+        """What a token needs (`ftjax.flops`)."""
+        return train_flops(self.model, None if self.reference is None else self.reference.model)
 
     def trained_line(self) -> str:
         """PEFT's line: `trainable params: X || all params: Y || trainable%: Z`."""
@@ -70,8 +85,10 @@ class Design:
     def abstract_params(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """`(trained, frozen)` parameters by path, as shapes with their dtypes and shardings."""
         dtype = jnp.dtype(self.config.model.dtype)
-        found = {path: abstract_param(spec, self.mesh, dtype) for path, spec in self.model.specs.items()}
-        return tree.split(found, lambda path: self.model.specs[path].row.trainable)
+        trained, frozen = ({path: abstract_param(spec, self.mesh, dtype) for path, spec in specs.items()} for specs in (
+            self.model.trainable, self.frozen_specs
+        ))  # fmt: skip
+        return trained, frozen
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """One update's rows `[A, B, T]`, A of them microbatches."""
@@ -79,10 +96,10 @@ class Design:
         micro = options.gradient_accumulation_steps
         shape = (micro, options.global_batch_size // micro, self.config.data.max_length)
         where = sharding(self.mesh, "training.global_batch_size", shape, (None, "batch", "length"))
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in KEYS.items()}
-        if size := vector_size(self.model.config):
-            batch["labels"] = jax.ShapeDtypeStruct((*shape[:2], shape[2] * size), jnp.float32, sharding=where)
-        return batch
+        return {
+            name: jax.ShapeDtypeStruct((*shape[:2], shape[2] * one.width), one.dtype, sharding=where)
+            for name, one in batch_arrays(encoding_of(self.config).values).items()
+        }
 
     def abstract_inputs(self, optimizer: optax.GradientTransformation) -> tuple:
         """What the train step of `compile_steps` takes, as shapes with shardings: state, frozen, batch, key, limit."""
@@ -102,18 +119,19 @@ class Design:
 class Setup(Design):
     """A design with its weights on the devices."""
 
-    source: Path  # the base model's folder or file
-    params: dict[str, jax.Array]  # trained
-    frozen: dict[str, jax.Array]
+    source: Path = Path()  # the base model's folder or file
+    params: dict[str, jax.Array] = field(default_factory=dict)  # trained
+    frozen: dict[str, jax.Array] = field(default_factory=dict)
     mesh_reason: str | None = None  # where `mesh: auto` chose
 
 
-def _sums(model, config, shards, trainable, frozen, batch, ctx):
-    """`loss_chunk` counts the tokens of one device; those of a batch lie on several."""
-    chunk = config.objective.loss_chunk * shards
-    if classes_of(model.config):
-        return classification.sums(model, trainable, frozen, batch, ctx, chunk, config.evaluate)
-    return sft.sums(model, trainable, frozen, batch, ctx, chunk)
+def _loss(model, reference, config, shards, trainable, frozen, batch, ctx):
+    """`loss_chunk` counts the tokens of one device; those of a batch are on several."""
+    chunk, before = config.objective.loss_chunk * shards, None
+    if reference is not None:
+        params = jax.lax.stop_gradient(reference.params(frozen))
+        before = Forward(reference.model, {}, params, batch, dataclasses.replace(ctx, dropout=None), chunk)
+    return objective_of(config).loss(LossInputs(model, trainable, frozen, batch, ctx, chunk, config, before))
 
 
 def build(config: Config, facts: Mapping[str, Any]) -> tuple[Model, Config]:
@@ -121,6 +139,12 @@ def build(config: Config, facts: Mapping[str, Any]) -> tuple[Model, Config]:
 
     A run that starts from a PEFT folder takes that folder's settings; the configuration comes back with them.
     """
+    root, config = _root(config, facts)
+    return Model.of(root, facts), config
+
+
+def _root(config: Config, facts: Mapping[str, Any]) -> tuple[nnx.Module, Config]:
+    """Its module: see `build`."""
     root = build_module(facts)
     adapter = getattr(config.method, "adapter_path", None)
     if adapter:
@@ -137,7 +161,7 @@ def build(config: Config, facts: Mapping[str, Any]) -> tuple[Model, Config]:
             variable.set_metadata("row", dataclasses.replace(variable.row, trainable=False))
         elif variable.row.trainable:
             variable.set_value(jax.ShapeDtypeStruct(variable.get_value().shape, held))
-    return Model.of(root, facts), config
+    return root, config
 
 
 def mesh_of(
@@ -190,10 +214,13 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
         choose(config.model.attention, mesh.devices.flat[0], mesh.size),
         config.model.remat,
     )
-    made = Design(config, mesh, model, runtime)
-    dtype, rows = jnp.dtype(config.model.dtype), rows // spread
-    length = max(1, config.data.max_length // mesh.shape["sequence"])
-    remat = choose_remat(made.sums_fn, runtime, model, dtype, rows, length, memory)
+    reference = None
+    if objective_of(config).reference(config.objective):
+        keep = getattr(config.method, "adapter_path", None) is not None
+        reference = make_reference(_root(config, facts)[0], model, keep_adapter=keep)
+    made = Design(config, mesh, model, runtime, reference)
+    shape = rows // spread, max(1, config.data.max_length // mesh.shape["sequence"])
+    remat = choose_remat(made.loss_fn, runtime, model.trainable, made.frozen_specs, shape, encoding_of(config).values, memory)
     made.runtime = dataclasses.replace(runtime, remat=remat)
     return made
 
@@ -225,14 +252,16 @@ def prepare(config: Config) -> Setup:
 
         params = start_adapter(model, base, config.method, mesh, config.training.seed, tokenize)
     params, frozen = tree.split({**base, **params}, lambda name: model.specs[name].row.trainable)
-    return Setup(config, mesh, model, made.runtime, path, params, frozen, why)
+    if made.reference is not None:
+        frozen |= made.reference.copies(model, params, jnp.dtype(config.model.dtype))
+    return Setup(config, mesh, model, made.runtime, made.reference, path, params, frozen, why)
 
 
 def compile_steps(setup: Design, steps: int) -> tuple[Any, Any, optax.GradientTransformation, Any]:
     """`(train step, evaluation step, optimizer, schedule)` for a run of `steps` updates; the train step donates its state."""
     optimizer = make_optimizer(setup.config.optimizer, setup.model.trainable, steps)
-    train = jax.jit(make_train_step(setup.sums_fn, optimizer, setup.runtime, train_flops(setup.model)), donate_argnums=0)
-    evaluate = jax.jit(make_eval_step(setup.sums_fn, dataclasses.replace(setup.runtime, remat="none")))
+    train = jax.jit(make_train_step(setup.loss_fn, optimizer, setup.runtime, setup.train_flops), donate_argnums=0)
+    evaluate = jax.jit(make_eval_step(setup.loss_fn, dataclasses.replace(setup.runtime, remat="none")))
     return train, evaluate, optimizer, make_schedule(setup.config.optimizer, steps)
 
 

@@ -13,7 +13,7 @@ import optax
 
 from ftjax.flops import TrainFlops
 from ftjax.models.context import Context
-from ftjax.objectives.loss import Sums
+from ftjax.objectives.loss import LossTotals, zeros_of
 from ftjax.train.place import along, moved, on_host
 from ftjax.train.rounding import to_bfloat16
 
@@ -28,12 +28,13 @@ class TrainState(NamedTuple):
 
 class StepMetrics(NamedTuple):
     loss: jax.Array
-    weight: jax.Array  # sum of the weights: the number of trained tokens
+    weight: jax.Array  # what the sum of the loss was divided by; of next-token training the number of trained tokens
     tokens: jax.Array  # tokens that are not padding
     flops: jax.Array  # that they need (`ftjax.flops`), on all devices together
     grad_norm: jax.Array  # before clipping
     update_norm: jax.Array
     good: jax.Array  # bool: the update was applied
+    metrics: dict[str, tuple[jax.Array, jax.Array]]  # of the objective: sums, and what they are divided by
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ class Runtime:
         return Context(batch["positions"], batch["segment_ids"], self.dtype, self.attention, self.remat, dropout)
 
 
-# (trainable, frozen, microbatch, context) -> (sums, auxiliary loss of the microbatch)
-SumsFn = Callable[[dict, dict, dict, Context], tuple[Sums, jax.Array]]
+# (trainable, frozen, microbatch, context) -> (totals, auxiliary loss of the microbatch)
+LossFn = Callable[[dict, dict, dict, Context], tuple[LossTotals, jax.Array]]
 
 
-def make_train_step(sums_fn: SumsFn, optimizer: optax.GradientTransformation, runtime: Runtime, flops: TrainFlops):
+def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, runtime: Runtime, flops: TrainFlops):
     """`step(state, frozen, batch, key, limit) -> (state, StepMetrics)`.
 
     `batch` holds arrays `[A, B, T]`. Losses and gradients are summed over everything and divided once by the sum of the
@@ -62,8 +63,8 @@ def make_train_step(sums_fn: SumsFn, optimizer: optax.GradientTransformation, ru
 
     def grads_of(params, frozen, micro, key):
         def total(params):
-            sums, aux = sums_fn(params, frozen, micro, runtime.context(micro, key))
-            return sums.loss + aux * sums.weight, sums
+            totals, aux = loss_fn(params, frozen, micro, runtime.context(micro, key))
+            return totals.loss + aux * totals.weight, totals
 
         return jax.grad(total, has_aux=True)(params)
 
@@ -71,7 +72,7 @@ def make_train_step(sums_fn: SumsFn, optimizer: optax.GradientTransformation, ru
         key = jax.random.fold_in(key, state.step)
         count = batch["tokens"].shape[0]
         if count == 1:
-            grads, sums = grads_of(state.params, frozen, jax.tree.map(lambda x: x[0], batch), key)
+            grads, totals = grads_of(state.params, frozen, jax.tree.map(lambda x: x[0], batch), key)
         else:
 
             def body(carry, scanned):
@@ -79,11 +80,13 @@ def make_train_step(sums_fn: SumsFn, optimizer: optax.GradientTransformation, ru
                 more = grads_of(state.params, frozen, micro, jax.random.fold_in(key, number))
                 return jax.tree.map(jnp.add, carry, more), None
 
-            zeros = as_float32(jax.tree.map(jnp.zeros_like, state.params)), Sums(*(jnp.zeros((), jnp.float32),) * 3)
-            (grads, sums), _ = jax.lax.scan(body, zeros, (batch, jnp.arange(count)))
-        weight = jnp.maximum(sums.weight, 1e-9)
+            first = jax.tree.map(lambda x: x[0], batch)
+            none = zeros_of(lambda: loss_fn(state.params, frozen, first, runtime.context(first, key))[0])
+            zeros = as_float32(jax.tree.map(jnp.zeros_like, state.params)), none
+            (grads, totals), _ = jax.lax.scan(body, zeros, (batch, jnp.arange(count)))
+        weight = jnp.maximum(totals.weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight, as_float32(grads))
-        loss, grad_norm = sums.loss / weight, optax.tree.norm(grads)
+        loss, grad_norm = totals.loss / weight, optax.tree.norm(grads)
         old = state._replace(opt_state=moved(state.opt_state, jax.memory.Space.Device))
         updates, opt_state = optimizer.update(grads, old.opt_state, as_float32(old.params))
         new = TrainState(_updated(old.params, updates, old.step), opt_state, old.step + 1)
@@ -92,7 +95,7 @@ def make_train_step(sums_fn: SumsFn, optimizer: optax.GradientTransformation, ru
         new = new._replace(opt_state=moved(new.opt_state, jax.memory.Space.Host))
         tokens = jnp.sum(batch["segment_ids"] > 0)
         needed = flops.of_batch(batch["positions"], batch["segment_ids"])
-        return new, StepMetrics(loss, sums.weight, tokens, needed, grad_norm, optax.tree.norm(updates), good)
+        return new, StepMetrics(loss, totals.weight, tokens, needed, grad_norm, optax.tree.norm(updates), good, totals.metrics)
 
     return step
 
@@ -111,11 +114,11 @@ def _updated(params: dict[str, jax.Array], updates: Mapping[str, jax.Array], ste
     }
 
 
-def make_eval_step(sums_fn: SumsFn, runtime: Runtime):
-    """`step(params, frozen, batch) -> Sums` for a batch `[B, T]`."""
+def make_eval_step(loss_fn: LossFn, runtime: Runtime):
+    """`step(params, frozen, batch) -> LossTotals` for a batch `[B, T]`."""
 
-    def step(params: dict, frozen: dict, batch: dict) -> Sums:
-        return sums_fn(params, frozen, batch, runtime.context(batch))[0]
+    def step(params: dict, frozen: dict, batch: dict) -> LossTotals:
+        return loss_fn(params, frozen, batch, runtime.context(batch))[0]
 
     return step
 

@@ -5,19 +5,10 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftjax.errors import UserError
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What was measured of a model in training: metrics by name, and answers (`prompt`, `text`, and the `reference`)."""
-
-    metrics: Mapping[str, float]
-    texts: Sequence[Mapping[str, str]]
 
 
 def check_report_to(report_to: Sequence[str]) -> None:

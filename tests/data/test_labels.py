@@ -8,10 +8,10 @@ from data_sets import byte_level
 from ftjax.config import Config
 from ftjax.config.load import load_config, save_config
 from ftjax.data.classes import with_labels
-from ftjax.data.labels import Labels
 from ftjax.data.pipeline import load_splits
 from ftjax.data.preview import show_examples
 from ftjax.errors import UserError
+from ftjax.objectives import encoding_of
 
 MULTI = {"name": "classification", "problem_type": "multi_label_classification"}
 NUMBER = {"name": "classification", "problem_type": "regression"}
@@ -30,7 +30,7 @@ def config_of(tmp_path, values, objective, column="label", **data) -> Config:
 
 def labels_and_rows(config: Config) -> tuple[list[str], list[list[float]]]:
     config = with_labels(config)
-    split, _ = load_splits(config.data, byte_level(), seed=0, labels=Labels.of(config.objective))
+    split, _ = load_splits(config.data, byte_level(), seed=0, encoding=encoding_of(config))
     return config.objective.labels, [document.labels.tolist() for document, _ in split.first(99)]
 
 
@@ -123,12 +123,12 @@ def test_tables(tmp_path):
 def test_refused(values, objective, says, tmp_path):
     with pytest.raises(UserError, match=says):
         config = with_labels(config_of(tmp_path, values, objective))
-        load_splits(config.data, byte_level(), seed=0, labels=Labels.of(config.objective))
+        load_splits(config.data, byte_level(), seed=0, encoding=encoding_of(config))
 
 
 def test_broken_labels_can_be_skipped(tmp_path):
     config = with_labels(config_of(tmp_path, [["a"], 7, ["b"]], MULTI, on_error="skip"))
-    split, _ = load_splits(config.data, byte_level(), seed=0, labels=Labels.of(config.objective))
+    split, _ = load_splits(config.data, byte_level(), seed=0, encoding=encoding_of(config))
     assert split.report.kept == 2 and split.report.dropped["broken (on_error: skip)"] == 1
 
 
@@ -142,7 +142,7 @@ def test_labels_are_part_of_the_documents(tmp_path):
     found = []
     for values in ([["a"], ["b"]], [["b"], ["a"]]):
         config = with_labels(config_of(tmp_path, values, MULTI))
-        split, _ = load_splits(config.data, byte_level(), seed=0, labels=Labels.of(config.objective))
+        split, _ = load_splits(config.data, byte_level(), seed=0, encoding=encoding_of(config))
         found.append((split.fingerprint()["digest"], tuple(split.documents.digest.tolist())))
     assert found[0][0] != found[1][0] and not set(found[0][1]) & set(found[1][1])
 
@@ -156,9 +156,9 @@ def test_labels_are_part_of_the_documents(tmp_path):
 )  # fmt: skip
 def test_preview_shows_the_label(values, objective, words, tmp_path):
     config = with_labels(config_of(tmp_path, values, objective))
-    labels = Labels.of(config.objective)
-    split, _ = load_splits(config.data, byte_level(), seed=0, labels=labels)
-    shown = show_examples(split, byte_level(), 2, labels)
+    encoding = encoding_of(config)
+    split, _ = load_splits(config.data, byte_level(), seed=0, encoding=encoding)
+    shown = show_examples(split, byte_level(), 2, encoding)
     assert [item.texts[-1] for item in shown] == words and shown[0].weights[-1] == 1
 
 

@@ -22,7 +22,7 @@ def summed(setup, split, rows):
     """Loss, weight and gradients, summed over all batches of an epoch."""
 
     def total(params, frozen, batch):
-        sums, _ = setup.sums_fn(params, frozen, batch, setup.runtime.context(batch))
+        sums, _ = setup.loss_fn(params, frozen, batch, setup.runtime.context(batch))
         return sums.loss, sums.weight
 
     step = jax.jit(jax.value_and_grad(total, has_aux=True))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftjax.data.encode import Encoded
+from ftjax.data.encoder import Encoded
 from ftjax.data.truncate import truncate
 from ftjax.errors import UserError
 

@@ -7,7 +7,7 @@ from oracle import Case, make_hf, one_device
 from tiny_tokenizer import save_tokenizer
 
 from ftjax.config import Config
-from ftjax.train.loop import train
+from ftjax.train.run import train
 
 WORDS = ["abc", "bad", "cab", "dab", "fed", "ace", "beef", "cafe", "deaf", "face", "fade", "bead"]
 

@@ -12,7 +12,7 @@ from ftjax.errors import UserError
 from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.observe import make_observer
 from ftjax.generate.session import Generator
-from ftjax.train.loop import train
+from ftjax.train.run import train
 from ftjax.train.watch import BestMetric, OverfitWatch
 
 

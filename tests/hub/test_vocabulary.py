@@ -21,7 +21,7 @@ from ftjax.hub.load import load_base, open_model
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.hub.vocabulary import with_new_tokens
 from ftjax.models.model import Model, build_module
-from ftjax.train.loop import train
+from ftjax.train.run import train
 from ftjax.train.setup import prepare
 
 SIZE = len(make_tokenizer())

@@ -132,7 +132,7 @@ def test_layers_before_the_first_trained_one_keep_nothing(tmp_path):
         for method in ({"last_layers": 1}, {"last_layers": 1, "train": ["embed_tokens"]}):
             model, _ = attach(folder, **method)
             made = Design(make_config(folder), one_device(), model, Runtime())
-            kept[depth, len(method)] = saved_bytes(made.sums_fn, Runtime(), model, np.float32, "none", 2, 16)
+            kept[depth, len(method)] = saved_bytes(made.loss_fn, Runtime(), model.trainable, model.frozen, "none", (2, 16))
     assert kept[2, 1] == kept[6, 1]
     assert kept[2, 2] < kept[6, 2], "a trained embedding has the layers above it in its backward pass"
 

@@ -22,8 +22,8 @@ from ftjax.models.facts import complete_config
 from ftjax.models.model import Model, build_module
 from ftjax.models.quantized import NF4, Int8, Nf4, Quantization
 from ftjax.models.quantized_linear import quantise
-from ftjax.train.loop import train
 from ftjax.train.optimizer import make_optimizer
+from ftjax.train.run import train
 from ftjax.train.setup import Setup, prepare
 from ftjax.train.step import Runtime, TrainState, make_train_step
 
@@ -185,8 +185,8 @@ def compiled_step(model, remat, length, dtype):
     state = TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
     ints, floats = (jax.ShapeDtypeStruct((1, 1, length), kind) for kind in (jnp.int32, jnp.float32))
     batch = {"tokens": ints, "targets": ints, "weights": floats, "positions": ints, "segment_ids": ints}
-    setup = Setup(make_config("none"), one_device(), model, None, None, {}, {})
-    step = make_train_step(setup.sums_fn, optimizer, Runtime(dtype, "xla", remat), train_flops(model))
+    setup = Setup(make_config("none"), one_device(), model, None)
+    step = make_train_step(setup.loss_fn, optimizer, Runtime(dtype, "xla", remat), train_flops(model))
     key, limit = jax.eval_shape(partial(jax.random.key, 0)), jax.ShapeDtypeStruct((), jnp.float32)
     return jax.jit(step, donate_argnums=0).lower(state, frozen, batch, key, limit).compile().memory_analysis()
 

@@ -14,6 +14,7 @@ from ftjax.models.facts import complete_config
 from ftjax.models.model import Model, build_module
 from ftjax.models.registry import FAMILIES
 from ftjax.objectives import sft
+from ftjax.objectives.objective import LossInputs
 
 DEPTHS = (12, 36)  # whole periods of every family: the longest is six layers
 
@@ -37,8 +38,8 @@ def operations(family: str, layers: int) -> int:
 
     def loss(trainable, frozen, batch):
         ctx = Context(batch["positions"], batch["segment_ids"], remat="full")
-        sums, aux = sft.sums(model, trainable, frozen, batch, ctx, 64)
-        return sums.loss + aux
+        totals, aux = sft.loss(LossInputs(model, trainable, frozen, batch, ctx, 64, None))
+        return totals.loss + aux
 
     parts = [{path: jax.ShapeDtypeStruct(s.shape, s.dtype) for path, s in p.items()} for p in (model.trainable, model.frozen)]
     batch = {name: jax.ShapeDtypeStruct((2, 16), jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")}

@@ -54,7 +54,7 @@ def two_steps(case) -> dict[str, list[float]]:
     }
     # A large epsilon: where a gradient is zero but for rounding, Adam would make a full step of it.
     settings = make_config(case.name, method={"name": "full"}, optimizer={"learning_rate": 1e-2, "adam_epsilon": 1e-3})
-    setup = Setup(settings, mesh, model, Runtime(), Path(case.name), params, {})
+    setup = Setup(settings, mesh, model, Runtime(), source=Path(case.name), params=params)
     batches = [make_batch(4, 32, TINY["vocab_size"], seed) for seed in (0, 1)]
     metrics, _ = run_steps(setup, batches)
     return {name: [float(getattr(out, name)) for out in metrics] for name in NAMES}

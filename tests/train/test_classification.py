@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import ftjax.evaluate.target as target
 import ftjax.train.setup as setup
 from ftjax.config import Config
+from ftjax.data.classes import TextLabels
 from ftjax.data.labels import Labels
 from ftjax.data.pipeline import load_splits
 from ftjax.errors import UserError
@@ -21,7 +22,7 @@ from ftjax.evaluate.observe import make_observer
 from ftjax.hub.export import export
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.models.classifier import SINGLE
-from ftjax.train.loop import train
+from ftjax.train.run import train
 from ftjax.train.step import make_eval_step
 
 WORDS = ["abc", "bad", "cabbage", "dab", "fed", "ace", "x", "beef", "cafe", "deaf xyz", "face", "bead"]
@@ -168,33 +169,34 @@ def test_families(kind, values, data, tmp_path):
     config = make_config(path, data, tmp_path / "run", labels=LABELS)
     made = setup.prepare(config)
     tokenizer = load_tokenizer(config.model)
-    split, _ = load_splits(config.data, tokenizer, seed=0, labels=Labels(SINGLE, tuple(LABELS)))
+    split, _ = load_splits(config.data, tokenizer, seed=0, encoding=TextLabels(Labels(SINGLE, tuple(LABELS))))
     (batch,) = split.batches(4, seed=0, shuffle=False, epochs=1)
     assert (batch["segment_ids"].max(1) > 2).any(), "rows hold several texts"
-    sums = make_eval_step(made.sums_fn, made.runtime)(made.params, made.frozen, batch)
+    sums = make_eval_step(made.loss_fn, made.runtime)(made.params, made.frozen, batch)
     logits = torch.tensor(hf_logits(model.eval(), AutoTokenizer.from_pretrained(path), "right"))
     labels = torch.tensor([LABELS.index(row["label"]) for row in ROWS])
     assert sums.weight == len(ROWS)
     assert float(sums.loss) == pytest.approx(
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item(), rel=1e-4
     )
-    assert float(sums.correct) == (logits.argmax(1) == labels).sum()
+    assert float(sums.metrics["token_accuracy"][0]) == (logits.argmax(1) == labels).sum()
 
 
 def test_long_texts_keep_their_class(tied, tmp_path):
     rows = [{"text": "ab" * 20 + "c", "label": "yes"}, {"text": "cd", "label": "no"}]
     path = tmp_path / "long.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encoding = TextLabels(Labels(SINGLE, ("no", "yes")))
     for truncation, kept in (("right", [1, 4, 5, 4, 5, 4, 5]), ("left", [1, 5, 4, 5, 4, 5, 6])):
         config = make_config(tied, path, tmp_path, data={"max_length": 8, "truncation": truncation, "validation": None})
-        split, _ = load_splits(config.data, load_tokenizer(config.model), seed=0, labels=Labels(SINGLE, ("no", "yes")))
+        split, _ = load_splits(config.data, load_tokenizer(config.model), seed=0, encoding=encoding)
         (batch,) = split.batches(2, seed=0, shuffle=False, epochs=1)
         row = int(np.flatnonzero(batch["targets"][batch["weights"] > 0].reshape(-1) == 1)[0])
         assert batch["tokens"][row].tolist() == [*kept, 1] and batch["targets"][row, 6] == 1
         assert batch["weights"][row].tolist() == [0, 0, 0, 0, 0, 0, 1, 0]
     config = make_config(tied, path, tmp_path, data={"max_length": 8, "truncation": "split"})
     with pytest.raises(UserError, match="the class of the whole"):
-        load_splits(config.data, load_tokenizer(config.model), seed=0, labels=Labels(SINGLE, ("no", "yes")))
+        load_splits(config.data, load_tokenizer(config.model), seed=0, encoding=encoding)
 
 
 # ---- label words ----

@@ -18,7 +18,8 @@ from whole_runs import config, rows
 from ftjax.errors import UserError
 from ftjax.hub.output import recover, replacing
 from ftjax.train.layout import BatchLayout
-from ftjax.train.loop import Run, train
+from ftjax.train.loop import Run
+from ftjax.train.run import train
 
 
 class Crash(BaseException):

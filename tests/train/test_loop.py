@@ -20,7 +20,8 @@ from whole_runs import config, losses, rows, same_adapter
 
 from ftjax.errors import UserError
 from ftjax.train.layout import BatchLayout
-from ftjax.train.loop import Run, train
+from ftjax.train.loop import Run
+from ftjax.train.run import train
 
 
 class Stop(Exception):
@@ -181,9 +182,9 @@ def test_resume_on_other_devices(model, data, whole, tmp_path, monkeypatch):
 
 def test_arithmetic(model, data, tmp_path, monkeypatch, on_one_device, capsys):
     """The metrics agree with each other and with the formula that is printed; a chip that is known gives an MFU."""
-    import ftjax.train.loop as loop
+    import ftjax.train.log as log
 
-    monkeypatch.setattr(loop, "peak_of", lambda devices: 1e12 * len(devices))
+    monkeypatch.setattr(log, "peak_of", lambda devices: 1e12 * len(devices))
     train(config(model, data, tmp_path, training__max_steps=4, training__eval_steps=None, training__logging_steps=4))
     (row,) = (row for row in rows(tmp_path) if "train/mfu" in row)
     assert row["train/mfu"] == pytest.approx(row["train/tflops_per_second_per_device"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax.objectives.loss import chunked_cross_entropy, trained_first
+from ftjax.objectives.loss import token_totals, trained_first
 
 B, T, E, V = 3, 13, 8, 31
 
@@ -37,7 +37,7 @@ def full(params, hidden, targets, weights):
 @pytest.mark.parametrize("length", [1, 4, 13, 64])
 def test_chunked_is_full(problem, length):
     def chunked(params, hidden):
-        return 3 * chunked_cross_entropy(unembed, length, params, hidden, problem["targets"], problem["weights"]).loss
+        return 3 * token_totals(unembed, length, params, hidden, problem["targets"], problem["weights"]).loss
 
     want, want_grads = jax.value_and_grad(lambda p, h: 3 * full(p, h, problem["targets"], problem["weights"]), (0, 1))(
         problem["params"], problem["hidden"]
@@ -59,7 +59,7 @@ def test_idle_chunks_are_not_computed(problem, differentiated):
     def loss(params, hidden, skip=True, unembed=counting):
         tokens = (hidden, problem["targets"], problem["weights"])
         first = trained_first(*tokens) if skip else tokens
-        return chunked_cross_entropy(unembed, 3, params, *first, skip=skip).loss
+        return token_totals(unembed, 3, params, *first, skip=skip).loss
 
     arguments = problem["params"], problem["hidden"]
     run = jax.value_and_grad(loss, (0, 1)) if differentiated else loss
@@ -72,10 +72,12 @@ def test_idle_chunks_are_not_computed(problem, differentiated):
 
 
 def test_sums(problem):
-    sums = chunked_cross_entropy(unembed, 5, problem["params"], problem["hidden"], problem["targets"], problem["weights"])
+    sums = token_totals(unembed, 5, problem["params"], problem["hidden"], problem["targets"], problem["weights"])
     best = np.argmax(unembed(problem["params"], problem["hidden"]), -1)
     np.testing.assert_allclose(sums.weight, problem["weights"].sum(), rtol=1e-6)
-    np.testing.assert_allclose(sums.correct, ((best == problem["targets"]) * problem["weights"]).sum(), rtol=1e-6)
+    np.testing.assert_allclose(
+        sums.metrics["token_accuracy"][0], ((best == problem["targets"]) * problem["weights"]).sum(), rtol=1e-6
+    )
 
 
 def test_ties(problem):
@@ -83,8 +85,8 @@ def test_ties(problem):
     levels = jnp.asarray([[[1.0, 3.0, 3.0, 0.0]] * 4])
     logits = jnp.concatenate([levels, levels * jnp.nan], axis=1)
     targets = jnp.asarray([[0, 1, 2, 3] * 2])
-    sums = chunked_cross_entropy(lambda params, hidden: hidden, 2, {}, logits, targets, jnp.ones((1, 8)).at[0, 4].set(0))
-    assert sums.correct == 1
+    sums = token_totals(lambda params, hidden: hidden, 2, {}, logits, targets, jnp.ones((1, 8)).at[0, 4].set(0))
+    assert sums.metrics["token_accuracy"][0] == 1
 
 
 def test_gradients_are_summed_in_float32():
@@ -97,7 +99,7 @@ def test_gradients_are_summed_in_float32():
     def gradient(weight, length):
         def loss(weight):
             project = lambda w, h: h @ w.astype(jnp.float32).T  # noqa: E731
-            return chunked_cross_entropy(project, length, weight, hidden, targets, weights).loss
+            return token_totals(project, length, weight, hidden, targets, weights).loss
 
         found = jax.grad(loss)(weight)
         assert found.dtype == weight.dtype
@@ -114,7 +116,7 @@ def test_padding_has_no_effect(problem):
     other = jnp.where(dead, (problem["targets"] + 7) % V, problem["targets"])
 
     def loss(hidden, targets):
-        return chunked_cross_entropy(unembed, 4, problem["params"], hidden, targets, problem["weights"]).loss
+        return token_totals(unembed, 4, problem["params"], hidden, targets, problem["weights"]).loss
 
     value, grad = jax.value_and_grad(loss)(problem["hidden"], problem["targets"])
     np.testing.assert_array_equal(value, jax.value_and_grad(loss)(problem["hidden"], other)[0])
@@ -127,7 +129,7 @@ def test_full_logits_never_exist(problem):
     targets, weights = jnp.zeros((2, 4096), jnp.int32), jnp.ones((2, 4096))
 
     def loss(params, hidden):
-        return chunked_cross_entropy(unembed, 16, params, hidden, targets, weights).loss
+        return token_totals(unembed, 16, params, hidden, targets, weights).loss
 
     memory = jax.jit(jax.grad(loss, (0, 1))).lower(problem["params"], hidden).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2 * 4096 * V * 4

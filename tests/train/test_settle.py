@@ -11,20 +11,25 @@ import pytest
 from whole_runs import config
 
 import ftjax.train.loop as loop
-from ftjax.train.loop import Run, train
+from ftjax.train.log import Log
+from ftjax.train.loop import Run
+from ftjax.train.run import train
 from ftjax.train.step import StepMetrics
 
 TOTAL, BAD = 12, (5, 6)
 CODES = [getattr(Run, name).__code__ for name in ("loop", "settle", "look", "read_next", "read", "evaluate", "save")]
+CODES += [getattr(Log, name).__code__ for name in ("read", "row")]
 
 
 class Batches:
-    """Counts."""
+    """A `BatchSource` that counts."""
+
+    steps, steps_per_epoch = TOTAL, TOTAL
 
     def __init__(self):
         self.at = 0
 
-    def __next__(self):
+    def next(self, params):
         self.at += 1
         return {"tokens": jnp.int32(self.at)}
 
@@ -84,7 +89,7 @@ def step(state, frozen, batch, key, limit):
     good = loss <= limit
     values = (loss, 4.0 + number, 10.0, 100.0, 1.0, 0.1, good)
     state = SimpleNamespace(step=state.step + good, params={"sum": state.params["sum"] * 3 + number} if good else state.params)
-    return state, StepMetrics(*map(jnp.asarray, values))
+    return state, StepMetrics(*map(jnp.asarray, values), {"token_accuracy": (jnp.float32(number), jnp.float32(2.0))})
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +115,8 @@ def make(model, data, tmp_path_factory):
         patch.setattr(loop.Progress, "report", lambda *_: None)
 
         def make(checkpoints):
-            run = Run(one.setup, None, one.split, one.validation, checkpoints, {}, TOTAL, "the same command")
-            run.batches, run.tracker, run.layout = Batches(), Rows(), SimpleNamespace(arrays=lambda batch: batch)
+            run = Run(one.setup, None, Batches(), one.layout, one.validation, checkpoints, {}, TOTAL, "the same command")
+            run.tracker, run.layout = Rows(), SimpleNamespace(arrays=lambda batch: batch)
             first = 0
             if checkpoints.latest is None:
                 run.state = SimpleNamespace(step=0, params={"sum": 0})

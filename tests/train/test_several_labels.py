@@ -16,7 +16,6 @@ import ftjax.evaluate.target as target
 import ftjax.train.setup as setup
 from ftjax.config import Config
 from ftjax.data.classes import with_labels
-from ftjax.data.labels import Labels
 from ftjax.data.pipeline import load_splits
 from ftjax.errors import UserError
 from ftjax.evaluate.command import evaluate
@@ -25,7 +24,8 @@ from ftjax.generate.session import Generator
 from ftjax.hub.export import export
 from ftjax.hub.model_folder import from_params, model_tensors
 from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.train.loop import train
+from ftjax.objectives import encoding_of
+from ftjax.train.run import train
 
 WORDS = ["abc", "bad", "cabbage", "dab", "fed", "ace", "x", "beef", "cafe", "deaf xyz", "face", "bead"]
 MULTI, REGRESSION = "multi_label_classification", "regression"
@@ -105,7 +105,7 @@ def make_config(model, rows, out, kind, *, method="full", **over) -> Config:
 
 def packed(config: Config, rows: int) -> dict[str, np.ndarray]:
     """All texts in one batch of so many rows, several in a row."""
-    split, _ = load_splits(config.data, load_tokenizer(config.model), seed=0, labels=Labels.of(config.objective))
+    split, _ = load_splits(config.data, load_tokenizer(config.model), seed=0, encoding=encoding_of(config))
     (batch,) = split.batches(rows, seed=0, shuffle=False, epochs=1)
     assert (batch["segment_ids"].max(1) > 1).any() and batch["weights"].sum() == len(WORDS)
     return batch
@@ -137,7 +137,7 @@ def test_loss_and_gradients(kind, heads, data, tmp_path, alone):
 
     @jax.jit
     def mean(params):
-        sums, _ = made.sums_fn(params, made.frozen, batch, made.runtime.context(batch))
+        sums, _ = made.loss_fn(params, made.frozen, batch, made.runtime.context(batch))
         return sums.loss / sums.weight
 
     loss, gradients = jax.value_and_grad(mean)(made.params)
@@ -178,7 +178,7 @@ def test_any_split(kind, heads, data, tmp_path, monkeypatch):
 
 
 def unpacked(config: Config) -> dict[str, np.ndarray]:
-    split, _ = load_splits(config.data, load_tokenizer(config.model), seed=0, labels=Labels.of(config.objective))
+    split, _ = load_splits(config.data, load_tokenizer(config.model), seed=0, encoding=encoding_of(config))
     (batch,) = split.batches(16, seed=0, shuffle=False, epochs=1)
     return batch
 

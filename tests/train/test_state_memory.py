@@ -13,6 +13,7 @@ from tiny_tokenizer import save_tokenizer
 import ftjax.train.loop as loop
 from ftjax.config import Config
 from ftjax.train.checkpoint import Checkpoints
+from ftjax.train.run import train
 
 
 def alive() -> int:
@@ -59,9 +60,9 @@ def test_one_state_is_alive(mesh, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", watched_save)
     monkeypatch.setattr(Checkpoints, "restore", watched_restore)
     monkeypatch.setattr(loop.Run, "loop", watched_loop)
-    loop.train(config)
+    train(config)
     assert seen.keys() == {"start", "save"} and len(seen["save"]) == 2
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    loop.train(config)
+    train(config)
     assert max(seen.pop("before restoring")) < 0.01, "parameters that a checkpoint replaces are given back first"
     assert all(0.99 < part < 1.06 for parts in seen.values() for part in parts), seen  # a batch is there as well

@@ -130,13 +130,13 @@ def test_remat_changes_memory_only(folder, on_one_device):
 
 def test_remat_keeps_less(folder, on_one_device):
     """In the order in which `auto` tries them; attention's output is what `attention` keeps beside a layer's input."""
-    import jax.numpy as jnp
 
     from ftjax.train.remat import saved_bytes
 
     setup = prepare(make_config(folder))
     policies = ("none", "dots", "attention", "full")
-    kept = [saved_bytes(setup.sums_fn, setup.runtime, setup.model, jnp.float32, policy, 2, 32) for policy in policies]
+    parts = setup.model.trainable, setup.model.frozen
+    kept = [saved_bytes(setup.loss_fn, setup.runtime, *parts, policy, (2, 32)) for policy in policies]
     assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
     facts = setup.model.config
     heads, layers = facts["num_attention_heads"], facts["num_hidden_layers"]

@@ -1,0 +1,131 @@
+"""What an objective is to the rest of ftjax: one record, most of whose parts are optional."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+
+from ftjax.config import Config, Section
+from ftjax.data.encoding import RowEncoding
+from ftjax.models.context import Context
+from ftjax.models.model import Model
+from ftjax.objectives.logprobs import TokenLogprobs, token_logprobs
+from ftjax.objectives.loss import LossTotals, Measure, cross_entropy, token_totals, trained_first
+from ftjax.objectives.projection import one_device, projection
+
+
+class Head(NamedTuple):
+    """A classification head that an objective trains.
+
+    Attributes:
+        classes: the names of its outputs, by number; None where only the data can say.
+        problem_type: transformers' name of what its scores mean.
+    """
+
+    classes: tuple[str, ...] | None
+    problem_type: str
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A model with parameters, on one batch.
+
+    Attributes:
+        model: with its method.
+        trainable: the parameters to differentiate, by path; none of a reference model.
+        frozen: the others.
+        batch: arrays `[B, T]` (`ftjax.data.batch`).
+        ctx: of the batch.
+        chunk: tokens of the batch whose logits exist at one time.
+    """
+
+    model: Model
+    trainable: Mapping[str, jax.Array]
+    frozen: Mapping[str, jax.Array]
+    batch: Mapping[str, jax.Array]
+    ctx: Context
+    chunk: int
+
+    @cached_property
+    def _hidden(self) -> tuple[jax.Array, jax.Array]:
+        found, _, auxiliary = self.model.bind({**self.frozen, **self.trainable}).hidden(self.batch["tokens"], self.ctx)
+        return found, auxiliary
+
+    @property
+    def hidden(self) -> jax.Array:
+        """Final hidden states `[B, T, E]`."""
+        return self._hidden[0]
+
+    @property
+    def auxiliary(self) -> jax.Array:
+        """The model's own loss, such as a router's: float32 []."""
+        return self._hidden[1]
+
+    def _chunk_length(self, shape: tuple[int, int]) -> int:
+        """Tokens of each row `[B, T]` that make `chunk` together, or about that."""
+        rows, length = shape
+        return min(length, max(1, self.chunk // rows))
+
+    def token_totals(self, targets: jax.Array | None = None, measure: Measure = cross_entropy) -> LossTotals:
+        """Sums a loss that is a weighted sum over tokens; its logits are computed once (`ftjax.objectives.loss`).
+
+        Args:
+            targets: `[B, T, ...]`; None: the batch's.
+            measure: of logits, targets and the batch's weights.
+        """
+        output = projection(self.model, self.trainable, self.frozen, self.ctx)
+        tokens = self.hidden, self.batch["targets"] if targets is None else targets, self.batch["weights"]
+        alone = one_device()
+        if alone:
+            tokens = trained_first(*tokens)
+        length = self._chunk_length(tokens[-1].shape)
+        return token_totals(output.unembed, length, output.trained, *tokens, output.arrange, alone, measure)
+
+    def token_logprobs(self, *, entropy: bool = False, top: int = 0) -> TokenLogprobs:
+        """Computes the log-probability of each target that carries weight (`ftjax.objectives.logprobs`)."""
+        output = projection(self.model, self.trainable, self.frozen, self.ctx)
+        targets, weights = self.batch["targets"], self.batch["weights"]
+        length = self._chunk_length(weights.shape)
+        return token_logprobs(output, self.hidden, targets, length, weights, entropy=entropy, top=top)
+
+
+@dataclass(frozen=True)
+class LossInputs(Forward):
+    """What a loss is computed from: the model that is trained, on one batch.
+
+    Attributes:
+        config: of the run.
+        reference: the model as it was before training, on the same batch; None where the objective asks for none.
+    """
+
+    config: Config
+    reference: Forward | None = None
+
+
+# -> (totals, auxiliary loss [], which counts once for each unit of the totals' weight)
+Loss = Callable[[LossInputs], tuple[LossTotals, jax.Array]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimises, and all of the program that depends on it.
+
+    Attributes:
+        config: its section of the configuration.
+        encoding: `(section)` -> how rows of data become documents, and so which arrays a batch has.
+        loss: of one batch. Its totals name the metrics, which are logged as `train/NAME` and `eval/NAME`.
+        derived: `(mean loss)` -> further values that an evaluation reports.
+        head: `(section)` -> the head that is trained in place of the projection to the vocabulary; None: there is none.
+        reference: `(section)` -> whether the loss needs the model as it was before training.
+        complete: `(config)` -> the configuration with what only the data can say. Raises UserError.
+    """
+
+    config: type[Section]
+    encoding: Callable[[Any], RowEncoding]
+    loss: Loss
+    derived: Callable[[float], dict[str, float]] = lambda loss: {}
+    head: Callable[[Any], Head | None] = lambda section: None
+    reference: Callable[[Any], bool] = lambda section: False
+    complete: Callable[[Config], Config] = lambda config: config

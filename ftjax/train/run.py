@@ -1,0 +1,93 @@
+"""`ftjax train`: everything before the first update. The folder is opened, data and model are loaded, processes agree."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+
+from ftjax.compile_cache import keep_compiled_programs
+from ftjax.config import Config
+from ftjax.data.pipeline import Split, load_splits
+from ftjax.distributed import store
+from ftjax.distributed.agree import agree
+from ftjax.distributed.ending import together
+from ftjax.errors import UserError
+from ftjax.hub.load import positions_of
+from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.vocabulary import embeddings_of
+from ftjax.objectives import encoding_of, objective_of
+from ftjax.train.checkpoint import Checkpoints
+from ftjax.train.folder import checkpoints_of, open_run_folder
+from ftjax.train.layout import BatchLayout
+from ftjax.train.lock import alone_in
+from ftjax.train.loop import Run
+from ftjax.train.observer import Observer
+from ftjax.train.same_run import facts_to_agree, fingerprints, refuse_other_documents
+from ftjax.train.setup import Setup, prepare
+from ftjax.train.source import DatasetBatches, steps_of_run
+from ftjax.train.track import check_report_to
+
+
+def train(
+    config: Config,
+    *,
+    command: str = "the same command",
+    make_observer: Callable[[Setup, Any, Split | None], Observer | None] | None = None,
+) -> None:
+    """Fine-tune from start, or from the newest checkpoint in `output_dir`, to the end; writes the run folder.
+
+    Args:
+        command: what a person types to go on with this run, for messages.
+        make_observer: of set-up, tokenizer and validation data; what it gives is called at every evaluation.
+
+    Raises UserError for whatever in the configuration, the model or the data is wrong; of several processes each then ends
+    the same way (`ftjax.distributed.ending`).
+    """
+    with together(), ExitStack() as held:
+        keep_compiled_programs()
+        agree("the number of devices", {"devices": jax.local_device_count(), "platform": jax.default_backend()})
+        config = objective_of(config).complete(config)
+        check_report_to(config.training.report_to)
+        held.enter_context(alone_in(config))
+        open_run_folder(config)
+        checkpoints = Checkpoints(checkpoints_of(config), config.training.save_total_limit)
+        tokenizer = load_tokenizer(config.model)
+        train_split, validation = load_splits(
+            config.data, tokenizer, seed=config.training.seed, encoding=encoding_of(config),
+            positions=positions_of(config.model.path, config.model.revision),
+        )  # fmt: skip
+        embeddings = embeddings_of(config)
+        for split in (train_split, validation):
+            if split is not None:
+                split.refuse_unknown(embeddings, tokenizer)
+        documents = fingerprints(train_split, validation)
+        refuse_other_documents(checkpoints, documents, config)
+        steps = steps_of_run(train_split, config.training)
+        if store.several():
+            agree("this run", facts_to_agree(config, documents, steps, checkpoints.latest))
+        setup = prepare(config)
+        with jax.set_mesh(setup.mesh):
+            observer = make_observer(setup, tokenizer, validation) if make_observer else None
+            agree("what is evaluated while training", observer.facts if observer is not None else {})
+            check_early_stopping(config, evaluates=validation is not None or observer is not None)
+            options = config.training
+            layout = BatchLayout(setup.mesh, options.global_batch_size, options.gradient_accumulation_steps)
+            source = DatasetBatches(train_split, options, layout)
+            Run(setup, tokenizer, source, layout, validation, checkpoints, documents, steps, command, observer).go()
+
+
+def check_early_stopping(config: Config, *, evaluates: bool) -> None:
+    """UserError where a run is to stop by an evaluation that never comes."""
+    options = config.training
+    if options.early_stopping_patience is None:
+        return
+    if options.eval_steps is None:
+        raise UserError(
+            "training.early_stopping_patience: it counts evaluations, and there are none before the end; set eval_steps"
+        )
+    if not evaluates:
+        raise UserError(
+            "training.early_stopping_patience: there is nothing to evaluate; set data.validation (or data.validation_split), "
+            "or evaluate.training_rows with evaluate.data"
+        )

@@ -1,0 +1,83 @@
+"""Where a run's batches come from."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+
+from ftjax.config import Config, TrainingConfig
+from ftjax.data.batch import Batch
+from ftjax.data.pipeline import Split
+from ftjax.train.announce import example_lines
+from ftjax.train.layout import BatchLayout
+from ftjax.train.record import split_record
+
+
+class BatchSource(Protocol):
+    """Batches of this process's rows, without end, and a position that is the same on all processes.
+
+    Attributes:
+        steps: updates of one run; None where the source has no end, and `training.max_steps` must say.
+        steps_per_epoch: updates of one pass over a data set; None where there is none.
+    """
+
+    steps: int | None
+    steps_per_epoch: int | None
+
+    def next(self, params: Mapping[str, jax.Array]) -> Batch:
+        """The next batch. Args: params: trained parameters as they are now, for batches that the model itself makes."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the next batch is, as JSON: independent of the number of processes."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go there."""
+
+    def report(self) -> list[str]:
+        """What the batches are made of, for people."""
+
+    def example(self, config: Config, tokenizer: Any) -> list[str]:
+        """One row, for people."""
+
+    def record(self) -> dict[str, Any] | None:
+        """What run.json says of the data; None where there is none."""
+
+
+class DatasetBatches:
+    """A `BatchSource` of a tokenised data set, shuffled for each epoch."""
+
+    def __init__(self, split: Split, options: TrainingConfig, layout: BatchLayout):
+        self._split = split
+        self.steps: int | None = steps_of_run(split, options)
+        self.steps_per_epoch: int | None = math.ceil(split.rows_per_epoch(0) / options.global_batch_size)
+        self._batches = split.batches(
+            options.global_batch_size, seed=options.seed, shuffle=True, epochs=None, rows=layout.own,
+            width_multiple=layout.length_parts,
+        )  # fmt: skip
+        self.get_state, self.set_state = self._batches.get_state, self._batches.set_state
+
+    def next(self, params: Mapping[str, jax.Array]) -> Batch:
+        """The next batch, whatever the parameters are."""
+        return next(self._batches)
+
+    def report(self) -> list[str]:
+        """The report on the data set."""
+        return self._split.report.lines()
+
+    def example(self, config: Config, tokenizer: Any) -> list[str]:
+        """The first document, with what is trained marked."""
+        return example_lines(config, self._split, tokenizer)
+
+    def record(self) -> dict[str, Any]:
+        """See `split_record`."""
+        return split_record(self._split)
+
+
+def steps_of_run(split: Split, options: TrainingConfig) -> int:
+    """Updates of the whole run; epochs may pack into different numbers of rows."""
+    if options.max_steps:
+        return options.max_steps
+    whole = math.ceil(options.num_train_epochs)
+    each = [math.ceil(split.rows_per_epoch(epoch) / options.global_batch_size) for epoch in range(whole)]
+    return max(1, math.ceil(sum(each[:-1]) + each[-1] * (options.num_train_epochs - whole + 1)))
