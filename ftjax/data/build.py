@@ -225,7 +225,7 @@ class Build:
                     f"{path}: roles that are not known: {roles}. The chat template gets them as they are, and what they say is "
                     "not trained"
                 )
-            if reader.name == "preference":
+            if reader.name == "preference" and self.encoding.sequences == 1:
                 found.append(
                     f"{path}: the answers in `chosen` are trained; those in `rejected` are checked, and this objective "
                     "has no use for them"

@@ -15,6 +15,8 @@ from ftjax.data.template import render_prompt
 from ftjax.generate.cache import bucket
 from ftjax.generate.decode import Runner
 from ftjax.models.context import Context
+from ftjax.objectives.logprobs import token_logprobs
+from ftjax.objectives.projection import projection
 
 LOGITS = 1 << 25  # logits that exist at one time, in numbers (128 MiB in float32)
 
@@ -49,21 +51,9 @@ def score_step(
     hidden = jnp.take_along_axis(module.hidden(tokens, ctx)[0], index[..., None], axis=1)
     rows, longest = targets.shape
     vocab = jax.eval_shape(lambda h: module.unembed(h, ctx), hidden).shape[-1]
-    part = longest
-    while part % 2 == 0 and rows * part * vocab > LOGITS:
-        part //= 2
-
-    def of(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden, targets = chunk
-        logits = module.unembed(hidden, ctx)
-        own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
-
-    def cut(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(rows, longest // part, part, *x.shape[2:]), 1, 0)
-
-    found = jax.lax.map(of, (cut(hidden), cut(targets)))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(rows, longest) for x in found)
+    chunk = min(longest, max(1, LOGITS // (rows * vocab)))
+    found = token_logprobs(projection(runner.model, {}, params, ctx), hidden, targets, chunk)
+    return found.logprobs, found.greedy
 
 
 def head_step(

@@ -95,8 +95,8 @@ def _of_chunk(entropy: bool, top: int, logits: jax.Array, targets: jax.Array, ke
     spread, best = None, None
     if entropy:
         probabilities = jnp.exp(logits - normaliser[..., None])
-        # p log p is 0 where p is, also for logits of -inf
-        mean = jnp.sum(jnp.where(probabilities > 0, probabilities * logits, 0.0), axis=-1)
+        # p log p is 0 where p is, also for logits of -inf, whose products and gradients would be NaN
+        mean = jnp.sum(probabilities * jnp.where(jnp.isneginf(logits), 0.0, logits), axis=-1)
         spread = jnp.where(keep > 0, normaliser - mean, 0.0)
     if top:
         values, ids = jax.lax.top_k(jax.lax.stop_gradient(logits), top)
