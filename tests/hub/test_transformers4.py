@@ -11,14 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import CASES
+from gguf_writing import hub_folder, sentencepiece_keys, write_llama
 from oracle import hf_logits, load, make_hf, tokens, write_merged
 from processes import ALL
+from qwen_tokenizer import qwen
 
-from ftjax.config import FullConfig
+from ftjax.config import FullConfig, ModelConfig
+from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer_files import write_tokenizer
 
 pytestmark = pytest.mark.skipif(not ALL, reason="makes an environment with pip; FTJAX_TEST_ALL=1 runs it")
 HERE = Path(__file__).parent
-PACKAGES = ("transformers==4.57.6", "numpy", "sentencepiece", "protobuf", "gguf")
+PACKAGES = ("transformers==4.57.6", "peft==0.13.2", "numpy", "sentencepiece", "protobuf", "gguf")
 REFUSED = {"olmo2-tied", "phi3-whole-heads"}  # scalings for which transformers 4 has no words
 ONE_BASE = {"olmo3"}  # transformers 4 has one rope_theta for all types of layers of this family
 
@@ -65,3 +69,34 @@ def test_every_family_has_the_same_logits(older, tmp_path):
             apart[case.name] = float(np.abs(np.array(theirs["logits"]) - ours).max())
     assert set(refused) == REFUSED, refused
     assert {name: value for name, value in apart.items() if not value < 1e-4} == {}
+
+
+def test_tokenizers_have_the_same_ids(older, stories, shared, tmp_path):
+    """Carried over and written anew, from folders, GGUF and SentencePiece; beside a model and in an adapter's folder."""
+    base = qwen(tmp_path / "qwen")
+    config, tensors = hub_folder(stories)
+    keys = sentencepiece_keys(stories / "tokenizer.model", bos=1, eos=2, unknown=0)
+    gguf = write_llama(tmp_path / "stories.gguf", config, tensors, tokenizer=keys)
+    new = {"add_tokens": ["kilogram"], "add_special_tokens": ["<call>"]}
+    template = {"chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"}
+    sources = [(base, {}), (base, new), (base, template), (base, new | template), (stories, {}), (stories, new)]
+    sources += [(gguf, {}), (gguf, new), (shared / "models" / "tokenizer_mistral_v1", {})]
+    texts = ["once upon a  kilogram", "héllo<|im_end|> <tool_call><call>\n\n x", "<s>  \t漢字</s>"]
+    asked, want = [], []
+    for number, (place, settings) in enumerate(sources):
+        for kind in ("model", "adapter"):
+            out = tmp_path / f"{number}-{kind}"
+            out.mkdir()
+            if kind == "model":
+                (out / "config.json").write_text(json.dumps({"model_type": "qwen2" if place == base else "llama"}))
+            model = ModelConfig(path=str(place), **settings)
+            tokenizer = load_tokenizer(model)
+            write_tokenizer(out, tokenizer, model, place)
+            asked.append({"folder": str(out), "ids": [], "texts": texts})
+            answer = {"ids": [tokenizer(text).input_ids for text in texts]}
+            answer["special"] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+            if tokenizer.chat_template:
+                chat = [{"role": "user", "content": texts[0]}]
+                answer["chat"] = tokenizer.apply_chat_template(chat, tokenize=False)
+            want.append(answer)
+    assert ask(older, tmp_path, asked) == want
