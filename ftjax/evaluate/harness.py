@@ -22,6 +22,7 @@ from ftjax.errors import UserError
 from ftjax.evaluate.likelihood import batches
 from ftjax.evaluate.target import find_target
 from ftjax.generate.context import end_ids
+from ftjax.generate.finite import require_finite
 from ftjax.generate.score import Query, arrays
 from ftjax.generate.session import BATCH_SIZE, Generator
 from ftjax.models.classifier import classes_of
@@ -131,6 +132,8 @@ class FtjaxLM(TemplateLM):
             for batch, rows in batches(self.generator, [len(query.tokens) for query in queries], self.batch_size):
                 logprobs, best = engine.score(self.generator.params, *arrays([queries[i] for i in batch], rows))
                 for row, i in enumerate(batch):
+                    own = logprobs[row, : len(queries[i].targets)]
+                    require_finite(own, "a request", self.generator.model, self.generator.params)
                     start = 0
                     for number in members[i]:
                         part = slice(start, start := start + len(requests[number][2]))

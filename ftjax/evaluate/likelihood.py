@@ -12,6 +12,7 @@ from ftjax.data.example import Example
 from ftjax.errors import UserError
 from ftjax.generate.batch import SCORES, groups
 from ftjax.generate.cache import bucket
+from ftjax.generate.finite import require_finite
 from ftjax.generate.score import Query, arrays
 from ftjax.generate.session import Generator
 
@@ -66,6 +67,7 @@ def likelihoods(
         logprobs, best = generator.engine.score(generator.params, *arrays([Query.of(*pairs[i]) for i in batch], rows))
         for row, i in enumerate(batch):
             size = len(weights[i])
+            require_finite(logprobs[row, :size], documents[i].where, generator.model, generator.params)
             loss = -float(weights[i] @ logprobs[row, :size].astype(np.float64))
             found[i] = Likelihood(loss, float(weights[i].sum()), float(weights[i] @ best[row, :size]))
         if progress:
@@ -86,6 +88,7 @@ def head_scores(
     for batch, rows in batches(generator, [len(text) for text in texts], batch_size):
         tokens, segments, index, _ = arrays([Query(texts[i], [len(texts[i]) - 1], [0]) for i in batch], rows)
         found[batch] = generator.engine.head(generator.params, tokens, segments, index[:, 0])[: len(batch)]
+        require_finite(found[batch], "a text", generator.model, generator.params)
         done += len(batch)
         if progress:
             progress(done)

@@ -1,17 +1,20 @@
 """What is measured while a model trains, besides its loss: answers to a few fixed prompts, and the task's metric."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from ftjax.config.load import print_note
 from ftjax.data.encoder import Encoded
 from ftjax.data.pipeline import Split
 from ftjax.distributed.agree import digest
 from ftjax.errors import UserError
 from ftjax.evaluate.measure import check, measure
 from ftjax.evaluate.rows import read_items
+from ftjax.generate.finite import NotFinite
 from ftjax.generate.session import Generator
 from ftjax.models.classifier import classes_of
 from ftjax.train.observer import Observation
@@ -43,6 +46,7 @@ class Observer:
         self.generator = Generator.of(
             setup.model, {}, tokenizer, mesh=setup.mesh, dtype=setup.runtime.dtype, source=setup.source
         )  # fmt: skip
+        self.names: list[str] = []  # of the metrics, once they were measured
         self.prompts: list[list[int]] = []
         self.shown: list[dict[str, str]] = []
         for text in self.settings.training_prompts:
@@ -77,6 +81,11 @@ class Observer:
             answers = generator.generate(self.prompts, max_new_tokens=most) if self.prompts else []
             texts = [{**shown, "text": answer.text} for shown, answer in zip(self.shown, answers, strict=True)]
             metrics = measure(generator, self.items, self.config).scores.values() if self.items else {}
+            self.names = list(metrics)
+        except NotFinite as error:  # a run goes on: updates that are not finite are left out, and are counted
+            if jax.process_index() == 0:
+                print_note(f"nothing is measured of the answers: {error}")
+            texts, metrics = [], dict.fromkeys(self.names, math.nan)
         finally:
             generator.params = {}  # the next update gives these arrays away
         # The loss over the whole validation data has these names already.

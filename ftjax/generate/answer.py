@@ -1,5 +1,6 @@
 """One answer, from the tokens as they come to the text as it is given."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -49,7 +50,7 @@ class Answer:
         self.text = ""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
-        self.finish: Literal["stop", "length"] | None = None
+        self.finish: Literal["stop", "length", "error"] | None = None  # error: the model's logits were not finite
         self._stops, self._stream = stops, stream
         self._shown = 0  # characters that `piece` has given
         self._fed = 0  # tokens whose text is in `text`
@@ -58,6 +59,9 @@ class Answer:
         """Take new tokens up to the end of the answer; what a finished row still brings means nothing."""
         for token, logprob in zip(tokens, logprobs, strict=True):
             if self.finish:
+                return
+            if not math.isfinite(logprob):
+                self.finish = "error"
                 return
             self.tokens.append(token)
             self.logprobs.append(logprob)

@@ -6,6 +6,7 @@ from ftjax.data.example import Message
 from ftjax.errors import UserError
 from ftjax.generate.cache import bucket
 from ftjax.generate.engine import Batch
+from ftjax.generate.finite import not_finite
 from ftjax.generate.sample import Sampling
 from ftjax.generate.session import Generator
 from ftjax.generate.text import StopStrings
@@ -66,7 +67,8 @@ class Conversation:
     def ask(self, text: str) -> Iterator[str]:
         """The answer in pieces. An iterator that is closed early, or interrupted, leaves what was said so far.
 
-        Raises UserError where the conversation no longer fits into the model's context; the question is then not kept.
+        Raises UserError where the conversation no longer fits into the model's context, or the model gives no probabilities;
+        the question is then not kept.
         """
         generator = self.generator
         question = {"role": "user", "content": text}
@@ -89,7 +91,12 @@ class Conversation:
                 batch.step(CHUNK)
         finally:
             self.tokens = len(answer.tokens)
-            self.messages.append({"role": "assistant", "content": said})
+            if answer.finish == "error":
+                self.messages.pop()
+            else:
+                self.messages.append({"role": "assistant", "content": said})
+        if answer.finish == "error":
+            raise not_finite("the answer", generator.model, generator.params)
 
     def _batch_for(self, tokens: int) -> Batch:
         """The one that remembers the last turns, or a larger one."""

@@ -118,7 +118,10 @@ class Runner:
 
     def start(self, params: Mapping[str, jax.Array], state: State, start: Start, *, block: int) -> tuple[State, View]:
         """Some rows start; the others stay as they are."""
-        own = replace(state.cache, keys=state.cache.keys[:, start.rows], values=state.cache.values[:, start.rows])
+        # What an answer left there that was not finite would reach the new one through slots that are masked.
+        kept = jnp.arange(state.cache.keys.shape[2]) < start.kept[:, None]
+        of_rows = lambda x: jnp.where(kept[None, :, :, None, None], x[:, start.rows], 0)  # noqa: E731
+        own = replace(state.cache, keys=of_rows(state.cache.keys), values=of_rows(state.cache.values))
         part, view = self._started(params, own, start, block)
 
         def put(axis: int):

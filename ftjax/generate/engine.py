@@ -80,7 +80,8 @@ class Batch:
     started. Nothing is compiled for new prompts but for a new bucket of lengths, or of rows that start together.
 
     Attributes:
-        answers: of each row; None where it is free. A finished answer stays until the next one takes its row.
+        answers: of each row; None where it is free. A finished answer stays until the next one takes its row; one of which the
+            logits were not finite has finished with `error`, and harms no other row and no later answer.
         slots: tokens that prompt and answer of a row may have together.
     """
 
@@ -164,7 +165,8 @@ class Batch:
     def _release(self, row: int) -> None:
         answer, self.answers[row] = self.answers[row], None
         if answer is not None:
-            self._kept[row] = [*answer.prompt, *answer.tokens[:-1]]  # the last token was never put in
+            known = [*answer.prompt, *answer.tokens[:-1]]  # the last token was never put in
+            self._kept[row] = [] if answer.finish == "error" else known
 
     def _same(self, row: int, text: Sequence[int]) -> int:
         """How many tokens of a text are in a row's slots. The last one is computed anew: its logits are wanted."""

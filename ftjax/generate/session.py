@@ -20,6 +20,7 @@ from ftjax.generate.cache import bucket
 from ftjax.generate.context import context_length, end_ids, generation_config
 from ftjax.generate.decode import CHUNK
 from ftjax.generate.engine import Batch, Engine
+from ftjax.generate.finite import not_finite, require_finite
 from ftjax.generate.load import choose_dtype, load
 from ftjax.generate.sample import Sampling
 from ftjax.generate.score import Query, Score, arrays, completion_ids
@@ -125,7 +126,8 @@ class Generator:
             chat: whether a text is a user's message in the chat template; None: where the tokenizer has one.
             progress: called with the number of finished answers and of tokens so far.
 
-        Raises UserError for settings out of range, an empty prompt, or one that does not fit into the model's context.
+        Raises UserError for settings out of range, an empty prompt, or one that does not fit into the model's context, and
+        NotFinite where the model gives no probabilities.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if max_new_tokens < 1 or batch_size < 1:
@@ -149,6 +151,8 @@ class Generator:
             batch = Batch(self.engine, self.params, rows, slots)
             batch.start(dict(enumerate(group)))
             while True:
+                if broken := [number for number in numbers if answers[number].finish == "error"]:
+                    raise not_finite(f"prompt {broken[0] + 1}", self.model, self.params)
                 if progress:
                     progress(sum(a.finish is not None for a in answers), sum(len(a.tokens) for a in answers))
                 if not batch.active:
@@ -166,7 +170,8 @@ class Generator:
             completions: texts (tokenised as `ftjax.generate.score.completion_ids` says) or token ids.
             progress: called with the number of scored completions so far.
 
-        Raises UserError for an empty completion, and for a text that does not fit into the model's context.
+        Raises UserError for an empty completion, and for a text that does not fit into the model's context, and NotFinite
+        where the model gives no probabilities.
         """
         pairs = []
         for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -182,8 +187,9 @@ class Generator:
             logprobs, greedy = self.engine.score(self.params, *arrays([Query.of(*pairs[i]) for i in batch], rows))
             for row, i in enumerate(batch):
                 tokens = pairs[i][1]
-                values = logprobs[row, : len(tokens)].tolist()
-                found[i] = Score(tokens, values, bool(greedy[row, : len(tokens)].all()))
+                values = logprobs[row, : len(tokens)]
+                require_finite(values, f"completion {i + 1}", self.model, self.params)
+                found[i] = Score(tokens, values.tolist(), bool(greedy[row, : len(tokens)].all()))
             if progress:
                 progress(len(found))
         return [found[i] for i in range(len(pairs))]

@@ -246,7 +246,7 @@ def _loading(facts: CardFacts) -> str:
             "- vLLM: `vllm serve THIS_FOLDER`\n"
             "- llama.cpp: `python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf`"
         )
-    note, shown = "", base
+    note, shown, gguf = "", base, ""
     resize = f"model.resize_token_embeddings({facts.rows}, mean_resizing=False)\n" if facts.rows else ""
     if not _on_hub(base):
         base, shown = "BASE_FOLDER", base if base.endswith(".gguf") else "BASE_FOLDER"
@@ -254,6 +254,10 @@ def _loading(facts: CardFacts) -> str:
             f"`BASE_FOLDER` is the Hugging Face folder of `{facts.base_model}`. Where there is none at hand, "
             "`ftjax export RUN --merge --out FOLDER` writes base and adapter as one model.\n\n"
         )
+    if base == "BASE_FOLDER" and facts.base_model.endswith(".gguf"):
+        gguf = " A GGUF file is not enough for `convert_lora_to_gguf.py`: it wants that folder as `--base`."
+    patterns = [f"`{name}`" for name in ("rank_pattern", "alpha_pattern") if facts.method_settings.get(name)]
+    ignored = f" vLLM ignores this adapter's {' and '.join(patterns)} without a word." if patterns else ""
     if facts.library == "adapters":
         return (
             "```python\n"
@@ -280,5 +284,5 @@ def _loading(facts: CardFacts) -> str:
         f"- vLLM: `vllm serve {base} --enable-lora --lora-modules tuned=THIS_FOLDER`\n"
         f"- llama.cpp: `python convert_lora_to_gguf.py THIS_FOLDER --base BASE_FOLDER --outfile adapter.gguf`\n\n"
         "vLLM and llama.cpp take plain LoRA of one rank: `ftjax export RUN --portable --out FOLDER` writes it so, or says why "
-        "it cannot be."
+        f"it cannot be.{ignored}{gguf}"
     )

@@ -18,6 +18,7 @@ from ftjax.hub.own_base import warn_of_another_base
 from ftjax.hub.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter, read_adapter_config
 from ftjax.hub.plain_lora import read_updates, targets, write_plain
 from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer_files import write_tokenizer
 from ftjax.hub.untied import with_adapters_output
 from ftjax.hub.vocabulary import with_adapters_tokens
 from ftjax.mesh import make_mesh
@@ -125,7 +126,7 @@ def write_merged(adapter: Path, folder: Path, config: Config | None, base: str |
     check_base(model, source, str(path))
     tensors = model_tensors(model, from_source(source, trained), trained, method, jnp.dtype(config.model.dtype))
     write_folder(folder, model, tensors, config.model.dtype, path)
-    load_tokenizer(config.model).save_pretrained(folder)
+    write_tokenizer(folder, load_tokenizer(config.model), config.model, path)
 
 
 def write_portable(adapter: Path, folder: Path) -> None:

@@ -14,6 +14,7 @@ from ftjax.errors import UserError
 from ftjax.hub.adapter_file import Renamed
 from ftjax.hub.fetch import resolve_config
 from ftjax.hub.mxfp4 import Mxfp4Source, is_mxfp4
+from ftjax.hub.narrow import narrowed
 from ftjax.hub.quantize import abstract_quantised, quantised_array
 from ftjax.hub.safetensors import SafetensorsFolder
 from ftjax.hub.source import TensorSource
@@ -199,11 +200,11 @@ def read_block(spec: Spec, source: TensorSource, index: tuple[slice, ...], layou
         if direct and source.dtype(name) == out.dtype:
             source.read_into(name, flat[number])
         elif inside == stored:
-            flat[number] = source.read(name, index[depth:])
+            flat[number] = narrowed(name, source.read(name, index[depth:]), out.dtype)
         else:
             part = source.read(name, index[depth : depth + common])
             part = part.reshape(*part.shape[:common], *inside[common:])
-            flat[number] = part[(slice(None),) * common + index[depth + common :]]
+            flat[number] = narrowed(name, part[(slice(None),) * common + index[depth + common :]], out.dtype)
     return out
 
 

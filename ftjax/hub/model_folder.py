@@ -11,6 +11,7 @@ import numpy as np
 from ftjax.config import MethodConfig
 from ftjax.hub.gather import host_piece
 from ftjax.hub.load import layout_in, read_block
+from ftjax.hub.narrow import narrowed
 from ftjax.hub.older_fields import older_fields
 from ftjax.hub.safetensors import Tensor, write_model
 from ftjax.hub.source import TensorSource
@@ -62,7 +63,7 @@ def model_tensors(
             weight = read(spec, piece)
             if merge is not None:
                 weight = merge(model, spec.path, piece.index[: len(spec.stacked)], weight, fetch)
-            return weight.astype(dtype)
+            return narrowed(piece.name, weight, dtype)
 
         return one
 

@@ -16,6 +16,7 @@ from ftjax.hub.model_folder import from_params, model_tensors, write_folder
 from ftjax.hub.own_base import write_base
 from ftjax.hub.peft import adapter_tensors, write_adapter
 from ftjax.hub.safetensors import Tensor
+from ftjax.hub.tokenizer_files import write_tokenizer
 from ftjax.methods import method_of
 from ftjax.models.model import Model
 
@@ -51,7 +52,7 @@ def write_output(
         else:
             write_adapter(partial, model, params, config.method, config.model.path)
             write_base(partial, source)
-        tokenizer.save_pretrained(partial)
+        write_tokenizer(partial, tokenizer, config.model, source)
         rows = model.config["vocab_size"] if config.model.adds_tokens or config.model.pad_vocab_to_multiple_of else None
         card = run_card(config, step=step, data=data, metrics=metrics or {}, whole=whole, rows=rows)
         (partial / "README.md").write_text(card)

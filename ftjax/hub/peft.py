@@ -27,7 +27,7 @@ from ftjax.methods import METHODS, method_named, method_of
 from ftjax.methods.lora_targets import adapted_modules
 from ftjax.methods.method import Fetch, Method, Start, Stored
 from ftjax.methods.save import train
-from ftjax.methods.saved_keys import refuse_unknown
+from ftjax.methods.saved_keys import refuse_unknown, without_newer
 from ftjax.methods.tied import on_embedding
 from ftjax.methods.token_rows import DELTA
 from ftjax.methods.walk import describe
@@ -73,7 +73,7 @@ def write_adapter(folder: Path, model: Model, params: Mapping[str, jax.Array], c
         base_model: what `base_model_name_or_path` says: a Hub id or a folder.
     """
     method = method_of(config)
-    settings = method.saved_config(config, base_model, model)
+    settings = without_newer(method.saved_config(config, base_model, model))
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     write_file(folder / method.weights_file, adapter_tensors(model, params, config))
 

@@ -16,6 +16,7 @@ from ftjax.hub.peft import CONFIG, PREFIX, WEIGHTS, adapter_file, method_that_re
 from ftjax.hub.safetensors import Tensor, write_file
 from ftjax.methods.lora_targets import scale_of
 from ftjax.methods.method import Method
+from ftjax.methods.saved_keys import without_newer
 
 
 class Update(NamedTuple):
@@ -77,7 +78,7 @@ def write_plain(folder: Path, saved: Mapping, updates: Mapping[str, Update], tar
     write_file(folder / WEIGHTS, tensors)
     plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     plain |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None, "target_modules": target_modules}
-    (folder / CONFIG).write_text(json.dumps({**saved, **plain}, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG).write_text(json.dumps(without_newer({**saved, **plain}), indent=2, sort_keys=True) + "\n")
 
 
 def targets(saved: Mapping, updates: Mapping[str, Update]) -> list[str]:

@@ -37,8 +37,10 @@ def load_tokenizer(model: ModelConfig) -> Any:
         named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
         given = model.chat_template
         tokenizer.chat_template = named[given] if given in named else read_chat_template(given)
-    tokenizer.add_tokens(model.add_tokens)
-    tokenizer.add_tokens(model.add_special_tokens, special_tokens=True)
+    added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    # Those that are added already keep their own rules (of spaces beside them, of normalisation).
+    tokenizer.add_tokens([token for token in model.add_tokens if token not in added])
+    tokenizer.add_tokens([token for token in model.add_special_tokens if not added.get(token)], special_tokens=True)
     return tokenizer
 
 

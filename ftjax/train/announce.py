@@ -11,12 +11,16 @@ from ftjax.config import Config
 from ftjax.data.pipeline import Split
 from ftjax.data.preview import render_example
 from ftjax.flops import TrainFlops
+from ftjax.hub.peft import CONFIG as ADAPTER
+from ftjax.hub.peft import read_adapter_config
 from ftjax.mesh import describe, notes
 from ftjax.methods import method_of
 from ftjax.models.classifier import MULTI, SINGLE
 from ftjax.objectives import encoding_of, head_of
 from ftjax.train.progress import say
 from ftjax.train.setup import Setup
+
+PATTERNS = ("rank_pattern", "alpha_pattern")  # of LoRA
 
 
 def announce(setup: Setup, data: Sequence[str], flops: TrainFlops, *, steps: int, epoch_steps: int | None, first: int) -> None:
@@ -74,10 +78,22 @@ def next_commands(folder: Path, config: Config) -> list[str]:
         }
         return [*lines, f"  in Python:  {load[method.library].format(repr(str(final)))} ({method.no_merge})"]
     if adapter:
-        lines.append(f"  one model:  ftjax export {folder} --out {merged} --merge")
+        lines += [f"  one model:  ftjax export {folder} --out {merged} --merge", *_portable(folder, final, config)]
     return [
         *lines,
         f"  vLLM:       vllm serve {merged}",
         f"  llama.cpp:  python convert_hf_to_gguf.py {merged} --outfile model.gguf",
         f"  benchmarks: lm_eval --model hf --model_args pretrained={merged} --tasks hellaswag",
+    ]
+
+
+def _portable(folder: Path, final: Path, config: Config) -> list[str]:
+    """For a LoRA whose layers differ in rank or scale, which vLLM would pass over without a word."""
+    saved = read_adapter_config(final) if (final / ADAPTER).is_file() else config.method.model_dump()  # it may be a folder's
+    differing = [name for name in PATTERNS if saved.get(name)]
+    beyond = saved.get("use_dora") or saved.get("modules_to_save") or saved.get("trainable_token_indices")
+    if not differing or beyond or saved.get("bias", "none") != "none":
+        return []
+    return [
+        f"  LoRA alone: ftjax export {folder} --out {folder / 'portable'} --portable (vLLM ignores {' and '.join(differing)})"
     ]

@@ -25,6 +25,7 @@ from ftjax.flops import TrainFlops, train_flops
 from ftjax.hub.classifier import objectives_facts, with_objectives_head
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import abstract_param, load_base, open_model
+from ftjax.hub.narrow import LARGEST
 from ftjax.hub.own_base import warn_of_another_base
 from ftjax.hub.peft import attach_adapter, load_adapter, read_adapter_config, start_adapter
 from ftjax.hub.tokenizer import load_tokenizer
@@ -252,9 +253,21 @@ def prepare(config: Config) -> Setup:
 
         params = start_adapter(model, base, config.method, mesh, config.training.seed, tokenize)
     params, frozen = tree.split({**base, **params}, lambda name: model.specs[name].row.trainable)
+    if config.model.dtype == "float16" and not method_of(config.method).adapter:
+        _refuse_beyond_float16(model, params)
     if made.reference is not None:
         frozen |= made.reference.copies(model, params, jnp.dtype(config.model.dtype))
     return Setup(config, mesh, model, made.runtime, made.reference, path, params, frozen, why)
+
+
+def _refuse_beyond_float16(model: Model, params: Mapping[str, jax.Array]) -> None:
+    """UserError before a run whose weights, which train in float32, could not be saved as they are already."""
+    for path, value in params.items():
+        if (largest := float(jnp.abs(value).max())) > LARGEST:
+            raise UserError(
+                f"model.dtype: float16 holds values up to {LARGEST:.0f}, and {model.specs[path].hf_template} has some up to "
+                f"{largest:.3g}, so that the result could not be saved; choose bfloat16 or float32"
+            )
 
 
 def compile_steps(setup: Design, steps: int) -> tuple[Any, Any, optax.GradientTransformation, Any]:

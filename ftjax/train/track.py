@@ -10,6 +10,8 @@ from typing import Any
 
 from ftjax.errors import UserError
 
+COMPARED = ("train/loss", "eval/loss", "eval/token_accuracy")  # beside the settings, where TensorBoard compares runs
+
 
 def check_report_to(report_to: Sequence[str]) -> None:
     """Raises UserError where what a run is to report to is not installed; called before a model is loaded."""
@@ -46,11 +48,15 @@ class Tracker:
         self._board_errors: list[BaseException] = []
         if "tensorboard" in report_to:
             from tensorboardX import SummaryWriter
+            from tensorboardX.summary import hparams
 
             self._quiet_board()
             # With a queue that a row of metrics fills, logging would wait for ever for a writer that has failed.
             purge = resume_from + 1 if resume_from else None
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, max_queue=10_000)
+            # Not by add_hparams, which makes a run of its own for them.
+            for summary in hparams(flat(config), dict.fromkeys(COMPARED))[:2]:
+                self._board.file_writer.add_summary(summary)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is None:
@@ -117,6 +123,19 @@ class Tracker:
                     one.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Settings by their whole name (`optimizer.learning_rate`), lists as JSON; what is not set is left out."""
+    found: dict[str, bool | int | float | str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            found |= {f"{prefix}{name}": json.dumps(value, ensure_ascii=False)} if value else {}
+        elif value is not None:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def _indented(text: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax.numpy as jnp
 import pytest
 from oracle import one_device
 
@@ -90,6 +91,21 @@ def test_prompts_without_validation_data(tiny, rows_file, tmp_path, monkeypatch)
     }
     go(make_config(tiny, rows_file, tmp_path, **over), monkeypatch)
     assert list(lines(tmp_path, "eval/generations")) == [2, 4] and not (tmp_path / "best").exists()
+
+
+def test_a_run_that_is_watched_goes_on(tiny, rows_file, tmp_path, monkeypatch, capsys):
+    """The metric is NaN there, which is never the best, and no answer is shown."""
+    monkeypatch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
+    config = make_config(tiny, rows_file, tmp_path, evaluate={"training_rows": 2, "training_prompts": ["abc"]})
+    prepared = setup.prepare(config)
+    observer = make_observer(prepared, Generator(str(tiny), dtype="float32").tokenizer, None)
+    params = {**prepared.frozen, **prepared.params}
+    seen = observer(params)
+    assert len(seen.texts) == 1 and not math.isnan(seen.metrics["eval/exact_match"])
+    bad = {path: jnp.full_like(value, jnp.nan) if path in prepared.params else value for path, value in params.items()}
+    seen = observer(bad)
+    assert not seen.texts and math.isnan(seen.metrics["eval/exact_match"])
+    assert "nothing is measured of the answers: prompt 1: the model gives NaN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

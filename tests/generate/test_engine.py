@@ -95,6 +95,40 @@ def test_any_order_of_arrivals_and_departures(generator, want, data):
         assert one.tokens == want[number]
 
 
+def poisoned(generator: Generator, token: int) -> dict:
+    """The parameters, with NaN for what goes into the model of one token."""
+    [path] = (path for path, spec in generator.model.specs.items() if spec.hf_template.endswith("embed_tokens.weight"))
+    return {**generator.params, path: generator.params[path].at[token].set(jnp.nan)}
+
+
+def test_logits_that_are_not_finite_end_their_row_alone(generator, want):
+    """Other rows go on as they would have, and the row's next answer is what it is elsewhere."""
+    batch = Batch(generator.engine, poisoned(generator, 95), ROWS, SLOTS)
+    numbers = [n for n in range(10) if 95 not in [*answer(generator, n).prompt, *want[n]]]
+    broken = generator.begin([95, *tokens(1, 30, seed=8)[0].tolist()], 4, StopStrings(()))
+    first, second, third = (answer(generator, n) for n in numbers[:3])
+    batch.start({0: first, 1: broken})
+    assert broken.finish == "error" and not broken.tokens and 1 in batch.free()
+    batch.step(2)
+    batch.start({1: second})
+    while batch.active:
+        batch.step()
+    batch.start({1: third})
+    while batch.active:
+        batch.step()
+    assert [first.tokens, second.tokens, third.tokens] == [want[n] for n in numbers[:3]]
+
+
+def test_an_answer_ends_where_its_logits_are_not_finite(generator, want):
+    places = [(number, at) for number, tokens in enumerate(want) for at in range(1, len(tokens) - 1)]
+    number, at = next((n, at) for n, at in places if want[n][at] not in [*answer(generator, n).prompt, *want[n][:at]])
+    batch, one = Batch(generator.engine, poisoned(generator, want[number][at]), ROWS, SLOTS), answer(generator, number)
+    batch.start({0: one})
+    while batch.active:
+        batch.step()
+    assert one.finish == "error" and one.tokens == want[number][: at + 1]
+
+
 def test_nothing_is_compiled_for_other_requests(generator, want, lowered):
     def all_of_them(numbers):
         batch, waiting = Batch(generator.engine, generator.params, ROWS, SLOTS), list(numbers)

@@ -1,6 +1,7 @@
 """Model cards: front matter that the Hub reads, and what a reader needs."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -71,6 +72,17 @@ def test_a_local_base_is_no_hub_id(base):
     assert card.data.base_model is None
     assert f"`BASE_FOLDER` is the Hugging Face folder of `{base}`" in card.text
     assert 'from_pretrained("BASE_FOLDER")' in card.text and f'"{base}"' not in card.text
+
+
+def test_what_other_tools_would_pass_over_is_said():
+    """llama.cpp's converter looks up an adapter's base, and finds no config.json of a GGUF file; vLLM reads no patterns."""
+    wants = "`convert_lora_to_gguf.py`: it wants that folder as `--base`"
+    assert wants in model_card(CardFacts("base.Q8_0.gguf", "lora", "sft", "adapter"))
+    assert wants not in model_card(CardFacts("base", "lora", "sft", "adapter")) and wants not in model_card(FACTS)
+    settings = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}}
+    text = model_card(replace(FACTS, method_settings=settings))
+    assert "vLLM ignores this adapter's `rank_pattern` and `alpha_pattern` without a word" in text
+    assert "ignores" not in model_card(FACTS)
 
 
 def config(path: str, train: str, **method) -> Config:

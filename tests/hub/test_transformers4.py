@@ -1,5 +1,5 @@
-"""Folders that ftjax writes, read by transformers 4.57 in an environment of its own, which has another PyTorch model code and
-other rules for config.json and tokenizers. `make test-all` only: the environment is made with pip."""
+"""Folders that ftjax writes, read by transformers 4.57 and PEFT 0.13 in an environment of their own. They have other model code
+and other rules for config.json, tokenizers and adapters. `make test-all` only: the environment is made with pip."""
 
 import json
 import subprocess
@@ -11,14 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import CASES
-from oracle import hf_logits, load, make_hf, tokens, write_merged
+from gguf_writing import hub_folder, sentencepiece_keys, write_llama
+from oracle import Case, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
 from processes import ALL
+from qwen_tokenizer import qwen
 
-from ftjax.config import FullConfig
+from ftjax.config import FullConfig, LoraConfig, ModelConfig
+from ftjax.config.method import IA3Config, PromptTuningConfig, PTuningConfig
+from ftjax.hub.export import export
+from ftjax.hub.peft import start_adapter, write_adapter
+from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer_files import write_tokenizer
+from ftjax.methods import method_of
 
 pytestmark = pytest.mark.skipif(not ALL, reason="makes an environment with pip; FTJAX_TEST_ALL=1 runs it")
 HERE = Path(__file__).parent
-PACKAGES = ("transformers==4.57.6", "numpy", "sentencepiece", "protobuf", "gguf")
+PACKAGES = ("transformers==4.57.6", "peft==0.13.2", "numpy", "sentencepiece", "protobuf", "gguf")
 REFUSED = {"olmo2-tied", "phi3-whole-heads"}  # scalings for which transformers 4 has no words
 ONE_BASE = {"olmo3"}  # transformers 4 has one rope_theta for all types of layers of this family
 
@@ -28,14 +36,15 @@ def older() -> Path:
     """The Python of an environment with transformers 4.57; it is kept between runs."""
     place = HERE.parents[1] / ".cache" / "transformers4"
     python = place / "bin" / "python"
-    if not (place / ".complete").exists():
+    complete = place / ".complete"
+    if not complete.exists() or complete.read_text() != " ".join(PACKAGES):
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
         pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
         torch = f"torch=={version('torch').partition('+')[0]}"
         done = subprocess.run([*pip, torch, *PACKAGES], capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"pip cannot install {PACKAGES[0]} here: {done.stderr.strip().splitlines()[-1]}")
-        (place / ".complete").touch()
+        complete.write_text(" ".join(PACKAGES))
     return python
 
 
@@ -65,3 +74,73 @@ def test_every_family_has_the_same_logits(older, tmp_path):
             apart[case.name] = float(np.abs(np.array(theirs["logits"]) - ours).max())
     assert set(refused) == REFUSED, refused
     assert {name: value for name, value in apart.items() if not value < 1e-4} == {}
+
+
+def test_tokenizers_have_the_same_ids(older, stories, shared, tmp_path):
+    """Carried over and written anew, from folders, GGUF and SentencePiece; beside a model and in an adapter's folder."""
+    base = qwen(tmp_path / "qwen")
+    config, tensors = hub_folder(stories)
+    keys = sentencepiece_keys(stories / "tokenizer.model", bos=1, eos=2, unknown=0)
+    gguf = write_llama(tmp_path / "stories.gguf", config, tensors, tokenizer=keys)
+    new = {"add_tokens": ["kilogram"], "add_special_tokens": ["<call>"]}
+    template = {"chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"}
+    sources = [(base, {}), (base, new), (base, template), (base, new | template), (stories, {}), (stories, new)]
+    sources += [(gguf, {}), (gguf, new), (shared / "models" / "tokenizer_mistral_v1", {})]
+    texts = ["once upon a  kilogram", "héllo<|im_end|> <tool_call><call>\n\n x", "<s>  \t漢字</s>"]
+    asked, want = [], []
+    for number, (place, settings) in enumerate(sources):
+        for kind in ("model", "adapter"):
+            out = tmp_path / f"{number}-{kind}"
+            out.mkdir()
+            if kind == "model":
+                (out / "config.json").write_text(json.dumps({"model_type": "qwen2" if place == base else "llama"}))
+            model = ModelConfig(path=str(place), **settings)
+            tokenizer = load_tokenizer(model)
+            write_tokenizer(out, tokenizer, model, place)
+            asked.append({"folder": str(out), "ids": [], "texts": texts})
+            answer = {"ids": [tokenizer(text).input_ids for text in texts]}
+            answer["special"] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+            if tokenizer.chat_template:
+                chat = [{"role": "user", "content": texts[0]}]
+                answer["chat"] = tokenizer.apply_chat_template(chat, tokenize=False)
+            want.append(answer)
+    assert ask(older, tmp_path, asked) == want
+
+
+# Not prefix tuning: this PEFT runs it with older versions of transformers only.
+ADAPTERS = [
+    LoraConfig(r=4, lora_alpha=8),
+    LoraConfig(r=4, lora_alpha=8, use_dora=True, use_rslora=True, target_modules=["q_proj", "down_proj"]),
+    LoraConfig(r=4, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 3}, layers_to_transform=[1]),
+    LoraConfig(r=4, modules_to_save=["lm_head"]),
+    LoraConfig(r=4, target_modules=["q_proj", "embed_tokens", "lm_head"], bias="lora_only"),
+    IA3Config(),
+    PromptTuningConfig(num_virtual_tokens=5),
+    PTuningConfig(num_virtual_tokens=5, encoder_hidden_size=12),
+]  # fmt: skip
+
+
+def test_adapters_have_the_same_logits_in_an_older_peft(older, tmp_path):
+    """As it loads them, and as exported for other tools."""
+    base, ids, asked, want = tmp_path / "base", tokens(2, 20), [], []
+    make_hf(Case("llama", "llama", {"attention_bias": True}), base)
+    for number, config in enumerate(ADAPTERS):
+        method, folder = method_of(config), tmp_path / f"adapter-{number}"
+        model, params = load(base, lambda root, method=method, config=config: method.attach(root, config))
+        params |= start_adapter(model, params, config, one_device(), 0, lambda text: [5, 6, 7])
+        rng = np.random.default_rng(number)
+        for path, spec in model.trainable.items():
+            params[path] = params[path] + rng.normal(size=spec.shape).astype(np.float32) * 0.1
+        folder.mkdir()
+        write_adapter(folder, model, params, config, "base")
+        written = [folder]
+        if config == ADAPTERS[0]:
+            export(folder, tmp_path / "portable", portable=True)
+            written.append(tmp_path / "portable")
+        for one in written:
+            asked.append({"folder": str(base), "ids": ids.tolist(), "texts": [], "adapter": str(one)})
+            want.append(logits(model, params, ids))
+    answers = ask(older, tmp_path, asked)
+    pairs = zip(answers, want, strict=True)
+    apart = [float(np.abs(np.array(a["logits"]) - b).max()) if "logits" in a else a for a, b in pairs]
+    assert [one for one in apart if not isinstance(one, float) or one > 1e-4] == []

@@ -1,20 +1,23 @@
-"""Run by a Python that has transformers 4.57: what it makes of model folders. Arguments: a list of folders and of texts, as
-JSON, and where the answers go."""
+"""Run by a Python that has transformers 4.57 and PEFT 0.13: what they make of folders. Arguments: a list of folders and of
+texts, as JSON, and where the answers go."""
 
 import json
 import sys
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def read(folder: str, ids: list, texts: list[str]) -> dict:
+def read(folder: str, ids: list, texts: list[str], adapter: str | None = None) -> dict:
     answer = {}
     if ids:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        if adapter:
+            model = PeftModel.from_pretrained(model, adapter).eval()
         with torch.no_grad():
-            answer["logits"] = model(torch.tensor(ids), use_cache=False).logits.tolist()
+            answer["logits"] = model(torch.tensor(ids), use_cache=False).logits[:, -len(ids[0]) :].tolist()
     if texts:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         answer["ids"] = [tokenizer(text).input_ids for text in texts]

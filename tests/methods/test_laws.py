@@ -3,6 +3,8 @@
 The oracle is PEFT, for methods whose files it reads. A method that is not in VARIANTS is tried with its defaults.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +143,34 @@ def test_ours_in_peft(base, name, tmp_path):
     again, values = load(folder, lambda root: attach_adapter(root, tmp_path))
     values |= load_adapter(again, tmp_path, one_device())
     np.testing.assert_allclose(logits(again, values, ids), got, atol=1e-5, rtol=0)
+
+
+# The fields of PEFT 0.13.2 that its configurations of these methods have in common, and their own
+OLDER = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "revision", "task_type"}
+VIRTUAL_OLDER = {"num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "token_dim"}
+OWN_OLDER = {
+    "lora": {
+        "alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "layer_replication", "layers_pattern",
+        "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "megatron_config", "megatron_core",
+        "modules_to_save", "r", "rank_pattern", "runtime_config", "target_modules", "use_dora", "use_rslora",
+    },
+    "ia3": {"fan_in_fan_out", "feedforward_modules", "init_ia3_weights", "modules_to_save", "target_modules"},
+    "prefix_tuning": {*VIRTUAL_OLDER, "encoder_hidden_size", "prefix_projection"},
+    "prompt_tuning": {
+        *VIRTUAL_OLDER, "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path",
+    },
+    "p_tuning": {
+        *VIRTUAL_OLDER, "encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_older_peft_knows_every_key(base, name, tmp_path):
+    """It refuses a folder for a key that it does not have, even at its default."""
+    config, model, params = started(base[1], name)
+    write_adapter(tmp_path, model, params, config, "base")
+    assert set(json.loads((tmp_path / "adapter_config.json").read_text())) <= OLDER | OWN_OLDER[NAMES[name]["name"]]
 
 
 @pytest.mark.parametrize("name", PEFT)
