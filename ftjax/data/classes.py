@@ -135,7 +135,10 @@ def with_labels(config: Config) -> Config:
     """
     if config.objective.name != "classification":
         return config
-    labels, form = find_labels(config.data.sources("train"), config.data, Labels.of(config.objective))
+    asked = Labels.of(config.objective)
+    if asked.names is not None and (asked.single or asked.form != "auto"):
+        return config  # nothing is left to find; what does not fit is found where rows are encoded
+    labels, form = find_labels(config.data.sources("train"), config.data, asked)
     changes = {"objective": config.objective.model_copy(update={"labels": labels, "label_format": form})}
     if config.evaluate.labels is None and config.objective.single:
         changes["evaluate"] = config.evaluate.model_copy(update={"labels": labels})

@@ -16,7 +16,7 @@ from ftjax.evaluate.measure import check, measure
 from ftjax.evaluate.rows import read_items
 from ftjax.generate.finite import NotFinite
 from ftjax.generate.session import Generator
-from ftjax.models.classifier import classes_of
+from ftjax.objectives import head_of
 from ftjax.train.observer import Observation
 from ftjax.train.setup import Setup
 
@@ -29,7 +29,7 @@ def make_observer(setup: Setup, tokenizer: Any, validation: Split | None) -> "Ob
     Raises UserError, before anything is trained, where rows or prompts cannot be used.
     """
     settings = setup.config.evaluate
-    head = bool(classes_of(setup.model.config))
+    head = head_of(setup.config) is not None
     if head and settings.training_prompts:
         raise UserError("evaluate.training_prompts: a classification head writes no answers; use evaluate.training_rows")
     documents = [d for d, _ in validation.first(settings.training_examples)] if validation and not head else []

@@ -18,6 +18,17 @@ def fed(losses, watch=None, first=1):
     return watch, skipped
 
 
+def test_losses_below_zero():
+    """Such as a reward with its sign turned: what counts is how far above the usual a loss is."""
+    watch = LossWatch(10.0, 3)
+    for step in range(1, 20):
+        watch.see(step, -5.0 - 0.1 * (step % 3), True)
+    assert -5.3 + 3 < watch.limit(22) < 0
+    for step in range(20, 40):
+        watch.see(step, 1e-6 * (-1) ** step, True)
+    assert 2.9 < watch.limit(42) < 3.1
+
+
 def test_odd_rows_among_easy_ones_are_no_divergence():
     """A median near zero, and now and then a batch with a hard row in it."""
     losses = [0.06, 0.05, 0.07, 0.06] * 25
