@@ -14,7 +14,7 @@ from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import check_base, open_model, read_facts
 from ftjax.hub.model_folder import from_source, model_tensors, write_folder
 from ftjax.hub.output import replacing
-from ftjax.hub.own_base import warn_of_another_base
+from ftjax.hub.own_base import base_of, warn_of_another_base
 from ftjax.hub.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter, read_adapter_config
 from ftjax.hub.plain_lora import read_updates, targets, write_plain
 from ftjax.hub.tokenizer import load_tokenizer
@@ -92,7 +92,7 @@ def find_result(run: Path) -> tuple[Path, Config | None]:
 def _base_alone(adapter: Path, base: str | None) -> Config:
     """The settings of an adapter's base model, of which there is no run: its own dtype, and the tokenizer that the adapter
     brings."""
-    base = base or read_adapter_config(adapter).get("base_model_name_or_path")
+    base = base or base_of(adapter, read_adapter_config(adapter))
     if not base:
         raise UserError(f"{adapter}: its {CONFIG} names no base model; name it: ftjax export BASE --adapter {adapter} --merge")
     dtype = read_facts(resolve_model(base)).get("dtype")
