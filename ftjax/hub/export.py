@@ -21,6 +21,7 @@ from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.hub.tokenizer_files import write_tokenizer
 from ftjax.hub.untied import with_adapters_output
 from ftjax.hub.vocabulary import with_adapters_tokens
+from ftjax.hub.written import describe
 from ftjax.mesh import make_mesh
 from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
@@ -32,7 +33,8 @@ def export(
     run: Path | str, out: Path, *, adapter: Path | None = None, merge: bool = False, portable: bool = False,
     push_to_hub: str | None = None, private: bool = True,
 ) -> None:  # fmt: skip
-    """Write `out` from a run's `final/`, from `final/` or `best/` itself, or from an adapter folder that anyone made.
+    """Write `out` from a run's `final/`, from `final/` or `best/` itself, or from an adapter folder that anyone made; print
+    what was written, and what loads it.
 
     Args:
         run: with `adapter`, its base model.
@@ -64,6 +66,7 @@ def export(
         for extra in ("README.md",):
             if (result / extra).exists() and not (folder / extra).exists():
                 shutil.copyfile(result / extra, folder / extra)
+    print("\n".join(describe(out)), flush=True)
     if push_to_hub:
         from ftjax.hub.push import push_folder
 

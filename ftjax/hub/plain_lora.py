@@ -19,6 +19,8 @@ from ftjax.methods.lora_targets import scale_of
 from ftjax.methods.method import Method
 from ftjax.methods.saved_keys import without_newer
 
+PATTERNS = ("rank_pattern", "alpha_pattern")  # by which layers differ, and which vLLM ignores
+
 
 class Update(NamedTuple):
     """What a layer's weight gains is `b @ a`; a is [r, in], b [out, r]."""
@@ -37,7 +39,7 @@ def read_updates(adapter: Path, why: str) -> tuple[dict, dict[str, Update]]:
     """
     saved = read_adapter_config(adapter)
     method, source = method_that_reads(adapter, saved), adapter_file(adapter)
-    if parts := _beyond_plain(method, saved, source.keys()):
+    if parts := beyond_plain(method, saved, source.keys()):
         instead = "leave it as it is" if method.no_merge else "ftjax export --merge folds it into its base model"
         raise UserError(f"{adapter}: {why}, and this adapter has {' and '.join(parts)}; {instead}")
     config, updates = settings_of(adapter, method, saved), {}
@@ -50,7 +52,7 @@ def read_updates(adapter: Path, why: str) -> tuple[dict, dict[str, Update]]:
     return saved, dict(sorted(updates.items()))
 
 
-def _beyond_plain(method: Method, saved: Mapping, names: Iterable[str]) -> list[str]:
+def beyond_plain(method: Method, saved: Mapping, names: Iterable[str]) -> list[str]:
     """What an adapter has that is no update `b @ a` of a dense layer, for a message."""
     if method.config is not LoraConfig:
         return [method.kind]
