@@ -9,6 +9,7 @@ from ftjax.config import Config
 from ftjax.config.load import load_config, print_note
 from ftjax.errors import UserError
 from ftjax.hub.fetch import resolve_config
+from ftjax.hub.own_base import base_of
 from ftjax.hub.peft import CONFIG as ADAPTER
 from ftjax.hub.peft import read_adapter_config
 from ftjax.hub.run_folder import RUN, adapter_folder, result_of
@@ -102,7 +103,7 @@ def _of_run(run: Path, result: Path, config: Config, trained: Config) -> Named:
 
 def _of_adapter(given: str, place: Path) -> Named:
     saved = read_adapter_config(place)
-    base = saved.get("base_model_name_or_path")
+    base = base_of(place, saved)
     if not base:
         raise UserError(f"{place}: its {ADAPTER} names no base model; give the model, and this folder as --adapter")
     revision = None if Path(base).exists() else saved.get("revision")

@@ -10,14 +10,15 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from ftjax.config import Config
-from ftjax.hub.fetch import HUB, HUB_ID
+from ftjax.hub.fetch import HUB
 from ftjax.hub.gguf_file import open_gguf
+from ftjax.hub.public import is_hub_id, public_name, without_paths
 from ftjax.methods import method_of
 from ftjax.models.classifier import REGRESSION, SINGLE
 from ftjax.objectives import head_of
 
-FILES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt")
 LOADING = "How to load it"
+PLACES = ("adapter_path", "checkpoint_dir")  # settings that are paths of the machine
 PACKAGES = ("ftjax", "jax", "flax", "optax", "transformers", "tokenizers", "datasets")
 
 
@@ -99,21 +100,23 @@ def run_card(
         rows: of the embedding, where the run changed their number.
     """
     sections, head = config.model_dump(mode="json"), head_of(config)
+    paths = [source.path for which in ("train", "validation") for source in config.data.sources(which)]
     return model_card(
         CardFacts(
-            base_model=_name(config.model.path),
+            base_model=public_name(config.model.path),
             method=config.method.name,
             objective=config.objective.name,
             kind="model" if whole else "adapter",
-            method_settings={key: value for key, value in sections["method"].items() if key != "adapter_path"},
-            training={name: sections[name] for name in ("objective", "optimizer", "training")}
+            method_settings={key: value for key, value in sections["method"].items() if key not in PLACES},
+            training={name: sections[name] for name in ("objective", "optimizer")}
+            | {"training": {key: value for key, value in sections["training"].items() if key not in PLACES}}
             | {"model": {key: sections["model"][key] for key in ("dtype", "compute_dtype")}}
             | {"data": {key: sections["data"][key] for key in ("max_length", "packing")}},
-            data=data,
+            data=[without_paths(line, paths) for line in data],
             metrics=metrics,
             step=step,
             versions=installed_versions(),
-            datasets=[source.path for source in config.data.sources("train") if _is_hub_id(source.path)],
+            datasets=[source.path for source in config.data.sources("train") if is_hub_id(source.path)],
             license=base_license(config.model.path, config.model.revision),
             rows=rows,
             library=method_of(config.method).library,
@@ -156,7 +159,7 @@ def base_license(path: str, revision: str | None = None) -> str | None:
     if path.endswith(".gguf"):
         return open_gguf(Path(path)).metadata.get("general.license")
     card = Path(path) / "README.md"
-    if _is_hub_id(path.removeprefix(HUB)):
+    if is_hub_id(path.removeprefix(HUB)):
         cached = try_to_load_from_cache(path.removeprefix(HUB), "README.md", revision=revision)
         if not isinstance(cached, str):
             return None
@@ -172,15 +175,6 @@ def base_license(path: str, revision: str | None = None) -> str | None:
 def _on_hub(name: str) -> bool:
     """`base_model` is a Hub id or a bare name, so that the slash tells."""
     return "/" in name
-
-
-def _is_hub_id(path: str) -> bool:
-    return bool(HUB_ID.fullmatch(path)) and "/" in path and not Path(path).exists() and not path.endswith(FILES)
-
-
-def _name(path: str) -> str:
-    path = path.removeprefix(HUB)
-    return path if _is_hub_id(path) else Path(path).name
 
 
 def _section(title: str, text: str) -> str:

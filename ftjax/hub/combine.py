@@ -13,6 +13,7 @@ import numpy as np
 
 from ftjax.errors import UserError
 from ftjax.hub.output import replacing
+from ftjax.hub.own_base import known_base
 from ftjax.hub.peft import CONFIG, WEIGHTS
 from ftjax.hub.plain_lora import Update, read_updates, targets, write_plain
 from ftjax.hub.run_folder import adapter_folder
@@ -38,6 +39,12 @@ def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path) -> None:
                     f"merge-adapters: {parts[0][0]} has {key} = {first.get(key)!r} and {folder} has {saved.get(key)!r}; "
                     f"adapters of different models do not add up. If it is one model, write the same name into {CONFIG}"
                 )
+        bases = known_base(parts[0][0]), known_base(folder)
+        if None not in bases and bases[0] != bases[1]:
+            raise UserError(
+                f"merge-adapters: {parts[0][0]} and {folder} were made on models with other weights (base_model.json); "
+                "adapters of different models do not add up"
+            )
         for module, update in updates.items():
             other = read[0][1].get(module, update)
             if (other.a.shape[1], other.b.shape[0]) != (update.a.shape[1], update.b.shape[0]):

@@ -14,13 +14,14 @@ from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import check_base, open_model, read_facts
 from ftjax.hub.model_folder import from_source, model_tensors, write_folder
 from ftjax.hub.output import replacing
-from ftjax.hub.own_base import warn_of_another_base
+from ftjax.hub.own_base import base_of, warn_of_another_base
 from ftjax.hub.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter, read_adapter_config
 from ftjax.hub.plain_lora import read_updates, targets, write_plain
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.hub.tokenizer_files import write_tokenizer
 from ftjax.hub.untied import with_adapters_output
 from ftjax.hub.vocabulary import with_adapters_tokens
+from ftjax.hub.written import describe
 from ftjax.mesh import make_mesh
 from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
@@ -33,7 +34,8 @@ def export(
     run: Path | str, out: Path, *, adapter: Path | None = None, merge: bool = False, portable: bool = False,
     push_to_hub: str | None = None, private: bool = True,
 ) -> None:  # fmt: skip
-    """Write `out` from a run's `final/`, from `final/` or `best/` itself, or from an adapter folder that anyone made.
+    """Write `out` from a run's `final/`, from `final/` or `best/` itself, or from an adapter folder that anyone made; print
+    what was written, and what loads it.
 
     Args:
         run: with `adapter`, its base model.
@@ -65,6 +67,7 @@ def export(
         for extra in ("README.md",):
             if (result / extra).exists() and not (folder / extra).exists():
                 shutil.copyfile(result / extra, folder / extra)
+    print("\n".join(describe(out)), flush=True)
     if push_to_hub:
         from ftjax.hub.push import push_folder
 
@@ -93,7 +96,7 @@ def find_result(run: Path) -> tuple[Path, Config | None]:
 def _base_alone(adapter: Path, base: str | None) -> Config:
     """The settings of an adapter's base model, of which there is no run: its own dtype, and the tokenizer that the adapter
     brings."""
-    base = base or read_adapter_config(adapter).get("base_model_name_or_path")
+    base = base or base_of(adapter, read_adapter_config(adapter))
     if not base:
         raise UserError(f"{adapter}: its {CONFIG} names no base model; name it: ftjax export BASE --adapter {adapter} --merge")
     dtype = read_facts(resolve_model(base)).get("dtype")

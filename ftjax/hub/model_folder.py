@@ -81,6 +81,7 @@ def write_config(folder: Path, config: Mapping, dtype: str, source: Path) -> Non
     from transformers import CONFIG_MAPPING
 
     written = CONFIG_MAPPING[config["model_type"]].from_dict({**config, "dtype": dtype}).to_diff_dict()
+    written.pop("_name_or_path", None)
     text = json.dumps({**written, **older_fields(written)}, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     generation = source / "generation_config.json"

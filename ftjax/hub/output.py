@@ -15,6 +15,7 @@ from ftjax.hub.card import run_card
 from ftjax.hub.model_folder import from_params, model_tensors, write_folder
 from ftjax.hub.own_base import write_base
 from ftjax.hub.peft import adapter_tensors, write_adapter
+from ftjax.hub.public import public_name
 from ftjax.hub.safetensors import Tensor
 from ftjax.hub.tokenizer_files import write_tokenizer
 from ftjax.methods import method_of
@@ -50,7 +51,7 @@ def write_output(
         if whole:
             write_folder(partial, model, _whole(model, params, config), config.model.dtype, source)
         else:
-            write_adapter(partial, model, params, config.method, config.model.path)
+            write_adapter(partial, model, params, config.method, public_name(config.model.path))
             write_base(partial, source)
         write_tokenizer(partial, tokenizer, config.model, source)
         rows = model.config["vocab_size"] if config.model.adds_tokens or config.model.pad_vocab_to_multiple_of else None

@@ -5,6 +5,7 @@ It stands in a file of its own beside `adapter_config.json`, in which older vers
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,12 +42,42 @@ def weights_digest(source: TensorSource) -> dict[str, str]:
 
 
 def write_base(folder: Path, base: Path) -> None:
-    """Put the digest into an adapter's folder.
+    """Put the digest into an adapter's folder, and keep on this machine where the model lies.
 
     Args:
         base: the base model's folder or file.
     """
-    (folder / FILE).write_text(json.dumps({"weights": weights_digest(open_model(base)[1])}, indent=2) + "\n")
+    digests = weights_digest(open_model(base)[1])
+    (folder / FILE).write_text(json.dumps({"weights": digests}, indent=2) + "\n")
+    try:
+        place = _remembering(digests)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(str(base.absolute()), encoding="utf-8")
+    except OSError:  # then the base is to be named
+        pass
+
+
+def base_of(adapter: Path, saved: Mapping[str, Any]) -> str | None:
+    """The base model that an adapter's folder names: a Hub id, a path, or of a mere name the model of these weights that
+    adapters were made on here. What is published has the names of folders alone.
+
+    Args:
+        saved: its adapter_config.json.
+    """
+    named = saved.get("base_model_name_or_path")
+    if not named or re.search(r"[/\\]", named) or not (known := known_base(adapter)) or not set(ROUNDED) <= set(known):
+        return named
+    try:
+        place = _remembering(known).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return named
+    return place if Path(place).exists() else named
+
+
+def _remembering(digests: Mapping[str, str]) -> Path:
+    """The file that says where the model of these digests lies on this machine."""
+    cache = Path(os.environ.get("FTJAX_CACHE", Path.home() / ".cache" / "ftjax"))
+    return cache / "bases" / re.sub(r"\W", "", digests["bfloat16"])
 
 
 def warn_of_another_base(adapter: Path, saved: Mapping[str, Any], given: str, source: TensorSource) -> None:
@@ -58,7 +89,7 @@ def warn_of_another_base(adapter: Path, saved: Mapping[str, Any], given: str, so
         source: that model's tensors.
     """
     named = saved.get("base_model_name_or_path") or saved.get("model_name")
-    known = _known(adapter)
+    known = known_base(adapter)
     if known is not None:
         found = weights_digest(source)
         if not any(known.get(name) == value for name, value in found.items()):
@@ -71,7 +102,8 @@ def warn_of_another_base(adapter: Path, saved: Mapping[str, Any], given: str, so
         _warn(f"{adapter}: it was made on {named}, and {given} is given; on another model its answers may be worthless")
 
 
-def _known(adapter: Path) -> Mapping[str, str] | None:
+def known_base(adapter: Path) -> Mapping[str, str] | None:
+    """The digests of an adapter's base model; None where it has none."""
     path = adapter / FILE
     if not path.is_file():
         return None

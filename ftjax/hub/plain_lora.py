@@ -13,10 +13,13 @@ import numpy as np
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
 from ftjax.hub.peft import CONFIG, PREFIX, WEIGHTS, adapter_file, method_that_reads, read_adapter_config, settings_of
+from ftjax.hub.public import public_name
 from ftjax.hub.safetensors import Tensor, write_file
 from ftjax.methods.lora_targets import scale_of
 from ftjax.methods.method import Method
 from ftjax.methods.saved_keys import without_newer
+
+PATTERNS = ("rank_pattern", "alpha_pattern")  # by which layers differ, and which vLLM ignores
 
 
 class Update(NamedTuple):
@@ -36,7 +39,7 @@ def read_updates(adapter: Path, why: str) -> tuple[dict, dict[str, Update]]:
     """
     saved = read_adapter_config(adapter)
     method, source = method_that_reads(adapter, saved), adapter_file(adapter)
-    if parts := _beyond_plain(method, saved, source.keys()):
+    if parts := beyond_plain(method, saved, source.keys()):
         instead = "leave it as it is" if method.no_merge else "ftjax export --merge folds it into its base model"
         raise UserError(f"{adapter}: {why}, and this adapter has {' and '.join(parts)}; {instead}")
     config, updates = settings_of(adapter, method, saved), {}
@@ -49,7 +52,7 @@ def read_updates(adapter: Path, why: str) -> tuple[dict, dict[str, Update]]:
     return saved, dict(sorted(updates.items()))
 
 
-def _beyond_plain(method: Method, saved: Mapping, names: Iterable[str]) -> list[str]:
+def beyond_plain(method: Method, saved: Mapping, names: Iterable[str]) -> list[str]:
     """What an adapter has that is no update `b @ a` of a dense layer, for a message."""
     if method.config is not LoraConfig:
         return [method.kind]
@@ -66,7 +69,7 @@ def write_plain(folder: Path, saved: Mapping, updates: Mapping[str, Update], tar
     """The two files of a PEFT folder.
 
     Args:
-        saved: an adapter_config.json, of which what does not concern ranks and layers is kept.
+        saved: an adapter_config.json, of which what does not concern ranks and layers is kept, but for the base model's place.
     """
     rank = max(update.a.shape[0] for update in updates.values())
     tensors = []
@@ -77,6 +80,8 @@ def write_plain(folder: Path, saved: Mapping, updates: Mapping[str, Update], tar
             tensors.append(Tensor(f"{PREFIX}{module}.{name}.weight", value.shape, value.dtype, lambda value=value: value))
     write_file(folder / WEIGHTS, tensors)
     plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    if base := saved.get("base_model_name_or_path"):
+        plain["base_model_name_or_path"] = public_name(base)
     plain |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None, "target_modules": target_modules}
     (folder / CONFIG).write_text(json.dumps(without_newer({**saved, **plain}), indent=2, sort_keys=True) + "\n")
 

@@ -13,14 +13,13 @@ from ftjax.data.preview import render_example
 from ftjax.flops import TrainFlops
 from ftjax.hub.peft import CONFIG as ADAPTER
 from ftjax.hub.peft import read_adapter_config
+from ftjax.hub.plain_lora import PATTERNS
 from ftjax.mesh import describe, notes
 from ftjax.methods import method_of
 from ftjax.models.classifier import MULTI, SINGLE
 from ftjax.objectives import encoding_of, head_of
 from ftjax.train.progress import say
 from ftjax.train.setup import Setup
-
-PATTERNS = ("rank_pattern", "alpha_pattern")  # of LoRA
 
 
 def announce(setup: Setup, data: Sequence[str], flops: TrainFlops, *, steps: int, epoch_steps: int | None, first: int) -> None:

@@ -69,15 +69,14 @@ def test_a_run_beside_its_base(run, tiny, rows_file, capsys):
     assert difference.p_value < 0.01 and "exact_match" in out and "difference" in out
 
 
-def test_classes_by_likelihood(run, written, tmp_path, capsys):
+def test_classes_by_likelihood(run, tiny, written, tmp_path, capsys):
     """The class is the more likely completion, EOS included, as transformers with PEFT computes it."""
     from peft import PeftModel
 
     words = ["abc", "fed", "cab", "dab", "ggg"]
     rows = [{"prompt": f"{word}:", "completion": "yes" if word[0] in "abc" else "no"} for word in words]
     results = evaluate(str(run), data=written("a.jsonl", *rows), task="classification", out=tmp_path / "o", compare_base=True)
-    settings = json.loads((run / "final" / "adapter_config.json").read_text())
-    base = AutoModelForCausalLM.from_pretrained(settings["base_model_name_or_path"])
+    base = AutoModelForCausalLM.from_pretrained(tiny)
     tuned, tokenizer = PeftModel.from_pretrained(base, run / "final"), AutoTokenizer.from_pretrained(run / "final")
     found = predictions(tmp_path / "o")
     for row, one in zip(rows, found, strict=True):

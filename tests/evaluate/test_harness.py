@@ -163,7 +163,7 @@ def test_refused_requests(ours, tiny):
 # ---- the commands ----
 
 
-def test_ftjax_evaluate(run, tasks, tmp_path, monkeypatch, capsys):
+def test_ftjax_evaluate(run, tiny, tasks, tmp_path, monkeypatch, capsys):
     """A run beside its base; hf with the PEFT folder gives the same."""
     monkeypatch.setattr(
         "sys.argv",
@@ -174,7 +174,7 @@ def test_ftjax_evaluate(run, tasks, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert not caught.value.code and shown.count("|letters|") == 2 and "acc_norm" in shown
     results = json.loads((tmp_path / "results.json").read_text())
-    base = json.loads((run / "final" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = str(tiny)
     tuned = None
     for found, adapted in ((results, True), (results["base"], False)):
         model = AutoModelForCausalLM.from_pretrained(base)

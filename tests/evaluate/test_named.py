@@ -13,6 +13,7 @@ from ftjax.generate.command import generate
 from ftjax.generate.named import find_named
 from ftjax.generate.session import Generator
 from ftjax.hub.combine import merge_adapters, parse
+from ftjax.hub.export import export
 from ftjax.hub.run_folder import adapter_folder
 
 PROMPT, SETTINGS = "abc:", {"max_new_tokens": 3, "dtype": "float32"}
@@ -76,6 +77,22 @@ def test_a_run_is_asked_as_it_was_trained(changed, capsys):
     assert find_named(str(folder)).options(quantization="none") == {"quantization": None}
     (folder / "final" / "tokenizer_config.json").unlink()
     assert find_named(str(folder)).options(**nothing)["tokenizer"] == "gone"
+
+
+def test_a_folder_publishes_no_place_and_finds_its_base(alone, tiny, tmp_path, monkeypatch):
+    """adapter_config.json has the base's name; where it lies is kept on this machine alone, by what its weights are."""
+    path = alone / "adapter_config.json"
+    assert json.loads(path.read_text())["base_model_name_or_path"] == tiny.name
+    published = [file.read_text() for file in alone.iterdir() if file.suffix in (".json", ".md", ".jinja")]
+    assert published and not [text for text in published if str(tiny.parent) in text]
+    monkeypatch.chdir(tmp_path)
+    assert find_named(str(alone)).model == str(tiny)
+    export(alone, tmp_path / "portable", portable=True)
+    export(tmp_path / "portable", tmp_path / "merged", merge=True)
+    assert find_named(str(tmp_path / "portable")).model == str(tiny)
+    monkeypatch.setenv("FTJAX_CACHE", str(tmp_path / "of another machine"))
+    with pytest.raises(UserError, match=f"names the base model {tiny.name}, .*as --adapter"):
+        find_named(str(alone))
 
 
 def test_a_base_that_is_not_here_is_said(alone, tmp_path):

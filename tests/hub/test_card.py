@@ -126,6 +126,27 @@ def test_no_path_of_this_machine_is_published(tmp_path):
     assert card.data.base_model is None and card.data.datasets is None and "`my base`" in card.text
 
 
+@pytest.mark.parametrize("given", ["{home}/my data/train.jsonl", "{home}/my data", "~/my data/train.jsonl", "rows/train.jsonl"])
+def test_lines_about_the_data_have_names_alone(tmp_path, monkeypatch, given):
+    """Places of broken rows, of rows that are in the validation data too, and of checkpoints; Hub ids and counts stay."""
+    home = tmp_path / "some home"
+    monkeypatch.setenv("HOME", str(home))
+    data = {"train": [given.format(home=home), "org/data"], "validation": str(home / "held out" / "val.jsonl")}
+    training = {"checkpoint_dir": f"{home}/checkpoints"}
+    values = {"model": {"path": f"{home}/base"}, "method": {"name": "lora"}, "data": data, "training": training}
+    folder = given.format(home=home).removesuffix("/train.jsonl").replace("~", str(home))
+    lines = [
+        f"{folder}/train.jsonl, org/data: 1,200 of 1,300 examples kept, 12 tokens/second and 1/2",
+        f"warning: 2 broken rows were skipped: {folder}/train.jsonl:41: expected text | {folder}/sub/b.jsonl:7: no JSON",
+        f"warning: 3 rows are in {home}/held out/val.jsonl:3 too; see https://huggingface.co/org/data, /var/x/store.bin",
+    ]
+    text = run_card(Config.model_validate(values), step=1, data=lines, metrics={}, whole=False)
+    assert "home" not in text and "/var" not in text and "rows/" not in text and "my data/" not in text
+    assert "- train.jsonl, org/data: 1,200 of 1,300 examples kept, 12 tokens/second and 1/2\n" in text
+    assert "skipped: train.jsonl:41: expected text | b.jsonl:7: no JSON\n" in text
+    assert "in val.jsonl:3 too; see https://huggingface.co/org/data, store.bin\n" in text
+
+
 def test_the_licence_is_the_base_models(tmp_path):
     assert base_license(str(tmp_path)) is None
     (tmp_path / "README.md").write_text("---\nlicense: llama3.2\n---\n# base\n")

@@ -18,6 +18,7 @@ from ftjax.errors import UserError
 from ftjax.hub.export import export
 from ftjax.hub.load import init_params
 from ftjax.hub.peft import write_adapter
+from ftjax.hub.written import readable
 from ftjax.methods import lora
 
 MIXED = LoraConfig(
@@ -139,3 +140,36 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match=r"expected a run folder.*no such folder"):
         export(tmp_path / "absent", tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_it_says_what_it_wrote(tmp_path, capsys):
+    """Files with their sizes, and what loads them: the whole model, the adapter, and the portable one."""
+    folder, _, _ = make_run(tmp_path, MIXED)
+    said = {}
+    for name, settings in {"merged": {"merge": True}, "portable": {"portable": True}, "as-it-is": {}}.items():
+        export(folder, tmp_path / name, **settings)
+        said[name] = capsys.readouterr().out
+        files = [file for file in (tmp_path / name).iterdir()]
+        assert f"{tmp_path / name}: {len(files)} files, {readable(sum(file.stat().st_size for file in files))}\n" in said[name]
+        for file in files:
+            assert f"{file.name} {readable(file.stat().st_size)}" in said[name]
+    assert "wrote a whole model (LlamaForCausalLM, float32)" in said["merged"] and "PEFT" not in said["merged"]
+    assert f"vllm serve {tmp_path / 'merged'}\n" in said["merged"] and "convert_hf_to_gguf.py" in said["merged"]
+    assert "wrote an adapter (LORA) for base" in said["portable"] and "convert_lora_to_gguf.py" in said["portable"]
+    assert f"--enable-lora --lora-modules tuned={tmp_path / 'portable'}\n" in said["portable"]
+    assert "only with --portable: vLLM ignores rank_pattern and alpha_pattern\n" in said["as-it-is"]
+    assert f"PeftModel.from_pretrained(model, {str(tmp_path / 'as-it-is')!r})" in said["as-it-is"]
+
+
+def test_it_says_what_nothing_but_peft_loads(tmp_path, capsys):
+    folder, _, _ = make_run(tmp_path, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    export(folder, tmp_path / "out")
+    assert "vLLM, llama.cpp: only merged (--merge): it has DoRA" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "said"), [
+    (0, "0 B"), (999, "999 B"), (1000, "1 kB"), (19572, "19.6 kB"), (999_600, "1 MB"), (2_516_582_400, "2.52 GB"),
+    (1_234_000_000_000, "1,234 GB"),
+])  # fmt: skip
+def test_sizes(size, said):
+    assert readable(size) == said
