@@ -14,6 +14,7 @@ from ftjax.check.result import ANSWERS, RESULTS, TITLE, as_json, by_type, card_s
 from ftjax.check.verdict import findings
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
+from ftjax.config.code import refuse_unasked
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
@@ -54,6 +55,7 @@ def check(
     material = gather(settings)
     lm_eval = found.config.evaluate.lm_eval.model_copy(update={"tasks": settings.lm_eval_tasks})
     if lm_eval.tasks:  # a task that does not exist is said before anything is loaded
+        refuse_unasked(found.config, "check.lm_eval_tasks", "evaluate.lm_eval.include_path")
         need("lm_eval", "check.lm_eval_tasks")
         load_tasks(lm_eval)
     if store.several():

@@ -45,7 +45,7 @@ def evaluate(
     overrides = [*overrides, *(f"evaluate.{name}={_quoted(value)}" for name, value in given.items() if value is not None)]
     found = find_target(target, overrides, adapter=adapter)
     settings = found.config.evaluate
-    check(settings, allow_code_execution)
+    check(found.config, allow_code_execution)
     base = found.base() if compare_base else None
     items, left_out = read_items(found.config, settings.limit)
     if store.several():

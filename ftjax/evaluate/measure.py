@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.config import Config, EvaluateConfig
+from ftjax.config.code import refuse_unasked
 from ftjax.data.encode import Encoded
 from ftjax.data.example import Example
 from ftjax.data.labels import Labels
@@ -54,15 +55,17 @@ class Measured:
     tokens: int = 0
 
 
-def check(config: EvaluateConfig, allow_code_execution: bool) -> None:
+def check(config: Config, allow_code_execution: bool) -> None:
     """What can be known before a model is loaded. Raises UserError for it."""
-    if config.task == "code" and not allow_code_execution:
+    task = config.evaluate.task
+    if task == "code" and not allow_code_execution:
         raise UserError(
             "evaluate.task code runs programs that the model wrote, in processes with limits on time and memory and without "
             "the network, but as this user; say --allow-code-execution to do that"
         )
-    if config.task.endswith(".py"):
-        load_metric(config.task)
+    if task.endswith(".py"):
+        refuse_unasked(config, "evaluate.task")
+        load_metric(task)
 
 
 def measure(generator: Generator, items: Sequence[Item], config: Config, progress: Progress | None = None) -> Measured:

@@ -57,7 +57,7 @@ class Observer:
         if self.settings.training_rows:
             if self.settings.task == "code":
                 raise UserError("evaluate.training_rows: the task code does not run while training; use ftjax evaluate later")
-            check(self.settings, False)
+            check(self.config, False)
             self.items, _ = read_items(self.config, self.settings.training_rows)
 
     @property

@@ -76,8 +76,8 @@ def find_named(
         return Named(f"{config.model.path} with {adapter}", config.model.path, adapter, config)
     found = None
     if (result := result_of(place)) is not None:
-        config = load_config(result[1] / RUN, overrides, note=note)
-        trained = load_config(result[1] / RUN, note=lambda text: None) if overrides else config
+        config = load_config(result[1] / RUN, overrides, note=note, asked=False)
+        trained = load_config(result[1] / RUN, note=lambda text: None, asked=False) if overrides else config
         found = _of_run(result[1], result[0], config, trained)
     elif (place / ADAPTER).is_file():
         if adapter is None:
