@@ -11,7 +11,7 @@ from ftjax.errors import UserError
 from ftjax.hub.fetch import resolve_config
 from ftjax.hub.peft import CONFIG as ADAPTER
 from ftjax.hub.peft import read_adapter_config
-from ftjax.hub.run_folder import RUN, adapter_folder, result_of
+from ftjax.hub.run_folder import RUN, adapter_folder, refuse_missing, result_of
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ def find_named(
     A configuration file means the run in its `output_dir`, and before that has ended its base model. A PEFT folder means
     itself on the base model that it names. `adapter` may be a run's folder, too.
 
-    Raises UserError where a run has no result yet, an adapter's base model is not known or not there, or two adapters are
-    given.
+    Raises UserError where there is no such run or it has no result yet, an adapter's base model is not known or
+    not there, or two adapters are given.
     """
+    refuse_missing(given)
     place = Path(given).expanduser()
     adapter = None if adapter is None else adapter_folder(adapter)
     if place.suffix in (".yaml", ".yml") and not place.is_dir():

@@ -454,7 +454,9 @@ class Run:
         if jax.process_index():
             return
         splits = {"train": self.split, "validation": self.validation}
-        write_record(self.folder, self.setup, splits, first=first, steps=self.total, epoch_steps=self.epoch_steps)
+        write_record(
+            self.folder, self.setup, splits, self.documents, first=first, steps=self.total, epoch_steps=self.epoch_steps
+        )
         announce(self.setup, self.split, self.flops, steps=self.total, epoch_steps=self.epoch_steps, first=first)
         if first:
             say(f"resuming from step {first} of {self.total}")

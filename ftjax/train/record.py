@@ -14,6 +14,7 @@ from ftjax.data.pipeline import Split
 from ftjax.data.report import histogram
 from ftjax.hub.card import installed_versions
 from ftjax.train.folder import replace_text
+from ftjax.train.same_run import Documents
 from ftjax.train.setup import Setup
 
 RECORD = "run.json"
@@ -21,12 +22,14 @@ GIB = 1 << 30
 
 
 def write_record(
-    folder: Path, setup: Setup, splits: dict[str, Split | None], *, first: int, steps: int, epoch_steps: int
-) -> None:
+    folder: Path, setup: Setup, splits: dict[str, Split | None], documents: Documents, *, first: int, steps: int,
+    epoch_steps: int,
+) -> None:  # fmt: skip
     """Written at every start; `starts` keeps the ones before.
 
     Args:
         splits: training and validation data by name.
+        documents: what tells these from others.
         first: the step that this start goes on from.
     """
     path, before = folder / RECORD, _read(folder) if first else {}
@@ -41,6 +44,7 @@ def write_record(
         "attention": setup.runtime.attention,
         "versions": {"python": platform.python_version(), **installed_versions()}, "system": platform.platform(),
         "data": {name: _of(split) for name, split in splits.items() if split is not None},
+        "documents": documents,
     }  # fmt: skip
     _write(path, record)
 
