@@ -85,7 +85,7 @@ def check(
         "model": found.name, "base": base.name if base else None, "passed": all(one.verdict != "failed" for one in judged),
         "failed": [one.name for one in judged if one.verdict == "failed"],
         "not_measured": {one.name: one.reason for one in judged if one.verdict == "not measured"},
-        "findings": [one.state() for one in judged], "refused_by_type": by_type(tuned, examined.get("base")),
+        "findings": [one.state() for one in judged], "refused_by_type": by_type(tuned, examined.get("base"), numbers),
         "prompts": len(tuned.asked), "confidence": evaluation.confidence, "sources": material.sources,
         "settings": settings.model_dump(mode="json"), "version": __version__, "device": jax.devices()[0].device_kind,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

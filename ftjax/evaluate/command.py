@@ -14,6 +14,7 @@ from ftjax.compile_cache import keep_compiled_programs
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
+from ftjax.evaluate.fit import misfits
 from ftjax.evaluate.held_out import held_out_places
 from ftjax.evaluate.measure import Measured, check, measure
 from ftjax.evaluate.result import PREDICTIONS, RESULTS, print_results, write_predictions, write_results
@@ -49,6 +50,9 @@ def evaluate(
     check(found.config, allow_code_execution)
     base = found.base() if compare_base else None
     items, left_out = read_items(found.config, settings.limit, held_out_places(found))
+    warnings = misfits(settings.task, items, found.config.objective.classes or settings.labels)
+    for text in warnings:
+        console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
     if store.several():
         facts = {"rows": len(items), "digest of the rows": digest(items), **settings.model_dump(mode="json")}
         agree("this evaluation", {**facts, **model_facts(found.model, found.config.model.revision, found.adapter)})
@@ -68,7 +72,7 @@ def evaluate(
         generator = None  # the next model needs its memory
     results = {
         "model": found.name, "task": settings.task, "data": described, "rows": len(items), "rows_left_out": left_out,
-        **_summary(measured["tuned"], settings), "confidence": settings.confidence,
+        **_summary(measured["tuned"], settings), "confidence": settings.confidence, "warnings": warnings,
     }  # fmt: skip
     numbers = {"confidence": settings.confidence, "resamples": settings.resamples, "seed": settings.seed}
     if base:

@@ -159,7 +159,7 @@ def _losses(
         errors = (table - vectors) ** 2
         if labels.problem_type == MULTI:
             errors = np.logaddexp(0, table) - table * vectors
-        return Measured(means([{"loss": float(one)} for one in errors.mean(1)]), tokens=sum(map(len, texts)))
+        return Measured(means([{"loss": float(one)} for one in errors.mean(1)], shares=False), tokens=sum(map(len, texts)))
     documents = encode([item.example for item in items], generator.tokenizer, config.data, labels)
     flat = [piece for pieces in documents for piece in pieces]
     _refuse_unknown(generator, flat)
