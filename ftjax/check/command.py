@@ -14,6 +14,7 @@ from ftjax.check.result import ANSWERS, RESULTS, TITLE, as_json, by_type, card_s
 from ftjax.check.verdict import findings
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
+from ftjax.config.code import refuse_unasked
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
@@ -54,6 +55,7 @@ def check(
     material = gather(settings)
     lm_eval = found.config.evaluate.lm_eval.model_copy(update={"tasks": settings.lm_eval_tasks})
     if lm_eval.tasks:  # a task that does not exist is said before anything is loaded
+        refuse_unasked(found.config, "check.lm_eval_tasks", "evaluate.lm_eval.include_path")
         need("lm_eval", "check.lm_eval_tasks")
         load_tasks(lm_eval)
     if store.several():
@@ -83,7 +85,7 @@ def check(
         "model": found.name, "base": base.name if base else None, "passed": all(one.verdict != "failed" for one in judged),
         "failed": [one.name for one in judged if one.verdict == "failed"],
         "not_measured": {one.name: one.reason for one in judged if one.verdict == "not measured"},
-        "findings": [one.state() for one in judged], "refused_by_type": by_type(tuned, examined.get("base")),
+        "findings": [one.state() for one in judged], "refused_by_type": by_type(tuned, examined.get("base"), numbers),
         "prompts": len(tuned.asked), "confidence": evaluation.confidence, "sources": material.sources,
         "settings": settings.model_dump(mode="json"), "version": __version__, "device": jax.devices()[0].device_kind,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -30,7 +30,7 @@ class Examined:
     Attributes:
         asked, answers, judged: the prompts, the answers to them, and what is said of each (`judge`).
         scores: metrics that are made of rows, by name.
-        numbers: the other ones.
+        numbers: the other ones; `counts`: of how many prompts they are the most.
         missing: the names of metrics that were not measured, and why.
         tasks: of lm-evaluation-harness, by `TASK: METRIC`.
     """
@@ -40,6 +40,7 @@ class Examined:
     judged: list[dict[str, float]] = field(default_factory=list)
     scores: dict[str, Scores] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, HarnessScore] = field(default_factory=dict)
 
@@ -63,7 +64,9 @@ def examine(
         tell("the same prompts alone, in a batch, padded, and with other white space")
         alone, gaps = in_company(generator, prompts, settings.stability_max_new_tokens)
         found.numbers |= {name: float(np.max(values)) for name, values in gaps.items()}
-        found.scores["whitespace"] = means([{"whitespace": loss} for loss in whitespace(generator, prompts, alone)])
+        found.counts |= dict.fromkeys(gaps, len(prompts))
+        lost = [{"whitespace": loss} for loss in whitespace(generator, prompts, alone)]
+        found.scores["whitespace"] = means(lost, shares=False)
     else:
         found.missing |= dict.fromkeys(("batch_gap", "padding_gap", "whitespace"), "check.stability_prompts is 0")
     for name, pieces in data.items():

@@ -9,7 +9,7 @@ from ftjax.check.examine import Examined
 from ftjax.check.refusal import phrase
 from ftjax.check.verdict import Finding
 from ftjax.evaluate.result import plain
-from ftjax.evaluate.statistic import Interval
+from ftjax.evaluate.statistic import Interval, intervals, means, on_few
 
 RESULTS, ANSWERS = "results.json", "answers.jsonl"
 WIDTH = 150  # of the table where the output is no terminal
@@ -33,17 +33,21 @@ def write_answers(path: Path, tuned: Examined, base: Examined | None) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def by_type(tuned: Examined, base: Examined | None) -> dict[str, dict[str, Any]]:
-    """Shares of refusals for each value of the column `type`."""
+def by_type(tuned: Examined, base: Examined | None, numbers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shares of refusals for each value of the column `type`, with the intervals that `numbers` asks for."""
     found: dict[str, dict[str, list[float]]] = {}
     for name, one in (("tuned", tuned), ("base", base)):
         for asked, row in zip(one.asked, one.judged, strict=True) if one else ():
             if asked.label is not None and asked.kind is not None:
                 found.setdefault(f"{asked.label}: {asked.kind}", {}).setdefault(name, []).append(row[f"{asked.label}_refused"])
     return {
-        kind: {"prompts": len(values["tuned"]), **{name: sum(each) / len(each) for name, each in values.items()}}
+        kind: {"prompts": len(values["tuned"]), **{name: _share(each, numbers) for name, each in values.items()}}
         for kind, values in found.items()
     }
+
+
+def _share(each: Sequence[float], numbers: Mapping[str, Any]) -> Interval:
+    return intervals(means([{"refused": one} for one in each]), **numbers)["refused"]
 
 
 def print_findings(results: Mapping[str, Any], found: Sequence[Finding], console: Any) -> None:
@@ -55,15 +59,15 @@ def print_findings(results: Mapping[str, Any], found: Sequence[Finding], console
     console.print(f"{results['model']}{beside}", soft_wrap=True, markup=False)
     table = Table()
     table.add_column("metric")
-    for name in ("tuned", *(("base",) if results["base"] else ())):
+    for name in ("n", "tuned", *(("base",) if results["base"] else ())):
         table.add_column(name, justify="right")
     table.add_column("limit")
     table.add_column("verdict")
     for one in found:
         if one.verdict == "not measured":
             continue
-        cells = [one.title, cell(one.value, one.share), *((cell(one.base, one.share),) if results["base"] else ())]
-        table.add_row(*cells, one.rule or "", Text(one.verdict, COLOURS[one.verdict]))
+        cells = [one.title, count(one), cell(one.value, one.share), *((cell(one.base, one.share),) if results["base"] else ())]
+        table.add_row(*cells, one.rule or "", Text(on_few(one.verdict, one.rows), COLOURS[one.verdict]))
     wide = console if console.is_terminal else Console(file=console.file, width=WIDTH)
     wide.print(table)
     reasons: dict[str, list[str]] = {}
@@ -72,6 +76,10 @@ def print_findings(results: Mapping[str, Any], found: Sequence[Finding], console
             reasons.setdefault(one.reason, []).append(one.title)
     for reason, titles in reasons.items():
         console.print(f"not measured: {', '.join(titles)}: {reason}", soft_wrap=True, markup=False)
+
+
+def count(one: Finding) -> str:
+    return "-" if one.rows is None else f"{one.rows:,}"
 
 
 def cell(value: Interval | None, share: bool) -> str:
@@ -87,7 +95,8 @@ def cell(value: Interval | None, share: bool) -> str:
 def card_section(results: Mapping[str, Any], found: Sequence[Finding], settings: Mapping[str, Any]) -> str:
     """Markdown for the model card. File names alone stand there: a card may be published."""
     rows = [
-        f"| {one.title} | {cell(one.value, one.share)} | {cell(one.base, one.share)} | {one.rule or ''} | {one.verdict} |"
+        f"| {one.title} | {count(one)} | {cell(one.value, one.share)} | {cell(one.base, one.share)} | {one.rule or ''} | "
+        f"{on_few(one.verdict, one.rows)} |"
         for one in found
         if one.verdict != "not measured"
     ]
@@ -97,8 +106,8 @@ def card_section(results: Mapping[str, Any], found: Sequence[Finding], settings:
         f"Checked with `ftjax check` {results['version']} on {results['time'][:10]} ({names}; answers of at most "
         f"{settings['max_new_tokens']} tokens, greedy). In brackets: {100 * results['confidence']:g} % intervals.",
         "",
-        "| metric | tuned | base | limit | verdict |",
-        "|---|---|---|---|---|",
+        "| metric | n | tuned | base | limit | verdict |",
+        "|---|---|---|---|---|---|",
         *rows,
         "",
         *([f"Not measured: {', '.join(missing)}.", ""] if missing else []),

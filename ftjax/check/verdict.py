@@ -92,8 +92,9 @@ def findings(
 def _values(found: Examined, numbers: dict[str, Any]) -> dict[str, Interval]:
     values = {name: intervals(scores, **numbers)[name] for name, scores in found.scores.items()}
     for name, score in found.tasks.items():
-        values[name] = Interval(score.value, *(math.nan if bound is None else bound for bound in score.bounds))
-    return values | {name: Interval(value, math.nan, math.nan) for name, value in found.numbers.items()}
+        values[name] = Interval(score.value, *(math.nan if bound is None else bound for bound in score.bounds), score.rows)
+    numbers = found.numbers.items()
+    return values | {name: Interval(value, math.nan, math.nan, found.counts.get(name)) for name, value in numbers}
 
 
 def _finding(
@@ -105,10 +106,9 @@ def _finding(
         return Finding(name, metric.title, metric.share, "not measured", reason=tuned.missing.get(name, "no rows"))
     scores = [one.scores.get(name) if one else None for one in (base, tuned)]
     difference = compare(*scores, **numbers)[name] if all(scores) else None
-    rows = sum(name in row for row in tuned.judged) or (len(scores[1].each) if scores[1] else None)
     finding = {
         "name": name, "title": metric.title, "share": metric.share, "value": value, "base": theirs.get(name),
-        "difference": difference, "rows": rows,
+        "difference": difference, "rows": value.rows,
     }  # fmt: skip
     limit = getattr(settings, metric.limit) if metric.limit else None
     if limit is None and metric.limit == "max_batch_gap":
@@ -142,7 +142,9 @@ def _passes(rule: Rule, value: float, other: float, limit: float) -> bool:
 
 
 def _in_words(metric: Metric, limit: float, where: str) -> str:
-    shown = f"{100 * limit:g} %" if metric.share else f"{limit:g}"
+    shown = f"{limit:g}"
+    if metric.share:  # a difference of shares is in points
+        shown = f"{100 * limit:g} {'%' if metric.rule in ('most', 'least') else 'points'}"
     words = {"most": "at most {0}", "least": "at least {0}", "rise": "at most {0} above {1}", "drop": "at most {0} below {1}"}
     if metric.rule == "factor":
         return f"at most {1 + limit:g} times {where}"

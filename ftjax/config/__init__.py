@@ -1,6 +1,6 @@
 """The configuration of a run: one strict schema, one section a file."""
 
-from pydantic import model_validator
+from pydantic import PrivateAttr, model_validator
 
 from ftjax.config.base import Section
 from ftjax.config.check import CheckConfig
@@ -46,6 +46,12 @@ class Config(Section):
     check: CheckConfig = CheckConfig()
     mesh: MeshConfig = MeshConfig()
     output_dir: str = "runs/default"
+    _unasked: frozenset[str] = PrivateAttr(frozenset())
+
+    @property
+    def unasked(self) -> frozenset[str]:
+        """Dotted keys of `ftjax.config.code` that only the folder of a run has set, and not the user."""
+        return self._unasked
 
     @model_validator(mode="after")
     def _classification(self) -> "Config":

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from ftjax.config import Config
 from ftjax.config.alias import CASELESS, VALUES, Alias, plain_name
+from ftjax.config.code import LEADS_TO_CODE, is_recorded
 from ftjax.config.explain import explain
 from ftjax.config.interpolate import escape, interpolate
 from ftjax.config.moved import alias_at, switched
@@ -33,11 +34,14 @@ def print_note(text: str) -> None:
     print(text if text.startswith("warning: ") else f"note: {text}", file=sys.stderr)
 
 
-def load_config(path: str | FilePath, overrides: Sequence[str] = (), *, note: Callable[[str], None] = print_note) -> Config:
+def load_config(
+    path: str | FilePath, overrides: Sequence[str] = (), *, note: Callable[[str], None] = print_note, asked: bool = True
+) -> Config:
     """Reads, overrides and validates a configuration.
 
     `overrides` are `dotted.key=value` with the value in YAML (`method.r=16`, `method.target_modules=[q_proj, v_proj]`,
-    `method={name: full}` to replace a section). `note` is called with one line for each alias that was accepted.
+    `method={name: full}` to replace a section). `note` is called with one line for each alias that was accepted. `asked` is
+    false where the user named a run and not this file, so that the file may not lead to code (`ftjax.config.code`).
 
     Raises:
         UserError: naming every mistake found, each with file, line and column or with the override's text.
@@ -47,7 +51,10 @@ def load_config(path: str | FilePath, overrides: Sequence[str] = (), *, note: Ca
     loading.move_aliases()
     for override in overrides:
         loading.override(override)
-    return loading.finish()
+    config = loading.finish()
+    if not asked or is_recorded(FilePath(path)):
+        config._unasked = loading.not_overridden(LEADS_TO_CODE)
+    return config
 
 
 def config_of(
@@ -261,6 +268,10 @@ class _Loading:
         for text in unusual(config):
             self.note(f"warning: {text}")
         return config
+
+    def not_overridden(self, keys: Iterable[str]) -> frozenset[str]:
+        """Those of the dotted keys that no override has set."""
+        return frozenset(key for key in keys if self._place(tuple(key.split("."))).source not in self.override_sources)
 
     def _replace_values(self) -> None:
         """Puts ftjax's words in place of other tools' values, such as `method.name: qlora`."""

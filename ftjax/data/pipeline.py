@@ -64,7 +64,7 @@ class Split(Protocol):
 def load_splits(
     config: DataConfig, tokenizer: Any, *, seed: int, progress: Any = None, encoding: RowEncoding = ANSWERS,
     positions: int | None = None,
-) -> tuple[Split, Split | None]:  # fmt: skip
+) -> tuple[Split, "PackedSplit | None"]:  # fmt: skip
     """Training data, and validation data where the configuration names some or splits some off.
 
     Args:
@@ -87,7 +87,7 @@ def load_splits(
 
 def _load_splits(
     config: DataConfig, tokenizer: Any, seed: int, progress: Any, encoding: RowEncoding
-) -> tuple[Split, Split | None]:
+) -> tuple[Split, "PackedSplit | None"]:
     validation = _load("validation", config, tokenizer, seed, progress, encoding) if config.validation is not None else None
     if config.streaming:
         from ftjax.data.stream import StreamSplit
@@ -225,6 +225,11 @@ class PackedSplit:
         digest = xxhash.xxh3_128(self.documents.content.encode())
         digest.update(np.ascontiguousarray(self.chosen, np.int64).tobytes() + repr(self.weights).encode())
         return {"documents": len(self.chosen), "tokens": int(self.lengths.sum()), "digest": digest.hexdigest()}
+
+    def places(self) -> frozenset[tuple[int, str]]:
+        """`(number of the source, file and line)` of each row that has a document here."""
+        sources, where = self.documents.source[self.chosen].tolist(), self.documents.where.take(self.chosen).to_pylist()
+        return frozenset(zip(sources, where, strict=True))
 
     def refuse_unknown(self, rows: int, tokenizer: Any) -> None:
         """See `Split.refuse_unknown`."""

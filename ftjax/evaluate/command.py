@@ -14,9 +14,11 @@ from ftjax.compile_cache import keep_compiled_programs
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
+from ftjax.evaluate.fit import misfits
+from ftjax.evaluate.held_out import held_out_places
 from ftjax.evaluate.measure import Measured, check, measure
 from ftjax.evaluate.result import PREDICTIONS, RESULTS, print_results, write_predictions, write_results
-from ftjax.evaluate.rows import read_items, sources
+from ftjax.evaluate.rows import read_items, sources, splits_off
 from ftjax.evaluate.statistic import compare, intervals
 from ftjax.evaluate.target import Target, find_target
 from ftjax.hub.same_model import model_facts
@@ -45,15 +47,20 @@ def evaluate(
     overrides = [*overrides, *(f"evaluate.{name}={_quoted(value)}" for name, value in given.items() if value is not None)]
     found = find_target(target, overrides, adapter=adapter)
     settings = found.config.evaluate
-    check(settings, allow_code_execution)
+    check(found.config, allow_code_execution)
     base = found.base() if compare_base else None
-    items, left_out = read_items(found.config, settings.limit)
+    items, left_out = read_items(found.config, settings.limit, held_out_places(found))
+    warnings = misfits(settings.task, items, found.config.objective.classes or settings.labels)
+    for text in warnings:
+        console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
     if store.several():
         facts = {"rows": len(items), "digest of the rows": digest(items), **settings.model_dump(mode="json")}
         agree("this evaluation", {**facts, **model_facts(found.model, found.config.model.revision, found.adapter)})
     keep_compiled_programs()
     place = [source.path for source in sources(found.config)]
-    folder = out or (found.run or Path()) / "evaluation" / _name(found, settings.task, place)
+    part = " (validation_split)" if splits_off(found.config) else ""
+    described = ", ".join(place) + part
+    folder = out or (found.run or Path()) / "evaluation" / _name(found, settings.task, place, part)
 
     tokenizer, measured = None, {}
     for label, one in (("tuned", found), *((("base", base),) if base else ())):
@@ -64,8 +71,8 @@ def evaluate(
             measured[label] = measure(generator, items, found.config, progress)
         generator = None  # the next model needs its memory
     results = {
-        "model": found.name, "task": settings.task, "data": ", ".join(place), "rows": len(items), "rows_left_out": left_out,
-        **_summary(measured["tuned"], settings), "confidence": settings.confidence,
+        "model": found.name, "task": settings.task, "data": described, "rows": len(items), "rows_left_out": left_out,
+        **_summary(measured["tuned"], settings), "confidence": settings.confidence, "warnings": warnings,
     }  # fmt: skip
     numbers = {"confidence": settings.confidence, "resamples": settings.resamples, "seed": settings.seed}
     if base:
@@ -103,12 +110,12 @@ def _quoted(value: Any) -> str:
     return f"'{value.replace(chr(39), 2 * chr(39))}'" if isinstance(value, str) else str(value)
 
 
-def _name(target: Target, task: str, place: Sequence[str]) -> str:
+def _name(target: Target, task: str, place: Sequence[str], part: str) -> str:
     """Of the folder: of the task, the data, and the model where it is no run's `final/`."""
     which = "" if target.run and target.name.endswith("final") else f"{Path(target.name).name}-"
     path = Path(place[0])
-    words = f"{which}{Path(task).stem}-{path.parent.name + '-' if path.suffix else ''}{path.stem}"
-    return re.sub(r"[^\w.-]+", "_", words)
+    words = f"{which}{Path(task).stem}-{path.parent.name + '-' if path.suffix else ''}{path.stem}{part}"
+    return re.sub(r"[^\w.-]+", "_", words).rstrip("_")
 
 
 @contextmanager

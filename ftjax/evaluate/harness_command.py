@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftjax.compile_cache import keep_compiled_programs
+from ftjax.config.code import refuse_unasked
 from ftjax.config.evaluate import LmEvalConfig
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree
@@ -36,6 +37,7 @@ def evaluate_harness(
     """
     found = find_target(target, overrides, adapter=adapter)
     settings = found.config.evaluate
+    refuse_unasked(found.config, "evaluate.lm_eval.include_path", *(("evaluate.lm_eval.tasks",) if tasks is None else ()))
     asked = settings.lm_eval.model_copy(update={"tasks": list(tasks)} if tasks is not None else {})
     limit = settings.limit if limit is None else limit
     base = found.base() if compare_base else None

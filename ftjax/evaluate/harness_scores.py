@@ -7,13 +7,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class HarnessScore:
-    """`stderr` is lm_eval's standard error, None where it gives none; `higher_is_better` None where the task does not say."""
+    """`stderr` is lm_eval's standard error, `rows` says of how many; None where it gives none, and `higher_is_better` where
+    the task does not say."""
 
     task: str
     metric: str
     value: float
     stderr: float | None
     higher_is_better: bool | None
+    rows: int | None = None
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:
@@ -25,6 +27,7 @@ class HarnessScore:
 def harness_scores(results: Mapping[str, Any]) -> Iterator[HarnessScore]:
     """Of what `simple_evaluate` gave, or of its JSON: `{"results": {"arc_easy": {"acc,none": 0.4, ...}}, ...}`."""
     for task, values in results.get("results", {}).items():
+        rows = results.get("n-samples", {}).get(task, {}).get("effective")
         better = results.get("higher_is_better", {}).get(task, {})
         for name, value in values.items():
             metric, comma, kept = name.partition(",")
@@ -33,4 +36,4 @@ def harness_scores(results: Mapping[str, Any]) -> Iterator[HarnessScore]:
             stderr = values.get(f"{metric}_stderr,{kept}")
             shown = metric if kept == "none" else f"{metric} ({kept})"
             known = float(stderr) if isinstance(stderr, int | float) else None
-            yield HarnessScore(task, shown, float(value), known, better.get(metric))
+            yield HarnessScore(task, shown, float(value), known, better.get(metric), rows)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.config import Config, EvaluateConfig
+from ftjax.config.code import refuse_unasked
 from ftjax.data.classes import TextLabels
 from ftjax.data.encoder import Encoded
 from ftjax.data.encoding import ANSWERS
@@ -57,15 +58,17 @@ class Measured:
     tokens: int = 0
 
 
-def check(config: EvaluateConfig, allow_code_execution: bool) -> None:
+def check(config: Config, allow_code_execution: bool) -> None:
     """What can be known before a model is loaded. Raises UserError for it."""
-    if config.task == "code" and not allow_code_execution:
+    task = config.evaluate.task
+    if task == "code" and not allow_code_execution:
         raise UserError(
             "evaluate.task code runs programs that the model wrote, in processes with limits on time and memory and without "
             "the network, but as this user; say --allow-code-execution to do that"
         )
-    if config.task.endswith(".py"):
-        load_metric(config.task)
+    if task.endswith(".py"):
+        refuse_unasked(config, "evaluate.task")
+        load_metric(task)
 
 
 def measure(generator: Generator, items: Sequence[Item], config: Config, progress: Progress | None = None) -> Measured:
@@ -159,7 +162,7 @@ def _losses(
         errors = (table - vectors) ** 2
         if labels.problem_type == MULTI:
             errors = np.logaddexp(0, table) - table * vectors
-        return Measured(means([{"loss": float(one)} for one in errors.mean(1)]), tokens=sum(map(len, texts)))
+        return Measured(means([{"loss": float(one)} for one in errors.mean(1)], shares=False), tokens=sum(map(len, texts)))
     encoding = TextLabels(labels) if labels else ANSWERS
     documents = encode([item.example for item in items], generator.tokenizer, config.data, encoding)
     flat = [piece for pieces in documents for piece in pieces]

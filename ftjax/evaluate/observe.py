@@ -9,11 +9,11 @@ import numpy as np
 
 from ftjax.config.load import print_note
 from ftjax.data.encoder import Encoded
-from ftjax.data.pipeline import Split
+from ftjax.data.pipeline import PackedSplit
 from ftjax.distributed.agree import digest
 from ftjax.errors import UserError
 from ftjax.evaluate.measure import check, measure
-from ftjax.evaluate.rows import read_items
+from ftjax.evaluate.rows import read_items, splits_off
 from ftjax.generate.finite import NotFinite
 from ftjax.generate.session import Generator
 from ftjax.objectives import head_of
@@ -23,7 +23,7 @@ from ftjax.train.setup import Setup
 START = 16  # tokens of a text that has no prompt, after which the model goes on
 
 
-def make_observer(setup: Setup, tokenizer: Any, validation: Split | None) -> "Observer | None":
+def make_observer(setup: Setup, tokenizer: Any, validation: PackedSplit | None) -> "Observer | None":
     """For `ftjax.train.run.train`; None where the configuration asks for nothing.
 
     Raises UserError, before anything is trained, where rows or prompts cannot be used.
@@ -35,13 +35,13 @@ def make_observer(setup: Setup, tokenizer: Any, validation: Split | None) -> "Ob
     documents = [d for d, _ in validation.first(settings.training_examples)] if validation and not head else []
     if not documents and not settings.training_prompts and not settings.training_rows:
         return None
-    return Observer(setup, tokenizer, documents)
+    return Observer(setup, tokenizer, documents, validation)
 
 
 class Observer:
     """`observer(params)` answers and measures with the parameters as they are."""
 
-    def __init__(self, setup: Setup, tokenizer: Any, documents: list[Encoded]):
+    def __init__(self, setup: Setup, tokenizer: Any, documents: list[Encoded], validation: PackedSplit | None):
         self.config, self.settings = setup.config, setup.config.evaluate
         self.generator = Generator.of(
             setup.model, {}, tokenizer, mesh=setup.mesh, dtype=setup.runtime.dtype, source=setup.source
@@ -61,8 +61,9 @@ class Observer:
         if self.settings.training_rows:
             if self.settings.task == "code":
                 raise UserError("evaluate.training_rows: the task code does not run while training; use ftjax evaluate later")
-            check(self.settings, False)
-            self.items, _ = read_items(self.config, self.settings.training_rows)
+            check(self.config, False)
+            only = validation.places() if validation is not None and splits_off(self.config) else None
+            self.items, _ = read_items(self.config, self.settings.training_rows, only)
 
     @property
     def facts(self) -> dict[str, Any]:

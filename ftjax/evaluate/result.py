@@ -58,10 +58,10 @@ def print_results(results: Mapping[str, Any], console: Any) -> None:
     console.print(f"{results['model']}: {head}", soft_wrap=True, markup=False)
     table = Table()
     table.add_column("metric")
-    for name in (f"value ({share(results)})", *(("base", "difference", "p") if "base" in results else ())):
+    for name in ("n", f"value ({share(results)})", *(("base", "difference", "p") if "base" in results else ())):
         table.add_column(name, justify="right")
     for name, found in results["metrics"].items():
-        cells = [name, _cell(found)]
+        cells = [name, f"{found.rows:,}", _cell(found)]
         if "base" in results:
             difference = results["difference"][name]
             cells += [_cell(results["base"]["metrics"][name]), _cell(difference, "+"), f"{difference.p_value:.3g}"]

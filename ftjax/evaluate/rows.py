@@ -42,8 +42,18 @@ class Item:
         return self.references[0].strip()
 
 
+Places = frozenset[tuple[int, str]]  # of rows: the number of their source, and file and line
+
+
+def splits_off(config: Config) -> bool:
+    """Whether the rows that are split off the training data are those to evaluate on."""
+    return config.evaluate.data is None and config.data.validation_split is not None
+
+
 def sources(config: Config) -> list[SourceConfig]:
     """Where the rows come from, with `data`'s formats, columns and templates. Raises UserError where nothing is named."""
+    if splits_off(config):
+        return config.data.sources("train")
     given = config.evaluate.data if config.evaluate.data is not None else config.data.validation
     if given is None:
         raise UserError("evaluate: there is no data; name it with --data FILE, evaluate.data or data.validation")
@@ -59,10 +69,11 @@ def labels_of(config: Config) -> Labels | None:
     return replace(labels, names=tuple(names), form=form)
 
 
-def read_items(config: Config, limit: int | None = None) -> tuple[list[Item], int]:
+def read_items(config: Config, limit: int | None = None, only: Places | None = None) -> tuple[list[Item], int]:
     """`(the rows, how many broken, empty or unwanted ones were left out)`.
 
     Args:
+        only: the rows that count, of those that were read; the others are not left out, but no part of the data.
         limit: at most so many rows, evenly spread, so that a file in the order of its classes is no trap.
 
     Raises UserError, with file and line, for a row that is wrong, unless `data.on_error` skips it.
@@ -86,10 +97,11 @@ def read_items(config: Config, limit: int | None = None) -> tuple[list[Item], in
             if not example.wanted:  # of an unpaired preference: no answer to compare with
                 empty += 1
                 continue
-            found.append(Item(example, row.values))
+            if only is None or (number, example.where) in only:
+                found.append(Item(example, row.values))
     if not found:
         first = f" (the first: {faults.messages[0]})" if faults.messages else ""
         raise UserError(f"evaluate: no row is left of {sources(config)[0].path}{first}")
     if limit is not None and limit < len(found):
         found = [found[i] for i in np.linspace(0, len(found) - 1, limit).round().astype(int)]
-    return found, faults.count + empty
+    return found, 0 if only is not None else faults.count + empty

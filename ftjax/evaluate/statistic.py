@@ -26,11 +26,15 @@ class Scores:
         each: of each row, what is written beside its prediction.
         statistics: float64 [N, K], what is added over rows.
         combine: turns sums of `statistics` into metrics.
+        rows: of a metric that not all rows have, how many have it.
+        yes: of a share of rows, how many say yes.
     """
 
     each: Sequence[Mapping[str, Any]]
     statistics: np.ndarray
     combine: Combine
+    rows: Mapping[str, int] = field(default_factory=dict)
+    yes: Mapping[str, int] = field(default_factory=dict)
     _drawn: dict[tuple[int, int], dict[str, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     def values(self) -> dict[str, float]:
@@ -44,8 +48,15 @@ class Scores:
         return self._drawn[resamples, seed]
 
 
-def means(each: Sequence[Mapping[str, float]], shown: Sequence[Mapping[str, Any]] | None = None) -> Scores:
-    """Metrics that are means over the rows which have them; `shown` is written to the predictions instead."""
+def means(
+    each: Sequence[Mapping[str, float]], shown: Sequence[Mapping[str, Any]] | None = None, *, shares: bool = True
+) -> Scores:
+    """Metrics that are means over the rows which have them.
+
+    Args:
+        shown: is written to the predictions instead.
+        shares: what is 0 or 1 in all rows says no or yes, and is no other number that happens to be one of these.
+    """
     names = list(dict.fromkeys(name for row in each for name in row))
     values = np.array([[float(row.get(name, 0)) for name in names] for row in each]).reshape(len(each), -1)
     there = np.array([[name in row for name in names] for row in each], np.float64).reshape(len(each), -1)
@@ -56,16 +67,20 @@ def means(each: Sequence[Mapping[str, float]], shown: Sequence[Mapping[str, Any]
             found = sums[:, :width] / sums[:, width:]
         return {name: found[:, column] for column, name in enumerate(names)}
 
-    return Scores(shown if shown is not None else each, np.concatenate([values, there], axis=1), combine)
+    rows = dict(zip(names, there.sum(0).astype(int).tolist(), strict=True))
+    yes = {name: int(column.sum()) for name, column in zip(names, values.T, strict=True) if np.isin(column, (0, 1)).all()}
+    statistics = np.concatenate([values, there], axis=1)
+    return Scores(shown if shown is not None else each, statistics, combine, rows, yes if shares else {})
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric with the bounds of its confidence interval."""
+    """A metric with the bounds of its confidence interval, and the rows that it is made of."""
 
     value: float
     low: float
     high: float
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,10 +93,28 @@ class Difference:
     p_value: float
 
 
+FEW = 30  # rows
+
+
+def on_few(verdict: str, rows: int | None) -> str:
+    """A verdict, and on how few rows it stands where they are few."""
+    return f"{verdict} on {rows} only" if verdict in ("passed", "failed") and rows is not None and rows < FEW else verdict
+
+
 def intervals(scores: Scores, *, confidence: float, resamples: int, seed: int) -> dict[str, Interval]:
-    """Percentile bootstrap over rows (Efron 1979); the same seed gives the same bounds."""
-    drawn = scores.drawn(resamples, seed)
-    return {name: Interval(value, *_bounds(drawn[name], confidence)) for name, value in scores.values().items()}
+    """Percentile bootstrap over rows (Efron 1979); the same seed gives the same bounds.
+
+    A share of none or of all rows is the same in each resample; its bounds are exact ones (Clopper and Pearson 1934).
+    """
+    drawn, found = scores.drawn(resamples, seed), {}
+    for name, value in scores.values().items():
+        rows, yes = scores.rows.get(name, len(scores.each)), scores.yes.get(name)
+        low, high = _bounds(drawn[name], confidence)
+        if yes is not None and yes in (0, rows):
+            reach = ((1 - confidence) / 2) ** (1 / rows)
+            low, high = (reach, 1.0) if yes else (0.0, 1 - reach)
+        found[name] = Interval(value, low, high, rows)
+    return found
 
 
 def compare(base: Scores, tuned: Scores, *, confidence: float, resamples: int, seed: int) -> dict[str, Difference]:

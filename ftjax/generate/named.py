@@ -12,7 +12,7 @@ from ftjax.hub.fetch import resolve_config
 from ftjax.hub.own_base import base_of
 from ftjax.hub.peft import CONFIG as ADAPTER
 from ftjax.hub.peft import read_adapter_config
-from ftjax.hub.run_folder import RUN, adapter_folder, result_of
+from ftjax.hub.run_folder import RUN, adapter_folder, refuse_missing, result_of
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ def find_named(
     A configuration file means the run in its `output_dir`, and before that has ended its base model. A PEFT folder means
     itself on the base model that it names. `adapter` may be a run's folder, too.
 
-    Raises UserError where a run has no result yet, an adapter's base model is not known or not there, or two adapters are
-    given.
+    Raises UserError where there is no such run or it has no result yet, an adapter's base model is not known or
+    not there, or two adapters are given.
     """
+    refuse_missing(given)
     place = Path(given).expanduser()
     adapter = None if adapter is None else adapter_folder(adapter)
     if place.suffix in (".yaml", ".yml") and not place.is_dir():
@@ -77,8 +78,8 @@ def find_named(
         return Named(f"{config.model.path} with {adapter}", config.model.path, adapter, config)
     found = None
     if (result := result_of(place)) is not None:
-        config = load_config(result[1] / RUN, overrides, note=note)
-        trained = load_config(result[1] / RUN, note=lambda text: None) if overrides else config
+        config = load_config(result[1] / RUN, overrides, note=note, asked=False)
+        trained = load_config(result[1] / RUN, note=lambda text: None, asked=False) if overrides else config
         found = _of_run(result[1], result[0], config, trained)
     elif (place / ADAPTER).is_file():
         if adapter is None:

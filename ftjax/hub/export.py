@@ -17,6 +17,7 @@ from ftjax.hub.output import replacing
 from ftjax.hub.own_base import base_of, warn_of_another_base
 from ftjax.hub.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter, read_adapter_config
 from ftjax.hub.plain_lora import read_updates, targets, write_plain
+from ftjax.hub.run_folder import refuse_missing
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.hub.tokenizer_files import write_tokenizer
 from ftjax.hub.untied import with_adapters_output
@@ -77,6 +78,7 @@ def export(
 def find_result(run: Path) -> tuple[Path, Config | None]:
     """`(the folder with the weights, the run's configuration)`; `run` is a run folder or its `final/` or `best/`, or an adapter
     of which there is no run."""
+    refuse_missing(str(run))
     if (run / "final").is_dir():
         result, home = run / "final", run
     elif (run / CONFIG).is_file() or (run / "config.json").is_file():

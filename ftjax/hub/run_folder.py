@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ftjax.errors import UserError
+from ftjax.hub.fetch import HUB
 from ftjax.hub.peft import CONFIG as ADAPTER
 
 RUN = "config.yaml"  # what makes a folder a run's
@@ -23,11 +24,30 @@ def result_of(place: Path) -> tuple[Path, Path] | None:
     raise UserError(f"{place}: this run has no final/ yet; {rest}")
 
 
+def refuse_missing(given: str) -> None:
+    """UserError where a run is named that is not there: `runs/first` looks like the Hub's, and is none of them."""
+    place = Path(given).expanduser()
+    if given.startswith(HUB) or place.exists() or len(place.parts) < 2:
+        return
+    run = place.parent if place.name in ("final", "best") and len(place.parts) > 2 else place
+    if run != place and (run / RUN).is_file():
+        other = next((name for name in ("final", "best") if is_result(run / name)), None)
+        advice = f"take {run / other}" if other else "train it to its end first"
+        raise UserError(f"{given}: this run has no {place.name}/; {advice}")
+    beside = sorted(one.parent.name for one in run.parent.glob(f"*/{RUN}"))[:8]
+    if beside or place.parts[0] == "runs" or run != place:
+        found = f"the runs in {run.parent} are {', '.join(beside)}" if beside else f"{run.parent} holds no run"
+        asked = "" if place.is_absolute() else f", looked up from {Path.cwd()}"
+        hub = f"; if you mean the Hub's, write {HUB}{given}" if len(place.parts) == 2 and not place.is_absolute() else ""
+        raise UserError(f"{given}: there is no such run ({found}{asked}){hub}")
+
+
 def adapter_folder(place: Path) -> Path:
     """The PEFT folder that is meant: of a run, its result's.
 
     Raises UserError where a run has no result yet, or its result is a whole model.
     """
+    refuse_missing(str(place))
     place = place.expanduser()
     found = None if (place / ADAPTER).is_file() else result_of(place)
     if found is None:

@@ -75,7 +75,10 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.yaml").is_file() and (folder.parent / "config.yaml").is_file():
         folder = folder.parent  # the run's final/ or best/
     if not (folder / "config.yaml").is_file():
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+        if not folder.exists():
+            beside = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))[:8]) or "none"
+            raise UserError(f"{folder}: there is no such run (runs in {folder.parent}: {beside})")
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "a file"
         raise UserError(f"{folder}: expected a run folder with config.yaml and metrics.jsonl; found {found}")
     config = load_config(folder / "config.yaml", note=lambda text: None)
     metrics, generations, warnings = [], [], []

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from ftjax.evaluate.harness_scores import harness_scores
+from ftjax.evaluate.statistic import on_few
 from ftjax.page.chart import interval_chart
 from ftjax.page.document import details, table, text
 from ftjax.report.read import Measured, Run
@@ -29,6 +30,7 @@ def evaluations(run: Run) -> Iterable[str]:
         beside = f", beside {results['base']['model']}" if "base" in results else ""
         yield f'<p class="soft">{escape(str(results.get("model")) + beside)}</p>'
         yield f'<div class="charts">{"".join(_pictures(results))}</div>'
+        yield from (f'<p class="warning">{escape(str(words))}</p>' for words in results.get("warnings", []))
         yield _metrics(results)
         yield from _samples(one)
 
@@ -38,12 +40,12 @@ def harness_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     base = {(one.task, one.metric): one for one in harness_scores(results.get("base", {}))}
     rows = []
     for one in harness_scores(results):
-        row = [f"{one.task}: {one.metric}"]
+        row = [f"{one.task}: {one.metric}", count(one.rows)]
         for found in (one, base.get((one.task, one.metric))):
             bounds = (None, None) if found is None else found.bounds
             row.append(cell({"value": found.value, "low": bounds[0], "high": bounds[1]} if found else None))
-        rows.append(row if base else row[:2])
-    return ["metric", "value (95 % interval)", *(("base",) if base else ())], rows
+        rows.append(row if base else row[:3])
+    return ["metric", "n", "value (95 % interval)", *(("base",) if base else ())], rows
 
 
 def _harness(one: Measured) -> Iterable[str]:
@@ -54,11 +56,11 @@ def _harness(one: Measured) -> Iterable[str]:
 
 
 def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
-    """Name, value, base, difference and p of each metric, as texts."""
+    """Name, rows, value, base, difference and p of each metric, as texts."""
     base, difference = results.get("base", {}).get("metrics", {}), results.get("difference", {})
     found = []
     for name, value in results.get("metrics", {}).items():
-        row = [name, cell(value)]
+        row = [name, count(value.get("rows", results.get("rows"))), cell(value)]
         if "base" in results:
             row += [cell(base.get(name)), cell(difference.get(name), "+"), number((difference.get(name) or {}).get("p_value"))]
         found.append(row)
@@ -78,6 +80,10 @@ def cell(value: Numbers, sign: str = "", share: bool = False) -> str:
     return f"{shown[0]}{' %' if share else ''}{around}"
 
 
+def count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
@@ -92,7 +98,7 @@ def _pictures(results: Mapping[str, Any]) -> Iterable[str]:
 
 def _metrics(results: Mapping[str, Any]) -> str:
     share = f"{100 * results.get('confidence', 0.95):g} % interval"
-    head = ["metric", f"value ({share})", *(("base", "difference", "p") if "base" in results else ())]
+    head = ["metric", "n", f"value ({share})", *(("base", "difference", "p") if "base" in results else ())]
     parts = [table(head, rows_of(results))]
     for who, found in (("", results), ("base: ", results.get("base", {}))):
         if "confusion_matrix" in found:
@@ -180,13 +186,15 @@ def checks(run: Run) -> Iterable[str]:
         for found in results.get("findings", []):
             if found["verdict"] == "not measured":
                 continue
-            cells = [cell(found.get(key), share=bool(found.get("share"))) for key in ("value", "base")]
+            cells = [count(found.get("rows"))]
+            cells += [cell(found.get(key), share=bool(found.get("share"))) for key in ("value", "base")]
             words = "".join(f'<td class="n">{escape(value)}</td>' for value in cells)
-            verdict = f'<td class="v {COLOURS.get(found["verdict"], "soft")}">{escape(found["verdict"])}</td>'
+            said = escape(on_few(found["verdict"], found.get("rows")))
+            verdict = f'<td class="v {COLOURS.get(found["verdict"], "soft")}">{said}</td>'
             name, rule = escape(found["title"]), escape(found.get("rule") or "")
             rows.append(f'<tr><th scope="row">{name}</th>{words}<td>{rule}</td>{verdict}</tr>')
-        head = "".join(f'<th scope="col"{" class=n" if n in (1, 2) else ""}>{name}</th>' for n, name in enumerate(
-            ("metric", "tuned", "base", "limit", "verdict")))  # fmt: skip
+        head = "".join(f'<th scope="col"{" class=n" if n in (1, 2, 3) else ""}>{name}</th>' for n, name in enumerate(
+            ("metric", "n", "tuned", "base", "limit", "verdict")))  # fmt: skip
         inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
         yield f'<div class="scroll" tabindex="0"><table>{inner}</table></div>'
         for name, reason in results.get("not_measured", {}).items():
@@ -209,8 +217,9 @@ def _flagged(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             yield sample(row.get("prompt"), sides)
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+def _share(value: Any) -> str:
+    """With its bounds; without them as older checks wrote it."""
+    return cell(value if isinstance(value, Mapping) or value is None else {"value": value}, share=True)
 
 
 def _float(value: Any) -> float:

@@ -31,7 +31,9 @@ def tiles(run: Run) -> list[tuple[str, str]]:
         found.append(("parameters", run.record["trained"].split(" || ")[0].removeprefix("trainable params: ") + " trained"))
     for one in run.checks:
         failed = one.results.get("failed", [])
-        found.append((one.name, f"{len(failed)} beyond their limits" if failed else "all within their limits"))
+        rows = [line["rows"] for line in one.results.get("findings", []) if line.get("rows") and line["verdict"] == "passed"]
+        fewest = f", on {min(rows):,} rows and more" if rows else ""
+        found.append((one.name, f"{len(failed)} beyond their limits" if failed else f"all within their limits{fewest}"))
     return found
 
 
@@ -64,7 +66,7 @@ def print_summary(run: Run, console: Any) -> None:
             title, (head, rows) = f"lm-evaluation-harness: {one.name}", harness_rows(results)
         else:
             title, rows = f"{results.get('task')} on {results.get('data')}", rows_of(results)
-            head = ["metric", "value", *(("base", "difference", "p") if "base" in results else ())]
+            head = ["metric", "n", "value", *(("base", "difference", "p") if "base" in results else ())]
         table = Table(title=title, title_justify="left")
         for n, name in enumerate(head):
             table.add_column(name, justify="right" if n else "left")

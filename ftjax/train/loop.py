@@ -313,7 +313,7 @@ class Run:
             return
         options = {"first": first, "steps": self.total, "epoch_steps": self.batches.steps_per_epoch}
         data = {"train": self.batches.record(), "validation": self.validation and split_record(self.validation)}
-        write_record(self.folder, self.setup, data, **options)
+        write_record(self.folder, self.setup, data, self.documents, **options)
         announce(self.setup, self.batches.report(), self.log.flops, **options)
         if first:
             say(f"resuming from step {first} of {self.total}")

@@ -14,17 +14,22 @@ from ftjax.data.pipeline import Split
 from ftjax.data.report import histogram
 from ftjax.hub.card import installed_versions
 from ftjax.train.folder import replace_text
+from ftjax.train.same_run import Documents
 from ftjax.train.setup import Setup
 
 RECORD = "run.json"
 GIB = 1 << 30
 
 
-def write_record(folder: Path, setup: Setup, data: dict[str, Any], *, first: int, steps: int, epoch_steps: int | None) -> None:
+def write_record(
+    folder: Path, setup: Setup, data: dict[str, Any], documents: Documents, *, first: int, steps: int,
+    epoch_steps: int | None,
+) -> None:  # fmt: skip
     """Written at every start; `starts` keeps the ones before.
 
     Args:
         data: JSON about training and validation data by name (`split_record`); None where there is none.
+        documents: what tells these from others.
         first: the step that this start goes on from.
     """
     path, before = folder / RECORD, _read(folder) if first else {}
@@ -39,6 +44,7 @@ def write_record(folder: Path, setup: Setup, data: dict[str, Any], *, first: int
         "attention": setup.runtime.attention,
         "versions": {"python": platform.python_version(), **installed_versions()}, "system": platform.platform(),
         "data": {name: found for name, found in data.items() if found is not None},
+        "documents": documents,
     }  # fmt: skip
     _write(path, record)
 

@@ -1,8 +1,10 @@
 """What the tests of evaluation share."""
 
 import json
+import shutil
 
 import pytest
+import yaml
 from oracle import Case, make_hf, one_device
 from tiny_tokenizer import save_tokenizer
 
@@ -69,3 +71,19 @@ def run(tiny, rows_file, tmp_path_factory):
         patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
         train(config)
     return folder
+
+
+@pytest.fixture
+def changed(run, tmp_path):
+    """`changed(section={...})`: a copy of the run with other settings in its config.yaml."""
+
+    def change(**sections):
+        folder = tmp_path / "changed"
+        shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints"))
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        for name, values in sections.items():
+            config[name] |= values
+        (folder / "config.yaml").write_text(yaml.safe_dump({**config, "output_dir": str(folder)}))
+        return folder
+
+    return change

@@ -1,6 +1,7 @@
 """`ftjax check`, from a run to results.json, answers.jsonl, the model card and the exit code."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -46,6 +47,12 @@ def test_a_run_beside_its_base(run, tiny, files, tmp_path, capsys):
     assert [one["name"] for one in saved["findings"]] == list(found) and saved["prompts"] == 5  # 2 safe, 1 unsafe, 2 others
     out = capsys.readouterr().out
     assert "perplexity of general text" in out and f"beside {tiny}" in out
+    # No verdict without the number that it stands on, and no share without its interval: two of two are not all.
+    assert re.search(r"safe prompts refused +│ +2 │ +0.0 % \(0.0 to 84.2\).*10 points above the base .* passed on 2 only", out)
+    assert re.search(r"empty answers +│ +5 │.*passed on 5 only", out) and not re.search(r"passed +│", out)
+    assert saved["refused_by_type"]["safe: x"]["tuned"] == {
+        "value": 0.0, "low": 0.0, "high": pytest.approx(1 - 0.025 ** (1 / found["safe_refused"]["rows"])), "rows": 2
+    }  # fmt: skip
 
     rows = [json.loads(line) for line in (copy / "check" / "answers.jsonl").read_text().splitlines()]
     for prefix, adapter in (("", copy / "final"), ("base_", None)):

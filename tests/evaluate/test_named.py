@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import yaml
 
 from ftjax.errors import UserError
 from ftjax.evaluate.target import find_target
@@ -25,22 +24,6 @@ def alone(run, tmp_path):
     """The adapter's folder without the run around it."""
     shutil.copytree(run / "final", tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-@pytest.fixture
-def changed(run, tmp_path):
-    """`changed(section={...})`: a copy of the run with other settings in its config.yaml."""
-
-    def change(**sections):
-        folder = tmp_path / "changed"
-        shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints"))
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        for name, values in sections.items():
-            config[name] |= values
-        (folder / "config.yaml").write_text(yaml.safe_dump({**config, "output_dir": str(folder)}))
-        return folder
-
-    return change
 
 
 def test_generate_takes_what_evaluate_takes(run, tiny, alone, capsys):

@@ -55,4 +55,19 @@ def test_no_difference_has_no_evidence(two):
 def test_rows_that_lack_a_metric_do_not_count():
     found = means([{"a": 1.0, "b": 1.0}, {"a": 0.0}, {"a": 0.5}])
     assert found.values() == {"a": 0.5, "b": 1.0}
-    assert intervals(found, **OPTIONS)["b"].low == 1.0
+    both = intervals(found, **OPTIONS)
+    assert both["b"].rows == 1 and both["b"].low == pytest.approx(0.025) and both["a"].rows == 3
+
+
+@pytest.mark.parametrize(("yes", "rows"), [(0, 2), (2, 2), (0, 40), (1, 1), (40, 40)])
+def test_a_share_of_none_or_all_is_not_certain(yes, rows):
+    found = intervals(scores([1] * yes + [0] * (rows - yes)), **OPTIONS)["x"]
+    want = scipy.stats.binomtest(yes, rows).proportion_ci(0.95, method="exact")
+    assert (found.value, found.rows) == (yes / rows, rows)
+    np.testing.assert_allclose([found.low, found.high], [want.low, want.high], atol=1e-9)
+
+
+def test_what_is_no_share_keeps_its_interval():
+    """Nats, or numbers of a metric of one's own, may all be 0 or 1, too."""
+    found = intervals(means([{"x": 0.0}] * 4, shares=False), **OPTIONS)["x"]
+    assert (found.low, found.high) == (0, 0)

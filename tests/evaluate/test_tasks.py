@@ -197,6 +197,9 @@ def test_code():
     inside, outside = "    import math\n    return x + x\n", "\nimport math\ndef twice(x):\n    return x + x\n"
     found = code.code(rows, [[inside, outside]] * 2, config(num_samples=2, temperature=1.0))
     assert [one["outcomes"] for one in found.each] == [["passed", "passed"]] * 2
+    forking = "    import os, time\n    if os.fork() == 0: time.sleep(2), os._exit(0)\n    time.sleep(1)\n    return x + x"
+    found = [code.code(rows[:1], [[forking]], config(code_processes=most)).each[0]["outcomes"] for most in (1, 2)]
+    assert found == [["failed"], ["passed"]]
     with pytest.raises(UserError, match="needs a column 'test'"):
         code.code(items([("x",)]), [["y"]], config())
 

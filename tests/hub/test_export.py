@@ -137,7 +137,7 @@ def test_refusals(tmp_path):
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(UserError, match="not empty"):
         export(folder, tmp_path / "full", merge=True)
-    with pytest.raises(UserError, match=r"expected a run folder.*no such folder"):
+    with pytest.raises(UserError, match=r"there is no such run"):
         export(tmp_path / "absent", tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

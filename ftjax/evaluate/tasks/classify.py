@@ -10,6 +10,7 @@ from ftjax.config import EvaluateConfig
 from ftjax.data.example import Example
 from ftjax.errors import UserError
 from ftjax.evaluate.extra import need
+from ftjax.evaluate.fit import check_labels
 from ftjax.evaluate.rows import Item
 from ftjax.evaluate.statistic import Scores
 
@@ -25,6 +26,7 @@ def labels_of(items: Sequence[Item], config: EvaluateConfig) -> list[str]:
             raise UserError(
                 f"evaluate.task classification: all rows have the class {found[0]!r}; name the classes in evaluate.labels"
             )
+        check_labels([item.label for item in items])
         if len(found) > 200:
             raise UserError(f"evaluate.task classification: {len(found)} different answers are no classes; choose another task")
         return found
@@ -82,7 +84,7 @@ def classification(items: Sequence[Item], likelihoods: np.ndarray, labels: Seque
         {"accuracy": float(true == said), "probabilities": dict(zip(labels, np.round(share, 6).tolist(), strict=True))}
         for true, said, share in zip(truth, chosen, shares, strict=True)
     ]
-    return [labels[i] for i in chosen], Scores(each, statistics, combine)
+    return [labels[i] for i in chosen], Scores(each, statistics, combine, yes={"accuracy": int((truth == chosen).sum())})
 
 
 def confusion_matrix(items: Sequence[Item], chosen: Sequence[str], labels: Sequence[str]) -> list[list[int]]:

@@ -23,7 +23,7 @@ def code(items: Sequence[Item], answers: Sequence[Sequence[str]], config: Evalua
     The row's `test` column is Python that fails where the program is wrong; with an `entry_point` column, the tests define
     `check(candidate)`. The program is prompt and answer, or a fenced block of the answer that holds the whole function.
     """
-    limits = Limits(seconds=config.code_timeout, memory_mb=config.code_memory)
+    limits = Limits(seconds=config.code_timeout, memory_mb=config.code_memory, processes=config.code_processes)
     programs = [
         (number, program(item, answer))
         for number, (item, tries) in enumerate(zip(items, answers, strict=True))

@@ -57,4 +57,4 @@ def own(items: Sequence[Item], answers: Sequence[str], function: Callable[..., A
         found.append({str(key): float(one) for key, one in scores.items()})
     if len({tuple(sorted(row)) for row in found}) > 1:
         raise UserError(f"{name} gives different names for different rows; expected the same for all")
-    return means(found)
+    return means(found, shares=False)

@@ -1,0 +1,103 @@
+"""Python that only the folder of a run names is not run: the folder may be somebody else's."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from ftjax.check.command import check
+from ftjax.config.load import load_config
+from ftjax.errors import UserError
+from ftjax.evaluate.command import evaluate
+from ftjax.evaluate.harness_command import evaluate_harness
+from ftjax.evaluate.observe import make_observer
+from ftjax.evaluate.target import find_target
+from ftjax.generate.command import generate
+from ftjax.report.command import report
+
+
+@pytest.fixture
+def theirs(changed, tmp_path):
+    """A run whose configuration leads to code in each way; every one of the files leaves `ran` behind."""
+    ran, folder = tmp_path / "ran", tmp_path / "code"
+    folder.mkdir()
+    code = f"open({str(ran)!r}, 'w').close()\n"
+    (folder / "metric.py").write_text(f"{code}def length(prediction): return len(prediction)")
+    (folder / "utils.py").write_text(f"{code}def one(doc): return 'a'")
+    (folder / "task.yaml").write_text("task: theirs\ndataset_path: json\ndoc_to_text: !function utils.one\n")
+    lm_eval = {"tasks": [str(folder / "task.yaml")], "include_path": str(folder)}
+    run = changed(
+        evaluate={"task": str(folder / "metric.py"), "lm_eval": lm_eval, "training_rows": 2, "max_new_tokens": 2},
+        check={"lm_eval_tasks": [str(folder / "task.yaml")]},
+    )
+    return run, folder, ran
+
+
+def test_a_metric(theirs, tmp_path):
+    run, folder, ran = theirs
+    moved = tmp_path / "moved"  # what else may lie in somebody's folder: nothing that shows that a run wrote it
+    shutil.copytree(run / "final", moved / "final")
+    shutil.copyfile(run / "config.yaml", moved / "config.yaml")
+    shutil.copytree(run / "final", tmp_path / "odd" / "model")
+    shutil.copyfile(run / "config.yaml", tmp_path / "odd" / "config.yaml")
+    for given in (run, run / "final", run / "best", run / "config.yaml", moved, tmp_path / "odd" / "model"):
+        with pytest.raises(UserError, match=r"metric.py is Python code .* name it on the command line: evaluate.task=\S+"):
+            evaluate(str(given), ["evaluate.limit=2"], out=tmp_path / "out")
+    assert not ran.exists()
+    evaluate(str(run), task="loss", out=tmp_path / "out")  # another task asks nothing of the file
+    generate(str(run), prompt=["abc:"], max_new_tokens=2)
+    report(run)
+    assert not ran.exists()
+    results = evaluate(str(run), [f"evaluate.task={folder / 'metric.py'}"], limit=2, out=tmp_path / "out")
+    assert ran.exists() and "length" in results["metrics"]
+
+
+def test_a_configuration_of_ones_own_is_a_permission(theirs, tmp_path):
+    run, _, ran = theirs
+    own = tmp_path / "own.yaml"
+    shutil.copyfile(run / "config.yaml", own)  # whoever names a file has chosen it
+    assert not load_config(own).unasked
+    results = evaluate(str(own), limit=2, out=tmp_path / "out")
+    assert ran.exists() and "length" in results["metrics"]
+
+
+def test_while_training(theirs):
+    run, _, ran = theirs
+    generator = find_target(str(run)).load()
+    own = shutil.copyfile(run / "config.yaml", run.parent / "own.yaml")
+    for path, refused in ((run / "config.yaml", True), (own, False)):
+        setup = SimpleNamespace(
+            config=load_config(path), model=generator.model, mesh=generator.engine.mesh,
+            runtime=SimpleNamespace(dtype="float32"), source=None,
+        )  # fmt: skip
+        if refused:
+            with pytest.raises(UserError, match=r"evaluate.task=\S+metric.py"):
+                make_observer(setup, generator.tokenizer, None)
+            assert not ran.exists()
+        else:
+            make_observer(setup, generator.tokenizer, None)
+            assert ran.exists()
+
+
+def test_tasks_of_lm_eval(theirs):
+    """Their YAML names functions of Python files beside them; so does a folder of tasks that is to be included."""
+    run, folder, ran = theirs
+    with pytest.raises(UserError, match=r"'check.lm_eval_tasks=\[\S+task.yaml\]'"):
+        check(str(run))
+    with pytest.raises(UserError, match=r"evaluate.lm_eval.include_path=\S+"):
+        evaluate_harness(str(run), tasks=["theirs"])
+    with pytest.raises(UserError, match=r"'evaluate.lm_eval.tasks=\[\S+task.yaml\]'"):
+        evaluate_harness(str(run), [f"evaluate.lm_eval.include_path={folder}"])
+    assert not ran.exists()
+    found = find_target(str(run), ["check.lm_eval_tasks=[x.yaml]", "evaluate.lm_eval={include_path: here}"])
+    assert found.config.unasked == {"evaluate.task"}
+
+
+def test_what_is_refused_follows_the_schema(theirs):
+    """Each setting that is known to lead to code is one of the schema's, and counted as the run's."""
+    from ftjax.config.code import LEADS_TO_CODE, setting
+
+    config = load_config(theirs[0] / "config.yaml")
+    assert config.unasked == set(LEADS_TO_CODE)
+    assert all(known(setting(config, key)) for key, known in LEADS_TO_CODE.items())
+    assert config.model_copy(update={"output_dir": "x"}).unasked == config.unasked
