@@ -43,11 +43,11 @@ class Configured(TyperCommand):
 
 def _say(label: str, text: str) -> None:
     """One message on stderr; `label` in colour where it is a terminal."""
-    from rich.console import Console
     from rich.text import Text
 
-    line = Text.assemble((label, "bold red"), f": {text}")
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+    from ftjax.console import make_console, say
+
+    say(make_console(stderr=True), Text.assemble((label, "bold red"), f": {text}"))
 
 
 app = typer.Typer(
@@ -155,8 +155,7 @@ def preview(
     settings, embeddings = load_config(config, overrides or []), None
     from contextlib import suppress
 
-    from rich.console import Console
-
+    from ftjax.console import make_console
     from ftjax.data.classes import with_labels
     from ftjax.data.preview import preview as show
     from ftjax.hub.load import positions_of
@@ -167,7 +166,7 @@ def preview(
     with suppress(UserError):  # data can be looked at without a model that can be trained
         embeddings = embeddings_of(settings)
     show(
-        settings, load_tokenizer(settings.model), html=html, as_json=as_json, console=Console(), examples=examples,
+        settings, load_tokenizer(settings.model), html=html, as_json=as_json, console=make_console(), examples=examples,
         positions=positions_of(settings.model.path, settings.model.revision), embeddings=embeddings,
     )  # fmt: skip
 
@@ -418,13 +417,18 @@ def sweep(
 ) -> None:
     """Plan a run for several slices: a table, a plot, and where more chips stop to pay."""
     from ftjax.config.load import load_config
+    from ftjax.console import make_console, say
 
     settings = load_config(config, overrides or [])
     os.environ["JAX_PLATFORMS"] = "cpu"
     from ftjax.plan.sweep import sweep as plan_all
 
     names = [name.strip() for name in topologies.split(",") if name.strip()]
-    plan_all(config, settings, overrides or [], names, weak=weak, price=price, runs=run or [], out=out, say=print)
+    console = make_console()
+    plan_all(
+        config, settings, overrides or [], names, weak=weak, price=price, runs=run or [], out=out,
+        say=lambda text: say(console, text),
+    )  # fmt: skip
 
 
 @app.command(name="merge-adapters")

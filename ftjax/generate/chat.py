@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ftjax.console import say
 from ftjax.errors import UserError
 from ftjax.generate.typed import checked, keep_wrong_bytes, read_turn
 
@@ -50,9 +51,8 @@ def chat(
 
     Raises UserError where the model, the adapter or a setting is wrong, or what is piped in is not text.
     """
-    from rich.console import Console
-
     from ftjax.compile_cache import keep_compiled_programs
+    from ftjax.console import make_console
     from ftjax.generate.context import recommended
     from ftjax.generate.conversation import Conversation
     from ftjax.generate.named import find_named
@@ -61,8 +61,7 @@ def chat(
     system = None if system is None else checked(system, "--system")
     found = find_named(model, adapter=adapter)
     keep_compiled_programs()
-    notes = Console(stderr=True, highlight=False, emoji=False)
-    notes.soft_wrap = not notes.is_terminal
+    notes = make_console(stderr=True)
     with notes.status(f"loading {found.name}"):
         options = found.options(revision=revision, tokenizer=tokenizer, chat_template=chat_template, quantization=quantization)
         generator = Generator(found.model, found.adapter, dtype=dtype, **options)
@@ -73,7 +72,7 @@ def chat(
     interactive = sys.stdin.isatty()
     keep_wrong_bytes(sys.stdin)
     if interactive:
-        notes.print(f"{found.name}; /help shows the commands, /quit leaves", markup=False)
+        say(notes, f"{found.name}; /help shows the commands, /quit leaves")
     saved: set[Path] = set()
     while True:
         try:
@@ -84,7 +83,7 @@ def chat(
         except UserError as error:
             if not interactive:
                 raise
-            notes.print(str(error), markup=False)
+            say(notes, str(error))
             continue
         if message is None:
             break
@@ -102,7 +101,7 @@ def chat(
                 continue
             _answer(talk, message)
         except UserError as error:
-            notes.print(str(error), markup=False)
+            say(notes, str(error))
 
 
 def _command(message: str) -> tuple[str, str] | None:
@@ -151,7 +150,7 @@ def _obey(talk: Any, command: str, rest: str, notes: Any, saved: set[Path]) -> N
         said = f"system message: {rest}" if rest else "no system message"
     else:
         said = f"{command} is no command; those that are: {', '.join(COMMANDS)}"
-    notes.print(said, markup=False)
+    say(notes, said)
 
 
 def _save(messages: Sequence[Any], name: str, saved: set[Path]) -> str:

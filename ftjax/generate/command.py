@@ -67,14 +67,14 @@ def generate(
     if store.several():
         facts = {"prompts": len(given), "digest of the prompts": digest(given), "options": repr(sampling)}
         agree("what is asked", {**facts, **model_facts(found.model, options["revision"], found.adapter)})
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from ftjax.compile_cache import keep_compiled_programs
+    from ftjax.console import make_console
     from ftjax.generate.session import Generator
 
     keep_compiled_programs()
-    notes = Console(stderr=True, highlight=False, quiet=store.index() > 0)
+    notes = make_console(stderr=True, quiet=store.index() > 0)
     with notes.status(f"loading {found.name}"):
         generator = Generator(found.model, found.adapter, dtype=dtype, **options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

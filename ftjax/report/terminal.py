@@ -48,16 +48,14 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def print_summary(run: Run, console: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from ftjax.console import print_table, say
 
-    console.print(f"{run.folder}: {run.config.model.path}, {run.config.method.name}", soft_wrap=True, markup=False)
+    say(console, f"{run.folder}: {run.config.model.path}, {run.config.method.name}")
     for name, value in tiles(run):
-        console.print(f"  {name:<28} {value}", soft_wrap=True, markup=False)
+        say(console, f"  {name:<28} {value}")
     for label, name in (("training loss", "train/loss"), ("validation loss", "eval/loss")):
         if len(run.curve(name)) > 1:
-            console.print(f"  {label:<28} {sparkline([value for _, value in run.curve(name)])}", soft_wrap=True)
-    wide = console if console.is_terminal else Console(file=console.file, width=150)
+            say(console, f"  {label:<28} {sparkline([value for _, value in run.curve(name)])}")
     for one in run.evaluations:
         results = one.results
         if "results" in results:
@@ -65,11 +63,7 @@ def print_summary(run: Run, console: Any) -> None:
         else:
             title, rows = f"{results.get('task')} on {results.get('data')}", rows_of(results)
             head = ["metric", "value", *(("base", "difference", "p") if "base" in results else ())]
-        table = Table(title=title, title_justify="left")
-        for n, name in enumerate(head):
-            table.add_column(name, justify="right" if n else "left")
-        for row in rows:
-            table.add_row(*row)
-        wide.print(table)
+        say(console)
+        print_table(console, head, rows, title=title)
     for words in warnings(run):
-        console.print(f"warning: {words}", style="yellow", soft_wrap=True, markup=False)
+        say(console, f"warning: {words}", "yellow")
