@@ -24,7 +24,7 @@ def tiles(run: Run) -> list[tuple[str, str]]:
     if best:
         found.append(("best validation loss", f"{best[1]:.4g} at step {best[0]:,}"))
     if rates:
-        found.append(("tokens a second, median", f"{sorted(rates)[len(rates) // 2]:,.4g}"))
+        found.append(("tokens a second, median", _rounded(sorted(rates)[len(rates) // 2])))
     if memory:
         found.append(("peak memory", f"{max(memory):.3g} GiB"))
     if "trained" in run.record:
@@ -33,6 +33,10 @@ def tiles(run: Run) -> list[tuple[str, str]]:
         failed = one.results.get("failed", [])
         found.append((one.name, f"{len(failed)} beyond their limits" if failed else "all within their limits"))
     return found
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def sparkline(values: Sequence[float]) -> str:
