@@ -6,7 +6,7 @@ Exit codes: 0 done, 2 the user's input is wrong (a message, no traceback), 130 i
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -88,6 +88,13 @@ Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this; repeatable.", show_default=False)
 ]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+SpecialTokens = Annotated[
+    Literal["split", "encode", "error"] | None,
+    typer.Option(
+        help="Control tokens that a prompt spells (<|im_end|>): plain text, tokens, or an error.",
+        show_default="the run's, or split",
+    ),
+]
 Quantization = Annotated[
     str | None,
     typer.Option(metavar="KIND", help="int8 or nf4: hold the weights in few bits; none.", show_default="the run's, or none"),
@@ -289,6 +296,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered at a time.")] = 32,
     dtype: DType = "auto",
     quantization: Quantization = None,
+    special_tokens_in_text: SpecialTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Answer prompts, one after the other or many at a time."""
@@ -301,7 +309,8 @@ def generate(
             model, prompt=prompt or (), prompts=prompts, adapter=adapter, revision=revision, tokenizer=tokenizer,
             chat_template=chat_template, system=system, raw=raw, max_new_tokens=max_new_tokens, temperature=temperature,
             top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
-            batch_size=batch_size, dtype=dtype, quantization=quantization, as_json=as_json,
+            batch_size=batch_size, dtype=dtype, quantization=quantization,
+            special_tokens_in_text=special_tokens_in_text, as_json=as_json,
         )  # fmt: skip
 
 
@@ -327,6 +336,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: DType = "auto",
     quantization: Quantization = None,
+    special_tokens_in_text: SpecialTokens = None,
 ) -> None:
     """Talk to a model."""
     from ftjax.distributed.join import alone
@@ -338,7 +348,7 @@ def chat(
         model, adapter=adapter, revision=revision, tokenizer=tokenizer, chat_template=chat_template, system=system,
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, stop=stop or (), seed=seed, dtype=dtype,
-        quantization=quantization,
+        quantization=quantization, special_tokens_in_text=special_tokens_in_text,
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Observer:
         self.generator = Generator.of(
             setup.model, {}, tokenizer, mesh=setup.mesh, dtype=setup.runtime.dtype, source=setup.source
         )  # fmt: skip
+        _, self.generator.special_tokens_in_text, self.generator.fold_system = self.config.data.reading
         self.prompts: list[list[int]] = []
         self.shown: list[dict[str, str]] = []
         for text in self.settings.training_prompts:

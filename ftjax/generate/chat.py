@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ftjax.console import say
-from ftjax.errors import UserError
+from ftjax.data.control import Mode
+from ftjax.errors import UserError, printable
 from ftjax.generate.typed import checked, keep_wrong_bytes, read_turn
 
 HELP = """\
@@ -41,6 +42,7 @@ def chat(
     seed: int = 0,
     dtype: str = "auto",
     quantization: str | None = None,
+    special_tokens_in_text: Mode | None = None,
 ) -> None:
     """Ask, answer, remember, until /quit.
 
@@ -63,7 +65,10 @@ def chat(
     keep_compiled_programs()
     notes = make_console(stderr=True)
     with notes.status(f"loading {found.name}"):
-        options = found.options(revision=revision, tokenizer=tokenizer, chat_template=chat_template, quantization=quantization)
+        options = found.options(
+            revision=revision, tokenizer=tokenizer, chat_template=chat_template, quantization=quantization,
+            special_tokens_in_text=special_tokens_in_text, fold_system=None,
+        )  # fmt: skip
         generator = Generator(found.model, found.adapter, dtype=dtype, **options)
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     asked["repetition_penalty"] = repetition_penalty
@@ -114,9 +119,10 @@ def _command(message: str) -> tuple[str, str] | None:
 def _answer(talk: Any, message: str) -> None:
     """Write the answer as it comes; Ctrl-C stops it, and what was said stays."""
     pieces = talk.ask(message)
+    clean = printable if sys.stdout.isatty() else str  # a file has what the model wrote
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(clean(piece))
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stdout.write(" ...")

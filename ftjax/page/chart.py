@@ -124,7 +124,7 @@ def _axis(values: Sequence[float], start: float, stop: float, *, whole: bool = F
         high = high if low or high else 1.0
     raw = (high - low) / 4
     size = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * n for n in (1, 2, 2.5, 5, 10) if size * n >= raw)
+    step = next(size * n for n in (1, 2, 2.5, 5, 10) if size * n >= raw * (1 - NOISE))
     if whole:
         step = max(1.0, round(step))
     first, last = math.floor(low / step + NOISE), math.ceil(high / step - NOISE)
