@@ -117,8 +117,8 @@ def _records(path: Path, text: Iterator[str], delimiter: str, faults: Faults, be
         else:
             if len(header) > 1 and any(_holds_records(field, delimiter, len(header)) for field in fields if "\n" in field):
                 faults.note(
-                    f"{where}: a quoted field goes on up to line {reader.line_num + before}, and the lines in it look like rows "
-                    "of their own; look whether a quote is missing"
+                    f"{where}: a quoted field goes on up to line {reader.line_num + before}, and the lines in it look like "
+                    "rows of their own; look whether a quote is missing"
                 )
             yield Row(dict(zip(header, fields, strict=True)), where)
 
