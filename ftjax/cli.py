@@ -396,7 +396,7 @@ def plan(
 ) -> None:
     """Compile a run for chips that need not be there: memory, traffic, the least time of a step.
 
-    Reads nothing of the model but its config.json. Exit code 1 where it does not fit.
+    Reads nothing of the model but its config.json, and the tokenizer where tokens are added. Exit code 1 where it does not fit.
     """
     from ftjax.config.load import load_config
 
