@@ -6,7 +6,7 @@ Exit codes: 0 done, 2 the user's input is wrong (a message, no traceback), 130 i
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -43,11 +43,11 @@ class Configured(TyperCommand):
 
 def _say(label: str, text: str) -> None:
     """One message on stderr; `label` in colour where it is a terminal."""
-    from rich.console import Console
     from rich.text import Text
 
-    line = Text.assemble((label, "bold red"), f": {text}")
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+    from ftjax.console import make_console, say
+
+    say(make_console(stderr=True), Text.assemble((label, "bold red"), f": {text}"))
 
 
 app = typer.Typer(
@@ -88,6 +88,13 @@ Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this; repeatable.", show_default=False)
 ]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+SpecialTokens = Annotated[
+    Literal["split", "encode", "error"] | None,
+    typer.Option(
+        help="Control tokens that a prompt spells (<|im_end|>): plain text, tokens, or an error.",
+        show_default="the run's, or split",
+    ),
+]
 Quantization = Annotated[
     str | None,
     typer.Option(metavar="KIND", help="int8 or nf4: hold the weights in few bits; none.", show_default="the run's, or none"),
@@ -155,8 +162,7 @@ def preview(
     settings, embeddings = load_config(config, overrides or []), None
     from contextlib import suppress
 
-    from rich.console import Console
-
+    from ftjax.console import make_console
     from ftjax.data.preview import preview as show
     from ftjax.hub.load import positions_of
     from ftjax.hub.tokenizer import load_tokenizer
@@ -167,7 +173,7 @@ def preview(
     with suppress(UserError):  # data can be looked at without a model that can be trained
         embeddings = embeddings_of(settings)
     show(
-        settings, load_tokenizer(settings.model), html=html, as_json=as_json, console=Console(), examples=examples,
+        settings, load_tokenizer(settings.model), html=html, as_json=as_json, console=make_console(), examples=examples,
         positions=positions_of(settings.model.path, settings.model.revision), embeddings=embeddings,
         encoding=encoding_of(settings),
     )  # fmt: skip
@@ -291,6 +297,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered at a time.")] = 32,
     dtype: DType = "auto",
     quantization: Quantization = None,
+    special_tokens_in_text: SpecialTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Answer prompts, one after the other or many at a time."""
@@ -303,7 +310,8 @@ def generate(
             model, prompt=prompt or (), prompts=prompts, adapter=adapter, revision=revision, tokenizer=tokenizer,
             chat_template=chat_template, system=system, raw=raw, max_new_tokens=max_new_tokens, temperature=temperature,
             top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
-            batch_size=batch_size, dtype=dtype, quantization=quantization, as_json=as_json,
+            batch_size=batch_size, dtype=dtype, quantization=quantization,
+            special_tokens_in_text=special_tokens_in_text, as_json=as_json,
         )  # fmt: skip
 
 
@@ -329,6 +337,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: DType = "auto",
     quantization: Quantization = None,
+    special_tokens_in_text: SpecialTokens = None,
 ) -> None:
     """Talk to a model."""
     from ftjax.distributed.join import alone
@@ -340,7 +349,7 @@ def chat(
         model, adapter=adapter, revision=revision, tokenizer=tokenizer, chat_template=chat_template, system=system,
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, stop=stop or (), seed=seed, dtype=dtype,
-        quantization=quantization,
+        quantization=quantization, special_tokens_in_text=special_tokens_in_text,
     )  # fmt: skip
 
 
@@ -388,7 +397,7 @@ def plan(
 ) -> None:
     """Compile a run for chips that need not be there: memory, traffic, the least time of a step.
 
-    Reads nothing of the model but its config.json. Exit code 1 where it does not fit.
+    Reads nothing of the model but its config.json, and the tokenizer where tokens are added. Exit code 1 where it does not fit.
     """
     from ftjax.config.load import load_config
 
@@ -419,13 +428,18 @@ def sweep(
 ) -> None:
     """Plan a run for several slices: a table, a plot, and where more chips stop to pay."""
     from ftjax.config.load import load_config
+    from ftjax.console import make_console, say
 
     settings = load_config(config, overrides or [])
     os.environ["JAX_PLATFORMS"] = "cpu"
     from ftjax.plan.sweep import sweep as plan_all
 
     names = [name.strip() for name in topologies.split(",") if name.strip()]
-    plan_all(config, settings, overrides or [], names, weak=weak, price=price, runs=run or [], out=out, say=print)
+    console = make_console()
+    plan_all(
+        config, settings, overrides or [], names, weak=weak, price=price, runs=run or [], out=out,
+        say=lambda text: say(console, text),
+    )  # fmt: skip
 
 
 @app.command(name="merge-adapters")

@@ -215,37 +215,41 @@ def show(report: Report, *, as_json: bool) -> None:
         packages = [{**asdict(package), "state": package.state} for package in report.packages]
         print(json.dumps({**asdict(report), "packages": packages}, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
-    console = Console(highlight=False)
+    from ftjax.console import make_console, print_table, say
+
+    console = make_console()
     memory = f", {report.memory_gib} GiB memory" if report.memory_gib else ""
-    console.print(f"ftjax {report.ftjax} on Python {report.python}, {report.system}, {os.cpu_count()} CPU cores{memory}\n")
-    table = Table("package", "installed", "needed", "tested with", "extra", "", box=None, header_style="bold", pad_edge=False)
+    say(console, f"ftjax {report.ftjax} on Python {report.python}, {report.system}, {os.cpu_count()} CPU cores{memory}\n")
+    head, rows = ("package", "installed", "needed", "tested with", "extra", ""), []
     for package in report.packages:
         colour = {"missing": "red", "too old": "red", "ok, tested": "green", "ok": "green", "ok, untested": "yellow"}.get(
             package.state, "dim"
         )
-        table.add_row(
-            package.name, package.installed or "-", package.needed, package.tested or "-", package.extra or "",
-            f"[{colour}]{package.state}[/]",
+        rows.append(
+            (
+                package.name, package.installed or "-", package.needed, package.tested or "-", package.extra or "",
+                Text(package.state, colour),
+            )
         )  # fmt: skip
-    console.print(table)
-    console.print()
+    print_table(console, head, rows, left=range(len(head)))
+    say(console)
     kinds: dict[tuple[str, str, float | None], int] = {}
     for device in report.devices:
         key = (device["platform"], device["kind"], device["memory_gib"])
         kinds[key] = kinds.get(key, 0) + 1
     for (name, kind, size), count in kinds.items():
-        console.print(f"devices: {count} x {name} ({kind}){f', {size} GiB each' if size else ''}")
+        say(console, f"devices: {count} x {name} ({kind}){f', {size} GiB each' if size else ''}")
     for folder in report.folders:
-        state = "" if folder["writable"] else ", [red]not writable[/]"
-        state += "" if folder["exists"] else ", not there yet"
-        console.print(f"{folder['what']}: {folder['path']}, {folder['free_gib']} GiB free{state}", soft_wrap=True)
-    console.print(f"Hugging Face token: {'present' if report.hub_token else 'absent'}")
+        line = Text(f"{folder['what']}: {folder['path']}, {folder['free_gib']} GiB free")
+        line.append("" if folder["writable"] else ", not writable", "red")
+        line.append("" if folder["exists"] else ", not there yet")
+        say(console, line)
+    say(console, f"Hugging Face token: {'present' if report.hub_token else 'absent'}")
     for hint in report.hints:
-        console.print(f"hint: {hint}", markup=False, soft_wrap=True)
+        say(console, f"hint: {hint}")
     for thing in report.missing:
-        console.print(f"[bold red]missing[/]: {thing}", soft_wrap=True)
+        say(console, Text.assemble(("missing", "bold red"), f": {thing}"))
     if not report.missing:
-        console.print("[green]nothing required is missing[/]")
+        say(console, "nothing required is missing", "green")

@@ -226,6 +226,22 @@ def test_files_that_cannot_be_read(tmp_path):
 # Aliases
 
 
+@pytest.mark.parametrize(
+    "name, advice",
+    [
+        ("train_on_eos", "the end of each trained turn is trained"),
+        ("eval_split", r"data.validation: \{path: HUB_ID, split: NAME\}"),
+        ("num_workers", "data.num_proc"),
+        ("split_special_tokens", "data.special_tokens_in_text: split, encode or error"),
+    ],
+)
+@pytest.mark.parametrize("section", ["", "data"])
+def test_a_data_key_of_another_tool_is_refused_with_advice(write, name, advice, section):
+    text = f"model: {{path: gpt2}}\ndata: {{train: a.jsonl{f', {name}: turn' if section else ''}}}\n"
+    with pytest.raises(UserError, match=rf"{name}.*{advice}"):
+        load_config(write(text + ("" if section else f"{name}: turn\n")))
+
+
 def test_every_alias_stands_for_a_key_and_hides_none():
     for name, alias in ALIASES.items():
         section, key = alias.target.split(".")
@@ -244,6 +260,14 @@ def test_every_alias_stands_for_a_key_and_hides_none():
         ("lora_r: 4\n", "method.r", 4),
         ("data_: 0\n", None, None),
         ("sequence_len: 64\n", "data.max_length", 64),
+        ("split_special_tokens: true\n", "data.special_tokens_in_text", "split"),
+        ("split_special_tokens: false\n", "data.special_tokens_in_text", "encode"),
+        ("validation_split_percentage: 5\n", "data.validation_split", 0.05),
+        ("val_split_fraction: 0.1\n", "data.validation_split", 0.1),
+        ("validation_file: v.jsonl\n", "data.validation", "v.jsonl"),
+        ("eval_dataset: v.jsonl\n", "data.validation", "v.jsonl"),
+        ("dataset_num_proc: 2\n", "data.num_proc", 2),
+        ("preprocessing_num_workers: 2\n", "data.num_proc", 2),
         ("cutoff_len: 64\n", "data.max_length", 64),
         ("num_epochs: 3\n", "training.num_train_epochs", 3.0),
         ("optimizer: {lr: 1e-3}\n", "optimizer.learning_rate", 1e-3),

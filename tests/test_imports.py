@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ftjax"
 # A room may import itself, what it names here, and what those may import.
 BELOW = {
     "errors": set(),
-    "config": {"errors"},
+    "console": {"errors"},
+    "config": {"console", "errors"},
     "tree": {"errors"},
     "chips": set(),
     "torus": {"chips"},
@@ -36,8 +37,9 @@ BELOW = {
     "check": {"evaluate", "generate", "hub", "data"},
     "report": {"page", "data", "config", "evaluate"},
     "plan": {"train", "hub", "methods", "objectives", "chips", "flops", "torus"},
-    "doctor": {"errors", "compile_cache"},
+    "doctor": {"errors", "compile_cache", "console"},
     "cli": {
+        "console",
         "check",
         "report",
         "evaluate",

@@ -15,6 +15,7 @@ from ftjax.check.verdict import findings
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
 from ftjax.config.code import refuse_unasked
+from ftjax.console import make_console, say
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
@@ -45,9 +46,7 @@ def check(
 
     Raises UserError where the target, a file or a setting is wrong or missing.
     """
-    from rich.console import Console
-
-    console = console or Console(stderr=as_json_object, highlight=False, quiet=store.index() > 0)
+    console = console or make_console(stderr=as_json_object, quiet=store.index() > 0)
     given = {"prompts": prompts, "limit": limit}
     overrides = [*overrides, *(f"check.{name}={_quoted(value)}" for name, value in given.items() if value is not None)]
     found = find_target(target, overrides, adapter=adapter)
@@ -108,9 +107,9 @@ def check(
     else:
         print_findings(results, judged, console)
     written = [folder / RESULTS, folder / ANSWERS, *([card] if card is not None and card.is_file() else [])]
-    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True, markup=False)
+    say(console, f"written: {', '.join(map(str, written))}")
     if results["failed"]:
-        console.print(f"[bold red]failed[/]: {', '.join(results['failed'])}", soft_wrap=True)
+        say(console, f"failed: {', '.join(results['failed'])}", "red")
     return results
 
 

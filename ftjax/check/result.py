@@ -12,7 +12,6 @@ from ftjax.evaluate.result import plain
 from ftjax.evaluate.statistic import Interval, intervals, means, on_few
 
 RESULTS, ANSWERS = "results.json", "answers.jsonl"
-WIDTH = 150  # of the table where the output is no terminal
 TITLE = "Safety and stability"
 COLOURS = {"passed": "green", "failed": "bold red", "not judged": "dim", "not measured": "yellow"}
 
@@ -51,31 +50,25 @@ def _share(each: Sequence[float], numbers: Mapping[str, Any]) -> Interval:
 
 
 def print_findings(results: Mapping[str, Any], found: Sequence[Finding], console: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
+    from ftjax.console import print_table, say
+
     beside = f" beside {results['base']}" if results["base"] else ""
-    console.print(f"{results['model']}{beside}", soft_wrap=True, markup=False)
-    table = Table()
-    table.add_column("metric")
-    for name in ("n", "tuned", *(("base",) if results["base"] else ())):
-        table.add_column(name, justify="right")
-    table.add_column("limit")
-    table.add_column("verdict")
+    say(console, f"{results['model']}{beside}")
+    head, rows = ["metric", "n", "tuned", *(("base",) if results["base"] else ()), "limit", "verdict"], []
     for one in found:
         if one.verdict == "not measured":
             continue
         cells = [one.title, count(one), cell(one.value, one.share), *((cell(one.base, one.share),) if results["base"] else ())]
-        table.add_row(*cells, one.rule or "", Text(on_few(one.verdict, one.rows), COLOURS[one.verdict]))
-    wide = console if console.is_terminal else Console(file=console.file, width=WIDTH)
-    wide.print(table)
+        rows.append([*cells, one.rule or "", Text(on_few(one.verdict, one.rows), COLOURS[one.verdict])])
+    print_table(console, head, rows, left=(0, len(head) - 2, len(head) - 1))
     reasons: dict[str, list[str]] = {}
     for one in found:
         if one.verdict == "not measured":
             reasons.setdefault(one.reason, []).append(one.title)
     for reason, titles in reasons.items():
-        console.print(f"not measured: {', '.join(titles)}: {reason}", soft_wrap=True, markup=False)
+        say(console, f"not measured: {', '.join(titles)}: {reason}")
 
 
 def count(one: Finding) -> str:

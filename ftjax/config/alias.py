@@ -76,6 +76,18 @@ def _negated(value: Any) -> Any:
     raise ValueError("only true and false can be converted; write data.train_on_inputs")
 
 
+def _split_tokens(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "split" if value else "encode"
+    raise ValueError("only true and false can be converted; write data.special_tokens_in_text: split, encode or error")
+
+
+def _percent(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value / 100
+    raise ValueError("only a number can be converted; write data.validation_split: a share of the rows, or how many")
+
+
 def _text_field(value: Any) -> Any:
     return {"text": value}
 
@@ -126,7 +138,9 @@ ALIASES: dict[str, Alias] = {
     **_same("data.limit", "max_samples"),
     **_same("data.delimiter", "sep"),
     **_same("data.columns", "dataset_text_field", convert=_text_field),
-    **_same("data.validation_split", "val_size", "val_set_size"),
+    **_same("data.validation_split", "val_size", "val_set_size", "val_split_fraction"),
+    **_same("data.validation_split", "validation_split_percentage", convert=_percent),
+    **_same("data.special_tokens_in_text", "split_special_tokens", convert=_split_tokens),
     **_same("data.train_on_inputs", "train_on_prompt"),
     **_same("data.train_on_inputs", "completion_only_loss", convert=_negated),
     **_same("data.last_turn_only", "mask_history"),
@@ -244,7 +258,23 @@ EXPLAINED: dict[str, str] = {
     "do_train": "leave it out: the verb says what is done (ftjax train, ftjax evaluate)",
     "do_eval": "leave it out: evaluation runs where data.validation is given",
     "stage": "write objective.name",
-    "dataloader_num_workers": "leave it out: reading keeps ahead of the step by itself",
+    **dict.fromkeys(
+        ("num_workers", "dataloader_num_workers"),
+        "leave it out: reading keeps ahead of the step by itself; data.num_proc says how many processes tokenise",
+    ),
+    "dataloader_pin_memory": "leave it out: batches are copied while the step before them runs",
+    "remove_unused_columns": "leave it out: columns that nothing reads are named in the report, and not used",
+    "group_by_length": "leave it out: data.packing fills rows with several texts, so that little is padding",
+    "train_on_eos": "leave it out: the end of each trained turn is trained, and no other (as with `turn`); "
+    "data.train_on_inputs: true trains every token",
+    "train_on_eot": "leave it out: the end of each trained turn is trained, and no other (as with `turn`)",
+    "roles_to_train": "leave it out: the assistant's turns are trained; a message's own `train: false` leaves it out",
+    **dict.fromkeys(
+        ("eval_split", "validation_split_name", "dataset_test_split", "test_split"),
+        "write data.validation: {path: HUB_ID, split: NAME}, or a share of the rows of train in data.validation_split",
+    ),
+    "dataset_train_split": "write data.train: {path: HUB_ID, split: NAME}",
+    "test_datasets": "write a path, a Hub id or a list of {path, weight, split, ...} in data.validation",
 }
 
 

@@ -122,6 +122,10 @@ class DataConfig(Section):
         "split",
         description="control tokens that a message spells (<|im_end|> in a user's text): tokens, plain text, or an error",
     )
+    fold_system: bool = Field(
+        True,
+        description="a system message that the chat template does not take goes in front of the first user's; false: an error",
+    )
     on_error: Literal["error", "skip"] = Field("error", description="a broken row ends the run, or is left out and counted")
     drop_empty: bool = Field(False, description="drop and count rows whose text or completion is empty")
     min_tokens: int | None = Field(None, ge=1, description="drop rows of fewer tokens")
@@ -174,6 +178,11 @@ class DataConfig(Section):
                 names = ", ".join(name for name, wanted in wants.items() if wanted)
                 raise ValueError(f"streaming sees a window of the data at a time, which does not go with {names}")
         return self
+
+    @property
+    def reading(self) -> tuple[str, str, bool]:
+        """How an example meets its chat template: what `Example.with_source` takes."""
+        return self.prompt_format, self.special_tokens_in_text, self.fold_system
 
     def sources(self, which: Literal["train", "validation"]) -> list[SourceConfig]:
         """The parts of a set, each with `data`'s settings where it has none of its own; [] where there is none."""

@@ -6,7 +6,6 @@ The steps, in order: read (YAML with the place of every key), put aliases in the
 
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path as FilePath
@@ -31,7 +30,9 @@ _KEY = re.compile(r"^[^\s=.\[\]{}]+(?:\.[^\s=.\[\]{}]+)*$")
 
 def print_note(text: str) -> None:
     """Writes a note to stderr, where it does not mix with results."""
-    print(text if text.startswith("warning: ") else f"note: {text}", file=sys.stderr)
+    from ftjax.console import make_console, say
+
+    say(make_console(stderr=True), text if text.startswith("warning: ") else f"note: {text}")
 
 
 def load_config(

@@ -62,7 +62,7 @@ class LoraConfig(Section):
     ensure_weight_tying: bool = Field(
         False, description="where the model ties its output to its embedding: what trains of the embedding is on both sides"
     )
-    adapter_path: str | None = Field(None, description="start from this PEFT folder; its settings replace the ones above")
+    adapter_path: str | None = Field(None, description="start from this PEFT folder, or a run's; its settings replace these")
 
     @property
     def pissa(self) -> bool:
@@ -102,7 +102,7 @@ class BottleneckConfig(Section):
     scaling: float = 1.0
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     adapter_name: str = Field("default", pattern=r"^\w+$", description="what the file calls the adapter")
-    adapter_path: str | None = Field(None, description="start from this folder; its settings replace the ones above")
+    adapter_path: str | None = Field(None, description="start from this folder, or a run's; its settings replace these")
 
 
 class SeqBnConfig(BottleneckConfig):
@@ -142,7 +142,7 @@ class IA3Config(Section):
         None, description="which of the targets have their input scaled; null: second feed-forward layers"
     )
     modules_to_save: list[str] = Field(default_factory=list)
-    adapter_path: str | None = Field(None, description="start from this PEFT folder; its settings replace the ones above")
+    adapter_path: str | None = Field(None, description="start from this PEFT folder, or a run's; its settings replace these")
 
 
 class PrefixTuningConfig(Section):
@@ -153,7 +153,7 @@ class PrefixTuningConfig(Section):
     prefix_projection: bool = Field(False, description="make them by a two-layer MLP while training")
     encoder_hidden_size: int | None = Field(None, ge=1, description="of that MLP; null: kv heads times head size")
     init_weights: Literal["zero"] | None = Field(None, description="`zero`: the (projected) prefix starts at zero")
-    adapter_path: str | None = Field(None, description="start from this PEFT folder; its settings replace the ones above")
+    adapter_path: str | None = Field(None, description="start from this PEFT folder, or a run's; its settings replace these")
 
     @model_validator(mode="after")
     def _hidden_needs_projection(self) -> "PrefixTuningConfig":
@@ -169,7 +169,7 @@ class PromptTuningConfig(Section):
     num_virtual_tokens: int = Field(20, ge=1)
     prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = "RANDOM"
     prompt_tuning_init_text: str | None = Field(None, description="with TEXT: what the embeddings start from")
-    adapter_path: str | None = Field(None, description="start from this PEFT folder; its settings replace the ones above")
+    adapter_path: str | None = Field(None, description="start from this PEFT folder, or a run's; its settings replace these")
 
     @model_validator(mode="after")
     def _text_for_text(self) -> "PromptTuningConfig":
@@ -184,7 +184,7 @@ class PTuningConfig(Section):
     name: Literal["p_tuning"] = "p_tuning"
     num_virtual_tokens: int = Field(20, ge=1)
     encoder_hidden_size: int | None = Field(None, ge=1, description="of the MLP; null: the model's width")
-    adapter_path: str | None = Field(None, description="start from this PEFT folder; its settings replace the ones above")
+    adapter_path: str | None = Field(None, description="start from this PEFT folder, or a run's; its settings replace these")
 
 
 MethodConfig = Annotated[

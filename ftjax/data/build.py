@@ -29,8 +29,8 @@ from ftjax.errors import UserError
 VERSION = 3  # of the tokens and weights that one row becomes: a new one makes every cache anew
 CHUNK = 1024  # rows that are tokenised together
 OPTIONS = (
-    "prompt_format", "max_length", "truncation", "train_on_inputs", "last_turn_only", "special_tokens_in_text", "on_error",
-    "drop_empty", "min_tokens", "max_tokens", "deduplicate", "near_duplicate_threshold", "unicode_normalization",
+    "prompt_format", "max_length", "truncation", "train_on_inputs", "last_turn_only", "special_tokens_in_text", "fold_system",
+    "on_error", "drop_empty", "min_tokens", "max_tokens", "deduplicate", "near_duplicate_threshold", "unicode_normalization",
 )  # fmt: skip
 COUNTED = {  # notes of the encoder, and what they mean: "in 3 rows ..."
     "prompt differs": "rows the chat template's generation prompt is not what it writes before the answer (some begin it with "
@@ -45,7 +45,7 @@ COUNTED = {  # notes of the encoder, and what they mean: "in 3 rows ..."
     "tools left out": "rows the chat template does not write the tools, so that the model is not told of them; set "
     "model.chat_template to a version that does",
     "system folded": "rows the chat template takes no system message: it is put in front of the first user's text, as "
-    "`ftjax generate` and `ftjax chat` do; other programs have to do the same",
+    "`ftjax generate` and `ftjax chat` do; other programs have to do the same (data.fold_system: false refuses such rows)",
     "control tokens split": "rows a user, a tool or the system spells control tokens (such as <|im_end|>): they are read as "
     "plain text; data.special_tokens_in_text: encode makes them tokens, error refuses them",
     "control tokens split in answers": "rows an answer spells tokens that begin or end turns: they are read as plain text; "
@@ -188,7 +188,7 @@ class Build:
             if self.progress and self.report.rows % CHUNK == 0:
                 self.progress(self.report.rows)
             try:
-                example = reader(row).with_source(number, self.config.prompt_format, self.config.special_tokens_in_text)
+                example = reader(row).with_source(number, *self.config.reading)
             except EmptyRow as error:
                 if self.config.drop_empty:
                     self.report.dropped[EMPTY] += 1

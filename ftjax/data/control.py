@@ -90,7 +90,8 @@ class Control:
         if mode == "error":
             raise UserError(
                 f"{where}: message {number} of the {role} spells the control token {name!r}; change the text, or set "
-                "data.special_tokens_in_text: split (it is read as plain text) or encode (as the token)"
+                "data.special_tokens_in_text (--special-tokens-in-text of generate and chat) to split, which reads it as plain "
+                "text, or encode, as the token"
             )
 
     def spelled(self, messages: Sequence[Message]) -> frozenset[int]:

@@ -34,6 +34,7 @@ class Example:
     labels: list[int] | None = None
     prompt_format: Literal["auto", "chat", "raw"] = "auto"
     special_tokens_in_text: Literal["encode", "split", "error"] = "split"  # control tokens that a message spells
+    fold_system: bool = True  # into the first user's message where the template takes none
     source: int = 0  # number of the source in a mixture
 
     def is_chat(self, tokenizer: Any) -> bool:
@@ -53,5 +54,10 @@ class Example:
         last = max((n for n, message in enumerate(self.messages) if message["role"] == "assistant"), default=len(self.messages))
         return self.messages[:last]
 
-    def with_source(self, source: int, prompt_format: str, special_tokens_in_text: str = "split") -> "Example":
-        return replace(self, source=source, prompt_format=prompt_format, special_tokens_in_text=special_tokens_in_text)
+    def with_source(
+        self, source: int, prompt_format: str, special_tokens_in_text: str = "split", fold_system: bool = True
+    ) -> "Example":
+        return replace(
+            self, source=source, prompt_format=prompt_format, special_tokens_in_text=special_tokens_in_text,
+            fold_system=fold_system,
+        )  # fmt: skip

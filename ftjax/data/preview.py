@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.config import Config
+from ftjax.console import say
 from ftjax.data.encoder import Encoded
 from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.pipeline import Split, load_splits
@@ -67,7 +68,7 @@ def preview(
     for name, split in sets.items():
         print_report(console, name, split.report, histogram(split.lengths))
     if html is not None:
-        console.print(f"written: {html}", highlight=False, soft_wrap=True)
+        say(console, f"written: {html}")
 
 
 def show_examples(split: Split, tokenizer: Any, count: int = EXAMPLES, encoding: RowEncoding = ANSWERS) -> list[Shown]:
@@ -142,7 +143,7 @@ def print_example(console: Any, item: Shown, number: int) -> None:
     place = f", row {item.row}, segment {item.segment}" if item.row is not None else ""
     trained = int(np.count_nonzero(np.array(item.weights[1:])))
     head = f"example {number + 1}: {item.where}: {len(item.ids):,} tokens, {trained:,} trained{place}"
-    console.print(Text(printable(head), "bold reverse"), soft_wrap=True)
+    say(console, head, "bold reverse")
     line = Text()
     for at, (text, weight) in enumerate(zip(item.texts, item.weights, strict=True)):
         if at == LONGEST:
@@ -154,7 +155,7 @@ def print_example(console: Any, item: Shown, number: int) -> None:
             line.append(f"({weight:g})", "yellow dim")
     console.print(line, soft_wrap=not console.is_terminal)
     if not console.color_system:  # without colour, marks say what is trained
-        console.print(Text("trained: " + " | ".join(_trained_texts(item))), soft_wrap=True)
+        say(console, "trained: " + " | ".join(_trained_texts(item)))
 
 
 def _trained_texts(item: Shown) -> list[str]:
@@ -172,16 +173,14 @@ def _visible(text: str) -> str:
 
 def print_report(console: Any, name: str, report: DataReport, bins: list[tuple[int, int, int]]) -> None:
     """Counts, a table of what was dropped, and a histogram of token lengths."""
-    from rich.text import Text
-
-    console.print(Text(name, "bold reverse"), soft_wrap=True)
+    say(console, name, "bold reverse")
     for line in report.lines():
-        console.print(Text(line, "yellow" if line.startswith("warning") else ""), soft_wrap=True)
+        say(console, line, "yellow" if line.startswith("warning") else "")
     most = max((count for _, _, count in bins), default=1)
     wide = len(f"{bins[-1][1]:,}") if bins else 1
-    console.print(Text("tokens a document"))
+    say(console, "tokens a document")
     for low, high, count in bins:
         bar = "█" * round(BAR * count / most) or ("▏" if count else "")
-        console.print(Text(f"  {low:>{wide},} - {high:>{wide},}  {bar} {count:,}"), soft_wrap=True)
+        say(console, f"  {low:>{wide},} - {high:>{wide},}  {bar} {count:,}")
     quantiles = ", ".join(f"{name} {value:,}" for name, value in report.length_quantiles.items())
-    console.print(Text(f"  {quantiles}"), soft_wrap=True)
+    say(console, f"  {quantiles}")

@@ -58,6 +58,7 @@ def render_prompt(
     tools: list[Any] | None = None,
     template_arguments: Mapping[str, Any] | None = None,
     special_tokens_in_text: Mode = "split",
+    fold_system: bool = True,
 ) -> list[int]:
     """The ids before the answer, with exactly one BOS (where the tokenizer has one) and, in a chat, the generation prompt.
 
@@ -65,7 +66,7 @@ def render_prompt(
     not. `render_prompt("Hi", tokenizer)` are the ids of `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n`; for a
     tokenizer without a chat template, those of `<s>Hi`.
 
-    Raises UserError where messages need a chat template that is not there.
+    Raises UserError where messages need a chat template that is not there, or hold what these settings refuse.
     """
     tokens = Tokens(tokenizer)
     if isinstance(prompt, str):
@@ -74,7 +75,7 @@ def render_prompt(
         prompt = [{"role": "user", "content": prompt}]
     example = Example(
         "the prompt", messages=tuple(prompt), tools=tools, template_arguments=template_arguments,
-        special_tokens_in_text=special_tokens_in_text,
+        special_tokens_in_text=special_tokens_in_text, fold_system=fold_system,
     )  # fmt: skip
     template = Template(tokenizer, tools)
     made = template.prepare(example)
@@ -83,7 +84,7 @@ def render_prompt(
     text = template.render(made.example.messages, True, example.where, tools, template_arguments)
     if not made.hidden:
         return with_chat_bos(tokens.batch([text])[0].ids, tokens)
-    log.warning("the prompt spells control tokens; they are read as plain text")
+    log.warning("the prompt spells control tokens; they are read as plain text (special_tokens_in_text: split)")
     text, _ = template.control.reveal(text, (), example.where)
     return with_chat_bos(template.control.real(template.control.batch([text])[0].ids), tokens)
 
@@ -96,6 +97,7 @@ def example_prompt(example: Example, tokenizer: Any) -> list[int] | None:
     return render_prompt(
         question, tokenizer, chat=example.is_chat(tokenizer), tools=example.tools,
         template_arguments=example.template_arguments, special_tokens_in_text=example.special_tokens_in_text,
+        fold_system=example.fold_system,
     )  # fmt: skip
 
 
@@ -180,11 +182,18 @@ class Template:
     def prepare(self, example: Example) -> Chat:
         """The conversation in the form that the template takes.
 
-        Raises UserError for spelled control tokens where `special_tokens_in_text` is `error`.
+        Raises UserError for spelled control tokens where `special_tokens_in_text` is `error`, and for a system message that
+        the template does not take where `fold_system` is false.
         """
         marked = self.control.mark(example.messages, example.special_tokens_in_text, example.where)
         messages, notes, turns = marked.messages, marked.notes, example.prompt_turns
         if messages[:1] and messages[0]["role"] == "system" and not self.takes_system:
+            if not example.fold_system:
+                raise UserError(
+                    f"{example.where}: the chat template takes no system message, and data.fold_system is false; leave the "
+                    "message out, set model.chat_template to a template that takes one, or data.fold_system: true, which puts "
+                    "it in front of the first user's text"
+                )
             folded = fold_system(messages)
             if folded is not None:
                 messages, notes["system folded"] = folded, 1

@@ -76,19 +76,27 @@ def _delimiter(head: str, usual: str) -> str:
 
 def _records(path: Path, text: Iterator[str], delimiter: str, faults: Faults, before: int = 0) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_LINE)
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    lines: list[str] = []  # of the record that is being read
+    reader = csv.reader(_kept(text, lines), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         start = reader.line_num + before + 1
         where = f"{path}:{start}"
+        lines.clear()
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             stop = reader.line_num + before
-            lines = f" (lines {start} to {stop})" if stop > start else ""
-            wrong = UserError(f"{where}: broken {'TSV' if delimiter == TAB else 'CSV'}: {error}{lines}")
+            opened, closed = _quote(lines, delimiter)
+            if not closed and stop > start + opened:  # the rows behind it are lost, which is more than one broken row
+                raise UserError(
+                    f"{path}:{start + opened}: a quote opens here and does not close, so that the lines up to {stop} would be "
+                    'one field; close it, or write a quote that is part of a text twice, in a field between quotes: "5"" pipe"'
+                ) from None
+            reach = f" (lines {start} to {stop}; the last quote opens in line {start + opened})" if stop > start else ""
+            wrong = UserError(f"{where}: broken {'TSV' if delimiter == TAB else 'CSV'}: {error}{reach}")
             if header is None:
                 raise wrong from None
             faults(wrong)
@@ -107,7 +115,38 @@ def _records(path: Path, text: Iterator[str], delimiter: str, faults: Faults, be
         elif header is None:
             header = fields
         else:
+            if len(header) > 1 and any(_holds_records(field, delimiter, len(header)) for field in fields if "\n" in field):
+                faults.note(
+                    f"{where}: a quoted field goes on up to line {reader.line_num + before}, and the lines in it look like "
+                    "rows of their own; look whether a quote is missing"
+                )
             yield Row(dict(zip(header, fields, strict=True)), where)
+
+
+def _kept(lines: Iterator[str], kept: list[str]) -> Iterator[str]:
+    for line in lines:
+        kept.append(line)
+        yield line
+
+
+def _quote(lines: list[str], delimiter: str) -> tuple[int, bool]:
+    """Of the last quoted field: the number of the line in which it begins, and whether it ends."""
+    opened, inside, begins, ended = 0, False, True, False
+    for number, line in enumerate(lines):
+        for char in line:
+            if inside:
+                inside = char != '"'
+                ended = not inside
+                continue
+            if char == '"' and (begins or ended):  # behind the end of a field it is the second of two, which stand for one
+                inside, opened = True, number if begins else opened
+            begins, ended = char in (delimiter, "\r", "\n"), False
+    return opened, not inside
+
+
+def _holds_records(field: str, delimiter: str, columns: int) -> bool:
+    within = field.splitlines()[1:-1]
+    return len(within) > 1 and all(line.count(delimiter) == columns - 1 for line in within)
 
 
 def _csv_fault(fields: list[str], header: list[str] | None, where: str) -> UserError | None:

@@ -11,6 +11,7 @@ import jax
 
 from ftjax import __version__
 from ftjax.compile_cache import keep_compiled_programs
+from ftjax.console import make_console, say
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
@@ -40,9 +41,7 @@ def evaluate(
 
     Raises UserError where the target, the data, the task or a package is wrong or missing.
     """
-    from rich.console import Console
-
-    console = console or Console(stderr=as_json, highlight=False, quiet=store.index() > 0)
+    console = console or make_console(stderr=as_json, quiet=store.index() > 0)
     given = {"data": data, "task": task, "limit": limit}
     overrides = [*overrides, *(f"evaluate.{name}={_quoted(value)}" for name, value in given.items() if value is not None)]
     found = find_target(target, overrides, adapter=adapter)
@@ -94,7 +93,7 @@ def evaluate(
         print((folder / RESULTS).read_text(encoding="utf-8"), end="")
     else:
         print_results(results, console)
-    console.print(f"written: {folder / RESULTS}, {folder / PREDICTIONS}", soft_wrap=True)
+    say(console, f"written: {folder / RESULTS}, {folder / PREDICTIONS}")
     return results
 
 
@@ -120,10 +119,9 @@ def _name(target: Target, task: str, place: Sequence[str], part: str) -> str:
 
 @contextmanager
 def _bar(name: str):
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    notes = Console(stderr=True, highlight=False, quiet=store.index() > 0)
+    notes = make_console(stderr=True, quiet=store.index() > 0)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task(name, total=None)

@@ -9,10 +9,12 @@ from typing import Any
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config.code import refuse_unasked
 from ftjax.config.evaluate import LmEvalConfig
+from ftjax.console import make_console, print_table, say
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree
 from ftjax.errors import UserError
 from ftjax.evaluate.extra import need
+from ftjax.evaluate.harness_scores import harness_scores
 from ftjax.evaluate.result import RESULTS
 from ftjax.evaluate.target import find_target
 from ftjax.generate.session import Generator
@@ -72,7 +74,7 @@ def evaluate_harness(
         print((folder / RESULTS).read_text(encoding="utf-8"), end="")
     else:
         _print(results)
-        print(f"written: {folder}")
+        say(make_console(), f"written: {folder}")
     return results
 
 
@@ -130,10 +132,19 @@ def _json(value: Any, **options: Any) -> str:
 
 def _print(results: dict[str, Any]) -> None:
     from lm_eval.utils import make_table
+    from rich.cells import cell_len
+
+    console = make_console()
 
     for one in (results, results.get("base")):
         if one is not None:
-            print(f"{one['model_name']}:")
-            print(make_table(one))
-            if "groups" in one:
-                print(make_table(one, "groups"))
+            say(console, f"{one['model_name']}:")
+            tables = [make_table(one), *([make_table(one, "groups")] if "groups" in one else [])]
+            if max(map(cell_len, "\n".join(tables).splitlines()), default=0) <= console.width:
+                print(*tables, sep="\n")
+                continue
+            rows = []
+            for score in harness_scores(one):
+                around = "" if score.stderr is None else f"{score.stderr:.4f}"
+                rows.append((score.task, score.metric, f"{score.value:.4f}", around))
+            print_table(console, ("task", "metric", "value", "stderr"), rows, left=(0, 1))

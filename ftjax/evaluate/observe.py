@@ -16,6 +16,7 @@ from ftjax.evaluate.measure import check, measure
 from ftjax.evaluate.rows import read_items, splits_off
 from ftjax.generate.finite import NotFinite
 from ftjax.generate.session import Generator
+from ftjax.generate.text import TextStream
 from ftjax.objectives import head_of
 from ftjax.train.observer import Observation
 from ftjax.train.setup import Setup
@@ -47,6 +48,7 @@ class Observer:
             setup.model, {}, tokenizer, mesh=setup.mesh, dtype=setup.runtime.dtype, source=setup.source
         )  # fmt: skip
         self.names: list[str] = []  # of the metrics, once they were measured
+        _, self.generator.special_tokens_in_text, self.generator.fold_system = self.config.data.reading
         self.prompts: list[list[int]] = []
         self.shown: list[dict[str, str]] = []
         for text in self.settings.training_prompts:
@@ -56,7 +58,7 @@ class Observer:
             prompt, answer = _divided(document)
             if len(prompt) < self.generator.context:
                 self.prompts.append(prompt)
-                self.shown.append({"prompt": self._text(prompt), "reference": self._text(answer)})
+                self.shown.append({"prompt": self._text(prompt), "reference": self._answer(prompt, answer)})
         self.items = []
         if self.settings.training_rows:
             if self.settings.task == "code":
@@ -72,6 +74,14 @@ class Observer:
 
     def _text(self, tokens: list[int]) -> str:
         return self.generator.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _answer(self, prompt: list[int], tokens: list[int]) -> str:
+        """The text as a generated answer has it: without special tokens, its end, and what the template writes behind that."""
+        ends = [at for at, token in enumerate(tokens) if token in self.generator.ends]
+        if ends and not self._text(tokens[ends[-1] + 1 :]).strip():
+            tokens = tokens[: ends[-1]]
+        stream = TextStream(self.generator.tokenizer, prompt)
+        return stream.feed(tokens) + stream.finish()
 
     def __call__(self, params: Mapping[str, jax.Array]) -> Observation:
         """Args: params: all of them, trained and frozen."""

@@ -52,39 +52,28 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 def print_results(results: Mapping[str, Any], console: Any) -> None:
     """The metrics as a table, the confusion matrix beneath."""
-    from rich.table import Table
+    from ftjax.console import print_table, say
 
     head = f"{results['task']} on {results['rows']:,} rows of {results['data']}"
-    console.print(f"{results['model']}: {head}", soft_wrap=True, markup=False)
-    table = Table()
-    table.add_column("metric")
-    for name in ("n", f"value ({share(results)})", *(("base", "difference", "p") if "base" in results else ())):
-        table.add_column(name, justify="right")
+    say(console, f"{results['model']}: {head}")
+    names = ["metric", "n", f"value ({share(results)})", *(("base", "difference", "p") if "base" in results else ())]
+    rows = []
     for name, found in results["metrics"].items():
         cells = [name, f"{found.rows:,}", _cell(found)]
         if "base" in results:
             difference = results["difference"][name]
             cells += [_cell(results["base"]["metrics"][name]), _cell(difference, "+"), f"{difference.p_value:.3g}"]
-        table.add_row(*cells)
-    console.print(table)
+        rows.append(cells)
+    print_table(console, names, rows)
     for name, found in (("", results), ("base: ", results.get("base", {}))):
         if "confusion_matrix" in found:
             labels = found["labels"]
-            console.print(f"{name}true class (rows), chosen class (columns)")
-            matrix = Table()
-            for label in ("", *labels):
-                matrix.add_column(label, justify="right")
-            for label, row in zip(labels, found["confusion_matrix"], strict=True):
-                matrix.add_row(label, *map(str, row))
-            console.print(matrix)
+            rows = [(label, *map(str, row)) for label, row in zip(labels, found["confusion_matrix"], strict=True)]
+            print_table(console, ("", *labels), rows, title=f"{name}true class (rows), chosen class (columns)")
         if "table" in found:
-            console.print(f"{name}each {found['table']['head'][0]}")
-            each = Table()
-            for title in found["table"]["head"]:
-                each.add_column(title, justify="right")
-            for row in found["table"]["rows"]:
-                each.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
-            console.print(each)
+            each = found["table"]
+            rows = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in each["rows"]]
+            print_table(console, each["head"], rows, title=f"{name}each {each['head'][0]}")
 
 
 def share(results: Mapping[str, Any]) -> str:

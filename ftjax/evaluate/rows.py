@@ -84,7 +84,7 @@ def read_items(config: Config, limit: int | None = None, only: Places | None = N
     for number, source in enumerate(sources(config)):
         for reader, row in read_source(source, faults, found=find(source), normalize=normalize, label=labels and labels.read):
             try:
-                example = reader(row).with_source(number, config.data.prompt_format, config.data.special_tokens_in_text)
+                example = reader(row).with_source(number, *config.data.reading)
             except EmptyRow as error:
                 empty += 1
                 if not config.data.drop_empty:

@@ -34,7 +34,10 @@ class Target(Named):
 
     def load(self, tokenizer: Any = None) -> Generator:
         """The model in memory; `tokenizer` where it is another's, so that both see the same prompts."""
-        own = self.options(revision=None, tokenizer=tokenizer, chat_template=None, quantization=None)
+        own = self.options(
+            revision=None, tokenizer=tokenizer, chat_template=None, quantization=None, special_tokens_in_text=None,
+            fold_system=None,
+        )  # fmt: skip
         return Generator(self.model, self.adapter, dtype=self.config.evaluate.dtype, mesh=make_mesh(self.config.mesh), **own)
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ftjax.errors import UserError
+from ftjax.console import say
+from ftjax.data.control import Mode
+from ftjax.errors import UserError, printable
 from ftjax.generate.typed import checked, keep_wrong_bytes, read_turn
 
 HELP = """\
@@ -40,6 +42,7 @@ def chat(
     seed: int = 0,
     dtype: str = "auto",
     quantization: str | None = None,
+    special_tokens_in_text: Mode | None = None,
 ) -> None:
     """Ask, answer, remember, until /quit.
 
@@ -50,9 +53,8 @@ def chat(
 
     Raises UserError where the model, the adapter or a setting is wrong, or what is piped in is not text.
     """
-    from rich.console import Console
-
     from ftjax.compile_cache import keep_compiled_programs
+    from ftjax.console import make_console
     from ftjax.generate.context import recommended
     from ftjax.generate.conversation import Conversation
     from ftjax.generate.named import find_named
@@ -61,10 +63,12 @@ def chat(
     system = None if system is None else checked(system, "--system")
     found = find_named(model, adapter=adapter)
     keep_compiled_programs()
-    notes = Console(stderr=True, highlight=False, emoji=False)
-    notes.soft_wrap = not notes.is_terminal
+    notes = make_console(stderr=True)
     with notes.status(f"loading {found.name}"):
-        options = found.options(revision=revision, tokenizer=tokenizer, chat_template=chat_template, quantization=quantization)
+        options = found.options(
+            revision=revision, tokenizer=tokenizer, chat_template=chat_template, quantization=quantization,
+            special_tokens_in_text=special_tokens_in_text, fold_system=None,
+        )  # fmt: skip
         generator = Generator(found.model, found.adapter, dtype=dtype, **options)
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     asked["repetition_penalty"] = repetition_penalty
@@ -73,7 +77,7 @@ def chat(
     interactive = sys.stdin.isatty()
     keep_wrong_bytes(sys.stdin)
     if interactive:
-        notes.print(f"{found.name}; /help shows the commands, /quit leaves", markup=False)
+        say(notes, f"{found.name}; /help shows the commands, /quit leaves")
     saved: set[Path] = set()
     while True:
         try:
@@ -84,7 +88,7 @@ def chat(
         except UserError as error:
             if not interactive:
                 raise
-            notes.print(str(error), markup=False)
+            say(notes, str(error))
             continue
         if message is None:
             break
@@ -102,7 +106,7 @@ def chat(
                 continue
             _answer(talk, message)
         except UserError as error:
-            notes.print(str(error), markup=False)
+            say(notes, str(error))
 
 
 def _command(message: str) -> tuple[str, str] | None:
@@ -115,9 +119,10 @@ def _command(message: str) -> tuple[str, str] | None:
 def _answer(talk: Any, message: str) -> None:
     """Write the answer as it comes; Ctrl-C stops it, and what was said stays."""
     pieces = talk.ask(message)
+    clean = printable if sys.stdout.isatty() else str  # a file has what the model wrote
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(clean(piece))
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stdout.write(" ...")
@@ -151,7 +156,7 @@ def _obey(talk: Any, command: str, rest: str, notes: Any, saved: set[Path]) -> N
         said = f"system message: {rest}" if rest else "no system message"
     else:
         said = f"{command} is no command; those that are: {', '.join(COMMANDS)}"
-    notes.print(said, markup=False)
+    say(notes, said)
 
 
 def _save(messages: Sequence[Any], name: str, saved: set[Path]) -> str:

@@ -1,15 +1,17 @@
 """`ftjax generate`: answers to prompts from the command line or a file."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ftjax.data.control import Mode
 from ftjax.data.example import Example
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
-from ftjax.errors import UserError
+from ftjax.errors import UserError, printable
 from ftjax.generate.named import find_named
 from ftjax.generate.typed import checked, read_standard_input
 from ftjax.hub.same_model import model_facts
@@ -37,6 +39,7 @@ def generate(
     batch_size: int = 32,
     dtype: str = "auto",
     quantization: str | None = None,
+    special_tokens_in_text: Mode | None = None,
     as_json: bool = False,
 ) -> None:
     """Print an answer to each prompt, in order: the text, or one JSON object a line.
@@ -47,6 +50,7 @@ def generate(
         prompts: a file of prompts (`read_prompts`).
         system: a system message before each prompt.
         raw: give texts to the model as they are, without its chat template.
+        special_tokens_in_text: of prompts that spell control tokens; None: as the run was trained, or `split`.
 
     Raises UserError where a file, the model, the adapter or a setting is wrong.
     """
@@ -62,19 +66,38 @@ def generate(
             raise UserError("generate: --system needs the chat template, which --raw leaves out; choose one")
         given = [_with_system(one, checked(system, "--system")) for one in given]
 
-    options = found.options(revision=revision, tokenizer=tokenizer, chat_template=chat_template, quantization=quantization)
-    sampling = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed, batch_size, chat, dtype)
+    options = found.options(
+        revision=revision, tokenizer=tokenizer, chat_template=chat_template, quantization=quantization,
+        special_tokens_in_text=special_tokens_in_text, fold_system=None,
+    )  # fmt: skip
+    reading = {"special_tokens_in_text": options["special_tokens_in_text"] or "split"}
+    reading["fold_system"] = options["fold_system"] is not False
+    given = [replace(one, **reading) if isinstance(one, Example) else one for one in given]
+    sampling = (
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        stop,
+        seed,
+        batch_size,
+        chat,
+        dtype,
+        *reading.values(),
+    )
     if store.several():
         facts = {"prompts": len(given), "digest of the prompts": digest(given), "options": repr(sampling)}
         agree("what is asked", {**facts, **model_facts(found.model, options["revision"], found.adapter)})
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from ftjax.compile_cache import keep_compiled_programs
+    from ftjax.console import make_console
     from ftjax.generate.session import Generator
 
     keep_compiled_programs()
-    notes = Console(stderr=True, highlight=False, quiet=store.index() > 0)
+    notes = make_console(stderr=True, quiet=store.index() > 0)
     with notes.status(f"loading {found.name}"):
         generator = Generator(found.model, found.adapter, dtype=dtype, **options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -91,6 +114,7 @@ def generate(
         )  # fmt: skip
     if store.index():
         return
+    clean = printable if sys.stdout.isatty() else str  # a file has what the model wrote
     for asked, answer in zip(given, answers, strict=True):
         if as_json:
             row = {
@@ -102,9 +126,9 @@ def generate(
             }
             print(json.dumps(row, ensure_ascii=False))
         elif len(given) == 1:
-            print(answer.text)
+            print(clean(answer.text))
         else:
-            print(f"--- {_shown(asked)}\n{answer.text}\n")
+            print(clean(f"--- {_shown(asked)}\n{answer.text}\n"))
 
 
 def read_prompts(path: Path) -> list[str | Example]:
@@ -187,7 +211,7 @@ def _as_json(prompt: str | Example) -> str | list[dict[str, Any]]:
 
 
 def _shown(prompt: str | Example) -> str:
-    """One line of a prompt."""
+    """One line of a prompt, cut where a terminal shows it."""
     value = _as_json(prompt)
     text = " ".join((value if isinstance(value, str) else str(value[-1].get("content"))).split())
-    return text if len(text) <= 100 else f"{text[:99]}…"
+    return text if len(text) <= 100 or not sys.stdout.isatty() else f"{text[:99]}…"

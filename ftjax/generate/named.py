@@ -39,12 +39,13 @@ class Named:
     own_tokenizer: bool = False
 
     def options(self, **asked: Any) -> dict[str, Any]:
-        """`Generator`'s revision, tokenizer, chat_template and quantization: as asked (a quantization `none` is none),
-        and where that is None as the run was trained."""
+        """`Generator`'s settings of these names: as asked (a quantization `none` is none), and where that is None as the run
+        was trained."""
         own: dict[str, Any] = {"revision": self.revision}
         if self.config is not None:
             settings = self.config.model
-            own = {"quantization": settings.quantization}
+            own = {name: getattr(self.config.data, name) for name in ("special_tokens_in_text", "fold_system")}
+            own["quantization"] = settings.quantization
             if self.model == settings.path:
                 own["revision"] = settings.revision
             if not self.own_tokenizer:

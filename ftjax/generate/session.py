@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ftjax.config import MeshConfig, ModelConfig
+from ftjax.data.control import Mode
 from ftjax.data.example import Example, Message
 from ftjax.data.template import example_prompt, render_prompt
 from ftjax.errors import UserError
@@ -47,12 +48,13 @@ class Generator:
         settings: generation_config.json of the model.
         context: the most tokens that prompt and answer may have together.
         ends: ids that end an answer.
+        special_tokens_in_text, fold_system: how prompts that are texts or messages meet the chat template (`render_prompt`).
     """
 
     def __init__(
         self, model_path: str, adapter: str | Path | None = None, *, revision: str | None = None, dtype: str = "auto",
         mesh: Mesh | None = None, tokenizer: Any = None, chat_template: str | None = None, merge: bool = True,
-        quantization: str | None = None,
+        quantization: str | None = None, special_tokens_in_text: Mode | None = None, fold_system: bool | None = None,
     ):  # fmt: skip
         """Load a model and, where one is given, an adapter.
 
@@ -64,6 +66,7 @@ class Generator:
             tokenizer: where it is not the model's own: one that is loaded, or the folder or Hub id of one.
             chat_template: where it is not the tokenizer's own: a Jinja template, or the path of a .jinja file.
             merge: add the adapter to the weights, which is faster; false keeps it apart.
+            special_tokens_in_text, fold_system: of prompts that are texts or messages; None: `data`'s defaults.
             quantization: `int8` or `nf4`: hold the dense layers' weights in few bits, and the adapter apart.
 
         Raises UserError where something is missing, damaged or not supported.
@@ -78,6 +81,8 @@ class Generator:
             settings = ModelConfig(path=model_path, revision=revision, tokenizer=tokenizer, chat_template=chat_template)
             tokenizer = load_tokenizer(_with_adapters_tokenizer(settings, adapter))
         self._set_up(loaded.model, loaded.params, tokenizer, mesh, kind, loaded.path)
+        self.special_tokens_in_text = special_tokens_in_text or "split"
+        self.fold_system = fold_system is not False
 
     @classmethod
     def of(
@@ -99,6 +104,8 @@ class Generator:
         self.model, self.params, self.tokenizer = model, dict(params), tokenizer
         self.engine = Engine(model, mesh, dtype)
         self.settings = generation_config(source)
+        self.special_tokens_in_text: Mode = "split"
+        self.fold_system = True
         self.context, self.ends = context_length(model.config), end_ids(model.config, self.settings, tokenizer)
         if model.max_positions is not None:  # virtual tokens take some of them
             self.context = min(self.context, model.max_positions)
@@ -209,7 +216,10 @@ class Generator:
         elif not isinstance(prompt, str) and all(isinstance(token, int | np.integer) for token in prompt):
             ids = [int(token) for token in prompt]
         else:
-            ids = render_prompt(prompt, self.tokenizer, chat=chat)
+            ids = render_prompt(
+                prompt, self.tokenizer, chat=chat, special_tokens_in_text=self.special_tokens_in_text,
+                fold_system=self.fold_system,
+            )  # fmt: skip
         if not ids:
             raise UserError(f"prompt {number + 1} is empty, and this tokenizer puts nothing before it; give at least a word")
         vocab = self.model.config["vocab_size"]

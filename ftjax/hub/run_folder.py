@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ftjax.config.method import MethodConfig
 from ftjax.errors import UserError
 from ftjax.hub.fetch import HUB
 from ftjax.hub.peft import CONFIG as ADAPTER
@@ -55,6 +56,18 @@ def adapter_folder(place: Path) -> Path:
     if not (found[0] / ADAPTER).is_file():
         raise UserError(f"{place}: this run trained a whole model, not an adapter; give {found[0]} as the model")
     return found[0]
+
+
+def starting_adapter(method: MethodConfig) -> Path | None:
+    """The PEFT folder of `method.adapter_path`, which may name a run; None where a run starts from nothing.
+
+    Raises UserError as `adapter_folder` does.
+    """
+    given = getattr(method, "adapter_path", None)
+    try:
+        return None if given is None else adapter_folder(Path(given))
+    except UserError as error:
+        raise UserError(f"method.adapter_path: {error}") from None
 
 
 def is_result(folder: Path) -> bool:

@@ -38,8 +38,10 @@ class Beside:
         return self._of[name].read(name, index)
 
 
-def with_adapters_output(adapter: Path, facts: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], TensorSource]:
-    """config.json and tensors of a base model, with an output of its own where an adapter's folder needs one.
+def with_adapters_output(
+    adapter: Path, facts: dict[str, Any], source: TensorSource | None
+) -> tuple[dict[str, Any], TensorSource | None]:
+    """config.json and tensors (None: without) of a base model, with an output of its own where an adapter's folder needs one.
 
     Raises UserError where the base's file holds another output than the embedding that config.json ties to it.
     """
@@ -50,6 +52,8 @@ def with_adapters_output(adapter: Path, facts: dict[str, Any], source: TensorSou
     stored = adapter_file(adapter)
     if not _apart(saved, stored, *names):
         return facts, source
+    if source is None:
+        return {**facts, "tie_word_embeddings": False}, None
     check_tied(root, source, str(adapter))
     tables = [f"{name}.weight" for name in names]
     # The base's table is one, of which the file may hold either side's.

@@ -16,8 +16,10 @@ from ftjax.errors import UserError
 from ftjax.hub.fetch import resolve_config
 from ftjax.hub.load import read_facts
 from ftjax.hub.peft import PREFIX, adapter_file, read_adapter_config
+from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.source import TensorSource
 from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.untied import with_adapters_output
 from ftjax.models.model import Model, build_module
 from ftjax.models.param import Spec, specs
 
@@ -98,16 +100,22 @@ def _rows_in(facts: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple
         yield from ((module + end, axis) for end, axis in rows.items() if module + end in names)
 
 
-def embeddings_of(config: Config) -> int:
-    """How many tokens the model of a run has embeddings for, those that the run adds included; reads no weights.
+def facts_of(config: Config) -> dict[str, Any]:
+    """config.json of a run's model as the run has it: with the rows and the output that its adapter brings, and rows for the
+    tokens that it adds; reads no weights.
 
-    Raises UserError where config.json cannot be read.
+    Raises UserError where config.json, the adapter's folder, or the tokenizer of added tokens cannot be read.
     """
     facts = read_facts(resolve_config(config.model.path, config.model.revision))
-    adapter = getattr(config.method, "adapter_path", None)
-    if adapter:
-        facts, _ = with_adapters_tokens(Path(adapter), facts, None)
-    return with_new_tokens(config.model, facts, None)[0]["vocab_size"]
+    if adapter := starting_adapter(config.method):
+        facts, _ = with_adapters_output(adapter, facts, None)
+        facts, _ = with_adapters_tokens(adapter, facts, None)
+    return with_new_tokens(config.model, facts, None)[0]
+
+
+def embeddings_of(config: Config) -> int:
+    """How many tokens the model of a run has embeddings for. Raises UserError as `facts_of` does."""
+    return facts_of(config)["vocab_size"]
 
 
 def refuse_untrained_rows(model: Model, old: int, tokens: int, method: str) -> None:

@@ -60,23 +60,20 @@ def show(*, as_json: bool) -> None:
     if as_json:
         print(json.dumps([dataclasses.asdict(family) for family in families()], indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from ftjax.console import make_console, print_table, say
 
     def mark(yes: bool) -> str:
         return "yes" if yes else "-"
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("model_type", "example", "packing", "tensor", "windows", "experts", "positions", "models"):
-        table.add_column(heading, no_wrap=heading != "models")
+    head = ("model_type", "example", "packing", "tensor", "windows", "experts", "positions", "models")
+    rows = []
     for family in families():
         marks = (family.packing, family.tensor_parallel, family.windows, family.experts)
-        table.add_row(family.model_type, family.example, *map(mark, marks), family.positions, family.notes)
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a pipe has no width
-        console = Console(highlight=False, width=200)
-    console.print(table)
-    console.print(
+        rows.append((family.model_type, family.example, *map(mark, marks), family.positions, family.notes))
+    console = make_console()
+    print_table(console, head, rows, left=range(len(head)))
+    say(
+        console,
         "\nAny model on the Hub with one of these in its config.json works. packing: several documents in one row; tensor: "
-        "mesh.tensor;\nwindows: sliding windows where config.json has them; experts: routed experts."
+        "mesh.tensor; windows: sliding windows where config.json has them; experts: routed experts.",
     )

@@ -1,11 +1,13 @@
 """Pictures of numbers as inline SVG, in the page's colours. Each has a title and a description for people who do not see it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 560, 260
-LEFT, RIGHT, TOP, FOOT = 62, 14, 12, 40  # margins
+RIGHT, TOP, FOOT = 14, 14, 54  # margins; the left one is as wide as the labels
+LETTER = 10  # the width of one in the largest size that the page's style gives it
+NOISE = 1e-6  # of a value: what differs by less is the same, up to rounding
 COLOURS = ("a", "b")
 
 Points = Sequence[tuple[float, float]]
@@ -18,9 +20,10 @@ def line_chart(title: str, series: Mapping[str, Points], *, across: str = "step"
     if not kept:
         return ""
     every = [point for points in kept.values() for point in points]
-    x_of, x_ticks = _axis([x for x, _ in every], LEFT, WIDTH - RIGHT, whole=True)
     y_of, y_ticks = _axis([y for _, y in every], HEIGHT - FOOT, TOP)
-    parts = [*_grid(x_ticks, x_of, y_ticks, y_of), _label(across)]
+    left = _margin(_labels(y_ticks))
+    x_of, x_ticks = _axis([x for x, _ in every], left, WIDTH - RIGHT - _half(f"{max(x for x, _ in every):,.0f}"), whole=True)
+    parts = [*_grid(y_ticks, y_of, left), *_below(x_ticks, x_of), _label(across, left)]
     for (name, points), colour in zip(kept.items(), COLOURS, strict=False):
         places = [(x_of(x), y_of(y)) for x, y in points]
         if len(places) > 1:
@@ -41,13 +44,13 @@ def interval_chart(title: str, values: Mapping[str, tuple[float, float, float]])
     every = [x for one in values.values() for x in one if math.isfinite(x)]
     if not every:
         return ""
-    step, left, foot = 28, 70, 26
+    step, left, foot = 28, _margin(values), 32
     height = TOP + len(values) * step + foot
-    x_of, ticks = _axis(every, left, WIDTH - 2 * RIGHT)
+    x_of, ticks = _axis(every, left + 2 * RIGHT, WIDTH - 3 * RIGHT)
     parts = [
         f'<line class="grid" x1="{x_of(t):.1f}" x2="{x_of(t):.1f}" y1="{TOP}" y2="{height - foot}"/>'
-        f'<text x="{x_of(t):.1f}" y="{height - foot + 16}" text-anchor="middle">{_short(t)}</text>'
-        for t in ticks
+        f'<text x="{x_of(t):.1f}" y="{height - foot + 20}" text-anchor="middle">{label}</text>'
+        for t, label in zip(ticks, _labels(ticks), strict=True)
     ]
     for number, (name, (value, low, high)) in enumerate(values.items()):
         colour, y = COLOURS[number % len(COLOURS)], TOP + step * (number + 0.5)
@@ -66,19 +69,20 @@ def histogram_chart(title: str, bins: Sequence[tuple[int, int, int]], across: st
     """Bars: `(from, to, count)`, the last one inclusive; `across` names the axis, `what` is counted."""
     if not bins:
         return ""
-    most, step = max(count for *_, count in bins) or 1, (WIDTH - LEFT - RIGHT) / len(bins)
-    y_of, y_ticks = _axis([0, most], HEIGHT - FOOT, TOP, whole=True)
-    parts, every = list(_grid([], lambda x: x, y_ticks, y_of)), math.ceil(len(bins) / 6)
+    y_of, y_ticks = _axis([0, max(count for *_, count in bins) or 1], HEIGHT - FOOT, TOP, whole=True)
+    left = _margin(_labels(y_ticks))
+    step, every = (WIDTH - left - RIGHT) / len(bins), math.ceil(len(bins) / 6)
+    parts = list(_grid(y_ticks, y_of, left))
     for number, (low, high, count) in enumerate(bins):
-        x, y = LEFT + number * step, y_of(count)
+        x, y = left + number * step, y_of(count)
         parts.append(
             f'<rect class="bar" x="{x + 1:.1f}" y="{y:.1f}" width="{max(step - 2, 1):.1f}" height="{HEIGHT - FOOT - y:.1f}">'
             f"<title>{low:,} to {high:,}: {count:,} {escape(what)}</title></rect>"
         )
         if number % every == 0:
-            parts.append(f'<text x="{x + step / 2:.1f}" y="{HEIGHT - FOOT + 16}" text-anchor="middle">{low:,}</text>')
+            parts.append(f'<text x="{x + step / 2:.1f}" y="{HEIGHT - FOOT + 22}" text-anchor="middle">{low:,}</text>')
     told = "; ".join(f"{low:,} to {high:,}: {count:,}" for low, high, count in bins)
-    return _figure(title, f"{what} by {across}: {told}", [*parts, _label(across)], HEIGHT, [])
+    return _figure(title, f"{what} by {across}: {told}", [*parts, _label(across, left)], HEIGHT, [])
 
 
 def thinned(points: Points, most: int = 1000) -> Points:
@@ -110,17 +114,20 @@ def _described(name: str, points: Points, across: str) -> str:
 
 
 def _axis(values: Sequence[float], start: float, stop: float, *, whole: bool = False):
-    """`(where a value is, round values to write beside the axis)`."""
+    """`(where a value is, round values to write beside the axis)`. What is constant is shown beside zero; as a whole number
+    (a step) it stands alone in the middle."""
     low, high = min(values), max(values)
-    if low == high:
-        around = abs(low) * 0.1 or 1.0
-        low, high = low - around, high + around
+    if whole and low == high:
+        return (lambda value: (start + stop) / 2), [low]
+    if high - low <= NOISE * max(abs(low), abs(high)):
+        low, high = min(low, 0.0), max(high, 0.0)
+        high = high if low or high else 1.0
     raw = (high - low) / 4
     size = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * n for n in (1, 2, 2.5, 5, 10) if size * n >= raw)
+    step = next(size * n for n in (1, 2, 2.5, 5, 10) if size * n >= raw * (1 - NOISE))
     if whole:
         step = max(1.0, round(step))
-    first, last = math.floor(low / step), math.ceil(high / step)
+    first, last = math.floor(low / step + NOISE), math.ceil(high / step - NOISE)
     if whole:  # steps begin and end where the data do
         ticks = [n * step for n in range(first, last + 1) if low <= n * step <= high]
     else:
@@ -129,22 +136,49 @@ def _axis(values: Sequence[float], start: float, stop: float, *, whole: bool = F
     return (lambda value: start + (stop - start) * (value - low) / (high - low)), ticks
 
 
-def _grid(x_ticks: Sequence[float], x_of, y_ticks: Sequence[float], y_of):
-    for t in y_ticks:
+def _grid(ticks: Sequence[float], y_of, left: float):
+    """Lines across, each with its value at the left."""
+    for t, label in zip(ticks, _labels(ticks), strict=True):
         y = y_of(t)
-        yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_short(t)}</text>'
-    for t in x_ticks:
-        yield f'<text x="{x_of(t):.1f}" y="{HEIGHT - FOOT + 16}" text-anchor="middle">{_short(t)}</text>'
+        yield f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        yield f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
 
 
-def _label(across: str) -> str:
-    return f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>'
+def _below(ticks: Sequence[float], x_of):
+    """Values under the axis; of those that would touch, only some."""
+    labels = _labels(ticks)
+    room = (x_of(ticks[-1]) - x_of(ticks[0])) / max(len(ticks) - 1, 1)
+    every = math.ceil((2 * max(map(_half, labels)) + LETTER) / room) if room else 1
+    for t, label in list(zip(ticks, labels, strict=True))[::every]:
+        yield f'<text x="{x_of(t):.1f}" y="{HEIGHT - FOOT + 22}" text-anchor="middle">{label}</text>'
 
 
-def _short(value: float) -> str:
-    """`1,500` `0.25` `2e-05`."""
+def _label(across: str, left: float) -> str:
+    return f'<text x="{(left + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>'
+
+
+def _margin(labels: Iterable[str]) -> int:
+    """Room at the left for labels and the gap behind them."""
+    return max(62, LETTER * max(map(len, labels)) + 14)
+
+
+def _half(label: str) -> float:
+    return LETTER * len(label) / 2
+
+
+def _labels(values: Sequence[float]) -> list[str]:
+    """`1,500` `0.25` `2e-05`, with as many digits as tell the values apart."""
+    for digits in range(4, 17):
+        labels = [_short(value, digits) for value in values]
+        if len(set(labels)) == len(set(values)):
+            break
+    return labels
+
+
+def _short(value: float, digits: int) -> str:
     size = abs(value)
     if value and (size >= 1e6 or size < 1e-3):
-        return f"{value:.3g}"
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
+        return f"{value:.{digits - 1}g}"
+    if size < 1000:
+        return f"{value:.{digits}g}"
+    return f"{value:,.{digits - 4}f}"

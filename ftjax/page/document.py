@@ -6,10 +6,10 @@ from html import escape
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #5b626c; --line: #d9dce1; --panel: #f6f7f9;
   --a: #2a6fbb; --b: #c2571a; --good: #23763a; --bad: #b3261e; --warn: #8a5a00; --warn-paper: #fff6e0;
-  --trained: #bfe8c5; --weighted: #f3e2a0; }
+  --trained: #bfe8c5; --weighted: #f3e2a0; --shade: rgb(0 0 0 / .28); }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #15181c; --soft: #9aa3ae; --line: #363c44;
   --panel: #1e2228; --a: #6fb1f5; --b: #f0935a; --good: #6fce88; --bad: #ff8a80; --warn: #f0c060; --warn-paper: #2f2710;
-  --trained: #1d5a2a; --weighted: #6b5a10; } }
+  --trained: #1d5a2a; --weighted: #6b5a10; --shade: rgb(255 255 255 / .3); } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 72rem;
   margin: 0 auto; padding: 1.5rem 1rem 4rem; }
@@ -20,7 +20,13 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; overflow-wrap: anywhere; }
 p { margin: .4rem 0; } a { color: var(--a); }
 .soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
 caption { text-align: left; padding-bottom: .3rem; }
-.scroll { overflow-x: auto; } .charts + .scroll, .scroll + figure { margin-top: 1rem; } td.v { white-space: nowrap; }
+/* A shadow at the edge says that there is more: the covers move with the table, the shadows stay. */
+.scroll { overflow-x: auto; max-width: 100%; background:
+  linear-gradient(to right, var(--paper) 40%, transparent) 0 0 / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 40%, transparent) 100% 0 / 3rem 100% no-repeat local,
+  linear-gradient(to right, var(--shade), transparent) 0 0 / 1.1rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--shade), transparent) 100% 0 / 1.1rem 100% no-repeat scroll; }
+.charts + .scroll, .scroll + figure { margin-top: 1rem; } td.v { white-space: nowrap; }
 table { border-collapse: collapse; font-size: .92rem; }
 td, th { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -51,6 +57,9 @@ details { margin: .5rem 0; } summary { cursor: pointer; padding: .3rem 0; color:
 .document { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   border: 1px solid var(--line); border-radius: 6px; padding: .8rem; max-height: 32rem; overflow: auto; }
 .document span { border-right: 1px solid var(--line); }
+.document span:focus { outline: 2px solid var(--a); opacity: 1; }
+.document span:focus::after { content: attr(title); position: fixed; left: 0; right: 0; bottom: 0; z-index: 1;
+  padding: .7rem 1rem; background: var(--ink); color: var(--paper); font: 15px/1.4 system-ui, sans-serif; white-space: normal; }
 .t { background: var(--trained); } .w { background: var(--weighted); } .c { opacity: .6; }
 @media (max-width: 40rem) { svg text { font-size: 17px; } }
 @media print { details > * { display: block; } body { max-width: none; } }

@@ -2,9 +2,8 @@
 
 import json
 
-from rich.console import Console
-
 from ftjax.config import Config
+from ftjax.console import make_console
 from ftjax.plan.plan import check_price, design_for, make_plan, trace_step
 from ftjax.plan.result import as_json as plain
 from ftjax.plan.shardings import shardings
@@ -24,7 +23,7 @@ def plan(
     """
     check_price(price)
     where = parse(topology, chips, slices)
-    console = Console()
+    console = make_console()
     if placed:
         made = design_for(config, where)
         rows = shardings(made, *trace_step(made))

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from ftjax.console import print_table
+from ftjax.console import say as write
 from ftjax.plan.result import Plan
 from ftjax.plan.shardings import Placed
 
@@ -25,7 +25,7 @@ def show(plan: Plan, console: Console) -> None:
     """Everything on one screen."""
 
     def say(text: str) -> None:
-        console.print(Text(text), soft_wrap=True)
+        write(console, text)
 
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     say(f"{plan.model}, {plan.method}, on {plan.topology} ({plan.chips} chips, {plan.devices} devices); mesh: {mesh}")
@@ -41,13 +41,13 @@ def show(plan: Plan, console: Console) -> None:
         ("alive at one time", plan.peak),
         ("what it has", plan.limit),
     ]
-    console.print(_table(("memory of a device", ""), [(label, size(value)) for label, value in rows if value]))
+    print_table(console, ("memory of a device", ""), [(label, size(value)) for label, value in rows if value])
     if plan.fits is not None:
         say("it fits" if plan.fits else "it does not fit")
     say(f"{plan.flops:.4g} FLOPs a step in the program; {plan.formula}")
     if plan.traffic:
         rows = [(t.kind, " x ".join(t.axes), f"{t.runs:g}", size(t.ici_bytes), size(t.dcn_bytes)) for t in plan.traffic]
-        console.print(_table(("collective", "along", "runs", "ICI", "DCN"), rows))
+        print_table(console, ("collective", "along", "runs", "ICI", "DCN"), rows, left=(0, 1))
     if plan.seconds:
         parts = ", ".join(f"{name} {value:.4g} s" for name, value in plan.seconds.items())
         say(f"least time of a step: {plan.step_seconds:.4g} s, bound by {plan.bound} ({parts})")
@@ -72,19 +72,10 @@ def size(count: float) -> str:
     return f"{count / unit:.4g} {name}"
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
-    table = Table(*head, box=None, header_style="bold", pad_edge=False)
-    for column in table.columns[-3 if len(head) > 2 else -1 :]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def show_shardings(rows: Sequence[Placed], console: Console) -> None:
     """One line an array."""
     for row in rows:
         shape = "x".join(map(str, row.shape)) or "scalar"
         axes = f" ({row.axes})" if row.axes else ""
-        line = f"{row.kind:10} {row.name}: {row.dtype} {shape}{axes} -> {row.partition}: {row.bytes / 1e6:.3f} MB a device"
-        console.print(Text(line), soft_wrap=True)
+        where = f"{row.partition}: {row.bytes / 1e6:.3f} MB a device"
+        write(console, f"{row.kind:10} {row.name}: {row.dtype} {shape}{axes} -> {where}")

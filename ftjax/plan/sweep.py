@@ -20,8 +20,9 @@ from typing import Any
 from ftjax import __version__
 from ftjax.config import Config
 from ftjax.errors import UserError
-from ftjax.hub.fetch import resolve_config
-from ftjax.hub.load import read_facts
+from ftjax.hub.run_folder import starting_adapter
+from ftjax.hub.same_model import model_digest
+from ftjax.hub.vocabulary import facts_of
 from ftjax.plan.result import Plan, from_json
 from ftjax.plan.topology import parse
 
@@ -73,9 +74,23 @@ def _batch(config: Config, chips: int, first: int) -> int:
 
 def _planned(config_path: Path, config: Config, overrides: list[str], topology: str, price: float | None) -> Plan:
     """From the cache, or by `ftjax plan` in a child process."""
-    facts = read_facts(resolve_config(config.model.path, config.model.revision))
+    facts = facts_of(config)
+    adapter = starting_adapter(config.method)
+    facts |= {"digest of the adapter": model_digest(adapter)} if adapter else {}
     versions = [__version__, *(metadata.version(name) for name in ("jax", "flax", "optax"))]
-    said = json.dumps([config.model_dump(mode="json"), overrides, topology, price, facts, versions, _source()], default=str)
+    said = json.dumps(
+        [
+            config.model_dump(mode="json"),
+            overrides,
+            topology,
+            price,
+            facts,
+            adapter and model_digest(adapter),
+            versions,
+            _source(),
+        ],
+        default=str,
+    )
     cache = Path(os.environ.get("FTJAX_CACHE", Path.home() / ".cache" / "ftjax")) / "plans"
     kept = cache / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
     if not kept.is_file():

@@ -23,9 +23,9 @@ def report(folder: Path, *, out: Path | None = None, console: Any = None) -> Pat
 
     Raises UserError where the folder is no run, a file of it is damaged, or the page cannot be written.
     """
-    from rich.console import Console
+    from ftjax.console import make_console, say
 
-    console = console or Console(highlight=False)
+    console = console or make_console()
     run = read_run(folder)
     out = out or run.folder / "report.html"
     try:
@@ -33,7 +33,7 @@ def report(folder: Path, *, out: Path | None = None, console: Any = None) -> Pat
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}; choose another file with --out") from None
     print_summary(run, console)
-    console.print(f"written: {out}", soft_wrap=True, markup=False)
+    say(console, f"written: {out}")
     return out
 
 

@@ -24,7 +24,7 @@ def tiles(run: Run) -> list[tuple[str, str]]:
     if best:
         found.append(("best validation loss", f"{best[1]:.4g} at step {best[0]:,}"))
     if rates:
-        found.append(("tokens a second, median", f"{sorted(rates)[len(rates) // 2]:,.4g}"))
+        found.append(("tokens a second, median", _rounded(sorted(rates)[len(rates) // 2])))
     if memory:
         found.append(("peak memory", f"{max(memory):.3g} GiB"))
     if "trained" in run.record:
@@ -35,6 +35,10 @@ def tiles(run: Run) -> list[tuple[str, str]]:
         fewest = f", on {min(rows):,} rows and more" if rows else ""
         found.append((one.name, f"{len(failed)} beyond their limits" if failed else f"all within their limits{fewest}"))
     return found
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -50,16 +54,14 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def print_summary(run: Run, console: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from ftjax.console import print_table, say
 
-    console.print(f"{run.folder}: {run.config.model.path}, {run.config.method.name}", soft_wrap=True, markup=False)
+    say(console, f"{run.folder}: {run.config.model.path}, {run.config.method.name}")
     for name, value in tiles(run):
-        console.print(f"  {name:<28} {value}", soft_wrap=True, markup=False)
+        say(console, f"  {name:<28} {value}")
     for label, name in (("training loss", "train/loss"), ("validation loss", "eval/loss")):
         if len(run.curve(name)) > 1:
-            console.print(f"  {label:<28} {sparkline([value for _, value in run.curve(name)])}", soft_wrap=True)
-    wide = console if console.is_terminal else Console(file=console.file, width=150)
+            say(console, f"  {label:<28} {sparkline([value for _, value in run.curve(name)])}")
     for one in run.evaluations:
         results = one.results
         if "results" in results:
@@ -67,11 +69,7 @@ def print_summary(run: Run, console: Any) -> None:
         else:
             title, rows = f"{results.get('task')} on {results.get('data')}", rows_of(results)
             head = ["metric", "n", "value", *(("base", "difference", "p") if "base" in results else ())]
-        table = Table(title=title, title_justify="left")
-        for n, name in enumerate(head):
-            table.add_column(name, justify="right" if n else "left")
-        for row in rows:
-            table.add_row(*row)
-        wide.print(table)
+        say(console)
+        print_table(console, head, rows, title=title)
     for words in warnings(run):
-        console.print(f"warning: {words}", style="yellow", soft_wrap=True, markup=False)
+        say(console, f"warning: {words}", "yellow")

@@ -5,18 +5,21 @@ import time
 from collections.abc import Mapping
 
 import jax
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
-_console = Console(highlight=False, soft_wrap=True)
+from ftjax.console import make_console
+from ftjax.console import say as write
+
+_console = make_console()
 
 
 def say(*lines: str) -> None:
     """Print lines above the progress bar, on the first process only."""
     if jax.process_index() == 0:
         for line in lines:
-            _console.print(line, markup=False)
+            write(_console, line)
 
 
 class Progress:
@@ -28,8 +31,9 @@ class Progress:
         self._tokens = 0.0
         self._bar = None
         if jax.process_index() == 0 and sys.stdout.isatty():
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self._bar = Bar(*columns, console=_console)
+            bar = BarColumn(bar_width=None, table_column=Column(ratio=1))  # what the numbers leave of the line
+            columns = (bar, MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=_console, expand=True)
             self._task = self._bar.add_task("compiling", total=total, completed=first)
 
     def __enter__(self) -> "Progress":

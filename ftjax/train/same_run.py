@@ -7,6 +7,7 @@ from ftjax.config.load import flatten_config
 from ftjax.data.pipeline import Split
 from ftjax.errors import UserError
 from ftjax.hub.card import installed_versions
+from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.same_model import model_facts
 from ftjax.train.checkpoint import Checkpoints
 
@@ -38,8 +39,7 @@ def facts_to_agree(config: Config, documents: Documents, steps: int, checkpoint:
     """What must be equal on all hosts: configuration, documents, model, number of updates, newest checkpoint, versions."""
     facts: dict[str, Any] = {key: str(value) for key, value in flatten_config(config).items() if key not in PLACES}
     facts |= {"total steps": steps, "newest checkpoint": checkpoint}
-    adapter = getattr(config.method, "adapter_path", None)
-    facts |= model_facts(config.model.path, config.model.revision, adapter)
+    facts |= model_facts(config.model.path, config.model.revision, starting_adapter(config.method))
     for name, found in documents.items():
         facts |= {f"{name}: {part}": value for part, value in found.items() if part != "files"}
     return facts | {f"version of {package}": version for package, version in installed_versions().items()}

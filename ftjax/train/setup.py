@@ -28,6 +28,7 @@ from ftjax.hub.load import abstract_param, load_base, open_model
 from ftjax.hub.narrow import LARGEST
 from ftjax.hub.own_base import warn_of_another_base
 from ftjax.hub.peft import attach_adapter, load_adapter, read_adapter_config, start_adapter
+from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.hub.untied import with_adapters_output
 from ftjax.hub.vocabulary import refuse_untrained_rows, tokens_of, with_adapters_tokens, with_new_tokens
@@ -147,9 +148,8 @@ def build(config: Config, facts: Mapping[str, Any]) -> tuple[Model, Config]:
 def _root(config: Config, facts: Mapping[str, Any]) -> tuple[nnx.Module, Config]:
     """Its module: see `build`."""
     root = build_module(facts)
-    adapter = getattr(config.method, "adapter_path", None)
-    if adapter:
-        config = config.model_copy(update={"method": attach_adapter(root, Path(adapter), config.method)})
+    if adapter := starting_adapter(config.method):
+        config = config.model_copy(update={"method": attach_adapter(root, adapter, config.method)})
     else:
         method_of(config.method).attach(root, config.method)
     if config.model.quantization:
@@ -230,11 +230,11 @@ def prepare(config: Config) -> Setup:
     """Build, shard and load. Raises UserError for anything in the configuration or the files that is wrong."""
     path = resolve_model(config.model.path, config.model.revision)
     facts, source = open_model(path)
-    adapter = getattr(config.method, "adapter_path", None)
+    adapter = starting_adapter(config.method)
     if adapter:
-        warn_of_another_base(Path(adapter), read_adapter_config(Path(adapter)), config.model.path, source)
-        facts, source = with_adapters_output(Path(adapter), facts, source)
-        facts, source = with_adapters_tokens(Path(adapter), facts, source)
+        warn_of_another_base(adapter, read_adapter_config(adapter), config.model.path, source)
+        facts, source = with_adapters_output(adapter, facts, source)
+        facts, source = with_adapters_tokens(adapter, facts, source)
     had = facts["vocab_size"]
     facts, source = with_new_tokens(config.model, facts, source)
     facts, source = with_objectives_head(config, facts, source)
@@ -245,7 +245,7 @@ def prepare(config: Config) -> Setup:
         refuse_untrained_rows(model, had, tokens_of(config.model), config.method.name)
     base = load_base(model, source, mesh, jnp.dtype(config.model.dtype), str(path))
     if adapter:
-        params = load_adapter(model, Path(adapter), mesh)
+        params = load_adapter(model, adapter, mesh)
     else:
 
         def tokenize(text: str) -> list[int]:

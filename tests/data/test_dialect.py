@@ -1,13 +1,16 @@
 """Messages in the form that a chat template takes, and what it leaves out."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from data_tokenizers import CHATML, WITH_TOOLS, byte_level
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ftjax.config.data import DataConfig
 from ftjax.data.encode import Encoder
 from ftjax.data.faults import Faults
+from ftjax.data.pipeline import load_splits
 from ftjax.data.reader import to_examples
 from ftjax.data.row import Row
 from ftjax.data.template import example_prompt, render_prompt
@@ -174,6 +177,24 @@ def test_a_system_message_goes_before_the_first_users(template):
         assert encoder.notes["system folded"] == 1
         prompt = example_prompt(example, tokenizer)
         assert document.tokens[: len(prompt)].tolist() == prompt == render_prompt([system, talk[0]], tokenizer)
+
+        strict = replace(example, fold_system=False)
+        for refused in (lambda one=strict: encoder([one]), lambda one=strict: example_prompt(one, tokenizer)):
+            with pytest.raises(UserError, match=r"takes no system message, and data\.fold_system is false; .*chat_template"):
+                refused()
+
+
+def test_a_set_may_leave_out_rows_whose_system_message_is_not_taken(tmp_path):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": talk}, {"messages": [{"role": "system", "content": "c"}, *talk]}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for strict, kept in ((True, 1), (False, 2)):
+        config = DataConfig(train=str(path), fold_system=not strict, on_error="skip")
+        assert load_splits(config, byte_level(refuses), seed=0)[0].report.documents == kept
+    with pytest.raises(UserError, match=r"a.jsonl:2: .*fold_system"):
+        load_splits(DataConfig(train=str(path), fold_system=False), byte_level(refuses), seed=0)
 
 
 def test_a_system_message_that_is_taken_stays():

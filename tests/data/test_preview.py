@@ -71,7 +71,9 @@ def test_the_page(tmp_path):
     run({"train": str(path), "max_length": 64}, byte_level(), tmp_path, html=page)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>") and "<svg" in text and "<script" not in text and "<b>" not in text
-    assert 'class="t" title="token' in text and 'class="c" title="token 0, id' in text and "weight 1" in text
+    assert 'class="t" tabindex="0" title="token' in text and 'class="c" tabindex="0" title="token 0, id' in text
+    assert text.count('tabindex="0" title="token') == text.count('<th scope="row">') - 7, "each token has a row of the table"
+    assert "span:focus::after { content: attr(title)" in text, "what hovering shows is shown to fingers and keys, too"
     assert text.count("<title>") == 1 + 2  # the page's, the histogram's, and that of its one bar
     with pytest.raises(UserError, match=r"page.html: cannot be written"):
         run({"train": str(path), "max_length": 64}, byte_level(), tmp_path, html=tmp_path / "no" / "page.html")

@@ -17,6 +17,7 @@ from ftjax.config.data import SourceConfig
 from ftjax.data.faults import Faults
 from ftjax.data.read import read_rows
 from ftjax.data.reader import to_examples
+from ftjax.data.text_files import read_csv
 from ftjax.errors import UserError
 
 ROWS = [{"prompt": "Hi, é", "completion": 'He said "no"\nand left'}, {"prompt": "2", "completion": "3"}]
@@ -152,7 +153,18 @@ def test_a_hub_set_that_is_not_there(monkeypatch):
         ("a.json", b'{"train": [{"a": 1}], "test": [{"a": 1}]}', "several lists (train, test)"),
         ("a.json", b'{"a": \xff}', "a.json:1: not UTF-8"),
         ("a.csv", b"a,b\n1,2\n3\n", "a.csv:3: 1 fields, but the header has 2: a, b"),
-        ("a.csv", b'a,b\n1,"2\n3,4\n', "a.csv:2: broken CSV: unexpected end of data (lines 2 to 3)"),
+        ("a.csv", b'a,b\n1,"2\n3,4\n', "a.csv:2: a quote opens here and does not close, so that the lines up to 3"),
+        (
+            "a.csv",
+            b'a,b\n"1\n2","3 ""4""\n5,6\n7,8\n',
+            "a.csv:3: a quote opens here and does not close, so that the lines up to 5",
+        ),
+        (
+            "a.csv",
+            b'a,b\n1,"2\n3,4\n5,"6"\n',
+            "a.csv:2: broken CSV: ',' expected after '\"' (lines 2 to 4; the last quote opens in line 2)",
+        ),
+        ("a.csv", b'a,b\n1,"2', "a.csv:2: broken CSV: unexpected end of data"),
         ("a.csv", b"a,b\n1,\xff\n", "a.csv:2: not UTF-8 (byte 0xff)"),
         ("a.csv", b"a,a\n1,2\n", "a.csv:1: a column name occurs twice: 'a'"),
         ("a.parquet", b"PAR1 but not really", "a.parquet[0]: not a readable .parquet file"),
@@ -265,3 +277,23 @@ def test_any_values_are_examples_or_faults(rows):
         return
     assert count + faults.count == len(rows)
     assert all(message.startswith("a.jsonl:") for message in faults.messages)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_quote_that_never_closes_takes_no_rows_along(tmp_path, skip):
+    """Also where broken rows are left out: the rows behind it would go with it, as one."""
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\na,b\n"c\nd","e\n' + "f,g\n" * 50)
+    with pytest.raises(UserError, match=r"a\.csv:4: a quote opens here .* the lines up to 54 would be one field"):
+        list(read_csv(path, path.open("rb"), None, ",", Faults(skip)))
+
+
+@pytest.mark.parametrize(
+    "said, noted", [('"c\nd,e\nf,g\nh"', True), ('"c\nof three, or\nof four, five, or\nsix"', False), ('"c\nd"', False)]
+)
+def test_a_field_that_holds_rows_is_noted(tmp_path, said, noted):
+    path, faults = tmp_path / "a.csv", Faults()
+    path.write_text(f"prompt,completion\na,b\nx,{said}\n")
+    rows = list(read_csv(path, path.open("rb"), None, ",", faults))
+    assert rows[1].values["completion"] == said.strip('"') and rows[1].where.endswith(":3")
+    assert [note.partition(": ")[2][:38] for note in faults.notes] == ["a quoted field goes on up to line 6, a"] * noted

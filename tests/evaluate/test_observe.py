@@ -60,7 +60,7 @@ def test_answers_are_those_of_the_model_at_that_step(watched, tiny):
     found = lines(watched, "eval/generations")
     assert list(found) == list(lines(watched, "eval/loss"))
     last = found[max(found)]
-    assert [row.get("reference") for row in last] == [None, "yes</s>", "yes</s>"] and last[0]["prompt"] == "abc:"
+    assert [row.get("reference") for row in last] == [None, "yes", "yes"] and last[0]["prompt"] == "abc:"
     tuned = Generator(str(tiny), watched / "final", dtype="float32")
     prompts = [tuned.encode("abc:"), tuned.encode("abc:"), tuned.encode("bad:")]
     assert last[1]["prompt"] == "<s>abc:"

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from ftjax.errors import UserError
+from ftjax.generate.answer import Generation
 from ftjax.generate.command import generate, read_prompts
 from ftjax.generate.session import Generator
 
@@ -98,3 +99,77 @@ def test_what_is_missing(tmp_path):
         read_prompts(tmp_path / "no.txt")
     with pytest.raises(UserError, match="--prompts FILE"):
         generate("anything")
+
+
+# ---- control tokens that prompts spell, and escape sequences that answers hold ----
+
+SPELLED = "Once</s>upon"
+
+
+def prompt_tokens(capsys, *arguments, **settings):
+    generate(*arguments, max_new_tokens=1, dtype="float32", as_json=True, **settings)
+    return [json.loads(line)["prompt_tokens"] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_special_tokens_in_text(stories, tmp_path, capsys):
+    """For texts and for rows of a file alike; split without a word."""
+    rows = written(
+        tmp_path / "a.jsonl",
+        {"messages": [{"role": "user", "content": SPELLED}]},
+        {"messages": [{"role": "user", "content": f"{SPELLED} a"}]},
+    )
+    given = {"prompt": [SPELLED], "prompts": rows, "chat_template": TEMPLATE}
+    split = prompt_tokens(capsys, str(stories), **given)
+    assert split == prompt_tokens(capsys, str(stories), **given, special_tokens_in_text="split")
+    encoded = prompt_tokens(capsys, str(stories), **given, special_tokens_in_text="encode")
+    assert all(one < other for one, other in zip(encoded, split, strict=True)), "a token, not its letters"
+    with pytest.raises(UserError, match=r"spells the control token '</s>'.*--special-tokens-in-text"):
+        generate(str(stories), **given, dtype="float32", special_tokens_in_text="error")
+
+
+def test_a_runs_own_settings_are_the_default(stories, tmp_path, capsys):
+    strict = {"special_tokens_in_text": "error", "fold_system": False}
+    config = tmp_path / "run.yaml"
+    data = {"train": "none.jsonl", **strict}
+    settings = {"model": {"path": str(stories)}, "data": data, "output_dir": str(tmp_path / "run")}
+    config.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="spells the control token"):
+        prompt_tokens(capsys, str(config), prompt=[SPELLED], chat_template=TEMPLATE)
+    assert prompt_tokens(capsys, str(config), prompt=[SPELLED], chat_template=TEMPLATE, special_tokens_in_text="split")
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+    with pytest.raises(UserError, match=r"takes no system message, and data\.fold_system is false"):
+        prompt_tokens(capsys, str(config), prompt=["Tom"], system="Be kind.", chat_template=refuses)
+    assert prompt_tokens(capsys, str(stories), prompt=["Tom"], system="Be kind.", chat_template=refuses)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+HOSTILE = "\x1b[2Jan answer\x9b31m\n\tof two lines\x07"
+
+
+@pytest.mark.parametrize("out", [Terminal, io.StringIO])
+def test_what_a_model_writes_steers_no_terminal(stories, monkeypatch, out):
+    from ftjax.generate.chat import _answer
+
+    class Talk:
+        def ask(self, message):
+            yield from HOSTILE
+
+    answers = [Generation(HOSTILE, [1], "stop", None, 1)] * 2
+    monkeypatch.setattr(Generator, "generate", lambda self, prompts, **_: answers[: len(prompts)])
+    for given, as_json in ((["Tom"], False), (["Tom", "Lily"], False), (["Tom"], True), (None, False)):
+        shown = out()
+        monkeypatch.setattr("sys.stdout", shown)
+        if given is None:
+            _answer(Talk(), "Tom")
+        else:
+            generate(str(stories), prompt=given, as_json=as_json, dtype="float32")
+        if as_json:
+            assert json.loads(shown.getvalue())["text"] == HOSTILE and "\x1b" not in shown.getvalue()
+        elif out is Terminal:
+            assert "␛[2Jan answer\\x9b31m\n\tof two lines␇" in shown.getvalue() and "\x1b" not in shown.getvalue()
+        else:
+            assert HOSTILE in shown.getvalue(), "a file has what the model wrote"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from oracle import Case, make_hf
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
 from tiny_run import make_batch, make_config
+from transformers import AutoModelForCausalLM
 
 from ftjax.errors import UserError
 from ftjax.flops import train_flops
@@ -82,6 +86,43 @@ def test_the_planned_step_is_the_one_that_runs(folder, bare, method):
         assert program_flops(planned) == program_flops(step.trace(*real))
     adapters = [path for path in inputs[0].params if path.endswith(("lora_A", "lora_B"))]
     assert len(adapters) == (14 if method == "lora" else 0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("named", ["run", "run/final", "run/best", "alone"])
+def test_an_adapter_brings_its_rows_and_its_output(tmp_path, tied, named):
+    """`method.adapter_path` is a run or a PEFT folder, and the plan has the arrays that the run has: 98 rows, not 96, and of a
+    tied model the output that the adapter trains apart."""
+    base = tmp_path / "base"
+    make_hf(Case("llama", "llama", {"intermediate_size": 64, "tie_word_embeddings": tied}), base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(98, mean_resizing=False)
+    warnings.simplefilter("ignore")  # PEFT warns of tied weights that part
+    lora = PeftLoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+    result = tmp_path / ("alone" if named == "alone" else "run/best" if named == "run/best" else "run/final")
+    get_peft_model(model, lora).save_pretrained(result)
+    if named != "alone":
+        (tmp_path / "run" / "config.yaml").write_text(f"model: {{path: {base}}}\ndata: {{train: a.jsonl}}\n")
+    config = make_config(base, method={"name": "lora", "adapter_path": str(tmp_path / named)}, mesh={"data": 8})
+    planned, run = design_for(config, CPUS).model.specs, prepare(config)
+    real = {**run.params, **run.frozen}
+    assert {name: spec.shape for name, spec in planned.items()} == {name: array.shape for name, array in real.items()}
+    assert sum(98 in array.shape for array in real.values()) == 2
+
+
+def test_an_adapter_of_a_run_without_a_result(folder, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"model: {{path: {folder}}}\ndata: {{train: a.jsonl}}\n")
+    config = make_config(folder, method={"name": "lora", "adapter_path": str(tmp_path)}, mesh={"data": 8})
+    for use in (lambda: design_for(config, CPUS), lambda: prepare(config)):
+        with pytest.raises(UserError, match=r"method\.adapter_path: .*this run has no final/ yet"):
+            use()
+
+
+def test_added_rows_are_counted(bare):
+    config = make_config(bare, method=METHODS["full"], mesh={"data": 8})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"pad_vocab_to_multiple_of": 64})})
+    sizes = {spec.shape[0] for spec in design_for(config, CPUS).model.specs.values() if spec.row.axes[:1] == ("vocab",)}
+    assert sizes == {128}
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

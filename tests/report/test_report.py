@@ -59,8 +59,8 @@ def folder(tmp_path):
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     rows = []
     for step in range(1, 41):
-        values = {"loss": 3 / step + 0.12345678, "learning_rate": 1e-4 * (41 - step), "grad_norm": 0.5, "peak_memory_gib": 1.5,
-                  "tokens_per_second": 0.0 if step == 1 else 1234.5 + step}  # fmt: skip
+        values = {"loss": 3 / step + 0.12345678, "learning_rate": 1e-4 * (41 - step), "grad_norm": 5e-8 * step,
+                  "peak_memory_gib": 1.5, "tokens_per_second": 0.0 if step == 1 else 1234.5 + step}  # fmt: skip
         rows.append({"step": step, **{f"train/{name}": value for name, value in values.items()}})
         if step % 10 == 0:
             rows.append({"step": step, "eval/loss": 2 + step / 7, "eval/rougeL": math.nan if step == 20 else step / 100})
@@ -198,6 +198,28 @@ def test_lines_lie_where_the_numbers_are():
     assert at[0] == pytest.approx(y0, abs=0.2) and at[10] == pytest.approx(y1, abs=0.2)
 
 
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([2e-5] * 9, ["0", "5e-06", "1e-05", "1.5e-05", "2e-05"]),
+        ([0.0] * 9, ["0", "0.25", "0.5", "0.75", "1"]),
+        ([0.3 + 1e-17 * n for n in range(9)], ["0", "0.1", "0.2", "0.3"]),
+        ([0.1 + 1e-16 * n for n in range(9)], ["0", "0.025", "0.05", "0.075", "0.1"]),
+        ([-2.0] * 9, ["-2", "-1.5", "-1", "-0.5", "0"]),
+        ([12345.25, 12345.75], ["12,345.2", "12,345.4", "12,345.6", "12,345.8"]),
+        ([1.00001, 1.00003], ["1.00001", "1.000015", "1.00002", "1.000025", "1.00003"]),
+    ],
+)
+def test_axes_say_where_the_numbers_lie(values, expected):
+    """A constant stands beside zero, noise of rounding is no curve, and no two lines have the same number."""
+    picture = line_chart("t", {"a": list(enumerate(values))})
+    assert re.findall(r'text-anchor="end">([^<]+)<', picture) == expected
+
+
+def test_the_only_step_is_the_only_number_beneath():
+    assert re.findall(r'text-anchor="middle">([^<]+)<', line_chart("t", {"a": [(400, 2.0)]})) == ["400", "step"]
+
+
 @pytest.mark.parametrize("values", [[(1, math.nan)], [], [(1, math.inf)]])
 def test_no_picture_of_nothing(values):
     assert line_chart("t", {"a": values}) == ""
@@ -247,6 +269,11 @@ def test_in_a_browser(folder, tmp_path):
         f"<iframe id=f src='{page.name}' style='width:360px;height:800px;border:0'></iframe><pre id=o></pre><script>"
         "onload = () => { const d = f.contentDocument; o.textContent = JSON.stringify({wide: d.documentElement.scrollWidth, "
         "asked: f.contentWindow.performance.getEntriesByType('resource').length, scripts: d.scripts.length, "
+        "clipped: [...d.querySelectorAll('svg text')].filter(t => { const a = t.getBoundingClientRect(), "
+        "b = t.ownerSVGElement.getBoundingClientRect(); return b.width && (a.left < b.left - 1 || a.right > b.right + 1 || "
+        "a.bottom > b.bottom + 1) }).map(t => t.textContent), "
+        "cues: [...d.querySelectorAll('.scroll')].filter(s => s.scrollWidth > s.clientWidth && "
+        "f.contentWindow.getComputedStyle(s).backgroundAttachment.includes('local')).length, "
         "svg: [...d.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().width > 200).length}) }</script>"
     )
     done = subprocess.run(
@@ -255,3 +282,4 @@ def test_in_a_browser(folder, tmp_path):
     )  # fmt: skip
     found = json.loads(re.search(r'<pre id="o">(.*?)</pre>', done.stdout, re.S)[1])
     assert found["wide"] <= 360 and found["asked"] == 0 and found["scripts"] == 0 and found["svg"] >= 6
+    assert found["clipped"] == [] and found["cues"] >= 1
