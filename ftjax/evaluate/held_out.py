@@ -7,12 +7,12 @@ from typing import Any
 from ftjax.config import Config
 from ftjax.config.code import setting
 from ftjax.config.load import load_config
-from ftjax.data.labels import Labels
 from ftjax.data.pipeline import load_splits
 from ftjax.errors import UserError
 from ftjax.evaluate.rows import Places, splits_off
 from ftjax.evaluate.target import Target
 from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.objectives import encoding_of
 from ftjax.train.record import RECORD
 from ftjax.train.same_run import fingerprints
 
@@ -35,7 +35,7 @@ def held_out_places(found: Target) -> Places | None:
         _refuse_another(trained, config)
         config, record = trained, _record(found)
     train, validation = load_splits(
-        config.data, load_tokenizer(config.model), seed=config.training.seed, labels=Labels.of(config.objective)
+        config.data, load_tokenizer(config.model), seed=config.training.seed, encoding=encoding_of(config)
     )
     assert validation is not None
     saved, now = record.get("documents", {}), fingerprints(train, validation)

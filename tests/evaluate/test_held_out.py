@@ -15,7 +15,7 @@ from ftjax.generate.command import generate
 from ftjax.generate.named import find_named
 from ftjax.hub.export import export
 from ftjax.report.command import report
-from ftjax.train.loop import train
+from ftjax.train.run import train
 
 
 @pytest.fixture(scope="module")
