@@ -23,6 +23,7 @@ from ftjax.evaluate.rows import read_items, sources, splits_off
 from ftjax.evaluate.statistic import compare, intervals
 from ftjax.evaluate.target import Target, find_target
 from ftjax.hub.same_model import model_facts
+from ftjax.objectives import head_of
 
 
 def evaluate(
@@ -49,7 +50,8 @@ def evaluate(
     check(found.config, allow_code_execution)
     base = found.base() if compare_base else None
     items, left_out = read_items(found.config, settings.limit, held_out_places(found))
-    warnings = misfits(settings.task, items, found.config.objective.classes or settings.labels)
+    head = head_of(found.config)
+    warnings = misfits(settings.task, items, (head and head.classes) or settings.labels)
     for text in warnings:
         console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
     if store.several():
