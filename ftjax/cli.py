@@ -305,13 +305,17 @@ def generate(
 
     with joined():
         from ftjax.generate.command import generate as run
+        from ftjax.generate.named import LoadOptions
+        from ftjax.generate.request import Request
 
+        request = Request.of(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+            max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=seed,
+        )  # fmt: skip
+        options = LoadOptions(adapter, revision, tokenizer, chat_template, quantization, special_tokens_in_text, dtype)
         run(
-            model, prompt=prompt or (), prompts=prompts, adapter=adapter, revision=revision, tokenizer=tokenizer,
-            chat_template=chat_template, system=system, raw=raw, max_new_tokens=max_new_tokens, temperature=temperature,
-            top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
-            batch_size=batch_size, dtype=dtype, quantization=quantization,
-            special_tokens_in_text=special_tokens_in_text, as_json=as_json,
+            model, request, options, prompt=prompt or (), prompts=prompts, system=system, raw=raw, batch_size=batch_size,
+            as_json=as_json,
         )  # fmt: skip
 
 
@@ -344,13 +348,13 @@ def chat(
 
     alone("chat")
     from ftjax.generate.chat import chat as run
+    from ftjax.generate.named import LoadOptions
+    from ftjax.generate.request import Request
 
-    run(
-        model, adapter=adapter, revision=revision, tokenizer=tokenizer, chat_template=chat_template, system=system,
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, stop=stop or (), seed=seed, dtype=dtype,
-        quantization=quantization, special_tokens_in_text=special_tokens_in_text,
-    )  # fmt: skip
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    options = LoadOptions(adapter, revision, tokenizer, chat_template, quantization, special_tokens_in_text, dtype)
+    request = Request(max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=seed)
+    run(model, request, options, system=system, sampling={**asked, "repetition_penalty": repetition_penalty})
 
 
 @app.command()

@@ -12,6 +12,8 @@ import pytest
 import ftjax
 from ftjax import cli, doctor
 from ftjax.errors import UserError
+from ftjax.generate.named import LoadOptions
+from ftjax.generate.request import Request
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
@@ -123,7 +125,7 @@ GENERATE_ONLY = {"prompt": ["p", "-"], "prompts": "f.txt", "raw": True, "batch_s
 
 @pytest.mark.parametrize("verb, options", [("generate", OPTIONS | GENERATE_ONLY), ("chat", OPTIONS)])
 def test_options_of_generation_arrive(monkeypatch, capsys, verb, options):
-    """Every option reaches the function behind the verb, and the function has no setting without an option."""
+    """Every option reaches the function behind the verb, and no setting is without an option."""
     module = importlib.import_module("ftjax.generate.command" if verb == "generate" else "ftjax.generate.chat")
     signature = inspect.signature(getattr(module, verb))
     called = {}
@@ -137,13 +139,27 @@ def test_options_of_generation_arrive(monkeypatch, capsys, verb, options):
             else [x for one in (value if isinstance(value, list) else [value]) for x in (flag, str(one))]
         )
     assert run(monkeypatch, capsys, verb, "some/model", *arguments)[0] == 0
-    paths = {key: str(value) if isinstance(value, Path) else value for key, value in called.items()}
-    assert paths == {"model": "some/model", **options}
-    assert set(called) == set(signature.parameters)
-    # and what is not given is what the function takes by default
+    arrived = flat(called)
+    assert {key: str(value) if isinstance(value, Path) else value for key, value in arrived.items()} == {
+        "model": "some/model", **{name: tuple(value) if name == "stop" else value for name, value in options.items()}
+    }  # fmt: skip
+    # and what is not given is what the records have by default
     called.clear()
     run(monkeypatch, capsys, verb, "some/model")
-    assert called == {"model": "some/model", **{n: p.default for n, p in signature.parameters.items() if n != "model"}}
+    longest = Request(max_new_tokens=512) if verb == "chat" else Request()
+    assert called["request"] == longest and called["options"] == LoadOptions()
+    rest = {name: value for name, value in called.items() if name not in ("model", "request", "options", "sampling")}
+    assert rest == {n: signature.parameters[n].default for n in rest}
+    assert verb == "generate" or set(called["sampling"].values()) == {None}
+
+
+def flat(called: dict) -> dict:
+    """What arrived, by the names of the options; what is decided later (`number`, `chat`, `tools`, the prompt) is not one."""
+    given = dict(called)
+    request, options = given.pop("request"), given.pop("options")
+    sampling = given.pop("sampling", None) or vars(request.sampling)
+    own = {name: getattr(request, name) for name in ("max_new_tokens", "stop", "seed")}
+    return {**given, **vars(options), **sampling, **own}
 
 
 def test_generate_without_a_prompt(monkeypatch, capsys):

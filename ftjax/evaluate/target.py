@@ -8,7 +8,7 @@ from typing import Any
 from ftjax.config import Config
 from ftjax.config.load import config_of, load_config, print_note
 from ftjax.errors import UserError
-from ftjax.generate.named import Named, find_named
+from ftjax.generate.named import LoadOptions, Named, find_named
 from ftjax.generate.session import Generator
 from ftjax.hub.fetch import resolve_config
 from ftjax.mesh import make_mesh
@@ -34,10 +34,7 @@ class Target(Named):
 
     def load(self, tokenizer: Any = None) -> Generator:
         """The model in memory; `tokenizer` where it is another's, so that both see the same prompts."""
-        own = self.options(
-            revision=None, tokenizer=tokenizer, chat_template=None, quantization=None, special_tokens_in_text=None,
-            fold_system=None,
-        )  # fmt: skip
+        own = self.options(LoadOptions(tokenizer=tokenizer))
         return Generator(self.model, self.adapter, dtype=self.config.evaluate.dtype, mesh=make_mesh(self.config.mesh), **own)
 
 

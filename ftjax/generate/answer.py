@@ -53,6 +53,7 @@ class Answer:
         self.finish: Literal["stop", "length", "error"] | None = None  # error: the model's logits were not finite
         self._stops, self._stream = stops, stream
         self._shown = 0  # characters that `piece` has given
+        self._given = 0  # tokens that `news` has given
         self._fed = 0  # tokens whose text is in `text`
 
     def read(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
@@ -81,6 +82,12 @@ class Answer:
         until = len(self.text) - (0 if self.finish else self._stops.open(self.text))
         shown, self._shown = self._shown, max(until, self._shown)
         return self.text[shown:until]
+
+    def news(self) -> tuple[str, list[int]]:
+        """`(piece, tokens)` that are new since the last look."""
+        piece = self.piece()
+        tokens, self._given = self.tokens[self._given :], len(self.tokens)
+        return piece, tokens
 
     def generation(self, logprobs: bool = False) -> Generation:
         self._close()

@@ -2,13 +2,17 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ftjax.console import say
-from ftjax.data.control import Mode
 from ftjax.errors import UserError, printable
+from ftjax.generate.named import LoadOptions, find_named
+from ftjax.generate.request import Request
+from ftjax.generate.sample import Sampling
 from ftjax.generate.typed import checked, keep_wrong_bytes, read_turn
 
 HELP = """\
@@ -21,35 +25,25 @@ HELP = """\
 /help           show this
 /quit, /exit    leave (so does Ctrl-D); Ctrl-C stops an answer
 Pasted lines are one message. A line that ends in \\ goes on in the next one."""
+SAMPLING = tuple(field.name for field in fields(Sampling))
 COMMANDS = ("/retry", "/undo", "/reset", "/system", "/history", "/save", "/help", "/quit", "/exit")
 
 
 def chat(
     model: str,
+    request: Request,
+    options: LoadOptions,
     *,
-    adapter: Path | None = None,
-    revision: str | None = None,
-    tokenizer: str | None = None,
-    chat_template: str | None = None,
     system: str | None = None,
-    max_new_tokens: int = 512,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    stop: Sequence[str] = (),
-    seed: int = 0,
-    dtype: str = "auto",
-    quantization: str | None = None,
-    special_tokens_in_text: Mode | None = None,
+    sampling: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Ask, answer, remember, until /quit.
 
     Args:
         model: a run, a configuration, a PEFT folder or a model (`find_named`).
-
-    Settings that are None are those of the model's generation_config.json; without that, decoding is greedy.
+        request: whose settings every answer has, but for its sampling.
+        sampling: by the names of `Sampling`; what is None or missing is as the model's generation_config.json says, and without
+            that, decoding is greedy.
 
     Raises UserError where the model, the adapter or a setting is wrong, or what is piped in is not text.
     """
@@ -57,23 +51,17 @@ def chat(
     from ftjax.console import make_console
     from ftjax.generate.context import recommended
     from ftjax.generate.conversation import Conversation
-    from ftjax.generate.named import find_named
     from ftjax.generate.session import Generator
 
     system = None if system is None else checked(system, "--system")
-    found = find_named(model, adapter=adapter)
+    found = find_named(model, adapter=options.adapter)
     keep_compiled_programs()
     notes = make_console(stderr=True)
     with notes.status(f"loading {found.name}"):
-        options = found.options(
-            revision=revision, tokenizer=tokenizer, chat_template=chat_template, quantization=quantization,
-            special_tokens_in_text=special_tokens_in_text, fold_system=None,
-        )  # fmt: skip
-        generator = Generator(found.model, found.adapter, dtype=dtype, **options)
-    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    asked["repetition_penalty"] = repetition_penalty
-    sampling = recommended(generator.settings, asked)
-    talk = Conversation(generator, sampling, system=system, max_new_tokens=max_new_tokens, stop=tuple(stop), seed=seed)
+        generator = Generator(found.model, found.adapter, dtype=options.dtype, **found.options(options))
+    asked = dict.fromkeys(SAMPLING) | dict(sampling)
+    request = replace(request, sampling=recommended(generator.settings, asked))
+    talk = Conversation(generator, request, system=system)
     interactive = sys.stdin.isatty()
     keep_wrong_bytes(sys.stdin)
     if interactive:

@@ -7,50 +7,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ftjax.data.control import Mode
 from ftjax.data.example import Example
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError, printable
-from ftjax.generate.named import find_named
+from ftjax.generate.named import LoadOptions, find_named
+from ftjax.generate.request import Request
 from ftjax.generate.typed import checked, read_standard_input
 from ftjax.hub.same_model import model_facts
 
 
 def generate(
     model: str,
+    request: Request,
+    options: LoadOptions,
     *,
     prompt: Sequence[str] = (),
     prompts: Path | None = None,
-    adapter: Path | None = None,
-    revision: str | None = None,
-    tokenizer: str | None = None,
-    chat_template: str | None = None,
     system: str | None = None,
     raw: bool = False,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    stop: Sequence[str] = (),
-    seed: int = 0,
     batch_size: int = 32,
-    dtype: str = "auto",
-    quantization: str | None = None,
-    special_tokens_in_text: Mode | None = None,
     as_json: bool = False,
 ) -> None:
     """Print an answer to each prompt, in order: the text, or one JSON object a line.
 
     Args:
         model: a run, a configuration, a PEFT folder or a model (`find_named`).
+        request: what all prompts have in common.
         prompt: texts; `-` is what stands on the standard input.
         prompts: a file of prompts (`read_prompts`).
         system: a system message before each prompt.
         raw: give texts to the model as they are, without its chat template.
-        special_tokens_in_text: of prompts that spell control tokens; None: as the run was trained, or `split`.
 
     Raises UserError where a file, the model, the adapter or a setting is wrong.
     """
@@ -58,38 +45,22 @@ def generate(
     given += read_prompts(prompts) if prompts else []
     if not given:
         raise UserError("generate: no prompt; give --prompt TEXT (- reads the standard input) or --prompts FILE")
-    found = find_named(model, adapter=adapter)
+    found = find_named(model, adapter=options.adapter)
     learnt = "raw" if raw else found.config.data.prompt_format if found.config else "auto"  # from prompts of this format
-    chat = {"raw": False, "chat": True}.get(learnt)
+    request = replace(request, chat={"raw": False, "chat": True}.get(learnt))
     if system is not None:
         if raw:
             raise UserError("generate: --system needs the chat template, which --raw leaves out; choose one")
         given = [_with_system(one, checked(system, "--system")) for one in given]
 
-    options = found.options(
-        revision=revision, tokenizer=tokenizer, chat_template=chat_template, quantization=quantization,
-        special_tokens_in_text=special_tokens_in_text, fold_system=None,
-    )  # fmt: skip
-    reading = {"special_tokens_in_text": options["special_tokens_in_text"] or "split"}
-    reading["fold_system"] = options["fold_system"] is not False
+    loading = found.options(options)
+    reading = {"special_tokens_in_text": loading["special_tokens_in_text"] or "split"}
+    reading["fold_system"] = loading["fold_system"] is not False
     given = [replace(one, **reading) if isinstance(one, Example) else one for one in given]
-    sampling = (
-        max_new_tokens,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty,
-        stop,
-        seed,
-        batch_size,
-        chat,
-        dtype,
-        *reading.values(),
-    )
     if store.several():
-        facts = {"prompts": len(given), "digest of the prompts": digest(given), "options": repr(sampling)}
-        agree("what is asked", {**facts, **model_facts(found.model, options["revision"], found.adapter)})
+        facts = {"prompts": len(given), "digest of the prompts": digest(given)}
+        facts["options"] = repr((request, batch_size, options.dtype, reading))
+        agree("what is asked", {**facts, **model_facts(found.model, loading["revision"], found.adapter)})
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from ftjax.compile_cache import keep_compiled_programs
@@ -99,7 +70,7 @@ def generate(
     keep_compiled_programs()
     notes = make_console(stderr=True, quiet=store.index() > 0)
     with notes.status(f"loading {found.name}"):
-        generator = Generator(found.model, found.adapter, dtype=dtype, **options)
+        generator = Generator(found.model, found.adapter, dtype=options.dtype, **loading)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task("answers", total=len(given))
@@ -107,11 +78,8 @@ def generate(
         def show(done: int, tokens: int) -> None:
             bar.update(task, completed=done, description=f"{tokens:,} tokens")
 
-        answers = generator.generate(
-            given, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, stop=stop, seed=seed, batch_size=batch_size, chat=chat,
-            progress=show,
-        )  # fmt: skip
+        requests = [replace(request, prompt=one, number=number) for number, one in enumerate(given)]
+        answers = generator.answer(requests, batch_size=batch_size, progress=show)
     if store.index():
         return
     clean = printable if sys.stdout.isatty() else str  # a file has what the model wrote

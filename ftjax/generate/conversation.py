@@ -1,15 +1,15 @@
 """A conversation with a model: answers come piece by piece, and the cache keeps what was said."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ftjax.data.example import Message
 from ftjax.errors import UserError
 from ftjax.generate.cache import bucket
 from ftjax.generate.engine import Batch
 from ftjax.generate.finite import not_finite
-from ftjax.generate.sample import Sampling
+from ftjax.generate.request import Request
 from ftjax.generate.session import Generator
-from ftjax.generate.text import StopStrings
 
 CHUNK = 4  # tokens between two pieces of text
 SMALLEST = 1024  # slots of a conversation's cache
@@ -23,26 +23,20 @@ class Conversation:
         tokens: ids that the last answer took.
     """
 
-    def __init__(
-        self,
-        generator: Generator,
-        sampling: Sampling | None = None,
-        *,
-        system: str | None = None,
-        max_new_tokens: int = 512,
-        stop: tuple[str, ...] = (),
-        seed: int = 0,
-    ):
-        """Raises UserError where the tokenizer has no chat template."""
+    def __init__(self, generator: Generator, request: Request, *, system: str | None = None):
+        """
+        Args:
+            request: whose settings every answer has.
+
+        Raises UserError where the tokenizer has no chat template.
+        """
         if not generator.tokenizer.chat_template:
             raise UserError(
                 "this tokenizer has no chat template, so that it cannot be told what a conversation looks like to the model; "
                 "give one as --chat-template (a Jinja template, or the path of a .jinja file), or use `ftjax generate`"
             )
-        self.generator, self.sampling = generator, sampling or Sampling()
-        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self.generator, self.request = generator, request
         self.tokens = 0
-        self._stops = StopStrings(stop)
         self._batch: Batch | None = None
         self._asked = 0
         self.system(system)
@@ -72,15 +66,12 @@ class Conversation:
         """
         generator = self.generator
         question = {"role": "user", "content": text}
-        prompt = generator.encode([*self.messages, question])
-        answer = generator.begin(
-            prompt, self.max_new_tokens, self._stops, sampling=self.sampling, seed=self.seed, number=self._asked
-        )
+        answer = generator.begin(replace(self.request, prompt=[*self.messages, question], number=self._asked))
         self._asked += 1
         self.messages.append(question)
         said = ""
         try:
-            batch = self._batch_for(len(prompt) + answer.limit)
+            batch = self._batch_for(len(answer.prompt) + answer.limit)
             batch.start({0: answer})
             while True:
                 if piece := answer.piece():

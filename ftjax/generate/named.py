@@ -7,12 +7,33 @@ from typing import Any
 
 from ftjax.config import Config
 from ftjax.config.load import load_config, print_note
+from ftjax.data.control import Mode
 from ftjax.errors import UserError
 from ftjax.hub.fetch import resolve_config
 from ftjax.hub.own_base import base_of
 from ftjax.hub.peft import CONFIG as ADAPTER
 from ftjax.hub.peft import read_adapter_config
 from ftjax.hub.run_folder import RUN, adapter_folder, refuse_missing, result_of
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded; what is None is as its run was trained, or as the model itself has it.
+
+    Attributes:
+        adapter: a PEFT folder, or a run.
+        revision: of the Hub.
+        tokenizer, chat_template, quantization, special_tokens_in_text: see `Generator`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+    """
+
+    adapter: Path | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    quantization: str | None = None
+    special_tokens_in_text: Mode | None = None
+    dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -38,9 +59,8 @@ class Named:
     revision: str | None = None
     own_tokenizer: bool = False
 
-    def options(self, **asked: Any) -> dict[str, Any]:
-        """`Generator`'s settings of these names: as asked (a quantization `none` is none), and where that is None as the run
-        was trained."""
+    def options(self, asked: LoadOptions = LoadOptions()) -> dict[str, Any]:
+        """`Generator`'s settings: as asked (a quantization `none` is none), and where that is None as the run was trained."""
         own: dict[str, Any] = {"revision": self.revision}
         if self.config is not None:
             settings = self.config.model
@@ -50,7 +70,8 @@ class Named:
                 own["revision"] = settings.revision
             if not self.own_tokenizer:
                 own |= {"tokenizer": settings.tokenizer, "chat_template": settings.chat_template}
-        chosen = {name: own.get(name) if value is None else value for name, value in asked.items()}
+        given = {name: value for name, value in vars(asked).items() if name not in ("adapter", "dtype")} | {"fold_system": None}
+        chosen = {name: own.get(name) if value is None else value for name, value in given.items()}
         return {name: None if (name, value) == ("quantization", "none") else value for name, value in chosen.items()}
 
 

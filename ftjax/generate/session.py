@@ -1,7 +1,10 @@
 """A model that answers: `Generator` turns prompts into texts, in batches, on whatever devices the weights lie on."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from jax.sharding import Mesh
 
 from ftjax.config import MeshConfig, ModelConfig
 from ftjax.data.control import Mode
-from ftjax.data.example import Example, Message
+from ftjax.data.example import Example
 from ftjax.data.template import example_prompt, render_prompt
 from ftjax.errors import UserError
 from ftjax.generate.answer import Answer, Generation
@@ -23,7 +26,7 @@ from ftjax.generate.decode import CHUNK
 from ftjax.generate.engine import Batch, Engine
 from ftjax.generate.finite import not_finite, require_finite
 from ftjax.generate.load import choose_dtype, load
-from ftjax.generate.sample import Sampling
+from ftjax.generate.request import Piece, Prompt, Request
 from ftjax.generate.score import Query, Score, arrays, completion_ids
 from ftjax.generate.text import StopStrings, TextStream
 from ftjax.hub.tokenizer import load_tokenizer
@@ -33,8 +36,8 @@ from ftjax.models.model import Model
 
 log = logging.getLogger(__name__)
 
-Prompt = str | Sequence[Message] | Sequence[int] | Example
 CHUNK_WITH_STOPS = 8  # tokens between two looks of the host, which finds stop strings
+CHUNK_OF_A_STREAM = 4  # tokens between two pieces of an answer
 BATCH_SIZE = 32
 
 
@@ -113,59 +116,104 @@ class Generator:
     # ---- what is called ----
 
     def generate(
-        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 256, temperature: float = 0.0, top_k: int | None = None,
-        top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0, stop: Sequence[str] = (),
-        seed: int = 0, batch_size: int = BATCH_SIZE, logprobs: bool = False, chat: bool | None = None,
+        self, prompts: Sequence[Prompt], *, batch_size: int = BATCH_SIZE, logprobs: bool = False,
+        progress: Callable[[int, int], None] | None = None, **settings: Any,
+    ) -> list[Generation]:  # fmt: skip
+        """Answers each prompt, all with the same `settings` (those of `Request.of`), in their order.
+
+        Arguments and errors are those of `answer`.
+        """
+        requests = [Request.of(prompt, number=number, **settings) for number, prompt in enumerate(prompts)]
+        return self.answer(requests, batch_size=batch_size, logprobs=logprobs, progress=progress)
+
+    def answer(
+        self, requests: Sequence[Request], *, batch_size: int = BATCH_SIZE, logprobs: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:  # fmt: skip
-        """An answer to each prompt, in their order.
-
-        A prompt is a text, a list of messages, an `Example` of data (its prompt), or token ids; all but the last become what
-        training saw (`ftjax.data.template.render_prompt`). An answer depends on its prompt, the settings, the seed and its
-        number among the prompts; not on the batch that it happens to be in.
+        """Answers requests, in their order. An answer depends on its request alone, not on the batch that it is in.
 
         Args:
-            max_new_tokens: the longest answer; shorter where the model's context ends.
-            temperature: 0 is greedy decoding. This and the next four: see `Sampling`.
-            stop: strings that end an answer and are not part of it.
-            batch_size: prompts that are answered at a time.
+            batch_size: requests that are answered at a time.
             logprobs: give log-probabilities too.
-            chat: whether a text is a user's message in the chat template; None: where the tokenizer has one.
             progress: called with the number of finished answers and of tokens so far.
 
         Raises UserError for settings out of range, an empty prompt, or one that does not fit into the model's context, and
         NotFinite where the model gives no probabilities.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        if max_new_tokens < 1 or batch_size < 1:
-            raise UserError(f"max_new_tokens = {max_new_tokens}, batch_size = {batch_size}; both must be at least 1")
-        stops = StopStrings([stop] if isinstance(stop, str) else stop)
-        ids = [self.encode(prompt, number, chat) for number, prompt in enumerate(prompts)]
-        answers = [
-            self.begin(prompt, max_new_tokens, stops, sampling=sampling, seed=seed, number=number)
-            for number, prompt in enumerate(ids)
-        ]
-        short = [answer.limit for answer in answers if answer.limit < max_new_tokens]
-        if short:
-            log.warning(
-                "max_new_tokens = %d is more than fits: prompt and answer may have %d tokens together, so that %d answer(s) "
-                "can be %d tokens at most", max_new_tokens, self.context, len(short), min(short),
-            )  # fmt: skip
-        batches, rows = groups([len(prompt) for prompt in ids], batch_size, self.engine.shards)
+        if batch_size < 1:
+            raise UserError(f"batch_size = {batch_size}; expected at least 1")
+        answers = [self.begin(request, index) for index, request in enumerate(requests)]
+        self._warn_of_limits(answers, requests)
+        batches, rows = groups([len(answer.prompt) for answer in answers], batch_size, self.engine.shards)
         for numbers in batches:
             group = [answers[number] for number in numbers]
             slots = bucket(max(len(a.prompt) for a in group), 16) + bucket(max(a.limit for a in group), 16)
             batch = Batch(self.engine, self.params, rows, slots)
             batch.start(dict(enumerate(group)))
+            steps = CHUNK_WITH_STOPS if any(requests[number].stop for number in numbers) else CHUNK
             while True:
-                if broken := [number for number in numbers if answers[number].finish == "error"]:
-                    raise not_finite(f"prompt {broken[0] + 1}", self.model, self.params)
+                for number in numbers:
+                    self._require_finite(answers[number], number)
                 if progress:
                     progress(sum(a.finish is not None for a in answers), sum(len(a.tokens) for a in answers))
                 if not batch.active:
                     break
-                batch.step(CHUNK_WITH_STOPS if stops.strings else CHUNK)
+                batch.step(steps)
         return [answer.generation(logprobs) for answer in answers]
+
+    def stream(
+        self, requests: Iterable[Request], *, rows: int = 8, slots: int | None = None, steps: int = CHUNK_OF_A_STREAM
+    ) -> Iterator[Piece]:
+        """Answers requests as they come, many at a time, and gives each answer piece by piece.
+
+        A request takes a row as soon as one is free, while the others go on; the next one is asked for when there is a row
+        for it. Several processes must have the same requests.
+
+        Args:
+            rows: requests that are answered at a time; rounded up to the devices that share them.
+            slots: tokens of the longest prompt with its answer; None: of the first `rows` requests. A request that needs more
+                waits until all others have ended, and a larger cache is made.
+            steps: tokens between two pieces.
+
+        Raises UserError and NotFinite as `answer` does; what was given until then stays valid.
+        """
+        rows = math.ceil(max(1, rows) / self.engine.shards) * self.engine.shards
+        coming = ((index, self.begin(request, index)) for index, request in enumerate(requests))
+        waiting = deque(islice(coming, rows))
+        batch: Batch | None = None
+        running: dict[int, tuple[int, Answer]] = {}  # by row
+        while waiting or running:
+            if not running and (batch is None or _slots(waiting[0][1]) > batch.slots):
+                needed = max(_slots(answer) for _, answer in waiting)
+                batch = Batch(self.engine, self.params, rows, max(needed, slots or 0))
+            started = {}
+            for row in (row for row in range(rows) if row not in running):
+                waiting.extend(islice(coming, 0 if waiting else 1))
+                if not waiting or _slots(waiting[0][1]) > batch.slots:
+                    break
+                started[row] = waiting.popleft()
+            batch.start({row: answer for row, (_, answer) in started.items()})
+            running |= started
+            batch.step(steps)
+            for row, (index, answer) in list(running.items()):
+                self._require_finite(answer, index)
+                yield Piece(index, *answer.news(), answer.finish)
+                if answer.finish:
+                    del running[row]
+            if not running and not waiting:
+                waiting.extend(islice(coming, 1))
+
+    def _require_finite(self, answer: Answer, index: int) -> None:
+        if answer.finish == "error":
+            raise not_finite(f"prompt {index + 1}", self.model, self.params)
+
+    def _warn_of_limits(self, answers: Sequence[Answer], requests: Sequence[Request]) -> None:
+        short = [a.limit for a, request in zip(answers, requests, strict=True) if a.limit < request.max_new_tokens]
+        if short:
+            log.warning(
+                "max_new_tokens is more than fits: prompt and answer may have %d tokens together, so that %d answer(s) "
+                "can be %d tokens at most", self.context, len(short), min(short),
+            )  # fmt: skip
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]], *, batch_size: int = BATCH_SIZE,
@@ -201,7 +249,7 @@ class Generator:
                 progress(len(found))
         return [found[i] for i in range(len(pairs))]
 
-    def encode(self, prompt: Prompt, number: int = 0, chat: bool | None = None) -> list[int]:
+    def encode(self, prompt: Prompt, number: int = 0, chat: bool | None = None, tools: list[Any] | None = None) -> list[int]:
         """The ids of a prompt; `number` is for messages.
 
         Raises UserError where there are none, too many, or some that the model does not have, and for a model that writes
@@ -217,7 +265,7 @@ class Generator:
             ids = [int(token) for token in prompt]
         else:
             ids = render_prompt(
-                prompt, self.tokenizer, chat=chat, special_tokens_in_text=self.special_tokens_in_text,
+                prompt, self.tokenizer, chat=chat, tools=tools, special_tokens_in_text=self.special_tokens_in_text,
                 fold_system=self.fold_system,
             )  # fmt: skip
         if not ids:
@@ -235,15 +283,24 @@ class Generator:
             )
         return ids
 
-    def begin(self, prompt: list[int], max_new_tokens: int, stops: StopStrings, **options: Any) -> Answer:
-        """An answer without a token yet, whose length the context limits; `options` are those of `Answer`."""
-        limit = min(max_new_tokens, self.context - len(prompt))
-        return Answer(prompt, limit, self.ends_with(stops), stops, TextStream(self.tokenizer, prompt), **options)
+    def begin(self, request: Request, index: int = 0) -> Answer:
+        """An answer without a token yet, whose length the context limits; `index` is for messages."""
+        prompt = self.encode(request.prompt, index, request.chat, request.tools)
+        stops, limit = StopStrings(request.stop), min(request.max_new_tokens, self.context - len(prompt))
+        stream = TextStream(self.tokenizer, prompt)
+        return Answer(
+            prompt, limit, self.ends_with(stops), stops, stream, sampling=request.sampling, seed=request.seed,
+            number=request.number,
+        )  # fmt: skip
 
     def ends_with(self, stops: StopStrings) -> frozenset[int]:
         """Ids that end an answer, stop strings included that are a token of their own, which may not show in a text."""
         known = self.tokenizer.get_added_vocab() if stops.strings else {}
         return self.ends | {known[string] for string in stops.strings if string in known}
+
+
+def _slots(answer: Answer) -> int:
+    return bucket(len(answer.prompt), 16) + bucket(answer.limit, 16)
 
 
 def _with_adapters_tokenizer(settings: ModelConfig, adapter: str | Path | None) -> ModelConfig:

@@ -5,12 +5,13 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from verbs import generate
 
 from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.likelihood import head_scores
-from ftjax.generate.command import generate
 from ftjax.generate.conversation import Conversation
 from ftjax.generate.finite import NotFinite
+from ftjax.generate.request import Request
 from ftjax.generate.session import Generator
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -47,7 +48,7 @@ def test_activations_that_overflow(tiny, tmp_path):
 
 def test_a_conversation_goes_on_without_the_question(broken):
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    chat = Conversation(Generator(str(broken), dtype="float32", chat_template=template))
+    chat = Conversation(Generator(str(broken), dtype="float32", chat_template=template), Request())
     with pytest.raises(NotFinite, match="the answer: the model gives NaN"):
         list(chat.ask("abc"))
     assert chat.messages == []

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from oracle import one_device
+from verbs import generate
 
 import ftjax.train.setup as setup
 from ftjax.check.command import check
@@ -11,7 +12,6 @@ from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.observe import make_observer
-from ftjax.generate.command import generate
 from ftjax.generate.named import find_named
 from ftjax.hub.export import export
 from ftjax.report.command import report

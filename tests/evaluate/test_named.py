@@ -4,11 +4,10 @@ import json
 import shutil
 
 import pytest
+from verbs import chat, generate
 
 from ftjax.errors import UserError
 from ftjax.evaluate.target import find_target
-from ftjax.generate.chat import chat
-from ftjax.generate.command import generate
 from ftjax.generate.named import find_named
 from ftjax.generate.session import Generator
 from ftjax.hub.combine import merge_adapters, parse

@@ -4,6 +4,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from verbs import generate
 
 from ftjax.check.command import check
 from ftjax.config.load import load_config
@@ -12,7 +13,6 @@ from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.harness_command import evaluate_harness
 from ftjax.evaluate.observe import make_observer
 from ftjax.evaluate.target import find_target
-from ftjax.generate.command import generate
 from ftjax.report.command import report
 
 

@@ -4,10 +4,11 @@ import io
 import json
 
 import pytest
+from verbs import generate
 
 from ftjax.errors import UserError
 from ftjax.generate.answer import Generation
-from ftjax.generate.command import generate, read_prompts
+from ftjax.generate.command import read_prompts
 from ftjax.generate.session import Generator
 
 TEMPLATE = "{{ tools if tools }}{% for m in messages %}{{ m.content }} {% endfor %}"

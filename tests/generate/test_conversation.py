@@ -1,12 +1,13 @@
 """Chat: answers in pieces, a cache that is kept, commands."""
 
 import pytest
+from verbs import chat
 
 from ftjax.errors import UserError
-from ftjax.generate.chat import chat
 from ftjax.generate.context import recommended
 from ftjax.generate.conversation import Conversation
 from ftjax.generate.engine import Batch
+from ftjax.generate.request import Request
 from ftjax.generate.sample import Sampling
 from ftjax.generate.session import Generator
 
@@ -22,7 +23,7 @@ def storyteller(stories) -> Generator:
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_k=20, repetition_penalty=1.2)], ids=str)
 def test_answers_are_those_without_a_memory(storyteller, sampling, monkeypatch):
     """What is in the cache from earlier turns is what would be computed anew."""
-    talk = Conversation(storyteller, sampling, max_new_tokens=24, seed=5)
+    talk = Conversation(storyteller, Request(sampling=sampling, max_new_tokens=24, seed=5))
     messages, kept = [], []
     same = Batch._same
     for number, text in enumerate(ASKED):
@@ -41,7 +42,7 @@ def test_answers_are_those_without_a_memory(storyteller, sampling, monkeypatch):
 
 
 def test_an_answer_that_is_stopped_early(storyteller):
-    talk = Conversation(storyteller, max_new_tokens=100)
+    talk = Conversation(storyteller, Request(max_new_tokens=100))
     pieces = talk.ask(ASKED[0])
     said = next(pieces) + next(pieces)
     pieces.close()
@@ -53,7 +54,7 @@ def test_an_answer_that_is_stopped_early(storyteller):
 
 def test_an_interruption_within_a_step(storyteller, monkeypatch):
     """The cache is then gone, and is computed anew."""
-    talk = Conversation(storyteller, max_new_tokens=30)
+    talk = Conversation(storyteller, Request(max_new_tokens=30))
     pieces = talk.ask(ASKED[0])
     next(pieces)
 
@@ -73,13 +74,13 @@ def test_an_interruption_within_a_step(storyteller, monkeypatch):
 def test_stop_strings_are_never_shown(storyteller):
     whole = storyteller.generate([[{"role": "user", "content": ASKED[0]}]], max_new_tokens=60)[0].text
     stop = whole[30:38]
-    talk = Conversation(storyteller, max_new_tokens=60, stop=(stop,))
+    talk = Conversation(storyteller, Request(max_new_tokens=60, stop=(stop,)))
     shown = list(talk.ask(ASKED[0]))
     assert "".join(shown) == whole[: whole.index(stop)]
 
 
 def test_reset_and_system(storyteller):
-    talk = Conversation(storyteller, system="Be kind.", max_new_tokens=2)
+    talk = Conversation(storyteller, Request(max_new_tokens=2), system="Be kind.")
     "".join(talk.ask("Hi"))
     assert len(talk.messages) == 3
     talk.reset()
@@ -89,7 +90,7 @@ def test_reset_and_system(storyteller):
 
 
 def test_a_conversation_that_outgrows_the_context(storyteller):
-    talk = Conversation(storyteller, max_new_tokens=4)
+    talk = Conversation(storyteller, Request(max_new_tokens=4))
     "".join(talk.ask("Hi"))
     kept = list(talk.messages)
     with pytest.raises(UserError, match="context is 512"):
@@ -99,7 +100,7 @@ def test_a_conversation_that_outgrows_the_context(storyteller):
 
 def test_without_a_chat_template(stories):
     with pytest.raises(UserError, match="--chat-template"):
-        Conversation(Generator(str(stories), dtype="float32"))
+        Conversation(Generator(str(stories), dtype="float32"), Request())
 
 
 def test_recommended_sampling():

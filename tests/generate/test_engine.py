@@ -12,9 +12,9 @@ from oracle import Case, load, make_hf, one_device, tokens
 from ftjax.config import MeshConfig
 from ftjax.generate.answer import Answer
 from ftjax.generate.engine import Batch
+from ftjax.generate.request import Request
 from ftjax.generate.sample import Sampling
 from ftjax.generate.session import Generator
-from ftjax.generate.text import StopStrings
 from ftjax.mesh import make_mesh
 
 ROWS, SLOTS = 3, 64
@@ -45,11 +45,15 @@ def made(folder, case: Case, mesh=None) -> Generator:
     return found
 
 
+def request(prompt: list[int], limit: int, number: int) -> Request:
+    return Request(prompt, SAMPLINGS[number % len(SAMPLINGS)], limit, seed=3, number=number)
+
+
 def answer(generator: Generator, number: int) -> Answer:
     """Request `number`: each has a length, a limit and a sampling of its own."""
     length, limit = 3 + number * 5 % 13, 4 + number * 7 % 19
     prompt = tokens(1, length, seed=number)[0].tolist()
-    return generator.begin(prompt, limit, StopStrings(()), sampling=SAMPLINGS[number % len(SAMPLINGS)], seed=3, number=number)
+    return generator.begin(request(prompt, limit, number))
 
 
 def alone(generator: Generator, number: int, rows: int = ROWS) -> list[int]:
@@ -105,7 +109,7 @@ def test_logits_that_are_not_finite_end_their_row_alone(generator, want):
     """Other rows go on as they would have, and the row's next answer is what it is elsewhere."""
     batch = Batch(generator.engine, poisoned(generator, 95), ROWS, SLOTS)
     numbers = [n for n in range(10) if 95 not in [*answer(generator, n).prompt, *want[n]]]
-    broken = generator.begin([95, *tokens(1, 30, seed=8)[0].tolist()], 4, StopStrings(()))
+    broken = generator.begin(Request([95, *tokens(1, 30, seed=8)[0].tolist()], max_new_tokens=4))
     first, second, third = (answer(generator, n) for n in numbers[:3])
     batch.start({0: first, 1: broken})
     assert broken.finish == "error" and not broken.tokens and 1 in batch.free()
@@ -150,7 +154,7 @@ def test_a_prompt_that_a_row_knows_is_not_computed_again(generator, monkeypatch)
     batch.start({1: one})
     while batch.active:
         batch.step()
-    more = generator.begin([*one.prompt, *one.tokens, 5, 6], 8, StopStrings(()))
+    more = generator.begin(Request([*one.prompt, *one.tokens, 5, 6], max_new_tokens=8))
     start, counts = generator.engine.start, []
 
     def watched(params, state, given, **sizes):
@@ -162,7 +166,7 @@ def test_a_prompt_that_a_row_knows_is_not_computed_again(generator, monkeypatch)
     while batch.active:
         batch.step()
     assert counts == [[3]]  # the last token of the answer was chosen and not put in
-    again = generator.begin(more.prompt, 8, StopStrings(()))
+    again = generator.begin(Request(more.prompt, max_new_tokens=8))
     fresh = Batch(generator.engine, generator.params, ROWS, SLOTS)
     fresh.start({0: again})
     while fresh.active:
@@ -203,3 +207,49 @@ def _decode_program(generator: Generator, batch: Batch) -> str:
     with jax.set_mesh(engine.mesh):
         stopped, steps = engine.place(np.zeros(8, bool)), engine.everywhere(np.int32(1))
         return engine.decode.lower(generator.params, batch._state, stopped, steps).compile().as_text()
+
+
+@settings(max_examples=12)
+@given(order=st.permutations(range(8)), rows=st.integers(1, 4), steps=st.integers(1, 7), slots=st.sampled_from([None, 64]))
+def test_a_stream_gives_each_request_its_own_answer(generator, want, order, rows, steps, slots):
+    """In whatever order requests come and rows are taken: pieces join to the answer, and others go on meanwhile."""
+    numbers = [answer(generator, number) for number in range(8)]
+    requests = [request(numbers[number].prompt, numbers[number].limit, number) for number in order]
+    found = {index: [] for index in range(8)}
+    ended = set()
+    for piece in generator.stream(iter(requests), rows=rows, slots=slots, steps=steps):
+        assert piece.index not in ended
+        found[piece.index] += piece.tokens
+        ended |= {piece.index} if piece.finish_reason else set()
+    assert ended == set(range(8))
+    assert [found[index] for index in range(8)] == [want[number] for number in order]
+
+
+def test_the_text_of_a_stream(storyteller_stream):
+    requests, pieces, whole = storyteller_stream
+    texts = {index: "".join(piece.text for piece in pieces if piece.index == index) for index in range(len(requests))}
+    assert texts == {index: one.text for index, one in enumerate(whole)}
+    reasons = {piece.index: piece.finish_reason for piece in pieces if piece.finish_reason}
+    assert reasons == {index: one.finish_reason for index, one in enumerate(whole)}
+
+
+@pytest.fixture(scope="module")
+def storyteller_stream(generator):
+    requests = [request(tokens(1, 5, seed=n)[0].tolist(), 9, n) for n in range(5)]
+    return requests, list(generator.stream(requests, rows=2, steps=2)), generator.answer(requests)
+
+
+def test_a_stream_asks_for_requests_as_rows_are_free(generator):
+    """The third request is not asked for before one of the first two has ended, and a larger one gets a larger cache."""
+    asked, ended = [], 0
+
+    def coming():
+        for number, (length, limit) in enumerate([(3, 9), (4, 2), (5, 3), (100, 5), (3, 4)]):
+            asked.append(ended)
+            yield request(tokens(1, length, seed=number)[0].tolist(), limit, number)
+
+    answered = set()
+    for piece in generator.stream(coming(), rows=2, steps=1):
+        ended += bool(piece.finish_reason)
+        answered |= {piece.index}
+    assert answered == set(range(5)) and asked[:2] == [0, 0] and asked[2] >= 1 and asked == sorted(asked)

@@ -11,11 +11,11 @@ import sys
 import time
 
 import pytest
+from verbs import chat, generate
 
 from ftjax import cli
 from ftjax.errors import UserError
-from ftjax.generate.chat import HELP, chat
-from ftjax.generate.command import generate
+from ftjax.generate.chat import HELP
 from ftjax.generate.session import Generator
 from ftjax.generate.typed import checked
 
