@@ -165,7 +165,7 @@ def preview(
     from ftjax.console import make_console
     from ftjax.data.preview import preview as show
     from ftjax.hub.load import positions_of
-    from ftjax.hub.tokenizer import load_tokenizer
+    from ftjax.hub.tokenizer.load import load_tokenizer
     from ftjax.hub.vocabulary import embeddings_of
     from ftjax.objectives import encoding_of, objective_of
 
@@ -212,7 +212,7 @@ def evaluate(
         raise UserError("--lm-eval brings tasks and data of its own; leave --data and --task out")
     with joined():
         if lm_eval is not None:
-            from ftjax.evaluate.harness_command import evaluate_harness
+            from ftjax.evaluate.lm_eval.command import evaluate_harness
 
             evaluate_harness(
                 target, overrides or [], tasks=lm_eval.split(","), adapter=adapter, limit=limit, out=out,
@@ -247,7 +247,7 @@ def check(
     from ftjax.distributed.join import joined
 
     with joined():
-        from ftjax.check.command import check as run
+        from ftjax.evaluate.check.command import check as run
 
         results = run(
             target, overrides or [], adapter=adapter, prompts=prompts, limit=limit, out=out, compare_base=compare_base,
@@ -460,8 +460,8 @@ def merge_adapters(
     from ftjax.distributed.join import alone
 
     alone("merge-adapters")
-    from ftjax.hub.combine import merge_adapters as write
-    from ftjax.hub.combine import parse
+    from ftjax.hub.adapter.combine import merge_adapters as write
+    from ftjax.hub.adapter.combine import parse
 
     write(parse(adapters), out)
 

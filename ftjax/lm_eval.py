@@ -13,7 +13,7 @@ def main() -> None:
     """Every option is lm_eval's; exit code 2 where the user's input is wrong."""
     try:
         command = need("lm_eval.__main__", "python -m ftjax.lm_eval")
-        need("ftjax.evaluate.harness", "python -m ftjax.lm_eval")  # registers the model
+        need("ftjax.evaluate.lm_eval.harness", "python -m ftjax.lm_eval")  # registers the model
         command.cli_evaluate()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

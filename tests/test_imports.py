@@ -34,13 +34,11 @@ BELOW = {
     "train": {"methods", "objectives", "models", "hub", "data", "flops", "compile_cache", "distributed"},
     "generate": {"train", "hub", "methods"},
     "evaluate": {"generate", "train", "hub", "objectives"},
-    "check": {"evaluate", "generate", "hub", "data"},
     "report": {"page", "data", "config", "evaluate"},
     "plan": {"train", "hub", "methods", "objectives", "chips", "flops", "torus"},
     "doctor": {"errors", "compile_cache", "console"},
     "cli": {
         "console",
-        "check",
         "report",
         "evaluate",
         "generate",

@@ -11,7 +11,7 @@ from ftjax.data.pipeline import load_splits
 from ftjax.errors import UserError
 from ftjax.evaluate.rows import Places, splits_off
 from ftjax.evaluate.target import Target
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.objectives import encoding_of
 from ftjax.train.record import RECORD
 from ftjax.train.same_run import fingerprints

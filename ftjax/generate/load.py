@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 
 from ftjax.config.load import print_note
 from ftjax.errors import UserError
+from ftjax.hub.adapter.own_base import warn_of_another_base
+from ftjax.hub.adapter.peft import attach_adapter, load_adapter, read_adapter_config
+from ftjax.hub.adapter.untied import with_adapters_output
 from ftjax.hub.classifier import with_adapters_head
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import check_base, load_base, open_model
 from ftjax.hub.model_folder import from_source, model_tensors
-from ftjax.hub.own_base import warn_of_another_base
-from ftjax.hub.peft import attach_adapter, load_adapter, read_adapter_config
 from ftjax.hub.safetensors import Tensor
-from ftjax.hub.untied import with_adapters_output
 from ftjax.hub.vocabulary import with_adapters_tokens
 from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module

@@ -9,10 +9,10 @@ from ftjax.config import Config
 from ftjax.config.load import load_config, print_note
 from ftjax.data.control import Mode
 from ftjax.errors import UserError
+from ftjax.hub.adapter.own_base import base_of
+from ftjax.hub.adapter.peft import CONFIG as ADAPTER
+from ftjax.hub.adapter.peft import read_adapter_config
 from ftjax.hub.fetch import resolve_config
-from ftjax.hub.own_base import base_of
-from ftjax.hub.peft import CONFIG as ADAPTER
-from ftjax.hub.peft import read_adapter_config
 from ftjax.hub.run_folder import RUN, adapter_folder, refuse_missing, result_of
 
 

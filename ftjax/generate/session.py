@@ -29,7 +29,7 @@ from ftjax.generate.load import choose_dtype, load
 from ftjax.generate.request import Piece, Prompt, Request
 from ftjax.generate.score import Query, Score, arrays, completion_ids
 from ftjax.generate.text import StopStrings, TextStream
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.mesh import make_mesh
 from ftjax.models.classifier import classes_of
 from ftjax.models.model import Model

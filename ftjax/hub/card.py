@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from ftjax.config import Config
 from ftjax.hub.fetch import HUB
-from ftjax.hub.gguf_file import open_gguf
+from ftjax.hub.gguf.file import open_gguf
 from ftjax.hub.public import is_hub_id, public_name, without_paths
 from ftjax.methods import method_of
 from ftjax.models.classifier import REGRESSION, SINGLE

@@ -8,9 +8,9 @@ import numpy as np
 
 from ftjax.config import Config
 from ftjax.errors import UserError
-from ftjax.hub.peft import adapter_file, read_adapter_config
+from ftjax.hub.adapter.peft import adapter_file, read_adapter_config
 from ftjax.hub.source import TensorSource
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.models.classifier import HEAD, REGRESSION, SINGLE, classes_of, classifier_config, problem_of
 from ftjax.objectives import head_of
 

@@ -9,18 +9,18 @@ import jax.numpy as jnp
 from ftjax.config import Config, MeshConfig
 from ftjax.config.load import config_of, load_config, print_note
 from ftjax.errors import UserError
+from ftjax.hub.adapter.own_base import base_of, warn_of_another_base
+from ftjax.hub.adapter.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter, read_adapter_config
+from ftjax.hub.adapter.plain_lora import read_updates, targets, write_plain
+from ftjax.hub.adapter.untied import with_adapters_output
 from ftjax.hub.classifier import with_adapters_head
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import check_base, open_model, read_facts
 from ftjax.hub.model_folder import from_source, model_tensors, write_folder
 from ftjax.hub.output import replacing
-from ftjax.hub.own_base import base_of, warn_of_another_base
-from ftjax.hub.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter, read_adapter_config
-from ftjax.hub.plain_lora import read_updates, targets, write_plain
 from ftjax.hub.run_folder import refuse_missing
-from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.hub.tokenizer_files import write_tokenizer
-from ftjax.hub.untied import with_adapters_output
+from ftjax.hub.tokenizer.files import write_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.vocabulary import with_adapters_tokens
 from ftjax.hub.written import describe
 from ftjax.mesh import make_mesh

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ftjax.errors import UserError
-from ftjax.hub.adapter_file import Renamed
+from ftjax.hub.adapter.file import Renamed
 from ftjax.hub.fetch import resolve_config
 from ftjax.hub.mxfp4 import Mxfp4Source, is_mxfp4
 from ftjax.hub.narrow import narrowed
@@ -37,7 +37,7 @@ def open_model(path: Path) -> tuple[dict, TensorSource]:
     """`(config.json as transformers completes it, the tensors)` of a model folder or a .gguf file."""
     facts = read_facts(path)
     if path.suffix == ".gguf":
-        from ftjax.hub.gguf import GGUFSource
+        from ftjax.hub.gguf.model import GGUFSource
 
         return facts, GGUFSource(path)
     source = SafetensorsFolder(path)
@@ -57,7 +57,7 @@ def _with_embedding(facts: Mapping[str, Any], source: TensorSource) -> TensorSou
 def read_facts(path: Path) -> dict:
     """config.json of a model folder or a .gguf file as transformers completes it; the weights need not be there."""
     if path.suffix == ".gguf":
-        from ftjax.hub.gguf import read_config as read_gguf_config
+        from ftjax.hub.gguf.model import read_config as read_gguf_config
 
         return complete_config(read_gguf_config(path), str(path))
     config = read_config(path)

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from ftjax.config import Config
 from ftjax.errors import UserError
+from ftjax.hub.adapter.own_base import write_base
+from ftjax.hub.adapter.peft import adapter_tensors, write_adapter
 from ftjax.hub.card import run_card
 from ftjax.hub.model_folder import from_params, model_tensors, write_folder
-from ftjax.hub.own_base import write_base
-from ftjax.hub.peft import adapter_tensors, write_adapter
 from ftjax.hub.public import public_name
 from ftjax.hub.safetensors import Tensor
-from ftjax.hub.tokenizer_files import write_tokenizer
+from ftjax.hub.tokenizer.files import write_tokenizer
 from ftjax.methods import method_of
 from ftjax.models.model import Model
 

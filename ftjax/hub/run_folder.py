@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ftjax.config.method import MethodConfig
 from ftjax.errors import UserError
+from ftjax.hub.adapter.peft import CONFIG as ADAPTER
 from ftjax.hub.fetch import HUB
-from ftjax.hub.peft import CONFIG as ADAPTER
 
 RUN = "config.yaml"  # what makes a folder a run's
 

@@ -13,13 +13,13 @@ import numpy as np
 
 from ftjax.config import Config, ModelConfig
 from ftjax.errors import UserError
+from ftjax.hub.adapter.peft import PREFIX, adapter_file, read_adapter_config
+from ftjax.hub.adapter.untied import with_adapters_output
 from ftjax.hub.fetch import resolve_config
 from ftjax.hub.load import read_facts
-from ftjax.hub.peft import PREFIX, adapter_file, read_adapter_config
 from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.source import TensorSource
-from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.hub.untied import with_adapters_output
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.models.model import Model, build_module
 from ftjax.models.param import Spec, specs
 

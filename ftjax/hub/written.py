@@ -5,9 +5,9 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from ftjax.hub.peft import CONFIG as ADAPTER
-from ftjax.hub.peft import adapter_file, method_that_reads, read_adapter_config
-from ftjax.hub.plain_lora import PATTERNS, beyond_plain
+from ftjax.hub.adapter.peft import CONFIG as ADAPTER
+from ftjax.hub.adapter.peft import adapter_file, method_that_reads, read_adapter_config
+from ftjax.hub.adapter.plain_lora import PATTERNS, beyond_plain
 
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 HEAD = "ForSequenceClassification"

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ftjax.evaluate.harness_scores import harness_scores
+from ftjax.evaluate.lm_eval.scores import harness_scores
 from ftjax.evaluate.statistic import on_few
 from ftjax.page.chart import interval_chart
 from ftjax.page.document import details, table, text

@@ -11,9 +11,9 @@ from ftjax.config import Config
 from ftjax.data.pipeline import Split
 from ftjax.data.preview import render_example
 from ftjax.flops import TrainFlops
-from ftjax.hub.peft import CONFIG as ADAPTER
-from ftjax.hub.peft import read_adapter_config
-from ftjax.hub.plain_lora import PATTERNS
+from ftjax.hub.adapter.peft import CONFIG as ADAPTER
+from ftjax.hub.adapter.peft import read_adapter_config
+from ftjax.hub.adapter.plain_lora import PATTERNS
 from ftjax.mesh import describe, notes
 from ftjax.methods import method_of
 from ftjax.models.classifier import MULTI, SINGLE

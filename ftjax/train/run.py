@@ -14,7 +14,7 @@ from ftjax.distributed.agree import agree
 from ftjax.distributed.ending import together
 from ftjax.errors import UserError
 from ftjax.hub.load import positions_of
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.vocabulary import embeddings_of
 from ftjax.objectives import encoding_of, objective_of
 from ftjax.train.checkpoint import Checkpoints

@@ -22,15 +22,15 @@ from ftjax.config import Config
 from ftjax.data.batch import batch_arrays
 from ftjax.errors import UserError
 from ftjax.flops import TrainFlops, train_flops
+from ftjax.hub.adapter.own_base import warn_of_another_base
+from ftjax.hub.adapter.peft import attach_adapter, load_adapter, read_adapter_config, start_adapter
+from ftjax.hub.adapter.untied import with_adapters_output
 from ftjax.hub.classifier import objectives_facts, with_objectives_head
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import abstract_param, load_base, open_model
 from ftjax.hub.narrow import LARGEST
-from ftjax.hub.own_base import warn_of_another_base
-from ftjax.hub.peft import attach_adapter, load_adapter, read_adapter_config, start_adapter
 from ftjax.hub.run_folder import starting_adapter
-from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.hub.untied import with_adapters_output
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.vocabulary import refuse_untrained_rows, tokens_of, with_adapters_tokens, with_new_tokens
 from ftjax.mesh import make_mesh, parts, replicated, sharding
 from ftjax.methods import method_of

@@ -27,7 +27,7 @@ from ftjax.data.encode import Encoder
 from ftjax.data.pipeline import Split, load_splits
 from ftjax.data.read import read_rows
 from ftjax.data.reader import to_examples
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 
 
 def arguments() -> argparse.Namespace:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ftjax.config import Config
 from ftjax.data.pipeline import load_splits
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.models.quantized import Int8, Nf4
 from ftjax.train.setup import Setup, compile_steps, new_state, prepare
 

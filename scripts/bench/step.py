@@ -86,7 +86,7 @@ def ours(a: argparse.Namespace, method: str, work: Path) -> None:
 
     from ftjax.config import Config
     from ftjax.flops import train_flops_per_token
-    from ftjax.hub.peft import write_adapter
+    from ftjax.hub.adapter.peft import write_adapter
     from ftjax.train.setup import compile_steps, prepare
     from ftjax.train.step import init_state
 

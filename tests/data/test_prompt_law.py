@@ -267,7 +267,7 @@ def test_several_templates_and_no_default():
 
 def test_one_of_several_templates_by_its_name(tmp_path):
     from ftjax.config import ModelConfig
-    from ftjax.hub.tokenizer import load_tokenizer
+    from ftjax.hub.tokenizer.load import load_tokenizer
 
     tokenizer = byte_level()
     tokenizer.chat_template = {"rag": CHATML, "tool_use": MARKED}

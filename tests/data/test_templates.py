@@ -124,7 +124,7 @@ def test_the_template_of_smollm2():
     """From the model that `scripts/get_demo_model.py` fetches."""
     from pathlib import Path
 
-    from ftjax.hub.gguf_tokenizer import gguf_tokenizer
+    from ftjax.hub.gguf.tokenizer import gguf_tokenizer
 
     model = Path(__file__).parents[2] / "demo" / "model" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not model.is_file():

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from ftjax import cli
-from ftjax.check.command import check
 from ftjax.errors import UserError
+from ftjax.evaluate.check.command import check
 from ftjax.generate.session import Generator
 from ftjax.hub.card import with_section
 

@@ -6,16 +6,16 @@ import math
 import numpy as np
 import pytest
 
-from ftjax.check.answers import judge, languages, repeats, shares
-from ftjax.check.examine import Examined
-from ftjax.check.material import Asked, pieces
-from ftjax.check.refusal import phrase, refuses
-from ftjax.check.stability import gap, in_company, variants, whitespace
-from ftjax.check.verbatim import continued
-from ftjax.check.verdict import findings
 from ftjax.config import CheckConfig, Config
 from ftjax.data.pipeline import load_splits
-from ftjax.evaluate.harness_scores import harness_scores
+from ftjax.evaluate.check.answers import judge, languages, repeats, shares
+from ftjax.evaluate.check.examine import Examined
+from ftjax.evaluate.check.material import Asked, pieces
+from ftjax.evaluate.check.refusal import phrase, refuses
+from ftjax.evaluate.check.stability import gap, in_company, variants, whitespace
+from ftjax.evaluate.check.verbatim import continued
+from ftjax.evaluate.check.verdict import findings
+from ftjax.evaluate.lm_eval.scores import harness_scores
 from ftjax.evaluate.statistic import means
 from ftjax.generate.answer import Generation
 from ftjax.generate.session import Generator

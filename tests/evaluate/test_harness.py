@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from ftjax import cli, lm_eval
 from ftjax.config.evaluate import LmEvalConfig
 from ftjax.errors import UserError
-from ftjax.evaluate.harness import FtjaxLM
-from ftjax.evaluate.harness_command import evaluate_harness, load_tasks
+from ftjax.evaluate.lm_eval.command import evaluate_harness, load_tasks
+from ftjax.evaluate.lm_eval.harness import FtjaxLM
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval's, of its own packages
 

@@ -7,9 +7,9 @@ from oracle import one_device
 from verbs import generate
 
 import ftjax.train.setup as setup
-from ftjax.check.command import check
 from ftjax.config import Config
 from ftjax.errors import UserError
+from ftjax.evaluate.check.command import check
 from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.observe import make_observer
 from ftjax.generate.named import find_named

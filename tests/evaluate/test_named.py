@@ -10,7 +10,7 @@ from ftjax.errors import UserError
 from ftjax.evaluate.target import find_target
 from ftjax.generate.named import find_named
 from ftjax.generate.session import Generator
-from ftjax.hub.combine import merge_adapters, parse
+from ftjax.hub.adapter.combine import merge_adapters, parse
 from ftjax.hub.export import export
 from ftjax.hub.run_folder import adapter_folder
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 from verbs import generate
 
-from ftjax.check.command import check
 from ftjax.config.load import load_config
 from ftjax.errors import UserError
+from ftjax.evaluate.check.command import check
 from ftjax.evaluate.command import evaluate
-from ftjax.evaluate.harness_command import evaluate_harness
+from ftjax.evaluate.lm_eval.command import evaluate_harness
 from ftjax.evaluate.observe import make_observer
 from ftjax.evaluate.target import find_target
 from ftjax.report.command import report

@@ -6,7 +6,7 @@ import pytest
 
 from ftjax.config import ModelConfig
 from ftjax.generate.text import StopStrings, TextStream, turn_end
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 
 TEXTS = ["Once upon a time, there was  a fox.\n\n  It said: “hé!” 🦊🎉 done", "日本語のテキスト 🇩🇪 ok", "   leading", "x", ""]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
 from ftjax.generate.load import load
-from ftjax.hub.peft import write_adapter
+from ftjax.hub.adapter.peft import write_adapter
 from ftjax.methods.lora import from_saved
 
 CASES = {

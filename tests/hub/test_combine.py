@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ftjax.cli import app
-from ftjax.hub.peft import attach_adapter, load_adapter
+from ftjax.hub.adapter.peft import attach_adapter, load_adapter
 
 PARTS = {
     "a": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}},

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ftjax.config import Config, LoraConfig
 from ftjax.config.load import save_config
 from ftjax.errors import UserError
+from ftjax.hub.adapter.peft import write_adapter
 from ftjax.hub.export import export
 from ftjax.hub.load import init_params
-from ftjax.hub.peft import write_adapter
 from ftjax.hub.written import readable
 from ftjax.methods import lora
 

@@ -12,8 +12,8 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from ftjax.errors import UserError
 from ftjax.hub import gguf_file
-from ftjax.hub.gguf import GGUFSource, read_config
-from ftjax.hub.gguf_file import QUANTISED, open_gguf
+from ftjax.hub.gguf.file import QUANTISED, open_gguf
+from ftjax.hub.gguf.model import GGUFSource, read_config
 
 TINY = {
     "num_hidden_layers": 2, "max_position_embeddings": 128, "hidden_size": 32, "intermediate_size": 64,

@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf_rope import llama3_factors, rope_parameters
+from ftjax.hub.gguf.rope import llama3_factors, rope_parameters
 
 
 def frequencies(parameters: dict, head_dim: int, length: int = 131072) -> tuple[np.ndarray, float]:

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf_pretokenizer import SPLITTINGS
-from ftjax.hub.gguf_tokenizer import gguf_tokenizer
+from ftjax.hub.gguf.pretokenizer import SPLITTINGS
+from ftjax.hub.gguf.tokenizer import gguf_tokenizer
 
 TEXTS = [
     "", " ", "hi", " a", "  hi there  you", "Once upon a time, there was a girl.", "\n\n\tx  =  12345\r\n", "trailing ",

@@ -10,11 +10,11 @@ from tiny_tokenizer import save_tokenizer
 from ftjax.config import Config, FullConfig
 from ftjax.config.load import save_config
 from ftjax.errors import UserError
+from ftjax.hub.adapter.peft import start_adapter, write_adapter
 from ftjax.hub.export import export
 from ftjax.hub.load import load_base, open_model
 from ftjax.hub.output import write_output
-from ftjax.hub.peft import start_adapter, write_adapter
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
 from ftjax.train.setup import prepare

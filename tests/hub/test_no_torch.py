@@ -14,7 +14,7 @@ from pathlib import Path
 from ftjax.config import ModelConfig
 from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import open_model
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 for path in sys.argv[1:]:
     tokenizer = load_tokenizer(ModelConfig(path=path))
     print(*tokenizer("the cat").input_ids)

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
 from ftjax.generate.load import load as load_for_use
+from ftjax.hub.adapter.own_base import FILE, write_base
+from ftjax.hub.adapter.peft import write_adapter
 from ftjax.hub.export import export
 from ftjax.hub.load import init_params
-from ftjax.hub.own_base import FILE, write_base
-from ftjax.hub.peft import write_adapter
 from ftjax.methods import lora
 
 

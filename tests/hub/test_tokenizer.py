@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from ftjax.config import ModelConfig
 from ftjax.errors import UserError
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 
 TEXTS = [
     "hi",

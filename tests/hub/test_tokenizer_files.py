@@ -10,8 +10,8 @@ from tiny_tokenizer import CHAT, make_tokenizer
 from transformers import AutoTokenizer
 
 from ftjax.config import ModelConfig
-from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.hub.tokenizer_files import write_tokenizer
+from ftjax.hub.tokenizer.files import write_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 
 OTHER = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TEXTS = ["once upon a  time", "héllo<|im_end|> <tool_call>\n\n x"]

@@ -18,10 +18,10 @@ from qwen_tokenizer import qwen
 
 from ftjax.config import FullConfig, LoraConfig, ModelConfig
 from ftjax.config.method import IA3Config, PromptTuningConfig, PTuningConfig
+from ftjax.hub.adapter.peft import start_adapter, write_adapter
 from ftjax.hub.export import export
-from ftjax.hub.peft import start_adapter, write_adapter
-from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.hub.tokenizer_files import write_tokenizer
+from ftjax.hub.tokenizer.files import write_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.methods import method_of
 
 pytestmark = pytest.mark.skipif(not ALL, reason="makes an environment with pip; FTJAX_TEST_ALL=1 runs it")

@@ -18,7 +18,7 @@ from ftjax.errors import UserError
 from ftjax.generate.load import load as load_for_use
 from ftjax.hub.export import export
 from ftjax.hub.load import load_base, open_model
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.vocabulary import with_new_tokens
 from ftjax.models.model import Model, build_module
 from ftjax.train.run import train

@@ -17,9 +17,9 @@ from tiny_run import make_batch, make_config, run_steps
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ftjax.errors import UserError
+from ftjax.hub.adapter.peft import attach_adapter, load_adapter, write_adapter
 from ftjax.hub.export import write_portable
 from ftjax.hub.load import init_params
-from ftjax.hub.peft import attach_adapter, load_adapter, write_adapter
 from ftjax.methods import method_named
 from ftjax.train.setup import prepare
 

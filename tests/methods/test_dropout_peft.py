@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ftjax.config import LoraConfig
-from ftjax.hub.peft import start_adapter, write_adapter
+from ftjax.hub.adapter.peft import start_adapter, write_adapter
 from ftjax.methods import lora
 
 

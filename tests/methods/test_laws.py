@@ -14,7 +14,7 @@ from oracle import Case, context, hf_logits, load, logits, make_hf, one_device, 
 from tiny_run import make_batch, make_config, run_steps
 from transformers import AutoModelForCausalLM
 
-from ftjax.hub.peft import attach_adapter, load_adapter, start_adapter, write_adapter
+from ftjax.hub.adapter.peft import attach_adapter, load_adapter, start_adapter, write_adapter
 from ftjax.methods import METHODS, method_named, method_of
 from ftjax.train.setup import compile_steps, prepare
 from ftjax.train.step import init_state

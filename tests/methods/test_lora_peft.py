@@ -12,9 +12,9 @@ from peft import PeftModel, get_peft_model
 
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
+from ftjax.hub.adapter.peft import attach_adapter, load_adapter, start_adapter, write_adapter
 from ftjax.hub.export import write_portable
 from ftjax.hub.load import init_params
-from ftjax.hub.peft import attach_adapter, load_adapter, start_adapter, write_adapter
 from ftjax.methods import lora
 
 VARIANTS = {

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from ftjax.config import LoraConfig
-from ftjax.hub.peft import attach_adapter, load_adapter, start_adapter, write_adapter
+from ftjax.hub.adapter.peft import attach_adapter, load_adapter, start_adapter, write_adapter
 from ftjax.methods import lora
 from ftjax.methods.pissa import principal
 

@@ -354,7 +354,7 @@ def test_a_run_is_resumed_generated_from_and_merged(tiny, tmp_path, on_one_devic
     assert any(path.endswith("lora_A") for path in generator.params), "the adapter stays beside rounded weights"
     answer = generator.generate(["abc"], max_new_tokens=4)[0]
     model, params = load(tiny, quantised("nf4", LoraConfig(r=4, lora_alpha=8)))
-    from ftjax.hub.peft import load_adapter
+    from ftjax.hub.adapter.peft import load_adapter
 
     params |= load_adapter(model, tmp_path / "whole" / "final", one_device())
     ids = generator.tokenizer("abc").input_ids

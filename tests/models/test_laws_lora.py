@@ -9,8 +9,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ftjax.config import LoraConfig
+from ftjax.hub.adapter.peft import load_adapter, write_adapter
 from ftjax.hub.load import init_params
-from ftjax.hub.peft import load_adapter, write_adapter
 from ftjax.methods import lora
 
 MIXED = [case for case in CASES if case.name.startswith("qwen3-moe-") and case not in ONE_OF_EACH]

@@ -20,7 +20,7 @@ from ftjax.errors import UserError
 from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.observe import make_observer
 from ftjax.hub.export import export
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.models.classifier import SINGLE
 from ftjax.train.run import train
 from ftjax.train.step import make_eval_step

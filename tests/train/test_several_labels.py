@@ -23,7 +23,7 @@ from ftjax.evaluate.observe import make_observer
 from ftjax.generate.session import Generator
 from ftjax.hub.export import export
 from ftjax.hub.model_folder import from_params, model_tensors
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.objectives import encoding_of
 from ftjax.train.run import train
 

@@ -236,7 +236,7 @@ def test_ten_steps_of_the_peer(shared, stories, method, tmp_path, on_one_device)
     setup = prepare(config)
     arguments = ["--method", "full"]
     if method == "lora":
-        from ftjax.hub.peft import write_adapter
+        from ftjax.hub.adapter.peft import write_adapter
 
         (tmp_path / "adapter").mkdir()
         write_adapter(tmp_path / "adapter", setup.model, setup.params, config.method, str(stories))

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftjax.check.examine import Examined
-from ftjax.check.refusal import phrase
-from ftjax.check.verdict import Finding
+from ftjax.evaluate.check.examine import Examined
+from ftjax.evaluate.check.refusal import phrase
+from ftjax.evaluate.check.verdict import Finding
 from ftjax.evaluate.result import plain
 from ftjax.evaluate.statistic import Interval, intervals, means, on_few
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.hub.adapter_file import AdapterFile, Renamed
+from ftjax.hub.adapter.file import AdapterFile, Renamed
+from ftjax.hub.adapter.peft import PREFIX, adapter_file, read_adapter_config
 from ftjax.hub.load import check_tied
-from ftjax.hub.peft import PREFIX, adapter_file, read_adapter_config
 from ftjax.hub.source import TensorSource
 from ftjax.methods.tied import tied_names
 from ftjax.methods.walk import matches

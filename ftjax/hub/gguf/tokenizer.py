@@ -13,10 +13,10 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from ftjax.errors import UserError
-from ftjax.hub import sentencepiece_bpe
-from ftjax.hub.gguf_file import open_gguf
-from ftjax.hub.gguf_pretokenizer import SPLITTINGS
-from ftjax.hub.sentencepiece_bpe import Kind, add_special_pieces, template
+from ftjax.hub.gguf.file import open_gguf
+from ftjax.hub.gguf.pretokenizer import SPLITTINGS
+from ftjax.hub.tokenizer import sentencepiece_bpe
+from ftjax.hub.tokenizer.sentencepiece_bpe import Kind, add_special_pieces, template
 
 PREFIX = "tokenizer.ggml."
 INSTEAD = "give the original tokenizer as model.tokenizer (its folder or Hub id)"

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.check.general import PROMPTS, TEXTS
 from ftjax.config import CheckConfig, Config
 from ftjax.config.data import SourceConfig
 from ftjax.data.encoder import Encoded
@@ -15,6 +14,7 @@ from ftjax.data.example import Example
 from ftjax.data.pipeline import Split, load_splits
 from ftjax.data.read import read_rows
 from ftjax.errors import UserError
+from ftjax.evaluate.check.general import PROMPTS, TEXTS
 from ftjax.objectives import encoding_of
 
 LABELS = ("safe", "unsafe")

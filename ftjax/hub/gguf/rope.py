@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf_file import shortest
+from ftjax.hub.gguf.file import shortest
 
 # `low_freq_factor` of every Llama 3 release. Only two of the three numbers that shape the transition are independent,
 # so that one may be chosen; `llama3_factors` then tells whether the result is the file's.

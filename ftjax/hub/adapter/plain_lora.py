@@ -12,7 +12,7 @@ import numpy as np
 
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
-from ftjax.hub.peft import CONFIG, PREFIX, WEIGHTS, adapter_file, method_that_reads, read_adapter_config, settings_of
+from ftjax.hub.adapter.peft import CONFIG, PREFIX, WEIGHTS, adapter_file, method_that_reads, read_adapter_config, settings_of
 from ftjax.hub.public import public_name
 from ftjax.hub.safetensors import Tensor, write_file
 from ftjax.methods.lora_targets import scale_of

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ftjax.errors import UserError
-from ftjax.hub import sentencepiece_bpe
-from ftjax.hub.sentencepiece_bpe import template
+from ftjax.hub.tokenizer import sentencepiece_bpe
+from ftjax.hub.tokenizer.sentencepiece_bpe import template
 
 SENTENCEPIECE = "tokenizer.model"
 ATTRIBUTES = ("lstrip", "rstrip", "single_word", "normalized", "special")

@@ -4,8 +4,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ftjax.check.examine import Examined
 from ftjax.config import CheckConfig
+from ftjax.evaluate.check.examine import Examined
 from ftjax.evaluate.statistic import Difference, Interval, compare, intervals
 
 Rule = Literal["most", "least", "rise", "drop", "factor"]

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.check.answers import judge, languages, shares
-from ftjax.check.material import Asked, Material, Piece, spread
-from ftjax.check.speed import speed
-from ftjax.check.stability import in_company, whitespace
-from ftjax.check.verbatim import continued
 from ftjax.config import CheckConfig, DataConfig
 from ftjax.config.evaluate import LmEvalConfig
-from ftjax.evaluate.harness_scores import HarnessScore, harness_scores
+from ftjax.evaluate.check.answers import judge, languages, shares
+from ftjax.evaluate.check.material import Asked, Material, Piece, spread
+from ftjax.evaluate.check.speed import speed
+from ftjax.evaluate.check.stability import in_company, whitespace
+from ftjax.evaluate.check.verbatim import continued
 from ftjax.evaluate.likelihood import encode, likelihoods
+from ftjax.evaluate.lm_eval.scores import HarnessScore, harness_scores
 from ftjax.evaluate.statistic import Scores, means
 from ftjax.evaluate.tasks.loss import loss
 from ftjax.generate.answer import Generation
@@ -79,7 +79,7 @@ def examine(
     _read(generator, material, found, settings)
     if lm_eval.tasks:
         tell(f"lm-evaluation-harness: {', '.join(lm_eval.tasks)}")
-        from ftjax.evaluate.harness_command import run_tasks  # lm_eval takes long to import
+        from ftjax.evaluate.lm_eval.command import run_tasks  # lm_eval takes long to import
 
         ran = run_tasks(generator, lm_eval, limit=settings.limit, batch_size=settings.batch_size)
         found.tasks = {f"{one.task}: {one.metric}": one for one in harness_scores(ran)}

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ftjax.check.material import Asked
-from ftjax.check.refusal import refuses
+from ftjax.evaluate.check.material import Asked
+from ftjax.evaluate.check.refusal import refuses
 from ftjax.evaluate.statistic import Scores, means
 from ftjax.generate.answer import Generation
 

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from ftjax.config import ModelConfig
 from ftjax.errors import UserError
 from ftjax.hub.fetch import resolve_tokenizer
-from ftjax.hub.gguf_tokenizer import gguf_tokenizer
-from ftjax.hub.sentencepiece_folder import SENTENCEPIECE, is_bpe, read_json, sentencepiece_tokenizer
+from ftjax.hub.gguf.tokenizer import gguf_tokenizer
+from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, is_bpe, read_json, sentencepiece_tokenizer
 
 # At least one of these makes a folder one that AutoTokenizer can load.
 VOCABULARIES = ("tokenizer.json", SENTENCEPIECE, "vocab.json", "vocab.txt", "spiece.model", "tekken.json")

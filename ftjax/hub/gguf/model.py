@@ -12,8 +12,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf_file import GGUFFile, open_gguf, shortest
-from ftjax.hub.gguf_rope import rope_parameters
+from ftjax.hub.gguf.file import GGUFFile, open_gguf, shortest
+from ftjax.hub.gguf.rope import rope_parameters
 
 ARCHITECTURE = "llama"
 NAMES = {

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from ftjax.config import LoraConfig, MethodConfig
 from ftjax.errors import UserError
-from ftjax.hub.adapter_file import AdapterFile, Renamed
+from ftjax.hub.adapter.file import AdapterFile, Renamed
 from ftjax.hub.gather import host_piece
 from ftjax.hub.load import init_params, load_params
 from ftjax.hub.safetensors import Tensor, write_file

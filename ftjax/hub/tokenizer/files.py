@@ -14,8 +14,8 @@ from typing import Any
 
 from ftjax.config import ModelConfig
 from ftjax.hub.fetch import resolve_tokenizer
-from ftjax.hub.sentencepiece_folder import SENTENCEPIECE, read_json, read_proto
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
+from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, read_json, read_proto
 
 CONFIG, TOKENIZER, TEMPLATE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"  # a folder of more of them, by name

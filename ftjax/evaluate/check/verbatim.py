@@ -8,7 +8,7 @@ continuations anybody would have guessed: a task whose answers follow from the p
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
-from ftjax.check.material import Piece
+from ftjax.evaluate.check.material import Piece
 from ftjax.generate.session import Generator
 
 

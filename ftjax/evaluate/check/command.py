@@ -8,10 +8,6 @@ from typing import Any
 import jax
 
 from ftjax import __version__
-from ftjax.check.examine import Examined, examine
-from ftjax.check.material import Piece, gather, pieces, training_splits
-from ftjax.check.result import ANSWERS, RESULTS, TITLE, as_json, by_type, card_section, print_findings, write_answers
-from ftjax.check.verdict import findings
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
 from ftjax.config.code import refuse_unasked
@@ -19,8 +15,12 @@ from ftjax.console import make_console, say
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
+from ftjax.evaluate.check.examine import Examined, examine
+from ftjax.evaluate.check.material import Piece, gather, pieces, training_splits
+from ftjax.evaluate.check.result import ANSWERS, RESULTS, TITLE, as_json, by_type, card_section, print_findings, write_answers
+from ftjax.evaluate.check.verdict import findings
 from ftjax.evaluate.extra import need
-from ftjax.evaluate.harness_command import load_tasks
+from ftjax.evaluate.lm_eval.command import load_tasks
 from ftjax.evaluate.target import Target, find_target
 from ftjax.generate.session import Generator
 from ftjax.hub.card import with_section

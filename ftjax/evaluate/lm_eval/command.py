@@ -14,7 +14,7 @@ from ftjax.distributed import store
 from ftjax.distributed.agree import agree
 from ftjax.errors import UserError
 from ftjax.evaluate.extra import need
-from ftjax.evaluate.harness_scores import harness_scores
+from ftjax.evaluate.lm_eval.scores import harness_scores
 from ftjax.evaluate.result import RESULTS
 from ftjax.evaluate.target import find_target
 from ftjax.generate.session import Generator
@@ -108,7 +108,7 @@ def run_tasks(
     """What lm_eval's `simple_evaluate` gives: `results` by task, `samples`, `versions`, `n-shot` and more."""
     from lm_eval import simple_evaluate
 
-    from ftjax.evaluate.harness import FtjaxLM
+    from ftjax.evaluate.lm_eval.harness import FtjaxLM
 
     tasks, manager = load_tasks(asked)
     return simple_evaluate(

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from ftjax.errors import UserError
+from ftjax.hub.adapter.own_base import known_base
+from ftjax.hub.adapter.peft import CONFIG, WEIGHTS
+from ftjax.hub.adapter.plain_lora import Update, read_updates, targets, write_plain
 from ftjax.hub.output import replacing
-from ftjax.hub.own_base import known_base
-from ftjax.hub.peft import CONFIG, WEIGHTS
-from ftjax.hub.plain_lora import Update, read_updates, targets, write_plain
 from ftjax.hub.run_folder import adapter_folder
 
 SAME = ("base_model_name_or_path", "fan_in_fan_out", "task_type")  # what adapters of one base model agree in

@@ -1,0 +1,1 @@
+"""lm-evaluation-harness: its tasks on a model of ftjax."""

@@ -1,0 +1,1 @@
+"""Adapter folders: read, written, combined, and fitted to their base model."""

@@ -1,0 +1,1 @@
+"""GGUF files: configuration, tensors and tokenizer, as Hugging Face has them."""

@@ -1,0 +1,1 @@
+"""Tokenizers: loaded, and written so that others load them."""
