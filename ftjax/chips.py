@@ -56,11 +56,6 @@ class Chip:
         return getattr(device, "num_cores", self.cores) / self.cores
 
     @property
-    def ici_bandwidth(self) -> float:
-        """Bytes/s out of a chip over all its links together, in one direction."""
-        return max(self.links, 1) * self.link_bandwidth
-
-    @property
     def dcn_per_chip(self) -> float:
         return self.dcn_per_host / self.chips_per_host
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ftjax.config import BottleneckConfig
+from ftjax.config import BottleneckConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
 from ftjax.errors import UserError
 from ftjax.methods.method import Method
 from ftjax.models.context import Context
@@ -173,3 +173,8 @@ def make_method(name: str, section: type[BottleneckConfig], kind: Kind) -> Metho
         no_merge=f"{name} has an activation between its two matrices, so that no weight of the base model can hold it",
         library="adapters",
     )
+
+
+SEQ_BN = make_method("seq_bn", SeqBnConfig, Kind("sum", ("output_adapters",)))
+DOUBLE_SEQ_BN = make_method("double_seq_bn", DoubleSeqBnConfig, Kind("result", ("attention_adapters", "output_adapters")))
+PAR_BN = make_method("par_bn", ParBnConfig, Kind("stream", ("output_adapters",), zeros=True))

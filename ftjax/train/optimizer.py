@@ -130,12 +130,3 @@ def _per_layer(spec: Spec, value: Callable[[str], float]) -> np.ndarray:
     if numbers.size and np.all(numbers == numbers.flat[0]):
         return np.float32(numbers.flat[0])
     return numbers.reshape(*numbers.shape, *(1,) * (len(spec.shape) - numbers.ndim))
-
-
-def decay_and_rate(config: OptimizerConfig, specs: Mapping[str, Spec]) -> dict[str, tuple[float, float]]:
-    """`{Hugging Face name: (weight decay, factor on the learning rate)}`, for printing."""
-    return {
-        piece.name: (_decay(config, piece.name, spec), _rate(config, piece.name))
-        for spec in specs.values()
-        for piece in spec.pieces()
-    }

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,7 +13,7 @@ from transformers import Adafactor, get_scheduler
 from ftjax.config import OptimizerConfig
 from ftjax.errors import UserError
 from ftjax.models.param import Row, Spec
-from ftjax.train.optimizer import decay_and_rate, frozen_by_groups, make_optimizer, make_schedule
+from ftjax.train.optimizer import frozen_by_groups, make_optimizer, make_schedule
 
 
 def spec(path, shape, axes, name):
@@ -196,6 +197,8 @@ def test_biases_of_experts_are_vectors():
         "a": spec("layers.block.experts.down_proj", (2, 4, 8, 8), ("layers", "experts", "mlp", "embed"), "down_proj"),
         "b": spec("layers.block.experts.down_proj_bias", (2, 4, 8), ("layers", "experts", "embed"), "down_proj_bias"),
     }
-    found = decay_and_rate(OptimizerConfig(weight_decay=0.1), specs)
-    decayed = {name.split(".")[-1] for name, (decay, _) in found.items() if decay}
-    assert decayed == {"router", "down_proj"}
+    settings = OptimizerConfig(weight_decay=0.1, learning_rate=1.0, lr_scheduler_type="constant")
+    optimizer = make_optimizer(settings, specs, 1)
+    ones = {name: jnp.ones(one.shape) for name, one in specs.items()}
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, ones), optimizer.init(ones), ones)
+    assert {name for name, update in updates.items() if np.any(update)} == {"r", "a"}
