@@ -12,15 +12,11 @@ from jax.sharding import Mesh
 
 from ftjax.config.load import print_note
 from ftjax.errors import UserError
-from ftjax.hub.adapter.own_base import warn_of_another_base
-from ftjax.hub.adapter.peft import attach_adapter, load_adapter, read_adapter_config
-from ftjax.hub.adapter.untied import with_adapters_output
-from ftjax.hub.classifier import with_adapters_head
-from ftjax.hub.fetch import resolve_model
-from ftjax.hub.load import check_base, load_base, open_model
+from ftjax.hub.adapter.peft import load_adapter
+from ftjax.hub.load import check_base, load_base
 from ftjax.hub.model_folder import from_source, model_tensors
+from ftjax.hub.open import open_adapted, open_base
 from ftjax.hub.safetensors import Tensor
-from ftjax.hub.vocabulary import with_adapters_tokens
 from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
 from ftjax.models.quantized import FORMATS
@@ -57,25 +53,16 @@ def load(
 
     Raises UserError where model or adapter is missing, damaged or not supported.
     """
-    path = resolve_model(model_path, revision)
-    config, source = open_model(path)
-    if adapter is not None:
-        warn_of_another_base(adapter, read_adapter_config(adapter), model_path, source)
-        config, source = with_adapters_output(adapter, config, source)
-        config, source = with_adapters_tokens(adapter, config, source)
-        config, source = with_adapters_head(adapter, config, source)
-    root = build_module(config)
     if quantization is not None and quantization not in FORMATS:
         raise UserError(f"quantization: {quantization!r} is not known; choose one of {', '.join(FORMATS)}")
     if adapter is None:
+        path, config, source = open_base(model_path, revision)
+        root = build_module(config)
         if quantization:
             quantise(root, quantization)
         model = Model.of(root, config)
         return Loaded(model, load_base(model, source, mesh, dtype, str(path)), path)
-    notes = root.notes
-    method = attach_adapter(root, adapter)
-    for text in root.notes[len(notes) :]:
-        print_note(text)
+    (path, config, source), root, method = open_adapted(model_path, revision, adapter, note=print_note)
     if quantization:
         quantise(root, quantization)
     model = Model.of(root, config)

@@ -9,23 +9,21 @@ import jax.numpy as jnp
 from ftjax.config import Config, MeshConfig
 from ftjax.config.load import config_of, load_config, print_note
 from ftjax.errors import UserError
-from ftjax.hub.adapter.own_base import base_of, warn_of_another_base
-from ftjax.hub.adapter.peft import CONFIG, WEIGHTS, attach_adapter, load_adapter, read_adapter_config
+from ftjax.hub.adapter.own_base import base_of
+from ftjax.hub.adapter.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config
 from ftjax.hub.adapter.plain_lora import read_updates, targets, write_plain
-from ftjax.hub.adapter.untied import with_adapters_output
-from ftjax.hub.classifier import with_adapters_head
 from ftjax.hub.fetch import resolve_model
-from ftjax.hub.load import check_base, open_model, read_facts
+from ftjax.hub.load import check_base, read_facts
 from ftjax.hub.model_folder import from_source, model_tensors, write_folder
+from ftjax.hub.open import open_adapted
 from ftjax.hub.output import replacing
 from ftjax.hub.run_folder import refuse_missing
 from ftjax.hub.tokenizer.files import write_tokenizer
 from ftjax.hub.tokenizer.load import load_tokenizer
-from ftjax.hub.vocabulary import with_adapters_tokens
 from ftjax.hub.written import describe
 from ftjax.mesh import make_mesh
 from ftjax.methods import method_of
-from ftjax.models.model import Model, build_module
+from ftjax.models.model import Model
 from ftjax.objectives import head_of
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -113,17 +111,8 @@ def write_merged(adapter: Path, folder: Path, config: Config | None, base: str |
     the size of the model nor a quantised run's rounding matters."""
     config = config or _base_alone(adapter, base)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    path = resolve_model(config.model.path, config.model.revision)
-    facts, source = open_model(path)
-    warn_of_another_base(adapter, read_adapter_config(adapter), config.model.path, source)
-    facts, source = with_adapters_output(adapter, facts, source)
-    facts, source = with_adapters_tokens(adapter, facts, source)
-    facts, source = with_adapters_head(adapter, facts, source, *(head_of(config) or ()))
-    root = build_module(facts)
-    notes = root.notes
-    method = attach_adapter(root, adapter)
-    for text in root.notes[len(notes) :]:
-        print_note(text)
+    named = config.model.path, config.model.revision
+    (path, facts, source), root, method = open_adapted(*named, adapter, head=head_of(config), note=print_note)
     if reason := method_of(method).no_merge:
         raise UserError(f"export: --merge: {reason}; leave --merge out")
     model = Model.of(root, facts)

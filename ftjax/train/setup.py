@@ -22,16 +22,14 @@ from ftjax.config import Config
 from ftjax.data.batch import batch_arrays
 from ftjax.errors import UserError
 from ftjax.flops import TrainFlops, train_flops
-from ftjax.hub.adapter.own_base import warn_of_another_base
-from ftjax.hub.adapter.peft import attach_adapter, load_adapter, read_adapter_config, start_adapter
-from ftjax.hub.adapter.untied import with_adapters_output
+from ftjax.hub.adapter.peft import attach_adapter, load_adapter, start_adapter
 from ftjax.hub.classifier import objectives_facts, with_objectives_head
-from ftjax.hub.fetch import resolve_model
-from ftjax.hub.load import abstract_param, load_base, open_model
+from ftjax.hub.load import abstract_param, load_base
 from ftjax.hub.narrow import LARGEST
+from ftjax.hub.open import open_base
 from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.tokenizer.load import load_tokenizer
-from ftjax.hub.vocabulary import refuse_untrained_rows, tokens_of, with_adapters_tokens, with_new_tokens
+from ftjax.hub.vocabulary import refuse_untrained_rows, tokens_of, with_new_tokens
 from ftjax.mesh import make_mesh, parts, replicated, sharding
 from ftjax.methods import method_of
 from ftjax.models.attention import choose
@@ -228,13 +226,8 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
 
 def prepare(config: Config) -> Setup:
     """Build, shard and load. Raises UserError for anything in the configuration or the files that is wrong."""
-    path = resolve_model(config.model.path, config.model.revision)
-    facts, source = open_model(path)
     adapter = starting_adapter(config.method)
-    if adapter:
-        warn_of_another_base(adapter, read_adapter_config(adapter), config.model.path, source)
-        facts, source = with_adapters_output(adapter, facts, source)
-        facts, source = with_adapters_tokens(adapter, facts, source)
+    path, facts, source = open_base(config.model.path, config.model.revision, adapter)
     had = facts["vocab_size"]
     facts, source = with_new_tokens(config.model, facts, source)
     facts, source = with_objectives_head(config, facts, source)
