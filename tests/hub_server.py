@@ -46,6 +46,7 @@ class Hub:
     hang_after: int | None = None  # so many objects are taken; the next one is never answered
     hanging: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
+    processes: list[subprocess.Popen] = field(default_factory=list)
 
     def run(self, code: str, home: Path, **environment: str) -> subprocess.Popen:
         """Python in a process of its own that takes this server for the Hub; `home` holds its cache."""
@@ -58,13 +59,18 @@ class Hub:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-c", code],
             env={name: value for name, value in (known | wanted | environment).items() if value},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.processes.append(process)
+        return process
+
+
+PATIENCE = 600  # seconds that a test waits for an event: what never comes fails, and a busy machine does not
 
 
 @contextmanager
@@ -77,6 +83,9 @@ def serving() -> Iterator[Hub]:
     try:
         yield server.hub
     finally:
+        for process in server.hub.processes:  # whatever became of the test
+            process.kill()
+            process.communicate()
         server.hub.released.set()
         server.shutdown()
         server.server_close()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hub_server import Hub, Repository, serving
+from hub_server import PATIENCE, Hub, Repository, serving
 
 from ftjax.errors import UserError
 from ftjax.hub.fetch import resolve_model, resolve_tokenizer
@@ -45,7 +45,7 @@ def hub():
 
 
 def ask(hub: Hub, home, call: str, **environment) -> str:
-    output, errors = (process := hub.run(CODE.format(call=call), home, **environment)).communicate(timeout=60)
+    output, errors = (process := hub.run(CODE.format(call=call), home, **environment)).communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return output.strip()
 

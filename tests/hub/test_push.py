@@ -1,7 +1,7 @@
 """A folder pushed to a stand-in of the Hub by a process of its own, as `ftjax export --push-to-hub` would."""
 
 import pytest
-from hub_server import Hub, Repository, serving
+from hub_server import PATIENCE, Hub, Repository, serving
 
 FILES = {
     "adapter_config.json": b'{"r": 8}',
@@ -46,7 +46,7 @@ def start(hub: Hub, folder, home, repo="me/tuned", settings="", **environment):
 
 def push(hub: Hub, folder, home, repo="me/tuned", settings="", **environment) -> str:
     """What the process prints; anything but the address and UserError fails the test."""
-    output, errors = (process := start(hub, folder, home, repo, settings, **environment)).communicate(timeout=60)
+    output, errors = (process := start(hub, folder, home, repo, settings, **environment)).communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return output.strip()
 
@@ -85,7 +85,7 @@ def test_an_interrupted_push_is_taken_up_again(hub, folder, tmp_path):
     """Killed while the second file is on its way; the first is not sent again."""
     hub.hang_after = 1
     process = start(hub, folder, tmp_path)
-    assert hub.hanging.wait(60)
+    assert hub.hanging.wait(PATIENCE)
     process.kill()
     process.communicate()
     assert not hub.repositories["me/tuned"].files and len(hub.uploads) == 1

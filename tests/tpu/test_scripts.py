@@ -39,7 +39,7 @@ def call(tmp_path):
         record.write_text("")
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(record), **SETTINGS, **settings}
         environment = {name: value for name, value in environment.items() if value is not None}
-        done = subprocess.run([str(TPU / script), *arguments], env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([str(TPU / script), *arguments], env=environment, capture_output=True, text=True, timeout=600)
         return done, [json.loads(line) for line in record.read_text().splitlines()]
 
     return call
