@@ -160,7 +160,7 @@ def test_what_a_model_writes_steers_no_terminal(stories, monkeypatch, out):
             yield from HOSTILE
 
     answers = [Generation(HOSTILE, [1], "stop", None, 1)] * 2
-    monkeypatch.setattr(Generator, "generate", lambda self, prompts, **_: answers[: len(prompts)])
+    monkeypatch.setattr(Generator, "answer", lambda self, requests, **_: answers[: len(requests)])
     for given, as_json in ((["Tom"], False), (["Tom", "Lily"], False), (["Tom"], True), (None, False)):
         shown = out()
         monkeypatch.setattr("sys.stdout", shown)
