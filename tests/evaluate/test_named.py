@@ -8,7 +8,7 @@ from verbs import chat, generate
 
 from ftjax.errors import UserError
 from ftjax.evaluate.target import find_target
-from ftjax.generate.named import find_named
+from ftjax.generate.named import LoadOptions, find_named
 from ftjax.generate.session import Generator
 from ftjax.hub.adapter.combine import merge_adapters, parse
 from ftjax.hub.export import export
@@ -50,15 +50,15 @@ def test_a_run_is_asked_as_it_was_trained(changed, capsys):
     (folder / "final" / "chat_template.jinja").write_text("{% for m in messages %}aaaaaa{{ m.content }}{% endfor %}")
     generate(str(folder), prompt=[PROMPT], as_json=True, **SETTINGS)
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 1 + len(PROMPT)  # and BOS
-    nothing = dict.fromkeys(("revision", "tokenizer", "chat_template", "quantization"))
-    own = find_named(str(folder)).options(**nothing)
-    assert own == {**nothing, "quantization": "int8"}  # the tokenizer is the result's own
-    assert find_named(str(folder), ["model.chat_template=x{{ 1 }}"]).options(**nothing)["chat_template"] == "x{{ 1 }}"
-    asked = {"revision": "r", "tokenizer": "t", "chat_template": "c", "quantization": "nf4"}
-    assert find_named(str(folder)).options(**asked) == asked
-    assert find_named(str(folder)).options(quantization="none") == {"quantization": None}
+    nothing = dict.fromkeys(("revision", "tokenizer", "chat_template"))
+    trained = {"special_tokens_in_text": "split", "fold_system": True}
+    assert find_named(str(folder)).options() == {**nothing, **trained, "quantization": "int8"}  # its own tokenizer
+    assert find_named(str(folder), ["model.chat_template=x{{ 1 }}"]).options()["chat_template"] == "x{{ 1 }}"
+    asked = {"revision": "r", "tokenizer": "t", "chat_template": "c", "quantization": "nf4", "special_tokens_in_text": "error"}
+    assert find_named(str(folder)).options(LoadOptions(**asked)) == {**asked, "fold_system": True}
+    assert find_named(str(folder)).options(LoadOptions(quantization="none"))["quantization"] is None
     (folder / "final" / "tokenizer_config.json").unlink()
-    assert find_named(str(folder)).options(**nothing)["tokenizer"] == "gone"
+    assert find_named(str(folder)).options()["tokenizer"] == "gone"
 
 
 def test_a_folder_publishes_no_place_and_finds_its_base(alone, tiny, tmp_path, monkeypatch):
