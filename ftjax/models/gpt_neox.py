@@ -115,6 +115,12 @@ def build(facts: Facts) -> GPTNeoXForCausalLM:
         eps,
         facts["use_parallel_residual"],
     )
-    rope = make_rope(facts["rope_parameters"], head_dim, facts["max_position_embeddings"])
+    rope_parameters = facts["rope_parameters"]
+    for name, read in {
+        "rope_theta": "rotary_emb_base",
+        "partial_rotary_factor": "rotary_pct",
+    }.items():  # transformers 4 wrote both
+        facts.only(name, rope_parameters[name], None, why=f"transformers reads {read} and not it")
+    rope = make_rope(rope_parameters, head_dim, facts["max_position_embeddings"])
     layers = Stack(block, (Pattern(head_dim**-0.5),) * facts["num_hidden_layers"])
     return GPTNeoXForCausalLM(GPTNeoXModel(vocab, embed, eps, layers, rope), vocab, embed, facts["tie_word_embeddings"])

@@ -3,9 +3,7 @@ and other rules for config.json, tokenizers and adapters. `make test-all` only: 
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,26 +24,8 @@ from ftjax.methods import method_of
 
 pytestmark = pytest.mark.skipif(not ALL, reason="makes an environment with pip; FTJAX_TEST_ALL=1 runs it")
 HERE = Path(__file__).parent
-PACKAGES = ("transformers==4.57.6", "peft==0.13.2", "numpy", "sentencepiece", "protobuf", "gguf")
 REFUSED = {"olmo2-tied", "phi3-whole-heads"}  # scalings for which transformers 4 has no words
 ONE_BASE = {"olmo3"}  # transformers 4 has one rope_theta for all types of layers of this family
-
-
-@pytest.fixture(scope="session")
-def older() -> Path:
-    """The Python of an environment with transformers 4.57; it is kept between runs."""
-    place = HERE.parents[1] / ".cache" / "transformers4"
-    python = place / "bin" / "python"
-    complete = place / ".complete"
-    if not complete.exists() or complete.read_text() != " ".join(PACKAGES):
-        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-        torch = f"torch=={version('torch').partition('+')[0]}"
-        done = subprocess.run([*pip, torch, *PACKAGES], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"pip cannot install {PACKAGES[0]} here: {done.stderr.strip().splitlines()[-1]}")
-        complete.write_text(" ".join(PACKAGES))
-    return python
 
 
 def ask(python: Path, folder: Path, asked: list[dict]) -> list[dict]:

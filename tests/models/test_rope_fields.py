@@ -7,6 +7,8 @@ import pytest
 from oracle import Case, hf_logits, load, logits, make_hf, tokens
 from transformers import AutoModelForCausalLM
 
+from ftjax.errors import UserError
+
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
 FIELDS = {
@@ -32,3 +34,20 @@ def test_as_transformers(name, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     np.testing.assert_allclose(logits(model, params, ids), hf_logits(theirs, ids), atol=1e-4, rtol=0)
     assert any(name in note for note in model.notes) == (name != "mscale")
+
+
+def test_what_transformers_4_wrote_of_gpt_neox(tmp_path):
+    """`rope_theta` and `partial_rotary_factor` beside the names that transformers reads, and refused where they differ."""
+    make_hf(Case("gpt-neox", "gpt_neox"), tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["rope_parameters"]
+    values |= {"rotary_emb_base": 500, "rotary_pct": 0.5, "rope_theta": 500, "partial_rotary_factor": 0.5, "rope_scaling": None}
+    path.write_text(json.dumps(values))
+    ids = tokens(2, 24)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    np.testing.assert_allclose(logits(*load(tmp_path), ids), hf_logits(theirs, ids), atol=1e-4, rtol=0)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        path.write_text(json.dumps({**values, name: 0.25}))
+        with pytest.raises(UserError, match=f"{name} = 0.25, but ftjax supports only .*: transformers reads rotary_"):
+            load(tmp_path)

@@ -1,0 +1,101 @@
+"""Run by a Python that has transformers 4.57: bases as people have them, and what llama.cpp's converter makes of folders.
+Arguments: the source of llama.cpp, what is asked for as JSON, and where the answers go."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+source, asked, out = map(Path, sys.argv[1:])
+sys.path[:0] = [str(source), str(source / "gguf-py")]
+
+import convert_hf_to_gguf as converter  # noqa: E402
+from conversion.base import TextModel  # noqa: E402
+from gguf import GGUFReader  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
+
+# The way of splitting text is known by a hash of ids; no tiny vocabulary's is among those that the converter knows.
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+
+
+def write_config(folder: str, model_type: str, values: dict) -> None:
+    """config.json as this transformers writes it, for weights that are there."""
+    architectures = json.loads((Path(folder) / "config.json").read_text())["architectures"]
+    rope = values.pop("rope_parameters", {})
+    local = rope.get("sliding_attention")
+    rope = rope.get("full_attention", rope)
+    theta, part = ("rotary_emb_base", "rotary_pct") if model_type == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
+    kind = "type" if model_type in {"olmo2", "phi3"} else "rope_type"
+    names = {"rope_theta": theta, "partial_rotary_factor": part}
+    values |= {names[name]: value for name, value in rope.items() if name in names}
+    if rope.get("rope_type", "default") != "default":
+        scaling = {name: value for name, value in rope.items() if name not in {*names, "rope_type"}}
+        values["rope_scaling"] = {kind: rope["rope_type"], **scaling}
+    if local and model_type == "gemma3_text":
+        values["rope_local_base_freq"] = local["rope_theta"]
+    config = AutoConfig.for_model(model_type, **values, architectures=architectures, dtype="float32")
+    config.save_pretrained(folder)
+
+
+def convert(folder: Path) -> str | None:
+    """What went wrong; None where `model.gguf` was written."""
+    sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outfile", str(folder / "model.gguf"), "--outtype", "f32"]
+    sys.argv += ["--model-name", "tiny"]
+    logged = []
+    listener = logging.Handler(logging.ERROR)
+    listener.emit = lambda record: logged.append(record.getMessage())
+    converter.logger.addHandler(listener)
+    try:
+        converter.main()
+    except (Exception, SystemExit) as error:
+        return " ".join([f"{type(error).__name__}: {error}", *logged])
+    finally:
+        converter.logger.removeHandler(listener)
+    return None
+
+
+def contents(file: Path) -> dict:
+    reader = GGUFReader(file)
+    found = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    return found | {tensor.name: (tensor.tensor_type.name, tensor.shape.tolist(), tensor.data) for tensor in reader.tensors}
+
+
+def with_defaults(found: dict) -> dict:
+    """What llama.cpp takes where a file says nothing, said."""
+    kind = found["general.architecture"]
+    size = found[f"{kind}.embedding_length"] // found[f"{kind}.attention.head_count"]
+    defaults = {f"{kind}.attention.key_length": size, f"{kind}.attention.value_length": size}
+    if kind == "olmo2":
+        defaults["olmo2.rope.freq_base_swa"] = found["olmo2.rope.freq_base"]
+    return defaults | found
+
+
+def same(one, other) -> bool:
+    if isinstance(one, tuple):
+        return one[:2] == other[:2] and bool((one[2] == other[2]).all())
+    return one == other
+
+
+def compare(base: str, folder: str) -> dict:
+    failed = {"base": convert(Path(base)), "folder": convert(Path(folder))}
+    if any(failed.values()):
+        return failed
+    want, got = (with_defaults(contents(Path(place) / "model.gguf")) for place in (base, folder))
+    apart = [name for name in sorted({*want, *got}) if name not in want or name not in got or not same(want[name], got[name])]
+    vocabulary = {name: got.get(f"tokenizer.ggml.{name}") for name in ("model", "pre", "tokens", "scores", "token_type")}
+    return failed | {"apart": apart, "tensors": sum(isinstance(one, tuple) for one in want.values()), "vocabulary": vocabulary}
+
+
+def answer(one: dict) -> dict | str | None:
+    if "model_type" in one:
+        return write_config(**one)
+    return compare(**one) if "base" in one else convert(Path(one["folder"]))
+
+
+answers = []
+for one in json.loads(asked.read_text()):
+    try:
+        answers.append(answer(one))
+    except Exception as error:  # the test says which of them are refused
+        answers.append({"error": f"{type(error).__name__}: {error}"})
+out.write_text(json.dumps(answers))

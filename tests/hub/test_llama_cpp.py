@@ -1,0 +1,172 @@
+"""Folders that ftjax writes, converted by llama.cpp's own converter. `make test-all` only: an environment is made with pip, and
+llama.cpp's source comes with the npm package node-llama-cpp."""
+
+import json
+import shutil
+import subprocess
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import CASES
+from oracle import TINY, hf_config, load, logits, make_hf, write_merged
+from processes import ALL
+from qwen_tokenizer import qwen
+from sentencepiece import SentencePieceProcessor
+
+from ftjax.config import FullConfig, ModelConfig
+from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer_files import write_tokenizer
+
+pytestmark = pytest.mark.skipif(not ALL, reason="makes an environment with pip and npm; FTJAX_TEST_ALL=1 runs it")
+HERE = Path(__file__).parent
+PACKAGE, BINARIES = "node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1"
+BYTE_LEVEL = {"gpt2", "gpt_neox", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "olmo2", "olmo3", "smollm3", "granite"}
+# What makes tiny bases like published ones, which have no other values.
+SAME_BASE = {"rope_type": "default", "rope_theta": 500000.0}
+PUBLISHED = {
+    "gemma3": {"attn_logit_softcapping": None},
+    "gpt2": {"n_ctx": 64},
+    "gpt2-untied": {"n_ctx": 64},
+    # Of another rope_theta, transformers 5 takes this one for the layers with a window.
+    "olmo3": {"rope_parameters": {
+        "full_attention": SAME_BASE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        "sliding_attention": SAME_BASE,
+    }},
+    "olmo3-other-layers": {"rope_parameters": {"full_attention": SAME_BASE, "sliding_attention": SAME_BASE}},
+}  # fmt: skip
+# What is said of the bases that do not convert: by transformers 4.57, which cannot write the first two, and by the converter.
+NOT_CONVERTED = {
+    "olmo2-tied": "`rope_scaling` must be a dictionary with two fields, `type` and `factor`",
+    "phi3-whole-heads": "`rope_scaling` must be a dictionary with three fields, `type`, `short_factor` and `long_factor`",
+    "gemma2-uncapped": "error: required argument is not a float",
+    "qwen3-moe-dense-first": "Can not map tensor 'model.layers.0.mlp.down_proj.weight'",
+    "qwen3-moe-every-other": "Can not map tensor 'model.layers.0.mlp.down_proj.weight'",
+    "qwen3-moe-all-dense": "Can not map tensor 'model.layers.0.mlp.down_proj.weight'",
+    "ministral": "Model MinistralForCausalLM is not supported",
+    "ministral-all-windows": "Model MinistralForCausalLM is not supported",
+    "granite-tied-biases": "Missing <MODEL_TENSOR.ROPE_FREQS",
+}
+
+
+def npm(place: Path, *packages: str) -> None:
+    """Install packages of npm in a folder of the cache, which is kept between runs."""
+    if not shutil.which("npm"):
+        pytest.skip(f"npm, which fetches {packages[0]}, is not installed here")
+    place.mkdir(parents=True, exist_ok=True)
+    # Without its optional packages, which are its binaries for every kind of GPU, and without building any.
+    command = ["npm", "install", "--prefix", ".", "--omit=optional", "--ignore-scripts", "--no-audit", "--no-fund", *packages]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"npm cannot install {packages[-1]} here: {done.stderr.strip().splitlines()[0]}")
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> Path:
+    """A folder with llama.cpp's source, in `source`, and the npm package that brought it."""
+    place = HERE.parents[1] / ".cache" / PACKAGE.replace("@", "-")
+    if not (place / "source" / "convert_hf_to_gguf.py").exists():
+        npm(place, PACKAGE)
+        bundle = place / "node_modules" / "node-llama-cpp" / "llama" / "gitRelease.bundle"
+        subprocess.run(["git", "clone", "--quiet", str(bundle), str(place / "source")], check=True, capture_output=True)
+    return place
+
+
+def ask(python: Path, llama_cpp: Path, folder: Path, asked: list[dict]) -> list:
+    (folder / "asked.json").write_text(json.dumps(asked))
+    command = [python, HERE / "llama_cpp.py", llama_cpp / "source", folder / "asked.json", folder / "answers.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "answers.json").read_text())
+
+
+def add_tokenizer(base: Path, model_type: str, stories: Path, qwens: Path) -> None:
+    if model_type in BYTE_LEVEL:
+        files = list(qwens.iterdir())
+    else:
+        files = [stories / "tokenizer.json", stories / "tokenizer.model"]
+        config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (base / "tokenizer_config.json").write_text(json.dumps(config))
+    for file in files:
+        shutil.copyfile(file, base / file.name)
+
+
+def test_the_same_file_is_made_of_a_folder_as_of_its_base(older, llama_cpp, stories, tmp_path):
+    """All tensors, settings and tokens, wherever the base converts. transformers 4.57 writes the bases' config.json."""
+    qwens = qwen(tmp_path / "qwen", tokenizer_class="GPT2Tokenizer", chat_template="left out")
+    more = {case.name: {"vocab_size": 512, **deepcopy(PUBLISHED.get(case.name, {}))} for case in CASES}
+    cases = {case.name: replace(case, values=deepcopy(case.values) | more[case.name]) for case in CASES}
+    asked = []
+    for name, case in cases.items():
+        values = deepcopy(case.values)  # transformers completes the nested ones in place
+        make_hf(case, tmp_path / name)
+        add_tokenizer(tmp_path / name, case.model_type, stories, qwens)
+        known = hf_config(case).to_dict()
+        values = {field: value for field, value in TINY.items() if field in known} | values
+        asked.append({"folder": str(tmp_path / name), "model_type": case.model_type, "values": values})
+    answers = dict(zip(cases, ask(older, llama_cpp, tmp_path, asked), strict=True))
+    refused = {name: answer["error"] for name, answer in answers.items() if answer}
+
+    asked = []
+    for name in (name for name in cases if name not in refused):
+        base, written = tmp_path / name, tmp_path / f"{name}-written"
+        written.mkdir()
+        write_merged(written, *load(base), FullConfig(), base)
+        write_tokenizer(written, load_tokenizer(ModelConfig(path=str(base))), ModelConfig(path=str(base)), base)
+        asked.append({"base": str(base), "folder": str(written)})
+    compared = ask(older, llama_cpp, tmp_path, asked)
+    answers = {Path(one["base"]).name: answer for one, answer in zip(asked, compared, strict=True)}
+    refused |= {name: answer["base"] for name, answer in answers.items() if answer["base"]}
+    assert refused.keys() == NOT_CONVERTED.keys(), refused
+    assert {name: reason for name, reason in refused.items() if NOT_CONVERTED[name] not in reason} == {}
+
+    converted = {name: answer for name, answer in answers.items() if not answer["base"]}
+    wrong = {name: answer["folder"] or answer["apart"] for name, answer in converted.items()}
+    assert {name: reason for name, reason in wrong.items() if reason} == {}
+    assert all(answer["tensors"] >= 2 * cases[name].values.get("num_hidden_layers", 2) for name, answer in converted.items())
+
+    # The SentencePiece model, not what the converter guesses where there is none.
+    pieces = SentencePieceProcessor(str(stories / "tokenizer.model"))
+    scores = [pieces.get_score(index) for index in range(512)]  # after the three special tokens
+    for name, answer in converted.items():
+        vocabulary = answer["vocabulary"]
+        if cases[name].model_type in BYTE_LEVEL:
+            assert vocabulary["model"] == "gpt2", name
+        else:
+            assert (vocabulary["model"], vocabulary["pre"]) == ("llama", "default"), name
+            assert vocabulary["scores"][3:] == scores[3:], name
+
+
+def test_llama_cpp_continues_texts_as_ftjax_does(older, llama_cpp, stories, tmp_path):
+    """The same ids of texts, and the same greedy tokens, of a fine-tuned model of real text."""
+    if not (llama_cpp / "node_modules" / "@node-llama-cpp" / "linux-x64").exists():
+        npm(llama_cpp, PACKAGE, BINARIES)
+    model, params = load(stories)
+    rng = np.random.default_rng(0)
+    params = {path: value + 0.01 * rng.normal(size=value.shape).astype(np.float32) for path, value in params.items()}
+    written, texts = tmp_path / "written", ["Once upon a time", "  héllo  \u6f22 kilogram\n", "One day, Lily saw a"]
+    written.mkdir()
+    write_merged(written, model, params, FullConfig(), stories)
+    tokenizer = load_tokenizer(ModelConfig(path=str(stories)))
+    write_tokenizer(written, tokenizer, ModelConfig(path=str(stories)), stories)
+    assert ask(older, llama_cpp, tmp_path, [{"folder": str(written)}]) == [None]
+
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    command = [
+        "node",
+        HERE / "llama_cpp.mjs",
+        llama_cpp,
+        written / "model.gguf",
+        tmp_path / "texts.json",
+        tmp_path / "found.json",
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for text, found in zip(texts, json.loads((tmp_path / "found.json").read_text()), strict=True):
+        assert found["ids"] == tokenizer(text).input_ids, text
+        whole = found["ids"] + found["next"]
+        best = logits(model, params, np.array([whole[:-1]], np.int32))[0].argmax(-1).tolist()
+        assert len(found["next"]) == 12
+        assert found["next"] == best[-12:], text
