@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding
 from ftjax.generate.answer import Answer
 from ftjax.generate.batch import block_length
 from ftjax.generate.cache import bucket
-from ftjax.generate.context import depends_on_length, recomputes_at
 from ftjax.generate.decode import CHUNK, Runner, Start, State, View
 from ftjax.generate.sample import Sampling, row_sampling
 from ftjax.generate.score import head_step, score_step
@@ -36,8 +35,8 @@ class Engine:
         self.decode = jax.jit(runner.decode, donate_argnums=1)
         self._score = jax.jit(partial(score_step, runner), out_shardings=NamedSharding(mesh, spec(())))
         self._head = jax.jit(partial(head_step, runner), out_shardings=NamedSharding(mesh, spec(())))
-        self.whole_prompts = depends_on_length(model.config)  # a part of one would be rotated by other frequencies
-        self.switch = recomputes_at(model.config)
+        self.whole_prompts = any(rope.by_length for rope in model.ropes)  # a part of one would be rotated by other frequencies
+        self.switch = min((rope.recomputed_at for rope in model.ropes if rope.recomputed_at), default=None)
 
     def score(self, params: Mapping[str, jax.Array], *batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`score_step` on arrays of the host."""
@@ -52,7 +51,7 @@ class Engine:
 
     def block(self, rows: int, length: int, slots: int) -> int:
         """Tokens of a prompt that go through the model at a time."""
-        return length if self.whole_prompts else block_length(rows, length, slots, self.model.heads)
+        return length if self.whole_prompts else block_length(rows, length, slots, self.model.sizes.heads)
 
     def steps_to_switch(self, answer: Answer) -> float:
         """Tokens until a text outgrows what its cached keys were rotated for (LongRoPE); 0: now."""
@@ -180,7 +179,7 @@ class Batch:
         size: int, length: int,
     ) -> Start:  # fmt: skip
         tokens = np.zeros((size, length), np.int32)
-        seen = np.zeros((size, self.engine.model.config["vocab_size"]), bool)
+        seen = np.zeros((size, self.engine.model.sizes.vocab), bool)
         most = max(len(answer.ends) for answer in answers.values())
         ends = np.full((size, max(1, math.ceil(most / ENDS)) * ENDS), -1, np.int32)
         numbers = np.zeros((6, size), np.int64)

@@ -17,7 +17,7 @@ from ftjax.errors import UserError
 from ftjax.generate.answer import Answer, Generation
 from ftjax.generate.batch import groups
 from ftjax.generate.cache import bucket
-from ftjax.generate.context import context_length, end_ids, generation_config
+from ftjax.generate.context import end_ids, generation_config
 from ftjax.generate.decode import CHUNK
 from ftjax.generate.engine import Batch, Engine
 from ftjax.generate.finite import not_finite, require_finite
@@ -99,7 +99,7 @@ class Generator:
         self.model, self.params, self.tokenizer = model, dict(params), tokenizer
         self.engine = Engine(model, mesh, dtype)
         self.settings = generation_config(source)
-        self.context, self.ends = context_length(model.config), end_ids(model.config, self.settings, tokenizer)
+        self.context, self.ends = model.sizes.positions, end_ids(model.config, self.settings, tokenizer)
         if model.max_positions is not None:  # virtual tokens take some of them
             self.context = min(self.context, model.max_positions)
 
@@ -212,7 +212,7 @@ class Generator:
             ids = render_prompt(prompt, self.tokenizer, chat=chat)
         if not ids:
             raise UserError(f"prompt {number + 1} is empty, and this tokenizer puts nothing before it; give at least a word")
-        vocab = self.model.config["vocab_size"]
+        vocab = self.model.sizes.vocab
         if not 0 <= min(ids) <= max(ids) < vocab:
             wrong = next(i for i in ids if not 0 <= i < vocab)
             raise UserError(

@@ -77,7 +77,7 @@ def virtual_settings(kind: str, base_model: str, model: Model) -> dict:
         "num_virtual_tokens": virtual.embedding.get_value().shape[0],
         "num_transformer_submodules": 1,
         "num_layers": virtual.shape.layers,
-        "num_attention_heads": model.heads,
+        "num_attention_heads": model.sizes.heads,
         "token_dim": virtual.embedding.get_value().shape[1],
     }
 

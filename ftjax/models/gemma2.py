@@ -9,6 +9,7 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
+from ftjax.models.causal_lm import read_sizes
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.gemma import GemmaForCausalLM, GemmaModel, attention_and_mlp, gemma_norm
@@ -46,4 +47,4 @@ def build(facts: Facts) -> GemmaForCausalLM:
     block = Gemma2Block(*attention_and_mlp(facts, "hidden_activation"), embed, eps)
     kinds = patterns(facts, facts["query_pre_attn_scalar"] ** -0.5, facts["attn_logit_softcapping"])
     model = GemmaModel(vocab, embed, eps, Stack(block, kinds), make_rope(rope, head_dim, facts["max_position_embeddings"]))
-    return GemmaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"], facts["final_logit_softcapping"])
+    return GemmaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"], facts["final_logit_softcapping"])

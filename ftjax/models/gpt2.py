@@ -12,6 +12,7 @@ from flax import nnx
 from ftjax.errors import UserError
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
+from ftjax.models.causal_lm import Sizes
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.layers import AsItIs, Embedding, LayerNorm, Linear, activation
@@ -81,12 +82,14 @@ class GPT2Model(nnx.Module):
 
 
 class GPT2LMHeadModel(nnx.Module):
-    def __init__(self, transformer: GPT2Model, vocab: int, embed: int, tied: bool):
+    def __init__(self, transformer: GPT2Model, sizes: Sizes, tied: bool):
+        self.sizes, self.ropes = sizes, ()
+        self.embedding = "transformer.wte"
         # Older exports hold the causal mask of each layer, and the tied head once more.
         self.ignored = (".attn.bias", ".attn.masked_bias", *(("lm_head.weight",) if tied else ()))
-        self.output = "transformer.wte" if tied else "lm_head"
+        self.output = self.embedding if tied else "lm_head"
         self.transformer = transformer
-        self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
+        self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
 
     def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
         return self.transformer(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
@@ -99,7 +102,7 @@ class GPT2LMHeadModel(nnx.Module):
 
 def build(facts: Facts) -> GPT2LMHeadModel:
     """The abstract model of a `gpt2` config.json."""
-    embed, heads, eps, vocab = facts["n_embd"], facts["n_head"], facts["layer_norm_epsilon"], facts["vocab_size"]
+    embed, heads, eps = facts["n_embd"], facts["n_head"], facts["layer_norm_epsilon"]
     if embed % heads:
         raise UserError(f"config.json of this gpt2 model has n_embd = {embed}, which does not divide by n_head = {heads}")
     facts.dropout("attn_pdrop", "resid_pdrop", "embd_pdrop")
@@ -117,6 +120,6 @@ def build(facts: Facts) -> GPT2LMHeadModel:
         eps,
     )
     scale = (embed // heads) ** -0.5 if facts["scale_attn_weights"] else 1.0
-    layers = Stack(block, (Pattern(scale),) * facts["n_layer"])
-    model = GPT2Model(vocab, facts.max_positions, embed, eps, layers)
-    return GPT2LMHeadModel(model, vocab, embed, facts["tie_word_embeddings"])
+    sizes = Sizes(facts["n_layer"], heads, heads, embed // heads, embed, facts["vocab_size"], facts["n_positions"])
+    model = GPT2Model(sizes.vocab, sizes.positions, embed, eps, Stack(block, (Pattern(scale),) * sizes.layers))
+    return GPT2LMHeadModel(model, sizes, facts["tie_word_embeddings"])

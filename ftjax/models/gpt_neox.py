@@ -12,11 +12,12 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
+from ftjax.models.causal_lm import Sizes
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.layers import AsItIs, Embedding, LayerNorm, Linear, activation
 from ftjax.models.param import Layout
-from ftjax.models.rope import Rope, make_rope
+from ftjax.models.rope import Rope, longest_text, make_rope
 from ftjax.models.self_attention import self_attention
 from ftjax.models.stack import Stack
 from ftjax.models.virtual import behind_virtual_tokens
@@ -81,13 +82,15 @@ class GPTNeoXModel(nnx.Module):
 
 
 class GPTNeoXForCausalLM(nnx.Module):
-    def __init__(self, gpt_neox: GPTNeoXModel, vocab: int, embed: int, tied: bool):
+    def __init__(self, gpt_neox: GPTNeoXModel, sizes: Sizes, tied: bool):
+        self.sizes, self.ropes = sizes, (gpt_neox.rope,)
+        self.embedding = "gpt_neox.embed_in"
         # Older exports hold the causal mask of each layer, RoPE's table, and the tied head once more.
         heads = ("lm_head.weight", "embed_out.weight") if tied else ()
         self.ignored = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq", *heads)
-        self.output = "gpt_neox.embed_in" if tied else "lm_head"
+        self.output = self.embedding if tied else "lm_head"
         self.gpt_neox = gpt_neox
-        self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
+        self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
         if self.lm_head is not None:  # checkpoints have the name of older transformers
             layout = Layout("weight", module=("lm_head", "embed_out"))
             weight = self.lm_head.weight
@@ -105,9 +108,11 @@ class GPTNeoXForCausalLM(nnx.Module):
 def build(facts: Facts) -> GPTNeoXForCausalLM:
     """The abstract model of a `gpt_neox` config.json."""
     embed, heads, eps, vocab = facts["hidden_size"], facts["num_attention_heads"], facts["layer_norm_eps"], facts["vocab_size"]
+    head_dim = embed // heads  # transformers' configuration class has checked that it divides
+    positions = longest_text(facts["rope_parameters"], facts["max_position_embeddings"])
+    sizes = Sizes(facts["num_hidden_layers"], heads, heads, head_dim, embed, vocab, positions)
     facts.dropout("attention_dropout", "hidden_dropout")
     facts.inert("classifier_dropout", "is_decoder")  # transformers' causal model reads neither
-    head_dim = embed // heads  # transformers' configuration class has checked that it divides
     block = GPTNeoXBlock(
         GPTNeoXAttention(embed, heads, facts["attention_bias"]),
         GPTNeoXMLP(embed, facts["intermediate_size"], facts["hidden_act"]),
@@ -116,5 +121,6 @@ def build(facts: Facts) -> GPTNeoXForCausalLM:
         facts["use_parallel_residual"],
     )
     rope = make_rope(facts["rope_parameters"], head_dim, facts["max_position_embeddings"])
-    layers = Stack(block, (Pattern(head_dim**-0.5),) * facts["num_hidden_layers"])
-    return GPTNeoXForCausalLM(GPTNeoXModel(vocab, embed, eps, layers, rope), vocab, embed, facts["tie_word_embeddings"])
+    layers = Stack(block, (Pattern(head_dim**-0.5),) * sizes.layers)
+    model = GPTNeoXModel(vocab, embed, eps, layers, rope)
+    return GPTNeoXForCausalLM(model, sizes, facts["tie_word_embeddings"])

@@ -11,6 +11,7 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
+from ftjax.models.causal_lm import Sizes, read_sizes
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, LlamaModel, attention, mlp, whole_rope
@@ -53,9 +54,9 @@ class GraniteModel(LlamaModel):
 
 
 class GraniteForCausalLM(LlamaForCausalLM):
-    def __init__(self, model: GraniteModel, vocab: int, embed: int, tied: bool, scaling: float):
+    def __init__(self, model: GraniteModel, sizes: Sizes, tied: bool, scaling: float):
         """`scaling`: what logits are divided by."""
-        super().__init__(model, vocab, embed, tied)
+        super().__init__(model, sizes, tied)
         self.scaling = scaling
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
@@ -69,4 +70,4 @@ def build(facts: Facts) -> GraniteForCausalLM:
     block = GraniteBlock(*parts, embed, eps, facts["residual_multiplier"])
     layers = Stack(block, (Pattern(facts["attention_multiplier"]),) * facts["num_hidden_layers"])
     model = GraniteModel(vocab, embed, eps, layers, whole_rope(facts), facts["embedding_multiplier"])
-    return GraniteForCausalLM(model, vocab, embed, facts["tie_word_embeddings"], facts["logits_scaling"])
+    return GraniteForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"], facts["logits_scaling"])

@@ -13,13 +13,14 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
+from ftjax.models.causal_lm import Sizes, head_size, read_sizes
 from ftjax.models.chunks import feed_forward
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.kept import projected
 from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm, activation
 from ftjax.models.param import param
-from ftjax.models.rope import Rope, angles, make_rope, refuse_partial
+from ftjax.models.rope import Rope, angles, every, make_rope, refuse_partial
 from ftjax.models.self_attention import self_attention
 from ftjax.models.stack import Stack
 from ftjax.models.virtual import behind_virtual_tokens
@@ -113,6 +114,10 @@ class LlamaModel(nnx.Module):
         self.layers = layers
         self.norm = RMSNorm(embed, eps)
 
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        return every(self.rope)
+
     def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
         """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
         x = constrain(self.embed_tokens(tokens, ctx.dtype), "batch", "length", None)
@@ -124,12 +129,14 @@ class LlamaModel(nnx.Module):
 class LlamaForCausalLM(nnx.Module):
     """The model, and its projection to the vocabulary (tied to the embedding where the checkpoint says so)."""
 
-    def __init__(self, model: LlamaModel, vocab: int, embed: int, tied: bool):
+    def __init__(self, model: LlamaModel, sizes: Sizes, tied: bool):
+        self.sizes, self.ropes = sizes, model.ropes
+        self.embedding = "model.embed_tokens"
         # Older exports hold these beside the weights: RoPE's table, and the tied head once more.
         self.ignored = (".rotary_emb.inv_freq", *(("lm_head.weight",) if tied else ()))
-        self.output = "model.embed_tokens" if tied else "lm_head"  # the module that `unembed` uses
+        self.output = self.embedding if tied else "lm_head"
         self.model = model
-        self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
+        self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
 
     def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
         return self.model(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
@@ -147,12 +154,6 @@ def attention(facts: Facts, *, bias: bool, kind: type[LlamaAttention] = LlamaAtt
     return kind(facts["hidden_size"], heads, kv_heads, head_size(facts), bias, **options)
 
 
-def head_size(facts: Facts) -> int:
-    """H: `head_dim`, which is optional in every config with Llama's names."""
-    embed, heads = facts["hidden_size"], facts["num_attention_heads"]
-    return facts.get("head_dim", embed // heads)
-
-
 def mlp(facts: Facts, *, bias: bool = False) -> LlamaMLP:
     return LlamaMLP(facts["hidden_size"], facts["intermediate_size"], facts["hidden_act"], bias)
 
@@ -164,9 +165,9 @@ def whole_rope(facts: Facts) -> Rope:
 
 def decoder(facts: Facts, block: nnx.Module, kinds: tuple, rope: Rope | dict[str, Rope]) -> LlamaForCausalLM:
     """The whole model around a block; `kinds` has what tells each layer from the others."""
-    embed, eps, vocab = facts["hidden_size"], facts["rms_norm_eps"], facts["vocab_size"]
-    model = LlamaModel(vocab, embed, eps, Stack(block, kinds), rope)
-    return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])
+    sizes = read_sizes(facts)
+    model = LlamaModel(sizes.vocab, sizes.embed, facts["rms_norm_eps"], Stack(block, kinds), rope)
+    return LlamaForCausalLM(model, sizes, facts["tie_word_embeddings"])
 
 
 def build(facts: Facts) -> LlamaForCausalLM:

@@ -9,10 +9,11 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
+from ftjax.models.causal_lm import head_size
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.layers import AsItIs, RMSNorm
-from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, attention, decoder, head_size, mlp, whole_rope
+from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, attention, decoder, mlp, whole_rope
 
 
 def olmo_norm(size: int, eps: float) -> RMSNorm:

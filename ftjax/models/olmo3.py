@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import jax
 
+from ftjax.models.causal_lm import head_size
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import Kind, patterns, ropes
-from ftjax.models.llama import LlamaForCausalLM, decoder, head_size
+from ftjax.models.llama import LlamaForCausalLM, decoder
 from ftjax.models.olmo2 import Olmo2Block, olmo_norm, parts
 
 

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.models.attention import Pattern
+from ftjax.models.causal_lm import head_size
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import window
 from ftjax.models.layers import Linear, activation
-from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, decoder, head_size
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, decoder
 from ftjax.models.rope import make_rope
 from ftjax.models.self_attention import self_attention
 

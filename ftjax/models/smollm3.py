@@ -7,10 +7,11 @@ import jax
 
 from ftjax.errors import UserError
 from ftjax.models.attention import Pattern
+from ftjax.models.causal_lm import head_size
 from ftjax.models.context import Context, KVCache
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import patterns
-from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp, whole_rope
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, mlp, whole_rope
 
 
 class Kind(NamedTuple):
