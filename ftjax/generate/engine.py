@@ -16,7 +16,7 @@ from ftjax.generate.decode import CHUNK, Runner, Start, State, View
 from ftjax.generate.sample import Sampling, row_sampling
 from ftjax.generate.score import head_step, score_step
 from ftjax.mesh import parts, spec
-from ftjax.models.cache_shape import cache_shape
+from ftjax.models.cache import Layout
 from ftjax.models.model import Model
 
 ENDS = 8  # ids that end an answer come in multiples of it, so that few shapes are compiled
@@ -28,7 +28,7 @@ class Engine:
     def __init__(self, model: Model, mesh: Mesh, dtype: Any):
         self.model, self.mesh, self.dtype = model, mesh, dtype
         self.shards = parts(mesh.shape, "batch")
-        runner = Runner(model, cache_shape(model), dtype)
+        runner = Runner(model, dtype)
         self.empty = jax.jit(runner.empty, static_argnames=("rows", "slots"))
         self.begin = jax.jit(runner.begin, static_argnames=("slots", "block"))
         self.start = jax.jit(runner.start, static_argnames="block", donate_argnums=1)
@@ -36,6 +36,7 @@ class Engine:
         self._score = jax.jit(partial(score_step, runner), out_shardings=NamedSharding(mesh, spec(())))
         self._head = jax.jit(partial(head_step, runner), out_shardings=NamedSharding(mesh, spec(())))
         self.whole_prompts = any(rope.by_length for rope in model.ropes)  # a part of one would be rotated by other frequencies
+        self.keeps_prefixes = not (self.whole_prompts or Layout(model.memories).states)  # a state is that of a whole text
         self.switch = min((rope.recomputed_at for rope in model.ropes if rope.recomputed_at), default=None)
 
     def score(self, params: Mapping[str, jax.Array], *batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +170,7 @@ class Batch:
 
     def _same(self, row: int, text: Sequence[int]) -> int:
         """How many tokens of a text are in a row's slots. The last one is computed anew: its logits are wanted."""
-        if self._state is None or self.engine.whole_prompts:
+        if self._state is None or not self.engine.keeps_prefixes:
             return 0
         pairs = enumerate(zip(self._kept[row], text[:-1], strict=False))
         return next((i for i, (a, b) in pairs if a != b), min(len(self._kept[row]), len(text) - 1))

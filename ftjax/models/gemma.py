@@ -11,8 +11,9 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
+from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import Sizes, read_sizes
-from ftjax.models.context import Context, KVCache
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm, is_virtual
 from ftjax.models.llama import LlamaAttention, LlamaMLP, attention
@@ -33,7 +34,7 @@ class GemmaBlock(nnx.Module):
         self.post_attention_layernorm = gemma_norm(embed, eps)
         self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
         x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
         x = x + self.output_adapters(x, self.mlp(self.post_attention_layernorm(x), ctx), ctx)
@@ -54,7 +55,7 @@ class GemmaModel(nnx.Module):
     def ropes(self) -> tuple[Rope, ...]:
         return every(self.rope)
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
         x = self.embed_tokens(tokens, ctx.dtype)
         if not is_virtual(tokens):  # those are what would come out of here
@@ -77,7 +78,7 @@ class GemmaForCausalLM(nnx.Module):
         self.model = model
         self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
 
-    def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         return self.model(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:

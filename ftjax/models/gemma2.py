@@ -9,8 +9,9 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
+from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import read_sizes
-from ftjax.models.context import Context, KVCache
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.gemma import GemmaForCausalLM, GemmaModel, attention_and_mlp, gemma_norm
 from ftjax.models.layer_types import patterns
@@ -29,7 +30,7 @@ class Gemma2Block(nnx.Module):
         self.post_feedforward_layernorm = gemma_norm(embed, eps)
         self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
         y = self.attention_adapters(x, y, ctx)
         x = constrain(x + self.post_attention_layernorm(y), "batch", "length", None)

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import jax
 
+from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import read_sizes
-from ftjax.models.context import Context, KVCache
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.gemma import GemmaForCausalLM, GemmaModel, attention_and_mlp, gemma_norm
 from ftjax.models.gemma2 import Gemma2Block
@@ -17,7 +18,7 @@ from ftjax.models.stack import Stack
 
 
 class Gemma3Block(Gemma2Block):
-    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: Memories):
         return super().__call__(x, replace(ctx, rope=ctx.rope[kind.rope]), kind.pattern, layer, cache)
 
 

@@ -12,10 +12,12 @@ from flax import nnx
 from ftjax.errors import UserError
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
+from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import Sizes
-from ftjax.models.context import Context, KVCache
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.layers import AsItIs, Embedding, LayerNorm, Linear, activation
+from ftjax.models.memory import KeysValues
 from ftjax.models.self_attention import self_attention
 from ftjax.models.stack import Stack
 from ftjax.models.virtual import behind_virtual_tokens
@@ -26,10 +28,11 @@ class GPT2Attention(nnx.Module):
 
     def __init__(self, embed: int, heads: int, by_layer: bool):
         self.heads, self.head_dim, self.by_layer = heads, embed // heads, by_layer
+        self.memory = (KeysValues(heads, self.head_dim, self.head_dim),)
         self.c_attn = Linear(embed, 3 * embed, ("embed", "heads"), bias=True, conv1d=True)
         self.c_proj = Linear(embed, embed, ("heads", "embed"), bias=True, conv1d=True)
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         """`x [B, T, E] -> ([B, T, E], cache)`."""
         b, t, _ = x.shape
         q, k, v = (y.reshape(b, t, self.heads, self.head_dim) for y in jnp.split(self.c_attn(x, ctx), 3, axis=-1))
@@ -57,7 +60,7 @@ class GPT2Block(nnx.Module):
         self.ln_2 = LayerNorm(embed, eps)
         self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.attn(self.ln_1(x), ctx, pattern, layer, cache)
         x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
         x = x + self.output_adapters(x, self.mlp(self.ln_2(x), ctx), ctx)
@@ -71,7 +74,7 @@ class GPT2Model(nnx.Module):
         self.h = layers
         self.ln_f = LayerNorm(embed, eps)
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss.
 
         A position past the table gives NaN, never another position's row.
@@ -91,7 +94,7 @@ class GPT2LMHeadModel(nnx.Module):
         self.transformer = transformer
         self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
 
-    def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         return self.transformer(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:

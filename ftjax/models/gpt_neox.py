@@ -12,10 +12,12 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
+from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import Sizes
-from ftjax.models.context import Context, KVCache
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.layers import AsItIs, Embedding, LayerNorm, Linear, activation
+from ftjax.models.memory import KeysValues
 from ftjax.models.param import Layout
 from ftjax.models.rope import Rope, longest_text, make_rope
 from ftjax.models.self_attention import self_attention
@@ -26,10 +28,11 @@ from ftjax.models.virtual import behind_virtual_tokens
 class GPTNeoXAttention(nnx.Module):
     def __init__(self, embed: int, heads: int, bias: bool):
         self.heads, self.head_dim = heads, embed // heads
+        self.memory = (KeysValues(heads, self.head_dim, self.head_dim),)
         self.query_key_value = Linear(embed, 3 * embed, ("embed", "heads"), bias=bias)
         self.dense = Linear(embed, embed, ("heads", "embed"), bias=bias)
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         """`x [B, T, E] -> ([B, T, E], cache)`."""
         b, t, _ = x.shape
         qkv = self.query_key_value(x, ctx).reshape(b, t, self.heads, 3 * self.head_dim)  # by head, so that they split well
@@ -58,7 +61,7 @@ class GPTNeoXBlock(nnx.Module):
         self.post_attention_layernorm = LayerNorm(embed, eps)
         self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.attention(self.input_layernorm(x), ctx, pattern, layer, cache)
         attended = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
         read = x if self.parallel else attended
@@ -73,7 +76,7 @@ class GPTNeoXModel(nnx.Module):
         self.layers = layers
         self.final_layer_norm = LayerNorm(embed, eps)
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
         x = constrain(self.embed_in(tokens, ctx.dtype), "batch", "length", None)
         ctx = dataclasses.replace(ctx, rope=self.rope.angles(ctx.positions, ctx.segment_ids))
@@ -96,7 +99,7 @@ class GPTNeoXForCausalLM(nnx.Module):
             weight = self.lm_head.weight
             weight.set_metadata("row", dataclasses.replace(weight.row, layouts=(layout,)))
 
-    def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         return self.gpt_neox(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:

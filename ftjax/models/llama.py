@@ -13,12 +13,14 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
+from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import Sizes, head_size, read_sizes
 from ftjax.models.chunks import feed_forward
-from ftjax.models.context import Context, KVCache
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.kept import projected
 from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm, activation
+from ftjax.models.memory import KeysValues
 from ftjax.models.param import param
 from ftjax.models.rope import Rope, angles, every, make_rope, refuse_partial
 from ftjax.models.self_attention import self_attention
@@ -47,6 +49,7 @@ class LlamaAttention(nnx.Module):
         sinks: bool = False,
     ):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.memory = (KeysValues(kv_heads, head_dim, head_dim),)
         self.q_proj = Linear(embed, heads * head_dim, ("embed", "heads"), bias=bias)
         self.k_proj = Linear(embed, kv_heads * head_dim, ("embed", "kv_heads"), bias=bias)
         self.v_proj = Linear(embed, kv_heads * head_dim, ("embed", "kv_heads"), bias=bias)
@@ -62,11 +65,11 @@ class LlamaAttention(nnx.Module):
         v = self.v_proj(x, ctx).reshape(b, t, self.kv_heads, self.head_dim)
         return q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k), v
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         """`x [B, T, E] -> ([B, T, E], cache)`."""
         return self.attend(self.project(x, ctx), ctx, pattern, layer, cache)
 
-    def attend(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def attend(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: Memories):
         """What `project` gave -> `([B, T, E], cache)`."""
         sinks = None if self.sinks is None else self.sinks[...]
         y, cache = self_attention(*qkv, ctx, pattern, layer, cache, sinks)
@@ -97,7 +100,7 @@ class LlamaBlock(nnx.Module):
         self.post_attention_layernorm = RMSNorm(embed, eps)
         self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         qkv = projected(self.input_layernorm, self.self_attn, x, ctx)
         y, cache = self.self_attn.attend(qkv, ctx, pattern, layer, cache)
         x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
@@ -118,7 +121,7 @@ class LlamaModel(nnx.Module):
     def ropes(self) -> tuple[Rope, ...]:
         return every(self.rope)
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
         x = constrain(self.embed_tokens(tokens, ctx.dtype), "batch", "length", None)
         ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids))
@@ -138,7 +141,7 @@ class LlamaForCausalLM(nnx.Module):
         self.model = model
         self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
 
-    def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         return self.model(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:

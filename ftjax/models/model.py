@@ -15,9 +15,11 @@ from ftjax import tree
 from ftjax.models.causal_lm import CausalLM, Sizes
 from ftjax.models.classifier import classes_of, to_classifier
 from ftjax.models.facts import Facts
+from ftjax.models.memory import Memory
 from ftjax.models.param import Buffer, Spec, specs, variables
 from ftjax.models.registry import FAMILIES
 from ftjax.models.rope import Rope, unread
+from ftjax.models.stack import memories
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Model:
         buffers: arrays that are neither loaded nor trained (LoRA scales), by path.
         sizes, ignored, output, ropes, notes, max_positions: what the root module says (`ftjax.models.causal_lm.CausalLM`).
         embedding: the row of the input embedding `[V, E]`.
+        memories: what each layer remembers while it decodes.
     """
 
     config: Mapping[str, Any]
@@ -40,6 +43,7 @@ class Model:
     order: tuple[str, ...]
     sizes: Sizes
     embedding: Spec
+    memories: tuple[tuple[Memory, ...], ...]
     output: str
     ignored: tuple[str, ...]
     ropes: tuple[Rope, ...]
@@ -57,7 +61,7 @@ class Model:
         [embedding] = (spec for spec in rows.values() if spec.hf_template == f"{module.embedding}.weight")
         return cls(
             config, rows, buffers, graphdef, jax.tree.structure(state), order, sizes=module.sizes, embedding=embedding,
-            output=module.output, ignored=module.ignored, ropes=module.ropes, notes=module.notes,
+            memories=memories(module), output=module.output, ignored=module.ignored, ropes=module.ropes, notes=module.notes,
             max_positions=module.max_positions,
         )  # fmt: skip
 
