@@ -223,6 +223,19 @@ def test_a_sharded_cache_is_written_where_it_is(tmp_path):
     assert not gathered, gathered
 
 
+def test_states_are_sharded_by_rows(generator):
+    """Layers of all kinds, their rows on eight devices: the answers are those of one device."""
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    params = jax.device_put(generator.params, jax.NamedSharding(mesh, jax.P()))
+    spread = generator_of(generator.model, params, mesh)
+    for number in (2, 5):
+        assert alone(spread, number, 8) == alone(generator, number, 8)
+    batch = Batch(spread.engine, spread.params, 8, SLOTS)
+    batch.start({row: answer(spread, row) for row in range(5)})
+    cache = batch._state.cache
+    assert all(not leaf.sharding.is_fully_replicated for leaf in (*cache.keys, *cache.states))
+
+
 def _decode_program(generator: Generator, batch: Batch) -> str:
     engine = generator.engine
     with jax.set_mesh(engine.mesh):

@@ -9,6 +9,7 @@ from cases import CASES
 from oracle import Case, context, hf_config, make_hf, tokens
 
 from ftjax.config import LoraConfig, PrefixTuningConfig
+from ftjax.hub.load import positions_of
 from ftjax.methods import method_of
 from ftjax.models.causal_lm import CausalLM
 from ftjax.models.classifier import classifier_config
@@ -64,6 +65,13 @@ def test_positions_are_what_the_model_is_made_for(case):
         elif rope.get("factor") and rope.get("original_max_position_embeddings"):
             want = max(want, int(rope["original_max_position_embeddings"] * rope["factor"]))
     assert build_module(config_of(case)).sizes.positions == want
+
+
+def test_positions_are_read_without_weights(tmp_path):
+    case = next(case for case in CASES if case.name == "llama-yarn")
+    hf_config(case).save_pretrained(tmp_path)
+    assert positions_of(str(tmp_path)) == 64
+    assert positions_of(str(tmp_path / "none")) is None
 
 
 def test_yarn_stretches_a_length_that_config_json_left_as_it_was():
