@@ -32,6 +32,7 @@ class Layout:
                     source[layer] = max(source.values())
                     continue
                 places = found.setdefault(record, {})
+                assert layer not in places, f"layer {layer} has two of one record, which names would tell apart: {record}"
                 places[layer] = max(places.values(), default=-1) + 1
                 if isinstance(record, KeysValues):
                     last[record.name] = record
@@ -61,8 +62,9 @@ class Layout:
 
     def named(self, name: str) -> KeysValues:
         """The record of the keys and values that layers share under a name."""
-        [found] = (record for record in self.keys_values if record.name == name)
-        return found
+        found = [record for record in self.keys_values if record.name == name]
+        assert len(found) == 1, f"keys and values that are shared have one size, and those named {name!r} have more: {found}"
+        return found[0]
 
 
 @jax.tree_util.register_dataclass

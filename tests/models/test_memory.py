@@ -49,6 +49,14 @@ def test_keys_that_nobody_wrote_are_not_shared():
         Layout(((Shared("x"),), (KeysValues(1, 2, 2, "x"),))).groups  # noqa: B018
 
 
+def test_records_that_would_be_mistaken_for_one_another_are_refused():
+    with pytest.raises(AssertionError, match="two of one record"):
+        Layout(((ConvState(4, 3), ConvState(4, 3)),)).groups  # noqa: B018
+    assert len(Layout(((ConvState(4, 3, "k"), ConvState(4, 3, "v")),)).states) == 2
+    with pytest.raises(AssertionError, match="one size"):
+        Layout(((KeysValues(1, 2, 2),), (KeysValues(1, 4, 4),), (Shared(),))).named("")
+
+
 @pytest.mark.parametrize("choice", [HYBRID, SHARING], ids=["hybrid", "sharing"])
 def test_cached_is_uncached(choice):
     """Several tokens at once and one by one, with padding behind some, each row at its own pace."""
