@@ -97,7 +97,7 @@ def head_scores(
 
 def batches(generator: Generator, lengths: Sequence[int], batch_size: int):
     """`(numbers of the documents, rows of the arrays)`, the longest first; fewer rows where attention scores are large."""
-    heads = generator.model.heads
+    heads = generator.model.sizes.heads
     left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while left:
         longest = bucket(lengths[left[0]], 16)

@@ -198,7 +198,7 @@ def _classes(generator: Generator, items: Sequence[Item], config: Config, progre
 def _refuse_unknown(generator: Generator, documents: Sequence[Encoded]) -> None:
     """UserError, naming the row, where a token has no embedding."""
     for document in documents:
-        refuse_unknown(document.tokens, generator.model.config["vocab_size"], document.where, generator.tokenizer)
+        refuse_unknown(document.tokens, generator.model.sizes.vocab, document.where, generator.tokenizer)
 
 
 def _answers(generator: Generator, items: Sequence[Item], config: EvaluateConfig, progress: Progress | None) -> Measured:

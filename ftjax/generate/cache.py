@@ -1,6 +1,6 @@
-"""The KV cache of a model: how a forward pass goes through it, and in which sizes things come.
+"""The cache of a model: how a forward pass goes through it, and in which sizes things come.
 
-Legend: B batch, T query length, S cache slots, K kv heads, H head dim, L layers, E embed.
+Legend: B batch, T query length, E embed.
 """
 
 from dataclasses import replace
@@ -10,23 +10,25 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.mesh import constrain
-from ftjax.models.cache_shape import CacheShape
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Cache, Layout
+from ftjax.models.context import Context
+from ftjax.models.model import Model
 
 
-def new_cache(shape: CacheShape, batch: int, slots: int, dtype) -> KVCache:
+def new_cache(model: Model, batch: int, slots: int, dtype) -> Cache:
     """An empty cache, its rows sharded over the batch axes of the mesh, its heads over `tensor`."""
-    cache = KVCache.empty(shape.layers, batch, slots, shape.kv_heads, shape.head_dim, dtype)
+    cache = Cache.empty(Layout(model.memories), batch, slots, dtype)
     axes = (None, "batch", None, "kv_heads", None)
     return replace(
         cache,
-        keys=constrain(cache.keys, *axes),
-        values=constrain(cache.values, *axes),
+        keys=tuple(constrain(keys, *axes) for keys in cache.keys),
+        values=tuple(constrain(values, *axes) for values in cache.values),
+        states=tuple(constrain(state, None, "batch", *(None,) * (state.ndim - 2)) for state in cache.states),
         lengths=constrain(cache.lengths, "batch"),
     )
 
 
-def forward(module: Any, tokens: jax.Array, counts: jax.Array, cache: KVCache, dtype: Any) -> tuple[jax.Array, KVCache]:
+def forward(module: Any, tokens: jax.Array, counts: jax.Array, cache: Cache, dtype: Any) -> tuple[jax.Array, Cache]:
     """`(hidden states [B, T, E], cache)` of each row's next tokens `[B, T]`, of which the first `counts [B]` are not padding.
 
     The one place that advances a cache; families only write and read it.

@@ -1,4 +1,4 @@
-"""What a checkpoint says about generation: how long a text may be, and which tokens end it."""
+"""What a checkpoint says about generation: how to sample, and which tokens end a text."""
 
 import json
 from collections.abc import Mapping
@@ -8,39 +8,6 @@ from typing import Any
 from ftjax.errors import UserError
 from ftjax.generate.sample import Sampling
 from ftjax.generate.text import turn_end
-
-LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-
-
-def ropes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The `rope_parameters` of a config.json: one dict, or one for each layer type."""
-    found = config.get("rope_parameters") or {}
-    return [found] if "rope_theta" in found or "rope_type" in found else [one for one in found.values() if one]
-
-
-def context_length(config: Mapping[str, Any]) -> int:
-    """Tokens of the longest text."""
-    length = next((config[name] for name in LENGTHS if config.get(name)), None)
-    if length is None:
-        raise UserError(f"config.json says nothing of the model's context; expected one of {', '.join(LENGTHS)}")
-    stretched = [rope["factor"] for rope in ropes(config) if rope.get("rope_type") == "dynamic"]
-    return int(length * max(1, *stretched)) if stretched else int(length)
-
-
-def recomputes_at(config: Mapping[str, Any]) -> int | None:
-    """The length from which LongRoPE rotates by other frequencies; a text that outgrows it is computed anew, as
-    transformers does for Phi-3. (With `dynamic` frequencies, transformers keeps the keys as they were.)"""
-    switches = [
-        rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        for rope in ropes(config)
-        if rope.get("rope_type") == "longrope"
-    ]
-    return int(min(switches)) if switches else None
-
-
-def depends_on_length(config: Mapping[str, Any]) -> bool:
-    """Whether tokens are rotated by frequencies that depend on the length of the whole text."""
-    return any(rope.get("rope_type") in ("longrope", "dynamic") for rope in ropes(config))
 
 
 def generation_config(source: Path | None) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from ftjax.generate.cache import forward, new_cache
 from ftjax.generate.sample import RowSampling, choose, process
 from ftjax.mesh import constrain
-from ftjax.models.cache_shape import CacheShape
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Cache
+from ftjax.models.context import Context
 from ftjax.models.model import Model
 
 CHUNK = 32  # tokens of each row that one call of `decode` can give
@@ -48,7 +48,7 @@ class State(NamedTuple):
         seen: [B, V] bool, tokens of prompt and answer.
     """
 
-    cache: KVCache
+    cache: Cache
     token: jax.Array
     count: jax.Array
     done: jax.Array
@@ -100,7 +100,6 @@ class Runner:
     """A model as it runs here: activations and cache in `dtype`."""
 
     model: Model
-    shape: CacheShape
     dtype: Any
 
     def empty(self, like: Start, *, rows: int, slots: int) -> State:
@@ -109,7 +108,7 @@ class Runner:
         keys = constrain(jnp.zeros((rows, 2), jnp.uint32), "batch", None)
         rules = Rules(jax.tree.map(zeros, like.sampling), keys, zeros(like.ends), zeros(like.limits))
         token, count, done = zeros(like.counts), zeros(like.counts), ~zeros(like.counts).astype(bool)
-        return State(new_cache(self.shape, rows, slots, self.dtype), token, count, done, zeros(like.seen), rules)
+        return State(new_cache(self.model, rows, slots, self.dtype), token, count, done, zeros(like.seen), rules)
 
     def begin(self, params: Mapping[str, jax.Array], start: Start, *, slots: int, block: int) -> tuple[State, View]:
         """A new batch whose rows all start: `start.rows` is 0, 1, 2 ..., and a row without tokens is done."""
@@ -118,24 +117,13 @@ class Runner:
 
     def start(self, params: Mapping[str, jax.Array], state: State, start: Start, *, block: int) -> tuple[State, View]:
         """Some rows start; the others stay as they are."""
-        # What an answer left there that was not finite would reach the new one through slots that are masked.
-        kept = jnp.arange(state.cache.keys.shape[2]) < start.kept[:, None]
-        of_rows = lambda x: jnp.where(kept[None, :, :, None, None], x[:, start.rows], 0)  # noqa: E731
-        own = replace(state.cache, keys=of_rows(state.cache.keys), values=of_rows(state.cache.values))
-        part, view = self._started(params, own, start, block)
+        part, view = self._started(params, state.cache.take(start.rows, start.kept), start, block)
 
-        def put(axis: int):
-            at = (slice(None),) * axis + (start.rows,)
-            return lambda whole, new: whole.at[at].set(new, mode="drop")
+        def put(whole: jax.Array, new: jax.Array) -> jax.Array:
+            return whole.at[start.rows].set(new, mode="drop")
 
-        cache = replace(
-            state.cache,
-            keys=put(1)(state.cache.keys, part.cache.keys),
-            values=put(1)(state.cache.values, part.cache.values),
-            lengths=put(0)(state.cache.lengths, part.cache.lengths),
-        )
-        rest = jax.tree.map(put(0), state._replace(cache=None), part._replace(cache=None))
-        return rest._replace(cache=cache), view
+        rest = jax.tree.map(put, state._replace(cache=None), part._replace(cache=None))
+        return rest._replace(cache=state.cache.put(start.rows, part.cache)), view
 
     def decode(self, params: Mapping[str, jax.Array], state: State, stopped: jax.Array, steps: jax.Array) -> tuple[State, View]:
         """At most `steps` more tokens of each row, up to `CHUNK`; the host says which rows have `stopped [B]`."""
@@ -162,7 +150,7 @@ class Runner:
 
     # ---- parts ----
 
-    def _started(self, params: Mapping[str, jax.Array], cache: KVCache, start: Start, block: int) -> tuple[State, View]:
+    def _started(self, params: Mapping[str, jax.Array], cache: Cache, start: Start, block: int) -> tuple[State, View]:
         """`State` and `View` of the rows that start alone, in their caches."""
         keys = jax.random.key_data(jax.vmap(lambda s, n: jax.random.fold_in(jax.random.key(s), n))(start.seeds, start.numbers))
         rules = Rules(start.sampling, keys, start.ends, start.limits)
@@ -173,13 +161,13 @@ class Runner:
         return state, self._view(token[:, None], logprob[:, None], state.count - start.chosen)
 
     def _prefill(
-        self, params: Mapping[str, jax.Array], cache: KVCache, tokens: jax.Array, counts: jax.Array, block: int
-    ) -> tuple[jax.Array, KVCache]:
+        self, params: Mapping[str, jax.Array], cache: Cache, tokens: jax.Array, counts: jax.Array, block: int
+    ) -> tuple[jax.Array, Cache]:
         """Put the first `counts [B]` of tokens `[B, T]` into the cache, `block` of them at a time, so that the scores of a long
         prompt never exist at once; the logits `[B, V]` after the last of them."""
         module = self.model.bind(params)
 
-        def part(at: jax.Array | int, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        def part(at: jax.Array | int, cache: Cache) -> tuple[jax.Array, Cache]:
             here = jnp.clip(counts - at, 0, block)
             hidden, cache = forward(module, jax.lax.dynamic_slice_in_dim(tokens, at, block, axis=1), here, cache, self.dtype)
             last = jnp.clip(counts - 1 - at, 0, block - 1)

@@ -12,12 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 from ftjax.generate.answer import Answer
 from ftjax.generate.batch import block_length
 from ftjax.generate.cache import bucket
-from ftjax.generate.context import depends_on_length, recomputes_at
 from ftjax.generate.decode import CHUNK, Runner, Start, State, View
 from ftjax.generate.sample import Sampling, row_sampling
 from ftjax.generate.score import head_step, score_step
 from ftjax.mesh import parts, spec
-from ftjax.models.cache_shape import cache_shape
+from ftjax.models.cache import Layout
 from ftjax.models.model import Model
 
 ENDS = 8  # ids that end an answer come in multiples of it, so that few shapes are compiled
@@ -29,15 +28,16 @@ class Engine:
     def __init__(self, model: Model, mesh: Mesh, dtype: Any):
         self.model, self.mesh, self.dtype = model, mesh, dtype
         self.shards = parts(mesh.shape, "batch")
-        runner = Runner(model, cache_shape(model), dtype)
+        runner = Runner(model, dtype)
         self.empty = jax.jit(runner.empty, static_argnames=("rows", "slots"))
         self.begin = jax.jit(runner.begin, static_argnames=("slots", "block"))
         self.start = jax.jit(runner.start, static_argnames="block", donate_argnums=1)
         self.decode = jax.jit(runner.decode, donate_argnums=1)
         self._score = jax.jit(partial(score_step, runner), out_shardings=NamedSharding(mesh, spec(())))
         self._head = jax.jit(partial(head_step, runner), out_shardings=NamedSharding(mesh, spec(())))
-        self.whole_prompts = depends_on_length(model.config)  # a part of one would be rotated by other frequencies
-        self.switch = recomputes_at(model.config)
+        self.whole_prompts = any(rope.by_length for rope in model.ropes)  # a part of one would be rotated by other frequencies
+        self.keeps_prefixes = not (self.whole_prompts or Layout(model.memories).states)  # a state is that of a whole text
+        self.switch = min((rope.recomputed_at for rope in model.ropes if rope.recomputed_at), default=None)
 
     def score(self, params: Mapping[str, jax.Array], *batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`score_step` on arrays of the host."""
@@ -52,7 +52,7 @@ class Engine:
 
     def block(self, rows: int, length: int, slots: int) -> int:
         """Tokens of a prompt that go through the model at a time."""
-        return length if self.whole_prompts else block_length(rows, length, slots, self.model.heads)
+        return length if self.whole_prompts else block_length(rows, length, slots, self.model.sizes.heads)
 
     def steps_to_switch(self, answer: Answer) -> float:
         """Tokens until a text outgrows what its cached keys were rotated for (LongRoPE); 0: now."""
@@ -170,7 +170,7 @@ class Batch:
 
     def _same(self, row: int, text: Sequence[int]) -> int:
         """How many tokens of a text are in a row's slots. The last one is computed anew: its logits are wanted."""
-        if self._state is None or self.engine.whole_prompts:
+        if self._state is None or not self.engine.keeps_prefixes:
             return 0
         pairs = enumerate(zip(self._kept[row], text[:-1], strict=False))
         return next((i for i, (a, b) in pairs if a != b), min(len(self._kept[row]), len(text) - 1))
@@ -180,7 +180,7 @@ class Batch:
         size: int, length: int,
     ) -> Start:  # fmt: skip
         tokens = np.zeros((size, length), np.int32)
-        seen = np.zeros((size, self.engine.model.config["vocab_size"]), bool)
+        seen = np.zeros((size, self.engine.model.sizes.vocab), bool)
         most = max(len(answer.ends) for answer in answers.values())
         ends = np.full((size, max(1, math.ceil(most / ENDS)) * ENDS), -1, np.int32)
         numbers = np.zeros((6, size), np.int64)

@@ -21,7 +21,7 @@ from ftjax.errors import UserError
 from ftjax.generate.answer import Answer, Generation
 from ftjax.generate.batch import groups
 from ftjax.generate.cache import bucket
-from ftjax.generate.context import context_length, end_ids, generation_config
+from ftjax.generate.context import end_ids, generation_config
 from ftjax.generate.decode import CHUNK
 from ftjax.generate.engine import Batch, Engine
 from ftjax.generate.finite import not_finite, require_finite
@@ -109,7 +109,7 @@ class Generator:
         self.settings = generation_config(source)
         self.special_tokens_in_text: Mode = "split"
         self.fold_system = True
-        self.context, self.ends = context_length(model.config), end_ids(model.config, self.settings, tokenizer)
+        self.context, self.ends = model.sizes.positions, end_ids(model.config, self.settings, tokenizer)
         if model.max_positions is not None:  # virtual tokens take some of them
             self.context = min(self.context, model.max_positions)
 
@@ -270,7 +270,7 @@ class Generator:
             )  # fmt: skip
         if not ids:
             raise UserError(f"prompt {number + 1} is empty, and this tokenizer puts nothing before it; give at least a word")
-        vocab = self.model.config["vocab_size"]
+        vocab = self.model.sizes.vocab
         if not 0 <= min(ids) <= max(ids) < vocab:
             wrong = next(i for i in ids if not 0 <= i < vocab)
             raise UserError(

@@ -12,6 +12,7 @@ from ftjax.hub.adapter.peft import adapter_file, read_adapter_config
 from ftjax.hub.source import TensorSource
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.models.classifier import HEAD, REGRESSION, SINGLE, classes_of, classifier_config, problem_of
+from ftjax.models.model import build_module
 from ftjax.objectives import head_of
 
 TASK = "SEQ_CLS"  # PEFT's name
@@ -82,7 +83,7 @@ def with_head(
         order = [have.index(name) for name in classes]
         return facts, source if order == sorted(order) else InOrder(source, order)
     facts = classifier_config(facts, classes, pad_token_id, problem_type)
-    embed = facts.get("hidden_size") or facts["n_embd"]
+    embed = build_module(facts).sizes.embed
     return facts, WithHead(source, (len(classes), embed), facts.get("initializer_range") or 0.02, seed)
 
 

@@ -67,16 +67,11 @@ def read_facts(path: Path) -> dict:
 
 
 def positions_of(path: str, revision: str | None = None) -> int | None:
-    """Tokens of the longest text that a model is made for, by its config.json; None where that does not say."""
+    """Tokens of the longest text that a model is made for, by its config.json; None where that is no model that ftjax knows."""
     try:
-        facts = read_facts(resolve_config(path, revision))
+        return build_module(read_facts(resolve_config(path, revision))).sizes.positions
     except UserError:  # whoever needs the model says what is wrong with it
         return None
-    ropes = facts.get("rope_parameters") or {}
-    ropes = [ropes] if "rope_type" in ropes or "rope_theta" in ropes else [one for one in ropes.values() if one]
-    stretched = [(rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0) for rope in ropes]
-    known = [facts[name] for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len") if facts.get(name)]
-    return int(max(known[0], *stretched, 0)) if known else None
 
 
 def load_base(model: Model, source: TensorSource, mesh: Mesh, dtype, where: str) -> dict[str, jax.Array]:

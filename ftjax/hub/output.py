@@ -54,7 +54,7 @@ def write_output(
             write_adapter(partial, model, params, config.method, public_name(config.model.path))
             write_base(partial, source)
         write_tokenizer(partial, tokenizer, config.model, source)
-        rows = model.config["vocab_size"] if config.model.adds_tokens or config.model.pad_vocab_to_multiple_of else None
+        rows = model.sizes.vocab if config.model.adds_tokens or config.model.pad_vocab_to_multiple_of else None
         card = run_card(config, step=step, data=data, metrics=metrics or {}, whole=whole, rows=rows)
         (partial / "README.md").write_text(card)
 

@@ -119,7 +119,7 @@ def make_method(name: str, section: type[BottleneckConfig], kind: Kind) -> Metho
                 f"{', '.join(sorted(ACTIVATIONS))}"
             )
         nodes = {path: node for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)}
-        size = Model.of(root, {}).embedding.shape[-1]
+        size = root.sizes.embed
         for path, node in nodes.items():
             if isinstance(node, AsItIs) and path[-1] in kind.places:
                 above = next((path[:end] for end in range(len(path)) if isinstance(nodes.get(path[:end]), Stack)), None)
@@ -132,7 +132,7 @@ def make_method(name: str, section: type[BottleneckConfig], kind: Kind) -> Metho
         architectures = model.config.get("architectures") or [None]
         return {
             "config": {**FIXED, **kind.saved, **values},
-            "hidden_size": model.config.get("hidden_size", model.config.get("n_embd")),
+            "hidden_size": model.sizes.embed,
             "model_class": architectures[0],
             "model_name": base_model,
             "model_type": model.config["model_type"],

@@ -12,16 +12,17 @@ from ftjax.config import PTuningConfig
 from ftjax.methods.method import Method
 from ftjax.methods.prefix_tuning import NO_MERGE, VIRTUAL, dense, file_name, put, stored_by
 from ftjax.methods.prompt_tuning import PromptTokens, virtual_settings
-from ftjax.models.cache_shape import CacheShape, cache_shape
 from ftjax.models.layers import project
+from ftjax.models.memory import KeysValues, one_for_all
 from ftjax.models.model import Model
+from ftjax.models.stack import memories
 
 
 class EncodedTokens(PromptTokens):
     """Prompt tokens behind an MLP; without one (read from a file) they are as they are."""
 
-    def __init__(self, shape: CacheShape, count: int, embed: int, hidden: int | None):
-        super().__init__(shape, count, embed)
+    def __init__(self, remembered: KeysValues, layers: int, count: int, embed: int, hidden: int | None):
+        super().__init__(remembered, layers, count, embed)
         self.encoded = hidden is not None
         if self.encoded:
             self.weight_0, self.bias_0 = dense(embed, hidden, 0)
@@ -39,10 +40,9 @@ class EncodedTokens(PromptTokens):
 
 def attach(root: nnx.Module, config: PTuningConfig) -> None:
     """Put virtual tokens before every text of an abstract model, in place."""
-    model = Model.of(root, {})
-    shape, embed = cache_shape(model), model.embedding.shape[1]
+    count, layers, embed = config.num_virtual_tokens, root.sizes.layers, root.sizes.embed
     hidden = None if config.adapter_path else config.encoder_hidden_size or embed
-    put(root, EncodedTokens(shape, config.num_virtual_tokens, embed, hidden), config.num_virtual_tokens)
+    put(root, EncodedTokens(one_for_all(memories(root)), layers, count, embed, hidden), count)
 
 
 def saved_config(config: PTuningConfig, base_model: str, model: Model) -> dict:

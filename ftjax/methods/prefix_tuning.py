@@ -17,22 +17,23 @@ from flax import nnx
 
 from ftjax.config import PrefixTuningConfig
 from ftjax.methods.method import Fetch, Method, Stored
-from ftjax.models.cache_shape import CacheShape, cache_shape
 from ftjax.models.context import Context, Prefix
 from ftjax.models.layers import project
+from ftjax.models.memory import KeysValues, one_for_all
 from ftjax.models.model import Model
 from ftjax.models.param import Init, Piece, Spec, param
+from ftjax.models.stack import memories
 
 TENSOR = "prompt_embeddings"
 NO_MERGE = "virtual tokens stand before the text and are no part of any weight"
 
 
 class PrefixTokens(nnx.Module):
-    """`Prefix` of a model whose cache has this shape."""
+    """`Prefix` of a model whose layers all remember `remembered`."""
 
-    def __init__(self, shape: CacheShape, config: PrefixTuningConfig):
-        self.shape, dim = shape, shape.kv_heads * shape.head_dim
-        wide = shape.layers * 2 * dim
+    def __init__(self, layers: int, remembered: KeysValues, config: PrefixTuningConfig):
+        self.count, self.remembered, dim = layers, remembered, remembered.kv_heads * remembered.key_dim
+        wide = layers * 2 * dim
         self.projected = config.prefix_projection
         zero = config.init_weights == "zero"
         if not self.projected:
@@ -51,8 +52,8 @@ class PrefixTokens(nnx.Module):
         return project(x, self.weight_2[...]) + self.bias_2[...]
 
     def __call__(self, root: nnx.Module, ctx: Context) -> Prefix:
-        layers, kv_heads, head_dim = self.shape
-        parts = self.flat().astype(ctx.dtype).reshape(-1, layers, 2, kv_heads, head_dim).transpose(2, 1, 0, 3, 4)
+        shape = self.count, 2, self.remembered.kv_heads, self.remembered.key_dim
+        parts = self.flat().astype(ctx.dtype).reshape(-1, *shape).transpose(2, 1, 0, 3, 4)
         return Prefix(parts[0], parts[1])
 
 
@@ -68,7 +69,7 @@ def dense(size_in: int, size_out: int, number: int, *, zero: bool = False) -> tu
 
 def attach(root: nnx.Module, config: PrefixTuningConfig) -> None:
     """Put virtual tokens before every text of an abstract model, in place."""
-    put(root, PrefixTokens(cache_shape(Model.of(root, {})), config), config.num_virtual_tokens)
+    put(root, PrefixTokens(root.sizes.layers, one_for_all(memories(root)), config), config.num_virtual_tokens)
 
 
 def put(root: nnx.Module, virtual: nnx.Module, count: int) -> None:
@@ -96,8 +97,8 @@ def stored_by(make) -> object:
 
 def saved_config(config: PrefixTuningConfig, base_model: str, model: Model) -> dict:
     """adapter_config.json for PEFT."""
-    shape = model.bind({path: spec.abstract for path, spec in model.specs.items()}).virtual.shape
-    dim = shape.kv_heads * shape.head_dim
+    remembered = one_for_all(model.memories)
+    dim = remembered.kv_heads * remembered.key_dim
     return {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
@@ -105,8 +106,8 @@ def saved_config(config: PrefixTuningConfig, base_model: str, model: Model) -> d
         "inference_mode": True,
         "num_virtual_tokens": config.num_virtual_tokens,
         "num_transformer_submodules": 1,
-        "num_layers": shape.layers,
-        "num_attention_heads": shape.kv_heads,
+        "num_layers": model.sizes.layers,
+        "num_attention_heads": remembered.kv_heads,
         "token_dim": dim,
         "encoder_hidden_size": config.encoder_hidden_size or dim,
         "prefix_projection": config.prefix_projection,

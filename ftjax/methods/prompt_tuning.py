@@ -16,18 +16,20 @@ from ftjax.config import PromptTuningConfig
 from ftjax.errors import UserError
 from ftjax.methods.method import Method, Start
 from ftjax.methods.prefix_tuning import NO_MERGE, VIRTUAL, file_name, own, put
-from ftjax.models.cache_shape import CacheShape, cache_shape
-from ftjax.models.context import Context, KVCache, Prefix
+from ftjax.models.cache import Cache, Layout
+from ftjax.models.context import Context, Prefix
 from ftjax.models.gemma import GemmaModel
+from ftjax.models.memory import KeysValues, one_for_all
 from ftjax.models.model import Model
 from ftjax.models.param import Init
+from ftjax.models.stack import memories
 
 
 class PromptTokens(nnx.Module):
     """`Prefix` out of embeddings: the model reads them once, and every document behind them sees their keys and values."""
 
-    def __init__(self, shape: CacheShape, count: int, embed: int):
-        self.shape = shape
+    def __init__(self, remembered: KeysValues, layers: int, count: int, embed: int):
+        self.layout = Layout(((remembered,),) * layers)
         self.embedding = own((count, embed), "embedding", Init("normal"))
 
     def flat(self) -> jax.Array:
@@ -37,16 +39,17 @@ class PromptTokens(nnx.Module):
     def __call__(self, root: nnx.Module, ctx: Context) -> Prefix:
         embeddings = self.flat()[None]
         ones = jnp.ones(embeddings.shape[:2], jnp.int32)
-        cache = KVCache.empty(self.shape.layers, 1, ones.shape[1], self.shape.kv_heads, self.shape.head_dim, ctx.dtype)
+        cache = Cache.empty(self.layout, 1, ones.shape[1], ctx.dtype)
         own_ctx = replace(ctx, positions=jnp.cumsum(ones, axis=1) - 1, segment_ids=ones, dropout=None)
         _, cache, _ = root.hidden(embeddings, own_ctx, cache)
-        return Prefix(cache.keys[:, 0], cache.values[:, 0])
+        [keys], [values] = cache.keys, cache.values
+        return Prefix(keys[:, 0], values[:, 0])
 
 
 def attach(root: nnx.Module, config: PromptTuningConfig) -> None:
     """Put virtual tokens before every text of an abstract model, in place."""
-    model = Model.of(root, {})
-    put(root, PromptTokens(cache_shape(model), config.num_virtual_tokens, model.embedding.shape[1]), config.num_virtual_tokens)
+    count, sizes = config.num_virtual_tokens, root.sizes
+    put(root, PromptTokens(one_for_all(memories(root)), sizes.layers, count, sizes.embed), count)
 
 
 def start(config: PromptTuningConfig, model: Model, begin: Start) -> dict[str, np.ndarray]:
@@ -76,8 +79,8 @@ def virtual_settings(kind: str, base_model: str, model: Model) -> dict:
         "inference_mode": True,
         "num_virtual_tokens": virtual.embedding.get_value().shape[0],
         "num_transformer_submodules": 1,
-        "num_layers": virtual.shape.layers,
-        "num_attention_heads": model.heads,
+        "num_layers": model.sizes.layers,
+        "num_attention_heads": model.sizes.heads,
         "token_dim": virtual.embedding.get_value().shape[1],
     }
 

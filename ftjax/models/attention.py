@@ -74,7 +74,7 @@ def xla(
         sink = sinks.astype(jnp.float32).reshape(1, kv, n // kv, 1, 1)
         scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
     probabilities = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(q.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", probabilities, v, precision=precision).reshape(b, t, n, h)
+    return jnp.einsum("bkgts,bskh->btkgh", probabilities, v, precision=precision).reshape(b, t, n, v.shape[-1])
 
 
 # Self-attention of packed rows on one device: (q, k, v, segments, sinks, pattern) -> [B, T, N, H]. `splash_interpreted` is the
@@ -125,8 +125,8 @@ def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: s
         k_segments: [B, S] int32; None for a KV cache, whose rows are one document each.
         offset: slot of the first query, of each row [B] or of all.
         pattern: scale, window and softcap of this layer.
-        backend: what `choose` gave. A KV cache, whose few queries have few scores, and rows behind a prefix
-            go through the plain XLA one.
+        backend: what `choose` gave. A KV cache, whose few queries have few scores, rows behind a prefix, and values of
+            another size than keys go through the plain XLA one.
         sinks: [N], a learned score of each head that takes its share of the softmax and gives nothing (gpt-oss); or None.
         prefix: keys and values [V, K, H] that stand before every document, and who sees them: bool [B, T, V]; or None.
     """
@@ -134,7 +134,8 @@ def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: s
         if backend == "cudnn":
             raise UserError(f"model.attention: cudnn cannot compute this model: {reason}; auto takes xla for such layers")
         backend = "xla"
-    if backend == "xla" or k_segments is not q_segments or prefix is not None:
+    other_values = v.shape[-1] != q.shape[-1]  # the kernels know one size of heads
+    if backend == "xla" or k_segments is not q_segments or prefix is not None or other_values:
         return xla(q, k, v, q_segments, k_segments, offset, pattern, sinks, prefix)
     kernel = KERNELS["cudnn" if backend == AUTO_CUDNN else backend]
     return on_each_device(partial(_with_pattern, kernel, pattern), q, k, v, q_segments, sinks)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.errors import UserError
+from ftjax.models.causal_lm import CausalLM
 from ftjax.models.context import Context
 from ftjax.models.layers import Linear
 
@@ -79,11 +80,11 @@ def classifier_config(
     }
 
 
-def to_classifier(root: nnx.Module, config: Mapping[str, Any]) -> None:
+def to_classifier(root: CausalLM, config: Mapping[str, Any]) -> None:
     """Replace the projection to the vocabulary by one to the classes of config.json, in place."""
     if "." not in root.output:  # a module of its own, not the embedding
         setattr(root, root.output, None)
     object.__setattr__(root, "__class__", _with_scores(type(root)))  # not one of its parts, which NNX would note
-    root.score = Linear(config.get("hidden_size") or config["n_embd"], len(classes_of(config)), ("embed", None))
+    root.score = Linear(root.sizes.embed, len(classes_of(config)), ("embed", None))
     root.score.adaptable = False  # it trains in full
     root.output = HEAD

@@ -1,61 +1,13 @@
-"""What every layer of one forward pass may need to know, and the KV cache.
+"""What every layer of one forward pass may need to know.
 
-Legend: B batch, T query length, S cache slots, K kv heads, H head dim, L layers, V virtual tokens.
+Legend: B batch, T query length, K kv heads, H head dim, L layers, V virtual tokens.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of all layers, preallocated. Each row fills its slots from the left, at its own pace.
-
-    Token t of a row is in slot t, whatever its neighbours hold, and its keys enter after RoPE. A query sees the slots up to its
-    own. Later slots may hold anything finite: padding of a prompt, or what an earlier text left; each is overwritten before a
-    query can see it.
-    """
-
-    keys: jax.Array  # [L, B, S, K, H]
-    values: jax.Array  # [L, B, S, K, H]
-    lengths: jax.Array  # [B] int32: tokens of each row so far
-
-    @classmethod
-    def empty(cls, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype) -> "KVCache":
-        shape = (layers, batch, slots, kv_heads, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
-
-    def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> "KVCache":
-        """Put k and v `[B, T, K, H]` into the next T slots of each row of a layer; `advance` moves on, once for all layers."""
-        return replace(self, keys=self._put(self.keys, layer, k), values=self._put(self.values, layer, v))
-
-    def _put(self, slots: jax.Array, layer: jax.Array | int, new: jax.Array) -> jax.Array:
-        """One window of each row: with the rows as a batch dimension, a sharded cache is written where it is. A window that
-        does not fit is dropped: it is that of a row that has ended."""
-        at = jnp.stack([jnp.broadcast_to(jnp.int32(layer), self.lengths.shape), self.lengths], axis=1)
-        dimensions = jax.lax.ScatterDimensionNumbers(
-            update_window_dims=(1, 2, 3),
-            inserted_window_dims=(0,),
-            scatter_dims_to_operand_dims=(0, 2),
-            operand_batching_dims=(1,),
-            scatter_indices_batching_dims=(0,),
-        )
-        return jax.lax.scatter(
-            slots, at, new.astype(slots.dtype), dimensions, indices_are_sorted=True, unique_indices=True,
-            mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
-        )  # fmt: skip
-
-    def read(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values `[B, S, K, H]` of a layer, slots that are not yet written included."""
-        return self.keys[layer], self.values[layer]
-
-    def advance(self, counts: jax.Array) -> "KVCache":
-        """Keep the first `counts [B]` tokens of each row that were written last."""
-        return replace(self, lengths=self.lengths + counts)
 
 
 @dataclass(frozen=True)

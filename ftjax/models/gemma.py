@@ -11,11 +11,13 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Memories
+from ftjax.models.causal_lm import Sizes, read_sizes
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm, is_virtual
 from ftjax.models.llama import LlamaAttention, LlamaMLP, attention
-from ftjax.models.rope import Rope, angles, make_rope, refuse_partial
+from ftjax.models.rope import Rope, angles, every, make_rope, refuse_partial
 from ftjax.models.stack import Stack
 from ftjax.models.virtual import behind_virtual_tokens
 
@@ -32,7 +34,7 @@ class GemmaBlock(nnx.Module):
         self.post_attention_layernorm = gemma_norm(embed, eps)
         self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
         x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
         x = x + self.output_adapters(x, self.mlp(self.post_attention_layernorm(x), ctx), ctx)
@@ -49,7 +51,11 @@ class GemmaModel(nnx.Module):
         self.layers = layers
         self.norm = gemma_norm(embed, eps)
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        return every(self.rope)
+
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
         x = self.embed_tokens(tokens, ctx.dtype)
         if not is_virtual(tokens):  # those are what would come out of here
@@ -63,14 +69,16 @@ class GemmaModel(nnx.Module):
 class GemmaForCausalLM(nnx.Module):
     """The model and its projection to the vocabulary; `softcap` bounds the logits (Gemma 2)."""
 
-    def __init__(self, model: GemmaModel, vocab: int, embed: int, tied: bool, softcap: float | None = None):
+    def __init__(self, model: GemmaModel, sizes: Sizes, tied: bool, softcap: float | None = None):
+        self.sizes, self.ropes = sizes, model.ropes
+        self.embedding = "model.embed_tokens"
         self.ignored = (".rotary_emb.inv_freq", *(("lm_head.weight",) if tied else ()))
-        self.output = "model.embed_tokens" if tied else "lm_head"
+        self.output = self.embedding if tied else "lm_head"
         self.softcap = softcap
         self.model = model
-        self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
+        self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
 
-    def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         return self.model(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
@@ -95,4 +103,4 @@ def build(facts: Facts) -> GemmaForCausalLM:
     block = GemmaBlock(*attention_and_mlp(facts, "hidden_act"), embed, eps)
     layers = Stack(block, (Pattern(scale=head_dim**-0.5),) * facts["num_hidden_layers"])
     model = GemmaModel(vocab, embed, eps, layers, make_rope(rope, head_dim, facts["max_position_embeddings"]))
-    return GemmaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])
+    return GemmaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"])

@@ -9,7 +9,9 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Memories
+from ftjax.models.causal_lm import read_sizes
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.gemma import GemmaForCausalLM, GemmaModel, attention_and_mlp, gemma_norm
 from ftjax.models.layer_types import patterns
@@ -28,7 +30,7 @@ class Gemma2Block(nnx.Module):
         self.post_feedforward_layernorm = gemma_norm(embed, eps)
         self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
         y = self.attention_adapters(x, y, ctx)
         x = constrain(x + self.post_attention_layernorm(y), "batch", "length", None)
@@ -46,4 +48,4 @@ def build(facts: Facts) -> GemmaForCausalLM:
     block = Gemma2Block(*attention_and_mlp(facts, "hidden_activation"), embed, eps)
     kinds = patterns(facts, facts["query_pre_attn_scalar"] ** -0.5, facts["attn_logit_softcapping"])
     model = GemmaModel(vocab, embed, eps, Stack(block, kinds), make_rope(rope, head_dim, facts["max_position_embeddings"]))
-    return GemmaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"], facts["final_logit_softcapping"])
+    return GemmaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"], facts["final_logit_softcapping"])

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import jax
 
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Memories
+from ftjax.models.causal_lm import read_sizes
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.gemma import GemmaForCausalLM, GemmaModel, attention_and_mlp, gemma_norm
 from ftjax.models.gemma2 import Gemma2Block
@@ -16,7 +18,7 @@ from ftjax.models.stack import Stack
 
 
 class Gemma3Block(Gemma2Block):
-    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: Memories):
         return super().__call__(x, replace(ctx, rope=ctx.rope[kind.rope]), kind.pattern, layer, cache)
 
 
@@ -29,4 +31,4 @@ def build(facts: Facts) -> GemmaForCausalLM:
     block = Gemma3Block(*attention_and_mlp(facts, "hidden_activation", **norms), embed, eps)
     kinds = tuple(map(Kind, patterns(facts, facts["query_pre_attn_scalar"] ** -0.5), facts["layer_types"]))
     model = GemmaModel(vocab, embed, eps, Stack(block, kinds), ropes(facts, head_dim))
-    return GemmaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"], facts["final_logit_softcapping"])
+    return GemmaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"], facts["final_logit_softcapping"])

@@ -12,9 +12,12 @@ from flax import nnx
 from ftjax.errors import UserError
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Memories
+from ftjax.models.causal_lm import Sizes
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.layers import AsItIs, Embedding, LayerNorm, Linear, activation
+from ftjax.models.memory import KeysValues
 from ftjax.models.self_attention import self_attention
 from ftjax.models.stack import Stack
 from ftjax.models.virtual import behind_virtual_tokens
@@ -25,10 +28,11 @@ class GPT2Attention(nnx.Module):
 
     def __init__(self, embed: int, heads: int, by_layer: bool):
         self.heads, self.head_dim, self.by_layer = heads, embed // heads, by_layer
+        self.memory = (KeysValues(heads, self.head_dim, self.head_dim),)
         self.c_attn = Linear(embed, 3 * embed, ("embed", "heads"), bias=True, conv1d=True)
         self.c_proj = Linear(embed, embed, ("heads", "embed"), bias=True, conv1d=True)
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         """`x [B, T, E] -> ([B, T, E], cache)`."""
         b, t, _ = x.shape
         q, k, v = (y.reshape(b, t, self.heads, self.head_dim) for y in jnp.split(self.c_attn(x, ctx), 3, axis=-1))
@@ -56,7 +60,7 @@ class GPT2Block(nnx.Module):
         self.ln_2 = LayerNorm(embed, eps)
         self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.attn(self.ln_1(x), ctx, pattern, layer, cache)
         x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
         x = x + self.output_adapters(x, self.mlp(self.ln_2(x), ctx), ctx)
@@ -70,7 +74,7 @@ class GPT2Model(nnx.Module):
         self.h = layers
         self.ln_f = LayerNorm(embed, eps)
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss.
 
         A position past the table gives NaN, never another position's row.
@@ -81,14 +85,16 @@ class GPT2Model(nnx.Module):
 
 
 class GPT2LMHeadModel(nnx.Module):
-    def __init__(self, transformer: GPT2Model, vocab: int, embed: int, tied: bool):
+    def __init__(self, transformer: GPT2Model, sizes: Sizes, tied: bool):
+        self.sizes, self.ropes = sizes, ()
+        self.embedding = "transformer.wte"
         # Older exports hold the causal mask of each layer, and the tied head once more.
         self.ignored = (".attn.bias", ".attn.masked_bias", *(("lm_head.weight",) if tied else ()))
-        self.output = "transformer.wte" if tied else "lm_head"
+        self.output = self.embedding if tied else "lm_head"
         self.transformer = transformer
-        self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
+        self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
 
-    def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         return self.transformer(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
@@ -99,7 +105,7 @@ class GPT2LMHeadModel(nnx.Module):
 
 def build(facts: Facts) -> GPT2LMHeadModel:
     """The abstract model of a `gpt2` config.json."""
-    embed, heads, eps, vocab = facts["n_embd"], facts["n_head"], facts["layer_norm_epsilon"], facts["vocab_size"]
+    embed, heads, eps = facts["n_embd"], facts["n_head"], facts["layer_norm_epsilon"]
     if embed % heads:
         raise UserError(f"config.json of this gpt2 model has n_embd = {embed}, which does not divide by n_head = {heads}")
     facts.dropout("attn_pdrop", "resid_pdrop", "embd_pdrop")
@@ -117,6 +123,6 @@ def build(facts: Facts) -> GPT2LMHeadModel:
         eps,
     )
     scale = (embed // heads) ** -0.5 if facts["scale_attn_weights"] else 1.0
-    layers = Stack(block, (Pattern(scale),) * facts["n_layer"])
-    model = GPT2Model(vocab, facts.max_positions, embed, eps, layers)
-    return GPT2LMHeadModel(model, vocab, embed, facts["tie_word_embeddings"])
+    sizes = Sizes(facts["n_layer"], heads, heads, embed // heads, embed, facts["vocab_size"], facts["n_positions"])
+    model = GPT2Model(sizes.vocab, sizes.positions, embed, eps, Stack(block, (Pattern(scale),) * sizes.layers))
+    return GPT2LMHeadModel(model, sizes, facts["tie_word_embeddings"])

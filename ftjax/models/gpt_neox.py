@@ -12,11 +12,14 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Memories
+from ftjax.models.causal_lm import Sizes
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.layers import AsItIs, Embedding, LayerNorm, Linear, activation
+from ftjax.models.memory import KeysValues
 from ftjax.models.param import Layout
-from ftjax.models.rope import Rope, make_rope
+from ftjax.models.rope import Rope, longest_text, make_rope
 from ftjax.models.self_attention import self_attention
 from ftjax.models.stack import Stack
 from ftjax.models.virtual import behind_virtual_tokens
@@ -25,10 +28,11 @@ from ftjax.models.virtual import behind_virtual_tokens
 class GPTNeoXAttention(nnx.Module):
     def __init__(self, embed: int, heads: int, bias: bool):
         self.heads, self.head_dim = heads, embed // heads
+        self.memory = (KeysValues(heads, self.head_dim, self.head_dim),)
         self.query_key_value = Linear(embed, 3 * embed, ("embed", "heads"), bias=bias)
         self.dense = Linear(embed, embed, ("heads", "embed"), bias=bias)
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         """`x [B, T, E] -> ([B, T, E], cache)`."""
         b, t, _ = x.shape
         qkv = self.query_key_value(x, ctx).reshape(b, t, self.heads, 3 * self.head_dim)  # by head, so that they split well
@@ -57,7 +61,7 @@ class GPTNeoXBlock(nnx.Module):
         self.post_attention_layernorm = LayerNorm(embed, eps)
         self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.attention(self.input_layernorm(x), ctx, pattern, layer, cache)
         attended = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
         read = x if self.parallel else attended
@@ -72,7 +76,7 @@ class GPTNeoXModel(nnx.Module):
         self.layers = layers
         self.final_layer_norm = LayerNorm(embed, eps)
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
         x = constrain(self.embed_in(tokens, ctx.dtype), "batch", "length", None)
         ctx = dataclasses.replace(ctx, rope=self.rope.angles(ctx.positions, ctx.segment_ids))
@@ -81,19 +85,21 @@ class GPTNeoXModel(nnx.Module):
 
 
 class GPTNeoXForCausalLM(nnx.Module):
-    def __init__(self, gpt_neox: GPTNeoXModel, vocab: int, embed: int, tied: bool):
+    def __init__(self, gpt_neox: GPTNeoXModel, sizes: Sizes, tied: bool):
+        self.sizes, self.ropes = sizes, (gpt_neox.rope,)
+        self.embedding = "gpt_neox.embed_in"
         # Older exports hold the causal mask of each layer, RoPE's table, and the tied head once more.
         heads = ("lm_head.weight", "embed_out.weight") if tied else ()
         self.ignored = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq", *heads)
-        self.output = "gpt_neox.embed_in" if tied else "lm_head"
+        self.output = self.embedding if tied else "lm_head"
         self.gpt_neox = gpt_neox
-        self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
+        self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
         if self.lm_head is not None:  # checkpoints have the name of older transformers
             layout = Layout("weight", module=("lm_head", "embed_out"))
             weight = self.lm_head.weight
             weight.set_metadata("row", dataclasses.replace(weight.row, layouts=(layout,)))
 
-    def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         return self.gpt_neox(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
@@ -105,9 +111,11 @@ class GPTNeoXForCausalLM(nnx.Module):
 def build(facts: Facts) -> GPTNeoXForCausalLM:
     """The abstract model of a `gpt_neox` config.json."""
     embed, heads, eps, vocab = facts["hidden_size"], facts["num_attention_heads"], facts["layer_norm_eps"], facts["vocab_size"]
+    head_dim = embed // heads  # transformers' configuration class has checked that it divides
+    positions = longest_text(facts["rope_parameters"], facts["max_position_embeddings"])
+    sizes = Sizes(facts["num_hidden_layers"], heads, heads, head_dim, embed, vocab, positions)
     facts.dropout("attention_dropout", "hidden_dropout")
     facts.inert("classifier_dropout", "is_decoder")  # transformers' causal model reads neither
-    head_dim = embed // heads  # transformers' configuration class has checked that it divides
     block = GPTNeoXBlock(
         GPTNeoXAttention(embed, heads, facts["attention_bias"]),
         GPTNeoXMLP(embed, facts["intermediate_size"], facts["hidden_act"]),
@@ -116,11 +124,10 @@ def build(facts: Facts) -> GPTNeoXForCausalLM:
         facts["use_parallel_residual"],
     )
     rope_parameters = facts["rope_parameters"]
-    for name, read in {
-        "rope_theta": "rotary_emb_base",
-        "partial_rotary_factor": "rotary_pct",
-    }.items():  # transformers 4 wrote both
+    for name, read in {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}.items():
+        # transformers 4 wrote both
         facts.only(name, rope_parameters[name], None, why=f"transformers reads {read} and not it")
     rope = make_rope(rope_parameters, head_dim, facts["max_position_embeddings"])
-    layers = Stack(block, (Pattern(head_dim**-0.5),) * facts["num_hidden_layers"])
-    return GPTNeoXForCausalLM(GPTNeoXModel(vocab, embed, eps, layers, rope), vocab, embed, facts["tie_word_embeddings"])
+    layers = Stack(block, (Pattern(head_dim**-0.5),) * sizes.layers)
+    model = GPTNeoXModel(vocab, embed, eps, layers, rope)
+    return GPTNeoXForCausalLM(model, sizes, facts["tie_word_embeddings"])

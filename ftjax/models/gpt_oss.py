@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import patterns
 from ftjax.models.layers import RMSNorm
-from ftjax.models.llama import LlamaForCausalLM, attention, head_size
+from ftjax.models.llama import LlamaForCausalLM, attention
 from ftjax.models.mixtral import router_loss
 from ftjax.models.moe import Group, MoeBlock, MoeModel, Router, SparseMoe, dispatch, grouped
 from ftjax.models.param import Init, param
@@ -80,4 +81,4 @@ def build(facts: Facts) -> LlamaForCausalLM:
     stack = Stack(GptOssBlock(attention(facts, bias=facts["attention_bias"], sinks=True), mlp, embed, eps, experts), kinds)
     model = MoeModel(vocab, embed, eps, stack, rope, router_loss(facts), len(kinds))
     model.norm = RMSNorm(embed, eps, round_first=False)
-    return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])
+    return LlamaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"])

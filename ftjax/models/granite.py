@@ -11,7 +11,9 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Memories
+from ftjax.models.causal_lm import Sizes, read_sizes
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, LlamaModel, attention, mlp, whole_rope
 from ftjax.models.rope import Rope, angles
@@ -30,7 +32,7 @@ class GraniteBlock(LlamaBlock):
         super().__init__(attention, mlp, embed, eps)
         self.residual = residual
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
         x = constrain(x + times(self.attention_adapters(x, y, ctx), self.residual), "batch", "length", None)
         y = self.mlp(self.post_attention_layernorm(x), ctx)
@@ -44,7 +46,7 @@ class GraniteModel(LlamaModel):
         super().__init__(vocab, embed, eps, layers, rope)
         self.multiplier = multiplier
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
         x = constrain(times(self.embed_tokens(tokens, ctx.dtype), self.multiplier), "batch", "length", None)
         ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids))
@@ -53,9 +55,9 @@ class GraniteModel(LlamaModel):
 
 
 class GraniteForCausalLM(LlamaForCausalLM):
-    def __init__(self, model: GraniteModel, vocab: int, embed: int, tied: bool, scaling: float):
+    def __init__(self, model: GraniteModel, sizes: Sizes, tied: bool, scaling: float):
         """`scaling`: what logits are divided by."""
-        super().__init__(model, vocab, embed, tied)
+        super().__init__(model, sizes, tied)
         self.scaling = scaling
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
@@ -69,4 +71,4 @@ def build(facts: Facts) -> GraniteForCausalLM:
     block = GraniteBlock(*parts, embed, eps, facts["residual_multiplier"])
     layers = Stack(block, (Pattern(facts["attention_multiplier"]),) * facts["num_hidden_layers"])
     model = GraniteModel(vocab, embed, eps, layers, whole_rope(facts), facts["embedding_multiplier"])
-    return GraniteForCausalLM(model, vocab, embed, facts["tie_word_embeddings"], facts["logits_scaling"])
+    return GraniteForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"], facts["logits_scaling"])

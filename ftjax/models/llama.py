@@ -13,13 +13,16 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
+from ftjax.models.cache import Memories
+from ftjax.models.causal_lm import Sizes, head_size, read_sizes
 from ftjax.models.chunks import feed_forward
-from ftjax.models.context import Context, KVCache
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.kept import projected
 from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm, activation
+from ftjax.models.memory import KeysValues
 from ftjax.models.param import param
-from ftjax.models.rope import Rope, angles, make_rope, refuse_partial
+from ftjax.models.rope import Rope, angles, every, make_rope, refuse_partial
 from ftjax.models.self_attention import self_attention
 from ftjax.models.stack import Stack
 from ftjax.models.virtual import behind_virtual_tokens
@@ -46,6 +49,7 @@ class LlamaAttention(nnx.Module):
         sinks: bool = False,
     ):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.memory = (KeysValues(kv_heads, head_dim, head_dim),)
         self.q_proj = Linear(embed, heads * head_dim, ("embed", "heads"), bias=bias)
         self.k_proj = Linear(embed, kv_heads * head_dim, ("embed", "kv_heads"), bias=bias)
         self.v_proj = Linear(embed, kv_heads * head_dim, ("embed", "kv_heads"), bias=bias)
@@ -61,11 +65,11 @@ class LlamaAttention(nnx.Module):
         v = self.v_proj(x, ctx).reshape(b, t, self.kv_heads, self.head_dim)
         return q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k), v
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         """`x [B, T, E] -> ([B, T, E], cache)`."""
         return self.attend(self.project(x, ctx), ctx, pattern, layer, cache)
 
-    def attend(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def attend(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: Memories):
         """What `project` gave -> `([B, T, E], cache)`."""
         sinks = None if self.sinks is None else self.sinks[...]
         y, cache = self_attention(*qkv, ctx, pattern, layer, cache, sinks)
@@ -96,7 +100,7 @@ class LlamaBlock(nnx.Module):
         self.post_attention_layernorm = RMSNorm(embed, eps)
         self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         qkv = projected(self.input_layernorm, self.self_attn, x, ctx)
         y, cache = self.self_attn.attend(qkv, ctx, pattern, layer, cache)
         x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
@@ -113,7 +117,11 @@ class LlamaModel(nnx.Module):
         self.layers = layers
         self.norm = RMSNorm(embed, eps)
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        return every(self.rope)
+
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
         x = constrain(self.embed_tokens(tokens, ctx.dtype), "batch", "length", None)
         ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids))
@@ -124,14 +132,16 @@ class LlamaModel(nnx.Module):
 class LlamaForCausalLM(nnx.Module):
     """The model, and its projection to the vocabulary (tied to the embedding where the checkpoint says so)."""
 
-    def __init__(self, model: LlamaModel, vocab: int, embed: int, tied: bool):
+    def __init__(self, model: LlamaModel, sizes: Sizes, tied: bool):
+        self.sizes, self.ropes = sizes, model.ropes
+        self.embedding = "model.embed_tokens"
         # Older exports hold these beside the weights: RoPE's table, and the tied head once more.
         self.ignored = (".rotary_emb.inv_freq", *(("lm_head.weight",) if tied else ()))
-        self.output = "model.embed_tokens" if tied else "lm_head"  # the module that `unembed` uses
+        self.output = self.embedding if tied else "lm_head"
         self.model = model
-        self.lm_head = None if tied else Linear(embed, vocab, ("embed", "vocab"))
+        self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
 
-    def hidden(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         return self.model(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
@@ -147,12 +157,6 @@ def attention(facts: Facts, *, bias: bool, kind: type[LlamaAttention] = LlamaAtt
     return kind(facts["hidden_size"], heads, kv_heads, head_size(facts), bias, **options)
 
 
-def head_size(facts: Facts) -> int:
-    """H: `head_dim`, which is optional in every config with Llama's names."""
-    embed, heads = facts["hidden_size"], facts["num_attention_heads"]
-    return facts.get("head_dim", embed // heads)
-
-
 def mlp(facts: Facts, *, bias: bool = False) -> LlamaMLP:
     return LlamaMLP(facts["hidden_size"], facts["intermediate_size"], facts["hidden_act"], bias)
 
@@ -164,9 +168,9 @@ def whole_rope(facts: Facts) -> Rope:
 
 def decoder(facts: Facts, block: nnx.Module, kinds: tuple, rope: Rope | dict[str, Rope]) -> LlamaForCausalLM:
     """The whole model around a block; `kinds` has what tells each layer from the others."""
-    embed, eps, vocab = facts["hidden_size"], facts["rms_norm_eps"], facts["vocab_size"]
-    model = LlamaModel(vocab, embed, eps, Stack(block, kinds), rope)
-    return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])
+    sizes = read_sizes(facts)
+    model = LlamaModel(sizes.vocab, sizes.embed, facts["rms_norm_eps"], Stack(block, kinds), rope)
+    return LlamaForCausalLM(model, sizes, facts["tie_word_embeddings"])
 
 
 def build(facts: Facts) -> LlamaForCausalLM:

@@ -1,9 +1,10 @@
 """Mistral: Llama with a sliding window over all layers, where the config has one (Jiang et al. 2023, arXiv:2310.06825)."""
 
 from ftjax.models.attention import Pattern
+from ftjax.models.causal_lm import head_size
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import window
-from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp, whole_rope
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, mlp, whole_rope
 
 
 def build(facts: Facts) -> LlamaForCausalLM:

@@ -1,9 +1,10 @@
 """Mixtral: Llama's block with eight experts in place of its MLP (Jiang et al. 2024, arXiv:2401.04088)."""
 
 from ftjax.models.attention import Pattern
+from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import window
-from ftjax.models.llama import LlamaForCausalLM, attention, head_size
+from ftjax.models.llama import LlamaForCausalLM, attention
 from ftjax.models.moe import Experts, MoeBlock, MoeModel, Router, SparseMoe
 from ftjax.models.param import Layout
 from ftjax.models.rope import make_rope, refuse_partial
@@ -30,4 +31,4 @@ def build(facts: Facts) -> LlamaForCausalLM:
     stack = Stack(block, (Pattern(head_dim**-0.5, window(facts)),) * layers)
     rope = make_rope(rope, head_dim, facts["max_position_embeddings"])
     model = MoeModel(vocab, embed, eps, stack, rope, router_loss(facts), layers)
-    return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])
+    return LlamaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"])

@@ -12,11 +12,14 @@ import numpy as np
 from flax import nnx
 
 from ftjax import tree
+from ftjax.models.causal_lm import CausalLM, Sizes
 from ftjax.models.classifier import classes_of, to_classifier
 from ftjax.models.facts import Facts
+from ftjax.models.memory import Memory
 from ftjax.models.param import Buffer, Spec, specs, variables
 from ftjax.models.registry import FAMILIES
-from ftjax.models.rope import unread
+from ftjax.models.rope import Rope, unread
+from ftjax.models.stack import memories
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,10 @@ class Model:
     Attributes:
         config: config.json, as completed by transformers.
         specs: the row of every parameter, by path.
-        ignored: endings of checkpoint tensors that older exports hold and the model does not need.
-        output: path of the module that projects hidden states to logits.
         buffers: arrays that are neither loaded nor trained (LoRA scales), by path.
-        notes: what the person who trains the model should know about its config.json.
-        max_positions: the longest text that the model has positions for, where a table holds them (GPT-2); or None.
+        sizes, ignored, output, ropes, notes, max_positions: what the root module says (`ftjax.models.causal_lm.CausalLM`).
+        embedding: the row of the input embedding `[V, E]`.
+        memories: what each layer remembers while it decodes.
     """
 
     config: Mapping[str, Any]
@@ -38,43 +40,35 @@ class Model:
     buffers: Mapping[str, np.ndarray]
     graphdef: Any
     treedef: Any
-    ignored: tuple[str, ...]
-    output: str
     order: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-    max_positions: int | None = None
+    sizes: Sizes
+    embedding: Spec
+    memories: tuple[tuple[Memory, ...], ...]
+    output: str
+    ignored: tuple[str, ...]
+    ropes: tuple[Rope, ...]
+    notes: tuple[str, ...]
+    max_positions: int | None
 
     @classmethod
-    def of(cls, module: nnx.Module, config: Mapping[str, Any]) -> "Model":
+    def of(cls, module: CausalLM, config: Mapping[str, Any]) -> "Model":
         """Split a module (whose parameters are abstract) into structure and rows."""
         graphdef, state = nnx.split(module)
         found = dict(variables(module))
         order = tuple(".".join(map(str, path)) for path, _ in nnx.to_flat_state(state))
         buffers = {path: np.asarray(v.get_value()) for path, v in found.items() if isinstance(v, Buffer)}
+        rows = specs(module)
+        [embedding] = (spec for spec in rows.values() if spec.hf_template == f"{module.embedding}.weight")
         return cls(
-            config, specs(module), buffers, graphdef, jax.tree.structure(state), module.ignored, module.output, order,
-            module.notes, module.max_positions,
+            config, rows, buffers, graphdef, jax.tree.structure(state), order, sizes=module.sizes, embedding=embedding,
+            memories=memories(module), output=module.output, ignored=module.ignored, ropes=module.ropes, notes=module.notes,
+            max_positions=module.max_positions,
         )  # fmt: skip
 
     def bind(self, params: Mapping[str, jax.Array]) -> Any:
         """The module with these arrays in it; for use inside jit."""
         leaves = [self.buffers[path] if path in self.buffers else params[path] for path in self.order]
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, jax.tree.leaves(leaves)))
-
-    @property
-    def heads(self) -> int:
-        """Query heads of a layer."""
-        return self.config.get("num_attention_heads") or self.config["n_head"]
-
-    @property
-    def layers(self) -> int:
-        """Layers of all blocks of the stack together."""
-        return 1 + max(max(spec.layers) for spec in self.specs.values() if spec.layers)
-
-    @property
-    def embedding(self) -> Spec:
-        """The row of the input embedding `[V, E]`."""
-        return next(spec for spec in self.specs.values() if spec.row.axes[:1] == ("vocab",) and spec.module != "lm_head")
 
     @property
     def trainable(self) -> dict[str, Spec]:
@@ -95,7 +89,7 @@ def note_unread(facts: Facts) -> None:
         )
 
 
-def build_module(config: Mapping[str, Any]) -> nnx.Module:
+def build_module(config: Mapping[str, Any]) -> CausalLM:
     """The abstract module of a completed config.json (`ftjax.models.facts`); every field is honoured or refused."""
     facts = Facts(config)
     module = FAMILIES[facts.model_type].build(facts)

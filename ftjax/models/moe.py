@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec
 
 from ftjax.mesh import constrain, fitting
 from ftjax.models.attention import Pattern
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Memories
+from ftjax.models.context import Context
 from ftjax.models.kept import product
 from ftjax.models.layers import activation, project
 from ftjax.models.llama import LlamaBlock, LlamaModel
@@ -234,7 +235,7 @@ class MoeBlock(LlamaBlock):
         super().__init__(attention, mlp, embed, eps)
         self.experts = experts
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer: Any, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer: Any, cache: Memories):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
         x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
         y = self.mlp(self.post_attention_layernorm(x), ctx)
@@ -254,7 +255,7 @@ class MoeModel(LlamaModel):
         super().__init__(vocab, embed, eps, layers, rope)
         self.router_loss, self.sparse = router_loss, sparse
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         x, cache, sums = super().__call__(tokens, ctx, cache)
         loss = self.router_loss * balance_loss(sums, self.sparse, ctx.segment_ids) if self.router_loss else jnp.float32(0)
         return x, cache, loss

@@ -9,10 +9,12 @@ from flax import nnx
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Memories
+from ftjax.models.causal_lm import head_size
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.layers import AsItIs, RMSNorm
-from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, attention, decoder, head_size, mlp, whole_rope
+from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, attention, decoder, mlp, whole_rope
 
 
 def olmo_norm(size: int, eps: float) -> RMSNorm:
@@ -36,7 +38,7 @@ class Olmo2Block(nnx.Module):
         self.post_feedforward_layernorm = olmo_norm(embed, eps)
         self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.self_attn(x, ctx, pattern, layer, cache)
         x = constrain(x + self.post_attention_layernorm(self.attention_adapters(x, y, ctx)), "batch", "length", None)
         x = x + self.post_feedforward_layernorm(self.output_adapters(x, self.mlp(x, ctx), ctx))

@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import jax
 
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Memories
+from ftjax.models.causal_lm import head_size
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import Kind, patterns, ropes
-from ftjax.models.llama import LlamaForCausalLM, decoder, head_size
+from ftjax.models.llama import LlamaForCausalLM, decoder
 from ftjax.models.olmo2 import Olmo2Block, olmo_norm, parts
 
 
 class Olmo3Block(Olmo2Block):
-    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: Memories):
         return super().__call__(x, replace(ctx, rope=ctx.rope[kind.rope]), kind.pattern, layer, cache)
 
 

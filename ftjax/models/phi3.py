@@ -10,11 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.models.attention import Pattern
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Memories
+from ftjax.models.causal_lm import head_size
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import window
 from ftjax.models.layers import Linear, activation
-from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, decoder, head_size
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, decoder
+from ftjax.models.memory import KeysValues
 from ftjax.models.rope import make_rope
 from ftjax.models.self_attention import self_attention
 
@@ -22,10 +25,11 @@ from ftjax.models.self_attention import self_attention
 class Phi3Attention(nnx.Module):
     def __init__(self, embed: int, heads: int, kv_heads: int, head_dim: int):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.memory = (KeysValues(kv_heads, head_dim, head_dim),)
         self.qkv_proj = Linear(embed, (heads + 2 * kv_heads) * head_dim, ("embed", "heads"))
         self.o_proj = Linear(heads * head_dim, embed, ("heads", "embed"))
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         """`x [B, T, E] -> ([B, T, E], cache)`."""
         return self.attend(self.project(x, ctx), ctx, pattern, layer, cache)
 
@@ -35,7 +39,7 @@ class Phi3Attention(nnx.Module):
         qkv = self.qkv_proj(x, ctx).reshape(b, t, -1, self.head_dim)
         return tuple(jnp.split(qkv, (self.heads, self.heads + self.kv_heads), axis=2))
 
-    def attend(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: KVCache | None):
+    def attend(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: Memories):
         """What `project` gave -> `([B, T, E], cache)`."""
         y, cache = self_attention(*qkv, ctx, pattern, layer, cache)
         return self.o_proj(y, ctx), cache

@@ -4,10 +4,11 @@ Source: Qwen Team 2025 (arXiv:2505.09388).
 """
 
 from ftjax.models.attention import Pattern
+from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import window
 from ftjax.models.layers import RMSNorm
-from ftjax.models.llama import LlamaForCausalLM, LlamaMLP, attention, head_size
+from ftjax.models.llama import LlamaForCausalLM, LlamaMLP, attention
 from ftjax.models.mixtral import router_loss
 from ftjax.models.moe import Experts, MoeBlock, MoeModel, Router, SparseMoe
 from ftjax.models.rope import make_rope, refuse_partial
@@ -52,4 +53,4 @@ def build(facts: Facts) -> LlamaForCausalLM:
         stack = Stack(blocks, kinds, tuple("sparse" if here else "dense" for here in sparse))
     rope = make_rope(rope, head_dim, facts["max_position_embeddings"])
     model = MoeModel(vocab, embed, eps, stack, rope, router_loss(facts), sum(sparse))
-    return LlamaForCausalLM(model, vocab, embed, facts["tie_word_embeddings"])
+    return LlamaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"])

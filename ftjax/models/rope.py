@@ -49,6 +49,17 @@ class Rope:
     switch: int | None = None
     long_inv_freq: tuple[float, ...] | None = None
 
+    @property
+    def by_length(self) -> bool:
+        """Whether frequencies depend on the length of the whole text."""
+        return self.switch is not None
+
+    @property
+    def recomputed_at(self) -> int | None:
+        """The length from which LongRoPE rotates by other frequencies; a text that outgrows it is computed anew, as
+        transformers does for Phi-3. (With `dynamic` frequencies, transformers keeps the keys as they were.)"""
+        return None if self.long_inv_freq is None else self.switch
+
     def angles(self, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`(cos, sin)`, each `[B, T, dim / 2]` float32.
 
@@ -75,6 +86,11 @@ def angles(rope: "Rope | Mapping[str, Rope]", positions: jax.Array, segment_ids:
     return {name: one.angles(positions, segment_ids) for name, one in rope.items()}
 
 
+def every(rope: "Rope | Mapping[str, Rope]") -> tuple[Rope, ...]:
+    """One RoPE, or each of several, as a tuple."""
+    return (rope,) if isinstance(rope, Rope) else tuple(rope.values())
+
+
 def document_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """`[B, T]`: one more than the last position of the document that each token belongs to."""
     index = jnp.arange(positions.shape[1], dtype=jnp.int32)
@@ -90,6 +106,22 @@ def apply(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
     return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
+
+
+def longest_text(parameters: Mapping[str, Any], max_position_embeddings: int) -> int:
+    """Tokens of the longest text that a model is made for: what config.json says, or what its RoPE stretches that to.
+
+    Args:
+        parameters: `rope_parameters`: those of one RoPE, or of each of several by name.
+    """
+    several = [value for value in parameters.values() if isinstance(value, Mapping)]
+
+    def stretched(rope: Mapping[str, Any]) -> float:
+        dynamic = rope.get("rope_type") == "dynamic"
+        trained = max_position_embeddings if dynamic else rope.get("original_max_position_embeddings") or 0
+        return (rope.get("factor") or 1) * trained
+
+    return int(max(max_position_embeddings, *map(stretched, several or [parameters])))
 
 
 def unread(parameters: Mapping[str, Any]) -> list[str]:

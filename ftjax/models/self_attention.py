@@ -1,6 +1,6 @@
 """What the self-attention of all families shares: rotary positions, the KV cache, scores.
 
-Legend: B batch, T query length, N heads, K kv heads, H head dim.
+Legend: B batch, T query length, N heads, K kv heads, D key size, V value size; H head dim, where the two are one.
 """
 
 import jax
@@ -8,34 +8,43 @@ import jax.numpy as jnp
 
 from ftjax.mesh import constrain
 from ftjax.models.attention import Pattern, attend
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Memories
+from ftjax.models.context import Context
 from ftjax.models.rope import apply
 
 
 def self_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
     ctx: Context,
     pattern: Pattern,
     layer,
-    cache: KVCache | None,
+    cache: Memories,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, KVCache | None]:
-    """q `[B, T, N, H]`, k and v `[B, T, K, H]` of the tokens at hand -> `([B, T, N H], cache)`.
+    name: str = "",
+) -> tuple[jax.Array, Memories]:
+    """q `[B, T, N, D]`, k `[B, T, K, D]` and v `[B, T, K, V]` of the tokens at hand -> `([B, T, N V], cache)`.
 
     Queries and keys are rotated here, unless `ctx.rope` is None: a layer, or a model, that has no rotary positions.
+
+    Args:
+        k, v: None in a layer that shares those of the last one before it that wrote under `name` (`ftjax.models.memory`).
     """
-    b, t, n, h = q.shape
+    b, t = q.shape[:2]
     if ctx.rope is not None:
-        q, k = apply(q, *ctx.rope), apply(k, *ctx.rope)
+        q, k = apply(q, *ctx.rope), None if k is None else apply(k, *ctx.rope)
     q = constrain(q, "batch", "length", "heads", None)
     segments, offset = ctx.segment_ids, 0
     if cache is not None:
-        cache = cache.write(layer, k, v)
-        (k, v), segments, offset = cache.read(layer), None, cache.lengths
+        if k is None:
+            k, v = cache.shared(layer, name)
+        else:
+            cache, k, v = cache.write(layer, k, v, name)
+        if cache.lengths is not None:  # a row that decodes is one document
+            segments, offset = None, cache.lengths
     y = attend(q, k, v, ctx.segment_ids, segments, offset, pattern, ctx.attention, sinks, _before(ctx, pattern, layer))
-    return y.reshape(b, t, n * h), cache
+    return y.reshape(b, t, -1), cache
 
 
 def _before(ctx: Context, pattern: Pattern, layer) -> tuple[jax.Array, jax.Array, jax.Array] | None:

@@ -7,10 +7,12 @@ import jax
 
 from ftjax.errors import UserError
 from ftjax.models.attention import Pattern
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Memories
+from ftjax.models.causal_lm import head_size
+from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.layer_types import patterns
-from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, head_size, mlp, whole_rope
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, mlp, whole_rope
 
 
 class Kind(NamedTuple):
@@ -21,7 +23,7 @@ class Kind(NamedTuple):
 
 
 class SmolLM3Block(LlamaBlock):
-    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: KVCache | None):
+    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: Memories):
         return super().__call__(x, ctx if kind.rope else replace(ctx, rope=None), kind.pattern, layer, cache)
 
 

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from ftjax.models.context import Context, KVCache
+from ftjax.models.cache import Cache, Handed, Memories
+from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded
 from ftjax.models.kept import ATTENTION, BLOCK_INPUT, PRODUCT
+from ftjax.models.memory import Memory, declared
 from ftjax.models.param import variables
 
 # What a layer keeps for its backward pass: nothing but its input (full), that in the host's memory (offload), what attention
@@ -93,6 +95,12 @@ class Stack(nnx.Module):
         """Which layers of the model are stacked in this block."""
         return tuple(layer for layer, chosen in enumerate(self.choice) if chosen == name)
 
+    @property
+    def memories(self) -> tuple[tuple[Memory, ...], ...]:
+        """What each layer remembers while it decodes."""
+        blocks = {name: declared(getattr(self, name)) for name in set(self.choice)}
+        return tuple(blocks[name] for name in self.choice)
+
     def part(self, groups: tuple[str, ...]) -> None:
         """Stack layers of different groups apart, in place, while the model is abstract.
 
@@ -121,13 +129,14 @@ class Stack(nnx.Module):
                     choice[layer] = own
         self.choice = tuple(choice)
 
-    def __call__(self, x: jax.Array, ctx: Context, cache: KVCache | None = None):
+    def __call__(self, x: jax.Array, ctx: Context, cache: Memories = None):
         """`(x, cache, aux)` after all layers."""
         cut = segments(tuple(zip(self.choice, self.kinds, strict=True)))
         # A scan over a part of an array copies that part. So where there are several segments, frozen parameters are
         # not scanned over but indexed, which costs nothing; unless every activation is kept for the backward pass, which
         # would then keep what was indexed.
-        indexing = len(cut) > 1 and (ctx.remat != "none" or cache is not None)
+        decoding = cache is not None
+        indexing = len(cut) > 1 and (ctx.remat != "none" or decoding)
         split = {
             name: nnx.split(getattr(self, name), lambda _, variable: not (indexing and not variable.row.trainable), ...)
             for name in sorted(set(self.choice))
@@ -135,10 +144,11 @@ class Stack(nnx.Module):
         if fully_sharded():
             split = {name: (structure, _cast(own, ctx.dtype), whole) for name, (structure, own, whole) in split.items()}
         keys = None if ctx.dropout is None else jax.random.split(ctx.dropout, len(self.kinds))
-        carry = (x, cache, None)
+        carry = (x, cache if decoding else Handed.start(self.memories, *ctx.segment_ids.shape, ctx.dtype), None)
         for segment in cut:
             carry = self._run(segment, split, keys, ctx, carry)
-        return carry
+        x, remembered, aux = carry
+        return x, remembered if decoding else None, aux
 
     def _run(self, segment: Segment, split: dict, keys, ctx: Context, carry: tuple):
         start, width, repeats = segment
@@ -170,7 +180,7 @@ class Stack(nnx.Module):
                     return block(x, replace(ctx, dropout=key), self.kinds[start + i], start + group * width + i, cache)
 
                 x, cache, aux = carry
-                if ctx.remat != "none" and cache is None:
+                if ctx.remat != "none" and not isinstance(cache, Cache):
                     # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier that
                     # prevent_cse adds is only needed for layers that run outside of one.
                     run = jax.checkpoint(run, policy=REMAT_POLICIES[ctx.remat], prevent_cse=repeats == 1)
@@ -187,6 +197,12 @@ class Stack(nnx.Module):
             aux = jax.eval_shape(lambda: body(carry, jax.tree.map(lambda leaf: leaf[0], scanned))[0][2])
             carry = (*carry[:2], jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux))
         return jax.lax.scan(body, carry, scanned)[0]
+
+
+def memories(root: nnx.Module) -> tuple[tuple[Memory, ...], ...]:
+    """What each layer of a model remembers while it decodes, in the order of the layers."""
+    [stack] = (node for _, node in nnx.iter_graph(root) if isinstance(node, Stack))
+    return stack.memories
 
 
 def _cast(state: nnx.State, dtype) -> nnx.State:

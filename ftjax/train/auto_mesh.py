@@ -39,8 +39,8 @@ def choose_mesh(config: Config, model: Model, devices: Sequence[Any], memory: in
     rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
     length = config.data.max_length
     state = state_bytes(config, model)
-    saved = 2 * model.layers * model.embedding.shape[1]  # of a token: the input of every layer, which remat `full` keeps
-    heads = model.heads
+    saved = 2 * model.sizes.layers * model.sizes.embed  # of a token: the input of every layer, which remat `full` keeps
+    heads = model.sizes.heads
     found = []
     for data, fsdp, tensor, sequence in divisions(count // slices, 4):
         spread = slices * data * fsdp

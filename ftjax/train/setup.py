@@ -33,6 +33,7 @@ from ftjax.hub.vocabulary import refuse_untrained_rows, tokens_of, with_new_toke
 from ftjax.mesh import make_mesh, parts, replicated, sharding
 from ftjax.methods import method_of
 from ftjax.models.attention import choose
+from ftjax.models.memory import packs
 from ftjax.models.model import Model, build_module
 from ftjax.models.param import Spec, variables
 from ftjax.models.quantized_linear import quantise
@@ -189,6 +190,7 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
     Raises UserError for whatever in the configuration does not fit the model.
     """
     model, config = build(config, objectives_facts(config, facts))
+    refuse_packing(config, model)
     if model.max_positions is not None and config.data.max_length > model.max_positions:
         raise UserError(
             f"data.max_length: {config.data.max_length} tokens are more than the {model.max_positions} positions that this "
@@ -222,6 +224,15 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
     remat = choose_remat(made.loss_fn, runtime, model.trainable, made.frozen_specs, shape, encoding_of(config).values, memory)
     made.runtime = dataclasses.replace(runtime, remat=remat)
     return made
+
+
+def refuse_packing(config: Config, model: Model) -> None:
+    """UserError for packed rows where a layer would carry what it remembers of one document into the next."""
+    if config.data.packing and not packs(model.memories):
+        raise UserError(
+            "data.packing: some layers of this model do not start anew with each document of a row, so that documents would "
+            "not be told apart; set data.packing: false"
+        )
 
 
 def prepare(config: Config) -> Setup:

@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace, method: dict) -> tuple[int, float, int,
     step, _, optimizer, _ = compile_steps(setup, 100)
     state, rng = new_state(setup, optimizer), np.random.default_rng(0)
     shape = (1, options.rows, options.length)
-    words = {name: rng.integers(3, setup.model.config["vocab_size"], shape).astype(np.int32) for name in ("tokens", "targets")}
+    words = {name: rng.integers(3, setup.model.sizes.vocab, shape).astype(np.int32) for name in ("tokens", "targets")}
     rest = {"positions": np.broadcast_to(np.arange(options.length, dtype=np.int32), shape)}
     rest |= {"segment_ids": np.ones(shape, np.int32), "weights": np.ones(shape, np.float32)}
     batch = {name: jnp.asarray(rows) for name, rows in {**words, **rest}.items()}

@@ -7,6 +7,7 @@ import pytest
 from generate.words import words
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models.hybrid import HYBRID, make
 from oracle import Case, load, make_hf, one_device, tokens
 
 from ftjax.config import MeshConfig
@@ -18,6 +19,7 @@ from ftjax.generate.session import Generator
 from ftjax.mesh import make_mesh
 
 ROWS, SLOTS = 3, 64
+LLAMA = Case("llama", "llama", {"initializer_range": 0.1})
 ENDS = frozenset(range(0, 600, 9))  # one of nine tokens ends an answer: the model is random
 SAMPLINGS = [
     Sampling(),
@@ -32,15 +34,21 @@ LONGROPE = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory) -> Generator:
-    return made(tmp_path_factory.mktemp("model"), Case("llama", "llama", {"initializer_range": 0.1}))
+@pytest.fixture(scope="module", params=["llama", "hybrid"])
+def generator(request, tmp_path_factory) -> Generator:
+    """One whose layers all have keys and values; and one with layers of several sizes, sharing layers, and states."""
+    if request.param == "llama":
+        return made(tmp_path_factory.mktemp("model"), LLAMA)
+    return generator_of(*make(HYBRID))
 
 
 def made(folder, case: Case, mesh=None) -> Generator:
     make_hf(case, folder)
-    mesh = mesh or one_device()
-    found = Generator.of(*load(folder, mesh=mesh), words(), mesh=mesh, dtype=jnp.float32)
+    return generator_of(*load(folder, mesh=mesh), mesh)
+
+
+def generator_of(model, params, mesh=None) -> Generator:
+    found = Generator.of(model, params, words(), mesh=mesh or one_device(), dtype=jnp.float32)
     found.ends = ENDS
     return found
 
@@ -148,7 +156,24 @@ def test_nothing_is_compiled_for_other_requests(generator, want, lowered):
     assert lowered() == first
 
 
+def test_layers_of_several_kinds_take_no_more_programs(tmp_path, lowered):
+    def programs(generator) -> int:
+        before = lowered()
+        alone(generator, 3)
+        batch = Batch(generator.engine, generator.params, ROWS, SLOTS)
+        batch.start({0: answer(generator, 1)})
+        batch.step(2)
+        batch.start({2: answer(generator, 2)})
+        while batch.active:
+            batch.step()
+        return lowered() - before
+
+    uniform = made(tmp_path, LLAMA)
+    assert 0 < programs(generator_of(*make(HYBRID))) <= programs(uniform)
+
+
 def test_a_prompt_that_a_row_knows_is_not_computed_again(generator, monkeypatch):
+    """Where layers have states, which cannot go back to where the prompt ends, it is computed as a whole."""
     batch = Batch(generator.engine, generator.params, ROWS, SLOTS)
     one = answer(generator, 3)
     batch.start({1: one})
@@ -165,7 +190,8 @@ def test_a_prompt_that_a_row_knows_is_not_computed_again(generator, monkeypatch)
     batch.start({1: more})
     while batch.active:
         batch.step()
-    assert counts == [[3]]  # the last token of the answer was chosen and not put in
+    uniform = len(set(generator.model.memories)) == 1
+    assert counts == [[3 if uniform else len(more.prompt)]]  # the last token of the answer was chosen and not put in
     again = generator.begin(Request(more.prompt, max_new_tokens=8))
     fresh = Batch(generator.engine, generator.params, ROWS, SLOTS)
     fresh.start({0: again})
@@ -191,8 +217,7 @@ def test_texts_that_outgrow_their_frequencies(tmp_path):
 def test_a_sharded_cache_is_written_where_it_is(tmp_path):
     """Rows on four devices, heads on two: decoding moves no keys and values, and the answers are those of one device."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    case = Case("llama", "llama", {"initializer_range": 0.1})
-    spread, one = made(tmp_path / "a", case, mesh), made(tmp_path / "b", case)
+    spread, one = made(tmp_path / "a", LLAMA, mesh), made(tmp_path / "b", LLAMA)
     for number in (2, 5):
         assert alone(spread, number, 4) == alone(one, number, 4)
     batch = Batch(spread.engine, spread.params, 8, 1024)
@@ -200,6 +225,19 @@ def test_a_sharded_cache_is_written_where_it_is(tmp_path):
     text = _decode_program(spread, batch)
     gathered = [line for line in text.splitlines() if "all-gather(" in line and "1024" in line.split("all-gather(")[0]]
     assert not gathered, gathered
+
+
+def test_states_are_sharded_by_rows(generator):
+    """Layers of all kinds, their rows on eight devices: the answers are those of one device."""
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    params = jax.device_put(generator.params, jax.NamedSharding(mesh, jax.P()))
+    spread = generator_of(generator.model, params, mesh)
+    for number in (2, 5):
+        assert alone(spread, number, 8) == alone(generator, number, 8)
+    batch = Batch(spread.engine, spread.params, 8, SLOTS)
+    batch.start({row: answer(spread, row) for row in range(5)})
+    cache = batch._state.cache
+    assert all(not leaf.sharding.is_fully_replicated for leaf in (*cache.keys, *cache.states))
 
 
 def _decode_program(generator: Generator, batch: Batch) -> str:

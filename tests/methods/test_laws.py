@@ -233,14 +233,13 @@ def test_packed_is_unpacked(base, name):
 def test_cached_is_uncached(base, name):
     """Several tokens at a time through the KV cache, with padding behind some: the logits of the whole text at once."""
     from ftjax.generate.cache import forward, new_cache
-    from ftjax.models.cache_shape import cache_shape
 
     _, folder = base
     _, model, params = started(folder, name, 0.3)
     ids = tokens(1, 8)
 
     def parts(params):
-        module, cache, found = model.bind(params), new_cache(cache_shape(model), 1, 12, jnp.float32), []
+        module, cache, found = model.bind(params), new_cache(model, 1, 12, jnp.float32), []
         for begin, end, padding in ((0, 3, 2), (3, 4, 0), (4, 8, 1)):
             part = jnp.asarray(np.pad(ids[:, begin:end], ((0, 0), (0, padding))))
             hidden, cache = forward(module, part, jnp.array([end - begin], jnp.int32), cache, jnp.float32)

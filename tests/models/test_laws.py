@@ -1,11 +1,14 @@
 """What every family must prove against transformers. A new family joins by its cases in cases.py."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from cases import CASES, ONE_OF_EACH
+from hybrid import HYBRID, SHARING, make
 from oracle import attach_full, context, hf_logits, load, logits, make_hf, tokens, write_merged
 from safetensors.numpy import load_file
 
@@ -61,6 +64,42 @@ def test_packed_is_unpacked(pair):
         n = document.shape[1]
         np.testing.assert_allclose(ours[:, start : start + n], hf_logits(hf, document), atol=LOGITS, rtol=0)
         start += n
+
+
+def test_documents_of_a_row_do_not_meet(pair):
+    """Another first document changes neither what the second gives nor the gradients of its loss."""
+    _, _, _, _, folder = pair
+    documents_do_not_meet(*load(folder, attach_full))
+
+
+@pytest.mark.parametrize("choice", [HYBRID, SHARING], ids=["hybrid", "sharing"])
+def test_documents_of_a_row_do_not_meet_where_layers_carry_a_state(choice):
+    documents_do_not_meet(*make(choice, trainable=True))
+
+
+def documents_do_not_meet(model, params):
+    first, second, padding = 14, T - 16, 2
+    lengths = first, second, padding
+    segments = np.repeat([[1, 2, 0]], lengths, axis=1).astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)[None]
+    weights = np.random.default_rng(1).normal(size=(1, second, model.sizes.vocab)).astype(np.float32)
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss(params, ids):
+        ctx = context(ids, segments, positions)
+        module = model.bind(params)
+        found = module.unembed(module.hidden(ids, ctx)[0], ctx)[:, first : first + second]
+        return jnp.sum(found * weights), found
+
+    row = tokens(1, T)
+    other = np.concatenate([tokens(1, first, vocab=40, seed=9), row[:, first:]], axis=1)
+    (_, want), gradients = loss(params, row)
+    (_, got), others = loss(params, other)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+    largest = max(float(np.abs(gradient).max()) for gradient in gradients.values())
+    for path, gradient in gradients.items():
+        np.testing.assert_allclose(others[path], gradient, atol=1e-5 * largest, rtol=0, err_msg=path)
 
 
 def test_gradients(pair):

@@ -13,7 +13,6 @@ from ftjax.config import MeshConfig
 from ftjax.generate.cache import forward, new_cache
 from ftjax.generate.session import Generator
 from ftjax.mesh import make_mesh
-from ftjax.models.cache_shape import cache_shape
 
 NEW = 30
 LENGTHS = (7, 24, 16)  # shorter and longer than the windows of the cases; 24 + NEW is past every original length
@@ -69,7 +68,7 @@ def test_cached_is_uncached(pair):
         hidden, cache = forward(module, ids, counts, cache, jnp.float32)
         return module.unembed(hidden, context(ids)), cache
 
-    cache = new_cache(cache_shape(model), 2, 2 * part + 5, jnp.float32)
+    cache = new_cache(model, 2, 2 * part + 5, jnp.float32)
     at = np.zeros(2, np.int32)
     for counts in ((part, part - 2), (1, 1), (0, 1), (1, 1), (part, part - 1)):
         size = max(counts)

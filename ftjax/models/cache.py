@@ -1,0 +1,235 @@
+"""What the layers of a model remember (`ftjax.models.memory`), as arrays: of rows that decode, and in a pass over whole rows.
+
+Legend: B batch, T query length, S cache slots, K kv heads, D key size, V value size, l layers with the same record.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.models.memory import KeysValues, Memory, Shared, State
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which arrays a cache has, one for each distinct record, and where in it each layer finds its own."""
+
+    layers: tuple[tuple[Memory, ...], ...]
+
+    @cached_property
+    def groups(self) -> dict[KeysValues | State, dict[int, int]]:
+        """Of each record, the layers that use it and their places in its array."""
+        found: dict[KeysValues | State, dict[int, int]] = {}
+        last: dict[str, KeysValues] = {}
+        for layer, records in enumerate(self.layers):
+            for record in records:
+                if isinstance(record, Shared):
+                    assert record.name in last, f"layer {layer} shares keys that no layer before it has: {record}"
+                    source = found[last[record.name]]
+                    source[layer] = max(source.values())
+                    continue
+                places = found.setdefault(record, {})
+                assert layer not in places, f"layer {layer} has two of one record, which names would tell apart: {record}"
+                places[layer] = max(places.values(), default=-1) + 1
+                if isinstance(record, KeysValues):
+                    last[record.name] = record
+        return found
+
+    @cached_property
+    def keys_values(self) -> tuple[KeysValues, ...]:
+        return tuple(record for record in self.groups if isinstance(record, KeysValues))
+
+    @cached_property
+    def states(self) -> tuple[State, ...]:
+        return tuple(record for record in self.groups if not isinstance(record, KeysValues))
+
+    def size(self, record: KeysValues | State) -> int:
+        """Layers that have an own place in the record's array."""
+        return max(self.groups[record].values()) + 1
+
+    def place(self, record: KeysValues | State, layer: jax.Array | int) -> jax.Array | int:
+        """Where in the record's array a layer finds its own; the layer's number may be traced."""
+        assert record in self.groups, f"layer {layer} uses what no layer has declared: {record}"
+        places = self.groups[record]
+        if all(layer == place for layer, place in places.items()):
+            return layer
+        if isinstance(layer, int):
+            return places[layer]
+        return jnp.asarray([places.get(number, 0) for number in range(len(self.layers))], jnp.int32)[layer]
+
+    def named(self, name: str) -> KeysValues:
+        """The record of the keys and values that layers share under a name."""
+        found = [record for record in self.keys_values if record.name == name]
+        assert len(found) == 1, f"keys and values that are shared have one size, and those named {name!r} have more: {found}"
+        return found[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """What all layers remember of rows that decode, preallocated. Each row fills its slots from the left, at its own pace.
+
+    Token t of a row is in slot t, whatever its neighbours hold, and its keys enter after RoPE. A query sees the slots up to its
+    own. Later slots may hold anything finite: padding of a prompt, or what an earlier text left; each is overwritten before a
+    query can see it. A state is that after exactly the row's tokens, and padding leaves it as it is.
+    """
+
+    keys: tuple[jax.Array, ...]  # [l, B, S, K, D] of each of `layout.keys_values`
+    values: tuple[jax.Array, ...]  # [l, B, S, K, V]
+    states: tuple[jax.Array, ...]  # [l, B, ...] of each of `layout.states`
+    lengths: jax.Array  # [B] int32: tokens of each row so far
+    layout: Layout = field(metadata={"static": True})
+
+    @classmethod
+    def empty(cls, layout: Layout, batch: int, slots: int, dtype) -> "Cache":
+        def arrays(records: tuple, shape_of) -> tuple[jax.Array, ...]:
+            return tuple(jnp.zeros((layout.size(one), batch, *shape_of(one)), dtype) for one in records)
+
+        keys = arrays(layout.keys_values, lambda one: (slots, one.kv_heads, one.key_dim))
+        values = arrays(layout.keys_values, lambda one: (slots, one.kv_heads, one.value_dim))
+        states = tuple(
+            jnp.zeros((layout.size(one), batch, *one.shape), dtype if one.dtype is None else one.dtype) for one in layout.states
+        )
+        return cls(keys, values, states, jnp.zeros(batch, jnp.int32), layout)
+
+    # ---- what layers call ----
+
+    def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array, name: str = "") -> tuple["Cache", jax.Array, jax.Array]:
+        """Put k `[B, T, K, D]` and v `[B, T, K, V]` into the next T slots of each row of a layer.
+
+        Returns the cache, and the layer's keys and values `[B, S, K, ...]`, slots that are not yet written included. `advance`
+        moves on, once for all layers.
+        """
+        record = KeysValues(*k.shape[2:], v.shape[-1], name)
+        place, group = self.layout.place(record, layer), self.layout.keys_values.index(record)
+        keys, values = self._put(self.keys[group], place, k), self._put(self.values[group], place, v)
+        cache = replace(self, keys=_with(self.keys, group, keys), values=_with(self.values, group, values))
+        return cache, keys[place], values[place]
+
+    def shared(self, layer: jax.Array | int, name: str = "") -> tuple[jax.Array, jax.Array]:
+        """Keys and values `[B, S, K, ...]` that the last layer before this one wrote under a name."""
+        record = self.layout.named(name)
+        place, group = self.layout.place(record, layer), self.layout.keys_values.index(record)
+        return self.keys[group][place], self.values[group][place]
+
+    def state(self, layer: jax.Array | int, record: State) -> jax.Array:
+        """`[B, ...]` of a layer."""
+        return self.states[self.layout.states.index(record)][self.layout.place(record, layer)]
+
+    def with_state(self, layer: jax.Array | int, record: State, new: jax.Array) -> "Cache":
+        group, place = self.layout.states.index(record), self.layout.place(record, layer)
+        whole = self.states[group]
+        changed = jax.lax.dynamic_update_index_in_dim(whole, new.astype(whole.dtype), place, axis=0)
+        return replace(self, states=_with(self.states, group, changed))
+
+    def _put(self, slots: jax.Array, place: jax.Array | int, new: jax.Array) -> jax.Array:
+        """One window of each row: with the rows as a batch dimension, a sharded cache is written where it is. A window that
+        does not fit is dropped: it is that of a row that has ended."""
+        at = jnp.stack([jnp.broadcast_to(jnp.int32(place), self.lengths.shape), self.lengths], axis=1)
+        dimensions = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(1, 2, 3),
+            inserted_window_dims=(0,),
+            scatter_dims_to_operand_dims=(0, 2),
+            operand_batching_dims=(1,),
+            scatter_indices_batching_dims=(0,),
+        )
+        return jax.lax.scatter(
+            slots, at, new.astype(slots.dtype), dimensions, indices_are_sorted=True, unique_indices=True,
+            mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
+        )  # fmt: skip
+
+    # ---- what decoding calls ----
+
+    def advance(self, counts: jax.Array) -> "Cache":
+        """Keep the first `counts [B]` tokens of each row that were written last."""
+        return replace(self, lengths=self.lengths + counts)
+
+    def take(self, rows: jax.Array, kept: jax.Array) -> "Cache":
+        """A cache of these rows `[R]` alone, with the first `kept [R]` tokens of each and zeros after them: what an answer left
+        there that was not finite would reach the next one through slots that are masked.
+
+        States are zeros: one that has gone on cannot be taken back to an earlier token, so that rows of a layout with states
+        start with none kept.
+        """
+        slots = max((keys.shape[2] for keys in self.keys), default=0)
+        keep = jnp.arange(slots) < kept[:, None]
+
+        def part(whole: jax.Array) -> jax.Array:
+            return jnp.where(keep[None, :, :, None, None], whole[:, rows], 0)
+
+        states = tuple(jnp.zeros((whole.shape[0], rows.shape[0], *whole.shape[2:]), whole.dtype) for whole in self.states)
+        return replace(
+            self, keys=tuple(map(part, self.keys)), values=tuple(map(part, self.values)), states=states, lengths=kept
+        )
+
+    def put(self, rows: jax.Array, part: "Cache") -> "Cache":
+        """The cache with these rows `[R]` from another of R rows; numbers beyond the last row are left out."""
+
+        def by_layer(whole: jax.Array, new: jax.Array) -> jax.Array:
+            return whole.at[:, rows].set(new, mode="drop")
+
+        return replace(
+            self,
+            keys=jax.tree.map(by_layer, self.keys, part.keys),
+            values=jax.tree.map(by_layer, self.values, part.values),
+            states=jax.tree.map(by_layer, self.states, part.states),
+            lengths=self.lengths.at[rows].set(part.lengths, mode="drop"),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Handed:
+    """Keys and values that layers hand on to later ones (`Shared`) in one pass over whole rows."""
+
+    last: dict[str, tuple[jax.Array, jax.Array]]  # by name, k [B, T, K, D] and v [B, T, K, V]
+
+    lengths: ClassVar[None] = None
+
+    @classmethod
+    def start(cls, layers: tuple[tuple[Memory, ...], ...], batch: int, length: int, dtype) -> "Handed | None":
+        """None where no layer shares."""
+        names = {record.name for own in layers for record in own if isinstance(record, Shared)}
+        if not names:
+            return None
+        layout = Layout(layers)
+
+        def zeros(name: str) -> tuple[jax.Array, jax.Array]:
+            own = layout.named(name)
+            return tuple(jnp.zeros((batch, length, own.kv_heads, size), dtype) for size in (own.key_dim, own.value_dim))
+
+        return cls({name: zeros(name) for name in sorted(names)})
+
+    def write(
+        self, layer: jax.Array | int, k: jax.Array, v: jax.Array, name: str = ""
+    ) -> tuple["Handed", jax.Array, jax.Array]:
+        """The layer's own keys and values, which later layers find where its name is shared."""
+        if name not in self.last:
+            return self, k, v
+        dtype = self.last[name][0].dtype
+        return Handed({**self.last, name: (k.astype(dtype), v.astype(dtype))}), k, v
+
+    def shared(self, layer: jax.Array | int, name: str = "") -> tuple[jax.Array, jax.Array]:
+        return self.last[name]
+
+
+Memories = Cache | Handed | None  # what a pass goes through the layers with; None where it has nothing to remember
+
+
+def recall(cache: Memories, layer: jax.Array | int, record: State, batch: int, dtype) -> jax.Array:
+    """A layer's state `[B, ...]`: what the row's tokens before have left, or the zeros that a whole row begins with."""
+    if isinstance(cache, Cache):
+        return cache.state(layer, record)
+    return jnp.zeros((batch, *record.shape), dtype if record.dtype is None else record.dtype)
+
+
+def remember(cache: Memories, layer: jax.Array | int, record: State, new: jax.Array) -> Memories:
+    """With a layer's state after the tokens at hand, where there is anything to come."""
+    return cache.with_state(layer, record, new) if isinstance(cache, Cache) else cache
+
+
+def _with(arrays: tuple, number: int, new: jax.Array) -> tuple:
+    return (*arrays[:number], new, *arrays[number + 1 :])

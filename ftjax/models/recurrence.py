@@ -1,0 +1,60 @@
+"""Layers that carry a state along the row. Each document of a packed row starts anew, and padding leaves a state as it is, so
+that the same code serves packed training rows and decoding.
+
+`segment_ids [B, T]` are those of `ftjax.models.context.Context`: the document of each token, 0 for padding.
+
+Legend: B batch, T length, C channels, W kernel size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def causal_conv(x: jax.Array, weight: jax.Array, before: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A depthwise causal convolution of x `[B, T, C]` with weight `[W, C]`, whose last row is the token's own.
+
+    Args:
+        before: [B, W - 1, C], the row's inputs before x (`ConvState`); zeros where the row begins with x.
+
+    Returns `(y [B, T, C], the last W - 1 inputs [B, W - 1, C])`, padding on the right not counted among these.
+    """
+    length, taps = x.shape[1], weight.shape[0]
+    inputs = jnp.concatenate([before.astype(x.dtype), x], axis=1)
+    first = segment_ids[:, :1]  # what came before belongs to the document that goes on
+    segments = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], taps - 1)), segment_ids], axis=1)
+    y = jnp.zeros_like(x)
+    for tap in range(taps):
+        same = segments[:, tap : tap + length] == segment_ids
+        y = y + jnp.where(same[..., None], inputs[:, tap : tap + length], 0) * weight[tap].astype(x.dtype)
+    index = jnp.arange(length, dtype=jnp.int32)
+    count = jnp.max(jnp.where(segment_ids != 0, index + 1, 0), axis=1)
+    last = count[:, None] + jnp.arange(taps - 1, dtype=jnp.int32)
+    return y, jnp.take_along_axis(inputs, last[..., None], axis=1)
+
+
+def recur(
+    step: Callable[[jax.Array, Any], tuple[jax.Array, Any]], state: jax.Array, inputs: Any, segment_ids: jax.Array
+) -> tuple[Any, jax.Array]:
+    """Token after token: `step(state [B, ...], inputs of a token [B, ...]) -> (state, output)`.
+
+    Args:
+        state: the row's before the first token (`RecurrentState`); zeros where the row begins.
+        inputs: any tree of arrays [B, T, ...].
+
+    Returns `(outputs [B, T, ...], the state after the last token that is not padding)`.
+    """
+    starts = (segment_ids != 0) & (segment_ids != jnp.roll(segment_ids, 1, axis=1))
+    starts = starts.at[:, 0].set(False)  # the row goes on, or its state is zeros already
+
+    def token(state: jax.Array, at: tuple) -> tuple[jax.Array, Any]:
+        own, starts, real = at
+        shape = (-1,) + (1,) * (state.ndim - 1)
+        new, y = step(jnp.where(starts.reshape(shape), 0, state), own)
+        return jnp.where(real.reshape(shape), new, state), y
+
+    along = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (inputs, starts, segment_ids != 0))
+    state, outputs = jax.lax.scan(token, state, along)
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), outputs), state
