@@ -11,7 +11,7 @@ from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from ftjax.errors import UserError
-from ftjax.hub import gguf_file
+from ftjax.hub.gguf import file as gguf_file
 from ftjax.hub.gguf.file import QUANTISED, open_gguf
 from ftjax.hub.gguf.model import GGUFSource, read_config
 
