@@ -124,8 +124,8 @@ def build(facts: Facts) -> GPTNeoXForCausalLM:
         facts["use_parallel_residual"],
     )
     rope_parameters = facts["rope_parameters"]
-    for name, read in {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}.items():
-        # transformers 4 wrote both
+    # transformers 4 wrote both names beside those that it and 5 read.
+    for name, read in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
         facts.only(name, rope_parameters[name], None, why=f"transformers reads {read} and not it")
     rope = make_rope(rope_parameters, head_dim, facts["max_position_embeddings"])
     layers = Stack(block, (Pattern(head_dim**-0.5),) * sizes.layers)
