@@ -1,6 +1,6 @@
-"""The verbs of `ftjax`. Each imports what it needs inside, so that `ftjax --help` answers at once.
+"""The commands of `ftjax`. Each imports what it needs inside its function, so that `ftjax --help` is fast.
 
-Exit codes: 0 done, 2 the user's input is wrong (a message, no traceback), 130 interrupted, 1 anything else.
+Exit codes: 0 success, 2 a mistake in the user's input (a message, no traceback), 130 interrupted, 1 anything else.
 """
 
 import os
@@ -16,7 +16,7 @@ from ftjax.errors import UserError
 
 
 class Verbs(TyperGroup):
-    """Runs a verb, and turns what a person did into a message and an exit code instead of a traceback."""
+    """Runs a command, and turns a user's mistake or Ctrl-C into a message and an exit code instead of a traceback."""
 
     def invoke(self, ctx):
         try:
@@ -30,7 +30,7 @@ class Verbs(TyperGroup):
 
 
 class Configured(TyperCommand):
-    """A verb with a configuration, whose keys may be given as flags, too: `--learning_rate 2e-4`."""
+    """A command with a configuration whose keys can also be given as flags: `--learning_rate 2e-4`."""
 
     def parse_args(self, ctx, args):
         options = {name for parameter in self.get_params(ctx) for name in (*parameter.opts, *parameter.secondary_opts)}
@@ -42,7 +42,7 @@ class Configured(TyperCommand):
 
 
 def _say(label: str, text: str) -> None:
-    """One message on stderr; `label` in colour where it is a terminal."""
+    """Prints one message to stderr; `label` is in colour on a terminal."""
     from rich.text import Text
 
     from ftjax.console import make_console, say
@@ -67,37 +67,43 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML (or JSON) configuration file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's: method.r=16", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides for the file's settings, such as method.r=16.", show_default=False),
 ]
 
 Target = Annotated[
-    str, typer.Argument(metavar="TARGET", help="A run, a configuration, a model or a PEFT folder.", show_default=False)
+    str, typer.Argument(metavar="TARGET", help="A run, a configuration file, a model or a PEFT folder.", show_default=False)
 ]
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A run, a PEFT folder, a Hub id, a folder or a .gguf file.", show_default=False)
+    str,
+    typer.Argument(metavar="MODEL", help="A run, a PEFT folder, a Hub id, a model folder or a .gguf file.", show_default=False),
 ]
-Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="A PEFT folder, or a run that made one.", show_default=False)]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)]
-Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer where it is not the model's own.", show_default=False)]
-ChatTemplate = Annotated[str | None, typer.Option(help="A Jinja template or the path of a .jinja file.", show_default=False)]
+Adapter = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="A PEFT folder, or a run that trained an adapter.", show_default=False)
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.", show_default=False)]
+Tokenizer = Annotated[str | None, typer.Option(help="Another tokenizer than the model's own.", show_default=False)]
+ChatTemplate = Annotated[str | None, typer.Option(help="A Jinja template, or the path of a .jinja file.", show_default=False)]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.", show_default=False)]
-TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.", show_default=False)]
-TopP = Annotated[float | None, typer.Option(help="Sample from the tokens that make up this probability.", show_default=False)]
-MinP = Annotated[float | None, typer.Option(help="Leave out tokens below this share of the likeliest.", show_default=False)]
-Stop = Annotated[
-    list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this; repeatable.", show_default=False)
+TopK = Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.", show_default=False)]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Sample from the most likely tokens that together reach this probability.", show_default=False),
 ]
+MinP = Annotated[
+    float | None, typer.Option(help="Drop tokens less likely than this share of the most likely one.", show_default=False)
+]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text; repeatable.", show_default=False)]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 SpecialTokens = Annotated[
     Literal["split", "encode", "error"] | None,
     typer.Option(
-        help="Control tokens that a prompt spells (<|im_end|>): plain text, tokens, or an error.",
+        help="Control tokens in a prompt, such as <|im_end|>: read as text, read as tokens, or refused.",
         show_default="the run's, or split",
     ),
 ]
 Quantization = Annotated[
     str | None,
-    typer.Option(metavar="KIND", help="int8 or nf4: hold the weights in few bits; none.", show_default="the run's, or none"),
+    typer.Option(metavar="KIND", help="Quantize the weights: int8, nf4 or none.", show_default="the run's, or none"),
 ]
 
 
@@ -121,14 +127,18 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     coordinator: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Of process 0, where several are one run.", show_default=False)
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Address of process 0, for a run of several processes.", show_default=False),
     ] = None,
-    num_processes: Annotated[int | None, typer.Option(min=1, help="Of the whole run.", show_default=False)] = None,
-    process_id: Annotated[int | None, typer.Option(min=0, help="Of this process, from 0.", show_default=False)] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes of the run.", show_default=False)
+    ] = None,
+    process_id: Annotated[int | None, typer.Option(min=0, help="Number of this process, from 0.", show_default=False)] = None,
 ) -> None:
-    """Fine-tune a model. Goes on by itself where output_dir holds a checkpoint of the same configuration.
+    """Fine-tune a model.
 
-    On Cloud TPU, GKE and SLURM the processes of a run find each other; elsewhere the three options join them.
+    Resumes from the newest checkpoint if output_dir has one of the same configuration. On Cloud TPU, GKE and SLURM, the
+    processes of a run find each other; elsewhere, give --coordinator, --num-processes and --process-id to each.
     """
     import shlex
 
@@ -152,11 +162,14 @@ def train(
 def preview(
     config: ConfigFile,
     overrides: Overrides = None,
-    examples: Annotated[int, typer.Option(min=0, help="How many examples to show.")] = 3,
-    html: Annotated[Path | None, typer.Option(help="Write the same to this HTML file.", show_default=False)] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Number of examples to show.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="Also write the preview to this HTML file.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what the data looks like to the model, and what is trained, without training."""
+    """Show the data as the model sees it.
+
+    Marks the tokens that are trained. Trains nothing.
+    """
     from ftjax.config.load import load_config
 
     settings, embeddings = load_config(config, overrides or []), None
@@ -184,32 +197,41 @@ def evaluate(
     target: Target,
     overrides: Overrides = None,
     data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="What to evaluate on: evaluate.data.", show_default=False)
+        str | None, typer.Option(metavar="PATH", help="Data to evaluate on; sets evaluate.data.", show_default=False)
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="loss, exact_match, f1, rouge, ... or a .py file: evaluate.task.", show_default=False)
+        str | None,
+        typer.Option(help="loss, exact_match, f1, rouge, ... or a .py file; sets evaluate.task.", show_default=False),
     ] = None,
     lm_eval: Annotated[
-        str | None, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead, by commas.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="TASKS", help="Run these tasks of lm-evaluation-harness instead, separated by commas.", show_default=False
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows: evaluate.limit.", show_default=False)] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of rows; sets evaluate.limit.", show_default=False)
+    ] = None,
     adapter: Adapter = None,
     compare_base: Annotated[
-        bool, typer.Option("--compare-base", help="Measure the base model too, with a paired test.")
+        bool, typer.Option("--compare-base", help="Also evaluate the base model, with a paired test.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to write.", show_default="TARGET/evaluation/...")
+        Path | None, typer.Option(metavar="DIR", help="Output folder.", show_default="TARGET/evaluation/...")
     ] = None,
     allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="The task `code` runs what the model wrote.")
+        bool, typer.Option("--allow-code-execution", help="Let the task `code` run what the model writes.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure a model on data, with confidence intervals, and beside its base model."""
+    """Evaluate a model on data.
+
+    Reports confidence intervals, and with --compare-base also the base model.
+    """
     from ftjax.distributed.join import joined
 
     if lm_eval is not None and (data is not None or task is not None):
-        raise UserError("--lm-eval brings tasks and data of its own; leave --data and --task out")
+        raise UserError("--lm-eval has its own tasks and data; leave out --data and --task")
     with joined():
         if lm_eval is not None:
             from ftjax.evaluate.lm_eval.command import evaluate_harness
@@ -233,17 +255,24 @@ def check(
     overrides: Overrides = None,
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Safety prompts (prompt, label safe or unsafe): check.prompts.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="File of safety prompts (columns prompt and label: safe or unsafe); sets check.prompts.",
+            show_default=False,
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many prompts of each label: check.limit.", show_default=False)
+        int | None, typer.Option(min=1, help="Maximum number of prompts per label; sets check.limit.", show_default=False)
     ] = None,
     adapter: Adapter = None,
-    compare_base: Annotated[bool, typer.Option("--base/--no-base", help="Ask the base model too.")] = True,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to write.", show_default="TARGET/check")] = None,
+    compare_base: Annotated[bool, typer.Option("--base/--no-base", help="Also run the checks on the base model.")] = True,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Output folder.", show_default="TARGET/check")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Look for what fine-tuning broke, beside the base model; exit code 1 where a limit of `check:` is passed."""
+    """Look for what fine-tuning broke.
+
+    Compares the model with its base model. Exit code 1 if a limit in the section `check` is exceeded.
+    """
     from ftjax.distributed.join import joined
 
     with joined():
@@ -260,9 +289,14 @@ def check(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output_dir, finished or not.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page to write.", show_default="RUN/report.html")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="HTML file to write.", show_default="RUN/report.html")
+    ] = None,
 ) -> None:
-    """Write a run on one HTML page (curves, results, samples, data, configuration), and print a summary."""
+    """Write a report of a run as one HTML page.
+
+    The page has curves, results, samples, data and configuration. Also prints a summary.
+    """
     from ftjax.distributed.join import alone
 
     alone("report")
@@ -275,7 +309,8 @@ def report(
 def generate(
     model: Model,
     prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="A prompt, - for standard input; repeatable.", show_default=False)
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A prompt, or - for standard input; repeatable.", show_default=False),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A file of prompts: .txt, .jsonl, .csv, ...", show_default=False)
@@ -285,22 +320,24 @@ def generate(
     tokenizer: Tokenizer = None,
     chat_template: ChatTemplate = None,
     system: System = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Do not put prompts into the chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that occurred become less likely.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that already occurred become less likely.")] = 1.0,
     stop: Stop = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered at a time.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of prompts answered at a time.")] = 32,
     dtype: DType = "auto",
     quantization: Quantization = None,
     special_tokens_in_text: SpecialTokens = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
-    """Answer prompts, one after the other or many at a time."""
+    """Answer prompts, in batches."""
     from ftjax.distributed.join import joined
 
     with joined():
@@ -327,23 +364,24 @@ def chat(
     tokenizer: Tokenizer = None,
     chat_template: ChatTemplate = None,
     system: System = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")] = 512,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0: always the likeliest token.", show_default="the model's")
+        float | None,
+        typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.", show_default="the model's"),
     ] = None,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: tokens that occurred become less likely.", show_default="the model's")
+        float | None, typer.Option(help="Above 1: tokens that already occurred become less likely.", show_default="the model's")
     ] = None,
     stop: Stop = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     dtype: DType = "auto",
     quantization: Quantization = None,
     special_tokens_in_text: SpecialTokens = None,
 ) -> None:
-    """Talk to a model."""
+    """Chat with a model."""
     from ftjax.distributed.join import alone
 
     alone("chat")
@@ -362,19 +400,19 @@ def export(
     run: Annotated[
         str,
         typer.Argument(
-            metavar="RUN", help="A run's output_dir, its final/ or best/, or an adapter's folder.", show_default=False
+            metavar="RUN", help="A run's output_dir, its final/ or best/, or an adapter folder.", show_default=False
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Output folder.", show_default=False)],
     adapter: Annotated[
-        Path | None, typer.Option(help="An adapter's folder; RUN is then its base model.", show_default=False)
+        Path | None, typer.Option(help="An adapter folder; RUN is then its base model.", show_default=False)
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into the base model.")] = False,
-    portable: Annotated[bool, typer.Option("--portable", help="An adapter that vLLM and llama.cpp take.")] = False,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the folder to this repository.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository public; it is private otherwise.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model.")] = False,
+    portable: Annotated[bool, typer.Option("--portable", help="Write an adapter that vLLM and llama.cpp can load.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the folder to this Hub repository.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public instead of private.")] = False,
 ) -> None:
-    """Write a run's result as a Hugging Face folder or a PEFT folder."""
+    """Export a run as a Hugging Face or PEFT folder."""
     from ftjax.distributed.join import alone
 
     alone("export")
@@ -390,18 +428,20 @@ def plan(
     topology: Annotated[
         str,
         typer.Option(
-            help="v5e-16, v5p-64 (TensorCores, as Cloud counts), v6e:2x4, v5e with --chips, or cpu:8.", show_default=False
+            help="v5e-16, v5p-64 (TensorCores, as Google Cloud counts), v6e:2x4, v5e with --chips, or cpu:8.",
+            show_default=False,
         ),
     ] = ...,
-    chips: Annotated[int | None, typer.Option(min=1, help="Chips of one slice.", show_default=False)] = None,
-    slices: Annotated[int, typer.Option(min=1, help="Slices, joined by the data centre's network.")] = 1,
-    price: Annotated[float | None, typer.Option(help="What a chip costs an hour.", show_default=False)] = None,
-    shardings: Annotated[bool, typer.Option("--shardings", help="List where every array lies.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    chips: Annotated[int | None, typer.Option(min=1, help="Number of chips in one slice.", show_default=False)] = None,
+    slices: Annotated[int, typer.Option(min=1, help="Number of slices, connected over DCN.")] = 1,
+    price: Annotated[float | None, typer.Option(help="Price of a chip-hour.", show_default=False)] = None,
+    shardings: Annotated[bool, typer.Option("--shardings", help="List how every array is sharded.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compile a run for chips that need not be there: memory, traffic, the least time of a step.
+    """Plan a run for TPUs without having them.
 
-    Reads nothing of the model but its config.json, and the tokenizer where tokens are added. Exit code 1 where it does not fit.
+    Compiles the training step and reports memory, communication and the least step time. Reads only the model's config.json,
+    and the tokenizer if you add tokens. Exit code 1 if the run does not fit.
     """
     from ftjax.config.load import load_config
 
@@ -419,18 +459,20 @@ def sweep(
     config: ConfigFile,
     overrides: Overrides = None,
     topologies: Annotated[
-        str, typer.Option(metavar="A,B,...", help="Slices, as for plan: v5e-8,v5e-16,v5e-32.", show_default=False)
+        str, typer.Option(metavar="A,B,...", help="Slices, named as for plan: v5e-8,v5e-16,v5e-32.", show_default=False)
     ] = ...,
-    weak: Annotated[
-        bool, typer.Option("--weak/--strong", help="The global batch grows with the slice, or stays what it is.")
-    ] = True,
-    price: Annotated[float | None, typer.Option(help="What a chip costs an hour.", show_default=False)] = None,
+    weak: Annotated[bool, typer.Option("--weak/--strong", help="Grow the global batch with the slice, or keep it.")] = True,
+    price: Annotated[float | None, typer.Option(help="Price of a chip-hour.", show_default=False)] = None,
     run: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="A run's folder, measured; repeatable.", show_default=False)
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Folder of a real run to compare with; repeatable.", show_default=False),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where sweep.csv and sweep.svg go.")] = Path("sweep"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for sweep.csv and sweep.svg.")] = Path("sweep"),
 ) -> None:
-    """Plan a run for several slices: a table, a plot, and where more chips stop to pay."""
+    """Plan a run for several slices.
+
+    Writes sweep.csv and sweep.svg, and names the largest slice on which a chip still reaches 90 % of its best throughput.
+    """
     from ftjax.config.load import load_config
     from ftjax.console import make_console, say
 
@@ -451,12 +493,17 @@ def merge_adapters(
     adapters: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER=WEIGHT...", help="LoRA folders (or runs) of one base model, and their weights.", show_default=False
+            metavar="ADAPTER=WEIGHT...",
+            help="LoRA folders or runs of the same base model, with their weights.",
+            show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Output folder.", show_default=False)],
 ) -> None:
-    """Write one LoRA whose update is the weighted sum of others'."""
+    """Merge LoRA adapters into one.
+
+    The update of the new adapter is the weighted sum of theirs.
+    """
     from ftjax.distributed.join import alone
 
     alone("merge-adapters")
@@ -468,7 +515,10 @@ def merge_adapters(
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Show versions, devices and caches, and what is missing."""
+    """Show versions, devices and caches.
+
+    Also shows what is missing. Exit code 1 if something required is missing.
+    """
     from ftjax.doctor import examine, show
 
     report = examine()
@@ -479,14 +529,17 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 
 @app.command()
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
-    """List the model families that are supported, what each can do, and a model of each."""
+    """List the supported model families.
+
+    Shows what each family supports, and an example model.
+    """
     from ftjax.models.table import show
 
     show(as_json=as_json)
 
 
 def main() -> None:
-    """The entry point."""
+    """Entry point."""
     app(prog_name="ftjax")
 
 

@@ -13,14 +13,17 @@ MiB = 2**20
 
 # flag: (value, why)
 FLAGS: dict[str, tuple[str, str]] = {
-    "xla_gpu_enable_latency_hiding_scheduler": ("true", "start transfers early and wait late, with arithmetic in between"),
-    "xla_gpu_enable_while_loop_double_buffering": ("true", "the next layer's parameters are gathered during this layer's work"),
-    "xla_gpu_enable_pipelined_all_gather": ("true", "gathers move across the iterations of the loop over layers"),
-    "xla_gpu_enable_pipelined_reduce_scatter": ("true", "so do the sums of gradients"),
-    "xla_gpu_enable_pipelined_all_reduce": ("true", "so do those of replicated parameters (data parallelism)"),
-    "xla_gpu_all_gather_combine_threshold_bytes": (str(256 * MiB), "a layer's parameters are gathered in one transfer"),
-    "xla_gpu_reduce_scatter_combine_threshold_bytes": (str(256 * MiB), "its gradients are summed in one"),
-    "xla_gpu_all_reduce_combine_threshold_bytes": (str(256 * MiB), "the many small gradients of adapters are summed in one"),
+    "xla_gpu_enable_latency_hiding_scheduler": ("true", "starts transfers early and waits late, to overlap them with compute"),
+    "xla_gpu_enable_while_loop_double_buffering": ("true", "gathers the next layer's parameters while this layer computes"),
+    "xla_gpu_enable_pipelined_all_gather": ("true", "pipelines all-gathers across the iterations of the loop over layers"),
+    "xla_gpu_enable_pipelined_reduce_scatter": ("true", "the same for reduce-scatters of gradients"),
+    "xla_gpu_enable_pipelined_all_reduce": ("true", "the same for all-reduces of gradients (data parallelism)"),
+    "xla_gpu_all_gather_combine_threshold_bytes": (str(256 * MiB), "gathers a layer's parameters in one transfer"),
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": (str(256 * MiB), "reduces a layer's gradients in one transfer"),
+    "xla_gpu_all_reduce_combine_threshold_bytes": (
+        str(256 * MiB),
+        "reduces the many small gradients of adapters in one transfer",
+    ),
 }
 
 

@@ -144,7 +144,7 @@ def table(kept: Path) -> list[str]:
     found: dict[tuple[str, ...], list[str]] = {}
     for name in SLICES:
         found.setdefault(tuple(lines(name)), []).append(name)
-    head = ["slice", "mesh", "what crosses hosts", "what crosses slices, of two", "not on a ring of neighbours"]
+    head = ["slice", "mesh", "axes that cross hosts", "axes that cross two slices", "axes not on a ring of neighbours"]
     rows = [f"| {', '.join(names)} {line}" for alike, names in found.items() for line in alike]
     return [f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *rows, "", *outcome(kept)]
 
@@ -182,8 +182,8 @@ def outcome(kept: Path) -> list[str]:
     wrong = {what: json.loads(path.read_text())["faults"] for what, path in found.items() if path.exists()}
     good = sum(not faults for faults in wrong.values())
     return [
-        f"Compiled, on one slice and on two, were {len(wrong)} of these {len(found)} steps; in {good} every collective is on "
-        "the axes that it should be on.",
+        f"{len(wrong)} of these {len(found)} steps were compiled, on one slice and on two; in {good} of them every collective "
+        "is on the axes where it belongs.",
         *(f"- {what}: {'; '.join(faults)}" for what, faults in wrong.items() if faults),
     ]
 

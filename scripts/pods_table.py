@@ -29,8 +29,8 @@ CASES = [  # what, configuration, slice, rows, what else is said
     ("Llama-3.1-70B, LoRA", "70b-lora", "v5p-64", 64, ()),
 ]
 COLUMNS = (
-    "", "slice", "chips", "rows", "tokens a row", "mesh", "arguments + temporaries", "alive at one time",
-    "a chip has", "fits", "least step", "bound", "tokens/s a chip, at most", "MFU, at most", "processor time of the plan",
+    "", "slice", "chips", "rows", "tokens per row", "mesh", "arguments + temporaries", "alive at one time",
+    "memory of a chip", "fits", "least step time", "bound by", "max. tokens/s per chip", "max. MFU", "planning CPU time",
 )  # fmt: skip
 
 
