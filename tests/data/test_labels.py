@@ -92,7 +92,7 @@ def test_tables(tmp_path):
         ([["a"], "b, a"], MULTI, r"a\.jsonl:2: the labels are the text 'b, a', expected a list; .* objective\.label_separator"),
         ([["a"], ["b", 1]], MULTI, r"a\.jsonl:2: names and numbers are mixed in \['b', 1\]"),
         ([["a"], [1]], MULTI, r"a\.jsonl:2: labels are numbers in .*a\.jsonl:2 and names in .*a\.jsonl:1"),
-        ([["a"], ["b", "b"]], MULTI, r"a\.jsonl:2: the label 'b' stands twice"),
+        ([["a"], ["b", "b"]], MULTI, r"a\.jsonl:2: the label 'b' occurs twice"),
         ([["a"], ["a", ""]], MULTI, r"a\.jsonl:2: a label is ''"),
         ([["a"], ["a", None]], MULTI, r"a\.jsonl:2: a label is None"),
         ([["a"], {"b": 1}], MULTI, r"a\.jsonl:2: the labels are \{'b': 1\}, expected a list"),
