@@ -27,7 +27,7 @@ def printable(text: str) -> str:
     return text.translate(CONTROL)
 
 
-def together(problems: Sequence[str], what: str) -> str:
+def join_problems(problems: Sequence[str], what: str) -> str:
     """One message for all that is wrong with `what`."""
     if len(problems) == 1:
         return problems[0]

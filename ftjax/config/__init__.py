@@ -23,7 +23,7 @@ from ftjax.config.model import ModelConfig
 from ftjax.config.objective import ClassificationConfig, ObjectiveConfig, SftConfig
 from ftjax.config.optimizer import GroupConfig, OptimizerConfig
 from ftjax.config.training import MeshConfig, TrainingConfig
-from ftjax.errors import together
+from ftjax.errors import join_problems
 
 __all__ = [
     "BottleneckConfig", "CheckConfig", "ClassificationConfig", "Config", "DataConfig", "DoubleSeqBnConfig",
@@ -82,5 +82,5 @@ class Config(Section):
                 "adapter (method.name: lora), or leave model.quantization out"
             )
         if problems:
-            raise ValueError(together(problems, "method"))
+            raise ValueError(join_problems(problems, "method"))
         return self
