@@ -249,7 +249,7 @@ EXPLAINED: dict[str, str] = {
     "logging_strategy": _STEPS,
     "evals_per_epoch": _STEPS,
     "saves_per_epoch": _STEPS,
-    "load_best_model_at_end": "the best model is always kept in best/ where there is validation data",
+    "load_best_model_at_end": "the best model is always kept in best/ if there is validation data",
     "resume_from_checkpoint": "leave it out: a run resumes by itself when output_dir holds a checkpoint of it",
     "overwrite_output_dir": "leave it out: choose another output_dir, or remove the old folder",
     "auto_resume_from_checkpoints": "leave it out: a run resumes by itself when output_dir holds a checkpoint of it",

@@ -48,13 +48,13 @@ def _checked_encoding(name: str | None) -> str | None:
             return name and found.name
         raise LookupError(name)
     except LookupError:
-        raise ValueError(f"{name!r} is no encoding that Python knows, such as utf-8, utf-16, cp1252 or shift_jis") from None
+        raise ValueError(f"{name!r} is not an encoding that Python knows, such as utf-8, utf-16, cp1252 or shift_jis") from None
 
 
 def _checked_delimiter(value: str | None) -> str | None:
     value = {"\\t": "\t", "tab": "\t"}.get(value, value)
     if value is not None and (len(value) != 1 or value in '"\r\n'):
-        raise ValueError(f"{value!r} is no delimiter; write one character, such as ';'")
+        raise ValueError(f"{value!r} is not a delimiter; write one character, such as ';'")
     return value
 
 

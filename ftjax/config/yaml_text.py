@@ -160,9 +160,7 @@ class Reader:
             first[key] = place
             self.keys[(*path, key)] = place
             result[key] = self._value(value_node, (*path, key), open_nodes)
-        for (
-            value_node
-        ) in merged:  # `<<: *anchor` or `<<: [*a, *b]`: keys of this mapping take precedence, then those of earlier anchors
+        for value_node in merged:  # `<<: *anchor` or `<<: [*a, *b]`: own keys take precedence, then those of earlier anchors
             sources = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
             for source in sources:
                 if not isinstance(source, yaml.MappingNode):

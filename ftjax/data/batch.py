@@ -8,8 +8,8 @@ One row of 12 tokens that holds two documents, `<s> Hi _there </s>` (weights 0 0
     positions    0  1  2  3  0  1  2  3  0  0  0  0
     segment_ids  1  1  1  1  2  2  2  2  0  0  0  0
 
-Texts with several labels (or numbers) have `labels` besides: so many values for each token, those of its text at the token that
-carries weight and zeros elsewhere, one token's after the other's.
+Texts with several labels (or numbers) also have `labels`: the values of the text at the token that carries weight and zeros at
+other tokens, flattened token by token.
 """
 
 import math

@@ -26,8 +26,8 @@ from ftjax.errors import UserError
 class Encoder(RowEncoder):
     """Encodes texts and conversations whose answers are trained.
 
-    Raises UserError where the tokenizer lacks an EOS token or a chat template that the data needs, and, with file and line,
-    where the template refuses a conversation.
+    Raises UserError if the tokenizer lacks an EOS token or a chat template that the data needs, and, with file and line, if
+    the template refuses a conversation.
     """
 
     train_on_inputs: bool = False

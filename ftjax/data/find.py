@@ -148,7 +148,7 @@ def _shards(folder: Path) -> set[str] | None:
     """Return the files that `datasets.save_to_disk` wrote, without caches that later calls keep beside them; None for
     another folder.
 
-    Raises UserError where the rows are chosen by a file of indices, as old versions wrote it.
+    Raises UserError if the rows are chosen by a file of indices, as old versions wrote it.
     """
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))

@@ -146,7 +146,7 @@ def _input_ids(v: Values, where: str) -> Example:
         raise EmptyRow(f"{where}: 'input_ids' is empty, so there is nothing to learn from this row; fill or remove it")
     labels = integers(v["labels"], "labels", where) if v.get("labels") is not None else ids
     if len(labels) != len(ids):
-        raise UserError(f"{where}: {len(labels)} labels for {len(ids)} input_ids; they must be as many")
+        raise UserError(f"{where}: {len(labels)} labels for {len(ids)} input_ids; the numbers must match")
     for at, (label, token) in enumerate(zip(labels, ids, strict=True)):
         if label not in (-100, token):
             raise UserError(

@@ -98,7 +98,7 @@ class Labels:
     def _of_id(self, part: Any, where: str) -> str:
         number = int(part) if isinstance(part, str) and part.isdecimal() else part
         if type(number) is not int or not 0 <= number < len(self.names):
-            raise UserError(f"{where}: the label {part!r} is no number from 0 to {len(self.names) - 1} (label_format: ids)")
+            raise UserError(f"{where}: the label {part!r} is not a number from 0 to {len(self.names) - 1} (label_format: ids)")
         return self.names[number]
 
     def _of_multi_hot(self, found: Sequence[Any], where: str) -> list[str]:
@@ -171,7 +171,7 @@ def numbers(value: Any, where: str, separator: str | None) -> list[float]:
         except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if not abs(number) <= LARGEST:
-            raise UserError(f"{where}: {_shown(one)} is no number that a regression can learn; expected one such as 3.5")
+            raise UserError(f"{where}: {_shown(one)} is not a number that a regression can learn; expected one such as 3.5")
         found.append(number)
     if not found:
         raise EmptyRow(f"{where}: the row has no number to learn; fill or remove it")

@@ -32,7 +32,7 @@ def read_source(
 ) -> Iterator[tuple["Reader", Row]]:  # fmt: skip
     """Yield every row of a source with its reader; see `read_rows` and `Reader` for the arguments.
 
-    Raises UserError, with file and line, for rows that cannot be read and where no format fits them.
+    Raises UserError, with file and line, for rows that cannot be read or that fit no format.
     """
     yield from _with_reader(source, read_rows(source, faults, found=found, streaming=streaming), normalize, label)
 

@@ -120,7 +120,7 @@ class Template:
     """The chat template of a tokenizer; `marked` if it marks what the assistant wrote."""
 
     def __init__(self, tokenizer: Any, tools: list[Any] | None = None):
-        """Raises UserError if there is no template, or several and no default."""
+        """Find the template. Raises UserError if there is none, or several and no default."""
         if not tokenizer.chat_template:
             raise UserError(
                 "this tokenizer has no chat template, which messages need: set model.chat_template to a Jinja template or the "

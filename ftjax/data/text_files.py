@@ -39,7 +39,7 @@ def read_plain(path: Path, file: BinaryIO, by: str, faults: Faults) -> Iterator[
 
 
 def read_csv(path: Path, file: BinaryIO, delimiter: str | None, usual: str, faults: Faults) -> Iterator[Row]:
-    """Yield the records after a header, with as many fields as it; skip empty lines. A record's location is its first line.
+    """Yield the records after a header, each with as many fields; skip empty lines. A record's location is its first line.
 
     Args:
         delimiter: None: `usual`, or the one that the first lines show.

@@ -80,7 +80,7 @@ def mask(values: Any, name: str, count: int, where: str) -> list[bool]:
     if not isinstance(values, list) or not all(value in (0, 1) for value in values):
         raise UserError(f"{where}: {name!r} is {kind_of(values)}, expected a list of 0 and 1")
     if len(values) != count:
-        raise UserError(f"{where}: {len(values)} values of {name} for {count} input_ids; they must be as many")
+        raise UserError(f"{where}: {len(values)} values of {name} for {count} input_ids; the numbers must match")
     return [bool(value) for value in values]
 
 
@@ -131,7 +131,7 @@ def kind_of(value: Any) -> str:
     if isinstance(value, list):
         return "an empty list" if not value else f"a list of {kind_of(value[0]).removeprefix('a ').removeprefix('an ')}"
     if isinstance(value, bytes):
-        return "bytes that are no UTF-8"
+        return "bytes that are not UTF-8"
     return names.get(type(value), type(value).__name__)
 
 

@@ -42,7 +42,7 @@ def export(
         portable: an adapter in the subset that vLLM and llama.cpp read: one rank, alpha = rank, plain LoRA keys.
         push_to_hub: a repository to upload `out` to, private unless told otherwise.
 
-    Raises UserError where the folder is none of these, or its method cannot do what is asked.
+    Raises UserError if the folder is none of these, or its method cannot do what is asked.
     """
     result, config = find_result(Path(run)) if adapter is None else (adapter, None)
     holds_adapter = (result / CONFIG).is_file()

@@ -119,8 +119,8 @@ def load_params(
     The whole key set is compared first. Raises UserError that lists missing, unused and misshapen tensors.
     """
     check_keys(specs, source, ignored, where)
-    # Largest first: while a parameter moves to the device it exists twice, and the peak stays low if the model is still
-    # small.
+    # Largest first: a parameter exists twice while it moves to the device, so the largest do before most of the model is
+    # loaded.
     order = sorted(specs, key=lambda path: -specs[path].size)
     have = set(source.keys())
     return {path: _load(stored(specs[path], dtype), source, mesh, have) for path in order}

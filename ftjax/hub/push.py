@@ -12,13 +12,13 @@ from ftjax.errors import UserError
 def push_folder(folder: Path, repo_id: str, *, private: bool = True, commit_message: str = "Upload from ftjax") -> str:
     """Upload every file of `folder` into the model repository `repo_id`, which is created if missing.
 
-    What an interrupted push has uploaded is not sent again by the next one. The token is found where every Hugging Face tool
-    finds it (HF_TOKEN, `hf auth login`).
+    After an interrupted push, the next one skips what was uploaded. The token is that of every Hugging Face tool (HF_TOKEN,
+    `hf auth login`).
 
     Args:
-        private: nobody else sees it. A repository that exists and is public is then refused, not filled.
+        private: make the repository private. An existing public repository is then refused.
 
-    Returns the repository's address. Raises UserError where it cannot be done; the folder is left as it is.
+    Returns the repository's address. Raises UserError if the upload fails; the folder stays unchanged.
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         raise UserError(

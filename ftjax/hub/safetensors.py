@@ -80,7 +80,7 @@ class SafetensorsFolder:
         if not shards or (whole.is_file() and single not in shards):
             self._read_header(whole)
             if lost := [file for file in shards if not (folder / file).exists()]:
-                print_note(f"{index} is passed over: it names {lost[0]}, which is not there, and {single} is")
+                print_note(f"{index} is ignored: it names {lost[0]}, which is not there, and {single} is")
             elif shards:
                 self._refuse_another(folder, listed)
         else:

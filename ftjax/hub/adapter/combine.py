@@ -24,7 +24,7 @@ SAME = ("base_model_name_or_path", "fan_in_fan_out", "task_type")  # keys that a
 def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path) -> None:
     """Write the weighted sum of LoRA folders; tokenizer and chat template come from the first.
 
-    Raises UserError where a folder holds more than LoRA, or the folders are of different base models.
+    Raises UserError if a folder holds more than LoRA, or the folders are of different base models.
     """
     if len(parts) < 2:
         raise UserError("merge-adapters: expected two adapters or more, as FOLDER=WEIGHT; to scale one, name it twice")

@@ -162,7 +162,7 @@ def attach_adapter(root: nnx.Module, folder: Path, config: MethodConfig | None =
             settings = with_updates_of(root, settings, saved, have)
         method.attach(root, settings)
     except re.error as error:
-        raise UserError(f"{folder / CONFIG}: {error.pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"{folder / CONFIG}: {error.pattern!r} is not a regular expression: {error}") from None
     except UserError as error:  # it speaks of ftjax's configuration, but the folder may come from elsewhere
         text = str(error).removeprefix("method: ").replace("method.", "")
         raise UserError(f"{folder / CONFIG}: {text}") from None
