@@ -1,7 +1,7 @@
 """Turns the rows of a source into examples: detects the format, maps the columns and reports unused ones.
 
-The columns of the first rows determine the format, unless `data.format` names it. `data.columns: {prompt: question,
-completion: answer}` maps columns with other names (ours: the file's).
+The columns of the first rows determine the format, unless `data.format` names it. Columns with other names are mapped with
+`data.columns: {prompt: question, completion: answer}` (ours: the file's).
 """
 
 from collections import Counter
