@@ -1,7 +1,7 @@
-"""What every command prints for people: prose that breaks at words, tables that fit, and nothing cut off.
+"""Console output: text that wraps between words, tables that fit, and nothing truncated.
 
-In a terminal a line is broken between words. A command, a path or any other word that is wider than the terminal stays one
-line, which the terminal itself folds, so that what is copied is whole. A pipe has no width: there every line stays one line.
+In a terminal, lines wrap between words. A command, a path or any other word that is wider than the terminal stays on one
+line, which the terminal itself wraps, so that it can be copied whole. A pipe has no width: every line stays one line.
 """
 
 import re
@@ -13,16 +13,16 @@ from rich.text import Text
 
 from ftjax.errors import printable
 
-UNKNOWN = 100_000  # columns of what has no width
-GAP = 2  # blanks between the columns of a table
+UNKNOWN = 100_000  # width of a pipe in columns
+GAP = 2  # spaces between the columns of a table
 _VERBS = "train|preview|evaluate|check|report|generate|chat|export|plan|sweep|merge-adapters|doctor|models"
 _WORD = r"""(?:'[^'\n]*'|"[^"\n]*"|,(?!\s)|[^\s'";`,])+"""
 COMMAND = rf"\b(?:ftjax (?:{_VERBS})\b|(?:python|pip|vllm|lm_eval|xprof) )(?: ?{_WORD})*"
-_UNIT = re.compile(rf"(?:{COMMAND}|\(\S+ to \S+\)|\S)+")  # what no line ends in
+_UNIT = re.compile(rf"(?:{COMMAND}|\(\S+ to \S+\)|\S)+")  # units that never wrap
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console that takes text as it is: no markup, no emoji, no colours for numbers."""
+    """Create a console that prints text as it is: no markup, no emoji, no highlighted numbers."""
     console = Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = UNKNOWN
@@ -30,9 +30,9 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
 
 
 def say(console: Console, text: str | Text = "", style: str = "") -> None:
-    """Print a text, in a terminal broken at words; lines go on as far to the right as they begin.
+    """Print a text, wrapped between words in a terminal; continuation lines keep the indentation.
 
-    What a plain text holds of escape sequences is shown and not obeyed.
+    Escape sequences in plain text are shown and not obeyed.
     """
     text = Text(printable(text), style) if isinstance(text, str) else text
     if not console.is_terminal:
@@ -43,7 +43,7 @@ def say(console: Console, text: str | Text = "", style: str = "") -> None:
 
 
 def _broken(line: Text, width: int) -> Text:
-    """The line in lines of at most `width` columns, or of one unit that is wider."""
+    """Wrap the line to at most `width` columns; a wider unit gets a line of its own."""
     plain = line.plain
     if line.cell_len <= width:
         return line
@@ -65,12 +65,12 @@ def _broken(line: Text, width: int) -> Text:
 def print_table(
     console: Console, head: Sequence[str], rows: Sequence[Sequence[str | Text]], *, title: str = "", left: Container[int] = (0,)
 ) -> None:
-    """Print rows of texts in columns that fit the terminal, cells broken at words.
+    """Print rows of texts in columns that fit the terminal, with cells wrapped between words.
 
-    Where not even the longest words fit beside each other, a row is written as `name: value; ...` instead.
+    If even the longest words do not fit next to each other, each row becomes `name: value; ...`.
 
     Args:
-        left: the numbers of the columns of words; the others are aligned as numbers are.
+        left: indices of text columns, aligned left; the others are aligned right, as numbers.
     """
     if title:
         say(console, title, "bold")
@@ -91,13 +91,13 @@ def print_table(
 
 
 def _extent(cells: Sequence[Text]) -> tuple[int, int]:
-    """The widest unit and the widest cell of a column."""
+    """Return the widths of the widest unit and the widest cell of a column."""
     units = max((Text(unit).cell_len for cell in cells for unit in _UNIT.findall(cell.plain)), default=0)
     return units, max((cell.cell_len for cell in cells), default=0)
 
 
 def _widths(extents: Sequence[tuple[int, int]], room: int) -> list[int] | None:
-    """Widths of the columns: the widest are narrowed until all fit, none below its widest unit; None where that is too much."""
+    """Return column widths: the widest shrink until all fit, none below its widest unit; None if that is too wide."""
     widths = [most for _, most in extents]
     if sum(least for least, _ in extents) > room:
         return None

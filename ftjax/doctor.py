@@ -1,4 +1,4 @@
-"""`ftjax doctor`: what is installed, what the devices are, what is missing."""
+"""`ftjax doctor`: reports installed packages, devices and missing parts."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 import ftjax
 
-CONSTRAINTS = Path(ftjax.__file__).parents[1] / "constraints.txt"  # present in a checkout, absent in an installed wheel
+CONSTRAINTS = Path(ftjax.__file__).parents[1] / "constraints.txt"  # exists in a checkout, not in an installed wheel
 _GIB = 2**30
 
 
 @dataclass
 class Package:
-    """One dependency. `tested` is the version that the test suite ran with, None where that is not known."""
+    """One dependency. `tested` is the version used by the test suite, None if unknown."""
 
     name: str
     needed: str
@@ -42,7 +42,7 @@ class Package:
 
 @dataclass
 class Report:
-    """Everything that `ftjax doctor` found. `missing` are the things without which nothing runs; `hints` say what to do."""
+    """The findings of `ftjax doctor`. Nothing works without what `missing` lists; `hints` say what to do."""
 
     ftjax: str
     python: str
@@ -57,7 +57,7 @@ class Report:
 
 
 def examine(constraints: Path = CONSTRAINTS) -> Report:
-    """Look at the machine; nothing is changed, downloaded or sent."""
+    """Inspect the machine; change, download or send nothing."""
     report = Report(ftjax.__version__, platform.python_version(), f"{platform.system()} {platform.machine()}")
     report.packages = list(_packages(_pins(constraints)))
     for package in report.packages:
@@ -75,7 +75,7 @@ def examine(constraints: Path = CONSTRAINTS) -> Report:
 
 
 def _pins(path: Path) -> dict[str, str]:
-    """The versions of a constraints file, by normalised name; lines whose marker excludes this Python are left out."""
+    """Return the versions of a constraints file by normalised name, without lines whose marker excludes this Python."""
     pins: dict[str, str] = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -128,7 +128,7 @@ def _devices(report: Report) -> None:
         import jax
 
         devices = jax.local_devices()
-    except Exception as error:  # a broken plugin raises whatever it likes, and telling about it is this command's work
+    except Exception as error:  # a broken plugin may raise anything, and this command reports it
         report.missing.append(
             f"a working jax backend ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         )
@@ -158,7 +158,7 @@ def _has_nvidia() -> bool:
 
 
 def _has_tpu() -> bool:
-    """Google's PCI vendor id, on a machine whose devices are those of a TPU VM."""
+    """Return whether a device has Google's PCI vendor id, on a machine with the device files of a TPU VM."""
     if not (Path("/dev/accel0").exists() or Path("/dev/vfio").exists()):
         return False
     return any(file.read_text().strip() == "0x1ae0" for file in Path("/sys/bus/pci/devices").glob("*/vendor"))
@@ -190,7 +190,7 @@ def _folders() -> Iterator[dict[str, Any]]:
 
 
 def _compiled() -> str | None:
-    """Where a run would keep its compiled programs."""
+    """Return the folder of a run's compiled programs."""
     try:
         import jax
 
@@ -210,7 +210,7 @@ def _has_token() -> bool:
 
 
 def show(report: Report, *, as_json: bool) -> None:
-    """Print the report, for people or as one JSON object."""
+    """Print the report as text or as one JSON object."""
     if as_json:
         packages = [{**asdict(package), "state": package.state} for package in report.packages]
         print(json.dumps({**asdict(report), "packages": packages}, indent=2))

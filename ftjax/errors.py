@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input is wrong, and here is what to do."""
+"""The error for mistakes of the user; its message says what to do."""
 
 from collections.abc import Sequence
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 class UserError(Exception):
     """A mistake in a configuration, a file or an argument.
 
-    The command line prints the message without a traceback and exits with 2. The message says what
-    was asked, what was found and what to do. What it quotes of a file cannot steer the terminal.
+    The command line prints the message without a traceback and exits with status 2. The message says what was asked, what
+    was found and what to do. Control characters quoted from files cannot affect the terminal.
     """
 
     def __init__(self, message: object = ""):
         super().__init__(printable(str(message)))
 
 
-# What a terminal obeys rather than shows: all but the end of a line and tabs, as the pictures of them.
+# Control characters as visible symbols, except newline and tab.
 CONTROL = {
     **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"},
     **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
@@ -23,12 +23,12 @@ CONTROL = {
 
 
 def printable(text: str) -> str:
-    """Text from outside, for a terminal: escape sequences in it are shown and not obeyed."""
+    """Make outside text safe for a terminal: escape sequences are shown and not obeyed."""
     return text.translate(CONTROL)
 
 
-def together(problems: Sequence[str], what: str) -> str:
-    """One message for all that is wrong with `what`."""
+def join_problems(problems: Sequence[str], what: str) -> str:
+    """Join all problems with `what` into one message."""
     if len(problems) == 1:
         return problems[0]
     return f"{what}: {len(problems)} things do not fit:" + "".join(f"\n- {problem}" for problem in problems)

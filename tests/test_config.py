@@ -116,10 +116,10 @@ def test_every_error_is_reported_at_once_with_its_place(load, tmp_path):
     [
         (
             "max_new_tokens: 1\n",
-            "3:1: max_new_tokens: unknown key; it stands at evaluate.max_new_tokens or check.",
+            "3:1: max_new_tokens: unknown key; it belongs at evaluate.max_new_tokens or check.",
         ),
-        ("evaluate: {learning_rate: 1}\n", "it stands at optimizer.learning_rate"),
-        ("template: llama3\n", "template: unknown key; it stands at data.template"),
+        ("evaluate: {learning_rate: 1}\n", "it belongs at optimizer.learning_rate"),
+        ("template: llama3\n", "template: unknown key; it belongs at data.template"),
         ("training: {learning-rat: 1}\n", "did you mean optimizer.learning_rate"),
         ("trainin: {seed: 1}\n", "trainin: unknown key; did you mean training?"),
         ("zzz: 1\n", "zzz: unknown key; known keys here: model, method, data"),
@@ -173,7 +173,7 @@ def test_what_is_said(load, text, said):
         ("model.path.x=3", "model.path is a single value and has no key x"),
         ("optimizer.groups.0.freeze=true", "optimizer.groups.0"),
         ("method.target_modules=[q", "not valid YAML"),
-        ("data.revision=x", "it stands at model.revision"),  # a source's is meant
+        ("data.revision=x", "it belongs at model.revision"),  # a source's is meant
     ],
 )
 def test_wrong_overrides(load, override, said):
@@ -324,7 +324,7 @@ def test_switches(load):
     """What is off and would not be on says nothing; what is on may be switched off."""
     config = load("bf16: false\nload_in_8bit: false\nload_in_4bit: true\nfp16: true\n")
     assert (config.model.quantization, config.model.compute_dtype) == ("nf4", "float16")
-    assert sum("says what holds anyway" in note for note in load.notes) == 2
+    assert sum("changes nothing" in note for note in load.notes) == 2
     assert load("load_in_4bit: true\n", "load_in_4bit=false").model.quantization is None
     assert load("load_in_4bit: true\n", "load_in_8bit=false").model.quantization == "nf4"
 

@@ -1,4 +1,4 @@
-"""The configuration of a run: one strict schema, one section a file."""
+"""The configuration of a run: a strict schema with one section per file."""
 
 from pydantic import PrivateAttr, model_validator
 
@@ -23,7 +23,7 @@ from ftjax.config.model import ModelConfig
 from ftjax.config.objective import ClassificationConfig, ObjectiveConfig, SftConfig
 from ftjax.config.optimizer import GroupConfig, OptimizerConfig
 from ftjax.config.training import MeshConfig, TrainingConfig
-from ftjax.errors import together
+from ftjax.errors import join_problems
 
 __all__ = [
     "BottleneckConfig", "CheckConfig", "ClassificationConfig", "Config", "DataConfig", "DoubleSeqBnConfig",
@@ -50,12 +50,12 @@ class Config(Section):
 
     @property
     def unasked(self) -> frozenset[str]:
-        """Dotted keys of `ftjax.config.code` that only the folder of a run has set, and not the user."""
+        """Dotted keys of `ftjax.config.code` that only the run's folder set, not the user."""
         return self._unasked
 
     @model_validator(mode="after")
     def _classification(self) -> "Config":
-        """Its runs are evaluated by their classes, unless something else is asked for."""
+        """Check a classification, and evaluate it by its classes unless another task is set."""
         if self.objective.name != "classification":
             return self
         if self.data.streaming:
@@ -72,7 +72,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _method_fits(self) -> "Config":
-        """The method's options fit together, and fit the base model's; all that do not are named."""
+        """Check that the method's options fit each other and the base model; report all that do not."""
         problems, quantization = [], self.model.quantization
         if self.method.name == "lora":
             problems = self.method.conflicts(quantization)
@@ -82,5 +82,5 @@ class Config(Section):
                 "adapter (method.name: lora), or leave model.quantization out"
             )
         if problems:
-            raise ValueError(together(problems, "method"))
+            raise ValueError(join_problems(problems, "method"))
         return self

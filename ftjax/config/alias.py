@@ -1,8 +1,8 @@
-"""The names that other tools use for ftjax's keys and values.
+"""Other tools' names of ftjax's keys and values.
 
-`ALIASES` and `VALUES` are accepted, with a note: they mean exactly the same thing, or are converted exactly. `EXPLAINED`
-are refused with the key to use: they mean something near, or something that ftjax does without a setting. The tools are
-transformers' TrainingArguments, PEFT, TRL, axolotl, LLaMA-Factory, torchtune and LitGPT.
+`ALIASES` and `VALUES` are accepted with a note: they have exactly the same meaning or are converted exactly. `EXPLAINED`
+are refused with the key to use: their meaning is similar, or ftjax needs no setting for it. The tools are transformers'
+TrainingArguments, PEFT, TRL, axolotl, LLaMA-Factory, torchtune and LitGPT.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Alias:
-    """`target`: the dotted key it stands for. `convert`: its value in ftjax's terms (ValueError: refused with that text).
+    """Another tool's name of a key.
 
-    `per_device`: the value counts rows on each device, so it is multiplied by the devices that hold different rows and,
-    where `per_micro_batch`, by gradient_accumulation_steps too.
-
-    `switch`: true stands for this value of the target; false says only that it is another.
+    Attributes:
+        target: ftjax's dotted key.
+        convert: converts the value to ftjax's terms; the text of a ValueError becomes the message.
+        per_device: the value counts rows per device, so it is multiplied by the number of data-parallel devices.
+        per_micro_batch: it is also multiplied by gradient_accumulation_steps.
+        switch: true means this value of the target; false only that it is another.
     """
 
     target: str
@@ -28,7 +30,7 @@ class Alias:
 
 
 def _listed(value: Any) -> Any:
-    """LLaMA-Factory writes lists as `a,b`."""
+    """Split a list that LLaMA-Factory writes as `a,b`."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
@@ -59,12 +61,12 @@ def _bits(value: Any) -> Any:
 
 
 def _method(value: Any) -> Any:
-    """axolotl's `adapter:` is empty for full fine-tuning."""
+    """Return the method of axolotl's `adapter:`, which is empty for full fine-tuning."""
     return "full" if value is None else _lower(value)
 
 
 def _last(value: Any) -> Any:
-    """LLaMA-Factory counts from the first layer where the number is negative."""
+    """Return the number of last layers; a negative number counts from the first layer in LLaMA-Factory and is refused."""
     if isinstance(value, int) and value > 0:
         return value
     raise ValueError("only the last layers can be counted; name others in method.train")
@@ -170,9 +172,9 @@ ALIASES: dict[str, Alias] = {
     **_same("training.seed", "random_seed"),
 }
 
-# Of keys that stand at several places, the one that a person means who writes it somewhere else.
+# Keys that exist in several sections, and the one usually meant outside those sections.
 MEANT = {"seed": "training.seed", "dtype": "model.dtype"}
-UNCLEAR = ("path", "template", "freeze", "head")  # keys that mean other things to other tools
+UNCLEAR = ("path", "template", "freeze", "head")  # keys with other meanings in other tools
 _DTYPES = {
     name: kind
     for kind, names in {
@@ -186,7 +188,7 @@ _LORA = {"method.name": "lora"}
 _ADAMW = {"optimizer.name": "adamw"}
 _ADAMW_8BIT = {**_ADAMW, "optimizer.state_dtype": "int8"}
 
-# Values of a key that other tools know, in lower case with `_`, and the keys that say the same here.
+# Values that other tools know, in lower case with `_`, and the equivalent keys here.
 VALUES: dict[str, dict[str, dict[str, Any]]] = {
     "method.name": {
         "qlora": {**_LORA, "model.quantization": "nf4"},
@@ -214,7 +216,7 @@ VALUES: dict[str, dict[str, dict[str, Any]]] = {
         for key in ("model.dtype", "model.compute_dtype", "evaluate.dtype", "optimizer.param_dtype", "optimizer.state_dtype")
     },
 }
-CASELESS = ("method.name", "optimizer.name", "optimizer.lr_scheduler_type")  # `AdamW` is `adamw`
+CASELESS = ("method.name", "optimizer.name", "optimizer.lr_scheduler_type")  # `AdamW` means `adamw`
 
 _QUANTIZED = "write model.quantization: int8 or nf4"
 _MESH = "write the device layout in mesh: {data, fsdp, tensor, sequence}; mesh.fsdp: -1 shards over all devices"
@@ -247,7 +249,7 @@ EXPLAINED: dict[str, str] = {
     "logging_strategy": _STEPS,
     "evals_per_epoch": _STEPS,
     "saves_per_epoch": _STEPS,
-    "load_best_model_at_end": "the best model is always kept in best/ where there is validation data",
+    "load_best_model_at_end": "the best model is always kept in best/ if there is validation data",
     "resume_from_checkpoint": "leave it out: a run resumes by itself when output_dir holds a checkpoint of it",
     "overwrite_output_dir": "leave it out: choose another output_dir, or remove the old folder",
     "auto_resume_from_checkpoints": "leave it out: a run resumes by itself when output_dir holds a checkpoint of it",
@@ -279,5 +281,5 @@ EXPLAINED: dict[str, str] = {
 
 
 def plain_name(key: str) -> str:
-    """`learning-rate` and `Learning_Rate` are looked up as `learning_rate`."""
+    """Normalise a key for lookup: `learning-rate` and `Learning_Rate` become `learning_rate`."""
     return key.strip().lower().replace("-", "_").replace(" ", "_")

@@ -1,4 +1,4 @@
-"""The strictness that every configuration section shares."""
+"""The base class of configuration sections, which makes them strict."""
 
 from typing import Any, get_args
 
@@ -17,7 +17,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_truth_for_numbers(cls, values: Any) -> Any:
-        """`r: true` is a slip, not 1: pydantic would take it, but does not take the text `true` for a number."""
+        """Refuse `r: true`, a slip that pydantic would read as 1; it does not read the text `true` as a number."""
         if not isinstance(values, dict):
             return values
         numbers = {

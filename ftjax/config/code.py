@@ -1,7 +1,7 @@
-"""Settings that lead to running a Python file, and who named them.
+"""Settings that run a Python file, and who set them.
 
-A run folder may be anybody's: its config.yaml says how the run was made, and is no permission to run code here. What the
-command line or a configuration file of the user's own names is one.
+A run folder may come from anybody: its config.yaml records how the run was made and does not permit running code here. The
+command line and the user's own configuration files do.
 """
 
 import shlex
@@ -14,7 +14,7 @@ from ftjax.errors import UserError
 if TYPE_CHECKING:
     from ftjax.config import Config
 
-RECORDED = "config.yaml"  # as a run writes it
+RECORDED = "config.yaml"  # as written by a run
 OF_A_RUN = ("final", "best", "checkpoints", "metrics.jsonl", "run.json")
 
 
@@ -22,7 +22,7 @@ def _files(tasks: list[str]) -> bool:
     return any(task.endswith(".yaml") for task in tasks)
 
 
-# Tasks of lm-evaluation-harness are YAML in which `!function` names Python, beside them or in a folder of tasks.
+# A task of lm-evaluation-harness is a YAML file in which `!function` names Python code beside it or in a tasks folder.
 LEADS_TO_CODE: dict[str, Callable[[Any], bool]] = {
     "evaluate.task": lambda task: task.endswith(".py"),
     "evaluate.lm_eval.tasks": _files,
@@ -32,12 +32,12 @@ LEADS_TO_CODE: dict[str, Callable[[Any], bool]] = {
 
 
 def is_recorded(path: Path) -> bool:
-    """Whether this configuration is the one that a run has written into its folder."""
+    """Return whether a run wrote this configuration into its folder."""
     return path.name == RECORDED and any((path.parent / name).exists() for name in OF_A_RUN)
 
 
 def setting(config: "Config", key: str) -> Any:
-    """The value at a dotted key."""
+    """Return the value at a dotted key."""
     value: Any = config
     for name in key.split("."):
         value = getattr(value, name)
@@ -45,7 +45,7 @@ def setting(config: "Config", key: str) -> Any:
 
 
 def refuse_unasked(config: "Config", *keys: str) -> None:
-    """UserError where one of these settings leads to code that nobody but a run's own folder has named."""
+    """Raise UserError if one of these settings runs code that only a run's folder names."""
     for key in keys:
         value = setting(config, key)
         if key not in config.unasked or not LEADS_TO_CODE[key](value):

@@ -1,4 +1,4 @@
-"""`data:` -- where the examples come from and how they become rows of tokens."""
+"""`data:` -- the source of the examples, and how they become rows of tokens."""
 
 import codecs
 import string
@@ -22,9 +22,9 @@ Format = Annotated[
 
 
 def template_fields(template: str) -> list[str]:
-    """The column names in `Question: {question}\\nAnswer:`; `{{` and `}}` are braces.
+    """Return the column names in `Question: {question}\\nAnswer:`; `{{` and `}}` are literal braces.
 
-    Raises ValueError where it is not such a template.
+    Raises ValueError if it is not such a template.
     """
     names = []
     for _, name, spec, conversion in string.Formatter().parse(template):
@@ -48,13 +48,13 @@ def _checked_encoding(name: str | None) -> str | None:
             return name and found.name
         raise LookupError(name)
     except LookupError:
-        raise ValueError(f"{name!r} is no encoding that Python knows, such as utf-8, utf-16, cp1252 or shift_jis") from None
+        raise ValueError(f"{name!r} is not an encoding that Python knows, such as utf-8, utf-16, cp1252 or shift_jis") from None
 
 
 def _checked_delimiter(value: str | None) -> str | None:
     value = {"\\t": "\t", "tab": "\t"}.get(value, value)
     if value is not None and (len(value) != 1 or value in '"\r\n'):
-        raise ValueError(f"{value!r} is no delimiter; write one character, such as ';'")
+        raise ValueError(f"{value!r} is not a delimiter; write one character, such as ';'")
     return value
 
 
@@ -64,10 +64,12 @@ SampleBy = Literal["line", "paragraph", "document"] | None
 
 
 class SourceConfig(Section):
-    """One part of a mixture; what is null is taken from `data`."""
+    """One part of a mixture; null settings are taken from `data`."""
 
     path: str = Field(min_length=1, description="a file, a folder, a glob or a Hub id")
-    weight: float = Field(1.0, gt=0, description="how many times an epoch sees each row; 0.5: half of them, then the others")
+    weight: float = Field(
+        1.0, gt=0, description="how many times an epoch sees each row; 0.5: half of them, then the other half"
+    )
     split: str | None = Field(None, description="split of a Hub data set; null: train, or validation")
     subset: str | None = Field(None, description="configuration of a Hub data set that has several")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub data set")
@@ -86,7 +88,7 @@ class SourceConfig(Section):
 Sources = str | SourceConfig | list[str | SourceConfig]
 
 
-# What each source may have for itself, and else takes from `data`.
+# Settings that a source may override; otherwise `data`'s apply.
 OF_EACH = ("format", "columns", "template", "completion_template", "delimiter", "encoding", "sample_by", "limit")
 
 
@@ -96,37 +98,35 @@ class DataConfig(Section):
     train: Sources = Field(description="a file, a folder, a glob, a Hub id, or a list of {path, weight, ...}")
     validation: Sources | None = None
     validation_split: float | None = Field(
-        None, gt=0, description="where validation is null: this share (below 1) or this number of rows of train, by content"
+        None, gt=0, description="if validation is null: a share (below 1) or number of train rows to hold out, by content"
     )
     format: Format = "auto"
     columns: dict[str, str] = Field(default_factory=dict, description="ftjax's column name: the file's column name")
     template: str | None = Field(None, description="the prompt, with columns as {name}: 'Question: {question}\\nAnswer:'")
-    completion_template: str | None = Field(None, description="the completion, with columns as {name}, taken exactly")
-    delimiter: Delimiter = Field(None, description="of CSV files; null: found by their first lines")
-    encoding: Encoding = Field(
-        None, description="of text files; null: UTF-8, or what a BOM says, or Excel's cp1252 where it is"
-    )
-    sample_by: SampleBy = Field(None, description="what is a row of .txt and .md; null: a line of .txt, all of an .md")
-    limit: int | None = Field(None, ge=1, description="only the first so many rows of each source")
+    completion_template: str | None = Field(None, description="the completion, with columns as {name}, used exactly")
+    delimiter: Delimiter = Field(None, description="of CSV files; null: detected from their first lines")
+    encoding: Encoding = Field(None, description="of text files; null: UTF-8, or as a BOM says, or Excel's cp1252 if detected")
+    sample_by: SampleBy = Field(None, description="unit of a row in .txt and .md; null: a line of .txt, a whole .md")
+    limit: int | None = Field(None, ge=1, description="only this many first rows of each source")
     shuffle: bool = Field(True, description="false: epochs keep the order of the data")
     prompt_format: Literal["auto", "chat", "raw"] = Field(
-        "auto", description="prompts that are text: through the chat template where there is one (auto), always, or never"
+        "auto", description="apply the chat template to text prompts: if there is one (auto), always, or never"
     )
     max_length: int = Field(1024, ge=2)
     packing: bool = True
     mix_epochs: bool = Field(False, description="fill the last batch of an epoch with the first rows of the next")
     truncation: Literal["drop", "right", "left", "middle", "split", "error"] = "drop"
-    train_on_inputs: bool = Field(False, description="train every token, not the completion or the assistant's turns alone")
-    last_turn_only: bool = Field(False, description="of a conversation, train the assistant's last turn alone")
+    train_on_inputs: bool = Field(False, description="train every token, not only the completion or the assistant's turns")
+    last_turn_only: bool = Field(False, description="train only the assistant's last turn of a conversation")
     special_tokens_in_text: Literal["encode", "split", "error"] = Field(
         "split",
         description="control tokens that a message spells (<|im_end|> in a user's text): tokens, plain text, or an error",
     )
     fold_system: bool = Field(
         True,
-        description="a system message that the chat template does not take goes in front of the first user's; false: an error",
+        description="put a system message that the chat template does not take before the first user's; false: an error",
     )
-    on_error: Literal["error", "skip"] = Field("error", description="a broken row ends the run, or is left out and counted")
+    on_error: Literal["error", "skip"] = Field("error", description="a broken row ends the run, or is skipped and counted")
     drop_empty: bool = Field(False, description="drop and count rows whose text or completion is empty")
     min_tokens: int | None = Field(None, ge=1, description="drop rows of fewer tokens")
     max_tokens: int | None = Field(None, ge=1, description="drop rows of more tokens, before truncation")
@@ -134,7 +134,7 @@ class DataConfig(Section):
     near_duplicate_threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of 3-grams of words")
     unicode_normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
     contamination: Literal["ignore", "report", "drop"] = Field(
-        "report", description="rows of validation that are found in train too: dropped from train, or said"
+        "report", description="rows of validation that are also in train: report them, or drop them from train"
     )
     streaming: bool = Field(False, description="for sets larger than the disk: no cache, packed window by window")
     num_proc: int = Field(1, ge=1, description="processes that read and tokenise; tokenising alone uses all cores anyway")
@@ -144,7 +144,7 @@ class DataConfig(Section):
     @field_validator("deduplicate", mode="before")
     @classmethod
     def _plain(cls, value: Any) -> Any:
-        """`false` and null mean none, `true` exact."""
+        """Map `false` and null to none, and `true` to exact."""
         return {None: "none", False: "none", True: "exact"}.get(value, value) if value in (None, False, True) else value
 
     @field_validator("train", "validation")
@@ -181,11 +181,11 @@ class DataConfig(Section):
 
     @property
     def reading(self) -> tuple[str, str, bool]:
-        """How an example meets its chat template: what `Example.with_source` takes."""
+        """Settings for rendering an example with a chat template, as keywords of `Example.with_source`."""
         return self.prompt_format, self.special_tokens_in_text, self.fold_system
 
     def sources(self, which: Literal["train", "validation"]) -> list[SourceConfig]:
-        """The parts of a set, each with `data`'s settings where it has none of its own; [] where there is none."""
+        """Return the sources of a set, completed with `data`'s settings; [] if there are none."""
         given = getattr(self, which)
         parts = given if isinstance(given, list) else [] if given is None else [given]
         resolved = []

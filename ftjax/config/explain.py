@@ -1,4 +1,4 @@
-"""pydantic's errors, said in the words of the configuration file."""
+"""Translates pydantic's errors into the terms of the configuration file."""
 
 import difflib
 from collections.abc import Callable
@@ -37,21 +37,21 @@ _BOUNDS = {
 
 
 def explain(error: ValidationError, tree: dict[str, Any], report: Callable[[Path, str], None]) -> None:
-    """Calls `report(path, message)` once for each wrong value or key of `tree`."""
+    """Call `report(path, message)` once for each wrong value or key of `tree`."""
     found: dict[Path, list[dict[str, Any]]] = {}
     for item in error.errors(include_url=False):
         found.setdefault(_path(item, tree), []).append(item)
     for path, items in found.items():
         deeper = any(other[: len(path)] == path and len(other) > len(path) for other in found)
         if deeper and all(item["type"] in _EXPECTED for item in items):
-            continue  # another branch of a union took the value's shape; its own complaint is the useful one
+            continue  # another branch of a union matched the value's type; its error is the useful one
         dotted = ".".join(map(str, path))
         text = _message(path, items, tree)
         report(path, f"{dotted}: {text}" if dotted else text)
 
 
 def _path(item: dict[str, Any], tree: Any) -> Path:
-    """pydantic's location without the names of union branches."""
+    """Convert pydantic's location to a path without the names of union branches."""
     path: Path = ()
     value = tree
     for index, piece in enumerate(item["loc"]):
@@ -98,7 +98,7 @@ def _message(path: Path, items: list[dict[str, Any]], tree: dict[str, Any]) -> s
 
 
 def _main_key(path: Path, tree: dict[str, Any]) -> str:
-    """The key that a section is named by when someone writes `model: gpt2` or `method: lora`."""
+    """Return the key that is meant by a plain value for a section, as in `model: gpt2` or `method: lora`."""
     return next(iter(models_at(path, tree)[0].model_fields))
 
 

@@ -1,4 +1,4 @@
-"""Keys of the configuration as flags: `--learning_rate 2e-4`, as other tools' command lines have it."""
+"""Configuration keys as command-line flags: `--learning_rate 2e-4`, as other tools have them."""
 
 import difflib
 import re
@@ -13,10 +13,10 @@ _ASSIGNED = re.compile(r"([A-Za-z][\w.-]*)=")
 
 
 def as_overrides(arguments: Sequence[str], options: Collection[str]) -> list[str]:
-    """`--key value`, `--key=value` and `--key` (true) as `key=value`, behind everything else, which stays as it stands.
+    """Convert `--key value`, `--key=value` and `--key` (true) to `key=value` at the end; other arguments stay unchanged.
 
     Args:
-        options: the flags of the command line itself, which are left alone, and so is what resembles one of them more than a
+        options: the command line's own flags. They stay unchanged, and so do flags that resemble one of them more than a
             key.
     """
     found, assigned, rest = [], [], list(arguments)
@@ -32,20 +32,21 @@ def as_overrides(arguments: Sequence[str], options: Collection[str]) -> list[str
         value = flag[2]
         if value is None:
             value = rest.pop(0) if rest and not _begins_anew(rest[0]) else "true"
-        if value in ("True", "False", "None"):  # as Python's tools write them
+        if value in ("True", "False", "None"):  # as Python tools write them
             value = {"True": "true", "False": "false", "None": "null"}[value]
         assigned.append(f"{flag[1].replace('-', '_')}={value}")
     return [*found, *assigned]
 
 
 def _begins_anew(argument: str) -> bool:
-    """Whether an argument is no value of the flag before it: another flag, a `key=value`, or the configuration."""
+    """Return whether an argument starts something new instead of being the value of a flag: a flag, a `key=value`, or the
+    configuration."""
     assigned = _ASSIGNED.match(argument)
     return argument.startswith("--") or argument.endswith((".yaml", ".yml")) or bool(assigned and _is_key(assigned[1], ()))
 
 
 def _is_key(name: str, options: Collection[str]) -> bool:
-    """Whether it is a key of ftjax's or another tool's, or resembles one: what is wrong is then said of the key."""
+    """Return whether it is a key of ftjax or another tool, or resembles one, so that errors are reported for the key."""
     first, *deeper = name.split(".")
     if deeper:
         return first in section_fields()

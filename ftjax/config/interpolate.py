@@ -1,4 +1,5 @@
-"""`${section.key}` in values, by OmegaConf's rules: keys, relative keys (`${.r}`) and the environment (`${oc.env:NAME}`).
+"""Resolves `${section.key}` in values by OmegaConf's rules: keys, relative keys (`${.r}`) and the environment
+(`${oc.env:NAME}`).
 
 A reference may name a key that the file leaves at its default. `\\${` is a literal `${`.
 """
@@ -13,7 +14,7 @@ _REFERENCE = re.compile(r"(\\*)\$\{")
 
 
 def escape(value: Any) -> Any:
-    """The value which `interpolate` turns back into `value`."""
+    """Escape a value so that `interpolate` returns it unchanged."""
     if isinstance(value, str):
         return _REFERENCE.sub(lambda match: match[1] * 2 + "\\${", value)
     if isinstance(value, dict):
@@ -22,7 +23,7 @@ def escape(value: Any) -> Any:
 
 
 def interpolate(tree: dict[str, Any], defaults: dict[str, Any], report: Callable[[Path, str], None]) -> dict[str, Any]:
-    """A copy of `tree` without references; `report(path, message)` is called for each that cannot be resolved."""
+    """Return a copy of `tree` without references; call `report(path, message)` for each that cannot be resolved."""
     if not any(_REFERENCE.search(text) for _, text in _strings(tree, ())):
         return tree
     from omegaconf import OmegaConf

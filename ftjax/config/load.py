@@ -1,7 +1,7 @@
-"""A configuration from a YAML file and `key=value` overrides, and back to a file.
+"""Loads a configuration from a YAML file and `key=value` overrides, and saves it.
 
-The steps, in order: read (YAML with the place of every key), put aliases in their place, apply overrides, resolve
-`${...}`, convert per-device counts, validate. Problems are collected on the way and reported together.
+Steps in order: read (YAML with the place of every key), move aliases to their keys, apply overrides, resolve `${...}`,
+convert per-device counts, validate. Problems are collected and reported together.
 """
 
 import os
@@ -29,7 +29,7 @@ _KEY = re.compile(r"^[^\s=.\[\]{}]+(?:\.[^\s=.\[\]{}]+)*$")
 
 
 def print_note(text: str) -> None:
-    """Writes a note to stderr, where it does not mix with results."""
+    """Write a note to stderr, apart from results."""
     from ftjax.console import make_console, say
 
     say(make_console(stderr=True), text if text.startswith("warning: ") else f"note: {text}")
@@ -38,14 +38,16 @@ def print_note(text: str) -> None:
 def load_config(
     path: str | FilePath, overrides: Sequence[str] = (), *, note: Callable[[str], None] = print_note, asked: bool = True
 ) -> Config:
-    """Reads, overrides and validates a configuration.
+    """Read, override and validate a configuration.
 
-    `overrides` are `dotted.key=value` with the value in YAML (`method.r=16`, `method.target_modules=[q_proj, v_proj]`,
-    `method={name: full}` to replace a section). `note` is called with one line for each alias that was accepted. `asked` is
-    false where the user named a run and not this file, so that the file may not lead to code (`ftjax.config.code`).
+    Args:
+        overrides: `dotted.key=value` with the value in YAML (`method.r=16`, `method.target_modules=[q_proj, v_proj]`,
+            `method={name: full}` to replace a section).
+        note: called with one line for each accepted alias.
+        asked: False if the user named a run and not this file, which then may not run code (`ftjax.config.code`).
 
     Raises:
-        UserError: naming every mistake found, each with file, line and column or with the override's text.
+        UserError: names every mistake found, each with file, line and column or with the override's text.
     """
     loading = _Loading(str(path), note)
     loading.read_file(_read_text(FilePath(path)))
@@ -65,10 +67,10 @@ def config_of(
     source: str = "the command line",
     note: Callable[[str], None] = print_note,
 ) -> Config:
-    """The configuration of plain values, with overrides, as `load_config` reads one from a file.
+    """Build a configuration from plain values with overrides, as `load_config` does from a file.
 
     Raises:
-        UserError: naming every mistake found.
+        UserError: names every mistake found.
     """
     loading = _Loading(source, note)
     loading.tree = tree
@@ -78,14 +80,15 @@ def config_of(
 
 
 def save_config(config: Config, path: str | FilePath) -> None:
-    """Writes every key of `config`, resolved; `load_config` gives an equal one back. The file appears whole or not at all."""
+    """Write every key of `config`, resolved; `load_config` returns an equal one. The file is written completely or not at
+    all."""
     path = FilePath(path)
     text = dump(escape(config.model_dump(mode="json")))
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the run from the people it is shared with
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the run from others
         os.replace(temporary, path)
     except BaseException:
         FilePath(temporary).unlink(missing_ok=True)
@@ -93,7 +96,7 @@ def save_config(config: Config, path: str | FilePath) -> None:
 
 
 def flatten_config(config: Config) -> dict[str, Any]:
-    """Every setting by its dotted key; lists and free mappings (`data.columns`) stay whole."""
+    """Return every setting by its dotted key; lists and free mappings (`data.columns`) stay whole."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, prefix: str) -> None:
@@ -109,7 +112,7 @@ def flatten_config(config: Config) -> dict[str, Any]:
 
 
 def diff_configs(a: Config, b: Config) -> list[str]:
-    """The dotted keys whose values differ, in the order of the schema. Of two unlike methods only `method.name` is named."""
+    """Return the dotted keys whose values differ, in the order of the schema; only `method.name` if the methods differ."""
     one, two = flatten_config(a), flatten_config(b)
     differing = [key for key in {**one, **two} if one.get(key, _MISSING) != two.get(key, _MISSING)]
     for section, field in section_fields().items():
@@ -138,7 +141,7 @@ def _read_text(path: FilePath) -> str:
 
 
 class _Loading:
-    """One call of `load_config`: the tree so far, where each part was written, and what is wrong with it."""
+    """The state of one `load_config` call: the tree so far, where each part was written, and the problems found."""
 
     def __init__(self, source: str, note: Callable[[str], None]):
         self.source = source
@@ -164,15 +167,15 @@ class _Loading:
             raise UserError(f"{self.source}:1: expected sections (model:, data:, ...), found {kind}")
         self.tree, self.keys, self.values = tree, reader.keys, reader.values
         for name in section_fields():
-            if tree.get(name, _MISSING) is None:  # `training:` with nothing under it
+            if tree.get(name, _MISSING) is None:  # `training:` without content
                 tree[name] = {}
 
     def move_aliases(self) -> None:
-        """Puts what stands under another tool's name, at the top or in a section, under ftjax's."""
+        """Move the values of other tools' keys, at the top or in a section, to ftjax's keys."""
         places: list[Path] = [(key,) for key in self.tree]
         places += [(name, key) for name in section_fields() if isinstance(self.tree.get(name), dict) for key in self.tree[name]]
         known = [(path, alias) for path in places if (alias := alias_at(path)) is not None]
-        # what is switched on comes before what is switched off: `bf16: false` beside `fp16: true` says nothing more
+        # switches that are on come first: `bf16: false` beside `fp16: true` then changes nothing
         for path, alias in sorted(known, key=lambda one: one[1].switch is not None and self._at(one[0]) is False):
             parent = self.tree if len(path) == 1 else self.tree[path[0]]
             self._move(path, alias, parent.pop(path[-1]), self._place(path))
@@ -181,9 +184,9 @@ class _Loading:
         target: Path = tuple(alias.target.split("."))
         section = self.tree if len(target) == 1 else self.tree.setdefault(target[0], {})
         if not isinstance(section, dict):
-            return  # `method: lora` beside `lora_rank: 8`: the section itself is reported
+            return  # `method: lora` beside `lora_rank: 8`: the error is the section's
         if self._holds(alias, value):
-            self.note(f"{place}: {_dotted(path)}: false says what holds anyway: {alias.target} is not {alias.switch}")
+            self.note(f"{place}: {_dotted(path)}: false changes nothing: {alias.target} is not {alias.switch}")
         elif target[-1] in section:
             written = self.keys.get(target, self.values.get(target))
             self._problem(place, f"{_dotted(path)} means {alias.target}, which is given too ({written}); keep one of them")
@@ -200,14 +203,14 @@ class _Loading:
         return value
 
     def _holds(self, alias: Alias, value: Any) -> bool:
-        """Whether a switch is off that is not on."""
+        """Return whether a switch is set to false and its target has another value anyway."""
         if alias.switch is None or value is not False:
             return False
         section, key = alias.target.split(".")
         return {**defaults({})[section], **_mapping(self.tree.get(section))}[key] != alias.switch
 
     def override(self, text: str) -> None:
-        """Applies one `dotted.key=value`."""
+        """Apply one `dotted.key=value`."""
         place = Place(f"override '{text}'")
         self.override_sources.append(place.source)
         key, equals, written = text.partition("=")
@@ -223,7 +226,7 @@ class _Loading:
         if alias is not None:
             target = tuple(alias.target.split("."))
             if self._holds(alias, value):
-                return self.note(f"{place}: says what holds anyway: {alias.target} is not {alias.switch}")
+                return self.note(f"{place}: changes nothing: {alias.target} is not {alias.switch}")
             value, path = self._converted(path, alias, value, place), target
         if self.overridden.setdefault(path, key) != key:
             return self._problem(place, f"{_dotted(path)} is overridden twice, as {self.overridden[path]} and as {key}")
@@ -254,7 +257,7 @@ class _Loading:
     def finish(self) -> Config:
         for name, field in section_fields().items():
             if field.is_required():
-                self.tree.setdefault(name, {})  # so that the missing keys themselves are named
+                self.tree.setdefault(name, {})  # so that errors name the missing keys themselves
             if isinstance(self.tree.get(name), dict):
                 self.tree[name] = with_default_tag(name, self.tree[name])
         self._replace_values()
@@ -271,11 +274,11 @@ class _Loading:
         return config
 
     def not_overridden(self, keys: Iterable[str]) -> frozenset[str]:
-        """Those of the dotted keys that no override has set."""
+        """Return those of the dotted keys that no override has set."""
         return frozenset(key for key in keys if self._place(tuple(key.split("."))).source not in self.override_sources)
 
     def _replace_values(self) -> None:
-        """Puts ftjax's words in place of other tools' values, such as `method.name: qlora`."""
+        """Replace other tools' values by ftjax's, such as `method.name: qlora`."""
         for dotted, known in VALUES.items():
             path: Path = tuple(dotted.split("."))
             value = _mapping(self.tree.get(path[0])).get(path[1])
@@ -334,7 +337,7 @@ class _Loading:
                 accumulation = int(training["gradient_accumulation_steps"]) if alias.per_micro_batch else 1
                 axes = [int(mesh[axis]) for axis in ("data", "fsdp", "slices")]
             except (ValueError, TypeError):
-                continue  # one of them is wrong, and is reported by itself
+                continue  # one of them is wrong and reported separately
             devices = 1
             for axis in axes:
                 devices *= max(axis, 1)
@@ -351,7 +354,7 @@ class _Loading:
             self.note(text)
 
     def _place(self, path: Path) -> Place:
-        """The place of the key at `path`, or of the nearest part around it that was written."""
+        """Return the place of the key at `path`, or of the nearest part around it that was written."""
         for length in range(len(path), 0, -1):
             for places in (self.keys, self.values):
                 if path[:length] in places:

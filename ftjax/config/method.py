@@ -1,4 +1,4 @@
-"""`method:` -- what trains. Names and defaults are PEFT's (peft 0.21)."""
+"""`method:` -- the fine-tuning method. Names and defaults are PEFT's (peft 0.21)."""
 
 from typing import Annotated, Literal
 
@@ -10,17 +10,19 @@ NITER = r"^pissa_niter_[1-9]\d*$"
 
 
 class FullConfig(Section):
-    """The model's own weights train: all of them, or a part.
+    """Trains the model's own weights: all of them, or a part.
 
-    `train` and `last_layers` add up; `freeze` takes away from what they name. Patterns are regexes that are searched for
-    in Hugging Face's parameter names. `norms` (weights and biases of normalisations) and `biases` (of everything) are
-    words: `train: [norms, biases]` is BitFit (Ben Zaken et al. 2022, arXiv:2106.10199) with norms.
+    `train` and `last_layers` add up; `freeze` is subtracted from them. Patterns are regexes that are searched for in
+    Hugging Face's parameter names. `norms` (weights and biases of normalisations) and `biases` (all biases) are keywords:
+    `train: [norms, biases]` is BitFit (Ben Zaken et al. 2022, arXiv:2106.10199) with norms.
     """
 
     name: Literal["full"] = "full"
-    train: list[str] | None = Field(None, description="patterns, `norms` or `biases`: what trains; null: everything")
-    freeze: list[str] = Field(default_factory=list, description="patterns, `norms` or `biases`: what does not")
-    last_layers: int | None = Field(None, ge=1, description="train the last so many layers, and else only what `train` names")
+    train: list[str] | None = Field(None, description="patterns, `norms` or `biases`: what is trained; null: everything")
+    freeze: list[str] = Field(default_factory=list, description="patterns, `norms` or `biases`: what is frozen")
+    last_layers: int | None = Field(
+        None, ge=1, description="train this many last layers, and otherwise only what `train` names"
+    )
 
     @property
     def partial(self) -> bool:
@@ -39,28 +41,28 @@ class LoraConfig(Section):
     )
     exclude_modules: str | list[str] | None = None
     use_rslora: bool = False
-    use_dora: bool = Field(False, description="train each output's magnitude apart from its direction (arXiv:2402.09353)")
+    use_dora: bool = Field(False, description="train each output's magnitude separately from its direction (arXiv:2402.09353)")
     init_lora_weights: Literal[True, "gaussian", "orthogonal", "pissa"] | Annotated[str, Field(pattern=NITER)] = Field(
         True,
         description="true: A uniform, B zero; gaussian: A normal with deviation 1/r, B zero; orthogonal: both, with BA = 0; "
         "pissa: the largest singular values of the weight; pissa_niter_16: these by 16 subspace iterations",
     )
     bias: Literal["none", "all", "lora_only"] = Field(
-        "none", description="which biases of the base model train too: all, or those of the layers that are adapted"
+        "none", description="biases of the base model to train too: all, or those of the adapted layers"
     )
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = Field(
-        None, description="what the list of layers is called whose numbers `layers_to_transform` means; null: any"
+        None, description="name of the layer list that `layers_to_transform` indexes; null: any"
     )
     modules_to_save: list[str] = Field(default_factory=list)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = Field(
         None,
-        description="tokens whose rows of the embedding train; for each module: {embed_tokens: [..], lm_head: [..]}",
+        description="tokens whose embedding rows are trained; per module: {embed_tokens: [..], lm_head: [..]}",
     )
     ensure_weight_tying: bool = Field(
-        False, description="where the model ties its output to its embedding: what trains of the embedding is on both sides"
+        False, description="if the model ties its output to its embedding, keep trained embeddings tied too"
     )
     adapter_path: str | None = Field(None, description="start from this PEFT folder, or a run's; its settings replace these")
 
@@ -69,7 +71,7 @@ class LoraConfig(Section):
         return str(self.init_lora_weights).startswith("pissa")
 
     def conflicts(self, quantization: str | None = None) -> list[str]:
-        """What of these options does not fit together, whatever the model; each entry says what to do.
+        """Return what is inconsistent in these options for any model; each entry says what to do.
 
         Args:
             quantization: of the base model.
@@ -94,14 +96,14 @@ class LoraConfig(Section):
 
 
 class BottleneckConfig(Section):
-    """What the bottleneck adapters have in common; names and defaults are those of the `adapters` library (1.3)."""
+    """Settings shared by the bottleneck adapters; names and defaults are those of the `adapters` library (1.3)."""
 
     name: str
     reduction_factor: float = Field(gt=0, description="size of the hidden states over that of the bottleneck")
     non_linearity: str
     scaling: float = 1.0
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    adapter_name: str = Field("default", pattern=r"^\w+$", description="what the file calls the adapter")
+    adapter_name: str = Field("default", pattern=r"^\w+$", description="name of the adapter in the file")
     adapter_path: str | None = Field(None, description="start from this folder, or a run's; its settings replace these")
 
 
@@ -139,7 +141,7 @@ class IA3Config(Section):
     )
     exclude_modules: str | list[str] | None = None
     feedforward_modules: str | list[str] | None = Field(
-        None, description="which of the targets have their input scaled; null: second feed-forward layers"
+        None, description="targets whose input is scaled; null: second feed-forward layers"
     )
     modules_to_save: list[str] = Field(default_factory=list)
     adapter_path: str | None = Field(None, description="start from this PEFT folder, or a run's; its settings replace these")
@@ -150,7 +152,7 @@ class PrefixTuningConfig(Section):
 
     name: Literal["prefix_tuning"] = "prefix_tuning"
     num_virtual_tokens: int = Field(20, ge=1)
-    prefix_projection: bool = Field(False, description="make them by a two-layer MLP while training")
+    prefix_projection: bool = Field(False, description="compute them with a two-layer MLP during training")
     encoder_hidden_size: int | None = Field(None, ge=1, description="of that MLP; null: kv heads times head size")
     init_weights: Literal["zero"] | None = Field(None, description="`zero`: the (projected) prefix starts at zero")
     adapter_path: str | None = Field(None, description="start from this PEFT folder, or a run's; its settings replace these")
@@ -168,7 +170,7 @@ class PromptTuningConfig(Section):
     name: Literal["prompt_tuning"] = "prompt_tuning"
     num_virtual_tokens: int = Field(20, ge=1)
     prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = "RANDOM"
-    prompt_tuning_init_text: str | None = Field(None, description="with TEXT: what the embeddings start from")
+    prompt_tuning_init_text: str | None = Field(None, description="with TEXT: initial text of the embeddings")
     adapter_path: str | None = Field(None, description="start from this PEFT folder, or a run's; its settings replace these")
 
     @model_validator(mode="after")
@@ -179,7 +181,7 @@ class PromptTuningConfig(Section):
 
 
 class PTuningConfig(Section):
-    """Learned embeddings before every text, made by an MLP while training (Liu et al. 2021, arXiv:2103.10385)."""
+    """Learned embeddings before every text, computed by an MLP during training (Liu et al. 2021, arXiv:2103.10385)."""
 
     name: Literal["p_tuning"] = "p_tuning"
     num_virtual_tokens: int = Field(20, ge=1)

@@ -1,4 +1,4 @@
-"""`model:` -- which base model, in which precision, run how."""
+"""`model:` -- the base model, its precision and its execution."""
 
 from typing import Literal
 
@@ -14,27 +14,27 @@ Remat = Literal["auto", "none", "dots", "attention", "full", "offload"]
 class ModelConfig(Section):
     """The base model.
 
-    `dtype` is how frozen weights are stored; what trains is always kept in float32.
-    `compute_dtype` is the dtype of activations and matrix products; reductions stay float32.
+    `dtype` is the storage dtype of frozen weights; trained weights are always kept in float32. `compute_dtype` is the dtype
+    of activations and matrix products; reductions stay float32.
     """
 
     path: str = Field(description="Hub id, local folder in Hugging Face layout, or a .gguf file")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
-    tokenizer: str | None = Field(None, description="tokenizer folder or Hub id, where it is not the model's own")
+    tokenizer: str | None = Field(None, description="tokenizer folder or Hub id, if not the model's own")
     chat_template: str | None = Field(None, description="a Jinja template or the path of a .jinja file")
     add_tokens: list[str] = Field(default_factory=list, description="words that become one token each, with an embedding")
     add_special_tokens: list[str] = Field(
-        default_factory=list, description="the same, for markers that generated text leaves out"
+        default_factory=list, description="the same, for markers that are removed from generated text"
     )
     pad_vocab_to_multiple_of: int | None = Field(
-        None, ge=1, description="rows of the embedding, for a mesh.tensor that does not divide them"
+        None, ge=1, description="for the embedding's rows, if mesh.tensor does not divide them"
     )
     dtype: DType = "bfloat16"
     compute_dtype: DType = "bfloat16"
     attention: Attention = "auto"
     remat: Remat = "auto"
     quantization: Literal["int8", "nf4"] | None = Field(
-        None, description="hold the frozen weights of dense layers in 8 or 4 bits (QLoRA); null: in `dtype`"
+        None, description="store the frozen weights of dense layers in 8 or 4 bits (QLoRA); null: in `dtype`"
     )
 
     @property

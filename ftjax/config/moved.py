@@ -1,4 +1,4 @@
-"""Keys that stand where somebody else would put them: what they stand for."""
+"""Finds ftjax's key for a key of another tool, or for one written in the wrong section."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from ftjax.config.yaml_text import Path
 
 
 def switched(alias: Alias, value: Any) -> Any:
-    """The target's value where a switch is on or off. Raises ValueError where that says nothing of it."""
+    """Return the target's value for a switch. Raises ValueError if the switch does not determine it."""
     if value is True:
         return alias.switch
     if value is False and alias.target == "model.quantization":
@@ -20,8 +20,10 @@ def switched(alias: Alias, value: Any) -> Any:
 
 
 def alias_at(path: Path) -> Alias | None:
-    """What the key at `path` stands for, at the top level or in a section that has no key of that name: another tool's name,
-    or a key of ftjax's that has its one place elsewhere."""
+    """Return the alias for the key at `path`, at the top level or in a section without a key of that name.
+
+    It is another tool's name, or a key of ftjax that belongs in exactly one other section.
+    """
     if len(path) == 1:
         real: Iterable[str] = Config.model_fields
     elif len(path) == 2 and path[0] in section_fields():

@@ -1,4 +1,4 @@
-"""`objective:` -- the loss that is minimised."""
+"""`objective:` -- the training loss."""
 
 from typing import Annotated, Literal
 
@@ -11,10 +11,10 @@ class SftConfig(Section):
     """Next-token cross-entropy on the trained tokens."""
 
     name: Literal["sft"] = "sft"
-    loss_chunk: int = Field(512, ge=1, description="tokens whose logits exist at one time, on each device")
+    loss_chunk: int = Field(512, ge=1, description="tokens whose logits are in memory at a time, per device")
 
 
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]  # transformers' names
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]  # names in transformers
 
 
 class ClassificationConfig(Section):
@@ -24,24 +24,24 @@ class ClassificationConfig(Section):
     """
 
     name: Literal["classification"] = "classification"
-    problem_type: ProblemType = Field("single_label_classification", description="one class a row, several labels, or numbers")
+    problem_type: ProblemType = Field(
+        "single_label_classification", description="one class per row, several labels, or numbers"
+    )
     head: bool = Field(
         False, description="a classification head, in the layout of AutoModelForSequenceClassification; the last two have one"
     )
-    labels: list[str] | None = Field(
-        None, description="the classes, labels or outputs, in the order of their numbers; null: those of data.train"
-    )
+    labels: list[str] | None = Field(None, description="the classes, labels or outputs, by index; null: those of data.train")
     label_format: Literal["auto", "names", "ids", "multi_hot"] = Field(
         "auto", description="multi_label_classification: a row's labels are a list of names, of numbers, or of 0 and 1 for each"
     )
     label_separator: str | None = Field(
-        None, min_length=1, description="between labels (or numbers) that the data has as one text: ',' for 'joy, love'"
+        None, min_length=1, description="separator of labels (or numbers) in one text: ',' for 'joy, love'"
     )
-    loss_chunk: int = Field(512, ge=1, description="tokens whose logits exist at one time, on each device")
+    loss_chunk: int = Field(512, ge=1, description="tokens whose logits are in memory at a time, per device")
 
     @property
     def single(self) -> bool:
-        """One class a row."""
+        """Whether each row has one class."""
         return self.problem_type == "single_label_classification"
 
     @model_validator(mode="after")

@@ -29,15 +29,15 @@ class OptimizerConfig(Section):
     lr_scheduler_type: Schedule = "cosine"
     warmup_ratio: float = Field(0.0, ge=0, le=1)
     warmup_steps: int | None = Field(None, ge=0, description="takes precedence over warmup_ratio")
-    decay_ratio: float = Field(0.2, gt=0, le=1, description="share of the steps in which warmup_stable_decay decays")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="share of the steps used by the decay of warmup_stable_decay")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate over peak")
     loraplus_lr_ratio: float | None = Field(None, gt=0, description="learning rate of lora_B over lora_A (arXiv:2402.12354)")
     state_dtype: Literal["float32", "bfloat16", "int8"] = Field(
-        "float32", description="what AdamW's moments are held in; float32 but while they are used, rounded stochastically"
+        "float32", description="storage dtype of AdamW's moments, with stochastic rounding; updates compute in float32"
     )
     param_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="what trained weights are held in; bfloat16 takes half the memory and rounds updates stochastically",
+        description="storage dtype of trained weights; bfloat16 takes half the memory and rounds updates stochastically",
     )
-    offload: bool = Field(False, description="hold the moments in the host's memory between updates")
+    offload: bool = Field(False, description="keep the moments in host memory between updates")
     groups: list[GroupConfig] = Field(default_factory=list)

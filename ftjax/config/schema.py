@@ -1,4 +1,4 @@
-"""The schema, looked at: which keys stand where, so that a wrong one can be answered with the right one."""
+"""Inspects the schema: where keys belong, to suggest the right key for a wrong one."""
 
 import difflib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from ftjax.config.yaml_text import Path
 
 
 def _sections(annotation: Any) -> list[type[Section]]:
-    """Every section class inside an annotation: `list[GroupConfig]` -> [GroupConfig], a union -> its members."""
+    """Return every section class inside an annotation: `list[GroupConfig]` -> [GroupConfig], a union -> its members."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for argument in get_args(annotation) for section in _sections(argument)]
@@ -23,7 +23,7 @@ def _tag(model: type[Section], discriminator: str) -> str:
 
 
 def variants(field: FieldInfo) -> dict[str, type[Section]]:
-    """The members of a discriminated union by their name (`full`, `lora`, ...); empty for any other field."""
+    """Return the members of a discriminated union by name (`full`, `lora`, ...); empty for any other field."""
     if not isinstance(field.discriminator, str):
         return {}
     return {_tag(model, field.discriminator): model for model in _sections(field.annotation)}
@@ -31,12 +31,12 @@ def variants(field: FieldInfo) -> dict[str, type[Section]]:
 
 @cache
 def section_fields() -> dict[str, FieldInfo]:
-    """The fields of `Config` that are sections: model, method, data, ..."""
+    """Return the fields of `Config` that are sections: model, method, data, ..."""
     return {name: field for name, field in Config.model_fields.items() if _sections(field.annotation)}
 
 
 def add_objective(section: type[Section]) -> str:
-    """Let `objective` have this section as well; gives its name."""
+    """Add this section to the variants of `objective`; return its name."""
     field = Config.model_fields["objective"]
     field.annotation = field.annotation | section
     Config.model_rebuild(force=True)
@@ -46,7 +46,7 @@ def add_objective(section: type[Section]) -> str:
 
 
 def with_default_tag(name: str, section: dict[str, Any]) -> dict[str, Any]:
-    """`method: {r: 8}` means the default method: its name is filled in."""
+    """Fill in the default name of a union: `method: {r: 8}` means the default method."""
     field = section_fields()[name]
     if not isinstance(field.discriminator, str) or field.discriminator in section or field.is_required():
         return section
@@ -54,14 +54,14 @@ def with_default_tag(name: str, section: dict[str, Any]) -> dict[str, Any]:
 
 
 def models_at(path: Path, tree: Any) -> list[type[Section]]:
-    """The section classes whose keys are allowed at `path` of `tree` (several only where nothing tells them apart)."""
+    """Return the section classes whose keys are allowed at `path` of `tree` (several only if nothing selects one)."""
     models: list[type[Section]] = [Config]
     value = tree
     inside: list[type[Section]] = []
     for piece in path:
         value = _child(value, piece)
         if isinstance(piece, int):
-            continue  # an item of a list has the classes of the list
+            continue  # list items have the classes of the list
         fields = [model.model_fields[piece] for model in models if piece in model.model_fields]
         if not fields:
             return []
@@ -81,12 +81,12 @@ def _child(value: Any, piece: str | int) -> Any:
         return None
 
 
-_ELSEWHERE = ("evaluate", "check", "mesh")  # what a run is measured by and the words of a mesh are not looked for
+_ELSEWHERE = ("evaluate", "check", "mesh")  # keys of evaluations and mesh axes are not suggested for other places
 
 
 @cache
 def _places() -> dict[str, tuple[str, ...]]:
-    """Every key name with the dotted paths at which it stands; those of a list's items have `[]` in them."""
+    """Return the dotted paths of every key name; keys of list items contain `[]`."""
     found: dict[str, dict[str, None]] = {}
 
     def walk(model: type[Section], prefix: str) -> None:
@@ -103,15 +103,16 @@ def _places() -> dict[str, tuple[str, ...]]:
 
 @cache
 def homes() -> dict[str, tuple[str, ...]]:
-    """Every key name with the dotted paths at which it stands (`r` -> `method.r`); the names of unions are left out."""
+    """Return the dotted paths of every key name (`r` -> `method.r`), without the names of unions."""
     return {
-        name: tuple(place for place in places if "[]" not in place) or places  # a group's learning_rate is not the usual one
+        name: tuple(place for place in places if "[]" not in place) or places  # a group's learning_rate is not usually meant
         for name, places in _places().items()
     }
 
 
 def home_of(name: str, section: str | None) -> str | None:
-    """The one key of a run that `name` can mean where it was written in `section` (None: at the top) instead; else None."""
+    """Return the one key that `name` can mean when written in `section` (None: at the top); None if there is not exactly
+    one."""
     places = homes().get(name, ())
     if len(places) != 1 or places[0].split(".")[0] in _ELSEWHERE or places[0].count(".") > 1 or "[]" in places[0]:
         return None
@@ -124,7 +125,7 @@ def _variants_with(section: str, key: str) -> list[str]:
 
 
 def suggestion(path: Path, tree: Any) -> str:
-    """What to write instead of the unknown key at `path`."""
+    """Suggest a replacement for the unknown key at `path`."""
     key, parent = str(path[-1]), path[:-1]
     allowed = list(dict.fromkeys(name for model in models_at(parent, tree) for name in model.model_fields))
     if len(path) == 2 and path[0] in section_fields():
@@ -140,7 +141,7 @@ def suggestion(path: Path, tree: Any) -> str:
     if len(path) == 1 and isinstance(_child(tree, key), dict):  # a misspelt section
         allowed = list(section_fields())
     elif others := homes().get(key, ()):
-        return f"it stands at {' or '.join(others)}"
+        return f"it belongs at {' or '.join(others)}"
     close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]}?"
@@ -151,7 +152,7 @@ def suggestion(path: Path, tree: Any) -> str:
 
 
 def defaults(tree: dict[str, Any]) -> dict[str, Any]:
-    """Every default of the schema as plain values, for the variants that `tree` names; required keys are absent."""
+    """Return every default of the schema as plain values, for the variants that `tree` names; required keys are absent."""
     return dict(_defaults(Config, tree))
 
 

@@ -1,4 +1,4 @@
-"""`training:` and `mesh:` -- how long, how large, how often, on which devices."""
+"""`training:` and `mesh:` -- duration, batch size, intervals and devices."""
 
 from typing import Any, Literal
 
@@ -14,16 +14,14 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="takes precedence over num_train_epochs")
     global_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
-    eval_steps: int | None = Field(None, ge=1, description="null: once, at the end, where there is validation data")
+    eval_steps: int | None = Field(None, ge=1, description="null: once, at the end, if there is validation data")
     eval_batch_size: int | None = Field(None, ge=1, description="null: the rows of one micro-batch")
     save_steps: int = Field(200, ge=1)
     save_total_limit: int = Field(2, ge=1)
     checkpoint_dir: str | None = Field(
         None, description="a folder that all hosts share, such as gs://bucket/run; null: checkpoints/ of output_dir"
     )
-    allow_changed_data: bool = Field(
-        False, description="go on from a checkpoint although the documents are no longer those that it was trained on"
-    )
+    allow_changed_data: bool = Field(False, description="resume from a checkpoint even if the documents changed since")
     logging_steps: int = Field(10, ge=1)
     seed: int = 42
     metric_for_best_model: str = Field("eval/loss", description="any metric of an evaluation, or the latest train/ one")
@@ -49,7 +47,7 @@ class TrainingConfig(Section):
     @field_validator("report_to", mode="before")
     @classmethod
     def _one_or_none(cls, value: Any) -> Any:
-        """TrainingArguments' `wandb` and `none` beside the list."""
+        """Accept TrainingArguments' `wandb` and `none` besides a list."""
         if value is None or value == "none":
             return []
         return [value] if isinstance(value, str) else value
@@ -57,7 +55,7 @@ class TrainingConfig(Section):
     @field_validator("metric_for_best_model")
     @classmethod
     def _as_written(cls, name: str) -> str:
-        """TrainingArguments' `loss` and `eval_loss` are `eval/loss` here."""
+        """Map TrainingArguments' `loss` and `eval_loss` to `eval/loss`."""
         return name if "/" in name else f"eval/{name.removeprefix('eval_')}"
 
     @property
@@ -78,20 +76,21 @@ class TrainingConfig(Section):
 
 
 class MeshConfig(Section):
-    """Devices along each axis; one of them may be -1, which takes what is left. `mesh: auto` chooses all but the slices."""
+    """Devices along each axis; one of them may be -1, which takes the remaining devices. `mesh: auto` chooses all but
+    slices."""
 
-    data: int = Field(1, description="rows are spread; weights are held by each, slices included")
-    fsdp: int = Field(-1, description="rows are spread, and weights and optimizer too")
-    expert: int = Field(1, description="rows are spread; of a mixture of experts, whole experts")
-    tensor: int = Field(1, description="heads, the feed-forward dimension and the vocabulary are spread")
-    sequence: int = Field(1, description="the tokens of a row are spread")
-    slices: int = Field(1, ge=1, description="TPU slices over the data-centre network; data is a multiple of it")
-    auto: bool = Field(False, description="choose the sizes by devices, model and batch")
+    data: int = Field(1, description="shards rows; replicates weights, across slices too")
+    fsdp: int = Field(-1, description="shards rows, weights and optimizer state")
+    expert: int = Field(1, description="shards rows, and the experts of a mixture of experts")
+    tensor: int = Field(1, description="shards heads, the feed-forward dimension and the vocabulary")
+    sequence: int = Field(1, description="shards the tokens of a row")
+    slices: int = Field(1, ge=1, description="TPU slices over the data-centre network; must divide data")
+    auto: bool = Field(False, description="choose the sizes from devices, model and batch")
 
     @model_validator(mode="before")
     @classmethod
     def _word(cls, value: Any) -> Any:
-        """`mesh: auto` for `mesh: {auto: true}`."""
+        """Accept `mesh: auto` for `mesh: {auto: true}`."""
         return {"auto": True} if value == "auto" else value
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
-"""YAML text to plain values, and back, with the place of every key.
+"""Reads YAML text into plain values with the place of every key, and writes it.
 
-Two readings of YAML that surprise people are not followed: `1e-3` is a number here (YAML 1.1 reads a string), and
-`no`, `off` and `12:30` are strings (YAML 1.1 reads false, false and 750). These are the rules of YAML 1.2.
+Two surprising rules of YAML 1.1 do not apply, as in YAML 1.2: `1e-3` is a number here (YAML 1.1: a string), and `no`, `off`
+and `12:30` are strings (YAML 1.1: false, false and 750).
 """
 
 import re
@@ -25,7 +25,7 @@ _RESOLVERS = [("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT)
 
 @dataclass(frozen=True)
 class Place:
-    """Where something was written: a file's line and column (from 1), or an override's text."""
+    """A place in the input: a file's line and column (from 1), or an override's text."""
 
     source: str
     line: int | None = None
@@ -37,7 +37,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake, and where it stands."""
+    """One mistake and its place."""
 
     place: Place
     message: str
@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever either this loader or a YAML 1.1 loader would take for something other than a string."""
+    """Quotes any string that this loader or a YAML 1.1 loader would read as something else."""
 
     yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeDumper.yaml_implicit_resolvers.items()}  # noqa: RUF012
 
@@ -59,7 +59,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        # YAML folds the rarer line breaks of Unicode everywhere but in a double-quoted scalar, which escapes them
+        # YAML folds Unicode's rarer line breaks everywhere except in double-quoted scalars, which escape them
         return self.represent_scalar(_PREFIX + "str", text, style='"' if re.search("[\x85\u2028\u2029]", text) else None)
 
 
@@ -72,7 +72,7 @@ for _name, _pattern in _RESOLVERS:
 
 
 class Reader:
-    """Turns one YAML text into values, keeping the place of each and every problem met on the way.
+    """Converts a YAML text to values, with the place of each and every problem found.
 
     `keys[path]` and `values[path]` are the places of the key and of the value at that path.
     """
@@ -84,7 +84,7 @@ class Reader:
         self.problems: list[Problem] = []
 
     def read(self, text: str) -> Any:
-        """The value of `text` (None where it is empty or broken; `problems` tells the two apart)."""
+        """Return the value of `text`; None if it is empty or broken, which `problems` tells apart."""
         try:
             loader = _Loader(text)
             try:
@@ -160,7 +160,7 @@ class Reader:
             first[key] = place
             self.keys[(*path, key)] = place
             result[key] = self._value(value_node, (*path, key), open_nodes)
-        for value_node in merged:  # `<<: *anchor` or `<<: [*a, *b]`: the keys written here win, then the earlier anchors
+        for value_node in merged:  # `<<: *anchor` or `<<: [*a, *b]`: own keys take precedence, then those of earlier anchors
             sources = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
             for source in sources:
                 if not isinstance(source, yaml.MappingNode):
@@ -171,7 +171,7 @@ class Reader:
                 extra = self._value(source, path, open_nodes)
                 if not isinstance(extra, dict):
                     continue
-                for key in extra:  # places of keys that are already there stay as they were
+                for key in extra:  # keys that exist already keep their places
                     if key in result:
                         self._restore(keys, values, (*path, key))
                 self.values[path] = values[path]
@@ -188,10 +188,11 @@ class Reader:
 
 
 def resolve_plain(text: str) -> Any:
-    """The value of an unquoted scalar: `1e-3` -> 0.001, `null` -> None, `true` -> True, anything else the text itself.
+    """Return the value of an unquoted scalar: `1e-3` -> 0.001, `null` -> None, `true` -> True, anything else as text.
 
     Raises:
-        ValueError: the text looks like a number and is none (`1_` and the like never do; kept for completeness of `float`).
+        ValueError: the text looks like a number and is not one (`1_` and the like never do; kept for completeness of
+            `float`).
     """
     for kind, pattern in _RESOLVERS:
         if kind != "merge" and pattern.match(text):
@@ -201,5 +202,5 @@ def resolve_plain(text: str) -> Any:
 
 
 def dump(value: Any) -> str:
-    """YAML text which `Reader.read` turns into an equal value."""
+    """Return YAML text that `Reader.read` converts to an equal value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)

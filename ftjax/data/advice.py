@@ -1,4 +1,4 @@
-"""What to write into `data.columns` where no format fits: a guess by the names and values of the columns, or what there is."""
+"""Advice for `data.columns` when no format fits: a guess from column names and values, or a list of the columns found."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 from ftjax.data.row import Row
 from ftjax.data.values import by_row, kind_of
 
-# What others call a column, the surest first.
+# Names that other data sets give a column, the most reliable first.
 ANSWERS = (
     "completion", "response", "answer", "answers", "output", "target", "highlights", "summary", "abstract", "solution", "reply",
     "assistant", "gpt", "bot", "generation", "translation", "rewrite", "correction", "code", "answerkey",
@@ -21,11 +21,11 @@ PROMPTS = (
     "src", "premise", "title",
 )  # fmt: skip
 CONTEXTS = ("context", "input", "passage", "background", "document", "article")
-# The last word of a name by which a column is about the row, not of it.
+# Last words of names of columns that describe the row and hold none of its content.
 ABOUT = {"id", "ids", "idx", "index", "uuid", "hash", "url", "count", "num", "len", "length", "score", "date", "time", "lang",
          "language", "split", "source", "dataset", "model", "version"}  # fmt: skip
 
-NO_NAMES = ("null", "true", "false", "yes", "no", "on", "off")  # in YAML
+NO_NAMES = ("null", "true", "false", "yes", "no", "on", "off")  # words that YAML reads as null or a boolean
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Column:
 
     @property
     def words(self) -> list[str]:
-        """`answerKey` and `Answer key` are `answer`, `key`."""
+        """Lower-case words of the name: `answerKey` and `Answer key` both give `answer`, `key`."""
         return [w.lower() for w in re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_]+", self.name)]
 
     @property
@@ -46,7 +46,7 @@ class Column:
 
     @property
     def holds_text(self) -> bool:
-        """Text, which may be empty in most rows."""
+        """True if every value is text; most of them may be empty."""
         return bool(self.values) and all(isinstance(value, str) for value in self.values)
 
     @property
@@ -55,12 +55,12 @@ class Column:
 
     @property
     def repeats(self) -> bool:
-        """Whether a few values come again and again, as those of a class do."""
+        """True if a few values recur, as class labels do."""
         distinct = len(set(map(str, self.values)))
         return self.is_answer and len(self.values) >= 6 and distinct >= 2 and 3 * distinct <= len(self.values)
 
     def called(self, names: Sequence[str]) -> int | None:
-        """The place in `names` of what this column is called, or of a part of its name; None where it is none of them."""
+        """Return the index in `names` of this column's name or of a word of it; None if there is none."""
         joined = "".join(self.words)
         if joined in names:
             return names.index(joined)
@@ -83,7 +83,7 @@ class Column:
 
 
 def advise(rows: Sequence[Row], accepted: Callable[[dict[str, str]], bool]) -> str:
-    """One sentence. A guess is only given where `accepted` says that the rows are read with it."""
+    """Return one sentence of advice. It suggests a mapping only if `accepted` says that the rows can be read with it."""
     names = dict.fromkeys(name for row in rows for name in row.values)
     columns = [Column(name, [v for row in rows if (v := row.values.get(name)) is not None]) for name in names]
     guess = guessed(columns)
@@ -97,7 +97,7 @@ def advise(rows: Sequence[Row], accepted: Callable[[dict[str, str]], bool]) -> s
 
 
 def guessed(columns: Sequence[Column]) -> dict[str, str] | None:
-    """Our names of columns by theirs, or None where the meaning cannot be told."""
+    """Guess a mapping from our column names to theirs; None if the names and values do not tell."""
     for column in columns:
         first = by_row(column.values[0]) if column.values else None
         if isinstance(first, list) and first and isinstance(first[0], dict) and {"role", "from"} & first[0].keys():
@@ -134,7 +134,7 @@ def guessed(columns: Sequence[Column]) -> dict[str, str] | None:
 
 
 def written(columns: dict[str, str]) -> str:
-    """As YAML that can be typed in, on a line of its own or behind `data.columns=`."""
+    """Format the mapping as YAML that can be pasted on a line of its own or after `data.columns=`."""
     return "{" + ", ".join(f"{ours}: {_yaml(theirs)}" for ours, theirs in columns.items()) + "}"
 
 

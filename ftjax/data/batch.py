@@ -8,8 +8,8 @@ One row of 12 tokens that holds two documents, `<s> Hi _there </s>` (weights 0 0
     positions    0  1  2  3  0  1  2  3  0  0  0  0
     segment_ids  1  1  1  1  2  2  2  2  0  0  0  0
 
-Texts with several labels (or numbers) have `labels` besides: so many values for each token, those of its text at the token that
-carries weight and zeros elsewhere, one token's after the other's.
+Texts with several labels (or numbers) also have `labels`: the values of the text at the token that carries weight and zeros at
+other tokens, flattened token by token.
 """
 
 import math
@@ -25,7 +25,7 @@ class BatchArray(NamedTuple):
     """One array of a batch: `[rows, T * width]` of `dtype`."""
 
     dtype: Any
-    width: int = 1  # values of a token, one token's after the other's
+    width: int = 1  # values per token, flattened token by token
 
 
 KEYS = {
@@ -38,27 +38,29 @@ KEYS = {
 
 
 def batch_arrays(values: int = 0) -> dict[str, BatchArray]:
-    """The arrays of a batch whose documents carry so many values besides their tokens (`RowEncoding.values`)."""
+    """Return the arrays of a batch whose documents carry `values` extra numbers each (`RowEncoding.values`)."""
     return KEYS | ({"labels": BatchArray(np.float32, values)} if values else {})
 
 
 class BatchIterator(Protocol):
-    """Batches of this process's rows, `[rows, T]` of each of `KEYS` and perhaps `labels` `[rows, T * labels]`, and a position
-    that is the same on all processes."""
+    """Iterates over this process's rows of each batch.
+
+    Each of `KEYS` is `[rows, T]`, and `labels`, if present, `[rows, T * labels]`. The state is the same on all processes.
+    """
 
     def __iter__(self) -> Iterator[Batch]: ...
     def __next__(self) -> Batch: ...
     def get_state(self) -> dict[str, int]:
-        """Where the next batch is, as JSON: independent of the number of processes."""
+        """Return the position of the next batch as JSON; it does not depend on the number of processes."""
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Go there."""
+        """Move to the position `state`."""
 
 
 def own_rows(rows: Sequence[int] | None, batch_size: int) -> np.ndarray:
-    """The rows of a batch that are to be built, as an array.
+    """Return the numbers of the rows to build in each batch, as an array.
 
-    Raises ValueError where they do not rise or are none of the batch's.
+    Raises ValueError unless they increase and are within the batch.
     """
     own = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
     if not len(own) or own[0] < 0 or own[-1] >= batch_size or (np.diff(own) <= 0).any():
@@ -69,11 +71,11 @@ def own_rows(rows: Sequence[int] | None, batch_size: int) -> np.ndarray:
 def fill(
     store: Any, starts: np.ndarray, lengths: np.ndarray, per_row: np.ndarray, width: int, labels: np.ndarray | None = None
 ) -> Batch:
-    """`[len(per_row), width]` of each of `KEYS`, from documents `store.tokens[start : start + length]`.
+    """Build arrays `[len(per_row), width]` for each of `KEYS` from documents `store.tokens[start : start + length]`.
 
     Args:
-        per_row: how many of the documents each row holds, in their order.
-        labels: `[documents, labels]`, which go to the last token but one of each.
+        per_row: the number of documents in each row, in order.
+        labels: `[documents, labels]`, written to the second-to-last token of each document.
     """
     arrays = batch_arrays(0 if labels is None else labels.shape[1])
     batch = {
@@ -81,8 +83,8 @@ def fill(
         for name, one in arrays.items()
     }
     if len(starts):
-        before = np.cumsum(lengths) - lengths  # tokens of all documents before each
-        first = np.cumsum(per_row) - per_row  # of each row, its first document
+        before = np.cumsum(lengths) - lengths  # tokens of all earlier documents
+        first = np.cumsum(per_row) - per_row  # the first document of each row
         row = np.repeat(np.arange(len(per_row)), per_row)
         within = np.arange(int(lengths.sum())) - np.repeat(before, lengths)
         source = np.repeat(starts, lengths) + within

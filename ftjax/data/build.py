@@ -1,4 +1,4 @@
-"""From the sources of a set to its tokenised documents: read, formatted, cleaned, encoded and fitted, all of it counted."""
+"""Builds the tokenised documents of a data set: reads, formats, cleans, encodes and fits rows, and counts each step."""
 
 import json
 import multiprocessing
@@ -26,13 +26,13 @@ from ftjax.data.tokens import Tokens
 from ftjax.data.values import EmptyRow
 from ftjax.errors import UserError
 
-VERSION = 3  # of the tokens and weights that one row becomes: a new one makes every cache anew
+VERSION = 3  # format of the tokens and weights; raise it to rebuild every cache
 CHUNK = 1024  # rows that are tokenised together
 OPTIONS = (
     "prompt_format", "max_length", "truncation", "train_on_inputs", "last_turn_only", "special_tokens_in_text", "fold_system",
     "on_error", "drop_empty", "min_tokens", "max_tokens", "deduplicate", "near_duplicate_threshold", "unicode_normalization",
 )  # fmt: skip
-COUNTED = {  # notes of the encoder, and what they mean: "in 3 rows ..."
+COUNTED = {  # encoder notes and their warnings: "in 3 rows ..."
     "prompt differs": "rows the chat template's generation prompt is not what it writes before the answer (some begin it with "
     "<think>): they are trained on the text without that beginning, and generation adds it. Set model.chat_template to a "
     "version that writes both alike, or write the beginning into the answers",
@@ -63,7 +63,7 @@ def build_documents(
     sources: Sequence[SourceConfig], config: DataConfig, tokenizer: Any, progress: Any = None,
     encoding: RowEncoding = ANSWERS,
 ) -> tuple[Documents, bool]:  # fmt: skip
-    """The tokenised documents of a set, and whether they were in the cache.
+    """Return the tokenised documents of a data set, and whether they were in the cache.
 
     Args:
         encoding: how rows become documents.
@@ -83,7 +83,7 @@ def cache_key(
     sources: Sequence[SourceConfig], found: Sequence[Files | HubSet], config: DataConfig, tokenizer: Any,
     encoding: RowEncoding = ANSWERS,
 ) -> str:  # fmt: skip
-    """A digest of everything that decides which documents come out."""
+    """Return a digest of everything that determines the documents."""
     facts = {
         "version": VERSION,
         "tokenizer": Tokens(tokenizer).fingerprint(),
@@ -100,7 +100,7 @@ def cache_key(
 
 
 def _names(source: SourceConfig, found: Files | HubSet) -> Any:
-    """The places of documents name the files, so other paths to the same bytes are another cache."""
+    """Return the file names of a source. Documents record them, so other paths to the same bytes get another cache entry."""
     return [str(path) for path in found.paths] if isinstance(found, Files) else source.path
 
 
@@ -114,7 +114,7 @@ class Build:
     tokenizer: Any
     encoding: RowEncoding = ANSWERS
     progress: Any = None  # called with the number of rows read
-    epoch: int = 0  # of a set that is streamed: it decides whose turn it is where a weight is no whole number
+    epoch: int = 0  # of a streamed set: decides which rows a fractional weight selects
 
     def __post_init__(self):
         config = self.config
@@ -131,7 +131,7 @@ class Build:
         self.readers: dict[int, Reader] = {}
 
     def run(self, writer: Writer) -> dict[str, Any]:
-        """Write every document; gives the report."""
+        """Write every document and return the report."""
         for chunk, encoded in self.encoded(self.examples()):
             documents, cut, rows, digests = [], [], [], []
             for (number, mark, _), unit in zip(chunk, encoded, strict=True):
@@ -144,7 +144,7 @@ class Build:
         return self.summary().state()
 
     def rows(self) -> Iterator[tuple[int, Reader, Row]]:
-        """`(number of the source, its reader, row)`: one source after the other, or, streamed, a bit of each in turn."""
+        """Yield `(index of the source, its reader, row)`: source after source, or interleaved when streaming."""
         normalize = normalizer(self.config.unicode_normalization)
 
         def one(number: int) -> Iterator[tuple[int, Reader, Row]]:
@@ -164,13 +164,13 @@ class Build:
             if share:
                 yield from (row for at, row in enumerate(one(number)) if _has_turn(at, share, self.epoch))
 
-        if not self.config.streaming:  # weights are applied to the documents, in the plan of an epoch
+        if not self.config.streaming:  # the epoch's plan applies weights to the documents
             for number in range(len(self.sources)):
                 yield from one(number)
             return
         open_parts = {number: weighted(number) for number in range(len(self.sources))}
         credit = dict.fromkeys(open_parts, 0.0)
-        while open_parts:  # the source that is furthest behind its weight gives the next row
+        while open_parts:  # the source furthest below its weight gives the next row
             for number in open_parts:
                 credit[number] += self.sources[number].weight
             number = max(open_parts, key=lambda n: (credit[n], -n))
@@ -182,7 +182,7 @@ class Build:
                 yield row
 
     def examples(self) -> Iterator[tuple[int, int, Example]]:
-        """`(number of the row, digest of its content, example)` of every row that is to be encoded."""
+        """Yield `(row number, digest of its content, example)` for every row to encode."""
         for number, reader, row in self.rows():
             self.report.rows += 1
             if self.progress and self.report.rows % CHUNK == 0:
@@ -209,7 +209,7 @@ class Build:
             yield self.report.rows, mark, example
 
     def _described(self) -> list[str]:
-        """What is worth saying about the columns."""
+        """Return warnings about the columns."""
         found = []
         for number, reader in self.readers.items():
             path = self.sources[number].path
@@ -233,7 +233,7 @@ class Build:
         return found
 
     def encoded(self, examples: Iterable[tuple[int, int, Example]]) -> Iterator[tuple[list, list[Unit | None]]]:
-        """Chunks of examples with their documents, in order, by as many processes as `num_proc` says."""
+        """Yield chunks of examples with their documents, in order; `num_proc` worker processes encode them."""
         chunks = iter(lambda: list(islice(examples, CHUNK)), [])
         if self.config.num_proc == 1:
             read: deque[list] = deque()
@@ -246,7 +246,7 @@ class Build:
             for documents in self.encoder.stream(examples_of(), self.faults):
                 yield read.popleft(), documents
             return
-        # Threads of the parent (JAX has many) do not survive a fork, so workers start fresh.
+        # The parent's threads (JAX has many) do not survive a fork, so workers are spawned.
         context = multiprocessing.get_context("spawn")
         made = (self.tokenizer, self.config, self.encoding)
         with context.Pool(self.config.num_proc, _start_worker, made) as pool:
@@ -266,9 +266,9 @@ class Build:
         return chunk, documents
 
     def fit(self, unit: Unit) -> Sequence[Encoded]:
-        """What is left of a row's documents: of the wanted length, with something that is trained.
+        """Return the documents of a row that remain after truncation: within the length limits, with trained tokens.
 
-        Several documents are kept all or none, and fit into one row of a batch together.
+        Several documents of a row are kept or dropped together, and together fit into one row of a batch.
         """
         config, report = self.config, self.report
         count = sum(len(document.tokens) for document in unit)
@@ -303,10 +303,10 @@ class Build:
         return kept
 
     def summary(self) -> DataReport:
-        """The counts so far. Raises UserError where nothing is left of all rows."""
+        """Return the counts so far. Raises UserError if no row is left."""
         messages = [*self.unread.messages, *self.faults.messages][:SHOWN]
         dropped = self.report.dropped + Counter({BROKEN: self.unread.count + self.faults.count})
-        # Rows that could not be read are no rows yet; the others turned out to be broken later.
+        # `rows` lacks rows that could not be read, and has those found broken later.
         report = replace(self.report, rows=self.report.rows + self.unread.count, dropped=dropped)
         report.notes = self.report.notes + self.encoder.notes
         report.warnings = [*self.unread.notes, *self._described(), *warnings_of(report, messages, self.masked_where)]
@@ -321,13 +321,13 @@ class Build:
 
 
 def _has_turn(row: int, share: float, epoch: int) -> bool:
-    """Whether a row is among the `share` of its source that this epoch sees; the next epoch sees the next ones."""
+    """Return whether a row is in the `share` of its source that this epoch sees; the next epoch sees the next ones."""
     place = row * 0.6180339887498949 % 1  # the golden ratio spreads any run of rows evenly
     return (place - share * epoch) % 1 < share
 
 
 def warnings_of(report: DataReport, broken: list[str], masked: list[str]) -> list[str]:
-    """What a person should look at, from the counts."""
+    """Return the warnings that follow from the counts."""
     notes, found = report.notes, []
     if report.dropped[BROKEN]:
         more = report.dropped[BROKEN] - len(broken)
@@ -353,7 +353,7 @@ def warnings_of(report: DataReport, broken: list[str], masked: list[str]) -> lis
             "trained all the same, as the model must learn to stop"
         )
     if notes["end added"]:
-        found.append(f"the chat template writes no end behind the last answer; EOS is put there in {notes['end added']:,} rows")
+        found.append(f"the chat template writes no end after the last answer; EOS is added in {notes['end added']:,} rows")
     if notes["found turn by turn"]:
         found.append(
             "the chat template has no {% generation %} marks: what the assistant wrote was found by rendering turn by turn, "
@@ -383,7 +383,7 @@ def _start_worker(tokenizer: Any, config: DataConfig, encoding: RowEncoding) -> 
 
 
 def _work(examples: list[Example]) -> tuple[list[Unit | None], list[str], Counter[str]]:
-    """In a worker: documents, the messages of what failed, and notes."""
+    """Encode in a worker process; return documents, error messages and notes."""
     messages: list[str] = []
 
     def fault(error: UserError) -> None:

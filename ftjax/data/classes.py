@@ -1,7 +1,7 @@
-"""Texts with a class, for a classification head.
+"""Texts with a class label, for a classification head.
 
-The class stands as one more token behind the text, where a causal model cannot see it from: packing, which makes each token the
-target of the one before, so lets the last token of the text predict it. The text `Hi there` of the class 2 is
+The class is appended to the text as one more token, which a causal model cannot see from earlier positions: packing makes
+each token the target of the one before, so the last token of the text predicts the class. The text `Hi there` of class 2 is
 
     tokens   1 12 57  2        targets  12 57  2  0
                                weights   0  0  1  0
@@ -31,7 +31,7 @@ from ftjax.errors import UserError
 
 
 def label_of(example: Example) -> str:
-    """UserError where a row has no answer, or several."""
+    """Return the label of an example. Raises UserError if the row has no answer or several."""
     if len(example.references) != 1:
         found = f"{len(example.references)} labels, expected one" if example.references else "no label"
         raise UserError(f"{example.where}: the row has {found}; expected columns such as text and label")
@@ -39,7 +39,7 @@ def label_of(example: Example) -> str:
 
 
 def text_of(example: Example) -> str:
-    """What a classifier reads: one text, as it stands in the row, without a template. UserError for a conversation."""
+    """Return the text for the classifier as it is in the row, without a template. Raises UserError for a conversation."""
     if example.messages is None:
         if example.prompt is None:
             raise UserError(f"{example.where}: a classification head needs a text and its label; found no prompt")
@@ -60,7 +60,7 @@ class ClassEncoder(RowEncoder):
     labels: Labels
 
     def plan(self, example: Example) -> Sequence[TextPlan]:
-        """Of one text: see `RowEncoder.plan`."""
+        """Plan one text; see `RowEncoder.plan`."""
         if example.input_ids is not None:
             raise NoWay(f"{example.where}: a classification head needs text, not input_ids")
         label = label_of(example)
@@ -69,7 +69,7 @@ class ClassEncoder(RowEncoder):
         return [TextPlan(example, text_of(example), [])]
 
     def encode(self, plan: TextPlan, encodings: list[Any]) -> Encoded:
-        """The text with its class, or its labels, after it."""
+        """Return the document of a text with its class token or its labels."""
         ids = self.tokens.with_prefix(encodings[-1].ids)
         if not ids:
             raise NoWay(f"{plan.example.where}: the text has no token")
@@ -92,7 +92,7 @@ class TextLabels(RowEncoding):
 
     @property
     def values(self) -> int:
-        """One class is a token; several labels, or numbers, are beside the tokens."""
+        """Numbers besides the tokens: none for a single class, which is a token."""
         return 0 if self.labels.single or self.labels.names is None else len(self.labels.names)
 
     def key(self) -> Any:
@@ -106,7 +106,7 @@ class TextLabels(RowEncoding):
         return ClassEncoder(tokenizer, self.labels)
 
     def shorten(self, document: Encoded, config: DataConfig, bos: int | None) -> Sequence[Encoded]:
-        """Truncates the text; its class stays after it."""
+        """Truncate the text and keep its class after it."""
         if config.truncation == "split":
             raise UserError(
                 "data.truncation: split would give every part of a text the class of the whole; choose right, left or drop"
@@ -129,15 +129,16 @@ class TextLabels(RowEncoding):
 
 
 def with_labels(config: Config) -> Config:
-    """The configuration with the labels of its classification, and how the data has them; another objective's as it is.
+    """Return the configuration with the labels of its classification and their format; other objectives stay unchanged.
 
-    Raises UserError for what is no label, or one that is not among those given, and where there are too many or too few.
+    Raises UserError for values that are not labels, for labels that are not among the configured ones, and for too many or
+    too few labels.
     """
     if config.objective.name != "classification":
         return config
     asked = Labels.of(config.objective)
     if asked.names is not None and (asked.single or asked.form != "auto"):
-        return config  # nothing is left to find; what does not fit is found where rows are encoded
+        return config  # nothing left to find; encoding the rows reports labels that do not fit
     labels, form = find_labels(config.data.sources("train"), config.data, asked)
     changes = {"objective": config.objective.model_copy(update={"labels": labels, "label_format": form})}
     if config.evaluate.labels is None and config.objective.single:
@@ -146,7 +147,7 @@ def with_labels(config: Config) -> Config:
 
 
 def find_labels(sources: Sequence[SourceConfig], config: DataConfig, labels: Labels) -> tuple[list[str], str]:
-    """Those of the rows, or those that are given, and their format (`Survey.labels`)."""
+    """Return the labels found in the rows, or the configured ones, and their format (`Survey.labels`)."""
     faults, normalize, survey = Faults(config.on_error == "skip"), normalizer(config.unicode_normalization), Survey(labels)
     for source in sources:
         for reader, row in read_source(source, faults, found=find(source), normalize=normalize, label=survey.read):
@@ -156,7 +157,7 @@ def find_labels(sources: Sequence[SourceConfig], config: DataConfig, labels: Lab
                     continue
                 label = label_of(example)
             except EmptyRow:
-                continue  # counted, or an error, when it is tokenised
+                continue  # tokenising counts it or raises the error
             except UserError as error:
                 faults(error)
                 continue

@@ -1,4 +1,4 @@
-"""Rows that should not be there twice: exact and near duplicates, and a digest of what a row says."""
+"""Exact and near duplicates, content digests, the validation split and Unicode normalisation."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import xxhash
 
 from ftjax.data.example import Example, Message
 
-SHINGLE = 3  # words, or characters of a script that writes no spaces between words
+SHINGLE = 3  # words, or characters in scripts without spaces between words
 # Chinese, Japanese, Thai, Lao, Tibetan, Burmese and Khmer
 SPACELESS = (
     "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -20,7 +20,7 @@ PERMUTATIONS = 128
 
 
 def content(example: Example) -> str:
-    """What a row says, without where it stood: rows that say the same have the same content."""
+    """Return the content of a row without its location: rows with the same content give the same text."""
     if example.input_ids is not None:
         return json.dumps([example.input_ids, example.labels])
     if example.text is not None:
@@ -31,18 +31,18 @@ def content(example: Example) -> str:
 
 
 def _plain(message: Message) -> Message:
-    """Without the flags that say what is so anyway."""
+    """Return the message without flags that repeat the default."""
     return {k: v for k, v in message.items() if not (k in ("train", "weight") and v == 1 and message["role"] == "assistant")}
 
 
 def digest(text: str) -> int:
-    """64 bits of a content."""
+    """Return a 64-bit hash of a row's content."""
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
 class Duplicates:
-    """Tells whether a content was seen before: exactly, or (`near`) so that most word 3-grams are the same (in
-    scripts without spaces, those of characters).
+    """Finds contents that were seen before: exactly, or (`near`) with mostly the same word 3-grams (character 3-grams in
+    scripts without spaces).
 
     Near duplicates are found by MinHash (Broder 1997) with locality-sensitive hashing, from `datasketch`.
     """
@@ -54,13 +54,13 @@ class Duplicates:
         if self.near:
             from datasketch import MinHash, MinHashLSH
 
-            # What the index finds is compared once more, so it may rather find too much than miss some.
+            # Candidates are compared again, so the index favours recall.
             self._index = MinHashLSH(threshold=min(threshold, 0.9), num_perm=PERMUTATIONS, weights=(0.1, 0.9))
             self._hashes: list[MinHash] = []
             self._threshold, self._new = threshold, MinHash(num_perm=PERMUTATIONS)
 
     def reason(self, text: str, number: int) -> str | None:
-        """Why this content should go, or None for one that is new, which is remembered."""
+        """Return why this content should be dropped; None for a new one, which is remembered."""
         if number in self._seen:
             return "exact duplicates"
         self._seen.add(number)
@@ -80,10 +80,10 @@ class Duplicates:
 
 
 def held_out(digests: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which rows go to validation: `share` of them (below 1) or so many, by their content and the seed.
+    """Choose the rows of the validation split by content and seed: a `share` of them (below 1) or that many.
 
-    Rows that say the same are on the same side, and a row stays where it is when others are added or moved about it (as far
-    as their number leaves it). At least one row is on each side where there are two that differ.
+    Rows with the same content are on the same side, and a row keeps its side when other rows are added or moved (as far as
+    their number allows). If at least two contents differ, each side gets at least one row.
     """
     distinct, counts = np.unique(digests, return_counts=True)
     if len(distinct) < 2:
@@ -92,7 +92,7 @@ def held_out(digests: np.ndarray, share: float, seed: int) -> np.ndarray:
     key = xxhash.xxh3_64_intdigest(f"validation_split {seed}".encode())
     order = np.argsort(_mixed(distinct ^ np.uint64(key)), kind="stable")
     total = np.cumsum(counts[order])
-    number = int(np.searchsorted(total, max(wanted, 1), side="right"))  # the groups that fit as a whole, in their order
+    number = int(np.searchsorted(total, max(wanted, 1), side="right"))  # whole groups that fit, in order
     chosen, left = list(order[:number]), max(wanted, 1) - (int(total[number - 1]) if number else 0)
     for group in order[number:]:
         if left <= 0:
@@ -105,7 +105,7 @@ def held_out(digests: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finisher: another order for each seed."""
+    """Mix the bits with splitmix64's finaliser, so that each seed gives another order."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -113,7 +113,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def normalizer(form: str | None) -> Callable[[str], str] | None:
-    """The Unicode normalisation `form`, or None."""
+    """Return a function that applies the Unicode normalisation `form`, or None."""
     if form is None:
         return None
     import unicodedata

@@ -1,9 +1,10 @@
-"""Control tokens that a message only spells: `<|im_end|>` in a user's text ends no turn.
+"""Control tokens that a message only spells: `<|im_end|>` in a user's text must not end a turn.
 
-A message is marked before the template sees it: `<|im_end|>` becomes `<~|~i~m~...~>`, with a private character for `~`. In the
-rendered text every control token that is still whole is then the template's own. Each of those is replaced by an alias of the
-same length, of other private characters, and the marks are taken out. A copy of the tokenizer that knows the aliases and
-reads its control tokens as plain text tokenises the result, and aliases become the tokens that they stand for.
+Each message is marked before the template sees it: `<|im_end|>` becomes `<~|~i~m~...~>`, with a private-use character for
+`~`. Any control token that is still whole in the rendered text was then written by the template. Each of these is replaced
+by an alias of the same length made of other private-use characters, and the marks are removed. A copy of the tokenizer that
+knows the aliases and reads its control tokens as plain text tokenises the result, and each alias becomes the token that it
+represents.
 """
 
 import json
@@ -20,14 +21,14 @@ from ftjax.data.example import Message
 from ftjax.errors import UserError
 
 MARK = "\U0010fffd"
-ALIAS = 0xF0000  # the first of the characters that aliases are made of
+ALIAS = 0xF0000  # the first character used for aliases
 PRIVATE = re.compile("[\U000f0000-\U000ffffd\U0010fffd]")
 Mode = Literal["encode", "split", "error"]
 
 
 @dataclass(frozen=True)
 class Marked:
-    """Messages as the template is to see them, and what was found in them."""
+    """Messages ready for the template, and what was found in them."""
 
     messages: list[Message]
     notes: Counter[str]
@@ -41,8 +42,9 @@ class Control:
     """The control tokens of a tokenizer.
 
     Args:
-        frame: what the chat template writes around messages. Of the added tokens those are control tokens that are special
-            or stand in it; in an answer only what is both, and BOS and EOS: others may be what it is made of.
+        frame: the text that the chat template writes around messages. An added token is a control token if it is special or
+            occurs in `frame`. In an answer only tokens that are both count, and BOS and EOS: an answer may consist of the
+            others.
     """
 
     def __init__(self, tokenizer: Any, frame: str):
@@ -58,16 +60,16 @@ class Control:
         self._alias = {name: chr(ALIAS + at) * len(name) for at, name in enumerate(self._tokens)}
 
     def mark(self, messages: Sequence[Message], mode: Mode, where: str) -> Marked:
-        """Messages whose spelled control tokens no longer read as such, unless `mode` is `encode`.
+        """Return the messages with spelled control tokens broken up, unless `mode` is `encode`.
 
-        Raises UserError for `error`, naming the message.
+        Raises UserError if `mode` is `error`, and names the message.
         """
         marked, notes = [], Counter()
         for number, message in enumerate(messages):
             content = message.get("content")
             if isinstance(content, str) and content:
                 answer = message["role"] == "assistant"
-                end = self._tail.search(content) if answer else None  # an end that was written by hand stays one
+                end = self._tail.search(content) if answer else None  # an end that was written by hand stays an end
                 body = content[: end.start()] if end else content
                 found = (self._turn if answer else self._any).search(body)
                 if found:
@@ -95,12 +97,12 @@ class Control:
             )
 
     def spelled(self, messages: Sequence[Message]) -> frozenset[int]:
-        """The ids of control tokens in what the assistant says."""
+        """Return the ids of control tokens that the assistant's messages spell."""
         texts = [message["content"] for message in messages if message["role"] == "assistant" and message.get("content")]
         return frozenset(self.ids[name] for text in texts for name in self._any.findall(text))
 
     def reveal(self, text: str, places: Sequence[int], where: str) -> tuple[str, list[int]]:
-        """A rendered text with aliases and without marks, and where these places of it are then."""
+        """Return the rendered text with aliases and without marks, and `places` as offsets in that text."""
         if PRIVATE.search(text.replace(MARK, "")):
             raise UserError(f"{where}: it spells control tokens and holds private-use characters; take them out of the text")
         aliased = self._any.sub(lambda match: self._alias[match[0]], text)
@@ -123,7 +125,7 @@ class Control:
         return reader
 
     def batch(self, texts: Sequence[str]) -> list[Any]:
-        """Encodings of texts with aliases; `real` makes their ids those of the tokenizer."""
+        """Encode texts that contain aliases; `real` maps their ids to the tokenizer's."""
         return self._reader.encode_batch(list(texts), add_special_tokens=False)
 
     def real(self, ids: Sequence[int]) -> list[int]:

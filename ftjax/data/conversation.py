@@ -1,4 +1,4 @@
-"""Lists of messages: checked, and read from the shapes that other tools write them in."""
+"""Checks lists of messages and reads the shapes in which other tools write them."""
 
 import json
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from ftjax.errors import UserError
 
 
 def check_messages(messages: Any, where: str) -> tuple[Message, ...]:
-    """Messages with a role and text, without keys that are null; the content of a call or of reasoning alone may be null.
+    """Check messages for role and text, and drop keys that are null; content may be null beside a call or reasoning.
 
-    Content given as parts, `[{"type": "text", "text": ...}]`, is put together.
+    Content that is given as parts, `[{"type": "text", "text": ...}]`, is joined.
 
     Raises UserError for anything else.
     """
@@ -55,7 +55,7 @@ def _check(message: Any, number: int, where: str) -> Message:
 
 
 def _tool_call(call: Any, place: str) -> Any:
-    """Arguments that are JSON text become the object that most templates expect, and keys that are null go."""
+    """Parse arguments that are JSON text into the object that most templates expect, and drop keys that are null."""
     if not isinstance(call, Mapping):
         raise UserError(f"{place}: a tool call is {call!r:.60}, expected an object")
     call = {name: value for name, value in call.items() if value is not None}
@@ -78,7 +78,7 @@ def _parts(parts: list[Any], place: str) -> str:
 
 
 def read_json_column(text: str, name: str, where: str) -> Any:
-    """CSV and Parquet hold lists as JSON text."""
+    """Parse a list that CSV or Parquet holds as JSON text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

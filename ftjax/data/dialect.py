@@ -1,7 +1,8 @@
-"""What a chat template takes: no content or an empty one, a call's arguments as an object or as JSON text, a system message.
+"""Variants that chat templates accept: absent or empty content, arguments as an object or as JSON text, a system message or
+none.
 
-Data comes with one of these and templates are written for one of these. What a template does with each is tried, and it is
-given what it can write.
+Data comes in one of these forms and each template is written for one of them. ftjax tries the forms and gives the template
+one that it can write.
 """
 
 import itertools
@@ -12,20 +13,20 @@ from typing import Any
 from ftjax.data.example import Message
 from ftjax.errors import UserError
 
-SENTINEL = "qZ7answerQz9"  # stands in no template, and none changes it
+SENTINEL = "qZ7answerQz9"  # occurs in no template, and no template changes it
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call")
 Render = Callable[[Sequence[Message]], str]
 
 
 class Arguments(dict):
-    """Of a tool call, as an object; `text` is the JSON text that it was given as."""
+    """Arguments of a tool call as an object; `text` is the original JSON text."""
 
     text: str = "{}"
 
     @classmethod
     def read(cls, given: Any) -> Any:
-        """No arguments are an empty object. What is no object in JSON stays as it is."""
+        """Parse arguments; none become an empty object, and anything that is not a JSON object stays as it is."""
         if given is None or (isinstance(given, str) and not given.strip()):
             return cls()
         if isinstance(given, str):
@@ -42,7 +43,7 @@ class Arguments(dict):
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message] | None:
-    """The system message in front of the first user's, as Gemma 3's own template writes it; None where there are not both."""
+    """Put the system message before the first user message, as Gemma 3's template does; return None if either is missing."""
     first = next((n for n, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None or messages[0]["role"] != "system" or not isinstance(messages[first].get("content"), str):
         return None
@@ -51,11 +52,11 @@ def fold_system(messages: Sequence[Message]) -> list[Message] | None:
 
 
 def fit_calls(messages: Sequence[Message], render: Render) -> list[Message]:
-    """The messages with calls and absent contents in the form that the template writes.
+    """Return the messages with tool calls and absent contents in the form that the template writes.
 
-    An absent content is null for a template that asks for that, and left out or else empty where the template fails at null or
-    would write the word None. Arguments are objects, and JSON text where the template fails at objects or writes Python's form
-    of them.
+    Absent content is null if the template asks for that; otherwise it is left out, or empty if the template fails at null
+    or would write the word None. Arguments are objects, or JSON text if the template fails at objects or writes their
+    Python form.
     """
     given, silent = list(messages), any(message.get("content") is None for message in messages)
     arguments = [value for message in messages for value in _arguments(message)]
@@ -82,7 +83,7 @@ def fit_calls(messages: Sequence[Message], render: Render) -> list[Message]:
 
 
 def _prints_none(messages: Sequence[Message], text: str, other: Callable, render: Render) -> bool:
-    """Whether the template writes an absent content as the word None, and can write the `other` form of it."""
+    """Return whether the template writes absent content as the word None and can write the `other` form."""
     said = [{**message, "content": SENTINEL} if message.get("content") is None else message for message in messages]
     try:
         render(other(messages))
@@ -92,7 +93,7 @@ def _prints_none(messages: Sequence[Message], text: str, other: Callable, render
 
 
 def without(messages: Sequence[Message], fields: Sequence[str], numbers: Sequence[int]) -> list[Message]:
-    """The messages, those of `numbers` without these fields."""
+    """Return the messages with `fields` removed from those in `numbers`."""
     return [
         {name: value for name, value in message.items() if name not in fields} if number in numbers else message
         for number, message in enumerate(messages)

@@ -1,11 +1,12 @@
-"""From examples to token ids, each with the weight that it has in the loss.
+"""Encodes examples as token ids, each with its weight in the loss.
 
-Every token carries its weight from the moment it is encoded. The prompt `Hi` with the completion ` there`, for a tokenizer
-that puts a BOS before a text, is `<s> Hi _there </s>` with weights `0 0 1 1`.
+Every token has its weight from the moment it is encoded. The prompt `Hi` with the completion ` there`, for a tokenizer that
+puts a BOS before a text, is `<s> Hi _there </s>` with weights `0 0 1 1`.
 
-A text is tokenised whole, and up to each boundary between a prompt and its answer: those are the ids that `render_prompt`
-makes, and a model that generates has before it. Where the whole text does not begin with them, because the tokenizer merges
-characters across the boundary or splits those before it in another way, the answer is tokenised apart and put behind them.
+A text is tokenised as a whole, and also up to each boundary between a prompt and its answer: those are the ids that
+`render_prompt` returns and that a generating model sees. If the whole text does not begin with them, because the tokenizer
+merges characters across the boundary or splits those before it differently, the answer is tokenised separately and appended
+to them.
 """
 
 from collections.abc import Sequence
@@ -25,8 +26,8 @@ from ftjax.errors import UserError
 class Encoder(RowEncoder):
     """Encodes texts and conversations whose answers are trained.
 
-    Raises UserError where the tokenizer lacks an EOS token or a chat template that the data needs, and, with file and line,
-    where the template refuses a conversation.
+    Raises UserError if the tokenizer lacks an EOS token or a chat template that the data needs, and, with file and line, if
+    the template refuses a conversation.
     """
 
     train_on_inputs: bool = False
@@ -39,7 +40,7 @@ class Encoder(RowEncoder):
     # ---- what is trained ----
 
     def plan(self, example: Example) -> Sequence[TextPlan | Encoded]:
-        """Of one document: see `RowEncoder.plan`."""
+        """Plan the one document of an example; see `RowEncoder.plan`."""
         return [self._ready(example) if example.input_ids is not None else self._text(example)]
 
     def _text(self, example: Example) -> TextPlan:
@@ -131,7 +132,7 @@ class Encoder(RowEncoder):
     # ---- ids and weights ----
 
     def encode(self, plan: TextPlan, encodings: list[Any]) -> Encoded:
-        """From the encodings of the text up to each cut, and of the whole text."""
+        """Return the document from the encodings of the text up to each cut, and of the whole text."""
         ids: list[int] = []
         weights = np.zeros(0, np.float32)
         start, merged, differs = 0, False, False
@@ -141,7 +142,7 @@ class Encoder(RowEncoder):
                 if not last:
                     differs |= encoding.ids != encodings[-1].ids[: len(encoding.ids)]
                     continue
-            elif encoding.ids[:first] != ids:  # it goes on otherwise than it began
+            elif encoding.ids[:first] != ids:  # the longer text changes the ids of its beginning
                 merged, differs = True, differs or not last
                 batch = plan.control.batch if plan.control else None
                 encoding, first, characters = self.tokens.continuation(plan.text[start:stop], batch)
@@ -159,7 +160,7 @@ class Encoder(RowEncoder):
         return Encoded(np.array(ids, np.int32), weights, plan.example.where, plan.example.source)
 
     def _finish_text(self, plan: TextPlan, ids: list[int], weights: np.ndarray) -> tuple[list[int], np.ndarray]:
-        """One BOS, not trained, and one EOS, trained."""
+        """Add one BOS without weight and one EOS with weight."""
         count = len(ids)
         ids = self.tokens.with_prefix(ids)
         added = len(self.tokens.prefix)
@@ -170,7 +171,7 @@ class Encoder(RowEncoder):
         return [*ids, self.tokens.eos], np.append(weights, np.float32(1.0))
 
     def _finish_chat(self, plan: TextPlan, ids: list[int], weights: np.ndarray) -> tuple[list[int], np.ndarray]:
-        """One BOS where the tokenizer uses one, and a trained end behind the last answer."""
+        """Add one BOS if the tokenizer uses one, and a trained end after the last answer."""
         bos = self.tokens.bos
         if bos is not None:
             self.notes["BOS added"] += ids[:1] != [bos]
@@ -190,14 +191,14 @@ class Encoder(RowEncoder):
         return [*ids[: trained + 1], self.tokens.eos], np.append(weights[: trained + 1], weights[trained])
 
     def _ends(self, plan: TextPlan) -> frozenset[int]:
-        """What ends a turn of this text: EOS, what the template closes answers with, and any special token that no answer
-        spells, so that the template must have written it."""
+        """Return the tokens that end a turn of this text: EOS, the tokens with which the template closes answers, and
+        special tokens that no answer spells, so that the template must have written them."""
         return (self.tokens.ends - plan.spelled) | plan.closers | ({self.tokens.eos} - {None})
 
     def _with_ends(self, ids: list[int], weights: np.ndarray, plan: TextPlan) -> np.ndarray:
-        """An end of turn that stands right behind a trained span which holds none is trained with it.
+        """Train the end of a turn that directly follows a trained span without an end of its own.
 
-        Behind the last answer a special token can only be its end; behind an earlier one it may begin the next turn.
+        After the last answer a special token can only be its end; after an earlier answer it may begin the next turn.
         """
         all_ends, ends = self._ends(plan), {self.tokens.eos} | plan.closers
         last = int(np.flatnonzero(weights)[-1])
@@ -216,8 +217,8 @@ class Encoder(RowEncoder):
 
 
 def _weights(encoding: Any, first: int, spans: list[tuple[int, int, float]], start: int, stop: int, shift: int) -> np.ndarray:
-    """Of the tokens from number `first` on, which are characters `start` to `stop` of the text; `shift` characters on in their
-    encoding. A later span overrides an earlier one."""
+    """Return the weights of the tokens from index `first` on, which encode characters `start` to `stop` of the text. In the
+    encoding, characters are shifted by `shift`. A later span overrides an earlier one."""
     weights = np.zeros(len(encoding.ids), np.float32)
     length = stop + shift
     for a, b, weight in spans:
@@ -228,5 +229,5 @@ def _weights(encoding: Any, first: int, spans: list[tuple[int, int, float]], sta
 
 
 def _holds(text: str, content: str | None) -> bool:
-    """Whether a content stands in the text, apart from white space."""
+    """Return whether the text contains the content, ignoring white space."""
     return not content or content in text or "".join(content.split()) in "".join(text.split())

@@ -1,4 +1,4 @@
-"""What every objective's encoder shares: rows become texts, texts become tokens in batches, tokens become documents."""
+"""The base of every objective's encoder: rows become texts, batches of texts become tokens, tokens become documents."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -18,9 +18,9 @@ from ftjax.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One document: `tokens` int32 `[n]`, and `weights` float32 `[n]`, that of each as something to be predicted.
+    """One document: `tokens` int32 `[n]`, and `weights` float32 `[n]`, the weight of each token as a target.
 
-    `labels` float32 `[labels]`: numbers that the document carries besides, such as the labels of a text.
+    `labels` float32 `[labels]`: further numbers of the document, such as the labels of a text.
     """
 
     tokens: np.ndarray
@@ -34,16 +34,20 @@ Unit = tuple[Encoded, ...]  # the documents of one row, which stay in one row of
 
 
 class NoWay(UserError):
-    """The tokenizer cannot serve the data: no row's fault, so none is skipped for it."""
+    """The tokenizer cannot serve the data: no row is at fault, so none is skipped."""
 
 
 @dataclass(slots=True)
 class TextPlan:
-    """A text and its spans: from, to, weight.
+    """A text and its spans: start, stop, weight.
 
-    `cuts`: where prompts end in it, rising. `whole`: it is tokenised in one all the same. `answered`: it ends with an answer,
-    behind which the end is trained; `spelled` are the special tokens that answers spell, `closers` those that the template
-    writes behind them. `control`: of a text with aliases.
+    Attributes:
+        cuts: where prompts end in it, ascending.
+        whole: tokenise it as a whole despite the cuts.
+        answered: it ends with an answer, after which the end is trained.
+        spelled: special tokens that answers spell.
+        closers: special tokens that the template writes after answers.
+        control: for a text with aliases.
     """
 
     example: Example
@@ -64,9 +68,9 @@ class TextPlan:
 
 @dataclass
 class RowEncoder(ABC):
-    """Turns rows into documents, in batches; `notes` counts what is worth a warning.
+    """Turns rows into documents, in batches; `notes` counts what deserves a warning.
 
-    A subclass says which texts a row has (`plan`) and what becomes of their tokens (`encode`).
+    Subclasses define the texts of a row (`plan`) and the document of their tokens (`encode`).
     """
 
     tokenizer: Any
@@ -77,17 +81,18 @@ class RowEncoder(ABC):
 
     @abstractmethod
     def plan(self, example: Example) -> Sequence[TextPlan | Encoded]:
-        """The texts that a row becomes, as many for each row of an objective; documents where it is tokenised already.
+        """Return the texts of a row, the same number for every row of an objective, or documents if it is tokenised
+        already.
 
-        Raises UserError, with file and line, for a row that cannot be used, and NoWay where no row could be.
+        Raises UserError, with file and line, for a row that cannot be used, and NoWay if no row could be used.
         """
 
     @abstractmethod
     def encode(self, plan: TextPlan, encodings: list[Any]) -> Encoded:
-        """The document of a text, from the encodings of `plan.texts`. Raises NoWay where no row could be used."""
+        """Return the document of a text from the encodings of `plan.texts`. Raises NoWay if no row could be used."""
 
     def __call__(self, examples: Sequence[Example], faults: Faults | None = None) -> list[Encoded | None]:
-        """The document of each example that becomes one, or None for one that `faults` skips.
+        """Return the document of each example that becomes one, or None for one that `faults` skips.
 
         Raises UserError as `plan` and `encode` do.
         """
@@ -95,10 +100,9 @@ class RowEncoder(ABC):
         return [None if unit is None else unit[0] for unit in units]
 
     def stream(self, chunks: Iterable[Sequence[Example]], faults: Faults | None = None) -> Iterator[list[Unit | None]]:
-        """Encodes many chunks: the documents of each example, or None for one that `faults` skips.
+        """Encode chunks: yield the documents of each example, or None for one that `faults` skips.
 
-        While one chunk is tokenised, by threads without Python, texts are rendered for the next and weights found for the one
-        before.
+        While Rust threads tokenise one chunk, Python renders the texts of the next and finds the weights of the one before.
         """
         faults = faults or Faults()
         waiting: tuple[list[Sequence[TextPlan | Encoded] | None], Future] | None = None
@@ -122,7 +126,7 @@ class RowEncoder(ABC):
             return None
 
     def _tokenised(self, plans: list[Sequence[TextPlan | Encoded] | None]) -> Iterator[list[Any]]:
-        """The encodings of each text, in order."""
+        """Return the encodings of each text, in order."""
         wanted = [plan for row in plans for plan in row or () if isinstance(plan, TextPlan)]
         encodings = iter(self.tokens.batch([text for plan in wanted if plan.control is None for text in plan.texts]))
         return iter(

@@ -1,4 +1,4 @@
-"""How the rows of a data set become documents: the part of an objective that needs no devices."""
+"""The part of an objective that turns rows into documents and needs no devices."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from ftjax.data.truncate import truncate
 
 
 class RowEncoding:
-    """One way for rows to become documents. Objects are small and are sent to worker processes.
+    """A way for rows to become documents. Objects are small and are sent to worker processes.
 
     Attributes:
-        sequences: documents of each row of data. All of a row stay together in one row of a batch, in their order.
+        sequences: documents per row of data. All of them stay together in one row of a batch, in order.
         answers: whether documents end with an answer that should end with an end token.
     """
 
@@ -24,28 +24,28 @@ class RowEncoding:
 
     @property
     def values(self) -> int:
-        """Numbers that a document carries besides its tokens (`Encoded.labels`)."""
+        """Extra numbers of a document besides its tokens (`Encoded.labels`)."""
         return 0
 
     def key(self) -> Any:
-        """What of it decides which documents come out, as JSON: a part of their cache's key."""
+        """Return the settings that determine the documents, as JSON for the cache key."""
         return type(self).__name__
 
     @property
     def label_reader(self) -> Callable[[Any, str], Any] | None:
-        """Reads a value of the label column, given the place of its row; None: the format does."""
+        """Function that reads a value of the label column, given the location of its row; None: the format reads it."""
         return None
 
     def encoder(self, tokenizer: Any, config: DataConfig) -> RowEncoder:
-        """What encodes rows with this tokenizer."""
+        """Return the encoder for this tokenizer."""
         raise NotImplementedError
 
     def shorten(self, document: Encoded, config: DataConfig, bos: int | None) -> Sequence[Encoded]:
-        """The pieces that a document longer than `data.max_length` becomes; none where it is dropped."""
+        """Return the pieces of a document longer than `data.max_length`; none if it is dropped."""
         return truncate(document, config.max_length, config.truncation, bos)
 
     def label_text(self, document: Encoded) -> str | None:
-        """The labels of a document for people; None where it has none."""
+        """Return the document's labels as text for display; None if it has none."""
         return None
 
 
@@ -54,13 +54,13 @@ class Answers(RowEncoding):
     """Each row is a text, or a conversation whose answers are trained.
 
     Attributes:
-        labels: of a classification by words: how the label column is read.
+        labels: how the label column is read, for a classification by words.
     """
 
     labels: Labels | None = None
 
     def key(self) -> None:
-        """The options of the data and the rows themselves say all of it."""
+        """Return None: the data options and the rows determine the documents."""
         return None
 
     @property

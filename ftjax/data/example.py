@@ -1,4 +1,4 @@
-"""One example, whatever its file looked like."""
+"""One training example, independent of its file format."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -8,7 +8,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What is learned from one row.
+    """The content of one row to train on.
 
     One of these is set: `text` (all of it is trained); `input_ids` with `labels`; `messages`; or a prompt that is text, as
     both `prompt` with `completion` and `messages`: which of the two the model sees depends on `prompt_format` and on whether
@@ -24,21 +24,21 @@ class Example:
     prompt: str | None = None
     completion: str | None = None
     messages: tuple[Message, ...] | None = None
-    prompt_turns: int | None = None  # so many of the messages are the prompt, and what follows is trained; None: roles tell
-    references: tuple[str, ...] = ()  # answers to compare with
-    rejected: str | None = None  # of a preference
-    wanted: bool = True  # False: an answer that an unpaired preference (KTO) calls bad
+    prompt_turns: int | None = None  # the first so many messages are the prompt, and the rest is trained; None: roles decide
+    references: tuple[str, ...] = ()  # reference answers for evaluation
+    rejected: str | None = None  # rejected answer of a preference
+    wanted: bool = True  # False: an unpaired preference (KTO) labels the answer as bad
     tools: list[Any] | None = None
     template_arguments: dict[str, Any] | None = None
     input_ids: list[int] | None = None
     labels: list[int] | None = None
     prompt_format: Literal["auto", "chat", "raw"] = "auto"
     special_tokens_in_text: Literal["encode", "split", "error"] = "split"  # control tokens that a message spells
-    fold_system: bool = True  # into the first user's message where the template takes none
-    source: int = 0  # number of the source in a mixture
+    fold_system: bool = True  # move it into the first user message if the template takes none
+    source: int = 0  # index of the source in a mixture
 
     def is_chat(self, tokenizer: Any) -> bool:
-        """Whether the model sees this example through the chat template."""
+        """Return whether the model sees this example through the chat template."""
         if self.messages is None:
             return False
         if self.prompt is None:
@@ -46,7 +46,7 @@ class Example:
         return self.prompt_format == "chat" or (self.prompt_format == "auto" and bool(tokenizer.chat_template))
 
     def question(self, tokenizer: Any) -> str | tuple[Message, ...] | None:
-        """What comes before the answer: text, or messages where the model sees the chat template; None where nothing does."""
+        """Return the text before the answer, or messages if the model sees the chat template; None if there is no prompt."""
         if not self.is_chat(tokenizer):
             return self.prompt
         if self.prompt_turns is not None:

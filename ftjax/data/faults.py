@@ -1,18 +1,18 @@
-"""What happens to a row that is wrong: it ends the run, or it is left out and counted."""
+"""Handling of broken rows: one ends the run, or is skipped and counted."""
 
 from ftjax.errors import UserError
 
-SHOWN = 5  # messages that are kept to be shown; all are counted
+SHOWN = 5  # messages that are kept for display; all are counted
 
 
 class Faults:
-    """Call it with the error of one row. It raises that error, or counts it where `skip` (`data.on_error: skip`)."""
+    """Callable that takes the error of one row and raises it, or counts it if `skip` is set (`data.on_error: skip`)."""
 
     def __init__(self, skip: bool = False):
         self.skip = skip
         self.count = 0
         self.messages: list[str] = []
-        self.notes: dict[str, None] = {}  # what was done with a file, and is worth a warning
+        self.notes: dict[str, None] = {}  # decisions about a file that deserve a warning
 
     def note(self, text: str) -> None:
         self.notes[text] = None

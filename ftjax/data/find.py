@@ -1,4 +1,4 @@
-"""Which files a path means, and what they hold: the fingerprint changes when one byte of them does."""
+"""Resolves a path to data files or a Hub data set; the fingerprint changes when one byte of them does."""
 
 import glob
 import json
@@ -18,7 +18,7 @@ TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *PLAIN)
 TABLES = (".parquet", ".arrow")
 SUFFIXES = (*TEXT, *TABLES)
 PACKED = (".gz", ".bz2", ".xz", ".zst")
-# What stands beside the data in a folder, and is about it.
+# Files beside the data in a folder that describe it.
 ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 NOTES = ("readme", "license", "licence", "changelog", "citation", "notice", "contributing")
 KINDS = f"{', '.join(SUFFIXES)} (or {' and '.join(PACKED)} of them)"
@@ -26,13 +26,13 @@ KINDS = f"{', '.join(SUFFIXES)} (or {' and '.join(PACKED)} of them)"
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a source, in a fixed order; `left_out` says what else its folder holds."""
+    """The files of a source in a fixed order; `left_out` describes the other files of its folder."""
 
     paths: tuple[Path, ...]
     left_out: str = ""
 
     def fingerprint(self) -> str:
-        """A digest of every byte. Raises UserError for a file that cannot be read."""
+        """Hash every byte. Raises UserError for a file that cannot be read."""
         digest = xxhash.xxh3_128(self.left_out.encode("utf-8", "surrogateescape"))
         for path in self.paths:
             try:
@@ -45,22 +45,22 @@ class Files:
         return digest.hexdigest()
 
     def state(self) -> list[tuple[int, int]]:
-        """Sizes and times, which change when a file is written to."""
+        """Return sizes and modification times, which change when a file is written."""
         return [_state(path) for path in self.paths]
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """A data set of the Hub, or of the local cache of one."""
+    """A data set of the Hub or of the local Hub cache."""
 
     source: SourceConfig
 
     def fingerprint(self) -> str:
-        """That of `datasets`, which changes with the data. Raises UserError where there is none."""
+        """Return the fingerprint of `datasets`, which changes with the data. Raises UserError if there is no such data set."""
         return str(self.load()._fingerprint)
 
     def load(self, streaming: bool = False) -> Any:
-        """A `datasets.Dataset`, or an `IterableDataset`. Raises UserError where there is none."""
+        """Load a `datasets.Dataset`, or an `IterableDataset` if `streaming`. Raises UserError if there is none."""
         import datasets
 
         source = self.source
@@ -77,9 +77,9 @@ class HubSet:
 
 
 def find(source: SourceConfig) -> Files | HubSet:
-    """The files, or the Hub data set, that `source.path` means.
+    """Return the files, or the Hub data set, that `source.path` names.
 
-    Raises UserError where there are none.
+    Raises UserError if there are none.
     """
     path = source.path
     if not path.strip() or "\0" in path:
@@ -110,7 +110,7 @@ def find(source: SourceConfig) -> Files | HubSet:
 
 
 def kind(path: Path) -> str | None:
-    """`.jsonl` of `a.jsonl.gz`; None for what cannot be read."""
+    """Return the suffix without compression, `.jsonl` for `a.jsonl.gz`; None for a file that cannot be read."""
     name = path.name.lower()
     for packed in PACKED:
         name = name.removesuffix(packed)
@@ -118,7 +118,7 @@ def kind(path: Path) -> str | None:
 
 
 def _in_folder(root: Path, source: SourceConfig) -> Files:
-    """The data files of a folder, of the split that is meant; what is no data, or of another split, is said."""
+    """Find the data files of the wanted split in a folder; report files that are no data or belong to another split."""
     data, why = [], {}
     saved: dict[Path, set[str] | None] = {}
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
@@ -145,9 +145,10 @@ def _in_folder(root: Path, source: SourceConfig) -> Files:
 
 
 def _shards(folder: Path) -> set[str] | None:
-    """The files that `datasets.save_to_disk` wrote, without what later calls keep beside them; None for another folder.
+    """Return the files that `datasets.save_to_disk` wrote, without caches that later calls keep beside them; None for
+    another folder.
 
-    Raises UserError where the rows are chosen by a file of indices, as old versions wrote it.
+    Raises UserError if the rows are chosen by a file of indices, as old versions wrote it.
     """
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -168,7 +169,7 @@ def _listed(why: dict[Path, str], root: Path) -> str:
     return f"; left out: {', '.join(shown)}{more}" if why else ""
 
 
-# What data sets on the Hub call their splits in file and folder names.
+# Names of splits in file and folder names of Hub data sets.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -177,7 +178,7 @@ SPLITS = {
 
 
 def _one_split(found: Sequence[Path], source: SourceConfig, root: Path, why: dict[Path, str]) -> tuple[Path, ...]:
-    """Of a folder that holds files of several splits, those of the one that is meant; the others are put into `why`.
+    """Choose the files of the wanted split in a folder with several splits; put the others into `why`.
 
     Files without a split in their names are the training data, unless others are named so.
     """

@@ -1,4 +1,4 @@
-"""What the columns of a row mean: a row becomes an `Example`.
+"""Formats: how the columns of a row become an `Example`.
 
 `FORMATS` is read from the top; `ftjax.data.reader` says which of them the rows of a source have.
 """
@@ -31,13 +31,19 @@ Read = Callable[[Values, str], Example]
 
 @dataclass(frozen=True)
 class Format:
-    """`needs`: the columns that tell it. `takes`: columns that it reads where they are there. `fits`: what else tells it."""
+    """One format.
+
+    Attributes:
+        needs: columns that identify it.
+        takes: optional columns that it reads.
+        fits: a further condition on the row.
+    """
 
     needs: tuple[str, ...]
     read: Read
     takes: tuple[str, ...] = ()
     answer: str | None = None  # the column that holds the completion
-    whole: bool = False  # a prompt template cannot be put in place of what it reads
+    whole: bool = False  # it reads a whole conversation, which a prompt template cannot replace
     fits: Callable[[Values], bool] = lambda values: True
 
 
@@ -59,7 +65,7 @@ VERDICTS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def _verdict(v: Values) -> bool | None:
-    """Whether a completion is wanted; None where the label says something else."""
+    """Return whether a completion is wanted; None if the label is neither true nor false."""
     return VERDICTS.get(str(v["label"]).strip().lower())
 
 
@@ -130,7 +136,7 @@ def _label(v: Values, where: str) -> Example:
     return asked(v, where, text, filled(v, "label", where), raw=f"{text}\nLabel:")
 
 
-# What says which of the input_ids are trained, beside labels: in TRL and in other tools.
+# Columns besides labels that say which input_ids are trained, in TRL and other tools.
 MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "assistant_tokens_mask", "loss_mask", "labels_mask")
 
 
@@ -140,7 +146,7 @@ def _input_ids(v: Values, where: str) -> Example:
         raise EmptyRow(f"{where}: 'input_ids' is empty, so there is nothing to learn from this row; fill or remove it")
     labels = integers(v["labels"], "labels", where) if v.get("labels") is not None else ids
     if len(labels) != len(ids):
-        raise UserError(f"{where}: {len(labels)} labels for {len(ids)} input_ids; they must be as many")
+        raise UserError(f"{where}: {len(labels)} labels for {len(ids)} input_ids; the numbers must match")
     for at, (label, token) in enumerate(zip(labels, ids, strict=True)):
         if label not in (-100, token):
             raise UserError(
@@ -176,7 +182,7 @@ FORMATS: dict[str, Format] = {
 
 
 def asked(v: Values, where: str, prompt: str, answer: str, raw: str | None = None) -> Example:
-    """A prompt that is text; `raw` is how a model without a chat template sees it, where that is not the text itself."""
+    """Build an example with a text prompt; `raw` is the prompt for a model without a chat template, if it differs."""
     system = optional(v, "system", where)
     turns = [*([{"role": "system", "content": system}] if system else []), *_user(prompt), *_assistant(answer)]
     raw = prompt if raw is None else raw
@@ -207,7 +213,7 @@ def _conversation(turns: Any, v: Values, where: str, prompt_turns: int | None = 
                 f"{where}: message {number} of the assistant is empty, so there is nothing to learn from it; fill or "
                 'remove it, or mark it "train": false'
             )
-    if flagged and prompt_turns is not None:  # marks say which turns are trained; those of the prompt are not
+    if flagged and prompt_turns is not None:  # flags say which turns are trained; those of the prompt are not
         messages = tuple(
             {**m, "train": False} if n < prompt_turns and m["role"] == "assistant" else m for n, m in enumerate(messages)
         )
@@ -220,7 +226,7 @@ def _conversation(turns: Any, v: Values, where: str, prompt_turns: int | None = 
 
 
 def _listed(turns: Any, name: str, where: str) -> Any:
-    """Messages that are given as JSON text, or by columns, as a list."""
+    """Return messages that are given as JSON text or by columns as a list."""
     return by_row(read_json_column(turns, name, where) if isinstance(turns, str) else turns)
 
 
@@ -229,7 +235,7 @@ def _says_something(message: Message) -> bool:
 
 
 def _references(v: Values, answer: str | None, where: str) -> tuple[str, ...]:
-    """The `references` column, a list of text, or else the answer."""
+    """Return the `references` column, a list of text, or else the answer."""
     given = v.get("references")
     if isinstance(given, str):
         given = [given]
@@ -243,7 +249,7 @@ def _references(v: Values, answer: str | None, where: str) -> tuple[str, ...]:
 
 def _tools(v: Values, where: str) -> list[Any] | None:
     tools = v.get("tools")
-    if isinstance(tools, str):  # None and null: what pandas and others write into CSV where there is nothing
+    if isinstance(tools, str):  # pandas and others write None or null into CSV for an absent value
         tools = read_json_column(tools, "tools", where) if tools.strip() not in ("", "None", "null", "nan") else None
     tools = by_row(tools)
     if isinstance(tools, list):

@@ -1,4 +1,4 @@
-"""JSON and JSONL, in the shapes that tools write tables in, read so that every complaint names the line or the row."""
+"""Reads JSON and JSONL tables of several shapes; every error names the line or the row."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from ftjax.errors import UserError
 
 
 def read_jsonl(path: Path, file: BinaryIO, faults: Faults) -> Iterator[Row]:
-    """One object a line; empty lines are passed over."""
+    """Yield one object per line; skip empty lines."""
     number = 0
     while line := file.readline(LONGEST_LINE):
         number += 1
@@ -25,7 +25,7 @@ def read_jsonl(path: Path, file: BinaryIO, faults: Faults) -> Iterator[Row]:
             line = line.removeprefix(BOM)
             if line.lstrip()[:1] == b"[":
                 rest = file.read()
-                if not rest.strip() or not _is_json(line):  # a list under the name of lines
+                if not rest.strip() or not _is_json(line):  # a JSON list in a file named .jsonl
                     yield from read_json(path, io.BytesIO(line + rest), faults)
                     return
                 file = io.BytesIO(rest)
@@ -40,8 +40,11 @@ def read_jsonl(path: Path, file: BinaryIO, faults: Faults) -> Iterator[Row]:
 
 
 def read_json(path: Path, file: BinaryIO, faults: Faults) -> Iterator[Row]:
-    """A list of objects or of texts, alone or as the one list in an object; a table by columns or by rows, as pandas writes it;
-    one example by itself; JSON lines under the name .json are read too. Rows of a list are counted from 0."""
+    """Yield the objects of a JSON file; rows of a list are counted from 0.
+
+    The file may hold a list of objects or texts, alone or as the only list in an object; a table by columns or by rows, as
+    pandas writes it; a single example; or JSON lines.
+    """
     raw = file.read().removeprefix(BOM)
     try:
         text = raw.decode()
@@ -68,7 +71,7 @@ def read_json(path: Path, file: BinaryIO, faults: Faults) -> Iterator[Row]:
 
 
 def _table(value: dict[str, Any], path: Path) -> list[Any]:
-    """The rows of an object: one, where it is an example by itself."""
+    """Return the rows of an object; one if it is itself an example."""
     items = list(value.values())
     names = list(value)
     columns, data = value.get("columns"), value.get("data")
@@ -97,7 +100,7 @@ def _table(value: dict[str, Any], path: Path) -> list[Any]:
     return [value]
 
 
-# Columns that an example has: beside them a list of objects (tools, documents) is a part of it.
+# Columns of an example: a list of objects beside them (tools, documents) is part of it.
 OF_ONE = {"text", "prompt", "completion", "messages", "conversations", "instruction", "output", "question", "answer", "chosen"}
 
 
@@ -114,8 +117,8 @@ def _row(value: Any, where: str) -> dict[str, Any]:
 
 
 def _json_list(path: Path, text: str, start: int, faults: Faults) -> Iterator[Row]:
-    """The objects of a list, one by one. A list that breaks off is an error also where rows are skipped: what follows the
-    break cannot be told."""
+    """Yield the objects of a list. A list that breaks off is an error even if broken rows are skipped: the rest cannot be
+    read."""
     decode = json.JSONDecoder().raw_decode
     position, line, counted, number = start + 1, 1, 0, 0
 
@@ -160,10 +163,10 @@ def _json_list(path: Path, text: str, start: int, faults: Faults) -> Iterator[Ro
 
 
 def _parse(text: str, where: str, lines: bool = False) -> Any:
-    """`lines`: `where` is a file, and the error's own line is added."""
+    """Parse JSON. With `lines`, `where` is a file and the error adds its own line."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python converts
+    except (ValueError, RecursionError) as error:  # ValueError: also a number with more digits than Python converts
         raise UserError(_broken(_place_of(error, where, where) if lines else where, error)) from None
 
 

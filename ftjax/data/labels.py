@@ -1,13 +1,13 @@
-"""What the label column of a classification or a regression holds, and the one text that it becomes.
+"""The label column of a classification or regression, and the text that represents its labels.
 
-A row's labels stand in the place of its answer as JSON, so that all that compares rows (duplicates, contamination, references
-of an evaluation) sees them: `["joy", "love"]`, in the order of the classes, out of any of
+A row's labels take the place of its answer as JSON, so that everything that compares rows (duplicates, contamination,
+references of an evaluation) sees them: `["joy", "love"]`, in the order of the classes, from any of
 
     names      ["love", "joy"]        or, with `objective.label_separator: ","`, the text "love, joy"
     ids        [3, 2]
     multi_hot  [0, 0, 1, 1]
 
-and `[3.5]` out of a regression's 3.5. The one class of a row stays the text that it is.
+and `[3.5]` from a regression's 3.5. A single class stays the text that it is.
 """
 
 import json
@@ -22,7 +22,7 @@ from ftjax.data.values import EmptyRow
 from ftjax.errors import UserError
 
 LARGEST = float(np.finfo(np.float32).max)
-MOST = 200  # labels that are found in data; more are answers, not labels
+MOST = 200  # most labels that are found in data; more are answers, not labels
 SEPARATORS = (",", ";", "|")
 SEVERAL = (
     "for several labels a row set objective: {name: classification, problem_type: multi_label_classification}, for numbers "
@@ -32,10 +32,10 @@ SEVERAL = (
 
 @dataclass(frozen=True)
 class Labels:
-    """How the label column of an objective is read.
+    """The configuration of an objective's label column.
 
     Attributes:
-        names: of the classes, labels or outputs, by number; None before they are looked for.
+        names: names of the classes, labels or outputs, by index; None before they are found.
         head: whether a classification head predicts them, not words.
     """
 
@@ -47,7 +47,7 @@ class Labels:
 
     @classmethod
     def of(cls, objective: ObjectiveConfig) -> "Labels | None":
-        """None for an objective without labels."""
+        """Build from an objective; return None for one without labels."""
         if not isinstance(objective, ClassificationConfig):
             return None
         names = None if objective.labels is None else tuple(objective.labels)
@@ -58,9 +58,9 @@ class Labels:
         return self.problem_type == "single_label_classification"
 
     def read(self, value: Any, where: str) -> Any:
-        """The text for a value of the column; one class comes back as it is, for the format to read.
+        """Return the text for a value of the column; a single class comes back unchanged, for the format to read.
 
-        Raises UserError, with file and line, for what is no label, and EmptyRow where there is nothing.
+        Raises UserError, with file and line, for a value that is not a label, and EmptyRow for an empty one.
         """
         if self.single:
             if isinstance(value, Sequence | Mapping) and not isinstance(value, str):
@@ -85,7 +85,7 @@ class Labels:
         else:
             chosen = [self._of_name(part, where) for part in found]
         if twice := next((one for one in chosen if chosen.count(one) > 1), None):
-            raise UserError(f"{where}: the label {twice!r} stands twice in {_shown(value)}")
+            raise UserError(f"{where}: the label {twice!r} occurs twice in {_shown(value)}")
         return json.dumps(sorted(chosen, key=self.names.index), ensure_ascii=False)
 
     def _of_name(self, part: Any, where: str) -> str:
@@ -98,7 +98,7 @@ class Labels:
     def _of_id(self, part: Any, where: str) -> str:
         number = int(part) if isinstance(part, str) and part.isdecimal() else part
         if type(number) is not int or not 0 <= number < len(self.names):
-            raise UserError(f"{where}: the label {part!r} is no number from 0 to {len(self.names) - 1} (label_format: ids)")
+            raise UserError(f"{where}: the label {part!r} is not a number from 0 to {len(self.names) - 1} (label_format: ids)")
         return self.names[number]
 
     def _of_multi_hot(self, found: Sequence[Any], where: str) -> list[str]:
@@ -112,18 +112,18 @@ class Labels:
     # ---- and back ----
 
     def chosen(self, text: str) -> list[str]:
-        """The names in a text of `read`."""
+        """Return the names in a text that `read` returned."""
         return json.loads(text)
 
     def vector(self, text: str) -> np.ndarray:
-        """float32 `[labels]` of a text of `read`: the numbers, or 1 for each label that the row has."""
+        """Return float32 `[labels]` for a text that `read` returned: the numbers, or 1 for each label of the row."""
         found = json.loads(text)
         if self.problem_type == "regression":
             return np.array(found, np.float32)
         return np.array([name in found for name in self.names], np.float32)
 
     def words(self, number: int, vector: np.ndarray | None) -> str:
-        """For people, of an encoded row: its last token, and what `vector` gave."""
+        """Return the labels of an encoded row for display, from its last token and its vector."""
         if self.single:
             return self.names[number]
         if self.problem_type == "regression":
@@ -132,7 +132,7 @@ class Labels:
 
 
 def parts(value: Any, where: str, separator: str | None) -> list[Any]:
-    """The labels of a row, one by one: texts or numbers, as they are written."""
+    """Return the labels of a row as a list of texts or numbers."""
     if value is None:
         raise EmptyRow(f"{where}: the row has no labels; write an empty list for a row that has none of them")
     value = value.tolist() if hasattr(value, "tolist") else value
@@ -143,7 +143,7 @@ def parts(value: Any, where: str, separator: str | None) -> list[Any]:
         if found is None:
             raise UserError(
                 f"{where}: the labels are the text {_shown(value)}, expected a list; where one text holds several, say what "
-                "stands between them: objective.label_separator"
+                "separates them: objective.label_separator"
             )
     elif isinstance(value, list | tuple):
         found = [part.strip() if isinstance(part, str) else part for part in value]
@@ -158,7 +158,7 @@ def parts(value: Any, where: str, separator: str | None) -> list[Any]:
 
 
 def numbers(value: Any, where: str, separator: str | None) -> list[float]:
-    """The numbers of a regression's row."""
+    """Return the numbers of a regression row."""
     if value is None or (isinstance(value, str) and not value.strip()):
         raise EmptyRow(f"{where}: the row has no number to learn; fill or remove it")
     value = value.tolist() if hasattr(value, "tolist") else value
@@ -171,7 +171,7 @@ def numbers(value: Any, where: str, separator: str | None) -> list[float]:
         except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if not abs(number) <= LARGEST:
-            raise UserError(f"{where}: {_shown(one)} is no number that a regression can learn; expected one such as 3.5")
+            raise UserError(f"{where}: {_shown(one)} is not a number that a regression can learn; expected one such as 3.5")
         found.append(number)
     if not found:
         raise EmptyRow(f"{where}: the row has no number to learn; fill or remove it")
@@ -179,7 +179,7 @@ def numbers(value: Any, where: str, separator: str | None) -> list[float]:
 
 
 def _json_list(text: str) -> list[Any] | None:
-    """Tables hold lists as JSON."""
+    """Parse a list that a table holds as JSON text; None for any other text."""
     try:
         found = json.loads(text) if text.lstrip().startswith("[") else None
     except (ValueError, RecursionError):
@@ -193,20 +193,20 @@ def _shown(value: Any) -> str:
 
 
 class Survey:
-    """Looks at the label column of all rows before it is known which labels there are and how they are written.
+    """Surveys the label column of all rows to find the labels and how they are written.
 
-    It is what a `Reader` calls in the place of `Labels.read`; then `labels()` tells.
+    A `Reader` calls `read` in place of `Labels.read`; then `labels()` returns the result.
     """
 
     def __init__(self, labels: Labels):
         self.asked = labels
-        self.found: dict[str, str] = {}  # class or name: where it was first
-        self.numbers: str | None = None  # where labels are numbers
-        self.sizes: dict[int, str] = {}  # how many of them rows have: where
+        self.found: dict[str, str] = {}  # class or name: its first location
+        self.numbers: str | None = None  # location of the first numeric labels
+        self.sizes: dict[int, str] = {}  # number of labels in a row: its first location
         self.bits, self.whole, self.largest = True, True, -1
 
     def read(self, value: Any, where: str) -> Any:
-        """Raises UserError as `Labels.read` does."""
+        """Record a value of the column. Raises UserError as `Labels.read` does."""
         if self.asked.single:
             return self.asked.read(value, where)
         if self.asked.problem_type == "regression":
@@ -235,7 +235,7 @@ class Survey:
         return "[]"
 
     def see(self, name: str, where: str) -> None:
-        """Raises UserError where there are too many to be classes."""
+        """Record a class or name. Raises UserError for too many to be classes."""
         self.found.setdefault(name, where)
         if self.asked.names is None and len(self.found) > MOST:
             raise UserError(
@@ -244,9 +244,9 @@ class Survey:
             )
 
     def labels(self) -> tuple[list[str], str]:
-        """The names in the order of their numbers, those that are asked for or those found, and how rows write them.
+        """Return the names by index, configured or found, and how rows write them.
 
-        Raises UserError where what was found are no labels.
+        Raises UserError if the values found are not labels.
         """
         names = None if self.asked.names is None else list(self.asked.names)
         if self.asked.single:
@@ -267,7 +267,7 @@ class Survey:
         return names, form
 
     def _classes(self) -> list[str]:
-        """One class a row, in alphabetical order."""
+        """Return the classes of single-label rows in alphabetical order."""
         if len(self.found) < 2:
             raise UserError(
                 f"objective classification: all rows have the label {next(iter(self.found), None)!r}; name the classes in "
@@ -285,7 +285,7 @@ class Survey:
         return sorted(self.found)
 
     def _form(self, count: int | None) -> str:
-        """`auto`: numbers are a 0 or 1 for each label where all rows have as many of them, and nothing else."""
+        """Return the format. `auto`: numbers are multi-hot if every row has the same number of them and all are 0 or 1."""
         if self.asked.form != "auto":
             return self.asked.form
         if self.numbers is None:
@@ -297,5 +297,5 @@ class Survey:
 
 
 def _unnamed(count: int) -> list[str]:
-    """As transformers calls labels without names."""
+    """Return the names that transformers gives to unnamed labels."""
     return [f"LABEL_{number}" for number in range(count)]

@@ -1,8 +1,8 @@
-"""Documents into rows of a fixed length: best fit, longest first.
+"""Packs documents into rows of a fixed length: best fit, longest first.
 
-Each document goes into the fullest row that still holds it. All documents of one length and all rows with one amount of
-room are handled together, so that the work grows with the number of different lengths, not of documents:
-`pack([5, 3, 3, 2], 8)` gives the rows `[5, 3]` and `[3, 2]`.
+Each document goes into the fullest row that still has room for it. All documents of one length and all rows with the same
+room are handled together, so the work grows with the number of distinct lengths, not of documents: `pack([5, 3, 3, 2], 8)`
+gives the rows `[5, 3]` and `[3, 2]`.
 """
 
 from bisect import bisect_left, insort
@@ -22,24 +22,24 @@ class Plan:
         return len(self.starts) - 1
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`(documents, count)`: the documents of these rows, one row after the other, and how many each row has.
+        """Return `(documents, count)`: the documents of these rows in row order, and the number per row.
 
         Args:
-            rows: numbers of rows; one beyond the last row stands for an empty row.
+            rows: row numbers; a number past the last row means an empty row.
         """
         low, high = (self.starts[np.minimum(edge, len(self))] for edge in (rows, rows + 1))
         count = high - low
-        before = np.cumsum(count) - count  # documents of the rows that come first
+        before = np.cumsum(count) - count  # documents of earlier rows
         return self.documents[np.repeat(low - before, count) + np.arange(count.sum())], count
 
 
 def pack(lengths: np.ndarray, capacity: int, rng: np.random.Generator | None) -> Plan:
-    """A plan with no row longer than `capacity` tokens, in which every document stands once.
+    """Plan rows of at most `capacity` tokens that contain every document exactly once.
 
     Args:
         lengths: `[D]`, tokens of each document, 1 to `capacity`.
-        rng: shuffles which of equally long documents goes where, the order in a row and that of the rows. Without it rows
-            stand in the order of their first document.
+        rng: shuffles documents of equal length, the order within a row and the order of rows. Without it, rows are in the
+            order of their first document.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
@@ -61,7 +61,7 @@ def pack(lengths: np.ndarray, capacity: int, rng: np.random.Generator | None) ->
 
 
 def in_order(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The `starts` of a plan that keeps the order of the documents: each row takes as many as it holds.
+    """Return the `starts` of a plan that keeps the documents in order: each row takes as many as fit.
 
     `in_order([5, 3, 3, 2], 8)` is `[0, 2, 4]`.
     """
@@ -74,17 +74,17 @@ def in_order(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The row of each document; `lengths` fall."""
+    """Return the row of each document; `lengths` are in descending order."""
     rows = np.empty(len(lengths), np.int64)
-    room: dict[int, list[np.ndarray]] = {}  # tokens that are free: the rows that have so many, in parts
-    free: list[int] = []  # the keys of room, rising
+    room: dict[int, list[np.ndarray]] = {}  # free tokens: the rows with that much room, in chunks
+    free: list[int] = []  # the keys of room, ascending
     count = 0
     edges = np.flatnonzero(np.diff(lengths)) + 1
     for start, stop in zip(np.r_[0, edges], np.r_[edges, len(lengths)], strict=True) if len(lengths) else ():
         size = int(lengths[start])
         while start < stop:
             at = bisect_left(free, size)
-            if at < len(free):  # the rows that this leaves the least room in
+            if at < len(free):  # the rows with the tightest fit
                 left = free[at]
                 parts = room[left]
                 chosen = parts.pop()
@@ -93,7 +93,7 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
                     chosen = chosen[: stop - start]
                 if not parts:
                     del room[left], free[at]
-            else:  # new rows, each with as many of these documents as it holds
+            else:  # new rows, each with as many of these documents as fit
                 left = capacity
                 each = capacity // size
                 new = -(-int(stop - start) // each)

@@ -1,7 +1,7 @@
-"""Batches of packed rows: planned once for an epoch, built by Grain, the same for any number of processes.
+"""Batches of packed rows: planned per epoch, built by Grain, identical for any number of processes.
 
-The plan of an epoch depends on the documents' lengths, the seed and the epoch alone, so every process makes the same plan
-and builds only the rows of each global batch that its devices hold, and a position is one number of rows.
+The plan of an epoch depends only on the documents' lengths, the seed and the epoch. So every process makes the same plan
+and builds only the rows of each global batch that its devices hold, and a position is a single row count.
 """
 
 from collections import Counter
@@ -28,36 +28,38 @@ from ftjax.errors import UserError
 
 
 class Split(Protocol):
-    """One tokenised set."""
+    """One tokenised data set."""
 
     report: DataReport
     max_length: int
 
     @property
     def lengths(self) -> np.ndarray:
-        """`[D]`, tokens of each document."""
+        """`[D]`, tokens per document."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What these documents are, as JSON: how many, how many tokens, and a digest of all tokens and weights."""
+        """Return what identifies these documents, as JSON: the number of documents and tokens, and a digest of tokens and
+        weights."""
 
     def refuse_unknown(self, rows: int, tokenizer: Any) -> None:
-        """UserError, naming the row of data, where a token's id is not below `rows`, as many as the model has embeddings."""
+        """Raise UserError, naming the data row, for a token id that is not below `rows`, the number of the model's
+        embeddings."""
 
     def rows_per_epoch(self, epoch: int) -> int: ...
     def example(self) -> Encoded: ...
     def first(self, count: int) -> list[tuple[Encoded, tuple[int | None, int | None]]]:
-        """The first documents, each with its row and segment in the first epoch."""
+        """Return the first documents, each with its row and segment in the first epoch."""
 
     def batches(
         self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, rows: Sequence[int] | None = None,
         width_multiple: int = 1,
     ) -> BatchIterator:  # fmt: skip
-        """Global batches of `batch_size` rows.
+        """Return an iterator over global batches of `batch_size` rows.
 
         Args:
-            epochs: None: without end.
-            rows: which rows of each batch to build, rising numbers from 0; None: all of them.
-            width_multiple: what the length of a row is a multiple of, where rows are not packed; `max_length` is one.
+            epochs: None: endless.
+            rows: which rows of each batch to build, increasing from 0; None: all of them.
+            width_multiple: without packing, the row length is a multiple of this; `max_length` is one.
         """
 
 
@@ -65,14 +67,14 @@ def load_splits(
     config: DataConfig, tokenizer: Any, *, seed: int, progress: Any = None, encoding: RowEncoding = ANSWERS,
     positions: int | None = None,
 ) -> tuple[Split, "PackedSplit | None"]:  # fmt: skip
-    """Training data, and validation data where the configuration names some or splits some off.
+    """Load the training data, and the validation data if the configuration names or splits off some.
 
     Args:
-        progress: called now and then with the name of the set and the number of rows that were read.
+        progress: called now and then with the name of the set and the number of rows read.
         encoding: how rows become documents.
-        positions: tokens of the longest text that the model is made for, where it is known.
+        positions: the longest text in tokens that the model was made for, if known.
 
-    Raises UserError, with file and line, for anything that is wrong with them.
+    Raises UserError, with file and line, for anything that is wrong with the data.
     """
     train, validation = _load_splits(config, tokenizer, seed, progress, encoding)
     if positions is not None and config.max_length > positions:
@@ -120,7 +122,7 @@ def _load(which: str, config: DataConfig, tokenizer: Any, seed: int, progress: A
 
 
 def _divide(split: "PackedSplit", share: float, seed: int) -> tuple["PackedSplit", "PackedSplit"]:
-    """`validation_split`: by content, so that rows that say the same are on one side."""
+    """Split off `validation_split` by content, so that rows with the same content are on one side."""
     documents, report = split.documents, split.report
     rows, first = np.unique(documents.row, return_index=True)
     if share >= len(rows) and len(rows) > 1:
@@ -143,7 +145,7 @@ def _divide(split: "PackedSplit", share: float, seed: int) -> tuple["PackedSplit
 
 
 def _clean_of(validation: "PackedSplit", train: "PackedSplit", what: str) -> "PackedSplit":
-    """Rows of validation that stand in train too are said, or dropped from train."""
+    """Report rows of validation that are also in train, or drop them from train."""
     same = np.isin(train.documents.digest, validation.documents.digest)
     if not same.any():
         return train
@@ -158,9 +160,7 @@ def _clean_of(validation: "PackedSplit", train: "PackedSplit", what: str) -> "Pa
         )
         return replace(train, report=report)
     if same.all():
-        raise UserError(
-            f"{report.source}: every row stands in validation too; data.contamination: drop leaves nothing to train"
-        )
+        raise UserError(f"{report.source}: every row is in validation too; data.contamination: drop leaves nothing to train")
     report.dropped["found in validation"] += rows
     report.kept -= rows
     return train.choose(np.flatnonzero(~same), report)
@@ -168,11 +168,11 @@ def _clean_of(validation: "PackedSplit", train: "PackedSplit", what: str) -> "Pa
 
 @dataclass(frozen=True)
 class PackedSplit:
-    """One tokenised set in the cache, of which the documents `chosen` are used."""
+    """One tokenised data set in the cache; it uses the documents `chosen`."""
 
     documents: Documents
     chosen: np.ndarray  # int64 [N]
-    weights: tuple[float, ...]  # of each source: how many times an epoch sees its documents
+    weights: tuple[float, ...]  # per source: how many times an epoch sees its documents
     packing: bool
     mix_epochs: bool
     shuffle: bool
@@ -180,20 +180,20 @@ class PackedSplit:
     truncation: str
     seed: int
     report: DataReport
-    sequences: int = 1  # documents of each row of data, which follow one another in `chosen`
+    sequences: int = 1  # documents per row of data, consecutive in `chosen`
 
     @classmethod
     def of(
         cls, documents: Documents, weights: tuple[float, ...], config: DataConfig, seed: int, report: DataReport,
         sequences: int = 1,
     ) -> "PackedSplit":  # fmt: skip
-        """All of the documents."""
+        """Build a split of all documents."""
         chosen = np.arange(len(documents))
         how = (config.packing, config.mix_epochs, config.shuffle, config.max_length, config.truncation)
         return cls(documents, chosen, weights, *how, seed, report, sequences).choose(chosen, report)
 
     def choose(self, chosen: np.ndarray, report: DataReport) -> "PackedSplit":
-        """The same set with other documents of it; the report is brought up to date."""
+        """Return the split with other documents and an updated report."""
         split = replace(self, chosen=chosen, report=report)
         lengths = split.lengths
         cut = len(np.unique(self.documents.row[chosen[self.documents.cut[chosen] > 0]]))
@@ -221,13 +221,13 @@ class PackedSplit:
         return np.diff(self.documents.starts)[self.chosen]
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `Split.fingerprint`; which documents of the set are used, and how often an epoch sees them, counts too."""
+        """See `Split.fingerprint`; the choice of documents and the weights of sources count too."""
         digest = xxhash.xxh3_128(self.documents.content.encode())
         digest.update(np.ascontiguousarray(self.chosen, np.int64).tobytes() + repr(self.weights).encode())
         return {"documents": len(self.chosen), "tokens": int(self.lengths.sum()), "digest": digest.hexdigest()}
 
     def places(self) -> frozenset[tuple[int, str]]:
-        """`(number of the source, file and line)` of each row that has a document here."""
+        """Return `(index of the source, file and line)` of each row that has a document here."""
         sources, where = self.documents.source[self.chosen].tolist(), self.documents.where.take(self.chosen).to_pylist()
         return frozenset(zip(sources, where, strict=True))
 
@@ -242,9 +242,9 @@ class PackedSplit:
     # ---- the plan of an epoch ----
 
     def _plan(self, epoch: int, shuffle: bool, seed: int, batch_size: int = 0) -> Plan:
-        """`batch_size` matters where rows are not packed: those of one batch are of like lengths.
+        """Plan an epoch; without packing, `batch_size` groups documents of similar length.
 
-        What is planned is a unit: the documents of one row of data, which stay together.
+        The plan's units are the documents of one data row, which stay together.
         """
         rng = np.random.default_rng((seed, epoch)) if shuffle and self.shuffle else None
         units = self._seen(epoch)
@@ -258,14 +258,14 @@ class PackedSplit:
         order = np.arange(len(units)) if rng is None else rng.permutation(len(units))
         order = order[np.argsort(np.searchsorted(self.buckets, lengths[order]), kind="stable")]
         full = len(order) // batch_size if batch_size else 0
-        if full and rng is not None:  # whole batches change places; the last, which may be smaller, stays
+        if full and rng is not None:  # whole batches are shuffled; the last, perhaps smaller one stays
             blocks = order[: full * batch_size].reshape(full, batch_size)
             order = np.concatenate([blocks[rng.permutation(full)].ravel(), order[full * batch_size :]])
         return Plan(units[order].ravel(), np.arange(len(order) + 1) * self.sequences)
 
     def _seen(self, epoch: int) -> np.ndarray:
-        """The units `[U, sequences]` of an epoch, by document: whole copies of each source, and of a fraction the part whose
-        turn it is."""
+        """Return the units `[U, sequences]` of an epoch as document indices: whole copies of each source, and for a
+        fractional weight the part that is next in turn."""
         units = self.chosen.reshape(-1, self.sequences)
         if all(weight == 1 for weight in self.weights):
             return units
@@ -285,28 +285,28 @@ class PackedSplit:
 
     @property
     def buckets(self) -> np.ndarray:
-        """The widths of batches that are not packed: `max_length` and its halves, at most four."""
+        """The widths of batches without packing: `max_length` and its halves, at most four."""
         widths = [self.max_length]
         while len(widths) < 4 and widths[-1] % 2 == 0 and widths[-1] >= 64:
             widths.append(widths[-1] // 2)
         return np.array(widths[::-1])
 
     def widths(self, documents: np.ndarray) -> np.ndarray:
-        """Of each unit of these documents, the width of a row that holds it alone."""
+        """Return, per unit, the width of a row that holds it alone."""
         return self.buckets[np.searchsorted(self.buckets, self._unit_lengths(documents.reshape(-1, self.sequences)))]
 
     def rows_per_epoch(self, epoch: int) -> int:
-        """Rows that hold documents; the last batch is filled up with rows of padding."""
+        """Return the number of rows that hold documents; rows of padding complete the last batch."""
         return len(self.plan(epoch, True, self.seed))
 
     # ---- rows ----
 
     def example(self) -> Encoded:
-        """The first document, for showing."""
+        """Return the first document, for display."""
         return self.documents.document(self.chosen[0])
 
     def first(self, count: int) -> list[tuple[Encoded, tuple[int | None, int | None]]]:
-        """The first documents, each with its row and segment (from 1) in the first epoch."""
+        """Return the first documents, each with its row and segment (from 1) in the first epoch."""
         plan, found = self.plan(0, True, self.seed), []
         for number in self.chosen[:count]:
             at = np.flatnonzero(plan.documents == number)[:1]
@@ -316,7 +316,7 @@ class PackedSplit:
         return found
 
     def rows(self, plan: Plan, numbers: np.ndarray, width: int) -> Batch:
-        """Rows of a plan by their numbers, as `[len(numbers), width]`; a number beyond the plan gives a row of padding."""
+        """Build rows of a plan as `[len(numbers), width]`; a number past the plan gives a row of padding."""
         documents, count = plan.take(numbers)
         starts = self.documents.starts
         labels = None if self.documents.labels is None else self.documents.labels[documents]
@@ -331,8 +331,8 @@ class PackedSplit:
 
 
 class PackedBatches(Iterator[Batch]):
-    """The batches of a `PackedSplit`; the last one of an epoch is filled up with rows of padding, or (`mix_epochs`) with the
-    first rows of the next epoch."""
+    """The batches of a `PackedSplit`. Rows of padding complete the last one of an epoch, or (`mix_epochs`) the first rows
+    of the next epoch."""
 
     def __init__(
         self,
@@ -354,9 +354,9 @@ class PackedBatches(Iterator[Batch]):
         return self._split.plan(epoch, self._shuffle, self._seed, 0 if self._split.packing else self._batch_size)
 
     def _build(self, epoch: int, row: int) -> Batch:
-        """This process's rows of the batch that begins with `row` of `epoch`."""
+        """Build this process's rows of the batch that begins with `row` of `epoch`."""
         split, plan, numbers = self._split, self._plan(epoch), row + self._rows
-        if not split.packing:  # the whole batch decides, so that all processes have rows of one width
+        if not split.packing:  # the whole batch decides, so that all processes use the same width
             documents = plan.documents[plan.starts[row] : plan.starts[min(row + self._batch_size, len(plan))]]
             longest = split.widths(documents).max()
             return split.rows(plan, numbers, int(self._widths[np.searchsorted(self._widths, longest)]))
@@ -368,7 +368,7 @@ class PackedBatches(Iterator[Batch]):
             inside = numbers < len(plan)
             parts.append(split.rows(plan, numbers[inside], split.max_length))
             numbers, epoch = numbers[~inside] - len(plan), epoch + 1
-        parts.append(split.rows(plan, len(plan) + numbers, split.max_length))  # padding behind the last epoch
+        parts.append(split.rows(plan, len(plan) + numbers, split.max_length))  # padding after the last epoch
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _open(self) -> None:
@@ -393,11 +393,11 @@ class PackedBatches(Iterator[Batch]):
         raise StopIteration
 
     def get_state(self) -> dict[str, int]:
-        """Rows of the epoch that were given out, over all processes."""
+        """Return the position: rows of the epoch consumed so far, over all processes."""
         return {"epoch": self._epoch, "row": self._row, "batch_size": self._batch_size}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Go on from there. Raises UserError where the batches are of another size and the rows in them depend on it."""
+        """Move to a position. Raises UserError if the batch size changed and the rows of a batch depend on it."""
         if state["batch_size"] != self._batch_size and not self._split.packing:
             raise UserError(
                 f"the checkpoint's batches have {state['batch_size']} rows and this run's {self._batch_size}; with "

@@ -1,6 +1,6 @@
-"""Preferences: which part of `chosen` and `rejected` is the prompt, and which the answer.
+"""Preferences: splits `chosen` and `rejected` into prompt and answers.
 
-As in TRL, the common beginning is the prompt where none is given, and a prompt that both answers repeat is no part of them.
+As in TRL, the common beginning is the prompt if none is given, and a prompt that both answers repeat is removed from them.
 """
 
 import re
@@ -11,16 +11,16 @@ from ftjax.data.translate import translated
 from ftjax.data.values import by_row, kind_of
 from ftjax.errors import UserError
 
-SPACELESS = 0x2E80  # scripts from here on write no spaces between words
+SPACELESS = 0x2E80  # scripts from here on have no spaces between words
 # Anthropic's transcripts: "\n\nHuman: Hi\n\nAssistant: Hello"
 SPEAKERS = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 SPOKEN = {"Human": "user", "Assistant": "assistant"}
 
 
 def split_preference(prompt: Any, chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
-    """`(prompt, chosen, rejected)`, of which the last two are answers alone: text, or messages that follow those of the prompt.
+    """Return `(prompt, chosen, rejected)`; the last two are answers alone: text, or messages that follow the prompt's.
 
-    Raises UserError where nothing is left of an answer, and where there is no prompt.
+    Raises UserError if nothing is left of an answer, and if there is no prompt.
     """
     chosen, rejected, prompt = (by_row(value) for value in (chosen, rejected, prompt))
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
@@ -40,15 +40,15 @@ def split_preference(prompt: Any, chosen: Any, rejected: Any, where: str) -> tup
 
 
 def without_prompt(prompt: Any, answer: list[Any], where: str) -> tuple[Any, list[Any]]:
-    """The prompt and the messages that follow it, of an answer that may begin with the prompt's own messages.
+    """Return the prompt and the messages that follow it, for an answer that may repeat the prompt's messages.
 
-    Raises UserError where the answer begins with a question and that is not the prompt.
+    Raises UserError if the answer begins with a question that is not the prompt.
     """
     turns = [_said(turn, where) for turn in answer]
     if not turns or turns[0][0] == "assistant":
         return prompt, answer
     asked = [_said(turn, where) for turn in prompt] if isinstance(prompt, list) else [("user", prompt)]
-    for start in range(len(turns) - len(asked)):  # a system message, or earlier turns, may stand before it
+    for start in range(len(turns) - len(asked)):  # a system message or earlier turns may come first
         if turns[start : start + len(asked)] == asked and turns[start + len(asked)][0] == "assistant":
             stop = start + len(asked)
             return answer[:stop], answer[stop:]
@@ -63,7 +63,7 @@ def _of_messages(prompt: Any, chosen: list[Any], rejected: list[Any], where: str
         before, after = without_prompt(prompt, chosen, where)
         return before, after, without_prompt(prompt, rejected, where)[1]
     same = 0
-    pairs = zip(chosen[:-1], rejected[:-1], strict=False)  # the last message is the answer, also where it is the same
+    pairs = zip(chosen[:-1], rejected[:-1], strict=False)  # the last message is the answer, even if both are equal
     for one, other in pairs:
         if _said(one, where) != _said(other, where):
             break
@@ -74,7 +74,7 @@ def _of_messages(prompt: Any, chosen: list[Any], rejected: list[Any], where: str
 
 
 def _of_texts(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
-    """Cut where the texts part, before the word in which they do."""
+    """Split the texts where they differ, at the beginning of that word."""
     pairs = zip(chosen, rejected, strict=False)
     same = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(chosen), len(rejected)))
     if chosen[same : same + 1].isalnum() or rejected[same : same + 1].isalnum():
@@ -92,7 +92,7 @@ def _of_texts(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
 
 
 def transcripts(chosen: Any, rejected: Any) -> tuple[list[dict[str, str]], int, int] | None:
-    """`(chosen's messages, how many of them are the prompt, where the answer begins in its text)` of two of Anthropic's
+    """Return `(chosen's messages, number of prompt messages, offset of the answer in its text)` for two of Anthropic's
     transcripts with a common beginning; None for anything else."""
     one, other = (_transcript(text) if isinstance(text, str) else [] for text in (chosen, rejected))
     same = 0
@@ -104,7 +104,7 @@ def transcripts(chosen: Any, rejected: Any) -> tuple[list[dict[str, str]], int, 
 
 
 def _transcript(text: str) -> list[tuple[dict[str, str], int]]:
-    """Its messages, each with where what it says begins; [] for another text."""
+    """Return a transcript's messages, each with the offset of its content; [] for other text."""
     marks = list(SPEAKERS.finditer(text))
     if not marks or marks[0].start() or marks[-1][1] != "Assistant":
         return []

@@ -1,4 +1,4 @@
-"""`ftjax preview`: what the data looks like to the model, before anything is trained."""
+"""`ftjax preview`: shows the data as the model will see it, before any training."""
 
 import json
 from dataclasses import dataclass
@@ -17,13 +17,14 @@ from ftjax.data.report import DataReport, histogram
 from ftjax.errors import UserError, printable
 
 EXAMPLES = 3
-LONGEST = 400  # tokens of an example that the terminal shows
+LONGEST = 400  # most tokens of an example that the terminal shows
 BAR = 40  # characters
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One document, token by token: the text of each (which together are the document's), its weight, and its place."""
+    """One document, token by token: the text of each token (together they are the document's text), its weight and its
+    place."""
 
     where: str
     ids: list[int]
@@ -37,17 +38,17 @@ def preview(
     config: Config, tokenizer: Any, *, html: Path | None = None, as_json: bool = False, console: Any, examples: int = EXAMPLES,
     positions: int | None = None, embeddings: int | None = None, encoding: RowEncoding = ANSWERS,
 ) -> None:  # fmt: skip
-    """Print (or write) the first examples with what is trained, the counts, a histogram of lengths, and warnings.
+    """Print (or write) the first examples with their trained tokens, the counts, a histogram of lengths, and warnings.
 
     Args:
-        html: a file to write the same to, with a picture.
+        html: a file to write the same to, with a chart.
         as_json: print one JSON object instead.
         console: a `rich.console.Console`.
-        positions: tokens of the longest text that the model is made for, where it is known.
-        embeddings: of the model, where that is known: a token id beyond them is an error.
+        positions: the longest text in tokens that the model was made for, if known.
+        embeddings: the number of the model's embeddings, if known: a token id beyond them is an error.
         encoding: how the objective's rows become documents.
 
-    Raises UserError for anything that is wrong with the data, or where `html` cannot be written.
+    Raises UserError for anything that is wrong with the data, or if `html` cannot be written.
     """
     train, validation = load_splits(config.data, tokenizer, seed=config.training.seed, encoding=encoding, positions=positions)
     for split in (train, validation):
@@ -72,7 +73,8 @@ def preview(
 
 
 def show_examples(split: Split, tokenizer: Any, count: int = EXAMPLES, encoding: RowEncoding = ANSWERS) -> list[Shown]:
-    """The first `count` documents of a set; where a document ends with labels, its last token is shown as their words."""
+    """Return the first `count` documents of a set; for a document that ends with labels, the last token shows them as
+    words."""
     found = [(document, shown(document, tokenizer, *place)) for document, place in split.first(count)]
     for document, item in found:
         if (words := encoding.label_text(document)) is not None:
@@ -86,10 +88,10 @@ def shown(document: Encoded, tokenizer: Any, row: int | None = None, segment: in
 
 
 def token_texts(ids: list[int], tokenizer: Any) -> list[str]:
-    """The text of each token, such that all together are what the ids decode to; a part of a character is empty, and the
-    token that completes it holds it."""
+    """Return the text of each token, so that they join to the decoded text. A token that holds part of a character is
+    empty; the token that completes the character holds it."""
     texts: list[str] = []
-    # Decoding begins a few tokens before, where a character begins: a token's text depends on those in front of it.
+    # Decoding begins a few tokens earlier, at a character boundary: a token's text depends on those before it.
     begins, before, last = [0], "", 0
     for end in range(1, len(ids) + 1):
         whole = tokenizer.decode(ids[begins[0] : end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -103,7 +105,7 @@ def token_texts(ids: list[int], tokenizer: Any) -> list[str]:
 
 
 def render_example(document: Encoded, tokenizer: Any) -> str:
-    """One document as text, with what is trained between [[ and ]]; the middle of a long one is left out."""
+    """Render one document as text with trained parts in [[ and ]]; the middle of a long one is left out."""
     item, parts, inside = shown(document, tokenizer), [], False
     skipped = len(item.ids) - LONGEST
     for number, (text, weight) in enumerate(zip(item.texts, item.weights, strict=True)):
@@ -118,7 +120,7 @@ def render_example(document: Encoded, tokenizer: Any) -> str:
 
 
 def as_object(shown: list[Shown], sets: dict[str, Split]) -> dict[str, Any]:
-    """Everything, as JSON."""
+    """Return everything as JSON."""
     return {
         "examples": [
             {
@@ -154,7 +156,7 @@ def print_example(console: Any, item: Shown, number: int) -> None:
         if weight not in (0.0, 1.0):
             line.append(f"({weight:g})", "yellow dim")
     console.print(line, soft_wrap=not console.is_terminal)
-    if not console.color_system:  # without colour, marks say what is trained
+    if not console.color_system:  # without colour, marks show what is trained
         say(console, "trained: " + " | ".join(_trained_texts(item)))
 
 
@@ -172,7 +174,7 @@ def _visible(text: str) -> str:
 
 
 def print_report(console: Any, name: str, report: DataReport, bins: list[tuple[int, int, int]]) -> None:
-    """Counts, a table of what was dropped, and a histogram of token lengths."""
+    """Print the counts, a table of dropped rows, and a histogram of token lengths."""
     say(console, name, "bold reverse")
     for line in report.lines():
         say(console, line, "yellow" if line.startswith("warning") else "")

@@ -1,4 +1,4 @@
-"""The page that `ftjax preview --html` writes: one file that needs nothing else."""
+"""The page that `ftjax preview --html` writes: one self-contained file."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -13,12 +13,12 @@ Bins = Sequence[tuple[int, int, int]]
 
 
 def write_html(path: Path, shown: Sequence[Any], sets: Mapping[str, tuple[DataReport, Bins]]) -> None:
-    """Raises OSError where the file cannot be written."""
+    """Write the page. Raises OSError if the file cannot be written."""
     body = [
         "<h1>What the model will see</h1>",
         '<p><span class="t">trained</span>, <span class="w">trained with another weight than 1</span>, or context alone. '
         "Each box is a token; its number, id, weight and position are shown when the pointer rests on it, or it is touched or "
-        "reached with the Tab key, and stand in the table beneath.</p>",
+        "reached with the Tab key, and are in the table below.</p>",
         *(section for number, item in enumerate(shown, 1) for section in _example(item, number)),
         *(section for name, (report, bins) in sets.items() for section in report_html(name, report, bins)),
     ]

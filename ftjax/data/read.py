@@ -1,4 +1,4 @@
-"""Rows out of files and Hub data sets, each with the place that it came from, one after the other.
+"""Reads rows from files and Hub data sets, each with its location.
 
 `{"prompt": "Hi", "completion": "Hello"}` on line 7 of a.jsonl becomes `Row({"prompt": ..., "completion": ...}, "a.jsonl:7")`.
 """
@@ -29,14 +29,14 @@ __all__ = ["Row", "read_rows"]
 def read_rows(
     source: SourceConfig | str, faults: Faults | None = None, *, found: Files | HubSet | None = None, streaming: bool = False
 ) -> Iterator[Row]:
-    """Every row of a source, in order, or the first `source.limit` of them.
+    """Yield every row of a source in order, or the first `source.limit` of them.
 
     Args:
-        faults: what to do with a row that is broken; None raises.
-        found: what `find(source)` gave, where that is known.
-        streaming: read a Hub data set as it comes, without downloading all of it.
+        faults: handles broken rows; None raises.
+        found: the result of `find(source)`, if known.
+        streaming: read a Hub data set as it arrives, without downloading all of it.
 
-    Raises UserError, with file and line, for what is missing, broken, empty, or changes while it is read.
+    Raises UserError, with file and line, for data that is missing, broken or empty, or that changes while it is read.
     """
     source = SourceConfig(path=source, split="train") if isinstance(source, str) else source
     faults = faults or Faults()
@@ -57,7 +57,7 @@ def _rows(source: SourceConfig, found: Files | HubSet, faults: Faults, streaming
             for values in found.load(streaming):
                 yield Row({name: plain(value) for name, value in values.items()}, f"{source.path}[{number}]")
                 number += 1
-        except (OSError, ValueError, RuntimeError) as error:  # the network, or a shard that is not what it should be
+        except (OSError, ValueError, RuntimeError) as error:  # the network failed, or a shard is broken
             raise UserError(f"{source.path}[{number}]: cannot be read: {(str(error).splitlines() or ['?'])[0]}") from None
         return
     if found.left_out:
@@ -71,7 +71,7 @@ def _rows(source: SourceConfig, found: Files | HubSet, faults: Faults, streaming
 
 
 def read_file(path: Path, faults: Faults, source: SourceConfig) -> Iterator[Row]:
-    """The rows of one file, of which `source` says how it is read."""
+    """Yield the rows of one file, read as `source` says."""
     suffix, encoding = kind(path), source.encoding
     if suffix in TABLES and path.suffix.lower() == suffix:
         yield from _table(path, suffix)
@@ -102,7 +102,7 @@ def read_file(path: Path, faults: Faults, source: SourceConfig) -> Iterator[Row]
 
 
 def _open(path: Path) -> Any:
-    """The uncompressed bytes, as a binary file."""
+    """Open the uncompressed bytes as a binary file."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.open(path, "rb")
@@ -116,7 +116,7 @@ def _open(path: Path) -> Any:
 
 
 class _Zst(io.RawIOBase):
-    """The uncompressed bytes of a .zst file; a file that ends too early is an error, not a short one."""
+    """The uncompressed bytes of a .zst file; raises OSError if the file is truncated."""
 
     def __init__(self, path: Path):
         import zstandard
@@ -143,7 +143,7 @@ class _Zst(io.RawIOBase):
             except self._error as error:
                 raise OSError(str(error)) from None
             self._input = b""
-            if self._object.eof:  # a .zst file may be several, one behind the other
+            if self._object.eof:  # a .zst file may hold several frames in sequence
                 self._input, self._object, self._inside = self._object.unused_data, self._make(), False
         size = min(len(buffer), len(self._output))
         buffer[:size] = self._output[:size]
@@ -157,7 +157,7 @@ class _Zst(io.RawIOBase):
 
 
 def _table(file: Path | io.BytesIO, suffix: str, name: str | None = None) -> Iterator[Row]:
-    """Parquet, or Arrow as `datasets.save_to_disk` (a stream) and pyarrow (a file) write it."""
+    """Yield the rows of a Parquet file, or of an Arrow file by `datasets.save_to_disk` (a stream) or pyarrow (a file)."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -167,7 +167,7 @@ def _table(file: Path | io.BytesIO, suffix: str, name: str | None = None) -> Ite
         for batch in batches:
             if len(set(batch.schema.names)) != len(batch.schema.names):
                 raise UserError(f"{path}: a column name occurs twice: {', '.join(batch.schema.names)}")
-            # A map is a struct by another name, and names that occur twice in it are the last one's.
+            # A map becomes a struct; of duplicate names in it the last one counts.
             mixed = [name for name, kind in zip(batch.schema.names, batch.schema.types, strict=True) if not _is_plain(kind, pa)]
             for values in batch.to_pylist(maps_as_pydicts="lossy"):
                 for name in mixed:
@@ -180,7 +180,7 @@ def _table(file: Path | io.BytesIO, suffix: str, name: str | None = None) -> Ite
 
 
 def _is_plain(kind: Any, pa: Any) -> bool:
-    """Whether values of this Arrow type are numbers, text, or lists of them."""
+    """Return whether values of this Arrow type are numbers, text, or lists of them."""
     while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         kind = kind.value_type
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_string(kind) or pa.types.is_boolean(kind)

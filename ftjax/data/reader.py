@@ -1,7 +1,7 @@
-"""The rows of a source as examples: which format they have, which columns are read, and what is said of the others.
+"""Turns the rows of a source into examples: detects the format, maps the columns and reports unused ones.
 
-The format is told by the columns of the rows that are read ahead, unless `data.format` names it. Columns that are called
-something else are mapped with `data.columns: {prompt: question, completion: answer}` (ours: the file's).
+The columns of the first rows determine the format, unless `data.format` names it. Columns with other names are mapped with
+`data.columns: {prompt: question, completion: answer}` (ours: the file's).
 """
 
 from collections import Counter
@@ -23,22 +23,22 @@ from ftjax.data.translate import KNOWN
 from ftjax.data.values import EmptyRow, Values, filled, names_of, normalized, quoted, string
 from ftjax.errors import UserError
 
-AHEAD = 1024  # rows that tell the format
+AHEAD = 1024  # rows that determine the format
 
 
 def read_source(
     source: SourceConfig, faults: Faults | None = None, *, found: Files | HubSet | None = None, streaming: bool = False,
     normalize: Callable[[str], str] | None = None, label: Callable[[Any, str], Any] | None = None,
 ) -> Iterator[tuple["Reader", Row]]:  # fmt: skip
-    """Every row of a source with what reads it; see `read_rows` and `Reader` for the arguments.
+    """Yield every row of a source with its reader; see `read_rows` and `Reader` for the arguments.
 
-    Raises UserError, with file and line, for rows that cannot be read and where no format fits them.
+    Raises UserError, with file and line, for rows that cannot be read or that fit no format.
     """
     yield from _with_reader(source, read_rows(source, faults, found=found, streaming=streaming), normalize, label)
 
 
 def to_examples(rows: Iterable[Row], source: SourceConfig | None = None, faults: Faults | None = None) -> Iterator[Example]:
-    """Every row of a source as an example, for those who have rows already.
+    """Yield every row as an example, for callers that already have rows.
 
     Raises UserError, with file and line, for a row that is wrong, unless `faults` skips it.
     """
@@ -60,7 +60,7 @@ def _with_reader(
     try:
         for row in islice(rows, AHEAD):
             first.append(row)
-    except UserError as caught:  # it is raised where it stands, behind the rows before it
+    except UserError as caught:  # raised in its place, after the rows before it
         error = caught
     reader = Reader(source, first, normalize, label=label) if first else None
     for row in first:
@@ -72,14 +72,15 @@ def _with_reader(
 
 
 class Reader:
-    """Rows of one source into examples. After reading, `unused` holds the columns that were not read, and `notes` counts
-    what is worth a warning.
+    """Turns rows of one source into examples.
+
+    After reading, `unused` holds the columns that were not read, and `notes` counts what deserves a warning.
 
     Args:
-        rows: the first ones, by which the format is told.
-        normalize: of each text.
-        label: turns a label column's value and its place into what the format reads (`ftjax.data.labels`).
-        advising: whether messages say what to write into `data.columns`.
+        rows: the first rows, which determine the format.
+        normalize: applied to each text.
+        label: turns a label column's value and its location into what the format reads (`ftjax.data.labels`).
+        advising: whether messages suggest `data.columns`.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Reader:
         self._ahead = rows
         self._known = dict.fromkeys(name for row in rows for name in row.values)
         if label and "labels" in self._known and not {"label", "input_ids"} & {*self._known, *self.columns}:
-            self.columns = {**self.columns, "label": "labels"}  # transformers' name
+            self.columns = {**self.columns, "label": "labels"}  # the name that transformers uses
         if absent := [theirs for theirs in self.columns.values() if theirs not in self._known]:
             raise UserError(f"{rows[0].where}: data.columns names {quoted(absent)}, but the rows have {names_of(self._known)}")
         self.name = self._detect() if source.format in (None, "auto") else source.format
@@ -119,7 +120,7 @@ class Reader:
         return [name for name in self.seen if name not in theirs.values() and name not in used]
 
     def __call__(self, row: Row) -> Example:
-        """Raises UserError, with file and line, where a column is missing or holds something else."""
+        """Return the example. Raises UserError, with file and line, if a column is missing or has a wrong type."""
         self.seen.update((name, None) for name, value in row.values.items() if value is not None)
         values = self._rename(row)
         if self.normalize:
@@ -148,7 +149,8 @@ class Reader:
         return example
 
     def _read_label(self, values: dict[str, Any], where: str) -> bool:
-        """Whether the row has a column for its label, which is then read; messages are read for their last turn later."""
+        """Read the label column and return True; return False if there is none, or if it holds messages, whose last turn is
+        read later."""
         name = self.format.answer or ("completion" if self.template else None)
         value = values.get(name)
         if name not in values or (isinstance(value, list) and value and isinstance(value[0], Mapping)):
@@ -188,9 +190,9 @@ class Reader:
             )
 
     def _detect(self) -> str:
-        """The first format that at least half of those rows fit which fit any; where there is none, the one most fit.
+        """Return the first format that fits at least half of the rows that fit any; otherwise the one that fits most.
 
-        A column that is null is no column, unless no format fits otherwise.
+        Columns that are null count as absent, unless no format fits otherwise.
         """
         for nulls in (False, True):
             fits, some = self._fits(nulls)
@@ -199,7 +201,7 @@ class Reader:
         raise UserError(self._nothing_fits())
 
     def _fits(self, nulls: bool) -> tuple[Counter[str], int]:
-        """How many of the rows fit each format, and how many fit any; `nulls`: with columns that are null."""
+        """Count the rows that fit each format, and those that fit any; `nulls` includes columns that are null."""
         answers = {form.answer: name for name, form in FORMATS.items() if form.answer}
         fits: Counter[str] = Counter()
         some = 0
@@ -207,7 +209,7 @@ class Reader:
             values = {name: value for name, value in self._rename(row).items() if nulls or value is not None}
             if self.completion_template:
                 values["completion"] = ""
-            if self.template:  # the prompt is the template's; the first completion that is there is the answer
+            if self.template:  # the template makes the prompt, and the first completion column is the answer
                 found = [name for column, name in answers.items() if column in values][:1]
             else:
                 found = [name for name, form in FORMATS.items() if values.keys() >= set(form.needs) and form.fits(values)]
@@ -230,7 +232,7 @@ class Reader:
         return advise(self._ahead, self._readable) if self.advising else ""
 
     def _readable(self, columns: dict[str, str]) -> bool:
-        """Whether these rows are read once `data.columns` says so."""
+        """Return whether these rows can be read with this `data.columns`."""
         read = 0
         try:
             reader = Reader(self.source.model_copy(update={"columns": columns, "format": "auto"}), self._ahead, advising=False)
@@ -253,7 +255,7 @@ class Reader:
 
 
 class _Template:
-    """`Question: {question}\\nAnswer:` filled from the columns of a row; an absent value is nothing."""
+    """A template such as `Question: {question}\\nAnswer:`, filled from the columns of a row; null becomes ""."""
 
     def __init__(self, template: str):
         self.template, self.fields = template, template_fields(template)
@@ -267,5 +269,5 @@ class _Template:
 
 
 def _spaced(prompt: str, completion: str) -> str:
-    """`Answer:` and `5` are joined by a space; what ends or begins with white space is joined as it is."""
+    """Return the completion, with a space in front unless it or the prompt has white space there: `Answer:` and `5`."""
     return completion if not prompt or prompt[-1].isspace() or completion[:1].isspace() else f" {completion}"

@@ -1,4 +1,4 @@
-"""What became of the data: counts that the start of a run prints, `preview` shows and the model card repeats."""
+"""Counts of what happened to the data: printed at the start of a run, shown by `preview`, repeated in the model card."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -11,12 +11,12 @@ from ftjax.errors import printable
 
 @dataclass
 class DataReport:
-    """Counts of one set. `rows` = `kept` + all of `dropped` + `held_out`; of what is kept, `truncated` were cut."""
+    """Counts of one set. `rows` = `kept` + all of `dropped` + `held_out`; `truncated` is a part of `kept`."""
 
     source: str
     rows: int = 0
     kept: int = 0  # rows
-    documents: int = 0  # what they became: more than `kept` where long rows are split
+    documents: int = 0  # more than `kept` if long rows are split
     truncated: Counter[str] = field(default_factory=Counter)  # by policy
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
     held_out: int = 0  # rows that went to validation_split
@@ -26,15 +26,15 @@ class DataReport:
     efficiency: float = 0.0
     max_length: int = 0
     packing: bool = True
-    formats: dict[str, str] = field(default_factory=dict)  # of each source
-    weights: dict[str, float] = field(default_factory=dict)  # of each source, where there are several
+    formats: dict[str, str] = field(default_factory=dict)  # per source
+    weights: dict[str, float] = field(default_factory=dict)  # per source, if there are several
     notes: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
     length_quantiles: dict[str, int] = field(default_factory=dict)
-    exact: bool = True  # False: a sample, of a set that is streamed
+    exact: bool = True  # False: a sample of a streamed set
 
     def lines(self) -> list[str]:
-        """For people: one line of examples, one of tokens, then warnings."""
+        """Return lines for display: one of examples, one of tokens, then warnings."""
         cut = "".join(f" ({policy})" for policy in self.truncated)
         reasons = "".join(f"; {count:,} {reason}" for reason, count in self.dropped.items() if count)
         held = f", {self.held_out:,} held out for validation" if self.held_out else ""
@@ -47,7 +47,7 @@ class DataReport:
             + (
                 f"{self.packed_rows:,} rows of {self.max_length:,}, packing efficiency {100 * self.efficiency:.1f}%"
                 if self.packing
-                else f"{self.packed_rows:,} rows, not packed, {100 * self.efficiency:.1f}% of their tokens are no padding"
+                else f"{self.packed_rows:,} rows, not packed, {100 * self.efficiency:.1f}% of their tokens are not padding"
             ),
         ]
         if len(self.weights) > 1:
@@ -55,7 +55,7 @@ class DataReport:
         return [printable(line) for line in (*lines, *(f"warning: {warning}" for warning in self.warnings))]
 
     def state(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the report as JSON."""
         return {
             **asdict(self), "truncated": dict(self.truncated), "dropped": dict(self.dropped), "notes": dict(self.notes)
         }  # fmt: skip
@@ -66,14 +66,14 @@ class DataReport:
         return cls(**{**state, **counters})
 
     def measure(self, lengths: np.ndarray) -> None:
-        """Quantiles of the documents' lengths in tokens."""
+        """Set the quantiles of the documents' lengths in tokens."""
         if len(lengths):
             values = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 0.95, 1], method="nearest")
             self.length_quantiles = dict(zip(("min", "25%", "50%", "75%", "95%", "max"), map(int, values), strict=True))
 
 
 def histogram(lengths: np.ndarray, bins: int = 16) -> list[tuple[int, int, int]]:
-    """`(from, to, documents)`: equal steps of token lengths, the last one inclusive."""
+    """Return `(from, to, documents)` in equal steps of token lengths; `to` is inclusive."""
     if not len(lengths):
         return []
     low, high = int(lengths.min()), int(lengths.max())

@@ -9,7 +9,7 @@ from ftjax.page.document import table
 
 
 def report_html(name: str, report: DataReport, bins: Sequence[tuple[int, int, int]], heading: str = "h2") -> list[str]:
-    """Counts, warnings, and a picture of the lengths; `bins` are `histogram`'s."""
+    """Return HTML with the counts, the warnings and a chart of the lengths; `bins` come from `histogram`."""
     rows = [
         ("rows read", report.rows), ("kept", report.kept), ("documents", report.documents),
         *((f"truncated ({policy})", count) for policy, count in report.truncated.items()),
@@ -17,7 +17,7 @@ def report_html(name: str, report: DataReport, bins: Sequence[tuple[int, int, in
         *([("held out for validation", report.held_out)] if report.held_out else []),
         ("tokens", report.tokens), ("trained tokens", report.trained_tokens), ("rows of an epoch", report.packed_rows),
     ]  # fmt: skip
-    efficiency = ("packing efficiency" if report.packing else "tokens that are no padding", f"{100 * report.efficiency:.1f} %")
+    efficiency = ("packing efficiency" if report.packing else "tokens that are not padding", f"{100 * report.efficiency:.1f} %")
     return [
         f"<{heading}>{escape(name)}: {escape(report.source)}</{heading}>",
         *(f'<p class="warning">Warning: {escape(warning)}</p>' for warning in report.warnings),

@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`where` is `file:line` for text files and `file[row]`, counted from 0, for the others."""
+    """One record; `where` is `file:line` for text files and `file[row]`, counted from 0, for the others."""
 
     values: dict[str, Any]
     where: str

@@ -1,9 +1,9 @@
-"""Tokenised documents in one memory-mapped Arrow file, which a second start finds by what made it.
+"""The cache of tokenised documents: one memory-mapped Arrow file for each combination of inputs.
 
-The folder is `FTJAX_CACHE`, or `~/.cache/ftjax`; `tokens/KEY/` in it holds `documents.arrow` (one record batch: `tokens`,
-`weights` and, for each document, `trained`, `cut`, `row`, `digest`, `source`, `where`, and `labels` where it has several or
+The folder is `FTJAX_CACHE`, or `~/.cache/ftjax`. Its `tokens/KEY/` holds `documents.arrow` (one record batch: `tokens`,
+`weights` and, per document, `trained`, `cut`, `row`, `digest`, `source`, `where`, and `labels` for several labels or
 numbers) and `report.json`, with the report and a digest of all tokens, weights and labels. KEY is a digest of the data's
-bytes, the tokenizer with its chat template, and every option that decides which tokens come out.
+bytes, the tokenizer with its chat template, and every option that determines the tokens.
 """
 
 import errno
@@ -29,27 +29,27 @@ FILE, REPORT = "documents.arrow", "report.json"
 
 
 def cache_folder() -> Path:
-    """Where ftjax keeps what can be made again."""
+    """Return the folder of ftjax's caches, which can be rebuilt."""
     return Path(os.environ.get("FTJAX_CACHE") or Path.home() / ".cache" / "ftjax").expanduser()
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Document `d` is `tokens[starts[d] : starts[d + 1]]`, with `weights` alike; all arrays are views of one file."""
+    """Document `d` is `tokens[starts[d] : starts[d + 1]]`, and `weights` likewise; all arrays are views of one file."""
 
     tokens: np.ndarray  # int32 [all]
     weights: np.ndarray  # float32 or, where each is 0 or 1, uint8 [all]
     starts: np.ndarray  # int64 [D + 1]
     trained: np.ndarray  # int32 [D], tokens that are trained as targets
     cut: np.ndarray  # uint8 [D], 1 where the row was truncated
-    row: np.ndarray  # int64 [D], number of the row: documents that a long row was split into share it
-    digest: np.ndarray  # uint64 [D], of the row's content
+    row: np.ndarray  # row number; documents split from one long row share it
+    digest: np.ndarray  # hash of the row's content
     source: np.ndarray  # int32 [D]
     where: Any  # pyarrow string array [D]
     report: dict[str, Any]
-    content: str  # a digest of all tokens, weights and labels, and of where each document ends
-    highest: int = -1  # token id; -1 without any
-    labels: np.ndarray | None = None  # float32 [D, labels], of texts with several labels, or numbers
+    content: str  # digest of all tokens, weights, labels and document boundaries
+    highest: int = -1  # highest token id; -1 without any
+    labels: np.ndarray | None = None  # float32 [D, labels], for several labels or numbers
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -62,21 +62,27 @@ class Documents:
 
 
 class Writer:
-    """Takes documents one by one and writes them once: their values go to disk as they come, not to memory."""
+    """Writes documents one by one: values go to disk as they come and do not stay in memory."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._tokens: BinaryIO = (folder / "tokens.bin").open("w+b")
         self._weights: BinaryIO = (folder / "weights.bin").open("w+b")
         self._binary, self._highest = True, -1
-        self._digests = [xxhash.xxh3_128() for _ in range(3)]  # of tokens, weights, lengths, and labels where there are any
+        self._digests = [xxhash.xxh3_128() for _ in range(3)]  # of tokens, weights, lengths, and labels if present
         self._labels: list[np.ndarray] = []
         self._facts: dict[str, list[Any]] = {
             name: [] for name in ("length", "trained", "cut", "row", "digest", "source", "where")
         }
 
     def add(self, documents: Sequence[Encoded], cut: Sequence[bool], rows: Sequence[int], digests: Sequence[int]) -> None:
-        """Documents: whether each was truncated, the number of the row that it came from, the digest of that row's content."""
+        """Add documents.
+
+        Args:
+            cut: whether each document was truncated.
+            rows: the row number of each document.
+            digests: the hash of the content of each document's row.
+        """
         if not documents:
             return
         weights = np.concatenate([document.weights for document in documents])
@@ -106,7 +112,7 @@ class Writer:
         facts["digest"] += digests
 
     def finish(self, report: dict[str, Any]) -> None:
-        """Put all of it into one Arrow file."""
+        """Write the Arrow file and the report."""
         self.close()
         facts = self._facts
         starts = np.concatenate([[0], np.cumsum(facts["length"], dtype=np.int64)])
@@ -154,7 +160,7 @@ def _mapped(path: Path, dtype: Any) -> np.ndarray:
 
 
 def open_documents(folder: Path) -> Documents | None:
-    """What is in a folder of the cache, or None where it is not all there."""
+    """Open the documents in a folder of the cache; None if they are incomplete."""
     try:
         saved = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         if (folder / FILE).stat().st_size != saved["size"]:
@@ -173,11 +179,11 @@ def open_documents(folder: Path) -> Documents | None:
 
 
 def cached(key: str, build: Callable[[Writer], dict[str, Any]]) -> tuple[Documents, bool]:
-    """The documents of `key`, and whether they were there; `build` writes those that are not and gives their report.
+    """Return the documents of `key`, and whether they were cached; `build` writes missing ones and returns their report.
 
-    Processes that want the same at the same time wait for the first of them.
+    Processes that need the same documents at the same time wait for the first of them.
 
-    Raises UserError where the folder cannot be written or the disk is full.
+    Raises UserError if the folder cannot be written or the disk is full.
     """
     root = cache_folder() / "tokens"
     folder = root / key

@@ -1,9 +1,9 @@
-"""`data.streaming`: sets that are larger than the disk, tokenised and packed window by window while they are read.
+"""`data.streaming`: tokenises and packs sets that are larger than the disk, window by window, while reading them.
 
-A window is so many rows of the data; its documents are shuffled and packed together, and its rows follow those of the
-window before. Batches take them as they come, so that only the last batch of an epoch holds rows of padding. Every process
-reads and tokenises all of the data and builds its own rows of each batch, so a position is the same for any number of
-processes: epoch, window, row in the window. To go on from there, the rows before the window are read, but not tokenised.
+A window is a fixed number of data rows. Its documents are shuffled and packed together, and its rows follow those of the
+window before. Batches take them in order, so only the last batch of an epoch holds rows of padding. Every process reads and
+tokenises all of the data and builds its own rows of each batch, so a position is the same for any number of processes:
+epoch, window, row in the window. To resume there, the rows before the window are read but not tokenised.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,12 +27,12 @@ from ftjax.data.unknown import refuse_unknown
 from ftjax.errors import UserError
 
 WINDOW = 8192  # rows that are shuffled and packed together
-UNKNOWN = 10**9  # rows of an epoch whose end nobody knows
+UNKNOWN = 10**9  # rows per epoch if its end is unknown
 
 
 @dataclass(frozen=True)
 class Window:
-    """The documents of some rows of the data, packed."""
+    """The packed documents of one window."""
 
     number: int
     documents: list[Encoded]
@@ -41,18 +41,18 @@ class Window:
     starts: np.ndarray
     plan: Plan
     last: bool
-    labels: np.ndarray | None = None  # float32 [D, labels], where documents have such numbers
+    labels: np.ndarray | None = None  # float32 [D, labels], if documents have them
 
     @classmethod
     def of(
         cls, number: int, documents: list[Encoded], length: int, rng: np.random.Generator | None, last: bool,
         keep: bool = False, sequences: int = 1,
     ) -> "Window":  # fmt: skip
-        """Packs documents.
+        """Pack documents.
 
         Args:
-            keep: they stay in their order.
-            sequences: so many that follow one another stay in one row.
+            keep: keep their order.
+            sequences: this many consecutive documents stay in one row.
         """
         starts = np.concatenate([[0], np.cumsum([len(d.tokens) for d in documents], dtype=np.int64)])
         tokens, weights = (
@@ -67,7 +67,7 @@ class Window:
         return cls(number, documents, tokens, weights, starts, plan, last, labels)
 
     def rows(self, numbers: np.ndarray, width: int) -> Batch:
-        """Rows by their numbers, as `[len(numbers), width]`."""
+        """Build rows by their numbers, as `[len(numbers), width]`."""
         documents, count = self.plan.take(numbers)
         labels = None if self.labels is None else self.labels[documents]
         return fill(self, self.starts[documents], self.starts[documents + 1] - self.starts[documents], count, width, labels)
@@ -75,7 +75,7 @@ class Window:
 
 @dataclass
 class StreamSplit:
-    """One set, read from its beginning in each epoch."""
+    """One data set that is read from its beginning in each epoch."""
 
     sources: list[SourceConfig]
     found: list[Files | HubSet]
@@ -85,7 +85,7 @@ class StreamSplit:
     report: DataReport
     encoding: RowEncoding = ANSWERS
     window_rows: int = field(default_factory=lambda: WINDOW)
-    known: int | None = None  # the model's embeddings
+    known: int | None = None  # number of the model's embeddings
 
     @classmethod
     def load(cls, config: DataConfig, tokenizer: Any, seed: int, encoding: RowEncoding = ANSWERS) -> "StreamSplit":
@@ -112,11 +112,11 @@ class StreamSplit:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Of the documents of the first window."""
+        """`[D]`, tokens per document of the first window."""
         return np.array([len(document.tokens) for document in self._first])
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `Split.fingerprint`: of the documents of the first window, and the sizes of all files."""
+        """See `Split.fingerprint`; it covers the documents of the first window and the sizes of all files."""
         digest = xxhash.xxh3_128()
         for document in self._first:
             digest.update(document.tokens.astype(np.int32).tobytes() + document.weights.astype(np.float32).tobytes())
@@ -125,7 +125,7 @@ class StreamSplit:
         return {"documents": len(self._first), "tokens": int(self.lengths.sum()), "digest": digest.hexdigest()}
 
     def refuse_unknown(self, rows: int, tokenizer: Any) -> None:
-        """See `Split.refuse_unknown`; of the first window now, of the others when they are read."""
+        """See `Split.refuse_unknown`; checks the first window now, and later windows when they are read."""
         self.known = rows
         for document in self._first:
             refuse_unknown(document.tokens, rows, document.where, tokenizer)
@@ -148,7 +148,7 @@ class StreamSplit:
             )
 
     def _estimate(self, rows: int) -> int:
-        """Rows of an epoch, by the rows of data that the Hub tells or the bytes of the files."""
+        """Estimate the rows per epoch from the number of rows that the Hub states, or from the bytes of the files."""
         count = 0.0
         for source, found in zip(self.sources, self.found, strict=True):
             if isinstance(found, HubSet):
@@ -163,18 +163,18 @@ class StreamSplit:
         return max(1, round(rows * count / self.report.rows))
 
     def rows_per_epoch(self, epoch: int) -> int:
-        """An estimate, unless one window holds all of the data."""
+        """Return an estimate, or the exact number if one window holds all of the data."""
         return self._rows
 
     def example(self) -> Encoded:
         return self._first[0]
 
     def first(self, count: int) -> list[tuple[Encoded, tuple[int | None, int | None]]]:
-        """The first documents; their rows are those of the shuffled window, which is not known before it is read."""
+        """Return the first documents; their rows in the shuffled window are unknown before it is read."""
         return [(document, (None, None)) for document in self._first[:count]]
 
     def build(self) -> Build:
-        """A new pass over the data. Raises UserError where a file was changed since the first."""
+        """Start a new pass over the data. Raises UserError if a file changed since the first pass."""
         for found, before in zip(self.found, self._states, strict=True):
             for path, one, other in zip(found.paths, before, found.state(), strict=True) if before is not None else ():
                 if one != other:
@@ -182,7 +182,7 @@ class StreamSplit:
         return Build(self.sources, self.found, self.config, self.tokenizer, self.encoding)
 
     def windows(self, build: Build, epoch: int, start: int, *, shuffle: bool, seed: int | None = None) -> Iterator[Window]:
-        """The windows of an epoch from number `start` on."""
+        """Yield the windows of an epoch, from number `start` on."""
         build.epoch = epoch
         examples = build.examples()
         for _ in islice(examples, start * self.window_rows):
@@ -212,7 +212,7 @@ class StreamSplit:
 
 
 class StreamBatches(Iterator[Batch]):
-    """The batches of a `StreamSplit`; the next window is made while this one is trained."""
+    """The batches of a `StreamSplit`; the next window is prepared during training on the current one."""
 
     def __init__(
         self,
@@ -255,7 +255,7 @@ class StreamBatches(Iterator[Batch]):
         raise StopIteration
 
     def _batch(self) -> Batch:
-        """This process's part of the next global batch, which may go over the end of a window."""
+        """Build this process's part of the next global batch, which may extend past the end of a window."""
         own, width = self._rows, self._split.max_length
         parts, at = [], 0
         while at < self._batch_size:
@@ -277,10 +277,10 @@ class StreamBatches(Iterator[Batch]):
         return {name: np.concatenate([part[name] for part in parts]) for name in arrays}
 
     def get_state(self) -> dict[str, int]:
-        """Epoch, window, and row of the window: those of the next batch."""
+        """Return the position of the next batch: epoch, window, and row in the window."""
         return {"epoch": self._epoch, "window": self._number, "row": self._row}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Go on from there."""
+        """Move to the position `state`."""
         self._epoch, self._number, self._row = state["epoch"], state["window"], state["row"]
         self._window: Window | None = None

@@ -1,4 +1,4 @@
-"""Chat templates: the text of a conversation, which of its characters the assistant wrote, and the prompt of an answer.
+"""Chat templates: render a conversation, find the characters that the assistant wrote, and render the prompt of an answer.
 
 `[user: Hi] [assistant: Hello]` with a ChatML template is
 `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n`, and the assistant's characters are
@@ -24,15 +24,15 @@ from ftjax.errors import UserError
 
 log = logging.getLogger(__name__)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-NOT_FOR_TEMPLATES = ("train", "weight")  # of a message: how it is trained, not what it says
+NOT_FOR_TEMPLATES = ("train", "weight")  # keys of a message about its training, not its content
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What the assistant wrote: characters `start` to `stop` of the text, by message `number` (-1: which one is not known).
+    """The assistant's characters `start` to `stop` of the text, from message `number` (-1: unknown).
 
-    `prompt`: where the prompt that generation makes ends in the text; None where that is another text.
+    `prompt`: where the prompt used in generation ends in the text; None if that prompt is another text.
     """
 
     number: int
@@ -43,11 +43,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation as its template is to see it, and what was changed for that."""
+    """A conversation in the form that its template takes, and notes on what changed."""
 
     example: Example
     notes: Counter[str]
-    hidden: bool  # it holds marks of `Control`
+    hidden: bool  # it contains marks of `Control`
 
 
 def render_prompt(
@@ -60,13 +60,15 @@ def render_prompt(
     special_tokens_in_text: Mode = "split",
     fold_system: bool = True,
 ) -> list[int]:
-    """The ids before the answer, with exactly one BOS (where the tokenizer has one) and, in a chat, the generation prompt.
+    """Return the ids before the answer, with exactly one BOS (if the tokenizer has one) and, in a chat, the generation
+    prompt.
 
-    Text goes through the chat template as a user's message where the tokenizer has one, as in training; `chat` says so, or
-    not. `render_prompt("Hi", tokenizer)` are the ids of `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n`; for a
-    tokenizer without a chat template, those of `<s>Hi`.
+    Text goes through the chat template as a user message if the tokenizer has one, as in training; `chat` overrides this.
+    `render_prompt("Hi", tokenizer)` returns the ids of `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n`;
+    without a chat template, those of `<s>Hi`.
 
-    Raises UserError where messages need a chat template that is not there, or hold what these settings refuse.
+    Raises UserError if messages need a chat template and there is none, or if they hold something that these settings
+    refuse.
     """
     tokens = Tokens(tokenizer)
     if isinstance(prompt, str):
@@ -90,7 +92,7 @@ def render_prompt(
 
 
 def example_prompt(example: Example, tokenizer: Any) -> list[int] | None:
-    """The ids that training saw before the example's (last) answer; None where it has no prompt."""
+    """Return the ids that training saw before the example's (last) answer; None if it has no prompt."""
     question = example.question(tokenizer)
     if question is None:
         return None
@@ -102,7 +104,8 @@ def example_prompt(example: Example, tokenizer: Any) -> list[int] | None:
 
 
 def with_chat_bos(ids: list[int], tokens: Tokens) -> list[int]:
-    """A rendered conversation with one BOS, also where the template writes none or the first message begins with one."""
+    """Return the ids of a rendered conversation with one BOS, even if the template writes none or the first message has
+    one."""
     if tokens.bos is None:
         return ids
     while ids[:1] == [tokens.bos]:
@@ -110,14 +113,14 @@ def with_chat_bos(ids: list[int], tokens: Tokens) -> list[int]:
     return [tokens.bos, *ids]
 
 
-_controls: WeakKeyDictionary[Any, tuple[Any, Control]] = WeakKeyDictionary()  # a large tokenizer takes a second to copy
+_controls: WeakKeyDictionary[Any, tuple[Any, Control]] = WeakKeyDictionary()  # copying a large tokenizer takes a second
 
 
 class Template:
-    """The chat template of a tokenizer; `marked` where it tells by itself what the assistant wrote."""
+    """The chat template of a tokenizer; `marked` if it marks what the assistant wrote."""
 
     def __init__(self, tokenizer: Any, tools: list[Any] | None = None):
-        """Raises UserError where there is no template, or several and none is the default."""
+        """Find the template. Raises UserError if there is none, or several and no default."""
         if not tokenizer.chat_template:
             raise UserError(
                 "this tokenizer has no chat template, which messages need: set model.chat_template to a Jinja template or the "
@@ -138,7 +141,7 @@ class Template:
     # ---- what the template does, found by trying ----
 
     def _tried(self, *turns: tuple[str, str], generation: bool = False) -> str | None:
-        """The text of `(role, content)` turns; None where the template refuses them."""
+        """Render `(role, content)` turns; None if the template refuses them."""
         try:
             return self.render([{"role": role, "content": content} for role, content in turns], generation, "a probe")
         except UserError:
@@ -146,21 +149,21 @@ class Template:
 
     @cached_property
     def takes_system(self) -> bool:
-        """Whether it writes a system message; where it cannot be told, as if it did."""
+        """Whether it writes a system message; True if unclear."""
         rest = ("user", "Hello"), ("assistant", "Hi")
         text = self._tried(("system", SENTINEL), *rest)
         return SENTINEL in text if text is not None else self._tried(*rest) is None
 
     @cached_property
     def closers(self) -> tuple[int | None, int | None]:
-        """The added tokens that stand right behind an answer: behind the last one, and behind one that a turn follows."""
+        """The added tokens that directly follow an answer: the last answer, and an answer before another turn."""
         turns = ("user", "Hello"), ("assistant", SENTINEL)
         names = dict(self._tokenizer.get_added_vocab())
         names |= {name: self._tokenizer.convert_tokens_to_ids(name) for name in self._tokenizer.all_special_tokens}
 
         def closer(text: str | None) -> int | None:
-            behind = (text or "").rpartition(SENTINEL)[2].lstrip()
-            found = [name for name in names if name.strip() and behind.startswith(name)]
+            tail = (text or "").rpartition(SENTINEL)[2].lstrip()
+            found = [name for name in names if name.strip() and tail.startswith(name)]
             return names[max(found, key=len)] if found else None
 
         return closer(self._tried(*turns)), closer(self._tried(*turns, ("user", "Hello"), ("assistant", "Hi")))
@@ -170,7 +173,7 @@ class Template:
         made = _controls.get(self._tokenizer)
         key = (self.text, len(self._tokenizer))
         if made is None or made[0] != key:
-            # Up to the second question: an answer before it holds no reasoning, whose marks are the assistant's own words.
+            # Up to the second question: an earlier answer has no reasoning, whose marks are the assistant's own words.
             turns = ("user", SENTINEL), ("assistant", SENTINEL), ("user", SENTINEL)
             text = self._tried(*turns) or self._tried(*turns[:2]) or self._tried(*turns[:1]) or ""
             made = key, Control(self._tokenizer, text)
@@ -180,7 +183,7 @@ class Template:
     # ---- a conversation ----
 
     def prepare(self, example: Example) -> Chat:
-        """The conversation in the form that the template takes.
+        """Return the conversation in the form that the template takes.
 
         Raises UserError for spelled control tokens where `special_tokens_in_text` is `error`, and for a system message that
         the template does not take where `fold_system` is false.
@@ -205,7 +208,9 @@ class Template:
         return Chat(replace(example, messages=tuple(messages), prompt_turns=turns), notes, marked.hidden)
 
     def left_out(self, example: Example, text: str, trained: Sequence[int]) -> Counter[str]:
-        """What the template leaves out of the rendered conversation, of what these messages say and the tools.
+        """Count what the template leaves out of the rendered conversation: parts of the trained messages, and the tools.
+
+        Raises UserError if a trained call is left out, or reasoning that is the whole answer.
 
         Raises UserError for a trained call that is left out, or reasoning that is all there is.
         """
@@ -237,11 +242,11 @@ class Template:
     def render(
         self, messages: Sequence[Message], generation: bool, where: str, tools: Any = None, arguments: Any = None
     ) -> str:
-        """The text of a conversation, with the prompt of the next answer where `generation`."""
+        """Render a conversation, with the prompt of the next answer if `generation`."""
         return self._render(messages, generation, where, tools, arguments, False)[0]
 
     def render_marked(self, messages: Sequence[Message], where: str, tools: Any, arguments: Any) -> tuple[str, list[Span]]:
-        """And the spans between `{% generation %}` and `{% endgeneration %}`."""
+        """Render a conversation; also return the spans between `{% generation %}` and `{% endgeneration %}`."""
         return self._render(messages, False, where, tools, arguments, True)
 
     def _render(self, messages, generation, where, tools, arguments, marks) -> tuple[str, list[Span]]:
@@ -258,15 +263,15 @@ class Template:
                 add_generation_prompt=generation,
                 **{**self._special, **(arguments or {})},
             )
-        except Exception as error:  # Jinja's errors, and whatever a template raises about the roles it sees
+        except Exception as error:  # Jinja's errors, and whatever a template raises
             reason = str(error).strip() or type(error).__name__
             raise UserError(f"{where}: the chat template refuses these messages: {reason}") from None
         return texts[0], [tuple(span) for span in spans[0]] if marks else []
 
     def turns(self, example: Example) -> tuple[str, list[Turn]]:
-        """The text of a conversation, and for each of the assistant's messages its characters.
+        """Return the text of a conversation, and the characters of each assistant message.
 
-        Raises UserError where the template does not tell them and they cannot be found by rendering turn by turn.
+        Raises UserError if the template does not mark them and rendering turn by turn does not find them.
         """
         messages, where, extra = example.messages, example.where, (example.tools, example.template_arguments)
         numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
@@ -286,7 +291,7 @@ class Template:
         return text, [self._turn(messages, number, number + 1, text, where, extra) for number in numbers]
 
     def last_turn(self, example: Example) -> tuple[str, list[Turn]]:
-        """As `turns`, with the last of the assistant's messages alone, which needs no prefix but its own."""
+        """Return the same as `turns` for the last assistant message alone, which needs only its own prefix."""
         messages, where, extra = example.messages, example.where, (example.tools, example.template_arguments)
         last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
         if self.marked and last is not None:
@@ -296,26 +301,26 @@ class Template:
         return text, [] if last is None else [self._turn(messages, last, last + 1, text, where, extra)]
 
     def split_at(self, example: Example, prompt_turns: int) -> tuple[str, list[Turn]]:
-        """The text, and the characters of the messages from `prompt_turns` on."""
+        """Return the text, and the characters of the messages from `prompt_turns` on."""
         messages, where, extra = example.messages, example.where, (example.tools, example.template_arguments)
         text = self.render(messages, False, where, *extra)
         return text, [self._turn(messages, prompt_turns, len(messages), text, where, extra)]
 
     def prompt_end(self, example: Example, number: int, text: str) -> int | None:
-        """Where the prompt that generation makes for message `number` ends in the text; None where that is another text."""
+        """Return where the generation prompt of message `number` ends in the text; None if that prompt is another text."""
         extra = (example.tools, example.template_arguments)
         return self._prompt(example.messages, number, text, (0, len(text)), example.where, extra)
 
     def _turn(self, messages: Sequence[Message], number: int, stop: int, text: str, where: str, extra: tuple) -> Turn:
-        """Of the messages from `number` to before `stop`."""
+        """Return the characters of the messages from `number` to before `stop`."""
         after = text if stop == len(messages) else self.render(messages[:stop], False, where, *extra)
-        if not text.startswith(after):  # some templates put an EOS behind the whole
+        if not text.startswith(after):  # some templates put an EOS after the whole text
             after = after.removesuffix(self._special.get("eos_token") or "")
         before = self._before(messages, number, text, where, extra)
         if text.startswith(after):
             if before is not None and after.startswith(before):
                 return Turn(number, len(before), len(after), len(before))
-            # Generation may begin the answer (`<think>`) where the template does not: the answer begins behind its header.
+            # Generation may begin the answer (`<think>`) where the template does not: the answer begins after its header.
             header = self._header(messages, number, where, extra)
             if header and (before is None or before.startswith(header)) and after.startswith(header):
                 return Turn(number, len(header), len(after), None)
@@ -327,7 +332,7 @@ class Template:
         )
 
     def _prompt(self, messages: Sequence[Message], number: int, text: str, span: Span, where: str, extra: tuple) -> int | None:
-        """Where generation's prompt of a marked turn ends in the text."""
+        """Return where the generation prompt of a marked turn ends in the text."""
         try:
             before = self._before(messages, number, text, where, extra)
         except UserError:
@@ -335,11 +340,11 @@ class Template:
         return len(before) if before is not None and text.startswith(before) and len(before) < span[1] else None
 
     def _before(self, messages: Sequence[Message], number: int, text: str, where: str, extra: tuple) -> str | None:
-        """What stands before an answer, the generation prompt included; None where it cannot be found."""
+        """Return the text before an answer, including the generation prompt; None if it cannot be found."""
         if any(message["role"] == "user" for message in messages[:number]):
             return self.render(messages[:number], True, where, *extra)
-        # Nobody was asked, and most templates refuse to render nothing, or add a system message once there is something. With
-        # a question put before the answer, what stands behind the question's prompt is the rest of the text.
+        # There is no question, and most templates refuse to render nothing or then add a system message. With a question put
+        # before the answer, the rest of the text follows the question's prompt.
         asked = [*messages[:number], {"role": "user", "content": SENTINEL}]
         try:
             prompt = self.render(asked, True, where, *extra)
@@ -350,7 +355,7 @@ class Template:
         return text[: len(text) - len(rest)] if whole.startswith(prompt) and rest and text.endswith(rest) else None
 
     def _header(self, messages: Sequence[Message], number: int, where: str, extra: tuple) -> str | None:
-        """What the template writes before the content of an answer."""
+        """Return what the template writes before the content of an answer."""
         try:
             text = self.render([*messages[:number], {"role": "assistant", "content": SENTINEL}], False, where, *extra)
         except UserError:

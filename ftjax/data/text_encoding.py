@@ -1,4 +1,5 @@
-"""Text files of any encoding as UTF-8: that of `data.encoding`, of a BOM, or Excel's cp1252 where the bytes show it."""
+"""Converts text files to UTF-8 from `data.encoding`, from the encoding of a BOM, or from Excel's cp1252 if the bytes show
+it."""
 
 import codecs
 import io
@@ -11,9 +12,9 @@ from ftjax.errors import UserError
 
 BOM = codecs.BOM_UTF8
 LONGEST_LINE = 1 << 30  # bytes; a longer line is a file of another kind
-LOOKED_AT = 1 << 20  # bytes by which an encoding is told
-# In texts of western Europe single letters stand between others, and no signs between letters: where they do, or where runs
-# of such bytes are long, the text is of another code page, which only a person can name.
+LOOKED_AT = 1 << 20  # bytes used to detect an encoding
+# In western European text, accented letters occur singly, and symbols do not occur between letters. Other text is in another
+# code page, which only the user can name.
 NOT_WESTERN = re.compile(
     rb"[\x80-\xff]{3}|[\x81\x8d\x8f\x90\x9d\xfe\xff]"
     rb"|[A-Za-z\xc0-\xfd][\xa1-\xa9\xab-\xb3\xb5\xb6\xb8\xb9\xbb-\xbf\xd7\xf7][A-Za-z\xc0-\xfd]"
@@ -21,15 +22,15 @@ NOT_WESTERN = re.compile(
 
 
 def as_utf8(file: Any, encoding: str | None) -> BinaryIO:
-    """The file as UTF-8. Reading it raises UnicodeError where it is not of its encoding."""
+    """Return the file as UTF-8. Reading it raises UnicodeError if it is not in its encoding."""
     return file if encoding in (None, "utf-8") else io.BufferedReader(_Recoded(file, encoding))
 
 
 def found_encoding(path: Path, start: bytes, faults: Faults, western: bool) -> str | None:
-    """The encoding of a file that begins with these bytes (`LOOKED_AT` of them); None for UTF-8.
+    """Return the encoding of a file that begins with these bytes (`LOOKED_AT` of them); None for UTF-8.
 
     Args:
-        western: take bytes that cannot be UTF-8 for cp1252 where they look like it, which `faults` notes.
+        western: accept bytes that are not UTF-8 as cp1252 if they look like it, and note this in `faults`.
     """
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
@@ -50,7 +51,7 @@ def _is_western(start: bytes) -> bool:
 
 
 class _Recoded(io.RawIOBase):
-    """A file of another encoding as UTF-8; ends of lines stay as they are."""
+    """Presents a file in another encoding as UTF-8; line endings stay."""
 
     def __init__(self, file: Any, encoding: str):
         self._text = io.TextIOWrapper(file, encoding, newline="")
@@ -69,7 +70,7 @@ class _Recoded(io.RawIOBase):
 
 
 def decoded(line: bytes, where: str) -> str:
-    """A line of UTF-8. Raises UserError for another."""
+    """Decode a line of UTF-8. Raises UserError for other bytes."""
     try:
         return line.decode()
     except UnicodeDecodeError as error:

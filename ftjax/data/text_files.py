@@ -1,4 +1,4 @@
-"""CSV, TSV and plain text, read so that every complaint names the line."""
+"""Reads CSV, TSV and plain text; every error names the line."""
 
 import csv
 import io
@@ -18,7 +18,8 @@ DELIMITERS = (",", ";", TAB, "|")
 
 
 def read_plain(path: Path, file: BinaryIO, by: str, faults: Faults) -> Iterator[Row]:
-    """A row with the column `text` for each line, paragraph (between empty lines) or for all of it (`document`)."""
+    """Yield a row with the column `text` per line, per paragraph (separated by empty lines) or for the whole file
+    (`document`)."""
     text: list[str] = []
     begins = 1
     for number, line in enumerate(file, 1):
@@ -38,17 +39,17 @@ def read_plain(path: Path, file: BinaryIO, by: str, faults: Faults) -> Iterator[
 
 
 def read_csv(path: Path, file: BinaryIO, delimiter: str | None, usual: str, faults: Faults) -> Iterator[Row]:
-    """A header and records of as many fields; empty lines are passed over. A record's place is the line it starts on.
+    """Yield the records after a header, each with as many fields; skip empty lines. A record's location is its first line.
 
     Args:
-        delimiter: None: `usual`, or what the first lines show.
+        delimiter: None: `usual`, or the one that the first lines show.
     """
-    # Bytes that are not UTF-8 become surrogates, which no text contains, so that the record that holds them is known.
+    # Bytes that are not UTF-8 become surrogates, which no text contains, and so identify the record.
     with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
         head = text.read(1 << 16)
         head += text.readline()
         lines = chain(io.StringIO(head, newline=""), text)
-        if named := re.match(r"sep=(.)\r?\n", head):  # Excel's own way to say it
+        if named := re.match(r"sep=(.)\r?\n", head):  # Excel's notation for it
             next(lines)
             yield from _records(path, lines, delimiter or named[1], faults, 1)
         else:
@@ -56,7 +57,7 @@ def read_csv(path: Path, file: BinaryIO, delimiter: str | None, usual: str, faul
 
 
 def _delimiter(head: str, usual: str) -> str:
-    """The one by which most of the first records have as many fields as the header, of which there are two at least."""
+    """Return the delimiter that splits most of the first records into as many fields as the header, at least two."""
     csv.field_size_limit(LONGEST_LINE)
     found = usual
     most = 0.0
@@ -76,7 +77,7 @@ def _delimiter(head: str, usual: str) -> str:
 
 def _records(path: Path, text: Iterator[str], delimiter: str, faults: Faults, before: int = 0) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_LINE)
-    lines: list[str] = []  # of the record that is being read
+    lines: list[str] = []  # of the current record
     reader = csv.reader(_kept(text, lines), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
@@ -90,7 +91,7 @@ def _records(path: Path, text: Iterator[str], delimiter: str, faults: Faults, be
         except csv.Error as error:
             stop = reader.line_num + before
             opened, closed = _quote(lines, delimiter)
-            if not closed and stop > start + opened:  # the rows behind it are lost, which is more than one broken row
+            if not closed and stop > start + opened:  # later rows would be lost, which is worse than one broken row
                 raise UserError(
                     f"{path}:{start + opened}: a quote opens here and does not close, so that the lines up to {stop} would be "
                     'one field; close it, or write a quote that is part of a text twice, in a field between quotes: "5"" pipe"'
@@ -105,7 +106,7 @@ def _records(path: Path, text: Iterator[str], delimiter: str, faults: Faults, be
             if header is not None and len(header) == 1 and fields:
                 yield Row({header[0]: fields[0]}, where)
             continue
-        if header is None:  # spaces around a name are never meant, and a column without a name is still one
+        if header is None:  # spaces around a name are never intended; a column without a name still counts
             fields = [name.strip() or f"column {number}" for number, name in enumerate(fields, 1)]
         wrong = _csv_fault(fields, header, where)
         if wrong is not None:
@@ -130,7 +131,7 @@ def _kept(lines: Iterator[str], kept: list[str]) -> Iterator[str]:
 
 
 def _quote(lines: list[str], delimiter: str) -> tuple[int, bool]:
-    """Of the last quoted field: the number of the line in which it begins, and whether it ends."""
+    """Return, for the last quoted field, the number of the line in which it begins, and whether it ends."""
     opened, inside, begins, ended = 0, False, True, False
     for number, line in enumerate(lines):
         for char in line:
@@ -138,7 +139,7 @@ def _quote(lines: list[str], delimiter: str) -> tuple[int, bool]:
                 inside = char != '"'
                 ended = not inside
                 continue
-            if char == '"' and (begins or ended):  # behind the end of a field it is the second of two, which stand for one
+            if char == '"' and (begins or ended):  # after the end of a field it is the second quote of an escaped one
                 inside, opened = True, number if begins else opened
             begins, ended = char in (delimiter, "\r", "\n"), False
     return opened, not inside

@@ -1,7 +1,7 @@
-"""A tokenizer, seen as the data room needs it: batches of text into ids and places, and which special tokens it adds.
+"""A tokenizer as the data code needs it: encodes batches with character offsets and knows its special tokens.
 
-It works on the Rust tokenizer inside, as transformers' own call does, so that a batch is tokenised on all cores and only
-what is asked for becomes Python objects.
+It uses the Rust tokenizer directly, as transformers does, so that all cores tokenise a batch and only what is needed
+becomes Python objects.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ import xxhash
 
 from ftjax.errors import UserError
 
-ANCHORS = ("\n", ".", "a", "0", ")")  # what a text is put behind, to be tokenised as one that goes on
+ANCHORS = ("\n", ".", "a", "0", ")")  # prefixes for tokenising a text as a continuation
 
 
 class Tokens:
-    """`bos` is the id that the tokenizer puts before every text, or None where it does not."""
+    """Wraps a tokenizer; `bos` is the id that it puts before every text, or None."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -31,17 +31,17 @@ class Tokens:
         self.bos = tokenizer.bos_token_id if tokenizer.bos_token_id in self.prefix else None
         added = tokenizer.added_tokens_decoder
         self.special = frozenset(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
-        # What can end a turn, where the text did not spell it. A BOS only begins one.
+        # Tokens that can end a turn unless the text spelled them. A BOS only begins one.
         self.ends = self.special - ({tokenizer.bos_token_id} - {self.eos})
-        # Of a tokenizer that knows every character the unknown one is often another special token.
+        # A tokenizer that knows every character often reuses another special token as its unknown token.
         unknown = tokenizer.unk_token_id
         self.unknown: int | None = None if unknown in (self.eos, tokenizer.bos_token_id, tokenizer.pad_token_id) else unknown
         self.size = len(tokenizer)
         self.opens_with_space = self._ids("\na") != self._ids("\n") + self._ids("a")
 
     def batch(self, texts: Sequence[str]) -> list[Any]:
-        """One `tokenizers.Encoding` for each text, without the special tokens that the tokenizer adds."""
-        # transformers sets these before each of its calls, and a tokenizer.json may carry a truncation of its own.
+        """Return one `tokenizers.Encoding` per text, without the special tokens that the tokenizer adds."""
+        # transformers sets these before each call, and a tokenizer.json may specify truncation.
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = False
@@ -51,7 +51,7 @@ class Tokens:
         return self.batch([text])[0].ids
 
     def text_ids(self, text: str) -> list[int]:
-        """With what the tokenizer puts before a text, and never two BOS."""
+        """Return the ids of a text with the tokenizer's prefix, and never two BOS."""
         return self.with_prefix(self._ids(text))
 
     def with_prefix(self, ids: list[int]) -> list[int]:
@@ -60,10 +60,10 @@ class Tokens:
         return [*self.prefix, *ids]
 
     def continuation(self, text: str, batch: Callable[[Sequence[str]], list[Any]] | None = None) -> tuple[Any, int, int]:
-        """A text that goes on after another one: without the space that some tokenizers put before a text.
+        """Encode a text that continues another one: without the space that some tokenizers put before a text.
 
-        Gives its encoding (by `batch`, where it is not this tokenizer's), and how many tokens and characters of that stand
-        before the text itself.
+        Returns its encoding (by `batch`, or else by this tokenizer), and the numbers of tokens and characters in it before
+        the text itself.
         """
         batch = batch or self.batch
         for anchor in ANCHORS if self.opens_with_space else ():
@@ -77,9 +77,9 @@ class Tokens:
         return batch([text])[0], 0, 0
 
     def fingerprint(self) -> str:
-        """A digest of everything that decides which ids a text becomes."""
+        """Return a digest of everything that determines the ids of a text."""
         tokenizer = self.tokenizer
-        self.batch([])  # without the truncation that some other call may have set
+        self.batch([])  # resets truncation that another call may have set
         facts = (tokenizer.chat_template, tokenizer.special_tokens_map, self.prefix, sorted(self.special))
         digest = xxhash.xxh3_128(self.backend.to_str().encode())
         digest.update(repr(facts).encode())
@@ -87,11 +87,11 @@ class Tokens:
 
 
 def first_token(encoding: Any, start: int, stop: int) -> tuple[int, bool]:
-    """The first token that holds a character of `[start, stop)`, and whether it also holds one before.
+    """Return the first token with a character of `[start, stop)`, and whether it also has an earlier one.
 
-    Where no token does, the number of tokens.
+    Return the number of tokens if there is none.
     """
-    for position in range(start, stop):  # characters that a normaliser removes belong to no token
+    for position in range(start, stop):  # characters that a normaliser removes are in no token
         token = encoding.char_to_token(position)
         if token is not None:
             return token, encoding.token_to_chars(token)[0] < start
@@ -99,13 +99,13 @@ def first_token(encoding: Any, start: int, stop: int) -> tuple[int, bool]:
 
 
 def end_token(encoding: Any, stop: int, length: int) -> int:
-    """One past the last token that holds a character before `stop`."""
+    """Return one past the last token with a character before `stop`."""
     token, shared = first_token(encoding, stop, length)
     return token + 1 if shared else token
 
 
 def _find(ids: list[int], part: list[int]) -> int:
-    """Where `part` begins in `ids`."""
+    """Return the index at which `part` begins in `ids`, or 0."""
     for start in range(len(ids) - len(part) + 1):
         if ids[start : start + len(part)] == part:
             return start

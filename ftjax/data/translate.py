@@ -1,7 +1,7 @@
-"""Messages as other tools write them, in the words of `role`, `content`, `tool_calls` and `train`.
+"""Translates messages of other tools into `role`, `content`, `tool_calls` and `train`.
 
-`{"from": "human", "value": "Hi"}` of ShareGPT is `{"role": "user", "content": "Hi"}`; roles of other names and of other case,
-flags that say whether a turn is trained, and OpenAI's older `function_call` are translated alike.
+ShareGPT's `{"from": "human", "value": "Hi"}` becomes `{"role": "user", "content": "Hi"}`; other role names and cases, flags
+that say whether a turn is trained, and OpenAI's older `function_call` are translated too.
 """
 
 import json
@@ -19,15 +19,17 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "ipython", "function", "function_response", "tool_response"), "tool"),
 }  # fmt: skip
 KNOWN = frozenset(ROLES.values())
-OWN = frozenset({"ipython", "observation"})  # that some templates know by these names: a `role` keeps them
+OWN = frozenset({"ipython", "observation"})  # some templates know these names, so `role` keeps them
 TRAINED = ("training", "trainable", "train_turn", "loss")  # other names of `train`
 CALLS = ("function_call", "tool_call")
 
 
 def translated(message: Mapping[str, Any], place: str) -> Message:
-    """Raises UserError for a `from` that is not known, and for a flag or a call that cannot be read.
+    """Translate one message.
 
-    A `role` that is not known stays as it is: templates may have roles of their own.
+    An unknown `role` stays as it is: templates may have roles of their own.
+
+    Raises UserError for an unknown `from`, and for a flag or call that cannot be read.
     """
     turn = dict(message)
     own = "role" in turn or "from" not in turn
@@ -50,7 +52,7 @@ def translated(message: Mapping[str, Any], place: str) -> Message:
 
 
 def _take_calls(turn: Message) -> None:
-    """ShareGPT's `{"from": "function_call", "value": "{...}"}`; what is no call stays text."""
+    """Read ShareGPT's `{"from": "function_call", "value": "{...}"}`; anything that is not a call stays text."""
     try:
         calls = json.loads(turn["content"])
     except (TypeError, ValueError, RecursionError):
@@ -62,7 +64,7 @@ def _take_calls(turn: Message) -> None:
 
 def _take_function_call(turn: Message, place: str) -> None:
     calls = turn.get("tool_calls")
-    if isinstance(calls, str):  # tables hold lists as JSON text
+    if isinstance(calls, str):  # CSV and Parquet hold lists as JSON text
         turn["tool_calls"] = _parsed(calls, "tool_calls", place) if calls.strip() else None
     call = turn.pop("function_call", None)
     if isinstance(call, str):

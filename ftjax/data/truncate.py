@@ -1,4 +1,4 @@
-"""Documents that are longer than a row: what `data.truncation` does with them."""
+"""Truncation of documents that are longer than a row (`data.truncation`)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,10 +10,11 @@ from ftjax.errors import UserError
 
 
 def truncate(document: Encoded, length: int, policy: str, bos: int | None) -> Sequence[Encoded]:
-    """The documents of at most `length` tokens that a longer one becomes.
+    """Split or shorten a document into documents of at most `length` tokens.
 
-    `right` keeps its beginning, `left` its end, `middle` both halves of it (cutting out what lies between); `split` keeps
-    all of it as several documents, in which each token is trained exactly once; `drop` keeps none. A BOS stays in front.
+    `right` keeps its beginning, `left` its end, `middle` a half of both (dropping the tokens between them). `split` keeps
+    all of it as several documents in which each token is trained exactly once. `drop` keeps nothing. A BOS stays at the
+    start.
 
     `[<s> a b c d]` of 3: right `[<s> a b]`, left `[<s> c d]`, middle `[<s> a d]`, split `[<s> a b] [<s> c d]`.
 
@@ -35,8 +36,8 @@ def truncate(document: Encoded, length: int, policy: str, bos: int | None) -> Se
     if policy == "middle":
         front = -(-length // 2)
         return [_part(document, np.r_[:front, total - (length - front) : total])]
-    # The first token of a document is predicted from nothing, so without a BOS each piece begins with the last of the one
-    # before it, as context.
+    # The first token of a document is never a target, so without a BOS each piece begins with the last token of the piece
+    # before, as context.
     step = length - 1
     pieces = [_part(document, np.arange(min(length, total)))]
     for start in range(length, total, step):

@@ -1,4 +1,4 @@
-"""Token ids that the model has no row for: a tokenizer that is larger than the model, or another model's."""
+"""Token ids without an embedding: the tokenizer is larger than the model's, or belongs to another model."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from ftjax.errors import UserError
 
 
 def refuse_unknown(tokens: np.ndarray, rows: int, where: str, tokenizer: Any) -> None:
-    """UserError where an id is not below `rows`, the number of the model's embeddings; `where` names the row of data.
+    """Raise UserError if an id is not below `rows`, the number of the model's embeddings; `where` names the data row.
 
-    A model would look up nothing for such an id: the loss is not a number, or silently that of another token.
+    The lookup of such an id would silently give NaN or the embedding of another token.
     """
     beyond = tokens[tokens >= rows]
     if len(beyond):

@@ -1,4 +1,4 @@
-"""The values of a row: as text, whole numbers or lists, each refused with its place where it is something else."""
+"""Reads the values of a row as text, integers or lists, and refuses others with their location."""
 
 import datetime
 import decimal
@@ -14,18 +14,20 @@ DATES = (datetime.date, datetime.time, datetime.timedelta)  # a datetime is a da
 
 
 class EmptyRow(UserError):
-    """A row in which there is nothing to learn: `data.drop_empty` drops and counts it."""
+    """A row without anything to learn: `data.drop_empty` drops and counts it."""
 
 
 def plain(value: Any) -> Any:
-    """What a table holds, as JSON would: bytes of UTF-8, decimal numbers and dates as text, and structs without the keys that
-    are null, because a table gives every struct the keys of all others."""
+    """Convert a table's value to what JSON would hold: UTF-8 bytes, decimals and dates become text.
+
+    Structs lose keys that are null, because a table gives every struct the keys of all others.
+    """
     kind = type(value)
     if kind in SIMPLE:
         return value
     if kind is dict:
         return {name: item if type(item) is str else plain(item) for name, item in value.items() if item is not None}
-    if kind is list:  # lists of numbers and of text, which are long, are left alone
+    if kind is list:  # lists of numbers or text can be long, and need no conversion
         return value if not value or type(value[0]) in SIMPLE[:-1] else [plain(item) for item in value]
     if kind is bytes:
         try:
@@ -36,7 +38,7 @@ def plain(value: Any) -> Any:
 
 
 def string(v: Values, name: str, where: str) -> str:
-    """A text; numbers and booleans are written as JSON does. UserError for anything else."""
+    """Return the value as text; numbers and booleans as JSON writes them. Raises UserError for anything else."""
     value = v[name]
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -45,7 +47,7 @@ def string(v: Values, name: str, where: str) -> str:
     if isinstance(value, int | float):
         try:
             return str(value)
-        except ValueError as error:  # a number of more digits than Python converts
+        except ValueError as error:  # more digits than Python converts
             raise UserError(f"{where}: {name!r}: {error}") from None
     if not isinstance(value, str):
         raise UserError(f"{where}: {name!r} is {kind_of(value)}, expected text")
@@ -54,12 +56,12 @@ def string(v: Values, name: str, where: str) -> str:
 
 
 def optional(v: Values, name: str, where: str) -> str:
-    """As `string`; nothing where there is none."""
+    """Return the value as `string` does, or "" if it is absent or null."""
     return "" if v.get(name) is None else string(v, name, where)
 
 
 def filled(v: Values, name: str, where: str) -> str:
-    """As `string`; EmptyRow where there is none."""
+    """Return the value as `string` does. Raises EmptyRow if it is null or blank."""
     if v[name] is None or (isinstance(v[name], str) and not v[name].strip()):
         raise EmptyRow(f"{where}: {name!r} is empty, so there is nothing to learn from this row; fill or remove it")
     return string(v, name, where)
@@ -73,17 +75,17 @@ def integers(values: Any, name: str, where: str) -> list[int]:
 
 
 def mask(values: Any, name: str, count: int, where: str) -> list[bool]:
-    """One true or false, or 1 or 0, for each of `count` input_ids."""
+    """Return one boolean for each of `count` input_ids, from booleans or 0 and 1."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list) or not all(value in (0, 1) for value in values):
         raise UserError(f"{where}: {name!r} is {kind_of(values)}, expected a list of 0 and 1")
     if len(values) != count:
-        raise UserError(f"{where}: {len(values)} values of {name} for {count} input_ids; they must be as many")
+        raise UserError(f"{where}: {len(values)} values of {name} for {count} input_ids; the numbers must match")
     return [bool(value) for value in values]
 
 
 def check_unicode(value: Any, name: str, where: str) -> None:
-    """UserError where a text, wherever it stands in `value`, cannot be written as UTF-8."""
+    """Raise UserError if any text in `value` cannot be encoded as UTF-8."""
     kind = type(value)
     if kind is str:
         if value.isascii():
@@ -105,7 +107,8 @@ def check_unicode(value: Any, name: str, where: str) -> None:
 
 
 def by_row(value: Any) -> Any:
-    """`{"role": ["user", "assistant"], "content": ["Hi", "Hello"]}` as a list of messages; anything else as it is."""
+    """Turn `{"role": ["user", "assistant"], "content": ["Hi", "Hello"]}` into a list of messages; leave other values as
+    they are."""
     if not isinstance(value, Mapping) or not value or not all(isinstance(items, list) for items in value.values()):
         return value
     if len({len(items) for items in value.values()}) > 1:
@@ -114,7 +117,7 @@ def by_row(value: Any) -> Any:
 
 
 def normalized(value: Any, normalize: Callable[[str], str]) -> Any:
-    """With each text in it normalised."""
+    """Normalise every text in the value."""
     if isinstance(value, str):
         return normalize(value)
     if isinstance(value, list):
@@ -123,12 +126,12 @@ def normalized(value: Any, normalize: Callable[[str], str]) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """`text`, `a number`, `a list of objects`, for messages."""
+    """Name the type for messages: `text`, `a number`, `a list of objects`."""
     names = {type(None): "null", bool: "true or false", str: "text", int: "a number", float: "a number", dict: "an object"}
     if isinstance(value, list):
         return "an empty list" if not value else f"a list of {kind_of(value[0]).removeprefix('a ').removeprefix('an ')}"
     if isinstance(value, bytes):
-        return "bytes that are no UTF-8"
+        return "bytes that are not UTF-8"
     return names.get(type(value), type(value).__name__)
 
 

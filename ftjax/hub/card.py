@@ -1,4 +1,4 @@
-"""The model card (README.md) of what a run leaves: how it was made, how well it does, how to load it."""
+"""The model card (README.md) of a run's result: how it was trained, its metrics, and how to load it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,28 +18,28 @@ from ftjax.models.classifier import REGRESSION, SINGLE
 from ftjax.objectives import head_of
 
 LOADING = "How to load it"
-PLACES = ("adapter_path", "checkpoint_dir")  # settings that are paths of the machine
+PLACES = ("adapter_path", "checkpoint_dir")  # settings that are local paths
 PACKAGES = ("ftjax", "jax", "flax", "optax", "transformers", "tokenizers", "datasets")
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card states; nothing else is looked up.
+    """The contents of a card; `model_card` looks up nothing else.
 
     Attributes:
         base_model: Hub id, or the name of a local folder or file.
         method, objective: their names (`lora`, `sft`).
         method_settings, training: settings by name, printed as YAML.
-        data: lines that say what it was trained on, with counts.
+        data: lines that describe the training data, with counts.
         metrics: results by name, as in metrics.jsonl.
         kind: an adapter for `base_model`, or a whole model.
         step: optimizer updates made.
         versions: package -> version.
         datasets: Hub ids of the training data.
         license: the base model's, as the Hub spells it.
-        rows: of the embedding, where the adapter's differs from the base model's.
-        library: whose adapter it is, `peft` or `adapters`.
-        classes: of a classification head, by number.
+        rows: number of embedding rows, if the adapter's differs from the base model's.
+        library: the adapter's library, `peft` or `adapters`.
+        classes: names of a classification head's classes, by index.
         problem_type: of a classification head, as transformers calls it.
     """
 
@@ -62,7 +62,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """The text of README.md, with the front matter that the Hub reads."""
+    """Return the text of README.md, with the front matter that the Hub reads."""
     on_hub = _on_hub(facts.base_model)
     data = ModelCardData(
         base_model=facts.base_model if on_hub else None,
@@ -93,11 +93,11 @@ def model_card(facts: CardFacts) -> str:
 def run_card(
     config: Config, *, step: int, data: Sequence[str], metrics: Mapping[str, float], whole: bool, rows: int | None = None
 ) -> str:
-    """The card of a run. Paths of this machine are left out: a card may be published.
+    """Build the card of a run. Local paths are left out: a card may be published.
 
     Args:
         whole: a whole model, not an adapter.
-        rows: of the embedding, where the run changed their number.
+        rows: number of embedding rows, if the run changed it.
     """
     sections, head = config.model_dump(mode="json"), head_of(config)
     paths = [source.path for which in ("train", "validation") for source in config.data.sources(which)]
@@ -127,7 +127,8 @@ def run_card(
 
 
 def with_section(card: str, title: str, text: str) -> str:
-    """The card with this section: in the place of one with the same title, or else before how to load it, or at the end."""
+    """Return the card with this section: in place of one with the same title, else before the loading section or at the
+    end."""
     part = f"## {title}\n\n{text.strip()}\n"
     lines, at, fenced = card.splitlines(keepends=True), {}, False
     for number, line in enumerate(lines):
@@ -136,15 +137,15 @@ def with_section(card: str, title: str, text: str) -> str:
             at[line[3:].strip()] = number
     if title in at:
         end = min((number for number in at.values() if number > at[title]), default=len(lines))
-        before, behind = lines[: at[title]], lines[end:]
+        before, after = lines[: at[title]], lines[end:]
     else:
         end = at.get(LOADING, len(lines))
-        before, behind = lines[:end], lines[end:]
-    return "\n\n".join(part for part in ("".join(before).rstrip(), part.rstrip(), "".join(behind).rstrip()) if part) + "\n"
+        before, after = lines[:end], lines[end:]
+    return "\n\n".join(part for part in ("".join(before).rstrip(), part.rstrip(), "".join(after).rstrip()) if part) + "\n"
 
 
 def installed_versions() -> dict[str, str]:
-    """The versions of the packages that decide what a run computes."""
+    """Return the versions of the packages that affect a run's results."""
     found = {}
     for package in PACKAGES:
         try:
@@ -155,7 +156,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def base_license(path: str, revision: str | None = None) -> str | None:
-    """The licence that a base model's card (or GGUF file) names; None where it names none, or has no card here."""
+    """Return the licence in a base model's card (or GGUF file); None if there is none, or no local card."""
     if path.endswith(".gguf"):
         return open_gguf(Path(path)).metadata.get("general.license")
     card = Path(path) / "README.md"
@@ -168,12 +169,12 @@ def base_license(path: str, revision: str | None = None) -> str | None:
         return None
     try:
         return ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
-    except (ValueError, yaml.YAMLError, UnicodeDecodeError):  # a card that is no card names nothing
+    except (ValueError, yaml.YAMLError, UnicodeDecodeError):  # a malformed card names no licence
         return None
 
 
 def _on_hub(name: str) -> bool:
-    """`base_model` is a Hub id or a bare name, so that the slash tells."""
+    """Return whether `base_model`, a Hub id or a bare name, is a Hub id: only that has a slash."""
     return "/" in name
 
 
@@ -189,7 +190,7 @@ def _table(metrics: Mapping[str, float]) -> str:
 
 
 def _settings(sections: Mapping[str, Any]) -> str:
-    """A YAML block; settings that are empty or null say nothing and are left out."""
+    """Format settings as a YAML block, without empty and null ones."""
     kept = {
         name: {key: value for key, value in section.items() if value not in (None, [], {})}
         for name, section in sections.items()

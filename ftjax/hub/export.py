@@ -1,4 +1,4 @@
-"""`ftjax export`: a run's result as a folder that other tools load."""
+"""`ftjax export`: writes a run's result as a folder that other tools load."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from ftjax.hub.adapter.own_base import base_of
 from ftjax.hub.adapter.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config
 from ftjax.hub.adapter.plain_lora import read_updates, targets, write_plain
 from ftjax.hub.fetch import resolve_model
-from ftjax.hub.load import check_base, read_facts
+from ftjax.hub.load import check_base, read_hf_config
 from ftjax.hub.model_folder import from_source, model_tensors, write_folder
 from ftjax.hub.open import open_adapted
 from ftjax.hub.output import replacing
@@ -33,8 +33,8 @@ def export(
     run: Path | str, out: Path, *, adapter: Path | None = None, merge: bool = False, portable: bool = False,
     push_to_hub: str | None = None, private: bool = True,
 ) -> None:  # fmt: skip
-    """Write `out` from a run's `final/`, from `final/` or `best/` itself, or from an adapter folder that anyone made; print
-    what was written, and what loads it.
+    """Export a run's `final/`, `final/` or `best/` itself, or any adapter folder to `out`; print what was written and what
+    loads it.
 
     Args:
         run: with `adapter`, its base model.
@@ -42,12 +42,12 @@ def export(
         portable: an adapter in the subset that vLLM and llama.cpp read: one rank, alpha = rank, plain LoRA keys.
         push_to_hub: a repository to upload `out` to, private unless told otherwise.
 
-    Raises UserError where the folder is none of these, or its method cannot do what is asked.
+    Raises UserError if the folder is none of these, or its method cannot do what is asked.
     """
     result, config = find_result(Path(run)) if adapter is None else (adapter, None)
     holds_adapter = (result / CONFIG).is_file()
     if adapter is not None:
-        read_adapter_config(adapter)  # what is wrong with a folder that is none
+        read_adapter_config(adapter)  # raises for a folder that is not an adapter's
     if merge and portable:
         raise UserError("export: --merge gives a whole model and --portable an adapter; choose one")
     if not holds_adapter and (merge or portable):
@@ -74,8 +74,8 @@ def export(
 
 
 def find_result(run: Path) -> tuple[Path, Config | None]:
-    """`(the folder with the weights, the run's configuration)`; `run` is a run folder or its `final/` or `best/`, or an adapter
-    of which there is no run."""
+    """Return `(the folder with the weights, the run's configuration)` for a run folder, its `final/` or `best/`, or an
+    adapter without a run."""
     refuse_missing(str(run))
     if (run / "final").is_dir():
         result, home = run / "final", run
@@ -94,28 +94,29 @@ def find_result(run: Path) -> tuple[Path, Config | None]:
 
 
 def _base_alone(adapter: Path, base: str | None) -> Config:
-    """The settings of an adapter's base model, of which there is no run: its own dtype, and the tokenizer that the adapter
-    brings."""
+    """Return model settings for an adapter without a run: the base model's dtype and the adapter's tokenizer."""
     base = base or base_of(adapter, read_adapter_config(adapter))
     if not base:
         raise UserError(f"{adapter}: its {CONFIG} names no base model; name it: ftjax export BASE --adapter {adapter} --merge")
-    dtype = read_facts(resolve_model(base)).get("dtype")
+    dtype = read_hf_config(resolve_model(base)).get("dtype")
     own = {"dtype": dtype} if dtype in DTYPES else {}
     own |= {"tokenizer": str(adapter)} if (adapter / "tokenizer_config.json").is_file() else {}
     return config_of({"model": {"path": base, **own}, "data": {"train": "-"}})
 
 
 def write_merged(adapter: Path, folder: Path, config: Config | None, base: str | None = None) -> None:
-    """Base and adapter as one model, by the run's configuration, or without one on the base that is given or that the adapter
-    names. The base's tensors pass through one at a time, as they are on disk, so neither
-    the size of the model nor a quantised run's rounding matters."""
+    """Write base and adapter as one model.
+
+    The base is that of the run's configuration, or without one the base that is given or that the adapter names. Its
+    tensors pass through one at a time as stored, so neither the model's size nor a quantised run's rounding matters.
+    """
     config = config or _base_alone(adapter, base)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     named = config.model.path, config.model.revision
-    (path, facts, source), root, method = open_adapted(*named, adapter, head=head_of(config), note=print_note)
+    (path, hf_config, source), root, method = open_adapted(*named, adapter, head=head_of(config), note=print_note)
     if reason := method_of(method).no_merge:
         raise UserError(f"export: --merge: {reason}; leave --merge out")
-    model = Model.of(root, facts)
+    model = Model.of(root, hf_config)
     trained = load_adapter(model, adapter, mesh)
     check_base(model, source, str(path))
     tensors = model_tensors(model, from_source(source, trained), trained, method, jnp.dtype(config.model.dtype))
@@ -124,9 +125,9 @@ def write_merged(adapter: Path, folder: Path, config: Config | None, base: str |
 
 
 def write_portable(adapter: Path, folder: Path) -> None:
-    """A LoRA whose every layer has the same rank and scale 1.
+    """Write a LoRA in which every layer has the same rank and scale 1.
 
-    Raises UserError where the adapter has parts that vLLM and llama.cpp do not read.
+    Raises UserError if the adapter has parts that vLLM and llama.cpp do not read.
     """
     saved, updates = read_updates(adapter, "vLLM and llama.cpp read plain LoRA only")
     write_plain(folder, saved, updates, targets(saved, updates))

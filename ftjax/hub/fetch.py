@@ -1,4 +1,4 @@
-"""Where a model's files are: a local folder, a .gguf file, or the Hub's cache on this machine."""
+"""Locates a model's files: a local folder, a .gguf file, or this machine's Hub cache."""
 
 import os
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ftjax.errors import UserError
 
-# A repository's top level only: subfolders hold the same weights for other runtimes.
+# The top level of a repository only: subfolders hold the same weights for other runtimes.
 CONFIGURATION = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt", "README.md")
 SINGLE, WEIGHTS = "model.safetensors", "model*.safetensors"
 NOT_THESE = ("*/*",)
@@ -16,13 +16,13 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 
 
 def resolve_model(path: str, revision: str | None = None) -> Path:
-    """The folder or .gguf file of a model; one of the Hub is downloaded into the Hub's cache first.
+    """Return the folder or .gguf file of a model; a Hub model is downloaded into the Hub's cache first.
 
     Args:
         path: a local folder in Hugging Face layout, a .gguf file, a Hub id or a repository's address.
-        revision: branch, tag or commit; of a Hub id only.
+        revision: branch, tag or commit, for a Hub id only.
 
-    Raises UserError where there is no such model, it cannot be reached, or its weights are pickled.
+    Raises UserError if there is no such model, it cannot be reached, or its weights are pickled.
     """
     local = _local(path, revision)
     if local is not None and local.is_file():
@@ -34,19 +34,19 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
 
 
 def resolve_tokenizer(path: str, revision: str | None = None) -> Path:
-    """As `resolve_model`, without the weights."""
+    """Return the same as `resolve_model`, without downloading weights."""
     local = _local(path, revision)
     return local if local is not None else _download(path, revision, CONFIGURATION)
 
 
 def resolve_config(path: str, revision: str | None = None) -> Path:
-    """As `resolve_model`, but of a folder its config.json alone."""
+    """Return the same as `resolve_model`, downloading only config.json of a folder."""
     local = _local(path, revision)
     return local if local is not None else _download(path, revision, ("config.json",))
 
 
 def _local(path: str, revision: str | None) -> Path | None:
-    """The local file or folder that is meant; None for a Hub id."""
+    """Return the local file or folder for `path`; None for a Hub id."""
     if path.startswith(HUB):
         return None
     place = Path(path).expanduser()
@@ -65,7 +65,7 @@ def _local(path: str, revision: str | None) -> Path | None:
         or path.startswith((".", "~"))
         or path.endswith((os.sep, ".gguf", ".safetensors", ".json"))
         or "\\" in path
-        or (len(parts) == 2 and Path(parts[0]).is_dir())  # `runs/tiny` where there is a folder runs
+        or (len(parts) == 2 and Path(parts[0]).is_dir())  # `runs/tiny` if there is a folder `runs`
         or not HUB_ID.fullmatch(path)
     )
     if not looks_local:
@@ -117,7 +117,7 @@ def _download(path: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
 
 
 def _no_weights(folder: Path, repo: str | None, revision: str | None) -> str:
-    """Why a folder without safetensors cannot be taken, and what to do."""
+    """Explain why a folder without safetensors cannot be used, and what to do."""
     names = _remote_names(repo, revision) if repo else [p.name for p in folder.iterdir()]
     shown = ", ".join(sorted(names)[:10]) or "nothing"
     pickled = sorted(name for name in names if name.endswith(PICKLED))
@@ -145,5 +145,5 @@ def _remote_names(repo: str, revision: str | None) -> list[str]:
 
     try:
         return HfApi().list_repo_files(repo.removeprefix(HUB).strip("/"), revision=revision)
-    except (HfHubHTTPError, OSError):  # what was downloaded is then all that can be told
+    except (HfHubHTTPError, OSError):  # only the downloaded files are known then
         return []

@@ -1,4 +1,4 @@
-"""Device arrays back on the host, a part at a time, on one process or many."""
+"""Copies device arrays to the host part by part, on one process or many."""
 
 from collections.abc import Callable
 
@@ -9,8 +9,7 @@ import numpy as np
 def host_piece(
     array: jax.Array, index: tuple[int | slice, ...], shape: tuple[int, ...] | None = None
 ) -> Callable[[], np.ndarray]:
-    """A function that fetches `array[index]`, in `shape` where it is given; with several processes each of them must
-    call it."""
+    """Return a function that fetches `array[index]`, reshaped to `shape` if given. All processes must call it."""
 
     def fetch() -> np.ndarray:
         piece = array[index]

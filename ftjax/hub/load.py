@@ -1,4 +1,4 @@
-"""Weights into device memory: read slice by slice, straight into the shards where they belong."""
+"""Loads weights into device memory slice by slice, straight into the right shards."""
 
 import math
 import zlib
@@ -26,7 +26,7 @@ from ftjax.models.param import Layout, Spec
 from ftjax.models.quantized import Quantized
 from ftjax.models.registry import FAMILIES
 
-# Tensors that other tools keep beside quantised weights: GPTQ and AWQ, bitsandbytes, FP8 and compressed-tensors
+# Tensors that other tools store beside quantised weights: GPTQ and AWQ, bitsandbytes, FP8 and compressed-tensors.
 QUANTISED = (
     ".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_scale", ".weight_scale_inv",
     ".weight_packed", ".weight_zero_point", ".input_scale",
@@ -34,48 +34,49 @@ QUANTISED = (
 
 
 def open_model(path: Path) -> tuple[dict, TensorSource]:
-    """`(config.json as transformers completes it, the tensors)` of a model folder or a .gguf file."""
-    facts = read_facts(path)
+    """Return `(config.json completed by transformers, the tensors)` of a model folder or a .gguf file."""
+    hf_config = read_hf_config(path)
     if path.suffix == ".gguf":
         from ftjax.hub.gguf.model import GGUFSource
 
-        return facts, GGUFSource(path)
+        return hf_config, GGUFSource(path)
     source = SafetensorsFolder(path)
-    source.add_prefix(FAMILIES[facts["model_type"]].prefix, but=("lm_head.", "embed_out.", "score."))
-    return facts, _with_embedding(facts, Mxfp4Source(source) if is_mxfp4(read_config(path)) else source)
+    source.add_prefix(FAMILIES[hf_config["model_type"]].prefix, but=("lm_head.", "embed_out.", "score."))
+    return hf_config, _with_embedding(hf_config, Mxfp4Source(source) if is_mxfp4(read_config(path)) else source)
 
 
-def _with_embedding(facts: Mapping[str, Any], source: TensorSource) -> TensorSource:
-    """The same tensors; a tied table that the file holds as the output alone is the embedding too, as in transformers."""
+def _with_embedding(hf_config: Mapping[str, Any], source: TensorSource) -> TensorSource:
+    """Return the tensors; a tied table that the file holds only as the output is the embedding too, as in transformers."""
     head = next((name for name in OUTPUTS if name in source.keys()), None)
-    names = tied_names(build_module(facts)) if head and facts.get("tie_word_embeddings") else None
+    names = tied_names(build_module(hf_config)) if head and hf_config.get("tie_word_embeddings") else None
     if names is None or f"{names[0]}.weight" in source.keys():
         return source
     return Renamed(source, {**{name: name for name in source.keys()}, f"{names[0]}.weight": head})
 
 
-def read_facts(path: Path) -> dict:
-    """config.json of a model folder or a .gguf file as transformers completes it; the weights need not be there."""
+def read_hf_config(path: Path) -> dict:
+    """Read config.json of a model folder or a .gguf file as transformers completes it; weights need not be present."""
     if path.suffix == ".gguf":
         from ftjax.hub.gguf.model import read_config as read_gguf_config
 
         return complete_config(read_gguf_config(path), str(path))
     config = read_config(path)
-    if is_mxfp4(config):  # what is written is not quantised any more
+    if is_mxfp4(config):  # the exported weights are not quantised
         return {key: value for key, value in config.items() if key != "quantization_config"}
     return config
 
 
 def positions_of(path: str, revision: str | None = None) -> int | None:
-    """Tokens of the longest text that a model is made for, by its config.json; None where that is no model that ftjax knows."""
+    """Return the longest text in tokens that a model was made for, from its config.json; None if ftjax does not know the model."""
     try:
-        return build_module(read_facts(resolve_config(path, revision))).sizes.positions
-    except UserError:  # whoever needs the model says what is wrong with it
+        return build_module(read_hf_config(resolve_config(path, revision))).sizes.positions
+    except UserError:  # the code that needs the model reports its errors
         return None
 
 
 def load_base(model: Model, source: TensorSource, mesh: Mesh, dtype, where: str) -> dict[str, jax.Array]:
-    """Every parameter of the base model: trained ones in their own dtype, frozen ones in `dtype`. `where` is for messages."""
+    """Load every parameter of the base model: trained ones in their own dtype, frozen ones in `dtype`. `where` is for
+    messages."""
     check_tied(model, source, where)
     return load_params(base_specs(model), source, mesh, dtype, where, model.ignored)
 
@@ -85,13 +86,13 @@ def base_specs(model: Model) -> dict[str, Spec]:
 
 
 def check_base(model: Model, source: TensorSource, where: str) -> None:
-    """UserError where the tensors are not those of the base model; for those who read them one by one."""
+    """Raise UserError if the tensors are not those of the base model; for callers that read them one by one."""
     check_tied(model, source, where)
     check_keys(base_specs(model), source, model.ignored, where)
 
 
 def check_tied(model: Model, source: TensorSource, where: str) -> None:
-    """UserError where config.json ties the output to the embedding, but the file holds another output."""
+    """Raise UserError if config.json ties the output to the embedding but the file holds another output."""
     embedding = f"{model.output}.weight"
     heads = [name for name in ("lm_head.weight", "embed_out.weight") if name in model.ignored and name in source.keys()]
     for name in heads:
@@ -105,27 +106,27 @@ def check_tied(model: Model, source: TensorSource, where: str) -> None:
 def load_params(
     specs: Mapping[str, Spec], source: TensorSource, mesh: Mesh, dtype, where: str, ignored: Sequence[str] = ()
 ) -> dict[str, jax.Array]:
-    """These parameters as sharded arrays: trained ones in their own dtype (float32), frozen ones in `dtype` or
-    quantised, as their row says.
+    """Load these parameters as sharded arrays: trained ones in their own dtype (float32), frozen ones in `dtype` or in
+    their row's quantisation.
 
     The whole key set is compared first. Raises UserError that lists missing, unused and misshapen tensors.
     """
     check_keys(specs, source, ignored, where)
-    # Largest first: the one parameter that exists twice for a moment, on its way to the device, is then no addition
-    # to a nearly complete model.
+    # Largest first: a parameter exists twice while it moves to the device, so the largest do before most of the model is
+    # loaded.
     order = sorted(specs, key=lambda path: -specs[path].size)
     have = set(source.keys())
     return {path: _load(stored(specs[path], dtype), source, mesh, have) for path in order}
 
 
 def stored(spec: Spec, dtype) -> Spec:
-    """A parameter in the dtype in which a run holds it: that of a trained one or a method's is its own, the base model's
-    frozen ones are in `dtype`."""
+    """Return the spec with the dtype that a run uses: trained and method parameters keep theirs, frozen base parameters use
+    `dtype`."""
     return spec if spec.row.trainable or spec.row.adapter else spec.astype(dtype)
 
 
 def abstract_param(spec: Spec, mesh: Mesh, dtype) -> jax.ShapeDtypeStruct | Quantized:
-    """What a run holds of a parameter, as a shape with its sharding. Raises UserError where a size does not divide."""
+    """Return the shape and sharding of a parameter in a run. Raises UserError if a size does not divide."""
     where = sharding(mesh, spec.path, spec.shape, spec.row.axes)
     if spec.row.quantization is not None:
         return abstract_quantised(spec, mesh)
@@ -133,8 +134,10 @@ def abstract_param(spec: Spec, mesh: Mesh, dtype) -> jax.ShapeDtypeStruct | Quan
 
 
 def check_keys(specs: Mapping[str, Spec], source: TensorSource, ignored: Sequence[str], where: str) -> None:
-    """UserError where the source lacks a tensor, has one that nothing asks for, or has one of another shape, and where
-    weights are integers or 8 bits wide: what they stand for is told by scales, which such a checkpoint keeps apart."""
+    """Raise UserError unless the source has exactly the expected tensors in the expected shapes.
+
+    It is also raised for integer or 8-bit weights: their values depend on scales that such a checkpoint stores separately.
+    """
     have = set(source.keys())
     asked = {piece.name: piece.shape for spec in specs.values() for piece in spec.pieces(layout_in(spec, have))}
     quantised = sorted(name for name in have if name.endswith(QUANTISED)) + [
@@ -166,7 +169,7 @@ def _coarse(source: TensorSource, name: str) -> bool:
 
 
 def layout_in(spec: Spec, have: Container[str]) -> Layout | None:
-    """The one of a parameter's layouts that a checkpoint with these names has; None is the parameter's own name."""
+    """Return the layout of a parameter that a checkpoint with these names has; None is the parameter's own name."""
     layouts = (*spec.row.layouts, None)
     if len(layouts) == 1:
         return None
@@ -175,11 +178,11 @@ def layout_in(spec: Spec, have: Container[str]) -> Layout | None:
         found = [piece.name in have for piece in spec.pieces(layout)]
         return sum(found) / len(found)
 
-    return max(layouts, key=present)  # the first of equals: a missing tensor is asked for under the name that is written
+    return max(layouts, key=present)  # first among equals: a missing tensor is reported under the name that is written
 
 
 def read_block(spec: Spec, source: TensorSource, index: tuple[slice, ...], layout: Layout | None, dtype=None) -> np.ndarray:
-    """A part of a parameter, cut out of the tensors that hold it; in `dtype`, or as the source gives it."""
+    """Read a part of a parameter from the tensors that hold it, in `dtype` or in the source's dtype."""
     pieces = list(spec.pieces(layout))
     depth = len(spec.stacked) + (len(layout.labels) if layout else 0)
     names = np.array([piece.name for piece in pieces], dtype=object).reshape(spec.shape[:depth])
@@ -188,7 +191,7 @@ def read_block(spec: Spec, source: TensorSource, index: tuple[slice, ...], layou
     out = aligned_empty(shape, dtype or source.dtype(chosen[0]))
     flat = out.reshape(len(chosen), *shape[depth:])
     inside, stored = spec.shape[depth:], pieces[0].shape
-    # Where memory splits a dimension of the tensor, what comes before it is cut while reading, and the rest afterwards.
+    # If memory splits a dimension of the tensor, slice the dimensions before it while reading, and the rest afterwards.
     common = next((i for i, (a, b) in enumerate(zip(inside, stored, strict=False)) if a != b), min(len(inside), len(stored)))
     direct = shape[depth:] == inside and isinstance(source, SafetensorsFolder)
     for number, name in enumerate(chosen):
@@ -204,9 +207,9 @@ def read_block(spec: Spec, source: TensorSource, index: tuple[slice, ...], layou
 
 
 def _load(spec: Spec, source: TensorSource, mesh: Mesh, have: Container[str]) -> jax.Array | Quantized:
-    """One parameter; each device's shard is read by itself."""
+    """Load one parameter; each device's shard is read separately."""
     where = sharding(mesh, spec.path, spec.shape, spec.row.axes)
-    if spec.row.ranks is not None:  # layers differ, and adapters are small: put it together on the host
+    if spec.row.ranks is not None:  # ranks differ by layer, and adapters are small: assemble it on the host
         whole = np.zeros(spec.shape, spec.dtype)
         for piece in spec.pieces():
             whole[piece.index] = source.read(piece.name)
@@ -214,12 +217,12 @@ def _load(spec: Spec, source: TensorSource, mesh: Mesh, have: Container[str]) ->
     layout = layout_in(spec, have)
     if spec.row.quantization is not None:
         return quantised_array(spec, mesh, lambda index: read_block(spec, source, index, layout))
-    # Each shard is asked for once per device; devices that hold the same part share one read.
+    # Each device asks for its shard; devices with the same shard share one read.
     return jax.make_array_from_callback(spec.shape, where, lambda index: read_block(spec, source, index, layout, spec.dtype))
 
 
 def aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An uninitialised array at a 64-byte boundary, which the CPU device takes over without a copy."""
+    """Return an uninitialised array at a 64-byte boundary, which the CPU device uses without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -227,7 +230,7 @@ def aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
 
 
 def init_params(specs: Mapping[str, Spec], mesh: Mesh, seed: int) -> dict[str, jax.Array]:
-    """Parameters that start from their row's initialiser; the same values on every mesh."""
+    """Initialise parameters with their row's initialiser; the values are the same on every mesh."""
     params = {}
     for path, spec in specs.items():
         where = sharding(mesh, path, spec.shape, spec.row.axes)

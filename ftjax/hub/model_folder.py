@@ -1,4 +1,4 @@
-"""A merged model as a Hugging Face folder: what `AutoModelForCausalLM.from_pretrained` loads."""
+"""Writes a merged model as a Hugging Face folder for `AutoModelForCausalLM.from_pretrained`."""
 
 import json
 import shutil
@@ -24,12 +24,12 @@ ReadWeight = Callable[[Spec, Piece], np.ndarray]
 
 
 def from_params(params: Mapping[str, jax.Array]) -> ReadWeight:
-    """The weights that are on the devices."""
+    """Return a reader of the weights on the devices."""
     return lambda spec, piece: host_piece(params[spec.path], piece.index, piece.shape)()
 
 
 def from_source(source: TensorSource, trained: Mapping[str, jax.Array]) -> ReadWeight:
-    """The weights as they are on disk, one at a time, except those that were trained."""
+    """Return a reader of the weights as stored on disk, one at a time, except trained ones."""
     on_device = from_params(trained)
     have = set(source.keys())
 
@@ -47,10 +47,11 @@ def from_source(source: TensorSource, trained: Mapping[str, jax.Array]) -> ReadW
 def model_tensors(
     model: Model, read: ReadWeight, trained: Mapping[str, jax.Array], config: MethodConfig, dtype
 ) -> list[Tensor]:
-    """The base model's tensors under Hugging Face's names, with the adapter merged in float32 and then rounded to `dtype`.
+    """Yield the base model's tensors under Hugging Face's names, with the adapter merged in float32, then rounded to
+    `dtype`.
 
     Args:
-        trained: the adapter's parameters (at least), by path.
+        trained: at least the adapter's parameters, by path.
     """
     merge = method_of(config).merged
     dtype = np.dtype(dtype)
@@ -76,8 +77,8 @@ def model_tensors(
 
 
 def write_config(folder: Path, config: Mapping, dtype: str, source: Path) -> None:
-    """config.json, in the words of transformers 5 and 4, and generation_config.json as the source has it or as it follows
-    from `config`."""
+    """Write config.json with the fields of transformers 5 and 4, and generation_config.json from the source or from
+    `config`."""
     from transformers import CONFIG_MAPPING
 
     written = CONFIG_MAPPING[config["model_type"]].from_dict({**config, "dtype": dtype}).to_diff_dict()
@@ -93,10 +94,10 @@ def write_config(folder: Path, config: Mapping, dtype: str, source: Path) -> Non
 
 
 def write_folder(folder: Path, model: Model, tensors: Iterable[Tensor], dtype: str, source: Path) -> None:
-    """config.json, generation_config.json and the weights, in shards of at most 5 GB.
+    """Write config.json, generation_config.json and the weights, in shards of at most 5 GB.
 
     Args:
-        dtype: `float32`, `bfloat16` or `float16`: what the file stores.
+        dtype: `float32`, `bfloat16` or `float16`, the dtype on disk.
         source: the base model's folder or file.
     """
     write_config(folder, model.config, dtype, source)

@@ -1,7 +1,7 @@
-"""Microscaling FP4 checkpoints (gpt-oss): blocks of 32 four-bit floats under one power of two, read as bfloat16.
+"""Microscaling FP4 checkpoints (gpt-oss): blocks of 32 four-bit floats with a shared power-of-two scale, read as bfloat16.
 
-A matrix `W` of each expert is stored as `<name>_blocks` uint8 (X, N, I / 32, 16), two values a byte with the lower half
-first, and `<name>_scales` uint8 (X, N, I / 32), the exponent plus 127. It stands for `W.T`: (X, I, N).
+A matrix `W` of each expert is stored as `<name>_blocks` uint8 (X, N, I / 32, 16), two values per byte with the lower half
+first, and `<name>_scales` uint8 (X, N, I / 32), the exponent plus 127. It represents `W.T`: (X, I, N).
 
 Source: OCP Microscaling Formats Specification 1.0 (2023), element type E2M1, scale type E8M0.
 """
@@ -21,12 +21,12 @@ BIAS = 127
 
 
 def is_mxfp4(config: Mapping[str, Any]) -> bool:
-    """Whether config.json says that the checkpoint is stored in this format."""
+    """Return whether config.json says that the checkpoint is in this format."""
     return (config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
 
 
 def dequantise(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """uint8 blocks `[..., G, 16]` and scales `[..., G]` -> bfloat16 `[..., 32 G]`.
+    """Dequantise uint8 blocks `[..., G, 16]` and scales `[..., G]` to bfloat16 `[..., 32 G]`.
 
     Exact: two significant bits and a power of two fit into bfloat16.
     """
@@ -35,9 +35,9 @@ def dequantise(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 class Mxfp4Source:
-    """A checkpoint whose blocks and scales look like the one tensor that they stand for. See `TensorSource`.
+    """Presents blocks and scales as the tensor that they represent. See `TensorSource`.
 
-    Only the experts and groups that are asked for are read, and one expert is dequantised at a time.
+    Only the requested experts and groups are read, and one expert is dequantised at a time.
     """
 
     def __init__(self, source: TensorSource):
@@ -66,12 +66,12 @@ class Mxfp4Source:
         shape = self.shape(name)
         index = (*index, *(slice(None),) * (3 - len(index)))
         experts, inputs, outputs = (range(*part.indices(size)) for part, size in zip(index, shape, strict=True))
-        width = shape[1] // self._source.shape(name + BLOCKS)[2]  # inputs of a group
+        width = shape[1] // self._source.shape(name + BLOCKS)[2]  # inputs per group
         groups = slice(inputs.start // width, -(-inputs.stop // width))
-        cut = slice(inputs.start - groups.start * width, inputs.stop - groups.start * width)
+        columns = slice(inputs.start - groups.start * width, inputs.stop - groups.start * width)
         out = np.empty((len(experts), len(inputs), len(outputs)), ml_dtypes.bfloat16)
         for number, expert in enumerate(experts):
             where = (slice(expert, expert + 1), slice(outputs.start, outputs.stop), groups)
             blocks, scales = (self._source.read(name + end, where)[0] for end in (BLOCKS, SCALES))
-            out[number] = dequantise(blocks, scales)[:, cut].T
+            out[number] = dequantise(blocks, scales)[:, columns].T
         return out

@@ -1,4 +1,4 @@
-"""Weights in a narrower dtype; float16 holds nothing beyond 65504."""
+"""Converts weights to a narrower dtype; float16 cannot represent values beyond 65504."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ LARGEST = float(np.finfo(np.float16).max)
 
 
 def narrowed(name: str, weight: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A tensor in `dtype`. UserError, naming it, where values would become infinite."""
+    """Return a tensor in `dtype`. Raises UserError, naming it, if values would become infinite."""
     with np.errstate(over="ignore"):
         found = weight.astype(dtype)
     if dtype == np.float16 and weight.dtype != dtype:

@@ -1,7 +1,7 @@
 """Fields of config.json under the names that transformers 4 and tools of its time read.
 
-transformers 5 keeps all of RoPE in `rope_parameters` and renamed a few other fields. What reads only the older names (4.57,
-mlx-lm, llama.cpp's converter, ONNX's exporter) would take its defaults for them without a word. transformers 5 reads either.
+transformers 5 keeps all RoPE settings in `rope_parameters` and renamed a few other fields. Tools that read only the older
+names (4.57, mlx-lm, llama.cpp's converter, ONNX's exporter) would silently use their defaults. transformers 5 reads both.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,10 @@ NAMED_TYPE = {"olmo2", "phi3"}
 
 
 def older_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The older fields that say what `config` says, a config.json as transformers 5 completes it.
+    """Return the older fields for `config`, a config.json that transformers 5 completed.
 
-    Where transformers 4 cannot express a scaling, the fields hold all of it, so that 4 refuses it rather than leave out a part.
+    If transformers 4 cannot express a scaling, the fields still hold all of it, so that version 4 refuses it and does not
+    ignore a part.
     """
     family = config["model_type"]
     fields: dict[str, Any] = {"torch_dtype": config["dtype"]} if config.get("dtype") else {}
@@ -33,7 +34,7 @@ def _rope(family: str, parameters: Mapping[str, Any], config: Mapping[str, Any])
     theta, part = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
     kind = rope.pop("rope_type", None) or rope.pop("type", "default")
     rope.pop("type", None)
-    if family == "gpt_neox":  # transformers 5 would take rope_theta for a field that it does not know
+    if family == "gpt_neox":  # transformers 5 would take rope_theta for an unknown field
         fields = {"rotary_emb_base": theta, "rotary_pct": part}
     else:
         fields = {"rope_theta": theta} | ({"partial_rotary_factor": part} if part is not None else {})
@@ -42,18 +43,18 @@ def _rope(family: str, parameters: Mapping[str, Any], config: Mapping[str, Any])
     if kind == "default":
         return {**fields, "rope_scaling": None}
     original = rope.get("original_max_position_embeddings")
-    if kind == "longrope" and original is not None:  # which 4 reads outside of the scaling
+    if kind == "longrope" and original is not None:  # version 4 reads it outside the scaling
         fields["original_max_position_embeddings"] = original
-        if family == "phi3":  # and so does 5
+        if family == "phi3":  # so does version 5
             rope.pop("original_max_position_embeddings")
-            if rope.get("factor") == config["max_position_embeddings"] / original:  # as both compute it
+            if rope.get("factor") == config["max_position_embeddings"] / original:  # both versions compute it so
                 rope.pop("factor")
     rope = {name: float(value) if name == "factor" and value is not None else value for name, value in rope.items()}
     return {**fields, "rope_scaling": {"type" if family in NAMED_TYPE else "rope_type": kind, **rope}}
 
 
 def _pattern(layer_types: list[str]) -> int | None:
-    """Every how manieth layer sees the whole text; None where the layers follow no such rule."""
+    """Return n if every n-th layer has full attention; None if the layers follow no such rule."""
     whole = [number for number, kind in enumerate(layer_types, start=1) if kind == "full_attention"]
     pattern = whole[0] if whole else len(layer_types) + 1
     return pattern if whole == list(range(pattern, len(layer_types) + 1, pattern)) else None

@@ -1,4 +1,4 @@
-"""The one way from a model's name to its configuration and tensors, as an adapter or an objective needs them."""
+"""The single path from a model's name to its configuration and tensors, as an adapter or an objective needs them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +19,12 @@ from ftjax.objectives.objective import Head
 
 
 class BaseModel(NamedTuple):
-    """A base model's files, opened.
+    """An opened base model.
 
     Attributes:
         path: its folder, or .gguf file.
-        config: config.json as transformers completes it, with what an adapter changes of it.
-        source: the tensors that belong to it.
+        config: config.json completed by transformers, with an adapter's changes.
+        source: the tensors for that config.
     """
 
     path: Path
@@ -33,9 +33,9 @@ class BaseModel(NamedTuple):
 
 
 def open_base(name: str, revision: str | None = None, adapter: Path | None = None) -> BaseModel:
-    """Opens a base model, with the rows of the vocabulary and the output that an adapter's folder needs.
+    """Open a base model, with the vocabulary rows and the output that an adapter folder needs.
 
-    Warns where the adapter was trained on another model. Raises UserError where a file is missing, damaged or not supported.
+    Warns if the adapter was trained on another model. Raises UserError if a file is missing, damaged or not supported.
 
     Args:
         name: Hub id, local folder or .gguf file.
@@ -52,11 +52,11 @@ def open_base(name: str, revision: str | None = None, adapter: Path | None = Non
 def open_adapted(
     name: str, revision: str | None, adapter: Path, *, head: Head | None = None, note: Callable[[str], None]
 ) -> tuple[BaseModel, nnx.Module, Any]:
-    """`(base model, its abstract module with the adapter's method, settings of the method)`.
+    """Return `(base model, its abstract module with the adapter's method, settings of the method)`.
 
     Args:
-        head: what a run knows of the head of a classifier's adapter.
-        note: called with what the person should know about the adapter's settings.
+        head: what a run knows about the head of a classification adapter.
+        note: called with remarks on the adapter's settings for the user.
     """
     base = open_base(name, revision, adapter)
     config, source = with_adapters_head(adapter, base.config, base.source, *(head or ()))

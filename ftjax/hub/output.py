@@ -1,4 +1,4 @@
-"""A complete output folder: weights, tokenizer and model card. It replaces the one before it in one move."""
+"""Writes a complete output folder (weights, tokenizer and model card) and replaces an older one in one move."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,15 +34,15 @@ def write_output(
     data: Sequence[str] = (),
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """What a run leaves: an adapter folder, or a whole model where the method trains the base model itself.
+    """Write a run's result: an adapter folder, or a whole model if the method trains the base model itself.
 
     Args:
         params: all parameters, frozen ones too.
         source: the base model's folder or file.
-        data: lines that say what it was trained on, for the card.
+        data: lines that describe the training data, for the card.
     """
     whole = not method_of(config.method).adapter
-    if jax.process_index():  # arrays that are spread over processes are fetched by all of them together
+    if jax.process_index():  # all processes fetch arrays that are sharded over processes
         tensors = _whole(model, params, config) if whole else adapter_tensors(model, params, config.method)
         for tensor in tensors:
             tensor.data()
@@ -65,12 +65,12 @@ def _whole(model: Model, params: Mapping[str, jax.Array], config: Config) -> lis
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place when the block ends well and vanishes when it does not.
+    """Yield a new folder beside `folder`; it takes that place when the block succeeds, and is deleted when it fails.
 
-    The folder that was there is moved away first and removed last: a process that is killed between leaves it beside its
+    The old folder is moved away first and deleted last: if the process is killed in between, the old one is beside its
     place, and `recover` puts it back.
 
-    Raises UserError where the disk is full or the place cannot be written.
+    Raises UserError if the disk is full or the place cannot be written.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -81,7 +81,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{folder}: could not be written: {error.strerror or error}") from None
     except Exception as error:
-        if "(os error " not in str(error):  # as the tokenizer's writer, which is Rust, says it
+        if "(os error " not in str(error):  # how the tokenizer's Rust writer reports it
             raise
         raise UserError(f"{folder}: could not be written: {error}") from None
     finally:
@@ -89,7 +89,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def take_place(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`; what was there is whole, in its place or beside it, until the new one is there."""
+    """Rename `new` to `folder`; until then the old folder is complete, in its place or beside it."""
     recover(folder)
     old = _old(folder)
     if folder.exists():
@@ -101,7 +101,7 @@ def take_place(new: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """After `take_place`, also one that a crash has cut: put the old folder back where there is no new one, else remove it."""
+    """Finish an interrupted `take_place`: restore the old folder if there is no new one, else delete it."""
     old = _old(folder)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What may be published: names, in place of where things lie on this machine."""
+"""Replaces local paths by names that can be published."""
 
 import re
 from collections.abc import Iterable
@@ -7,27 +7,27 @@ from pathlib import Path
 from ftjax.hub.fetch import HUB, HUB_ID
 
 FILES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt")
-BEFORE = r"(?<![\w./:~-])"  # a path does not begin within a word, an address or another path
+BEFORE = r"(?<![\w./:~-])"  # a path does not begin within a word, a URL or another path
 INSIDE = r"(?:[^\s/:,;'\"()`|]+/)*"  # folders of a path
 ANYWHERE = re.compile(rf"{BEFORE}(?:~|\.{{1,2}})?/{INSIDE}(?=[^\s/:,;'\"()`|])")
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether it is `owner/name`, and no file or folder of this machine."""
+    """Return whether it is `owner/name` and not a local file or folder."""
     return bool(HUB_ID.fullmatch(path)) and "/" in path and not Path(path).exists() and not path.endswith(FILES)
 
 
 def public_name(path: str) -> str:
-    """A Hub id as it is, of a folder or file its name."""
+    """Return a Hub id unchanged, and the name of a local folder or file."""
     path = path.removeprefix(HUB)
     return path if is_hub_id(path) else Path(path).expanduser().name or Path(path).resolve().name
 
 
 def without_paths(text: str, known: Iterable[str] = ()) -> str:
-    """The text with the last part of each path alone.
+    """Shorten each path in the text to its last part.
 
     Args:
-        known: paths that may stand in it, with spaces or without a slash at their beginning; Hub ids are left as they are.
+        known: paths that may occur in it, with spaces or without a leading slash; Hub ids stay unchanged.
     """
     folders = set()
     for path in known:

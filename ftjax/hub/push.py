@@ -1,4 +1,4 @@
-"""A finished folder to the Hugging Face Hub."""
+"""Uploads a finished folder to the Hugging Face Hub."""
 
 import shlex
 from pathlib import Path
@@ -10,15 +10,15 @@ from ftjax.errors import UserError
 
 
 def push_folder(folder: Path, repo_id: str, *, private: bool = True, commit_message: str = "Upload from ftjax") -> str:
-    """Upload every file of `folder` into the model repository `repo_id`, which is made where it is missing.
+    """Upload every file of `folder` into the model repository `repo_id`, which is created if missing.
 
-    What an interrupted push has uploaded is not sent again by the next one. The token is found where every Hugging Face tool
-    finds it (HF_TOKEN, `hf auth login`).
+    After an interrupted push, the next one skips what was uploaded. The token is that of every Hugging Face tool (HF_TOKEN,
+    `hf auth login`).
 
     Args:
-        private: nobody else sees it. A repository that exists and is public is then refused, not filled.
+        private: make the repository private. An existing public repository is then refused.
 
-    Returns the repository's address. Raises UserError where it cannot be done; the folder is left as it is.
+    Returns the repository's address. Raises UserError if the upload fails; the folder stays unchanged.
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         raise UserError(
@@ -35,13 +35,13 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = True, commit_mess
                 f"the repository private at {address}/settings, or choose another name"
             )
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=commit_message)
-    except RepositoryNotFoundError:  # the Hub's answer for places where the token may not write, too
+    except RepositoryNotFoundError:  # also the Hub's answer if the token may not write there
         reason = "the Hub knows no such place for your token. Check the name before the `/`, and `hf auth whoami`"
     except HfHubHTTPError as error:
         reason = _answer(error)
     except OfflineModeIsEnabled:
         reason = "HF_HUB_OFFLINE is set, so nothing may be sent. Unset it"
-    # What the transfer of a large file raises stands behind a RuntimeError; ValueError is the Hub's client refusing a card.
+    # A failed transfer of a large file raises RuntimeError; the Hub's client refuses a card with ValueError.
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         cause = error.__cause__ or error
         reason = _answer(cause) if isinstance(cause, HfHubHTTPError) else f"the upload broke off ({cause})"

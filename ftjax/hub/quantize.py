@@ -1,4 +1,4 @@
-"""Weights quantised while they are read: one layer at a time, and only the part that this host's devices hold."""
+"""Quantises weights while they are read: one layer at a time, and only the part on this host's devices."""
 
 import math
 from collections.abc import Callable
@@ -15,25 +15,25 @@ from ftjax.models.quantized import Part, Quantization, Quantized
 
 
 def quantised_array(spec: Spec, mesh: Mesh, read: Callable[[tuple[slice, ...]], np.ndarray]) -> Quantized:
-    """A parameter in its row's format, sharded.
+    """Return a sharded parameter in its row's format.
 
-    Memory on the host: what this host's devices hold of it, quantised, and one layer in full precision.
+    Host memory: the quantised shards of this host's devices, and one layer in full precision.
 
     Args:
-        read: gives a part of the weight, in the source's dtype.
+        read: returns a part of the weight in the source's dtype.
     """
     how, shape = spec.row.quantization, spec.shape
     sharding(mesh, spec.path, shape, spec.row.axes)  # refuses sizes that do not divide
     parts = how.parts(shape, spec.row.axes)
-    along = len(shape) - 3 - how.whole_axis  # of a matrix's two axes the one that can be cut
+    along = len(shape) - 3 - how.whole_axis  # the shardable one of a matrix's two axes
     made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[along].indices(shape[along])
         if (start, stop) not in made:
             made[start, stop] = _quantise(spec, along, slice(start, stop), read)
-        cut = (*index[:along], slice(None), *index[along + 1 :])
-        return made[start, stop][name][cut]
+        rest = (*index[:along], slice(None), *index[along + 1 :])
+        return made[start, stop][name][rest]
 
     arrays = {
         name: jax.make_array_from_callback(one.shape, _where(mesh, one), partial(part, name)) for name, one in parts.items()
@@ -42,14 +42,14 @@ def quantised_array(spec: Spec, mesh: Mesh, read: Callable[[tuple[slice, ...]], 
 
 
 def abstract_quantised(spec: Spec, mesh: Mesh) -> Quantized:
-    """What `quantised_array` gives, as shapes with shardings."""
+    """Return the result of `quantised_array` as shapes with shardings."""
     parts = spec.row.quantization.parts(spec.shape, spec.row.axes)
     shapes = {name: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=_where(mesh, part)) for name, part in parts.items()}
     return spec.row.quantization.of_parts(spec.shape, shapes)
 
 
 def _where(mesh: Mesh, part: Part) -> NamedSharding:
-    """Like the weight itself; an axis of its scales that does not divide is on every device."""
+    """Return the weight's own sharding; an axis of its scales that does not divide is replicated."""
     axes = [
         axis if axis and size % math.prod(mesh.shape[name] for name in RULES.get(axis) or ()) == 0 else None
         for size, axis in zip(part.shape, part.axes, strict=True)
@@ -57,10 +57,10 @@ def _where(mesh: Mesh, part: Part) -> NamedSharding:
     return NamedSharding(mesh, partition(tuple(axes)))
 
 
-def _quantise(spec: Spec, along: int, cut: slice, read: Callable) -> dict[str, np.ndarray]:
-    """The parts of all layers for the rows (or columns) `cut`."""
+def _quantise(spec: Spec, along: int, chosen: slice, read: Callable) -> dict[str, np.ndarray]:
+    """Quantise all layers for the rows (or columns) `chosen`."""
     how, depth = spec.row.quantization, len(spec.stacked)
-    matrix = tuple(cut if depth + axis == along else slice(0, size) for axis, size in enumerate(spec.shape[depth:]))
+    matrix = tuple(chosen if depth + axis == along else slice(0, size) for axis, size in enumerate(spec.shape[depth:]))
     out: dict[str, np.ndarray] = {}
     for layer in np.ndindex(spec.stacked):
         weight = read((*(slice(i, i + 1) for i in layer), *matrix))
@@ -75,10 +75,10 @@ def _quantise(spec: Spec, along: int, cut: slice, read: Callable) -> dict[str, n
 
 
 def _on_host(how: Quantization, weight: np.ndarray) -> Quantized:
-    """By XLA on the host's processor, which is several times as fast as numpy; the accelerators' memory stays free."""
+    """Quantise with XLA on the host's CPU, several times faster than numpy; accelerator memory stays free."""
     try:
         host = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # a process that was told to use accelerators only
+    except RuntimeError:  # the process was told to use accelerators only
         host = jax.local_devices()[0]
     return jax.device_get(_jitted(how, jax.device_put(weight, host)))
 

@@ -1,4 +1,4 @@
-"""A run's folder, told from a model's and an adapter's: where its result lies."""
+"""Recognises run folders and finds the results in them."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from ftjax.errors import UserError
 from ftjax.hub.adapter.peft import CONFIG as ADAPTER
 from ftjax.hub.fetch import HUB
 
-RUN = "config.yaml"  # what makes a folder a run's
+RUN = "config.yaml"  # the file that marks a run folder
 
 
 def result_of(place: Path) -> tuple[Path, Path] | None:
-    """`(the folder with the weights, the run's folder)` of a run folder, or of its `final/` or `best/`; else None.
+    """Return `(the folder with the weights, the run's folder)` for a run folder, or its `final/` or `best/`; else None.
 
-    Raises UserError where the run has no result yet.
+    Raises UserError if the run has no result yet.
     """
     for run, result in ((place, place / "final"), (place.parent, place)):
         if (run / RUN).is_file() and is_result(result):
@@ -26,7 +26,7 @@ def result_of(place: Path) -> tuple[Path, Path] | None:
 
 
 def refuse_missing(given: str) -> None:
-    """UserError where a run is named that is not there: `runs/first` looks like the Hub's, and is none of them."""
+    """Raise UserError for a run that does not exist: `runs/first` looks like a Hub id, but is not one."""
     place = Path(given).expanduser()
     if given.startswith(HUB) or place.exists() or len(place.parts) < 2:
         return
@@ -44,9 +44,9 @@ def refuse_missing(given: str) -> None:
 
 
 def adapter_folder(place: Path) -> Path:
-    """The PEFT folder that is meant: of a run, its result's.
+    """Return the PEFT folder for `place`: a run's result, or the folder itself.
 
-    Raises UserError where a run has no result yet, or its result is a whole model.
+    Raises UserError if a run has no result yet, or its result is a whole model.
     """
     refuse_missing(str(place))
     place = place.expanduser()
@@ -59,7 +59,7 @@ def adapter_folder(place: Path) -> Path:
 
 
 def starting_adapter(method: MethodConfig) -> Path | None:
-    """The PEFT folder of `method.adapter_path`, which may name a run; None where a run starts from nothing.
+    """Return the PEFT folder of `method.adapter_path`, which may name a run; None if a run starts without an adapter.
 
     Raises UserError as `adapter_folder` does.
     """
@@ -71,5 +71,5 @@ def starting_adapter(method: MethodConfig) -> Path | None:
 
 
 def is_result(folder: Path) -> bool:
-    """Whether it holds a model or an adapter."""
+    """Return whether the folder holds a model or an adapter."""
     return (folder / ADAPTER).is_file() or (folder / "config.json").is_file()

@@ -1,8 +1,8 @@
-"""Safetensors in and out, one tensor (or a part of one) at a time.
+"""Reads and writes safetensors, one tensor (or a part of one) at a time.
 
 The format is an 8-byte length, a JSON header and the raw little-endian data (github.com/huggingface/safetensors). The
-library's own reader maps the file into memory, and its writer wants all tensors at once; here nothing is held but the
-part that is asked for, straight in the buffer where it is needed, so that loading and saving a model costs no second copy.
+library's reader maps the file into memory, and its writer needs all tensors at once. This module holds only the requested
+part, directly in its target buffer, so that loading and saving a model needs no second copy.
 """
 
 import json
@@ -30,7 +30,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SAMPLE = 1 << 16  # values that are compared at each of three places of a tensor
+SAMPLE = 1 << 16  # values compared at each of three places of a tensor
 
 
 class _Entry(NamedTuple):
@@ -41,13 +41,13 @@ class _Entry(NamedTuple):
 
 
 def _stop(entry: Any) -> int:
-    """Where an entry of a header ends, as far as that can be told."""
+    """Return where an entry of a header ends, as far as that is known."""
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     return offsets[1] if isinstance(offsets, list) and len(offsets) == 2 and isinstance(offsets[1], int) else 0
 
 
 def _listed(index: Path) -> dict[str, str]:
-    """The weight map of an index: the file of each tensor. UserError for files that are not in the index's own folder."""
+    """Return an index's weight map: the file of each tensor. Raises UserError for files outside the index's folder."""
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         named = isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values())
@@ -64,10 +64,11 @@ def _listed(index: Path) -> dict[str, str]:
 class SafetensorsFolder:
     """The tensors of `model.safetensors`, or of all shards that `model.safetensors.index.json` names.
 
-    As in transformers the single file counts where both are there; an index whose shards are gone is passed over with a note.
+    As in transformers, the single file takes precedence if both are present; an index whose shards are missing is ignored
+    with a note.
 
-    Raises UserError for missing, truncated or damaged files, for an index that leaves the folder or disagrees with its shards,
-    and where the file and the shards are two models.
+    Raises UserError for missing, truncated or damaged files, for an index that points outside the folder or disagrees with
+    its shards, and if the file and the shards are different models.
     """
 
     def __init__(self, folder: Path, single: str = SINGLE):
@@ -79,7 +80,7 @@ class SafetensorsFolder:
         if not shards or (whole.is_file() and single not in shards):
             self._read_header(whole)
             if lost := [file for file in shards if not (folder / file).exists()]:
-                print_note(f"{index} is passed over: it names {lost[0]}, which is not there, and {single} is")
+                print_note(f"{index} is ignored: it names {lost[0]}, which is not there, and {single} is")
             elif shards:
                 self._refuse_another(folder, listed)
         else:
@@ -92,7 +93,7 @@ class SafetensorsFolder:
             raise UserError(f"{index}: it lists {absent[0]} (and {len(absent) - 1} more), which no shard holds")
 
     def _refuse_another(self, folder: Path, listed: Mapping[str, str]) -> None:
-        """UserError where the shards of an index hold something else than the file that was read."""
+        """Raise UserError if the shards of an index differ from the file that was read."""
         shards = SafetensorsFolder.__new__(SafetensorsFolder)
         shards._entries, shards._handles = {}, {}
         shards._read_shards(folder / INDEX, listed)
@@ -126,7 +127,7 @@ class SafetensorsFolder:
                 raise UserError(f"{path}: tensor {name} has dtype {entry['dtype']!r}, which is not supported")
             if name in self._entries:
                 raise UserError(f"{path}: tensor {name} is also in {self._entries[name].file.name}")
-        try:  # the library knows what a header may say: shapes that fit, and offsets without gaps and overlaps
+        try:  # the library checks headers: shapes that fit, and offsets without gaps and overlaps
             with safe_open(path, "numpy"):
                 pass
         except SafetensorError as error:
@@ -136,11 +137,11 @@ class SafetensorsFolder:
             self._entries[name] = _Entry(path, start, tuple(entry["shape"]), DTYPES[entry["dtype"]])
 
     def add_prefix(self, prefix: str, but: tuple[str, ...]) -> None:
-        """Name the tensors of a model without a head, `h.0.ln_1.bias`, as those of one with a head,
+        """Rename tensors of a model without a head, `h.0.ln_1.bias`, to those of one with a head,
         `transformer.h.0.ln_1.bias`; transformers loads either.
 
         Args:
-            but: the beginnings of names that stay as they are.
+            but: prefixes of names that stay unchanged.
         """
         if not any(name.startswith(f"{prefix}.") for name in self._entries):
             self._entries = {n if n.startswith(but) else f"{prefix}.{n}": entry for n, entry in self._entries.items()}
@@ -155,7 +156,7 @@ class SafetensorsFolder:
         return self._entries[name].dtype
 
     def read(self, name: str, index: Sequence[slice] = ()) -> np.ndarray:
-        """A tensor, or the part of it that the slices (from the first dimension on) cut out, as a new array."""
+        """Return a tensor, or the part that slices (from the first dimension on) select, as a new array."""
         entry = self._entries[name]
         rows = index[0] if index else slice(None)
         start, stop, step = rows.indices(entry.shape[0]) if entry.shape else (0, 1, 1)
@@ -166,7 +167,7 @@ class SafetensorsFolder:
         return out[(slice(None), *index[1:])] if len(index) > 1 else out
 
     def read_into(self, name: str, out: np.ndarray) -> None:
-        """A whole tensor into a contiguous array of its shape and dtype."""
+        """Read a whole tensor into a contiguous array of its shape and dtype."""
         self._fill(self._entries[name], out, self._entries[name].offset)
 
     def _fill(self, entry: _Entry, out: np.ndarray, offset: int) -> None:
@@ -187,8 +188,8 @@ class SafetensorsFolder:
 
 
 def first_difference(one: SafetensorsFolder, other: SafetensorsFolder) -> str | None:
-    """The first tensor that two checkpoints do not share, or of which the first, middle or last rows differ, at the precision
-    of the coarser dtype."""
+    """Return the first tensor that two checkpoints do not share or whose first, middle or last rows differ, compared in the
+    coarser dtype."""
     if odd := sorted(set(one.keys()) ^ set(other.keys())):
         return odd[0]
     for name in sorted(one.keys()):
@@ -205,7 +206,7 @@ def first_difference(one: SafetensorsFolder, other: SafetensorsFolder) -> str | 
 
 
 class Tensor(NamedTuple):
-    """A tensor to be written: `data()` is called once, when its turn comes, and gives exactly this shape and dtype."""
+    """A tensor to write: `data()` is called once, in its turn, and returns exactly this shape and dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -218,7 +219,7 @@ class Tensor(NamedTuple):
 
 
 def write_file(path: Path, tensors: Sequence[Tensor]) -> None:
-    """One safetensors file; it appears under its name only when it is complete."""
+    """Write one safetensors file, which appears under its name only when complete."""
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -247,7 +248,7 @@ def write_file(path: Path, tensors: Sequence[Tensor]) -> None:
 
 
 def write_model(folder: Path, tensors: Iterable[Tensor], max_shard_bytes: int = 5_000_000_000) -> list[Path]:
-    """`model.safetensors`, or numbered shards and their index where the tensors are larger than one shard."""
+    """Write `model.safetensors`, or numbered shards and their index if the tensors exceed one shard."""
     shards: list[list[Tensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > max_shard_bytes:

@@ -1,4 +1,4 @@
-"""Whether two hosts have the same model: a digest of its files that takes no time, because it reads a part of the weights."""
+"""Checks whether hosts have the same model: a fast digest that reads only a part of the weights."""
 
 from pathlib import Path
 
@@ -6,18 +6,19 @@ import xxhash
 
 from ftjax.hub.fetch import resolve_model
 
-BLOCK = 1 << 16  # bytes that are read at each of the places
-PLACES = 64  # of a file of weights, evenly over it
+BLOCK = 1 << 16  # bytes read at each place
+PLACES = 64  # places per weight file, evenly spaced
 
 
 def model_facts(path: str, revision: str | None = None, adapter: str | Path | None = None) -> dict[str, str]:
-    """Digests of a model's files and of its adapter's, by what they are of: what hosts compare."""
+    """Return labelled digests of a model's files and its adapter's, which hosts compare."""
     facts = {"digest of the model's files": model_digest(resolve_model(path, revision))}
     return facts | ({"digest of the adapter's files": model_digest(Path(adapter))} if adapter else {})
 
 
 def model_digest(path: Path) -> str:
-    """A digest of the configuration, and of each file of weights its size and some of its bytes: all of them up to 4 MiB.
+    """Return a digest of the configuration and of each weight file's size and a sample of its bytes (all of them up to 4
+    MiB).
 
     Args:
         path: a folder of a model or an adapter, or a .gguf file.

@@ -1,7 +1,7 @@
-"""Room for new tokens: more rows in the embedding, and in the projection to the vocabulary, than the checkpoint has.
+"""Resizes the vocabulary: adds rows to the embedding and to the projection to the vocabulary for new tokens.
 
 A new row is the mean of the old ones, in float32 (Hewitt 2021, "Initializing new word embeddings for pretrained language
-models"): transformers' `resize_token_embeddings`, without the noise of a billionth of the covariance that it adds.
+models"). It equals transformers' `resize_token_embeddings` without the noise of 1e-9 times the covariance.
 """
 
 import math
@@ -16,18 +16,18 @@ from ftjax.errors import UserError
 from ftjax.hub.adapter.peft import PREFIX, adapter_file, read_adapter_config
 from ftjax.hub.adapter.untied import with_adapters_output
 from ftjax.hub.fetch import resolve_config
-from ftjax.hub.load import read_facts
+from ftjax.hub.load import read_hf_config
 from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.source import TensorSource
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.models.model import Model, build_module
 from ftjax.models.param import Spec, specs
 
-CHUNK = 4096  # rows that are read at a time for their mean
+CHUNK = 4096  # rows read at a time for their mean
 
 
 class Resized:
-    """A `TensorSource` whose tensors `names` have `rows` rows."""
+    """A `TensorSource` whose tensors `names` are resized to `rows` rows."""
 
     def __init__(self, source: TensorSource, names: set[str], rows: int):
         self._source, self._names, self._rows = source, names, rows
@@ -62,68 +62,69 @@ class Resized:
 
 
 def with_new_tokens(
-    model: ModelConfig, facts: dict[str, Any], source: TensorSource | None
+    model: ModelConfig, hf_config: dict[str, Any], source: TensorSource | None
 ) -> tuple[dict[str, Any], TensorSource]:
-    """config.json and tensors of a base model, with rows for the tokens that the configuration adds.
+    """Return config.json and tensors of a base model, with rows for the tokens that the configuration adds.
 
-    A vocabulary that is larger than its tokenizer has room already, and then keeps the checkpoint's rows.
+    A vocabulary that is larger than its tokenizer has room already and keeps the checkpoint's rows.
     """
-    rows, multiple = facts["vocab_size"], model.pad_vocab_to_multiple_of or 1
+    rows, multiple = hf_config["vocab_size"], model.pad_vocab_to_multiple_of or 1
     if model.adds_tokens:
         rows = max(rows, tokens_of(model))
-    return _resized(facts, source, math.ceil(rows / multiple) * multiple)
+    return _resized(hf_config, source, math.ceil(rows / multiple) * multiple)
 
 
 def with_adapters_tokens(
-    adapter: Path, facts: dict[str, Any], source: TensorSource | None
+    adapter: Path, hf_config: dict[str, Any], source: TensorSource | None
 ) -> tuple[dict[str, Any], TensorSource]:
-    """config.json and tensors of a base model, with the rows that an adapter's folder needs: those of the embedding that it
-    holds, or those of the tokens that its tokenizer has beyond the model's."""
+    """Return config.json and tensors of a base model with as many rows as the adapter folder's embeddings, or as its
+    tokenizer needs."""
     stored = adapter_file(adapter)
-    rows = {stored.shape(name)[axis] for name, axis in _rows_in(facts, stored.keys())}
+    rows = {stored.shape(name)[axis] for name, axis in _rows_in(hf_config, stored.keys())}
     if len(rows) > 1:
         raise UserError(f"{adapter}: its embeddings have different numbers of rows: {', '.join(map(str, sorted(rows)))}")
     if rows:
-        return _resized(facts, source, max(rows.pop(), facts["vocab_size"]))
+        return _resized(hf_config, source, max(rows.pop(), hf_config["vocab_size"]))
     ids = read_adapter_config(adapter).get("trainable_token_indices") or []
     needed = [one + 1 for own in (ids.values() if isinstance(ids, dict) else [ids]) for one in own]
     if (adapter / "tokenizer_config.json").is_file():
         needed.append(tokens_of(ModelConfig(path=str(adapter))))
-    return _resized(facts, source, max([facts["vocab_size"], *needed]))
+    return _resized(hf_config, source, max([hf_config["vocab_size"], *needed]))
 
 
-def _rows_in(facts: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[str, int]]:
-    """The tensors of an adapter's file that have a row for each token, and their axis of tokens."""
-    for name in _tensors(facts):
+def _rows_in(hf_config: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[str, int]]:
+    """Yield the tensors of an adapter's file with one row per token, and their token axis."""
+    for name in _tensors(hf_config):
         module = f"{PREFIX}{name.removesuffix('weight')}"
         rows = {"weight": 0, "base_layer.weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}  # PEFT's names
         yield from ((module + end, axis) for end, axis in rows.items() if module + end in names)
 
 
-def facts_of(config: Config) -> dict[str, Any]:
-    """config.json of a run's model as the run has it: with the rows and the output that its adapter brings, and rows for the
-    tokens that it adds; reads no weights.
+def hf_config_of(config: Config) -> dict[str, Any]:
+    """Return config.json of a run's model with the changes of the run: rows and output of its adapter, and rows for added
+    tokens.
 
-    Raises UserError where config.json, the adapter's folder, or the tokenizer of added tokens cannot be read.
+    Reads no weights. Raises UserError if config.json, the adapter's folder, or the tokenizer of added tokens cannot be
+    read.
     """
-    facts = read_facts(resolve_config(config.model.path, config.model.revision))
+    hf_config = read_hf_config(resolve_config(config.model.path, config.model.revision))
     if adapter := starting_adapter(config.method):
-        facts, _ = with_adapters_output(adapter, facts, None)
-        facts, _ = with_adapters_tokens(adapter, facts, None)
-    return with_new_tokens(config.model, facts, None)[0]
+        hf_config, _ = with_adapters_output(adapter, hf_config, None)
+        hf_config, _ = with_adapters_tokens(adapter, hf_config, None)
+    return with_new_tokens(config.model, hf_config, None)[0]
 
 
 def embeddings_of(config: Config) -> int:
-    """How many tokens the model of a run has embeddings for. Raises UserError as `facts_of` does."""
-    return facts_of(config)["vocab_size"]
+    """Return the number of embeddings of a run's model. Raises UserError as `hf_config_of` does."""
+    return hf_config_of(config)["vocab_size"]
 
 
 def refuse_untrained_rows(model: Model, old: int, tokens: int, method: str) -> None:
-    """UserError where the rows of new tokens do not train: none of these could be told from another.
+    """Raise UserError if the rows of new tokens are not trained: all of them would stay equal.
 
     Args:
-        old: rows before.
-        tokens: how many the tokenizer has now; rows beyond are padding.
+        old: number of rows before.
+        tokens: number of tokens in the tokenizer; further rows are padding.
     """
     new = range(old, tokens)
     fixed = {
@@ -151,24 +152,24 @@ def refuse_untrained_rows(model: Model, old: int, tokens: int, method: str) -> N
 
 
 def _rows_that_train(model: Model, spec: Spec) -> Sequence[int]:
-    """The rows of a frozen weight that trained ones take the place of."""
+    """Return the rows of a frozen weight that trained rows replace."""
     return model.buffers.get(f"{spec.path.removesuffix('.base.weight')}.ids", ())
 
 
 def tokens_of(model: ModelConfig) -> int:
-    """One more than the last token's id, those that the configuration adds included."""
+    """Return one more than the highest token id, including tokens that the configuration adds."""
     return max(load_tokenizer(model).get_vocab().values()) + 1
 
 
-def _resized(facts: dict[str, Any], source: TensorSource | None, rows: int) -> tuple[dict[str, Any], TensorSource]:
-    if rows == facts["vocab_size"]:
-        return facts, source
-    return {**facts, "vocab_size": rows}, Resized(source, _tensors(facts), rows)
+def _resized(hf_config: dict[str, Any], source: TensorSource | None, rows: int) -> tuple[dict[str, Any], TensorSource]:
+    if rows == hf_config["vocab_size"]:
+        return hf_config, source
+    return {**hf_config, "vocab_size": rows}, Resized(source, _tensors(hf_config), rows)
 
 
-def _tensors(facts: Mapping[str, Any]) -> set[str]:
-    """What checkpoints call the tensors that have a row for each token."""
-    root = build_module(facts)
+def _tensors(hf_config: Mapping[str, Any]) -> set[str]:
+    """Return the names of checkpoint tensors with one row per token."""
+    root = build_module(hf_config)
     rows: list[Spec] = [spec for spec in specs(root).values() if "vocab" in spec.row.axes]
     named = {piece.name for spec in rows for layout in (*spec.row.layouts, None) for piece in spec.pieces(layout)}
     return named | {name for name in root.ignored if name.endswith(("lm_head.weight", "embed_out.weight"))}  # a tied copy

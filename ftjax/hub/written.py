@@ -1,4 +1,4 @@
-"""What an export says it wrote: the files with their sizes, and what loads them."""
+"""Describes an exported folder: its files with their sizes, and the tools that load it."""
 
 import json
 import re
@@ -14,7 +14,7 @@ HEAD = "ForSequenceClassification"
 
 
 def describe(folder: Path) -> list[str]:
-    """A few lines about an exported folder."""
+    """Return a few lines about an exported folder."""
     sizes: dict[str, list[int]] = defaultdict(list)
     for file in sorted(folder.rglob("*")):
         if file.is_file():
@@ -71,7 +71,7 @@ def _adapter(folder: Path) -> tuple[str, dict[str, str]]:
 
 
 def readable(size: int) -> str:
-    """Bytes as people read them: 812 B, 19.6 kB, 2.5 GB."""
+    """Format a number of bytes: 812 B, 19.6 kB, 2.5 GB."""
     value = float(size)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 999.5 or unit == "GB":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from flax import nnx
 
 from ftjax.config import LoraConfig
-from ftjax.errors import UserError, together
+from ftjax.errors import UserError, join_problems
 from ftjax.methods.bias import trained_biases
 from ftjax.methods.save import names_to_save, refuse_missing
 from ftjax.methods.tied import on_embedding, tied_names
@@ -93,7 +93,7 @@ def check(root: nnx.Module, config: LoraConfig) -> None:
         problems = [problem for problem in problems if problem not in ignored]
         root.notes = (*root.notes, *(f"{config.adapter_path}: without effect: {t.replace('method.', '')}" for t in ignored))
     if problems:
-        raise UserError(together(problems, "method"))
+        raise UserError(join_problems(problems, "method"))
 
 
 def _said(call: Callable[[], object]) -> list[str]:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ftjax.compile_cache import nothing_kept
 from ftjax.config import Config
 from ftjax.errors import UserError
-from ftjax.hub.vocabulary import facts_of
+from ftjax.hub.vocabulary import hf_config_of
 from ftjax.mesh import notes
 from ftjax.plan.advice import advice
 from ftjax.plan.arithmetic import program_flops
@@ -77,7 +77,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
 
 def design_for(config: Config, topology: Topology) -> Design:
     """The design of a run on these chips, from config.json (and the folder of an adapter, the tokenizer of added tokens)."""
-    facts = facts_of(config)
+    facts = hf_config_of(config)
     devices = topology.devices()
     memory = int(_limit(topology, devices[0])) if topology.chip else None
     mesh, _ = mesh_of(config, facts, devices, memory)

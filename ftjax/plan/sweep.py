@@ -22,7 +22,7 @@ from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.same_model import model_digest
-from ftjax.hub.vocabulary import facts_of
+from ftjax.hub.vocabulary import hf_config_of
 from ftjax.plan.result import Plan, from_json
 from ftjax.plan.topology import parse
 
@@ -74,7 +74,7 @@ def _batch(config: Config, chips: int, first: int) -> int:
 
 def _planned(config_path: Path, config: Config, overrides: list[str], topology: str, price: float | None) -> Plan:
     """From the cache, or by `ftjax plan` in a child process."""
-    facts = facts_of(config)
+    facts = hf_config_of(config)
     adapter = starting_adapter(config.method)
     facts |= {"digest of the adapter": model_digest(adapter)} if adapter else {}
     versions = [__version__, *(metadata.version(name) for name in ("jax", "flax", "optax"))]

@@ -23,7 +23,7 @@ from ftjax.data.batch import batch_arrays
 from ftjax.errors import UserError
 from ftjax.flops import TrainFlops, train_flops
 from ftjax.hub.adapter.peft import attach_adapter, load_adapter, start_adapter
-from ftjax.hub.classifier import objectives_facts, with_objectives_head
+from ftjax.hub.classifier import objectives_hf_config, with_objectives_head
 from ftjax.hub.load import abstract_param, load_base
 from ftjax.hub.narrow import LARGEST
 from ftjax.hub.open import open_base
@@ -189,7 +189,7 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
 
     Raises UserError for whatever in the configuration does not fit the model.
     """
-    model, config = build(config, objectives_facts(config, facts))
+    model, config = build(config, objectives_hf_config(config, facts))
     refuse_packing(config, model)
     if model.max_positions is not None and config.data.max_length > model.max_positions:
         raise UserError(

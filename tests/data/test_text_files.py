@@ -43,7 +43,7 @@ def test_a_delimiter_that_is_named(tmp_path):
     assert [row.where for row in read_rows(str(path))] == [f"{path}:3"]
     assert DataConfig(train="a", delimiter="tab").sources("train")[0].delimiter == "\t"
     for wrong in (";;", '"', "\n"):
-        with pytest.raises(ValidationError, match="is no delimiter"):
+        with pytest.raises(ValidationError, match="is not a delimiter"):
             DataConfig(train="a", delimiter=wrong)
 
 
@@ -97,7 +97,7 @@ def test_an_encoding_that_is_named_holds_for_every_text_file(tmp_path, name):
 
 def test_an_encoding_that_nobody_knows():
     for wrong in ("utf-99", "base64"):
-        with pytest.raises(ValidationError, match="is no encoding that Python knows"):
+        with pytest.raises(ValidationError, match="is not an encoding that Python knows"):
             DataConfig(train="a", encoding=wrong)
 
 
@@ -196,7 +196,7 @@ def test_what_tables_hold_beside_text(tmp_path):
 
 def test_bytes_that_are_no_text_are_refused_by_name(tmp_path):
     parquet.write_table(pa.table({"prompt": [b"\xff"], "completion": ["A"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a.parquet\[0\]: 'prompt' is bytes that are no UTF-8"):
+    with pytest.raises(UserError, match=r"a.parquet\[0\]: 'prompt' is bytes that are not UTF-8"):
         list(to_examples(read_rows(str(tmp_path / "a.parquet"))))
 
 

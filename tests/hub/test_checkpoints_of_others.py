@@ -10,7 +10,7 @@ from oracle import Case, hf_logits, load, logits, make_hf, tokens
 from safetensors.numpy import load_file, save_file
 
 from ftjax.errors import UserError
-from ftjax.hub.load import read_facts
+from ftjax.hub.load import read_hf_config
 from ftjax.hub.safetensors import SafetensorsFolder
 
 INDEX = "model.safetensors.index.json"
@@ -199,4 +199,4 @@ def test_quantised_by_its_configuration(kind, folder):
 def test_models_that_read_images(kind, text, says, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "text_config": text}))
     with pytest.raises(UserError, match=f"{kind}.*parts for images or sound.*{says}"):
-        read_facts(tmp_path)
+        read_hf_config(tmp_path)

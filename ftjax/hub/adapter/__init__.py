@@ -1,1 +1,1 @@
-"""Adapter folders: read, written, combined, and fitted to their base model."""
+"""Adapter folders: reading, writing, combining, and fitting them to their base model."""

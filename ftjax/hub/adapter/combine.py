@@ -1,8 +1,8 @@
-"""`ftjax merge-adapters`: several LoRAs as one, a weighted sum of what each adds to the base model's weights.
+"""`ftjax merge-adapters`: combines LoRAs into one, a weighted sum of their updates to the base model's weights.
 
-The sum of `w_i B_i A_i` is one product of matrices that are put side by side, `[w_1 B_1, w_2 B_2, ...] [A_1; A_2; ...]`, of
-the sum of the ranks: exact, as PEFT's `add_weighted_adapter` with `combination_type="cat"`. Adding up the As and the Bs by
-themselves ("linear") is another update, and what most people do not mean.
+The sum of `w_i B_i A_i` is one product of concatenated matrices, `[w_1 B_1, w_2 B_2, ...] [A_1; A_2; ...]`, whose rank is
+the sum of the ranks. It is exact, like PEFT's `add_weighted_adapter` with `combination_type="cat"`. Summing the As and the
+Bs separately ("linear") gives a different update, and seldom the intended one.
 """
 
 import shutil
@@ -18,13 +18,13 @@ from ftjax.hub.adapter.plain_lora import Update, read_updates, targets, write_pl
 from ftjax.hub.output import replacing
 from ftjax.hub.run_folder import adapter_folder
 
-SAME = ("base_model_name_or_path", "fan_in_fan_out", "task_type")  # what adapters of one base model agree in
+SAME = ("base_model_name_or_path", "fan_in_fan_out", "task_type")  # keys that adapters of one base model share
 
 
 def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path) -> None:
-    """Write the sum of LoRA folders, each times its weight; tokenizer and chat template are the first one's.
+    """Write the weighted sum of LoRA folders; tokenizer and chat template come from the first.
 
-    Raises UserError where a folder holds more than LoRA, or the folders are of different base models.
+    Raises UserError if a folder holds more than LoRA, or the folders are of different base models.
     """
     if len(parts) < 2:
         raise UserError("merge-adapters: expected two adapters or more, as FOLDER=WEIGHT; to scale one, name it twice")
@@ -69,7 +69,7 @@ def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path) -> None:
 
 
 def parse(given: Sequence[str]) -> list[tuple[Path, float]]:
-    """`FOLDER=WEIGHT` each, of an adapter or of a run. Raises UserError where the weight is no number."""
+    """Parse each `FOLDER=WEIGHT`, of an adapter or a run. Raises UserError if the weight is not a number."""
     found = []
     for one in given:
         folder, equals, weight = one.rpartition("=")

@@ -1,7 +1,7 @@
-"""An adapter's weights under the names that PEFT gives them today, whatever wrote the file.
+"""Presents an adapter's weights under PEFT's current names, whatever wrote the file.
 
-Files may have the adapter's name in those of tensors (`lora_A.default.weight`), and a module that trains in full under three
-names: its own, `modules_to_save`, and `original_module` for the base model's, of which PEFT reads the first.
+Files may include the adapter's name in tensor names (`lora_A.default.weight`). A fully trained module may occur under three
+names: its own, `modules_to_save`, and `original_module` for the base model's; PEFT reads the first.
 """
 
 import re
@@ -16,7 +16,7 @@ from ftjax.hub.source import TensorSource
 
 NAMED = re.compile(r"\.lora_(?:[AB]|embedding_[AB])\.(?!weight$|bias$)([^.]+)(?:\.weight)?$")
 PARTS = r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|trainable_tokens_delta|modules_to_save)"
-ORIGINAL = ".original_module."  # the base model's weights of a module that trains in full
+ORIGINAL = ".original_module."  # the base model's weights of a fully trained module
 
 
 class Renamed:
@@ -42,7 +42,7 @@ class AdapterFile(Renamed):
     """The tensors of an adapter folder.
 
     Attributes:
-        original: the base model's tensors that the file also holds, by the names of their modules; they are not among the keys.
+        original: the base model's tensors that the file also holds, by module name; they are not among the keys.
     """
 
     def __init__(self, folder: Path, weights_file: str):
@@ -54,7 +54,7 @@ class AdapterFile(Renamed):
 
 
 def _plain_names(stored: Iterable[str], where: str) -> dict[str, str]:
-    """`{name that PEFT would write: name in the file}`. UserError where the file holds several adapters."""
+    """Return `{name that PEFT would write: name in the file}`. Raises UserError if the file holds several adapters."""
     stored = list(stored)
     adapters = sorted({match[1] for name in stored if (match := NAMED.search(name))}) or ["default"]
     if len(adapters) > 1:

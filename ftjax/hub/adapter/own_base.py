@@ -1,7 +1,7 @@
-"""Whether a model is the one that an adapter was made on: by a digest of its weights in the adapter's folder, else by its name.
+"""Checks whether a model is the one that an adapter was trained on: by a digest of its weights, else by its name.
 
-The digest is of a few values of every matrix, so that it takes no time, and is the same however a checkpoint is cut into files.
-It stands in a file of its own beside `adapter_config.json`, in which older versions of PEFT refuse keys that they do not know.
+The digest samples a few values of every matrix, so it is fast and does not depend on how a checkpoint is sharded into
+files. It is in a separate file beside `adapter_config.json`, because older versions of PEFT refuse unknown keys there.
 """
 
 import json
@@ -23,12 +23,12 @@ from ftjax.hub.load import open_model
 from ftjax.hub.source import TensorSource
 
 FILE = "base_model.json"
-VALUES = 16  # that are read of a matrix
-ROUNDED = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}  # a digest of each, for bases that are stored in it
+VALUES = 16  # values sampled per matrix
+ROUNDED = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}  # one digest each, for base models stored in that dtype
 
 
 def weights_digest(source: TensorSource) -> dict[str, str]:
-    """Digests of a checkpoint's matrices, rounded to each of two dtypes."""
+    """Return digests of a checkpoint's matrices, rounded to each of two dtypes."""
     digests = {name: xxhash.xxh3_128() for name in ROUNDED}
     for name in sorted(source.keys()):
         shape = source.shape(name)
@@ -42,7 +42,7 @@ def weights_digest(source: TensorSource) -> dict[str, str]:
 
 
 def write_base(folder: Path, base: Path) -> None:
-    """Put the digest into an adapter's folder, and keep on this machine where the model lies.
+    """Write the digest into an adapter's folder, and remember the model's path on this machine.
 
     Args:
         base: the base model's folder or file.
@@ -53,13 +53,15 @@ def write_base(folder: Path, base: Path) -> None:
         place = _remembering(digests)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(str(base.absolute()), encoding="utf-8")
-    except OSError:  # then the base is to be named
+    except OSError:  # the user then has to name the base
         pass
 
 
 def base_of(adapter: Path, saved: Mapping[str, Any]) -> str | None:
-    """The base model that an adapter's folder names: a Hub id, a path, or of a mere name the model of these weights that
-    adapters were made on here. What is published has the names of folders alone.
+    """Return the base model that an adapter's folder names: a Hub id or a path.
+
+    Published adapters contain only the name of a local folder; it resolves to the model with the same weights that adapters
+    were trained on here.
 
     Args:
         saved: its adapter_config.json.
@@ -75,13 +77,13 @@ def base_of(adapter: Path, saved: Mapping[str, Any]) -> str | None:
 
 
 def _remembering(digests: Mapping[str, str]) -> Path:
-    """The file that says where the model of these digests lies on this machine."""
+    """Return the file that records the path of the model with these digests on this machine."""
     cache = Path(os.environ.get("FTJAX_CACHE", Path.home() / ".cache" / "ftjax"))
     return cache / "bases" / re.sub(r"\W", "", digests["bfloat16"])
 
 
 def warn_of_another_base(adapter: Path, saved: Mapping[str, Any], given: str, source: TensorSource) -> None:
-    """A note on stderr where an adapter is put on a model that is not its base.
+    """Log a warning if an adapter is applied to a model that is not its base.
 
     Args:
         saved: its adapter_config.json.
@@ -103,7 +105,7 @@ def warn_of_another_base(adapter: Path, saved: Mapping[str, Any], given: str, so
 
 
 def known_base(adapter: Path) -> Mapping[str, str] | None:
-    """The digests of an adapter's base model; None where it has none."""
+    """Return the digests of an adapter's base model; None if it has none."""
     path = adapter / FILE
     if not path.is_file():
         return None
@@ -114,7 +116,7 @@ def known_base(adapter: Path) -> Mapping[str, str] | None:
 
 
 def _alike(named: str, given: str) -> bool:
-    """Whether two names may be one model's: a Hub id, its folder in the Hub's cache, a copy under the id's last part."""
+    """Return whether two names may mean one model: a Hub id, its folder in the Hub's cache, or a copy named like the id."""
     place, last = Path(given.removeprefix(HUB)), re.split(r"[/\\]", named.rstrip("/\\"))[-1].lower()
     cached = f"models--{named.replace('/', '--')}"
     return last in (place.name.lower(), place.resolve().name.lower()) or cached in place.resolve().parts

@@ -1,7 +1,7 @@
-"""Adapter folders: `adapter_config.json` beside one safetensors file, written and read.
+"""Reads and writes adapter folders: `adapter_config.json` beside one safetensors file.
 
-What the two hold is the method's to say (`ftjax.methods.method`): for most of them what PEFT writes, where a key is
-`base_model.model.` plus the Hugging Face name that the parameter's row gives.
+The method determines their contents (`ftjax.methods.method`): mostly what PEFT writes, where a key is `base_model.model.`
+plus the Hugging Face name from the parameter's row.
 """
 
 import json
@@ -37,11 +37,11 @@ from ftjax.models.quantized import Quantized
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."  # of the names of the base model's modules in PEFT's files
+PREFIX = "base_model.model."  # prefix of the base model's modules in PEFT's files
 
 
 def fetch_from(params: Mapping[str, jax.Array]) -> Fetch:
-    """Parts of these parameters on the host, dequantised."""
+    """Return a function that fetches parts of these parameters to the host, dequantised."""
 
     def fetch(path: str, index: tuple) -> np.ndarray:
         value = params[path]
@@ -53,7 +53,7 @@ def fetch_from(params: Mapping[str, jax.Array]) -> Fetch:
 
 
 def adapter_tensors(model: Model, params: Mapping[str, jax.Array], config: MethodConfig) -> list[Tensor]:
-    """What an adapter's file holds, in float32: everything that trains, unless the method says otherwise."""
+    """Yield the tensors of an adapter's file, in float32: everything that is trained, unless the method says otherwise."""
     method = method_of(config)
     if method.stored is not None:
         stored = list(method.stored(config, model, fetch_from(params)))
@@ -67,10 +67,10 @@ def adapter_tensors(model: Model, params: Mapping[str, jax.Array], config: Metho
 
 
 def write_adapter(folder: Path, model: Model, params: Mapping[str, jax.Array], config: MethodConfig, base_model: str) -> None:
-    """A folder that `peft.PeftModel.from_pretrained` (or what else the method's format is made for) loads.
+    """Write a folder for `peft.PeftModel.from_pretrained`, or for the library of the method's format.
 
     Args:
-        base_model: what `base_model_name_or_path` says: a Hub id or a folder.
+        base_model: the value of `base_model_name_or_path`: a Hub id or a folder.
     """
     method = method_of(config)
     settings = without_newer(method.saved_config(config, base_model, model))
@@ -81,11 +81,11 @@ def write_adapter(folder: Path, model: Model, params: Mapping[str, jax.Array], c
 def start_adapter(
     model: Model, base: Mapping[str, jax.Array], config: MethodConfig, mesh: Mesh, seed: int, tokenize: Callable
 ) -> dict[str, jax.Array]:
-    """The new parameters of a method where training starts.
+    """Return a method's new parameters at the start of training.
 
     Args:
-        base: the base model's parameters, from which some methods start.
-        tokenize: text -> ids, for prompts that start from a text.
+        base: the base model's parameters, from which some methods initialise theirs.
+        tokenize: text -> ids, for prompts initialised from a text.
     """
     new = {path: spec for path, spec in model.specs.items() if spec.row.adapter}
     params = init_params(new, mesh, seed)
@@ -100,7 +100,7 @@ def start_adapter(
 
 
 def read_adapter_config(folder: Path) -> dict:
-    """UserError where the folder is not an adapter's."""
+    """Read adapter_config.json. Raises UserError if the folder is not an adapter's."""
     path = folder / CONFIG
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
@@ -115,7 +115,7 @@ def read_adapter_config(folder: Path) -> dict:
 
 
 def method_that_reads(folder: Path, saved: Mapping) -> Method:
-    """The method whose file `adapter_config.json` is; UserError where it is none's."""
+    """Return the method that reads this `adapter_config.json`. Raises UserError if there is none."""
     known = [method_named(name) for name in METHODS]
     found = next((method for method in known if method.reads(saved)), None)
     if found is None:
@@ -130,7 +130,7 @@ def method_that_reads(folder: Path, saved: Mapping) -> Method:
 
 
 def settings_of(folder: Path, method: Method, saved: Mapping, config: MethodConfig | None = None) -> MethodConfig:
-    """What an adapter folder's configuration says. UserError for what it asks for that ftjax does not have."""
+    """Return the settings in an adapter folder's configuration. Raises UserError for options that ftjax does not support."""
     where = f"{folder / CONFIG}"
     try:
         if method.known is not None:
@@ -144,11 +144,12 @@ def settings_of(folder: Path, method: Method, saved: Mapping, config: MethodConf
 
 
 def attach_adapter(root: nnx.Module, folder: Path, config: MethodConfig | None = None) -> MethodConfig:
-    """Put an adapter's layers into an abstract model, in place; its settings come back. What they name and the model or the
-    file does not have is added to the model's notes.
+    """Attach an adapter's layers to an abstract model in place; return the settings.
+
+    The model's notes receive what the settings name but the model or the file lacks.
 
     Args:
-        config: of a run that starts from the folder; UserError where that is for another method.
+        config: of a run that starts from the folder. Raises UserError if it is for another method.
     """
     saved = read_adapter_config(folder)
     method = method_that_reads(folder, saved)
@@ -161,11 +162,11 @@ def attach_adapter(root: nnx.Module, folder: Path, config: MethodConfig | None =
             settings = with_updates_of(root, settings, saved, have)
         method.attach(root, settings)
     except re.error as error:
-        raise UserError(f"{folder / CONFIG}: {error.pattern!r} is no regular expression: {error}") from None
-    except UserError as error:  # it speaks of our configuration, and this is somebody's folder
+        raise UserError(f"{folder / CONFIG}: {error.pattern!r} is not a regular expression: {error}") from None
+    except UserError as error:  # it speaks of ftjax's configuration, but the folder may come from elsewhere
         text = str(error).removeprefix("method: ").replace("method.", "")
         raise UserError(f"{folder / CONFIG}: {text}") from None
-    # PEFT also saves embeddings that were resized, without saying so in its configuration.
+    # PEFT also saves resized embeddings, without recording it in its configuration.
     beside = {
         path
         for path, spec in specs(root).items()
@@ -178,7 +179,7 @@ def attach_adapter(root: nnx.Module, folder: Path, config: MethodConfig | None =
 
 
 def refuse_single_experts(folder: Path, names: Iterable[str]) -> None:
-    """UserError for updates of an expert's own layers, as adapters have them that were trained with transformers 4."""
+    """Raise UserError for updates of single experts' layers, as adapters trained with transformers 4 have them."""
     found = sorted({match[1] for name in names if (match := re.search(r"\.experts\.\d+\.(\w+)\.lora_", name))})
     if found:
         raise UserError(
@@ -188,8 +189,11 @@ def refuse_single_experts(folder: Path, names: Iterable[str]) -> None:
 
 
 def with_updates_of(root: nnx.Module, config: LoraConfig, saved: Mapping, have: Collection[str]) -> LoraConfig:
-    """The settings of a LoRA folder, whose targets are the modules of which its file has an update: PEFT lets the others start
-    at zero, and looks up those of a configuration without targets. Where they differ, the model's notes say so."""
+    """Return a LoRA folder's settings with the modules as targets that its file updates.
+
+    PEFT starts other targets at zero, and looks up defaults if the configuration has no targets. The model's notes report
+    differences.
+    """
     stored = {match[1] for name in have if (match := re.match(rf"{re.escape(PREFIX)}(.+)\.lora_(?:embedding_)?A", name))}
     if saved.get("target_modules") is None:
         return config.model_copy(update={"target_modules": sorted(stored)})
@@ -202,7 +206,7 @@ def with_updates_of(root: nnx.Module, config: LoraConfig, saved: Mapping, have: 
 
 
 def adapter_file(folder: Path, method: Method | None = None) -> AdapterFile:
-    """The weights of an adapter folder. UserError where they are missing, or in a pickle."""
+    """Open the weights of an adapter folder. Raises UserError if they are missing or pickled."""
     method = method or method_that_reads(folder, read_adapter_config(folder))
     pickles = [name for name in ("adapter_model.bin", "pytorch_adapter.bin") if (folder / name).is_file()]
     if not (folder / method.weights_file).is_file() and pickles:
@@ -211,7 +215,7 @@ def adapter_file(folder: Path, method: Method | None = None) -> AdapterFile:
 
 
 class _AsInModel(Renamed):
-    """An adapter file under the names that the model's rows use; tensors that it has beyond these keep their own."""
+    """An adapter file under the names of the model's rows; tensors without a row keep their names."""
 
     def __init__(self, folder: Path, model: Model, method: Method):
         source = adapter_file(folder, method)
@@ -229,8 +233,8 @@ class _AsInModel(Renamed):
         self.base_layers = {beside[name].path for name in found}
 
     def repeated(self, model: Model, method: Method) -> list[str]:
-        """Tensors that are another one of the file once more: the output projection where the model ties it to the
-        embedding, and what the method writes twice."""
+        """Return tensors that repeat another tensor of the file: a tied output projection, and what the method writes
+        twice."""
         tied = [name.removesuffix("weight") for name in model.ignored if name.endswith(".weight")]
         heads = {f"{PREFIX}{name}{layer}weight": f"{model.output}.weight" for name in tied for layer in ("", "base_layer.")}
         heads |= {f"{PREFIX}{name}token_adapter.{DELTA}": f"{model.output}.token_adapter.{DELTA}" for name in tied}
@@ -243,9 +247,9 @@ class _AsInModel(Renamed):
 
 
 def load_adapter(model: Model, folder: Path, mesh: Mesh) -> dict[str, jax.Array]:
-    """The trained parameters of an adapter folder, float32. UserError where its tensors are not those of the model.
+    """Load the trained parameters of an adapter folder as float32. Raises UserError if its tensors do not fit the model.
 
-    PEFT writes an embedding that has an update beside it (`base_layer.weight`); it then takes the place of the base model's.
+    PEFT saves an embedding with an update under `base_layer.weight`; it replaces the base model's embedding.
     """
     method = method_that_reads(folder, read_adapter_config(folder))
     source = _AsInModel(folder, model, method)

@@ -1,6 +1,6 @@
-"""LoRA in the form that every tool reads: one rank for all layers, alpha = rank, and keys for A and B alone.
+"""LoRA in the form that every tool reads: one rank for all layers, alpha = rank, and only keys for A and B.
 
-Whatever scale a layer had is multiplied into its B; smaller ranks are padded with zeros, which changes no product.
+Any scale of a layer is multiplied into its B; smaller ranks are padded with zeros, which leave the product unchanged.
 """
 
 import json
@@ -19,23 +19,23 @@ from ftjax.methods.lora_targets import scale_of
 from ftjax.methods.method import Method
 from ftjax.methods.saved_keys import without_newer
 
-PATTERNS = ("rank_pattern", "alpha_pattern")  # by which layers differ, and which vLLM ignores
+PATTERNS = ("rank_pattern", "alpha_pattern")  # they make layers differ, and vLLM ignores them
 
 
 class Update(NamedTuple):
-    """What a layer's weight gains is `b @ a`; a is [r, in], b [out, r]."""
+    """The update `b @ a` of a layer's weight; a is [r, in], b [out, r]."""
 
     a: np.ndarray
     b: np.ndarray
 
 
 def read_updates(adapter: Path, why: str) -> tuple[dict, dict[str, Update]]:
-    """`(adapter_config.json, the update of each module by its Hugging Face name)`.
+    """Return `(adapter_config.json, the update of each module by its Hugging Face name)`.
 
     Args:
-        why: who needs plain LoRA; for the message.
+        why: what needs plain LoRA, for the message.
 
-    Raises UserError where the adapter has parts that are no such update.
+    Raises UserError if the adapter has parts that are not such an update.
     """
     saved = read_adapter_config(adapter)
     method, source = method_that_reads(adapter, saved), adapter_file(adapter)
@@ -53,7 +53,7 @@ def read_updates(adapter: Path, why: str) -> tuple[dict, dict[str, Update]]:
 
 
 def beyond_plain(method: Method, saved: Mapping, names: Iterable[str]) -> list[str]:
-    """What an adapter has that is no update `b @ a` of a dense layer, for a message."""
+    """Return what an adapter has beyond updates `b @ a` of dense layers, for a message."""
     if method.config is not LoraConfig:
         return [method.kind]
     parts = {
@@ -66,10 +66,10 @@ def beyond_plain(method: Method, saved: Mapping, names: Iterable[str]) -> list[s
 
 
 def write_plain(folder: Path, saved: Mapping, updates: Mapping[str, Update], target_modules: list[str]) -> None:
-    """The two files of a PEFT folder.
+    """Write the two files of a PEFT folder.
 
     Args:
-        saved: an adapter_config.json, of which what does not concern ranks and layers is kept, but for the base model's place.
+        saved: an adapter_config.json; all of it is kept except ranks, layers and a local base model path.
     """
     rank = max(update.a.shape[0] for update in updates.values())
     tensors = []
@@ -87,8 +87,8 @@ def write_plain(folder: Path, saved: Mapping, updates: Mapping[str, Update], tar
 
 
 def targets(saved: Mapping, updates: Mapping[str, Update]) -> list[str]:
-    """`target_modules` that name these modules of an adapter: last parts where the adapter's own configuration chose by
-    these alone, whole names otherwise."""
+    """Return `target_modules` for these modules: last parts of their names if the adapter's configuration used only those,
+    else whole names."""
     some = saved.get("layers_to_transform") is not None or saved.get("exclude_modules")
     if some or isinstance(saved["target_modules"], str):
         return sorted(updates)

@@ -1,7 +1,7 @@
-"""A base model that ties its output to its embedding, for an adapter that trains one of the two, or each by itself.
+"""Unties a base model's output from its embedding, for an adapter that trains one of the two, or each separately.
 
-PEFT then wraps one side, or copies it, and leaves the other as it was. Here the model gets an output of its own that starts as
-the embedding, so that what the adapter is merged into says `tie_word_embeddings: false` and holds both.
+PEFT then wraps or copies one side and leaves the other as it was. Here the model gets a separate output that starts as a
+copy of the embedding, so that a merged model says `tie_word_embeddings: false` and holds both.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from ftjax.models.model import build_module
 
 
 class Beside:
-    """The tensors of two sources; those of the second count where both have one."""
+    """The tensors of two sources; the second takes precedence."""
 
     def __init__(self, source: TensorSource, more: TensorSource):
         self._of = {name: one for one in (source, more) for name in one.keys()}
@@ -39,34 +39,35 @@ class Beside:
 
 
 def with_adapters_output(
-    adapter: Path, facts: dict[str, Any], source: TensorSource | None
+    adapter: Path, hf_config: dict[str, Any], source: TensorSource | None
 ) -> tuple[dict[str, Any], TensorSource | None]:
-    """config.json and tensors (None: without) of a base model, with an output of its own where an adapter's folder needs one.
+    """Return config.json and tensors (None: config only) of a base model, with a separate output if an adapter's folder
+    needs one.
 
-    Raises UserError where the base's file holds another output than the embedding that config.json ties to it.
+    Raises UserError if the base's file holds an output that differs from the embedding that config.json ties to it.
     """
-    saved, root = read_adapter_config(adapter), build_module(facts)
+    saved, root = read_adapter_config(adapter), build_module(hf_config)
     names = tied_names(root)
     if names is None or saved.get("task_type") == "SEQ_CLS" or "peft_type" not in saved:
-        return facts, source
+        return hf_config, source
     stored = adapter_file(adapter)
     if not _apart(saved, stored, *names):
-        return facts, source
+        return hf_config, source
     if source is None:
-        return {**facts, "tie_word_embeddings": False}, None
+        return {**hf_config, "tie_word_embeddings": False}, None
     check_tied(root, source, str(adapter))
     tables = [f"{name}.weight" for name in names]
-    # The base's table is one, of which the file may hold either side's.
+    # The base has one table, which the file may name after either side.
     held = [f"{PREFIX}{name}.base_layer.weight" for name in names]
     kept = [f"{PREFIX}{table}" for table in tables]
     found = [(stored, name) for name in held if name in stored.keys()]
     found += [(stored.original, name) for name in kept if name in stored.original.keys()]
     table = found[0] if found else (source, tables[0])
-    return {**facts, "tie_word_embeddings": False}, Beside(source, Renamed(table[0], dict.fromkeys(tables, table[1])))
+    return {**hf_config, "tie_word_embeddings": False}, Beside(source, Renamed(table[0], dict.fromkeys(tables, table[1])))
 
 
 def _apart(saved: Mapping[str, Any], stored: AdapterFile, embedding: str, output: str) -> bool:
-    """Whether an adapter trains one side alone, or each by itself."""
+    """Return whether an adapter trains only one side, or each separately."""
     rows = saved.get("trainable_token_indices")
     if isinstance(rows, Mapping):
         own, others = ([ids for key, ids in rows.items() if ids and matches(name, [key])] for name in (embedding, output))
@@ -77,7 +78,7 @@ def _apart(saved: Mapping[str, Any], stored: AdapterFile, embedding: str, output
 
 
 def _trains(saved: Mapping[str, Any], name: str) -> bool:
-    """Whether `modules_to_save` or `target_modules` name a module."""
+    """Return whether `modules_to_save` or `target_modules` name a module."""
     if any(name.endswith(one) for one in saved.get("modules_to_save") or ()):
         return True
     targets, excluded = saved.get("target_modules"), saved.get("exclude_modules")
@@ -87,7 +88,7 @@ def _trains(saved: Mapping[str, Any], name: str) -> bool:
 
 
 def _one(stored: AdapterFile, embedding: str, output: str) -> bool:
-    """Whether the file has the same for both sides: PEFT ties no embedding of another name than `embed_tokens`."""
+    """Return whether the file has equal weights for both sides: PEFT ties only embeddings named `embed_tokens`."""
     pairs = {("weight", "weight"), ("lora_embedding_A", "lora_B.weight"), ("lora_embedding_B", "lora_A.weight")}
     found = [(f"{PREFIX}{embedding}.{a}", f"{PREFIX}{output}.{b}") for a, b in pairs]
     found = [pair for pair in found if set(pair) <= set(stored.keys())]

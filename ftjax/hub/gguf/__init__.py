@@ -1,1 +1,1 @@
-"""GGUF files: configuration, tensors and tokenizer, as Hugging Face has them."""
+"""GGUF files: configuration, tensors and tokenizer in Hugging Face form."""

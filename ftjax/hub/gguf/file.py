@@ -1,7 +1,7 @@
-"""A GGUF file: its metadata as plain values, and its tensors, dequantised a few rows at a time.
+"""Reads a GGUF file: metadata as plain values, and tensors, dequantised a few rows at a time.
 
 The format is that of github.com/ggml-org/ggml/blob/master/docs/gguf.md; the `gguf` package parses the header and
-dequantises the blocks. What the tensors mean for a model is not known here.
+dequantises the blocks. This module knows nothing about model architectures.
 """
 
 import functools
@@ -18,13 +18,13 @@ from gguf.quants import dequantize
 
 from ftjax.errors import UserError
 
-# Stored as they are; everything else is float32 after dequantisation.
+# Read as stored; all other types become float32 when dequantised.
 PLAIN = {
     GGMLType.F32: np.dtype(np.float32),
     GGMLType.F16: np.dtype(np.float16),
     GGMLType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
-# The block formats that `gguf.quants` turns back into numbers.
+# The block formats that `gguf.quants` can dequantise.
 QUANTISED = {
     getattr(GGMLType, name)
     for name in (
@@ -33,12 +33,12 @@ QUANTISED = {
     )
 }  # fmt: skip
 
-# Rows are dequantised in groups of about this many numbers, so that the temporaries stay small beside the result.
+# Rows are dequantised in groups of about this many numbers, so that temporaries stay small beside the result.
 GROUP = 1 << 21
 
 
 class _Reader(GGUFReader):
-    """The package's reader on a plain array: slicing a memmap for every string costs three times the time."""
+    """The package's reader on a plain array: slicing a memmap for every string takes three times as long."""
 
     def _get(self, *args, **kwargs):
         self.data = np.asarray(self.data)
@@ -49,9 +49,9 @@ class Tensor(NamedTuple):
     """One tensor of the file.
 
     Attributes:
-        type: how it is stored.
-        shape: in row-major order, as a numpy array has it (ggml writes it reversed).
-        rows: the stored data behind a memory map, `[..., stored width]`: numbers, or uint8 blocks.
+        type: its storage type.
+        shape: in row-major order, as in numpy (ggml writes it reversed).
+        rows: the memory-mapped data, `[..., stored width]`: numbers, or uint8 blocks.
     """
 
     type: GGMLType
@@ -60,7 +60,7 @@ class Tensor(NamedTuple):
 
 
 class GGUFFile(NamedTuple):
-    """`metadata` by its GGUF keys, as Python values; `tensors` by their GGUF names."""
+    """A parsed file: `metadata` by GGUF keys, as Python values; `tensors` by GGUF names."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -70,7 +70,7 @@ class GGUFFile(NamedTuple):
         return PLAIN.get(self.tensors[name].type, np.dtype(np.float32))
 
     def read_rows(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
-        """These rows (indices into the first dimension) as a new array; only they are read from the disk."""
+        """Return these rows (indices into the first dimension) as a new array; only they are read from disk."""
         tensor = self.tensors[name]
         stored = tensor.rows[rows]
         if tensor.type in PLAIN:
@@ -83,7 +83,7 @@ class GGUFFile(NamedTuple):
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Parse a file's header. Raises UserError where it is missing, truncated, damaged, split or of an unknown type."""
+    """Parse a file's header. Raises UserError if it is missing, truncated, damaged, split or of an unknown type."""
     try:
         stat = path.stat()
     except OSError as error:
@@ -91,7 +91,7 @@ def open_gguf(path: Path) -> GGUFFile:
     return _open(path, stat.st_size, stat.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=2)  # the configuration, the tokenizer and the weights each ask for the same file
+@functools.lru_cache(maxsize=2)  # configuration, tokenizer and weights each ask for the same file
 def _open(path: Path, size: int, modified: int) -> GGUFFile:
     try:
         reader = _Reader(path)
@@ -99,7 +99,7 @@ def _open(path: Path, size: int, modified: int) -> GGUFFile:
         swapped = reader.byte_order == "S"
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    # The parser has no error of its own: past the end of the file, and over damaged bytes, it fails as numpy fails.
+    # The parser has no error type of its own: truncated or damaged files raise numpy's errors.
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         if "GGUF magic" in str(error):
             raise UserError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)") from None
@@ -131,5 +131,5 @@ def _unsupported(kind: str) -> str:
 
 
 def shortest(value: float) -> float:
-    """A float32 as the shortest decimal that means it: GGUF's 9.999999747378752e-06 is config.json's 1e-05."""
+    """Return the shortest decimal that gives the same float32: GGUF's 9.999999747378752e-06 is config.json's 1e-05."""
     return float(str(np.float32(value)))

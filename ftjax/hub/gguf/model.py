@@ -1,7 +1,7 @@
-"""A llama.cpp GGUF file of the Llama architecture as a Hugging Face checkpoint: configuration and tensors.
+"""Presents a llama.cpp GGUF file of the Llama architecture as a Hugging Face checkpoint: configuration and tensors.
 
-The inverse of llama.cpp's `convert_hf_to_gguf.py` (class LlamaModel): names, and the order of the rows of q_proj and
-k_proj, which llama.cpp interleaves for its own RoPE.
+The inverse of llama.cpp's `convert_hf_to_gguf.py` (class LlamaModel): names, and the row order of q_proj and k_proj, which
+llama.cpp interleaves for its own RoPE.
 """
 
 from collections.abc import Sequence
@@ -30,17 +30,17 @@ NAMES = {
     "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
     "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
 }
-ROPE_FACTORS = "rope_freqs.weight"  # part of the configuration, not of the weights
+ROPE_FACTORS = "rope_freqs.weight"  # belongs to the configuration, not the weights
 ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 MLP = ("ffn_gate", "ffn_up", "ffn_down")
-# Settings of other architectures that llama.cpp's converter writes into Llama files with a value that means nothing.
+# Settings of other architectures that llama.cpp's converter writes into Llama files with neutral values.
 WITHOUT_EFFECT = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "attention.layer_norm_epsilon": None}
-# Ids that end a turn, beside the end of the text: llama.cpp stops at each of them.
+# Tokens that end a turn, besides the end of the text: llama.cpp stops at each of them.
 END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of the config.json of the model in this file.
+    """Return the config.json of the model in this file.
 
     Raises UserError for another architecture, and for settings that Hugging Face's Llama cannot express.
     """
@@ -73,7 +73,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if ROPE_FACTORS in file.tensors:
         factors = file.read_rows(ROPE_FACTORS, slice(None)).astype(np.float32)
     tokens = file.metadata.get("tokenizer.ggml.tokens", ())
-    take("vocab_size", len(tokens))  # the embedding itself says it below
+    take("vocab_size", len(tokens))  # corrected below by the embedding
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -140,7 +140,7 @@ def _special_ids(file: GGUFFile) -> dict[str, Any]:
 
 
 class GGUFSource:
-    """The tensors of a GGUF file under their Hugging Face names and in their Hugging Face layout (see `TensorSource`).
+    """Presents the tensors of a GGUF file under Hugging Face names and in Hugging Face layout (see `TensorSource`).
 
     Block-quantised tensors are read as float32; F32, F16 and BF16 as they are stored. Only the rows that are asked for
     are read and dequantised.
@@ -188,13 +188,13 @@ def _hub_name(path: Path, stored: str) -> str:
 
 
 def _uniform(value: int | list[int]) -> int:
-    """Some converters write one number for each layer; `read_config` refuses those that differ."""
+    """Collapse a list of equal per-layer numbers to one; `read_config` refuses lists that differ."""
     return value[0] if isinstance(value, list) else value
 
 
 def interleaved_rows(rows: int, heads: int) -> np.ndarray:
-    """`[rows]` int: where llama.cpp keeps each row of q_proj or k_proj.
+    """Return `[rows]` int: the index at which llama.cpp stores each row of q_proj or k_proj.
 
-    Hugging Face pairs dimension i of a head with i + H/2; llama.cpp keeps the pairs side by side.
+    Hugging Face pairs dimension i of a head with i + H/2; llama.cpp stores the pairs next to each other.
     """
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)

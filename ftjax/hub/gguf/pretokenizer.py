@@ -1,8 +1,9 @@
-"""How a byte-level BPE vocabulary splits text before merging, by the name that a GGUF file gives it.
+"""Pre-tokenisation: splits text for a byte-level BPE vocabulary, by the name that a GGUF file gives.
 
-A GGUF holds no `tokenizer.json`, only the name `tokenizer.ggml.pre`. llama.cpp's converter finds that name by the ids that
-the original tokenizer gives a test text. The patterns below are those of the models' own `tokenizer.json`; llama.cpp
-quotes them, and lists which name takes which, in `src/llama-vocab.cpp` (`llm_tokenizer_bpe`, `llama_vocab::impl::load`).
+A GGUF file holds no `tokenizer.json`, only the name `tokenizer.ggml.pre`. llama.cpp's converter derives that name from the
+ids that the original tokenizer gives a test text. The patterns below are those of the models' own `tokenizer.json`;
+llama.cpp quotes them, and lists the pattern of each name, in `src/llama-vocab.cpp` (`llm_tokenizer_bpe`,
+`llama_vocab::impl::load`).
 """
 
 from dataclasses import dataclass
@@ -23,15 +24,15 @@ _GPT4O = rf"{_CASED[0]}{_CONTRACTIONS}?|{_CASED[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3
 
 @dataclass(frozen=True)
 class Splitting:
-    """One way to split.
+    """One pre-tokenisation.
 
     Attributes:
-        steps: patterns whose matches become pieces of their own, one after the other.
-        gpt2: whether GPT-2's pattern, which `ByteLevel` has built in, comes last.
-        digits: whether each digit stands alone.
-        ignore_merges: a piece that is a whole token is that token, whatever the merges would make of it.
-        nfc: text is brought to Unicode's composed form first.
-        add_bos: what llama.cpp takes where the file has no `add_bos_token`.
+        steps: patterns whose matches become separate pieces, applied in order.
+        gpt2: whether GPT-2's pattern, built into `ByteLevel`, comes last.
+        digits: whether each digit is a separate piece.
+        ignore_merges: a piece that is a whole token is that token, whatever the merges would give.
+        nfc: text is normalised to NFC first.
+        add_bos: llama.cpp's default if the file has no `add_bos_token`.
     """
 
     steps: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
-"""What a GGUF file says about RoPE, as the `rope_parameters` of a Hugging Face config.
+"""Converts the RoPE settings of a GGUF file to the `rope_parameters` of a Hugging Face config.
 
-llama.cpp stores linear and YaRN scaling as keys, but Llama 3's only as its effect: `rope_freqs.weight`, the factor by
-which each frequency is divided.
+llama.cpp stores linear and YaRN scaling as keys, but Llama 3's only as its effect: `rope_freqs.weight`, the factor that
+divides each frequency.
 """
 
 import math
@@ -14,22 +14,22 @@ import numpy as np
 from ftjax.errors import UserError
 from ftjax.hub.gguf.file import shortest
 
-# `low_freq_factor` of every Llama 3 release. Only two of the three numbers that shape the transition are independent,
-# so that one may be chosen; `llama3_factors` then tells whether the result is the file's.
+# `low_freq_factor` of every Llama 3 release. Only two of the three numbers that define the transition are independent, so one
+# may be chosen; `llama3_factors` then checks the result against the file.
 LOW_FREQ_FACTOR = 1.0
-ORIGINAL_LENGTH, HIGH_FREQ_FACTOR = 8192, 4.0  # of the same releases: taken where they explain the file
+ORIGINAL_LENGTH, HIGH_FREQ_FACTOR = 8192, 4.0  # of the same releases, used if they reproduce the file
 
 
 def rope_parameters(path: Path, rope: Mapping[str, Any], head_dim: int, factors: np.ndarray | None) -> dict[str, Any]:
-    """`rope_parameters` as transformers writes them.
+    """Return `rope_parameters` as transformers writes them.
 
     Args:
         path: for messages.
-        rope: the keys under `llama.rope.`, without that prefix. All are honoured or refused.
+        rope: the keys under `llama.rope.`, without that prefix. Each is used or refused.
         head_dim: dimensions of a head; all of them must rotate.
         factors: `rope_freqs.weight`, one float32 for each pair of dimensions.
 
-    Raises UserError where Hugging Face's Llama has no such RoPE.
+    Raises UserError if Hugging Face's Llama has no such RoPE.
     """
     left = dict(rope)
 
@@ -39,13 +39,13 @@ def rope_parameters(path: Path, rope: Mapping[str, Any], head_dim: int, factors:
     dimensions = left.pop("dimension_count", head_dim)
     if dimensions != head_dim:
         raise refuse(f"RoPE on {dimensions} of a head's {head_dim} dimensions")
-    # llama.cpp's own value where the key is absent, as in files made before the key was.
+    # llama.cpp's default for an absent key, as in older files
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": shortest(left.pop("freq_base", 10000.0))}
     kind = left.pop("scaling.type", "linear")
-    factor = left.pop("scaling.factor", 0.0) or left.pop("scale_linear", 0.0)  # the second is the key of 2023
+    factor = left.pop("scaling.factor", 0.0) or left.pop("scale_linear", 0.0)  # the key of 2023
     if kind == "linear" and factor in (0.0, 1.0):
         kind = "none"
-    left.pop("scaling.finetuned", None)  # a note: was the model trained with the scaling
+    left.pop("scaling.finetuned", None)  # only a note whether the model was trained with the scaling
     original = left.pop("scaling.original_context_length", 0)
     if kind == "linear":
         parameters |= {"rope_type": "linear", "factor": shortest(factor)}
@@ -78,7 +78,8 @@ def rope_parameters(path: Path, rope: Mapping[str, Any], head_dim: int, factors:
 
 
 def llama3_factors(theta: float, pairs: int, parameters: Mapping[str, Any]) -> np.ndarray:
-    """`[pairs]` float64: what Llama 3's scaling divides each frequency by (meta-llama/llama-models, `apply_scaling`)."""
+    """Return `[pairs]` float64: the divisor of each frequency in Llama 3's scaling (meta-llama/llama-models,
+    `apply_scaling`)."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     turns = parameters["original_max_position_embeddings"] * theta ** (-np.arange(pairs) / pairs) / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
@@ -86,13 +87,13 @@ def llama3_factors(theta: float, pairs: int, parameters: Mapping[str, Any]) -> n
 
 
 def _llama3(theta: float, factors: np.ndarray) -> dict[str, Any] | None:
-    """The parameters whose factors these are, to float32; None where there are none."""
+    """Return the parameters that give these factors in float32; None if there are none."""
     pairs = len(factors)
     factor = float(f"{np.max(factors):.6g}")
     between = (factors > 1 + 1e-6) & (factors < factor * (1 - 1e-6))
     guesses = [(HIGH_FREQ_FACTOR, ORIGINAL_LENGTH)]
     if between.sum() >= 2:
-        # Inside the transition 1/factors is linear in the frequency: slope and offset give the two numbers.
+        # Within the transition 1/factors is linear in the frequency: slope and offset give both numbers.
         frequency = theta ** (-np.arange(pairs) / pairs) / (2 * math.pi)
         smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
         slope, offset = np.polyfit(frequency[between], smooth[between], 1)

@@ -1,4 +1,4 @@
-"""The tokenizer and chat template of a GGUF file, rebuilt with the `tokenizers` library.
+"""Rebuilds the tokenizer and chat template of a GGUF file with the `tokenizers` library.
 
 Two kinds: `gpt2`, a byte-level BPE with its merges (Llama 3, SmolLM2), and `llama`, a SentencePiece BPE with scores
 (Llama 2, Mistral, TinyLlama).
@@ -26,14 +26,14 @@ SPECIAL_TOKENS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-# llama.cpp's converter fills ids that the tokenizer does not use, up to the rows of the embedding, with these.
+# llama.cpp's converter fills unused ids, up to the rows of the embedding, with these.
 FILLER = re.compile(r"\[PAD\d+\]")
 
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a GGUF file; `save_pretrained` writes what AutoTokenizer loads to the same behaviour.
+    """Return the tokenizer of a GGUF file; `save_pretrained` writes files with which AutoTokenizer behaves the same.
 
-    Raises UserError for a tokenizer kind or a way of splitting text that is not known, and for damaged lists.
+    Raises UserError for an unknown tokenizer kind or pre-tokenisation, and for damaged lists.
     """
     metadata = open_gguf(path).metadata
     values = {key[len(PREFIX) :]: value for key, value in metadata.items() if key.startswith(PREFIX)}
@@ -70,18 +70,18 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _byte_level(path: Path, values: dict[str, Any], pieces: list[str], kinds: list[int]) -> tuple[Tokenizer, bool]:
-    """A BPE over GPT-2's byte alphabet."""
+    """Build a BPE over GPT-2's byte alphabet."""
     name = values.get("pre")
     if name not in SPLITTINGS:
         found = "does not say how its tokenizer splits text" if name is None else f"splits text as {name!r}"
         raise UserError(f"{path}: it {found}; known are {', '.join(sorted(SPLITTINGS))}: {INSTEAD}")
     splitting = SPLITTINGS[name]
     vocab = {piece: index for index, piece in enumerate(pieces)}
-    # The halves are divided by the first space that is not the first character, as llama.cpp reads them.
-    merges = [(merge[: (cut := merge.index(" ", 1))], merge[cut + 1 :]) for merge in values.get("merges") or ()]
+    # As in llama.cpp, the first space after the first character separates the halves.
+    merges = [(merge[: (space := merge.index(" ", 1))], merge[space + 1 :]) for merge in values.get("merges") or ()]
     try:
         tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=splitting.ignore_merges))
-    except Exception as error:  # `tokenizers` has no type of its own for a merge of unknown tokens
+    except Exception as error:  # `tokenizers` has no error type for merges of unknown tokens
         raise UserError(f"{path}: its tokenizer is damaged ({error}): {INSTEAD}") from None
     if (normalizer := splitting.normalizer()) is not None:
         tokenizer.normalizer = normalizer
@@ -105,7 +105,7 @@ def _sentencepiece(path: Path, values: dict[str, Any], pieces: list[str], kinds:
 
 
 def _chat_templates(metadata: dict[str, Any]) -> str | dict[str, str] | None:
-    """The template, or all templates by name where there is more than one."""
+    """Return the template, or all templates by name if there are several."""
     default = metadata.get("tokenizer.chat_template")
     start = "tokenizer.chat_template."
     named = {key[len(start) :]: value for key, value in metadata.items() if key.startswith(start)}

@@ -1,1 +1,1 @@
-"""Tokenizers: loaded, and written so that others load them."""
+"""Tokenizers: loading, and writing them so that other tools can load them."""

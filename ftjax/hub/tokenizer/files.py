@@ -1,8 +1,8 @@
-"""The tokenizer's files of an output, as transformers 4 and 5 and what is built on them read them.
+"""Writes the tokenizer files of an output for transformers 4 and 5 and tools based on them.
 
-Where nothing was added, they are the base's own, byte for byte. `save_pretrained` of transformers 5 names classes that 4 does
-not have, and drops what llama.cpp's converter reads; what has to be written anew is a `PreTrainedTokenizerFast`, which has the
-same ids in both.
+Without added tokens they are the base's own, byte for byte. `save_pretrained` of transformers 5 names classes that version
+4 lacks, and drops data that llama.cpp's converter reads; files that must be rewritten are those of a
+`PreTrainedTokenizerFast`, which gives the same ids in both.
 """
 
 import json
@@ -18,20 +18,21 @@ from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, read_json, read_proto
 
 CONFIG, TOKENIZER, TEMPLATE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
-TEMPLATES = "additional_chat_templates"  # a folder of more of them, by name
-VOCABULARIES = (TOKENIZER, "vocab.json")  # without one of them transformers would convert SentencePiece's model anew
+TEMPLATES = "additional_chat_templates"  # folder of further templates by name
+VOCABULARIES = (TOKENIZER, "vocab.json")  # without one of them transformers would convert SentencePiece's model again
 OWN = (
     TOKENIZER, CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", SENTENCEPIECE,
     "spiece.model", "tekken.json", TEMPLATE, "chat_template.json",
 )  # fmt: skip
 CLASS = "PreTrainedTokenizerFast"
 INPUTS = ["input_ids", "attention_mask"]  # transformers 4 would add token_type_ids, which decoders refuse
-# What transformers 5 writes and 4 does not understand, or what is of the machine that wrote it.
+# Keys of transformers 5 that version 4 does not know, or that describe the machine that wrote them.
 NEWER = ("backend", "is_local", "local_files_only", "auto_map", "processor_class")
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, model: ModelConfig, base: Path) -> None:
-    """Write the files of `load_tokenizer(model)` into an output's folder; a whole model's config.json is there already.
+    """Write the files of `load_tokenizer(model)` into an output folder, in which a whole model's config.json exists
+    already.
 
     Args:
         base: the base model's folder or file.
@@ -50,7 +51,7 @@ def write_tokenizer(folder: Path, tokenizer: Any, model: ModelConfig, base: Path
 
 
 def _was_added_to(tokenizer: Any, model: ModelConfig) -> bool:
-    """Whether tokens of the configuration are new, or were no special ones before."""
+    """Return whether tokens of the configuration are new, or were not special before."""
     if not model.add_tokens and not model.add_special_tokens:
         return False
     before = load_tokenizer(model.model_copy(update={"add_tokens": [], "add_special_tokens": []}))
@@ -62,10 +63,10 @@ def _added(tokenizer: Any) -> dict[str, Any]:
 
 
 def _is_of_use(place: Path, tokenizer: Any, whole: bool) -> bool:
-    """Whether a folder's files are read by transformers 4 and 5, and in the output as they were read here.
+    """Return whether transformers 4 and 5 read a folder's files, and read them in the output as they were read here.
 
     Args:
-        whole: they stand beside the same config.json, in which transformers finds the class too.
+        whole: they are beside the same config.json, in which transformers finds the class too.
     """
     if not place.is_dir() or not any((place / name).is_file() for name in VOCABULARIES):
         return False
@@ -79,7 +80,7 @@ def _is_of_use(place: Path, tokenizer: Any, whole: bool) -> bool:
 
 
 def _carry(place: Path, folder: Path, template: str | None) -> None:
-    """Copy a folder's files; `template` takes the place of its chat template, or of all where it has several."""
+    """Copy a folder's files; `template` replaces its chat template, or all of several."""
     for name in OWN:
         if (place / name).is_file():
             shutil.copyfile(place / name, folder / name)
@@ -99,11 +100,11 @@ def _carry(place: Path, folder: Path, template: str | None) -> None:
 
 
 def _write(place: Path, folder: Path, tokenizer: Any) -> None:
-    """Save a tokenizer under a class that transformers 4 has too; a tokenizer.json that says the same stays as it was."""
+    """Save a tokenizer under a class that transformers 4 has too; an equivalent tokenizer.json stays as it was."""
     with TemporaryDirectory() as made:
         tokenizer.save_pretrained(made)
         shutil.copytree(made, folder, dirs_exist_ok=True)
-    if not (folder / TOKENIZER).is_file():  # no tokenizer of the library tokenizers: transformers 4 has its class
+    if not (folder / TOKENIZER).is_file():  # it does not come from the library tokenizers, and transformers 4 has its class
         return
     own = place / TOKENIZER
     if own.is_file() and read_json(own) == read_json(folder / TOKENIZER):
@@ -118,7 +119,7 @@ def _write(place: Path, folder: Path, tokenizer: Any) -> None:
 
 
 def _has_pieces_of(file: Path, tokenizer: Any) -> bool:
-    """Whether a SentencePiece model has this tokenizer's ids."""
+    """Return whether a SentencePiece model has this tokenizer's ids."""
     if not file.is_file():
         return False
     vocabulary = tokenizer.get_vocab()

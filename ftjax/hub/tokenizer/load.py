@@ -1,4 +1,4 @@
-"""The tokenizer of a model, from a folder, the Hub or a GGUF file; never with code that comes with the model."""
+"""Loads a model's tokenizer from a folder, the Hub or a GGUF file; never runs code that comes with the model."""
 
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,17 @@ from ftjax.hub.fetch import resolve_tokenizer
 from ftjax.hub.gguf.tokenizer import gguf_tokenizer
 from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, is_bpe, read_json, sentencepiece_tokenizer
 
-# At least one of these makes a folder one that AutoTokenizer can load.
+# AutoTokenizer can load a folder with at least one of these.
 VOCABULARIES = ("tokenizer.json", SENTENCEPIECE, "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """A `PreTrainedTokenizerFast`, as the checkpoint saved it, and with the tokens that the configuration adds.
+    """Load a `PreTrainedTokenizerFast` as the checkpoint saved it, with the tokens that the configuration adds.
 
-    `model.tokenizer` replaces the model's own, `model.chat_template` (a template, a .jinja file, or the name of one of the
-    tokenizer's, where it has several) its template.
+    `model.tokenizer` replaces the model's own tokenizer. `model.chat_template` (a template, a .jinja file, or the name of
+    one of the tokenizer's templates) replaces its template.
 
-    Raises UserError where there is none, or it cannot be read.
+    Raises UserError if there is none, or it cannot be read.
     """
     revision = None if model.tokenizer else model.revision
     asked = model.tokenizer or model.path
@@ -29,7 +29,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     if place.is_file():
         tokenizer = gguf_tokenizer(place)
     elif (place / SENTENCEPIECE).is_file() and not (place / "tokenizer.json").is_file() and is_bpe(place / SENTENCEPIECE):
-        # transformers rebuilds such a folder without the pieces' scores, which gives other ids for runs of spaces.
+        # transformers converts such a folder without the pieces' scores, which gives other ids for runs of spaces.
         tokenizer = sentencepiece_tokenizer(place)
     else:
         tokenizer = _from_folder(place, asked)
@@ -38,7 +38,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
         given = model.chat_template
         tokenizer.chat_template = named[given] if given in named else read_chat_template(given)
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
-    # Those that are added already keep their own rules (of spaces beside them, of normalisation).
+    # Existing tokens keep their own rules (spaces beside them, normalisation).
     tokenizer.add_tokens([token for token in model.add_tokens if token not in added])
     tokenizer.add_tokens([token for token in model.add_special_tokens if not added.get(token)], special_tokens=True)
     return tokenizer
@@ -55,7 +55,7 @@ def _from_folder(folder: Path, asked: str) -> Any:
         read_json(folder / name)
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    # It raises OSError, ValueError, KeyError, bare Exception from Rust ..., all of them about the files.
+    # It raises OSError, ValueError, KeyError, and bare Exception from Rust, all of them about the files.
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
@@ -66,9 +66,9 @@ def _from_folder(folder: Path, asked: str) -> Any:
 
 
 def read_chat_template(given: str) -> str:
-    """A template is what it is; a name without braces is that of a file.
+    """Return the chat template: `given` itself, or the content of the file if it is a name without braces.
 
-    Raises UserError where there is no such file.
+    Raises UserError if there is no such file.
     """
     if "{" in given or "\n" in given:
         return given

@@ -1,9 +1,9 @@
-"""A SentencePiece BPE vocabulary (Llama 2 style) as a `tokenizers` tokenizer that gives the same ids.
+"""Converts a SentencePiece BPE vocabulary (Llama 2 style) to a `tokenizers` tokenizer with the same ids.
 
-SentencePiece merges, of all neighbouring symbols, those whose joined piece has the best score; a `tokenizers` BPE follows
-a list of pairs. So each piece becomes all pairs that make it, best score first (Kudo & Richardson 2018, arXiv:1808.06226;
-the inference rule is `bpe_model.cc` of github.com/google/sentencepiece). Text is prepared as in the `tokenizer.json` of
-Llama 2: a space before each stretch of text, every space as U+2581, bytes for what no piece spells.
+SentencePiece merges the neighbouring symbols whose joined piece has the best score; a `tokenizers` BPE follows a list of
+pairs. So each piece becomes all pairs that form it, best score first (Kudo & Richardson 2018, arXiv:1808.06226; the
+inference rule is `bpe_model.cc` of github.com/google/sentencepiece). Text is prepared as in the `tokenizer.json` of Llama
+2: a space before each stretch of text, every space as U+2581, byte tokens for unknown characters.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
 class Kind(IntEnum):
-    """What a piece is: numbers of SentencePiece's `ModelProto`, and of GGUF's `tokenizer.ggml.token_type`."""
+    """Type of a piece: values of SentencePiece's `ModelProto` and of GGUF's `tokenizer.ggml.token_type`."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -35,7 +35,7 @@ def build(
     remove_extra_whitespaces: bool = False,
     charsmap: bytes = b"",
 ) -> Tokenizer:
-    """The tokenizer, without a post-processor.
+    """Build the tokenizer, without a post-processor.
 
     Args:
         pieces: the vocabulary, by id; no piece occurs twice.
@@ -71,7 +71,7 @@ def build(
 
 
 def merges(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> list[tuple[str, str]]:
-    """All pairs of pieces that join to a piece, in the order in which they are to be tried."""
+    """Return all pairs of pieces that join to a piece, in merge order."""
     ids = {
         piece: index
         for index, (piece, kind) in enumerate(zip(pieces, kinds, strict=True))
@@ -79,10 +79,10 @@ def merges(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int])
     }
     found = []
     for piece, index in ids.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
+        for split in range(1, len(piece)):
+            left, right = piece[:split], piece[split:]
             if left in ids and right in ids:
-                # Pairs of one piece go by their ids, as in the published tokenizer.json files; they never compete.
+                # Pairs of one piece are ordered by id, as in the published tokenizer.json files; they never compete.
                 found.append((-scores[index], index, ids[left], ids[right], (left, right)))
     return [pair for *_, pair in sorted(found)]
 
@@ -97,7 +97,7 @@ def add_special_pieces(tokenizer: Tokenizer, pieces: Sequence[str], kinds: Seque
 
 
 def template(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> processors.TemplateProcessing:
-    """A post-processor that puts `bos` before and `eos` after each text, where they are given."""
+    """Return a post-processor that puts `bos` before and `eos` after each text, if given."""
     single = [token for token in (bos, "$A", eos) if token]
     pair = [token for token in (bos, "$B:0", eos) if token]
     ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]

@@ -1,4 +1,4 @@
-"""A tokenizer folder of the old kind: SentencePiece's `tokenizer.model` and JSON files beside it, no `tokenizer.json`."""
+"""Loads an older tokenizer folder: SentencePiece's `tokenizer.model` and JSON files beside it, without `tokenizer.json`."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ ATTRIBUTES = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 def read_proto(file: Path) -> Any:
-    """The `ModelProto` of a SentencePiece model; UserError where it is damaged."""
+    """Read the `ModelProto` of a SentencePiece model. Raises UserError if it is damaged."""
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())
@@ -30,12 +30,12 @@ def read_proto(file: Path) -> Any:
 
 
 def is_bpe(file: Path) -> bool:
-    """Whether a SentencePiece model is a BPE, and not a unigram model."""
+    """Return whether a SentencePiece model is a BPE and not a unigram model."""
     return read_proto(file).trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file. Raises UserError with the line where it is broken."""
+    """Read a JSON object; empty if there is no such file. Raises UserError with the line if it is broken."""
     if not file.is_file():
         return {}
     try:
@@ -47,7 +47,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer; the ids of a text are SentencePiece's own, with BOS before it unless the folder says otherwise."""
+    """Return the tokenizer; its ids are SentencePiece's, with BOS before a text unless the folder says otherwise."""
     proto = read_proto(folder / SENTENCEPIECE)
     config = read_json(folder / "tokenizer_config.json")
     normalizer = proto.normalizer_spec
@@ -86,7 +86,7 @@ def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _add_tokens(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-    """Tokens that were added after the SentencePiece model was trained, each under the id that it was given."""
+    """Add tokens that were added after the SentencePiece model was trained, each with its id."""
     added = {int(index): entry for index, entry in config.get("added_tokens_decoder", {}).items()}
     added |= {
         index: {"content": token, "special": False}
