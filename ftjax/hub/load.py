@@ -67,7 +67,7 @@ def read_hf_config(path: Path) -> dict:
 
 
 def positions_of(path: str, revision: str | None = None) -> int | None:
-    """Return the longest text in tokens that a model was made for, from its config.json; None if ftjax does not know the model."""
+    """Return the longest text in tokens that a model was made for, by its config.json; None if ftjax lacks the model."""
     try:
         return build_module(read_hf_config(resolve_config(path, revision))).sizes.positions
     except UserError:  # the code that needs the model reports its errors
