@@ -11,7 +11,7 @@ from ftjax.config import Config
 from ftjax.data.pipeline import Split, load_splits
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree
-from ftjax.distributed.ending import together
+from ftjax.distributed.ending import fail_together
 from ftjax.errors import UserError
 from ftjax.hub.load import positions_of
 from ftjax.hub.tokenizer.load import load_tokenizer
@@ -44,7 +44,7 @@ def train(
     Raises UserError for anything wrong in the configuration, the model or the data; with several processes, all of them then
     end the same way (`ftjax.distributed.ending`).
     """
-    with together(), ExitStack() as held:
+    with fail_together(), ExitStack() as held:
         keep_compiled_programs()
         agree("the number of devices", {"devices": jax.local_device_count(), "platform": jax.default_backend()})
         config = objective_of(config).complete(config)
