@@ -160,7 +160,7 @@ def test_crossings(name, slices, sizes, hosts):
 def test_a_slice_with_a_hole_is_used_all_the_same():
     devices = parse("v5e-16").devices()[:6]
     mesh = make_mesh(MeshConfig(fsdp=3, tensor=2), devices)
-    assert nearness(mesh) is None and "no whole box of a slice" in notes(mesh)[0]
+    assert nearness(mesh) is None and "do not fill a box of a slice" in notes(mesh)[0]
 
 
 @pytest.mark.parametrize(

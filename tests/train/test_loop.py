@@ -190,7 +190,7 @@ def test_arithmetic(model, data, tmp_path, monkeypatch, on_one_device, capsys):
     assert row["train/mfu"] == pytest.approx(row["train/tflops_per_second_per_device"])
     assert row["train/tokens_per_second"] == row["train/tokens_per_second_per_device"] > 0
     per_token = row["train/tflops_per_second_per_device"] * 1e12 / row["train/tokens_per_second"]
-    full = float(next(line for line in capsys.readouterr().out.splitlines() if "FLOPs a token" in line).split()[0])
+    full = float(next(line for line in capsys.readouterr().out.splitlines() if "FLOPs per token" in line).split()[0])
     assert 0.7 * full < per_token < full  # the rows are many short documents, the line is for long ones
 
 
