@@ -12,7 +12,7 @@ FLOPs per token, forward and backward (a multiply-add counts two):
 
 So full fine-tuning is 6 N and an adapter 4 N_base + 6 N_adapter, plus attention: scores and their sum with the values are 4 W
 FLOPs per query and key forward, twice that backward, for the pairs that the causal mask, the window and the documents of a
-packed row leave. The formula counts what the mathematics needs, not what is computed: the input embedding is a look-up and not
+packed row leave. The formula counts what the mathematics needs, not what is executed: the input embedding is a look-up and not
 counted, nor are norms, biases and rotations, nor recomputation by remat; of routed experts only those that a token uses are
 counted. (The lowest layer with trained parameters counts as a whole, though no gradient flows to what comes before them in the
 layer.)

@@ -68,7 +68,7 @@ def _sizes(asked: Mapping[str, int], slices: int, devices: int) -> dict[str, int
         raise UserError(f"mesh: {said} does not use {devices} device(s) exactly: {why}. {near}")
     if sizes["data"] % slices:
         raise UserError(
-            f"mesh.slices: {slices} slices are placed along data, and data={sizes['data']} is no multiple of that. "
+            f"mesh.slices: {slices} slices are placed along data, and data={sizes['data']} is not a multiple of that. "
             f"{_nearest(asked, devices, slices)}"
         )
     return sizes
@@ -152,11 +152,11 @@ def notes(mesh: Mesh) -> list[str]:
     lines = [named[axis] for axis, found in near.items() if found.hops == 1 and not found.ring]
     said = [
         f"{named[axis]}: the chips of a group are up to {found.hops} hops apart and share links with other groups: "
-        f"{found.links:.2g} link(s) each, where neighbours in a ring have 2"
+        f"{found.links:.2g} link(s) each, and neighbours in a ring have 2"
         for axis, found in apart.items()
     ]
     if lines:
-        said.append(f"{' and '.join(lines)}: on a line of neighbours that does not close, with 1 link each where a ring has 2")
+        said.append(f"{' and '.join(lines)}: on a line of neighbours that does not close, with 1 link each, and a ring has 2")
     return said
 
 

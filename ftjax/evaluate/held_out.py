@@ -43,8 +43,8 @@ def held_out_places(found: Target) -> Places | None:
         if saved[name].get("digest") != now.get(name, {}).get("digest"):
             raise UserError(
                 f"{found.run}: data.validation_split: the rows of {now[name]['files']} (or the tokenizer, or its chat "
-                "template) have changed since this run trained on them, so that it is not known which of them it has "
-                "not seen; name other data with --data FILE"
+                "template) have changed since this run trained on them, so the rows that it held out "
+                "are not known; name other data with --data FILE"
             )
     return validation.places()
 

@@ -74,8 +74,8 @@ def attach(root: nnx.Module, config: IA3Config) -> None:
         kinds = {matches(name, inputs) for name, one in zip(site.names, chosen, strict=True) if one}
         if len(kinds) > 1:
             raise UserError(
-                f"method.feedforward_modules: {config.feedforward_modules!r} takes some layers' {site.names[0].split('.')[-1]} "
-                "for feed-forward layers and others' not; name all of them or none"
+                f"method.feedforward_modules: {config.feedforward_modules!r} matches {site.names[0].split('.')[-1]} "
+                "in some layers and not in others; name all of them or none"
             )
         site.replace(IA3Linear(site, chosen, kinds.pop()))
         found = True

@@ -24,7 +24,7 @@ from ftjax.models.model import Model
 from ftjax.models.param import Init, Piece, Spec, param
 
 TENSOR = "prompt_embeddings"
-NO_MERGE = "virtual tokens stand before the text and are no part of any weight"
+NO_MERGE = "virtual tokens come before the text and are not part of any weight"
 
 
 class PrefixTokens(nnx.Module):

@@ -141,7 +141,7 @@ def _backward(unembed, arrange, of, length, skip, inputs: Any, cotangent: TokenL
     def body(d_params, chunk):
         h, targets, keep, *cotangents = chunk
         d_more, d_h = unless_idle(skip, lambda: gradients(h, targets, keep, cotangents), keep)
-        return jax.tree.map(jnp.add, d_params, d_more), d_h  # in float32, whatever the dtype of d_more
+        return jax.tree.map(jnp.add, d_params, d_more), d_h  # float32 sums
 
     cotangents = [cotangent.logprobs] if cotangent.entropy is None else [cotangent.logprobs, cotangent.entropy]
     xs = tuple(chunks(x, length) for x in (hidden, targets, keep, *cotangents))

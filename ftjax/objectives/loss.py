@@ -148,7 +148,7 @@ def _forward(unembed, arrange, measure, length, skip, params, hidden, targets, w
     def body(carry, chunk):
         totals, d_params = carry
         more, d_more, d_h = unless_idle(skip, lambda: gradients(chunk), chunk[-1])
-        carry = jax.tree.map(jnp.add, totals, more), jax.tree.map(jnp.add, d_params, d_more)  # in float32, whatever d_more is
+        carry = jax.tree.map(jnp.add, totals, more), jax.tree.map(jnp.add, d_params, d_more)  # float32 sums
         return carry, d_h
 
     xs = tuple(chunks(x, length) for x in (hidden, targets, weights))

@@ -66,8 +66,8 @@ def _batch(config: Config, chips: int, first: int) -> int:
     rows = config.training.global_batch_size * chips
     if rows % first:
         raise UserError(
-            f"training.global_batch_size: {config.training.global_batch_size} rows on the first slice's {first} chips are no "
-            f"whole number on {chips}; choose a multiple of {first}, or --strong"
+            f"training.global_batch_size: {config.training.global_batch_size} rows on the first slice's {first} chips do "
+            f"not scale to a whole number on {chips}; choose a multiple of {first}, or --strong"
         )
     return rows // first
 

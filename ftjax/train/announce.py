@@ -50,7 +50,7 @@ def example_lines(config: Config, split: Split, tokenizer: Any) -> list[str]:
     if (words := encoding_of(config).label_text(document)) is not None:
         what = {SINGLE: "class", MULTI: "labels"}.get(head and head.problem_type, "value")
         return ["an example:", tokenizer.decode(document.tokens[:-1].tolist()), f"its {what}: {words}"]
-    return ["an example (what is trained is marked):", render_example(document, tokenizer)]
+    return ["an example (trained tokens are marked):", render_example(document, tokenizer)]
 
 
 def next_commands(folder: Path, config: Config) -> list[str]:

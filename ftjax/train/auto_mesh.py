@@ -92,6 +92,6 @@ def _reason(mesh: MeshConfig, rows: int, state: int, need: float, memory: int, t
     if (spread := mesh.data * mesh.fsdp) > 1:
         parts.append(f"the {rows} rows of a microbatch over {spread}")
     if mesh.sequence * mesh.tensor > 1:
-        parts.append("the devices that rows are too few or too long for share the tokens of a row or the heads")
+        parts.append("the remaining devices share the tokens of a row or the heads")
     text = f"{'; '.join(parts)}; about {need / gb:.1f} of {memory / gb:.1f} GB per device"
     return text + (": too much, so every device that divides is used; expect to run out of memory" if too_large else "")

@@ -105,7 +105,7 @@ class Checkpoints:
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
                 f"{self.folder / str(self.latest)}: this checkpoint does not fit the run, or is damaged: {error}. "
-                "Remove that folder to go on from the one before it, or choose another output_dir"
+                "Remove that folder to resume from the one before it, or choose another output_dir"
             ) from None
 
     def wait(self) -> None:
@@ -150,7 +150,7 @@ def checkpoint_path(folder: epath.PathLike) -> epath.Path:
     except Exception as error:  # each kind of bucket has errors of its own
         raise UserError(
             f"training.checkpoint_dir: {folder} cannot be opened: {error}. For gs:// install gcsfs (ftjax[tpu] has it) and "
-            "check the name and your rights with: gcloud storage ls"
+            "check the name and your permissions with: gcloud storage ls"
         ) from None
     return path
 

@@ -61,7 +61,7 @@ def _create(config: Config, checkpoints: epath.Path) -> None:
                 f"output_dir: {config.training.checkpoint_dir or folder} holds checkpoints of another configuration, which "
                 "differs in\n  "
                 + "\n  ".join(lines)
-                + "\nChoose another output_dir, remove that folder, or undo the difference to go on with that run"
+                + "\nChoose another output_dir, remove that folder, or undo the difference to resume that run"
             )
     save_config(config, folder / CONFIG)
     try:

@@ -247,7 +247,7 @@ class Run:
         found = {"loss": means["loss"], **objective.derived(means["loss"]), **means.means()}
         return {f"eval/{name}": value for name, value in found.items()}
 
-    # ---- what is kept ----
+    # ---- checkpoints and output ----
 
     def begin(self) -> int:
         """Initialise the state of a new run; takes ownership of the set-up's parameters."""

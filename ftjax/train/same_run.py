@@ -74,5 +74,5 @@ def refuse_other_documents(checkpoints: Checkpoints, documents: Documents, confi
             f"{checkpoints.folder} holds a run on other documents:\n  "
             + "\n  ".join(lines)
             + "\nThe rows (of streamed data: the sizes of the files), the tokenizer or its chat template have changed. Put "
-            "them back, choose another output_dir, or set training.allow_changed_data: true to go on with the new documents"
+            "them back, choose another output_dir, or set training.allow_changed_data: true to continue with the new documents"
         )

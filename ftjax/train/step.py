@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
 
 class StepMetrics(NamedTuple):
     loss: jax.Array
-    weight: jax.Array  # what the summed loss is divided by; for next-token training the number of trained tokens
+    weight: jax.Array  # divisor of the summed loss; for next-token training the number of trained tokens
     tokens: jax.Array  # tokens that are not padding
     flops: jax.Array  # needed for these tokens (`ftjax.flops`), on all devices
     grad_norm: jax.Array  # before clipping

@@ -10,7 +10,7 @@ import numpy as np
 
 from ftjax.errors import UserError
 
-WINDOW = 32  # losses that define what is usual
+WINDOW = 32  # losses that define the usual range
 WARMUP = 8  # losses needed before a spike can be detected
 LAG = 2  # updates: when one starts, the previous one has not been read yet
 FLOOR = 3.0  # nats above the median that never count as a spike: a row that surprises the model is no divergence
@@ -20,7 +20,7 @@ class LossWatch:
     """Decides which updates are skipped (their gradient is not applied), counts them, and decides when to give up.
 
     A loss is a spike if it is above the median of the latest losses by more than `factor` times the distance from the median to
-    their 90th percentile, and by more than `FLOOR`. Updates skipped in a row do not change what is usual; once an update is
+    their 90th percentile, and by more than `FLOOR`. Updates skipped in a row do not change the usual range; once an update is
     applied again, they count like all others, so that repeated hard rows are trained.
     """
 
@@ -88,7 +88,7 @@ class Diverged(UserError):
         super().__init__(
             f"training diverged at step {step}: {skipped} updates in a row were not applied (the last one: {last}). The "
             f"checkpoint of step {step} holds the weights as they were before these updates, and the position in the data "
-            "after them: the same command goes on from there, and learns anew what loss is usual. If that ends the "
+            "after them: the same command resumes from there, and learns the usual range of the loss again. If that ends the "
             "same way, earlier updates have broken the weights: choose another output_dir with a lower "
             "optimizer.learning_rate, more warmup or a smaller optimizer.max_grad_norm"
         )

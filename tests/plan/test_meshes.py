@@ -179,7 +179,7 @@ def test_a_slice_with_a_hole_is_used_all_the_same():
             r"mesh.slices: 2 asked for, .* lie in 1 slice\(s\); set mesh.slices: 1$",
         ),
         ("v5e-16", 4, {"data": 2, "slices": 2}, r"lie in 4 slice"),
-        ("v5e-16", 2, {"slices": 2}, r"data=1 is no multiple of that. Nearest that can be made: data=2 x fsdp=16, or"),
+        ("v5e-16", 2, {"slices": 2}, r"data=1 is not a multiple of that. Nearest that can be made: data=2 x fsdp=16, or"),
         ("v5e-16", 2, {"data": 2, "fsdp": 1, "tensor": 32, "slices": 2}, r"made: data=2 x tensor=16, or"),
     ],
 )

@@ -9,9 +9,9 @@ from ftjax.generate.answer import Generation
 from ftjax.generate.session import Generator
 
 WHITESPACE = {
-    "a space behind": "{} ",
-    "a space before": " {}",
-    "a line break behind": "{}\n",
+    "a trailing space": "{} ",
+    "a leading space": " {}",
+    "a trailing line break": "{}\n",
     "two spaces between words": None,
 }
 

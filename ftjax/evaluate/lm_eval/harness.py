@@ -118,7 +118,7 @@ class FtjaxLM(TemplateLM):
         for number, (_, context, continuation) in enumerate(requests):
             if not continuation or len(continuation) > self.max_length:
                 raise UserError(
-                    f"a continuation of {len(continuation)} tokens; it has 1 to {self.max_length}, the model's context"
+                    f"a continuation of {len(continuation)} tokens; expected 1 to {self.max_length}, the model's context"
                 )
             same[tuple([*context, *continuation][-self.max_length - 1 : -1])].append(number)
         queries = []
