@@ -51,8 +51,8 @@ def choose_mesh(config: Config, model: Model, devices: Sequence[Any], memory: in
         found.append(((not fits, 0 if fits else need, tensor * sequence, tensor, fsdp), (data, fsdp, tensor, sequence), need))
     if not found:
         raise UserError(
-            f"mesh: auto finds no way to divide {count} devices: it must divide the {rows} rows of a microbatch and the "
-            f"model's sizes; set training.global_batch_size to a multiple of {count}, or the sizes of mesh by hand"
+            f"mesh: auto finds no division of {count} devices that fits the {rows} rows of a microbatch and the model's sizes; "
+            f"set training.global_batch_size to a multiple of {count}, or the sizes of mesh by hand"
         )
     (no_room, *_), (data, fsdp, tensor, sequence), need = min(found)
     chosen = MeshConfig(data=slices * data, fsdp=fsdp, tensor=tensor, sequence=sequence, slices=slices)

@@ -24,9 +24,9 @@ def items(*answers):
         (["yes"] * 5 + SENTENCES, "16 of 21 rows"),
         (
             ["no", "yes, and so on and on and on until the line has reached its very end"] * 3,
-            "no classes: such as 'yes, and so",
+            "not classes: such as 'yes, and so",
         ),
-        (["a\nb", "c\nd", "a\nb"], "no classes"),
+        (["a\nb", "c\nd", "a\nb"], "not classes"),
     ],
 )
 def test_free_text_is_no_class(answers, says):
