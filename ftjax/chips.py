@@ -1,7 +1,7 @@
 """The one table of accelerators: peak arithmetic, memory and links, each figure with its source.
 
-Figures are per chip as their makers print them, in plain units: FLOP/s (dense, bfloat16 in, float32 sums), bytes and
-bytes/s of 1000s. A JAX *device* is a chip, or one of its cores (v2, v3, 7x, and v4 without megacore): `Chip.share`.
+Figures are per chip as their makers print them, in plain units: FLOP/s (dense, bfloat16 in, float32 sums), bytes and bytes/s of
+1000s. A JAX *device* is a chip, or one of its cores (v2, v3, 7x, and v4 without megacore): `Chip.share`.
 
 Sources:
 [1] Google Cloud, "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e", "TPU7x (Ironwood)": docs.cloud.google.com/tpu/docs/<version>.
@@ -24,18 +24,18 @@ class Chip:
     """One accelerator.
 
     Attributes:
-        name: as in a topology (`v5e`) or in shops (`H100`).
-        kinds: what `jax.Device.device_kind` says.
+        name: as in a topology (`v5e`) or in product names (`H100`).
+        kinds: values of `jax.Device.device_kind`.
         peak: bfloat16 FLOP/s.
-        hbm: bytes of memory. What a program gets is less: `Device.memory_stats()["bytes_limit"]` knows.
+        hbm: bytes of memory. A program gets less: `Device.memory_stats()["bytes_limit"]`.
         hbm_bandwidth: bytes/s.
-        links: inter-chip links (ICI ports, NVLinks); 0 where chips of a host talk over PCIe only.
-        link_bandwidth: bytes/s of one link in one direction (of PCIe where there are no links).
-        torus: dimensions of the ICI torus; 0 where links meet in a switch.
+        links: inter-chip links (ICI ports, NVLinks); 0 if chips of a host communicate over PCIe only.
+        link_bandwidth: bytes/s of one link in one direction (of PCIe if there are no links).
+        torus: dimensions of the ICI torus; 0 if links meet in a switch.
         chips_per_host: of the usual host of a slice, or server.
         dcn_per_host: bytes/s of a host's network in one direction.
-        cores: tensor cores of a TPU; `Device.num_cores` says how many of them a device is. GPUs count as one.
-        source: where the figures are from, by the numbers above.
+        cores: TensorCores of a TPU; `Device.num_cores` tells how many of them a device is. GPUs count as one.
+        source: source of the figures, by the numbers above.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Chip:
     source: str
 
     def share(self, device: Any) -> float:
-        """How much of the chip a `jax.Device` is: 1, or 0.5."""
+        """Return the share of the chip that a `jax.Device` is: 1, or 0.5."""
         return getattr(device, "num_cores", self.cores) / self.cores
 
     @property
@@ -60,8 +60,8 @@ class Chip:
         return self.dcn_per_host / self.chips_per_host
 
 
-# Links: [1] prints what all ports carry in both directions: v5e 400 GB/s over 4 ports, so 50 GB/s for one in one direction;
-# v6e 800 over 4, v5p and 7x 1200 over 6. Network: v5e hosts have 2 x 100 Gb/s [1], v6e 4 x 200, 7x 2 x 200; v4 is taken to be
+# Links: [1] gives the bandwidth of all ports in both directions: v5e 400 GB/s over 4 ports, so 50 GB/s per port and direction;
+# v6e 800 over 4, v5p and 7x 1200 over 6. Network: v5e hosts have 2 x 100 Gb/s [1], v6e 4 x 200, 7x 2 x 200; v4 is assumed to be
 # as v5p, 200 Gb/s [4]. No figure was found for hosts of v2 and v3: 32 Gb/s is an assumption.
 CHIPS = {
     chip.name: chip
@@ -84,5 +84,5 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`; None for one that is not in the table (a CPU, say)."""
+    """Return the chip of a `jax.Device.device_kind`; None if it is not in the table (a CPU, say)."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)

@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk, so that the second start of a run does not compile again."""
+"""The cache of compiled programs on disk, so that the second start of a run does not compile again."""
 
 import os
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from jax.experimental.compilation_cache import compilation_cache
 
 
 def keep_compiled_programs() -> None:
-    """Use `~/.cache/ftjax/xla` (below FTJAX_CACHE where that is set), unless JAX is already told another place.
+    """Use `~/.cache/ftjax/xla` (under FTJAX_CACHE if set), unless JAX has another cache folder configured.
 
-    A folder that cannot be written only means that nothing is kept. Nothing is kept either of several processes on CPUs: what
-    XLA reads back from disk for them runs its collectives in another order than on the process that compiled it (jaxlib
-    0.10.2), and Gloo ends both.
+    If the folder cannot be written, nothing is cached. Nor is anything cached for several processes on CPUs: programs that XLA
+    loads from disk run their collectives in another order than on the process that compiled them (jaxlib 0.10.2), and Gloo ends
+    both.
     """
-    # Asked first, because it touches no device: `ftjax doctor` comes here before it looks whether there are any.
+    # Checked first, because it uses no device: `ftjax doctor` calls this before it checks whether there are any.
     if jax.distributed.is_initialized() and jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
         return
@@ -29,10 +29,10 @@ def keep_compiled_programs() -> None:
 
 @contextmanager
 def nothing_kept() -> Iterator[None]:
-    """Programs are neither read from disk nor kept: those for devices that are only described cannot be loaded again."""
+    """Disable the cache: programs for devices that are only described cannot be loaded again."""
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX asks only once whether there is a cache
+    compilation_cache.reset_cache()  # JAX checks only once whether there is a cache
     try:
         yield
     finally:

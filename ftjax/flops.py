@@ -1,6 +1,6 @@
-"""Arithmetic that training needs, in closed form: the one definition of MFU that the loop and the plan share.
+"""FLOPs of training in closed form: the one definition of MFU that the loop and the plan share.
 
-FLOPs of one token, forward and backward (a multiplication and an addition are two):
+FLOPs per token, forward and backward (a multiply-add counts two):
 
     F = 4 N + 2 N_t + sum over layers of 12 W K  -  2 N_0 - sum over the layers below of 8 W K
 
@@ -10,17 +10,17 @@ FLOPs of one token, forward and backward (a multiplication and an addition are t
     W    heads x head size of a layer
     K    keys that a token sees, on average: of a document of T tokens (T + 1) / 2, within a window fewer
 
-So full fine-tuning is 6 N and an adapter 4 N_base + 6 N_adapter, plus attention: scores and their sum with the values are
-4 W FLOPs for a query and key forward, twice that backward. Only the pairs that the causal mask, the window and the documents
-of a packed row leave are counted. Counted is what the mathematics needs, whatever is computed besides: the input embedding
-is a look-up and not counted, nor are norms, biases and rotations, nor what remat computes again; of routed experts those
-that a token goes through are. (The lowest layer with anything trained counts as a whole, though no gradient goes to what stands
-before that in the layer.)
+So full fine-tuning is 6 N and an adapter 4 N_base + 6 N_adapter, plus attention: scores and their sum with the values are 4 W
+FLOPs per query and key forward, twice that backward, for the pairs that the causal mask, the window and the documents of a
+packed row leave. The formula counts what the mathematics needs, not what is executed: the input embedding is a look-up and not
+counted, nor are norms, biases and rotations, nor recomputation by remat; of routed experts only those that a token uses are
+counted. (The lowest layer with trained parameters counts as a whole, though no gradient flows to what comes before them in the
+layer.)
 
     MFU = F x tokens/s / (devices x peak of one)    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)
 
-Tokens are those that are not padding, trained or not. (On one device the loss leaves out the words' logits of most tokens
-that are not trained: at most 4 x embed x vocab of F for each, which the convention counts all the same.)
+Tokens are those that are not padding, trained or not. (On one device the loss skips the logits of most tokens that are not
+trained: at most 4 x embed x vocab of F for each, which the convention counts all the same.)
 """
 
 import math
@@ -48,7 +48,7 @@ class TrainFlops:
     Attributes:
         matrices: N.
         trained: N_t.
-        attention: W of all layers together that have one window, by that window (None: no window).
+        attention: W of all layers with one window, by that window (None: no window).
         below: N_0.
         attention_below: W of the layers below, like `attention`.
         reference: N of a second model that only reads the tokens, at 2 N + 4 W K.
@@ -64,11 +64,11 @@ class TrainFlops:
     reference_attention: dict[int | None, int] = field(default_factory=dict)
 
     def per_token(self, length: float) -> float:
-        """F in documents of `length` tokens."""
+        """Return F in documents of `length` tokens."""
         return self._products + sum(width * _mean_keys(length, window) for window, width in self._widths.items())
 
     def of_batch(self, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        """F of all real tokens of packed rows `[..., T]` together, float32 `[]`; positions count from each document's start."""
+        """Return F of all real tokens of packed rows `[..., T]`, float32 `[]`; positions count from each document's start."""
         real = segment_ids > 0
         keys = positions + 1
 
@@ -80,37 +80,37 @@ class TrainFlops:
 
     @property
     def _products(self) -> float:
-        """FLOPs of the matrices' products."""
+        """FLOPs per token of matrix products."""
         return 4.0 * self.matrices + 2.0 * self.trained - 2.0 * self.below + 2.0 * self.reference
 
     @property
     def _widths(self) -> dict[int | None, float]:
-        """FLOPs of attention for each key that a token sees, by window."""
+        """FLOPs of attention per key that a token sees, by window."""
         return {
             window: 12.0 * width - 8.0 * self.attention_below.get(window, 0) + 4.0 * self.reference_attention.get(window, 0)
             for window, width in self.attention.items()
         }
 
     def formula(self, length: int) -> str:
-        """The formula with its numbers, for people."""
+        """Return the formula with its numbers, for people."""
         attention = self.per_token(length) - self._products
         reference = f"+ 2 x {self.reference:.4g} of the reference model " if self.reference else ""
         below = f"- 2 x {self.below:.4g} below the lowest trained layer " if self.below else ""
         return (
-            f"{self.per_token(length):.4g} FLOPs a token = 4 x {self.matrices:.4g} weights + 2 x {self.trained:.4g} trained "
+            f"{self.per_token(length):.4g} FLOPs per token = 4 x {self.matrices:.4g} weights + 2 x {self.trained:.4g} trained "
             f"{below}{reference}+ {attention:.4g} attention (documents of {length} tokens)"
         )
 
 
 def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
-    """The terms for a model with its method.
+    """Compute the terms for a model with its method.
 
     Args:
-        reference: a model of the same layers that reads each token as well.
+        reference: a model of the same layers that reads each token too.
     """
     module = model.bind({path: spec.abstract for path, spec in model.specs.items()})
     nodes = {".".join(map(str, path)): node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Module)}
-    # What a method has put around an embedding is looked up as well.
+    # Parameters that a method adds to an embedding are looked up as well.
     tables = {f"{path.removesuffix('.base')}." for path, node in nodes.items() if isinstance(node, Embedding)}
     tables -= {f"{model.output}."}
     experts = {
@@ -118,7 +118,7 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     }
 
     def weights(spec: Spec) -> float:
-        """Of one parameter, that a token is multiplied with."""
+        """Return the weights of one parameter that a token is multiplied with."""
         used = next((k for path, k in experts.items() if spec.path.startswith(path)), None)
         stacked = ("layers",) if used is None else ("layers", "experts")
         own = [axis for size, axis in zip(spec.shape, spec.row.axes, strict=True) if axis not in stacked and (axis or size > 1)]
@@ -137,7 +137,7 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     attention_below: Counter = Counter()
     for path, stack in nodes.items():
         if isinstance(stack, Stack):
-            widths = {  # of each block: an attention is what has heads and their size
+            widths = {  # of each block: modules with heads and a head size are attention
                 name: sum(n.heads * n.head_dim for inner, n in nodes.items() if _is_attention(inner, n, f"{path}.{name}."))
                 for name in set(stack.choice)
             }
@@ -155,12 +155,12 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
 
 
 def _places(model: Model, nodes: Mapping[str, nnx.Module]) -> tuple[int, dict[str, list[tuple[Piece, int]]]]:
-    """`(the lowest layer with anything trained, the layer of each tensor by its parameter's path)`.
+    """Return `(the lowest layer with trained parameters, the layer of each tensor by its parameter's path)`.
 
-    Layers count from 0; what stands before all of them is at -1, the norm behind them and the projection above them.
+    Layers count from 0; parameters before all of them are at -1, the final norm and the projection above them.
     """
     depth = sum(len(node.kinds) for node in nodes.values() if isinstance(node, Stack))
-    embedding = model.embedding.path if model.embedding.row.trainable else None  # also where it is the projection as well
+    embedding = model.embedding.path if model.embedding.row.trainable else None  # also if it is the projection as well
 
     def place(spec: Spec, piece: Piece) -> int:
         if spec.stacked:
@@ -177,12 +177,12 @@ def _places(model: Model, nodes: Mapping[str, nnx.Module]) -> tuple[int, dict[st
 
 
 def train_flops_per_token(model: Model, length: float) -> float:
-    """F of the module's docstring, for documents of `length` tokens."""
+    """Return F of the module's docstring, for documents of `length` tokens."""
     return train_flops(model).per_token(length)
 
 
 def peak_of(devices: list[jax.Device]) -> float | None:
-    """bfloat16 FLOP/s of these devices together; None where the table of chips does not have them."""
+    """Return the total bfloat16 FLOP/s of these devices; None if the table of chips does not have them."""
     chip = chip_of(devices[0].device_kind)
     return None if chip is None else sum(chip.peak * chip.share(device) for device in devices)
 
@@ -192,7 +192,7 @@ def _is_attention(path: str, node: nnx.Module, below: str) -> bool:
 
 
 def _mean_keys(length: float, window: int | None) -> float:
-    """The mean over t = 1..T of min(t, window)."""
+    """Return the mean over t = 1..T of min(t, window)."""
     if window is None or window >= length:
         return (length + 1) / 2
     return window - window * (window - 1) / (2 * length)

@@ -1,7 +1,7 @@
-"""XLA's flags for training on several NVIDIA GPUs: one table, set before anything touches a device.
+"""XLA flags for training on several NVIDIA GPUs: one table, set before anything uses a device.
 
-A flag that XLA_FLAGS already has is left as it is. The flags hide transfers behind arithmetic; none changes a result but for
-rounding. Source: JAX, "GPU performance tips" (docs.jax.dev/en/latest/gpu_performance_tips.html); XLA, xla/xla.proto.
+A flag that XLA_FLAGS already has stays. The flags overlap communication with computation; they change results only by rounding.
+Source: JAX, "GPU performance tips" (docs.jax.dev/en/latest/gpu_performance_tips.html); XLA, xla/xla.proto.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ FLAGS: dict[str, tuple[str, str]] = {
 
 
 def set_flags(environment: MutableMapping[str, str] = os.environ) -> list[str]:
-    """Add what is missing to XLA_FLAGS where there are NVIDIA GPUs and JAX for them; gives the flags that were added."""
+    """Add the missing flags to XLA_FLAGS if there are NVIDIA GPUs and JAX for them; return the added flags."""
     if not _gpus_here() or environment.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
         return []
     given = environment.get("XLA_FLAGS", "")

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness' own command line, with the model `ftjax` known to it: `python -m ftjax.lm_eval --model ftjax ...`.
+"""lm-evaluation-harness' own command line with the model `ftjax` registered: `python -m ftjax.lm_eval --model ftjax ...`.
 
-lm_eval finds models in its registry only, which has no entry points, so something must import this one before.
+lm_eval finds models only in its registry, which has no entry points, so something must import this model first.
 """
 
 import sys
@@ -10,7 +10,7 @@ from ftjax.evaluate.extra import need
 
 
 def main() -> None:
-    """Every option is lm_eval's; exit code 2 where the user's input is wrong."""
+    """Run lm_eval with its own options; exit with code 2 if the user's input is wrong."""
     try:
         command = need("lm_eval.__main__", "python -m ftjax.lm_eval")
         need("ftjax.evaluate.lm_eval.harness", "python -m ftjax.lm_eval")  # registers the model

@@ -1,4 +1,4 @@
-"""Devices in a mesh, and the one table that says which logical axis lies along which mesh axis."""
+"""The device mesh, and the one table of rules that map logical axes to mesh axes."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -10,50 +10,50 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ftjax.config import MeshConfig
 from ftjax.errors import UserError
-from ftjax.placement import ORDER, arrange, in_slices, lies, tpu_slices
+from ftjax.placement import ORDER, arrange, in_slices, near_along, tpu_slices
 from ftjax.torus import Near, Torus
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
-# Logical axis -> mesh axes. `None` (and any axis that is not listed) is replicated. Of two dimensions of one array that lie
-# along the same mesh axis the first has it: experts' weights have whole experts along `expert`, all others their `embed`.
+# Logical axis -> mesh axes. `None` (and any axis that is not listed) is replicated. If two dimensions of an array map to the
+# same mesh axis, the first takes it: experts' weights have whole experts along `expert`, all others their `embed`.
 RULES: dict[str, tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
     "vocab": ("tensor",),
-    "loss_vocab": ("tensor", "fsdp", "expert"),  # the output projection while the loss is computed (ftjax.objectives.sft)
+    "loss_vocab": ("tensor", "fsdp", "expert"),  # the output projection during the loss (ftjax.objectives.sft)
     "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    "wide": ("tensor", "fsdp", "expert"),  # an adapter's heads, kv_heads or mlp: its matrix has no `embed` to cut
+    "wide": ("tensor", "fsdp", "expert"),  # an adapter's heads, kv_heads or mlp: its matrix has no `embed` to shard
     "experts": ("expert",),
     "layers": None,
     "norm": None,
     "rank": None,
 }
-CUT = ("fsdp", "expert")  # the mesh axes along which dense weights are cut to save memory
+CUT = ("fsdp", "expert")  # mesh axes that dense weights are sharded along to save memory
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh of `AXES` over all devices; slices lie along `data`, the axis with the least traffic.
+    """Build the mesh of `AXES` over all devices, with slices along `data`, the axis with the least traffic.
 
-    Raises UserError, with the nearest sizes that can be made, where the sizes do not multiply to the number of devices or the
-    slices do not divide `data`, and where TPUs do not lie in so many slices.
+    Raises UserError, with the nearest possible sizes, if the sizes do not multiply to the number of devices, if the slices do
+    not divide `data`, or if the TPUs are not in that many slices.
     """
     devices = jax.devices() if devices is None else devices
     slices = config.slices
     if config.auto and slices == 1:
         slices = tpu_slices(devices) or 1
-    in_slices(devices, slices)  # a wrong number of slices is said first: it decides what the sizes may be
+    in_slices(devices, slices)  # check the number of slices first: it decides which sizes are possible
     asked = {axis: getattr(config, axis) for axis in AXES}
-    if config.auto:  # without a batch to choose by: weights are spread within slices
+    if config.auto:  # without a batch to choose by, shard weights within slices
         asked["data"] = slices
     return Mesh(arrange(_sizes(asked, slices, len(devices)), devices, slices), AXES)
 
 
 def _sizes(asked: Mapping[str, int], slices: int, devices: int) -> dict[str, int]:
-    """Of all axes, none of them open."""
+    """Return the sizes of all axes, none of them -1."""
     open_axis = next((axis for axis, size in asked.items() if size == -1), None)
     fixed = math.prod(size for size in asked.values() if size != -1)
     sizes = {axis: devices // fixed if axis == open_axis else size for axis, size in asked.items()}
@@ -68,14 +68,14 @@ def _sizes(asked: Mapping[str, int], slices: int, devices: int) -> dict[str, int
         raise UserError(f"mesh: {said} does not use {devices} device(s) exactly: {why}. {near}")
     if sizes["data"] % slices:
         raise UserError(
-            f"mesh.slices: {slices} slices lie along data, and data={sizes['data']} is no multiple of that. "
+            f"mesh.slices: {slices} slices are placed along data, and data={sizes['data']} is not a multiple of that. "
             f"{_nearest(asked, devices, slices)}"
         )
     return sizes
 
 
 def _nearest(asked: Mapping[str, int], devices: int, slices: int) -> str:
-    """The meshes that can be made and change least of what was asked, `data` and `fsdp` sooner than the other axes."""
+    """Name the possible meshes that change least of what was asked, `data` and `fsdp` sooner than the other axes."""
     weights = dict(zip(ORDER, range(len(ORDER), 0, -1), strict=True))
 
     def far(sizes: tuple[int, ...]) -> float:
@@ -91,7 +91,7 @@ def _nearest(asked: Mapping[str, int], devices: int, slices: int) -> str:
 
 
 def divisions(devices: int, axes: int) -> Iterator[tuple[int, ...]]:
-    """All ways to divide the devices among so many axes."""
+    """Yield all ways to divide the devices among so many axes."""
     if axes == 1:
         yield (devices,)
         return
@@ -105,19 +105,19 @@ def _words(sizes: Mapping[str, int]) -> str:
 
 
 def describe(mesh: Mesh) -> str:
-    """`fsdp=4 x tensor=2`: the axes with more than one device."""
+    """Format the axes with more than one device: `fsdp=4 x tensor=2`."""
     return _words(mesh.shape)
 
 
 class Crossing(NamedTuple):
-    """Whether devices along an axis belong to different processes (a host runs one), and to different TPU slices."""
+    """Whether devices along an axis belong to different processes (one per host), and to different TPU slices."""
 
     hosts: bool
     slices: bool
 
 
 def crossings(mesh: Mesh) -> dict[str, Crossing]:
-    """What each axis crosses."""
+    """Return what each axis crosses."""
     found = {}
     for number, axis in enumerate(mesh.axis_names):
         lines = np.moveaxis(mesh.devices, number, -1).reshape(-1, mesh.devices.shape[number])
@@ -127,18 +127,18 @@ def crossings(mesh: Mesh) -> dict[str, Crossing]:
 
 
 def nearness(mesh: Mesh) -> dict[str, Near] | None:
-    """How the devices along each axis lie in the network of a TPU slice; None where that is not known."""
+    """Return how near the devices along each axis are in the network of a TPU slice; None if that is not known."""
     slices = tpu_slices(list(mesh.devices.flat))
     if slices is None:
         return None
     block = mesh.devices[: mesh.shape["data"] // slices]
     devices = list(block.flat)
     torus = Torus.of(devices)
-    return None if torus is None or torus.grid(devices) is None else lies(block, mesh.axis_names, torus)
+    return None if torus is None or torus.grid(devices) is None else near_along(block, mesh.axis_names, torus)
 
 
 def notes(mesh: Mesh) -> list[str]:
-    """What the mesh costs beside one whose axes all lie on rings of neighbours; a sentence for each way."""
+    """Describe the costs of the mesh compared with one with all axes on rings of neighbours, a sentence each."""
     first = mesh.devices.flat[0]
     named = {axis: f"{axis}={size}" for axis, size in mesh.shape.items()}
     if first.platform == "gpu":
@@ -147,31 +147,31 @@ def notes(mesh: Mesh) -> list[str]:
     near = nearness(mesh)
     if near is None:
         alone = first.platform != "tpu" or mesh.size == 1
-        return [] if alone else ["these chips are no whole box of a slice, so neighbours in the mesh need not be neighbours"]
+        return [] if alone else ["these chips do not fill a box of a slice, so neighbours in the mesh need not be neighbours"]
     apart = {axis: found for axis, found in near.items() if found.hops > 1}
     lines = [named[axis] for axis, found in near.items() if found.hops == 1 and not found.ring]
     said = [
         f"{named[axis]}: the chips of a group are up to {found.hops} hops apart and share links with other groups: "
-        f"{found.links:.2g} link(s) each, where neighbours in a ring have 2"
+        f"{found.links:.2g} link(s) each, and neighbours in a ring have 2"
         for axis, found in apart.items()
     ]
     if lines:
-        said.append(f"{' and '.join(lines)}: on a line of neighbours that does not close, with 1 link each where a ring has 2")
+        said.append(f"{' and '.join(lines)}: on a line of neighbours that does not close, with 1 link each, and a ring has 2")
     return said
 
 
 def parts(sizes: Mapping[str, int], *axes: str) -> int:
-    """Into how many parts dimensions with these logical axes are cut by a mesh of these sizes (`mesh.shape`)."""
+    """Return the number of shards of dimensions with these logical axes on a mesh of these sizes (`mesh.shape`)."""
     return math.prod(sizes[name] for axis in axes for name in RULES[axis] or ())
 
 
 def _rules(
     axes: tuple[str | None, ...], shape: tuple[int, ...] | None = None, sizes: Mapping[str, int] | None = None
 ) -> list[tuple[str, ...]]:
-    """The mesh axes of each dimension; none where it is replicated.
+    """Return the mesh axes of each dimension; none if it is replicated.
 
     Args:
-        shape: of the array on a mesh of these `sizes`; a `wide` dimension that does not divide is not cut to save memory.
+        shape: of the array on a mesh of these `sizes`; a `wide` dimension that does not divide is not sharded to save memory.
     """
     used: set[str] = set()
     found = []
@@ -185,14 +185,14 @@ def _rules(
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """The PartitionSpec of an array whose dimensions have these logical axes."""
+    """Return the PartitionSpec of an array whose dimensions have these logical axes."""
     return PartitionSpec(*(rule or None for rule in _rules(axes)))
 
 
 def sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
-    """Where the array `name` lies.
+    """Return the sharding of the array `name`.
 
-    Raises UserError, with the nearest sizes that work, where a dimension does not divide by its mesh axes.
+    Raises UserError, with the nearest sizes that work, if a dimension does not divide by its mesh axes.
     """
     rules = _rules(axes, shape, mesh.shape)
     for size, axis, rule in zip(shape, axes, rules, strict=True):
@@ -217,18 +217,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def fitting(mesh: Mesh | jax.sharding.AbstractMesh, axis: str, size: int) -> tuple[str, ...] | None:
-    """The mesh axes of a logical axis where a dimension of this size divides by them; otherwise None: replicated."""
+    """Return the mesh axes of a logical axis if a dimension of this size divides by them; otherwise None: replicated."""
     rule = RULES.get(axis)
     return rule if rule and size % parts(mesh.shape, axis) == 0 else None
 
 
 def constrain(x: jax.Array, *axes: str | None, without: tuple[str, ...] = ()) -> jax.Array:
-    """Lay an activation out by its logical axes, under `jax.set_mesh`; a dimension that does not divide stays replicated.
+    """Constrain the sharding of an activation by its logical axes, under `jax.set_mesh`.
 
-    Without a mesh (or with one device, or inside `shard_map`, where each device has its part) this is the identity.
+    A dimension that does not divide stays replicated. Without a mesh (or with one device, or inside `shard_map`, where each
+    device has its shard) this is the identity.
 
     Args:
-        without: mesh axes along which the array is whole all the same.
+        without: mesh axes that the array is not sharded along.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:

@@ -1,7 +1,7 @@
-"""The network of a slice: where each chip is, which dimensions close to rings, and how near to each other a group lies.
+"""The network of a slice: positions of chips, dimensions that close to rings, and the distances within a group.
 
-TPU chips sit in a grid of two or three dimensions and have a link to each neighbour. Devices that are one of a chip's two cores
-(2 and 3, 7x) have one dimension more.
+TPU chips form a grid of two or three dimensions and have a link to each neighbour. Devices that are one of a chip's two cores
+(2 and 3, 7x) have one more dimension.
 """
 
 import math
@@ -14,18 +14,18 @@ import numpy as np
 
 from ftjax.chips import chip_of
 
-# The two cores of a 7x chip are joined by what carries six times as much as a link: docs.cloud.google.com/tpu/docs/tpu7x.
+# The connection of a 7x chip's two cores has the bandwidth of six links: docs.cloud.google.com/tpu/docs/tpu7x.
 CORE_LINKS = 6.0
 Place = tuple[int, ...]
 
 
 class Near(NamedTuple):
-    """How a group of devices lies.
+    """Distances within a group of devices.
 
     Attributes:
-        hops: links from each to the next of the group; 1 where none of another group is between them.
-        links: over which each of them receives at the same time; below 1 where groups share a link.
-        ring: whether there is a way round over all of them.
+        hops: links from each device to the next of the group; 1 if none of another group is between them.
+        links: links over which each device receives at the same time; below 1 if groups share a link.
+        ring: whether there is a ring through all of them.
     """
 
     hops: int
@@ -34,8 +34,8 @@ class Near(NamedTuple):
 
 
 def closes(torus: int, shape: Sequence[int]) -> tuple[bool, ...]:
-    """Which dimensions close to rings: in a v5e's or v6e's pod those of 16 chips; in a v4, v5p or v7x slice that is made of
-    whole cubes of 4 x 4 x 4, all three.
+    """Return which dimensions close to rings: in a v5e or v6e pod those of 16 chips; in a v4, v5p or v7x slice of whole cubes
+    of 4 x 4 x 4, all three.
 
     Args:
         torus: dimensions of the chip's torus (`Chip.torus`).
@@ -55,7 +55,7 @@ class Torus:
 
     @classmethod
     def of(cls, devices: Sequence[Any]) -> "Torus | None":
-        """The smallest box around these devices of one slice; None where they do not say where they are."""
+        """Return the smallest box around these devices of one slice; None if they do not have coordinates."""
         if getattr(devices[0], "coords", None) is None:
             return None
         places = np.array([_place(device) for device in devices])
@@ -69,21 +69,21 @@ class Torus:
         return tuple(at - low for at, low in zip(_place(device), self.origin, strict=True))
 
     def grid(self, devices: Sequence[Any]) -> np.ndarray | None:
-        """The devices in their places; None where they do not fill the box, or two are in one place."""
+        """Return the devices by position; None if they do not fill the box, or two have the same position."""
         found = np.empty(self.shape, dtype=object)
         for device in devices:
             found[self.place(device)] = device
         return found if len(devices) == found.size and all(device is not None for device in found.flat) else None
 
     def links(self, counts: Sequence[int], steps: Sequence[int]) -> float:
-        """Links over which each device of a group receives, the worst one's, by the chip's.
+        """Return the links over which each device of a group receives, for the worst device, up to those of the chip.
 
-        A ring has two, a line one, at its ends; what goes over `steps` links at a time shares each with as many groups. What
-        both cores of a chip need comes to it once.
+        A ring has two links, a line one, at its ends; a path over `steps` links at a time shares each with as many groups. Data
+        that both cores of a chip need arrives once.
 
         Args:
             counts: devices of the group along each dimension.
-            steps: from one to the next.
+            steps: distance from one to the next.
         """
         *chips, cores = zip(counts, steps, self.shape, strict=True)
         closed = zip(chips, self.closed, strict=False)
@@ -91,7 +91,7 @@ class Torus:
         return float(total * cores[0] or (CORE_LINKS if cores[0] > 1 else 0))
 
     def near(self, places: Iterable[Place]) -> Near:
-        """How the devices in these places lie to each other."""
+        """Return the distances within the group of devices at these positions."""
         points = np.array(sorted(set(places)))
         return _near(self, tuple(map(tuple, (points - points.min(0)).tolist())))
 
@@ -126,7 +126,7 @@ def _near(torus: Torus, places: tuple[Place, ...]) -> Near:
 
 
 def _joined(links: np.ndarray) -> bool:
-    """Whether each can be reached from the first."""
+    """Return whether each device can be reached from the first."""
     reached = links[0]
     while (more := links[reached].any(0)).sum() > reached.sum():
         reached = more

@@ -1,4 +1,4 @@
-"""Before anything is trained, the processes make sure that they mean the same run and see one folder."""
+"""Checks before training that all processes run the same configuration and see the same folder."""
 
 import json
 import secrets
@@ -11,15 +11,15 @@ from ftjax.distributed import store
 from ftjax.errors import UserError
 
 SHOWN = 12  # differences that a message names
-LOOK = 30.0  # seconds until a file that one host wrote must be seen by the others
+LOOK = 30.0  # seconds until the other hosts must see a file that one host wrote
 
 
 def agree(about: str, facts: Mapping[str, Any]) -> None:
-    """Go on when every process has come with the same facts; all call it.
+    """Return when every process has called this with the same facts; all call it.
 
     Args:
         about: what the facts describe, for the message.
-        facts: JSON by names that a person understands, such as `optimizer.learning_rate`.
+        facts: JSON by readable names, such as `optimizer.learning_rate`.
 
     Raises UserError, on each process that differs from process 0, naming the differences.
     """
@@ -43,16 +43,16 @@ def agree(about: str, facts: Mapping[str, Any]) -> None:
 
 
 def digest(*values: Any) -> str:
-    """Of values whose `repr` says all that matters of them."""
+    """Return a digest of values whose `repr` is complete."""
     return sha256(repr(values).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def see_one_folder(folder: Any, setting: str) -> None:
-    """Go on when every process sees the folder of process 0; all call it, after process 0 has made the folder.
+    """Return when every process sees the folder of process 0; all call it, after process 0 has created the folder.
 
     Args:
         folder: an `epath.Path` of this process.
-        setting: what names the folder in the configuration, for the message.
+        setting: the name of the folder's setting, for the message.
 
     Raises UserError, on each process that does not see it.
     """
@@ -79,7 +79,7 @@ def see_one_folder(folder: Any, setting: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
+    """Return the value as JSON would return it."""
     return json.loads(json.dumps(value))
 
 

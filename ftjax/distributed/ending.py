@@ -1,7 +1,7 @@
-"""How several processes end together: what stops one of them is said by all, soon, and with one exit code.
+"""Joint failure of several processes: if one stops, all report why, soon, and exit with the same code.
 
-A process that fails would otherwise leave the others in a transfer that waits for it. It posts what happened, waits until the
-others have read it, and ends at once; a thread in each of the others looks for such posts.
+Otherwise a process that fails would leave the others in a collective that waits for it. It posts what happened, waits until the
+others have read it, and exits at once; a thread in each of the others polls for such posts.
 """
 
 import os
@@ -17,23 +17,23 @@ from ftjax.distributed import store
 from ftjax.errors import UserError
 
 FAILED, TOLD = "ftjax/failed", "ftjax/told"
-# What an error says that is only what the end of another process looks like from here.
+# Words of errors that are only consequences of another process's exit.
 BROKEN = (
     "Gloo", "NCCL", "Connection reset", "Connection closed", "Socket closed", "Broken pipe", "UNAVAILABLE", "heartbeat",
     "coordination service", "CoordinationService",
 )  # fmt: skip
-LOOK = 0.5  # seconds between two looks for what others posted
-PATIENCE = 10.0  # seconds that a process which ends waits until the others have read why
+LOOK = 0.5  # seconds between two polls for posts of others
+PATIENCE = 10.0  # seconds that an exiting process waits for the others to read why
 
-_ending = threading.Lock()  # taken by the first that ends this process, and never released
+_ending = threading.Lock()  # taken by the first thread that ends this process, and never released
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Around all that the processes do jointly: when one fails, all end, with its message and its exit code.
+def fail_together() -> Iterator[None]:
+    """Wrap joint work: if one process fails, all exit with its message and its exit code.
 
-    One process alone raises as ever. Of several, each ends within a few seconds after the first has failed; where one dies
-    without a word, within `ftjax.distributed.join.HEARTBEAT` seconds, or as soon as a transfer from it breaks.
+    A single process raises as usual. With several, all exit within a few seconds after the first failure; if one dies silently,
+    within `ftjax.distributed.join.HEARTBEAT` seconds, or as soon as a collective with it breaks.
     """
     if not store.several():
         yield
@@ -42,7 +42,7 @@ def together() -> Iterator[None]:
     threading.Thread(target=_watch, args=(done,), name="watch-others", daemon=True).start()
     try:
         yield
-        store.wait_for_all("done")  # the first may still write files, and may fail
+        store.wait_for_all("done")  # the first process may still write files, and may fail
     except SystemExit:
         store.wait_for_all("done")
         raise
@@ -53,16 +53,16 @@ def together() -> Iterator[None]:
 
 
 def asked_to_stop(step: int) -> bool:
-    """Whether all processes are to save and stop after this update: one of them got SIGTERM. All call it at every update."""
+    """Return whether all processes must save and stop after this update, as one got SIGTERM; all call it at every update."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(step)
 
 
 def fail(error: BaseException) -> None:
-    """End this process and all others because of an error here; from any thread."""
+    """End this process and all others because of an error here; callable from any thread."""
     code, message = _described(error)
-    if message is None:  # a transfer broke: another process may have said why, or does so in a moment
+    if message is None:  # a collective broke: another process posts why, or has done so
         start = time.monotonic()
         while time.monotonic() - start < 2 * LOOK + 1:
             if others := _failures():
@@ -70,13 +70,13 @@ def fail(error: BaseException) -> None:
             time.sleep(LOOK / 5)
         message = (
             f"another process of this run has ended or cannot be reached ({_first_line(error)}). Its own output says why. The "
-            "last checkpoint is whole: start the same command on all hosts again to go on from it"
+            "last checkpoint is intact: start the same command on all hosts again to resume from it"
         )
     _end({str(store.index()): {"host": socket.gethostname(), "code": code, "message": message}}, own=True)
 
 
 def _described(error: BaseException) -> tuple[int, str | None]:
-    """The exit code, and the message; None where the error is only what another's end looks like from here."""
+    """Return the exit code and the message; None as message if the error is only a consequence of another's exit."""
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -90,12 +90,12 @@ def _described(error: BaseException) -> tuple[int, str | None]:
 
 
 def _watch(done: threading.Event) -> None:
-    """Look for what others posted, until `done`."""
+    """Poll for posts of others until `done`."""
     silent = 0
     while not done.wait(LOOK):
         try:
             failures = _failures()
-        except Exception:  # the service is in process 0: without it there is nobody to ask
+        except Exception:  # the service is in process 0: if it is gone, so is that process
             silent += 1
             if silent == 3 and not done.is_set():
                 _end({"0": {"host": "?", "code": 1, "message": "it has ended or cannot be reached"}}, heard=False)
@@ -106,16 +106,16 @@ def _watch(done: threading.Event) -> None:
 
 
 def _failures() -> dict[str, Any]:
-    """What other processes posted, by their numbers."""
+    """Return the posts of other processes, by process index."""
     own = str(store.index())
     return {process: post for process, post in store.under(FAILED).items() if process != own}
 
 
 def _end(failures: dict[str, Any], *, own: bool = False, heard: bool = True) -> None:
-    """Say what failed and leave, without the exit handlers, which would wait for the others.
+    """Print what failed and exit, without the exit handlers, which would wait for the others.
 
     Args:
-        own: the failure is this process's: post it.
+        own: the failure is this process's own: post it.
         heard: the service still answers.
     """
     _ending.acquire()
@@ -124,15 +124,15 @@ def _end(failures: dict[str, Any], *, own: bool = False, heard: bool = True) -> 
     sys.stderr.flush()
     sys.stdout.flush()
     if heard:
-        with suppress(Exception):  # the service is gone, and nobody can be told
+        with suppress(Exception):  # the service is gone, so nobody can read it
             _tell(failures[str(store.index())] if own else None)
     os._exit(max(post["code"] for post in failures.values()))
 
 
 def _tell(post: Any | None) -> None:
-    """Post why this process ends, where it is the one that failed, and wait until others have read it.
+    """Post why this process exits, if it is the one that failed, and wait until others have read it.
 
-    The first process has the service in it, without which JAX aborts the others, so it leaves last.
+    The first process hosts the service, without which JAX aborts the others, so it exits last.
     """
     first = store.index() == 0
     if post is not None:
@@ -146,7 +146,7 @@ def _tell(post: Any | None) -> None:
             break
         time.sleep(LOOK / 10)
     if first:
-        time.sleep(LOOK)  # for the others to be gone
+        time.sleep(LOOK)  # until the others have exited
     else:
         store.put(f"{TOLD}/{store.index()}", True)
 

@@ -1,8 +1,8 @@
-"""Several processes as one run: `jax.distributed`, started by itself where a cluster is recognised.
+"""Several processes as one run: start `jax.distributed` if a cluster is detected.
 
-One process a host is the rule (and the only way on TPUs). Recognised are, in this order: what the command line says; the
-environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; a step of SLURM with several tasks;
-Cloud TPU, as a VM or on GKE, one slice or several. Anything else is a single process.
+Usually there is one process per host (always on TPUs). A cluster is detected from, in this order: the command line; the
+environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; a SLURM step with several tasks; Cloud TPU,
+as a VM or on GKE, one slice or several. Anything else is a single process.
 """
 
 import importlib.util
@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from ftjax.cpu_threads import set_threads
-from ftjax.distributed.ending import together
+from ftjax.distributed.ending import fail_together
 from ftjax.errors import UserError
 
-HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead and the others are stopped
-GATHERING = 300  # seconds that the first process waits for the last
+HEARTBEAT = 20  # seconds without a heartbeat after which a process counts as dead and the others are stopped
+GATHERING = 300  # seconds that the first process waits for the last one
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 OPTIONS = ("--coordinator", "--num-processes", "--process-id")
 
 
 def alone(verb: str) -> None:
-    """UserError on all processes but the first, for a verb that one process does and whose files others would write too."""
+    """Raise UserError on all processes but the first, for a verb whose files several processes would all write."""
     asked = explicit(None, None, None, os.environ)
     number, by, unset = (0, "", "") if asked is None else (asked["process_id"], VARIABLES[2], ", ".join(VARIABLES))
     if asked is None and _slurm_tasks(os.environ) > 1:
@@ -40,24 +40,24 @@ def alone(verb: str) -> None:
 
 @contextmanager
 def joined(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> Iterator[None]:
-    """Around the whole work of a verb: join the other processes, if there are any, and end together when one fails.
+    """Wrap the whole work of a verb: join the other processes, if there are any, and exit together if one fails.
 
     Args and errors are those of `start`. A single process does not import JAX here.
     """
     start(coordinator, num_processes, process_id)
-    with together():
+    with fail_together():
         yield
 
 
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Join the other processes, if there are any; call it before anything touches a device.
+    """Join the other processes, if there are any; call it before anything uses a device.
 
     Args:
         coordinator: `host:port` of process 0, the same on all.
-        num_processes: of the whole run.
-        process_id: of this one, from 0.
+        num_processes: number of processes of the run.
+        process_id: index of this process, from 0.
 
-    Raises UserError where the three are not complete or make no sense, or the others do not come.
+    Raises UserError if the three are incomplete or invalid, or the others do not join.
     """
     asked = explicit(coordinator, num_processes, process_id, os.environ)
     if asked is None:
@@ -75,7 +75,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     try:
         with _interruptible():
             jax.distributed.initialize(**asked, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=GATHERING)
-    except Exception as error:  # grpc, metadata servers and sockets raise what they like
+    except Exception as error:  # grpc, metadata servers and sockets raise errors of many types
         raise UserError(
             f"the processes of this run could not be joined ({_first_line(error)}). Check that {check}, and that its port can "
             "be reached from all hosts"
@@ -83,7 +83,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
 
 
 def _waiting(asked: Mapping[str, Any], environment: Mapping[str, str], options: bool) -> tuple[str, str]:
-    """`(what is waited for, what to look at where it does not come)`; the first is empty for a single process."""
+    """Return `(what is awaited, what to check if it does not come)`; the first is empty for a single process."""
     if "coordinator_address" not in asked:
         tasks = _slurm_tasks(environment)
         whom = f"all {tasks} tasks of this step of SLURM" if tasks > 1 else "all hosts of this TPU"
@@ -98,7 +98,7 @@ def _waiting(asked: Mapping[str, Any], environment: Mapping[str, str], options: 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends the process at once: Python sees no signal while it waits in C++."""
+    """Let Ctrl-C end the process at once: Python handles no signal while it waits in C++."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -112,7 +112,7 @@ def _interruptible() -> Iterator[None]:
 def explicit(
     coordinator: str | None, num_processes: int | None, process_id: int | None, environment: Mapping[str, str]
 ) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` is to be given, where the command line or JAX's variables say it."""
+    """Return the arguments of `jax.distributed.initialize` from the command line or JAX's variables; None without these."""
     names = OPTIONS
     if coordinator is None and num_processes is None and process_id is None:
         names = VARIABLES
@@ -124,7 +124,7 @@ def explicit(
                 return None
             missing = ", ".join(name for name in VARIABLES if name not in given)
             raise UserError(
-                f"{', '.join(given)} is set, and what belongs to it is missing: {missing}; set all three on every host, or "
+                f"{', '.join(given)} is set, but these are missing: {missing}; set all three on every host, or "
                 "none for a single process"
             )
         coordinator = environment[VARIABLES[0]]
@@ -153,10 +153,10 @@ def explicit(
 
 
 def detect(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` is to be given in a cluster; None where there is none."""
+    """Return the arguments of `jax.distributed.initialize` in a cluster; None if there is none."""
     if _slurm_tasks(environment) > 1:
         method: dict[str, Any] = {"cluster_detection_method": "slurm"}
-        # JAX takes a task of SLURM to be one GPU; a single task on a host has all of that host's.
+        # JAX takes a SLURM task to be one GPU; a single task on a host has all of the host's GPUs.
         gpus = environment.get("SLURM_GPUS_ON_NODE", "")
         if gpus.isdecimal() and environment.get("SLURM_STEP_TASKS_PER_NODE", "").startswith(("1(", "1,")):
             method["local_device_ids"] = list(range(int(gpus)))
@@ -167,13 +167,13 @@ def detect(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _slurm_tasks(environment: Mapping[str, str]) -> int:
-    """Tasks of the step of SLURM that this process belongs to."""
+    """Return the tasks of the SLURM step of this process."""
     count = environment.get("SLURM_STEP_NUM_TASKS", "")
     return int(count) if count.isdecimal() else 1
 
 
 def _tpu_here() -> bool:
-    """Whether this host has TPU chips and their driver."""
+    """Return whether this host has TPU chips and their driver."""
     chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
     return chips and importlib.util.find_spec("libtpu") is not None
 

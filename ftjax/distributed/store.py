@@ -1,6 +1,6 @@
-"""What processes tell each other in words: the key-value store of JAX's coordination service, which needs no device.
+"""Messages between processes: the key-value store of JAX's coordination service, which needs no device.
 
-JAX has no public name for it; Orbax uses it by the same private one.
+JAX has no public name for it; Orbax uses the same private one.
 """
 
 import itertools
@@ -11,13 +11,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-_DAY = 24 * 3600 * 1000  # milliseconds: who does not come at all is noticed by its heartbeat, long before
+_DAY = 24 * 3600 * 1000  # milliseconds: long before, the heartbeat notices a process that never comes
 
 _numbers = itertools.count()
 
 
 def _state() -> Any | None:
-    """JAX's record of the processes; None where there is only this one. Does not import JAX."""
+    """Return JAX's record of the processes; None if this is the only one. Does not import JAX."""
     if "jax" not in sys.modules:
         return None
     from jax._src.distributed import global_state
@@ -26,57 +26,57 @@ def _state() -> Any | None:
 
 
 def several() -> bool:
-    """Whether this process is one of several that were joined."""
+    """Return whether this process is one of several that were joined."""
     return _state() is not None
 
 
 def index() -> int:
-    """The number of this process, from 0; asks no device."""
+    """Return the index of this process, from 0; uses no device."""
     state = _state()
     return 0 if state is None else state.process_id
 
 
 def count() -> int:
-    """How many processes were joined."""
+    """Return the number of joined processes."""
     state = _state()
     return 1 if state is None else state.num_processes
 
 
 def name(process: int | None = None, host: str | None = None) -> str:
-    """`process 1 of 4 (host)`: this one where nothing is given."""
+    """Format as `process 1 of 4 (host)`; this process by default."""
     return f"process {index() if process is None else process} of {count()} ({host or socket.gethostname()})"
 
 
 def new_name(about: str) -> str:
-    """A name that was not used before and is the same on all processes, which come here in the same order."""
+    """Return a new name that is the same on all processes, which must call this in the same order."""
     return f"ftjax/{about}/{next(_numbers)}"
 
 
 def put(key: str, value: Any) -> None:
-    """Make JSON known under a key that nobody has written yet."""
+    """Store JSON under a key that nobody has written yet."""
     _state().client.key_value_set(key, json.dumps(value))
 
 
 def wait_for(key: str) -> Any:
-    """The JSON of a key, as soon as it is there."""
+    """Return the JSON of a key as soon as it is written."""
     return json.loads(_interruptible(_state().client.blocking_key_value_get, key))
 
 
 def under(folder: str) -> dict[str, Any]:
-    """The JSON of all keys `folder/NAME` that are there, by NAME."""
+    """Return the JSON of all existing keys `folder/NAME`, by NAME."""
     found = _state().client.key_value_dir_get(folder)
     return {key.rpartition("/")[2]: json.loads(value) for key, value in found}
 
 
 def wait_for_all(about: str) -> None:
-    """Go on when every process has come here."""
+    """Return when every process has called this."""
     _interruptible(_state().client.wait_at_barrier, new_name(about))
 
 
 def _interruptible(call: Callable[[str, int], Any], key: str) -> Any:
-    """What the call gives, which may take as long as another process takes; Ctrl-C ends the waiting.
+    """Return the result of a call that may wait for another process; Ctrl-C ends the wait.
 
-    The call waits in C++, where Python sees no signal; another thread's end is waited for in Python.
+    The call waits in C++, where Python handles no signal; Python can wait for a thread that makes the call.
     """
     ended: list[tuple[Any, Exception | None]] = []
 
@@ -96,7 +96,7 @@ def _interruptible(call: Callable[[str, int], Any], key: str) -> Any:
 
 
 def from_first(about: str, value: Any) -> Any:
-    """The JSON that process 0 came with, on all processes; all call it."""
+    """Return the JSON of process 0 on all processes; all call it."""
     if not several():
         return value
     key = new_name(about)

@@ -1,4 +1,4 @@
-"""`ftjax evaluate`: a model on data, with intervals, and beside its base model."""
+"""`ftjax evaluate`: evaluate a model on data, with confidence intervals, and compare it with its base model."""
 
 import re
 from collections.abc import Sequence
@@ -31,16 +31,16 @@ def evaluate(
     task: str | None = None, limit: int | None = None, out: Path | None = None, compare_base: bool = False,
     allow_code_execution: bool = False, as_json: bool = False, console: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure, print, and write `results.json` and `predictions.jsonl`; the results come back.
+    """Evaluate, print, and write `results.json` and `predictions.jsonl`; return the results.
 
     Args:
         target: a run, a configuration file, a model or a PEFT folder (`find_target`).
         overrides: `key=value`; the next three are short for evaluate.data, evaluate.task and evaluate.limit.
-        out: the folder to write; None: `evaluation/TASK-DATA` in the run's folder, or here.
-        compare_base: measure the base model on the same rows too, with a paired test.
-        allow_code_execution: `code` runs what the model wrote.
+        out: the folder to write; None for `evaluation/TASK-DATA` in the run's folder, or in the current one.
+        compare_base: evaluate the base model on the same rows too, with a paired test.
+        allow_code_execution: the task `code` may run what the model wrote.
 
-    Raises UserError where the target, the data, the task or a package is wrong or missing.
+    Raises UserError if the target, the data, the task or a package is wrong or missing.
     """
     console = console or make_console(stderr=as_json, quiet=store.index() > 0)
     given = {"data": data, "task": task, "limit": limit}
@@ -70,7 +70,7 @@ def evaluate(
         tokenizer = generator.tokenizer
         with _bar(one.name) as progress:
             measured[label] = measure(generator, items, found.config, progress)
-        generator = None  # the next model needs its memory
+        generator = None  # free its memory for the next model
     results = {
         "model": found.name, "task": settings.task, "data": described, "rows": len(items), "rows_left_out": left_out,
         **_summary(measured["tuned"], settings), "confidence": settings.confidence, "warnings": warnings,
@@ -112,7 +112,7 @@ def _quoted(value: Any) -> str:
 
 
 def _name(target: Target, task: str, place: Sequence[str], part: str) -> str:
-    """Of the folder: of the task, the data, and the model where it is no run's `final/`."""
+    """Return the folder's name: the task, the data, and the model unless it is a run's `final/`."""
     which = "" if target.run and target.name.endswith("final") else f"{Path(target.name).name}-"
     path = Path(place[0])
     words = f"{which}{Path(task).stem}-{path.parent.name + '-' if path.suffix else ''}{path.stem}{part}"

@@ -1,4 +1,4 @@
-"""Packages of the `eval` extra, which not every installation has."""
+"""Import of packages of the `eval` extra, which may not be installed."""
 
 import importlib
 from types import ModuleType
@@ -7,7 +7,7 @@ from ftjax.errors import UserError
 
 
 def need(module: str, what: str) -> ModuleType:
-    """The module; UserError that says how to install it where it is missing. `what` needs it."""
+    """Import a module that `what` needs. Raises UserError, with how to install it, if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

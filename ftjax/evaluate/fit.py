@@ -1,4 +1,4 @@
-"""Whether a metric fits the references: what would come out as a number, and say nothing."""
+"""Checks that a metric suits the references: otherwise its number means nothing."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,16 +9,17 @@ from ftjax.evaluate.rows import Item
 
 TEXTS = "exact_match, f1, rouge, chrf and bleu compare texts, loss needs no choice"
 LONG_LABEL = 60  # characters; a class has a name, not a paragraph
-FEW = 10  # rows, in which each class may stand once
-WORDS = 20  # in so many an answer is hardly ever word for word the reference
-GRAM = 4  # of BLEU
+FEW = 10  # rows; with fewer, each may have a class of its own
+WORDS = 20  # an answer this long is hardly ever word for word the reference
+GRAM = 4  # n-gram length of BLEU
 
 
 def check_labels(labels: Sequence[str]) -> list[str]:
-    """What is odd about the answers of the rows as classes.
+    """Return warnings about the answers of the rows as classes.
 
-    Free text makes each answer a class of its own, of which the right one is always among the candidates, and so the likeliest
-    by far. Raises UserError where that is clear.
+    With free text each answer is a class of its own, and the right one is always among the candidates, and so by far the
+    likeliest.
+    Raises UserError if the answers are clearly free text.
     """
     counts = Counter(labels)
     alone = sum(count == 1 for count in counts.values())
@@ -29,22 +30,22 @@ def check_labels(labels: Sequence[str]) -> list[str]:
         said = f"{alone:,} of {len(labels):,} rows have an answer that no other row has"
         if len(labels) >= FEW:
             _refuse(said)
-        return [f"evaluate.task classification: {said}; if these are not classes, take another task ({TEXTS})"]
+        return [f"evaluate.task classification: {said}; if these are not classes, choose another task ({TEXTS})"]
     return []
 
 
 def _refuse(what: str) -> None:
     raise UserError(
-        f"evaluate.task classification: the answers are texts and no classes: {what}. Take another task ({TEXTS}), or name the "
+        f"evaluate.task classification: the answers are texts, not classes: {what}. Choose another task ({TEXTS}), or name the "
         "classes in evaluate.labels"
     )
 
 
 def misfits(task: str, items: Sequence[Item], labels: Sequence[str] | None) -> list[str]:
-    """Warnings, of which the results are to be read with care. Raises UserError where they would mean nothing.
+    """Return warnings about results that are hard to interpret. Raises UserError if they would mean nothing.
 
     Args:
-        labels: the classes, where they are named.
+        labels: the classes, if they are named.
     """
     if task == "classification":
         return check_labels([item.label for item in items]) if labels is None else []
@@ -53,7 +54,7 @@ def misfits(task: str, items: Sequence[Item], labels: Sequence[str] | None) -> l
     words = [max(len(reference.split()) for reference in item.references) for item in items]
     if task == "exact_match" and median(words) > WORDS:
         return [
-            f"evaluate.task exact_match: half of the references have {median(words):g} words and more, which hardly any "
+            f"evaluate.task exact_match: half of the references have {median(words):g} words or more, which hardly any "
             "answer has word for word; rouge, chrf and loss compare texts"
         ]
     if task == "bleu" and median(words) < GRAM:

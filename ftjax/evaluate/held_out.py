@@ -1,4 +1,4 @@
-"""The rows that a run has split off its training data (`data.validation_split`): those that it did not train on."""
+"""The held-out rows of a run: those that it split off its training data (`data.validation_split`) and did not train on."""
 
 import json
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ DECIDE = ("data.train", "data.validation_split", "training.seed")  # which rows 
 
 
 def held_out_places(found: Target) -> Places | None:
-    """Where the rows stand that a run, or a training with this configuration, holds out; None where other data are named.
+    """Return the places of the rows that a run, or training with this configuration, holds out; None if data is named.
 
-    They are found as training found them: with the run's own configuration and tokenizer, whatever this command changes.
+    They are found as in training: with the run's own configuration and tokenizer, whatever this command changes.
 
-    Raises UserError where the command asks for another split than the run's, or the data are no longer what it trained on.
+    Raises UserError if the command asks for another split than the run's, or the data has changed since the run.
     """
     config = found.config
     if not splits_off(config):
@@ -43,8 +43,8 @@ def held_out_places(found: Target) -> Places | None:
         if saved[name].get("digest") != now.get(name, {}).get("digest"):
             raise UserError(
                 f"{found.run}: data.validation_split: the rows of {now[name]['files']} (or the tokenizer, or its chat "
-                "template) have changed since this run trained on them, so that it is not known which of them it has "
-                "not seen; name other data with --data FILE"
+                "template) have changed since this run trained on them, so the rows that it held out "
+                "are not known; name other data with --data FILE"
             )
     return validation.places()
 

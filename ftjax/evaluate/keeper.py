@@ -1,9 +1,9 @@
-"""Runs one program that nobody has read, watches it from outside, and prints the verdict; `ftjax.evaluate.sandbox` starts it.
+"""Runs one untrusted program, watches it from outside, and prints the verdict; `ftjax.evaluate.sandbox` starts it.
 
-A script with standard modules only, so that it is there at once. Three processes: this keeper, which never runs a line of the
-program and alone says what came out; a reaper, the first process of a PID namespace; and the program below it. What the program
-starts, in whatever session or process group, is in that namespace and dies with the reaper. Where the system allows no
-namespace the keeper adopts (`PR_SET_CHILD_SUBREAPER`) and ends all that descends from it.
+A script with standard modules only, so that it starts quickly. There are three processes: this keeper, which never runs a line
+of the program and alone reports the verdict; a reaper, the first process of a PID namespace; and its child, the program.
+Whatever the program starts, in any session or process group, is in that namespace and dies with the reaper. If the system
+allows no namespace, the keeper adopts (`PR_SET_CHILD_SUBREAPER`) and kills all descendants of the program.
 
     python -I keeper.py ARCH SOCKET IO_URING SECONDS MEMORY FILE PROCESSES < program.py
 
@@ -24,7 +24,7 @@ import time
 NEWUSER, NEWPID = 0x10000000, 0x20000000
 PDEATHSIG, DUMPABLE, SECCOMP, SUBREAPER, NO_NEW_PRIVS = 1, 4, 22, 36, 38  # of prctl
 CAPABILITY_VERSION_3 = 0x20080522
-TICK = 0.01  # seconds between two looks at how many processes there are
+TICK = 0.01  # seconds between two checks of the number of processes
 END = b"end\n"
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -39,7 +39,7 @@ def main() -> bytes:
         libc.prctl(SUBREAPER, 1, 0, 0, 0)
     if not filtered(int(arch), int(sock), int(ring)):
         return b"no filter"
-    libc.prctl(DUMPABLE, 0, 0, 0, 0)  # the program, which is the same user's, can neither read nor change the keeper
+    libc.prctl(DUMPABLE, 0, 0, 0, 0)  # the program has the same user, and must not read or change the keeper
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
     said, say = os.pipe()
     hear, tell = os.pipe()
@@ -68,21 +68,21 @@ def main() -> bytes:
 
 
 def into_namespace() -> bool:
-    """Whether the next process is the first of a PID namespace: as root, or in a user namespace of one's own."""
+    """Make the next process the first of a PID namespace, as root or in a new user namespace; return whether that worked."""
     if libc.unshare(NEWPID) == 0:
         return True
     user, group = os.getuid(), os.getgid()
     if libc.unshare(NEWUSER | NEWPID) != 0:
         return False
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-        # where it may not be written, the program sees another number of its user, whose files are its own all the same
+        # if this fails, the program sees another number for its user, but still owns that user's files
         with contextlib.suppress(OSError), open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     return True
 
 
 def filtered(arch: int, sock: int, ring: int) -> bool:
-    """Refuse socket() and io_uring with EACCES from here on, to every process below, for good; False where that cannot be."""
+    """Refuse socket() and io_uring with EACCES from here on, in all child processes, for good; return whether that worked."""
     rules = [
         (0x20, 0, 0, 4), (0x15, 1, 0, arch), (0x06, 0, 0, 0x80000000),     # another architecture's calls: killed
         (0x20, 0, 0, 0), (0x35, 2, 0, 0x40000000), (0x15, 1, 0, sock), (0x15, 0, 1, ring),
@@ -94,7 +94,7 @@ def filtered(arch: int, sock: int, ring: int) -> bool:
 
 
 def reap_the_program() -> None:
-    """In the first process of the namespace: returns in its child, and ends, with all others, when that has ended."""
+    """Fork the program from the first process of the namespace; return in the child, exit with all others when it ends."""
     libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     program = os.fork()
     while program:
@@ -103,7 +103,7 @@ def reap_the_program() -> None:
 
 
 def limit(seconds: float, memory: float, size: float) -> None:
-    """Of this process and those that it starts; also root has no privilege left over others' processes."""
+    """Limit this process and those that it starts; root too loses its privileges over other processes."""
     libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(DUMPABLE, 1, 0, 0, 0)
     os.setsid()
@@ -117,14 +117,14 @@ def limit(seconds: float, memory: float, size: float) -> None:
 
 
 def run(source: bytes, say: int, hear: int) -> None:
-    """The program, which prints to nowhere. Only where it has come to its end is the keeper asked for the word to repeat."""
+    """Run the program without output. Ask the keeper for the word to repeat only when the program has ended."""
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)
-    write, read, leave = os.write, os.read, os._exit  # as they are before the program
+    write, read, leave = os.write, os.read, os._exit  # saved before the program can replace them
     main, built_in = sys.modules["__main__"].__dict__, __builtins__
     del sys.argv[1:]
-    main.clear()  # nothing of the keeper's
+    main.clear()  # hide everything of the keeper
     main.update(__name__="__main__", __builtins__=built_in)
     exec(compile(source.decode("utf-8", "replace"), "program.py", "exec"), main)
     write(say, b"end\n")
@@ -136,14 +136,14 @@ def run(source: bytes, say: int, hear: int) -> None:
 
 
 def watched(child: int, said: int, tell: int, deadline: float, processes: int) -> bytes:
-    """The verdict: `passed` where the program came to its end in time, and repeats a word that was not there before.
+    """Return the verdict: `passed` if the program ends in time and then repeats a word created only after its end.
 
     Args:
-        processes: that there may be below the keeper at a time.
+        processes: the most processes allowed below the keeper at a time.
     """
     poll, word, heard = select.poll(), b"", b""
     poll.register(said, select.POLLIN)
-    with contextlib.suppress(AttributeError, OSError):  # without these its end is seen at the next tick
+    with contextlib.suppress(AttributeError, OSError):  # without these, the next tick notices the end
         poll.register(os.pidfd_open(child), select.POLLIN)
     while time.monotonic() < deadline:
         ready = {number for number, _ in poll.poll(TICK * 1000)}
@@ -170,7 +170,7 @@ def ended(child: int) -> bool:
 
 
 def end(child: int) -> None:
-    """Kill all that has come of the child, and be there until it is gone."""
+    """Kill the child and all its descendants, and wait until they are gone."""
     while True:
         for process in [child, *descendants(os.getpid())]:
             with contextlib.suppress(ProcessLookupError):
@@ -184,7 +184,7 @@ def end(child: int) -> None:
 
 
 def descendants(process: int) -> list[int]:
-    """Those below a process, whatever session they are in."""
+    """Return all processes below a process, whatever session they are in."""
     if not os.path.exists("/proc/thread-self/children"):  # CONFIG_PROC_CHILDREN
         return below_by_parents(process)
     found, below = [], [process]
@@ -203,7 +203,7 @@ def descendants(process: int) -> list[int]:
 
 
 def below_by_parents(process: int) -> list[int]:
-    """The same from what all processes say of their parents, which takes longer."""
+    """Return `descendants` from the parents of all processes, which takes longer."""
     children: dict[int, list[int]] = {}
     for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
@@ -213,7 +213,7 @@ def below_by_parents(process: int) -> list[int]:
             continue
         children.setdefault(parent, []).append(int(name))
     found = list(children.get(process, ()))
-    for one in found:  # which grows
+    for one in found:  # the list grows in the loop
         found += children.get(one, ())
     return found
 

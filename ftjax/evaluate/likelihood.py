@@ -1,4 +1,4 @@
-"""How likely the trained tokens of examples are, tokenised and weighted as training does it."""
+"""Likelihood of the trained tokens of examples, tokenized and weighted as in training."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from ftjax.generate.session import Generator
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of one document: sums over its trained tokens.
+    """Sums over the trained tokens of one document.
 
     Attributes:
-        loss: sum of weight times -log p(token | what stands before it), natural logarithm.
+        loss: sum of weight times -log p(token | tokens before it), natural logarithm.
         weight: sum of the weights.
-        correct: weight of the tokens that are the most likely ones in their places.
+        correct: weight of the tokens that are the argmax at their positions.
     """
 
     loss: float
@@ -33,7 +33,7 @@ class Likelihood:
 
 
 def encode(examples: Sequence[Example], tokenizer, config: DataConfig, encoding: RowEncoding = ANSWERS) -> list[list[Encoded]]:
-    """The documents that each example becomes in training; none where nothing of it would be trained."""
+    """Encode each example into the documents that it becomes in training; none if no token of it would be trained."""
     encoder = encoding.encoder(tokenizer, config)
     found = []
     for document in encoder(examples):
@@ -47,16 +47,16 @@ def encode(examples: Sequence[Example], tokenizer, config: DataConfig, encoding:
 def likelihoods(
     generator: Generator, documents: Sequence[Encoded], batch_size: int, progress: Callable[[int], None] | None = None
 ) -> list[Likelihood]:
-    """Of each document, batched by length. `progress` is called with the number of documents so far.
+    """Compute the likelihood of each document, batched by length. Calls `progress` with the number of documents done.
 
-    Raises UserError for a document that does not fit into the model's context.
+    Raises UserError for a document that does not fit in the model's context.
     """
     pairs, weights = [], []
     for document in documents:
         if len(document.tokens) > generator.context:
             raise UserError(
                 f"{document.where}: {len(document.tokens)} tokens, and the model's context is {generator.context}; lower "
-                "data.max_length, which leaves longer rows out (or cuts them: data.truncation)"
+                "data.max_length, which leaves longer rows out (or truncates them: data.truncation)"
             )
         first = int(np.flatnonzero(document.weights[1:])[0]) + 1
         ids = document.tokens.tolist()
@@ -82,7 +82,7 @@ def head_scores(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Scores (logits) `[N, labels]` by a classification head, read at the last token of each text."""
+    """Return scores (logits) `[N, labels]` of a classification head, read at the last token of each text."""
     found = np.zeros((len(texts), labels))
     done = 0
     for batch, rows in batches(generator, [len(text) for text in texts], batch_size):
@@ -96,7 +96,7 @@ def head_scores(
 
 
 def batches(generator: Generator, lengths: Sequence[int], batch_size: int):
-    """`(numbers of the documents, rows of the arrays)`, the longest first; fewer rows where attention scores are large."""
+    """Yield `(indices of documents, rows of the arrays)`, longest first; fewer rows if the attention scores are large."""
     heads = generator.model.sizes.heads
     left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while left:

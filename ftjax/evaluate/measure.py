@@ -1,4 +1,4 @@
-"""One model on some rows: answers or likelihoods, and the scores that the task gives them."""
+"""Evaluation of one model on rows: answers or likelihoods, and their scores under a task."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,19 +35,19 @@ TEXT_TASKS = {
     "exact_match": exact_match, "f1": f1, "numeric_answer": numeric_answer, "json_match": json_match, "bleu": bleu,
     "chrf": chrf, "rouge": rouge,
 }  # fmt: skip
-Progress = Callable[[int, int], None]  # (done, of how many)
+Progress = Callable[[int, int], None]  # (done, total)
 
 
 @dataclass
 class Measured:
-    """What one model did.
+    """Results of one model.
 
     Attributes:
-        scores: of the task.
-        predictions: the answers of each row; None where the task asks for none.
-        finished: why each answer ended (`stop` or `length`), beside `predictions`.
-        extra: results that are no metrics, such as a confusion matrix.
-        seconds, tokens: time, and tokens that were written or scored.
+        scores: scores of the task.
+        predictions: the answers for each row; None if the task needs none.
+        finished: why each answer ended (`stop` or `length`), in the order of `predictions`.
+        extra: results other than metrics, such as a confusion matrix.
+        seconds, tokens: duration, and tokens generated or scored.
     """
 
     scores: Scores
@@ -59,12 +59,12 @@ class Measured:
 
 
 def check(config: Config, allow_code_execution: bool) -> None:
-    """What can be known before a model is loaded. Raises UserError for it."""
+    """Raise UserError for whatever is known to be wrong before a model is loaded."""
     task = config.evaluate.task
     if task == "code" and not allow_code_execution:
         raise UserError(
             "evaluate.task code runs programs that the model wrote, in processes with limits on time and memory and without "
-            "the network, but as this user; say --allow-code-execution to do that"
+            "the network, but as this user; to do that, pass --allow-code-execution"
         )
     if task.endswith(".py"):
         refuse_unasked(config, "evaluate.task")
@@ -72,7 +72,7 @@ def check(config: Config, allow_code_execution: bool) -> None:
 
 
 def measure(generator: Generator, items: Sequence[Item], config: Config, progress: Progress | None = None) -> Measured:
-    """The task of `config.evaluate` on these rows. Raises UserError where a row does not fit the task or the model."""
+    """Evaluate the task of `config.evaluate` on these rows. Raises UserError if a row does not fit the task or the model."""
     start, task = perf_counter(), config.evaluate.task
     labels = head_labels(generator, config)
     _fits(labels, config, task)
@@ -89,7 +89,7 @@ def measure(generator: Generator, items: Sequence[Item], config: Config, progres
 
 
 def head_labels(generator: Generator, config: Config) -> Labels | None:
-    """Of a classification head; None where there is none. A run knows the names that its adapter does not hold."""
+    """Return the labels of a classification head, or None; a run knows names that its adapter does not store."""
     stored, known = classes_of(generator.model.config), head_of(config)
     if not stored:
         return None
@@ -101,17 +101,17 @@ def head_labels(generator: Generator, config: Config) -> Labels | None:
 
 
 def _fits(labels: Labels | None, config: Config, task: str) -> None:
-    """UserError where a head does something else than the task, or there is none where the task needs one."""
+    """Raise UserError if the head is for another task, or the task needs a head and there is none."""
     if labels:
         own = "regression" if labels.problem_type == REGRESSION else "classification"
         if task not in ("loss", own):
-            raise UserError(f"evaluate.task {task}: a {own} head writes no answers; the tasks are {own} and loss")
+            raise UserError(f"evaluate.task {task}: a {own} head generates no answers; the tasks are {own} and loss")
     elif task == "regression" or ((head := head_of(config)) and head.problem_type in (MULTI, REGRESSION)):
-        raise UserError(f"evaluate.task {task}: several labels and numbers come from a head, and this model has none")
+        raise UserError(f"evaluate.task {task}: several labels and numbers need a head, and this model has none")
 
 
 def _head(generator: Generator, items: Sequence[Item], config: Config, labels: Labels, progress: Progress | None) -> Measured:
-    """What the head says: the class with the highest score, the labels that are likely enough, or numbers."""
+    """Evaluate a head: the class with the highest score, the labels above their thresholds, or numbers."""
     texts, vectors = _texts(generator, items, config, labels)
     names = list(labels.names)
     table = head_scores(generator, texts, len(names), config.evaluate.batch_size, _counting(progress, len(texts)))
@@ -135,7 +135,7 @@ def _head(generator: Generator, items: Sequence[Item], config: Config, labels: L
 def _texts(
     generator: Generator, items: Sequence[Item], config: Config, labels: Labels
 ) -> tuple[list[list[int]], np.ndarray | None]:
-    """`(ids of each row, what its labels are [N, labels])`; None for the latter where they are one class."""
+    """Return `(ids of each row, label vectors [N, labels])`; the latter is None if each row has one class."""
     documents = encode([item.example for item in items], generator.tokenizer, config.data, TextLabels(labels))
     _refuse_unknown(generator, [piece for pieces in documents for piece in pieces])
     for item, pieces in zip(items, documents, strict=True):
@@ -196,7 +196,7 @@ def _classes(generator: Generator, items: Sequence[Item], config: Config, progre
 
 
 def _refuse_unknown(generator: Generator, documents: Sequence[Encoded]) -> None:
-    """UserError, naming the row, where a token has no embedding."""
+    """Raise UserError, naming the row, if a token has no embedding."""
     for document in documents:
         refuse_unknown(document.tokens, generator.model.sizes.vocab, document.where, generator.tokenizer)
 
@@ -232,7 +232,7 @@ def _prompt(generator: Generator, item: Item) -> list[int]:
 
 
 def prompt_text(item: Item, tokenizer: Any) -> Any:
-    """What was asked: the text, or the messages before the answer."""
+    """Return the prompt: the text, or the messages before the answer."""
     question = item.example.question(tokenizer)
     return list(question) if isinstance(question, tuple) else question
 

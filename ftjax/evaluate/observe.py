@@ -1,4 +1,4 @@
-"""What is measured while a model trains, besides its loss: answers to a few fixed prompts, and the task's metric."""
+"""Evaluation during training, besides the loss: answers to a few fixed prompts, and the metric of a task."""
 
 import math
 from collections.abc import Mapping
@@ -21,18 +21,18 @@ from ftjax.objectives import head_of
 from ftjax.train.observer import Observation
 from ftjax.train.setup import Setup
 
-START = 16  # tokens of a text that has no prompt, after which the model goes on
+START = 16  # tokens of a text without a prompt that the model continues
 
 
 def make_observer(setup: Setup, tokenizer: Any, validation: PackedSplit | None) -> "Observer | None":
-    """For `ftjax.train.run.train`; None where the configuration asks for nothing.
+    """Build the observer for `ftjax.train.run.train`; None if the configuration asks for nothing.
 
-    Raises UserError, before anything is trained, where rows or prompts cannot be used.
+    Raises UserError, before training starts, if rows or prompts cannot be used.
     """
     settings = setup.config.evaluate
     head = head_of(setup.config) is not None
     if head and settings.training_prompts:
-        raise UserError("evaluate.training_prompts: a classification head writes no answers; use evaluate.training_rows")
+        raise UserError("evaluate.training_prompts: a classification head generates no answers; use evaluate.training_rows")
     documents = [d for d, _ in validation.first(settings.training_examples)] if validation and not head else []
     if not documents and not settings.training_prompts and not settings.training_rows:
         return None
@@ -40,14 +40,14 @@ def make_observer(setup: Setup, tokenizer: Any, validation: PackedSplit | None) 
 
 
 class Observer:
-    """`observer(params)` answers and measures with the parameters as they are."""
+    """Generates answers and evaluates a task with the current parameters."""
 
     def __init__(self, setup: Setup, tokenizer: Any, documents: list[Encoded], validation: PackedSplit | None):
         self.config, self.settings = setup.config, setup.config.evaluate
         self.generator = Generator.of(
             setup.model, {}, tokenizer, mesh=setup.mesh, dtype=setup.runtime.dtype, source=setup.source
         )  # fmt: skip
-        self.names: list[str] = []  # of the metrics, once they were measured
+        self.names: list[str] = []  # of the metrics, once they are computed
         _, self.generator.special_tokens_in_text, self.generator.fold_system = self.config.data.reading
         self.prompts: list[list[int]] = []
         self.shown: list[dict[str, str]] = []
@@ -69,14 +69,14 @@ class Observer:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Digests of prompts and rows, which all processes of a run must share."""
+        """Digests of prompts and rows, which must be equal on all processes of a run."""
         return {"digest of the prompts": digest(self.prompts), "digest of the rows": digest(self.items)}
 
     def _text(self, tokens: list[int]) -> str:
         return self.generator.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _answer(self, prompt: list[int], tokens: list[int]) -> str:
-        """The text as a generated answer has it: without special tokens, its end, and what the template writes behind that."""
+        """Decode the reference as a generated answer: without special tokens, its end, and what the template adds after it."""
         ends = [at for at, token in enumerate(tokens) if token in self.generator.ends]
         if ends and not self._text(tokens[ends[-1] + 1 :]).strip():
             tokens = tokens[: ends[-1]]
@@ -84,7 +84,7 @@ class Observer:
         return stream.feed(tokens) + stream.finish()
 
     def __call__(self, params: Mapping[str, jax.Array]) -> Observation:
-        """Args: params: all of them, trained and frozen."""
+        """Evaluate the model. Args: params: all parameters, trained and frozen."""
         generator = self.generator
         generator.params = dict(params)
         try:
@@ -93,19 +93,19 @@ class Observer:
             texts = [{**shown, "text": answer.text} for shown, answer in zip(self.shown, answers, strict=True)]
             metrics = measure(generator, self.items, self.config).scores.values() if self.items else {}
             self.names = list(metrics)
-        except NotFinite as error:  # a run goes on: updates that are not finite are left out, and are counted
+        except NotFinite as error:  # training continues: updates that are not finite are skipped and counted
             if jax.process_index() == 0:
-                print_note(f"nothing is measured of the answers: {error}")
+                print_note(f"no metrics for the answers: {error}")
             texts, metrics = [], dict.fromkeys(self.names, math.nan)
         finally:
-            generator.params = {}  # the next update gives these arrays away
-        # The loss over the whole validation data has these names already.
+            generator.params = {}  # the next update donates these arrays
+        # `eval/loss` and the like are taken by the loss on the validation set.
         prefix = "eval/task_" if self.settings.task == "loss" else "eval/"
         return Observation({f"{prefix}{name}": value for name, value in metrics.items()}, texts)
 
 
 def _divided(document: Encoded) -> tuple[list[int], list[int]]:
-    """`(prompt, what follows)`: up to the first trained token, or the beginning of a text that is trained as a whole."""
+    """Split into `(prompt, answer)` at the first trained token, or early in a text that is trained as a whole."""
     tokens = document.tokens.tolist()
     first = int(np.flatnonzero(document.weights[1:])[0]) + 1
     if first == 1:

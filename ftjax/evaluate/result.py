@@ -1,4 +1,4 @@
-"""What an evaluation leaves: results.json, predictions.jsonl, and a table for the terminal."""
+"""Output of an evaluation: results.json, predictions.jsonl, and a table for the terminal."""
 
 import json
 import math
@@ -16,7 +16,7 @@ LOWER_IS_BETTER = ("loss", "perplexity")
 
 
 def plain(value: Any) -> Any:
-    """For JSON: what is not a number is null."""
+    """Convert to JSON values; a float that is not finite becomes null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Interval | Difference):
@@ -27,7 +27,7 @@ def plain(value: Any) -> Any:
 
 
 def write_predictions(path: Path, items: Sequence[Item], tokenizer: Any, tuned: Measured, base: Measured | None) -> None:
-    """One JSON object a row: place, prompt, references, prediction, scores; and the base model's beside them."""
+    """Write one JSON object per row: place, prompt, references, prediction and scores, of both models."""
     with path.open("w", encoding="utf-8") as file:
         for number, item in enumerate(items):
             row: dict[str, Any] = {"where": item.where, "prompt": prompt_text(item, tokenizer)}
@@ -51,7 +51,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def print_results(results: Mapping[str, Any], console: Any) -> None:
-    """The metrics as a table, the confusion matrix beneath."""
+    """Print a table of the metrics, and the confusion matrix below it."""
     from ftjax.console import print_table, say
 
     head = f"{results['task']} on {results['rows']:,} rows of {results['data']}"

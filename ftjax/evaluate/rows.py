@@ -1,4 +1,4 @@
-"""The rows that are evaluated, read and formatted as training reads them."""
+"""Rows to evaluate on, read and formatted as in training."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from ftjax.errors import UserError
 
 @dataclass(frozen=True)
 class Item:
-    """One row: as an example, and as its file has it."""
+    """One row: as an example, and as in its file."""
 
     example: Example
     values: Mapping[str, Any]
@@ -32,7 +32,7 @@ class Item:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """Answers to compare with. Raises UserError where the row has none."""
+        """Answers to compare with. Raises UserError if the row has none."""
         if not self.example.references:
             raise UserError(f"{self.where}: the row has no answer to compare with; evaluate.task: loss needs none")
         return self.example.references
@@ -42,16 +42,16 @@ class Item:
         return self.references[0].strip()
 
 
-Places = frozenset[tuple[int, str]]  # of rows: the number of their source, and file and line
+Places = frozenset[tuple[int, str]]  # of rows: the index of their source, and file and line
 
 
 def splits_off(config: Config) -> bool:
-    """Whether the rows that are split off the training data are those to evaluate on."""
+    """Return whether to evaluate on rows split off the training data."""
     return config.evaluate.data is None and config.data.validation_split is not None
 
 
 def sources(config: Config) -> list[SourceConfig]:
-    """Where the rows come from, with `data`'s formats, columns and templates. Raises UserError where nothing is named."""
+    """Return the sources of the rows, with `data`'s formats, columns and templates. Raises UserError if none is named."""
     if splits_off(config):
         return config.data.sources("train")
     given = config.evaluate.data if config.evaluate.data is not None else config.data.validation
@@ -61,7 +61,7 @@ def sources(config: Config) -> list[SourceConfig]:
 
 
 def labels_of(config: Config) -> Labels | None:
-    """How rows write their labels: as training found it, or as the rows themselves show where a model comes without a run."""
+    """Return the labels and how rows write them: as found in training, or, for a model without a run, in the rows."""
     labels = Labels.of(config.objective)
     if labels is None or labels.single or (labels.names and (labels.form != "auto" or labels.problem_type == "regression")):
         return labels
@@ -70,13 +70,13 @@ def labels_of(config: Config) -> Labels | None:
 
 
 def read_items(config: Config, limit: int | None = None, only: Places | None = None) -> tuple[list[Item], int]:
-    """`(the rows, how many broken, empty or unwanted ones were left out)`.
+    """Return `(rows, number of broken, empty or unwanted rows left out)`.
 
     Args:
-        only: the rows that count, of those that were read; the others are not left out, but no part of the data.
-        limit: at most so many rows, evenly spread, so that a file in the order of its classes is no trap.
+        only: the rows to return; the others do not count as left out.
+        limit: the most rows to return, evenly spaced, so that the order of classes in a file does not matter.
 
-    Raises UserError, with file and line, for a row that is wrong, unless `data.on_error` skips it.
+    Raises UserError, with file and line, for a wrong row, unless `data.on_error` skips it.
     """
     labels = labels_of(config)
     faults, empty, found = Faults(config.data.on_error == "skip"), 0, []
@@ -94,7 +94,7 @@ def read_items(config: Config, limit: int | None = None, only: Places | None = N
             except UserError as error:
                 faults(error)
                 continue
-            if not example.wanted:  # of an unpaired preference: no answer to compare with
+            if not example.wanted:  # an undesirable answer of an unpaired preference is no reference
                 empty += 1
                 continue
             if only is None or (number, example.where) in only:

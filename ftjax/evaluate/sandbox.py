@@ -1,17 +1,17 @@
-"""Runs a Python program that nobody has read: apart, for a limited time, in limited memory, without the network.
+"""Runs an untrusted Python program in its own process, with limits on time and memory, and without the network.
 
-It is a guard against accidents and cheap tricks, not a prison.
+It guards against accidents and cheap tricks; it is not a prison.
 
-Held: time, memory and size of files of each process, the number of processes, the network, and that nothing which the program
-has started outlives it, whatever session it is in. The verdict is that of a keeper (`ftjax.evaluate.keeper`) in another
-process, whose memory and files the program cannot reach. `passed` needs the program to come to its end: `sys.exit`, `os._exit`,
-handlers of `atexit`, words found in memory, and texts written to whatever file descriptors are open do not pass.
+It limits the time, memory and file size of each process, the number of processes, and the network, and nothing that the program
+has started outlives it, whatever session it is in. The verdict comes from a keeper (`ftjax.evaluate.keeper`) in another
+process, whose memory and files the program cannot reach. `passed` requires the program to reach its end: `sys.exit`,
+`os._exit`, handlers of `atexit`, words found in memory, and texts written to open file descriptors do not pass.
 
-Not held: answer and tests run in one process, as the tests of these data sets are written, so an answer may change what the
-tests compare with (an object that equals everything), or follow the keeper's own steps, if it knows them. The program is this
-user's and reads this user's files. The number of processes is looked at a hundred times a second, and each has a memory limit
-of its own. Where no PID namespace is allowed (neither root nor user namespaces), a program that kills the keeper can leave
-processes behind. Programs of a model that is not trusted belong into a container or a virtual machine besides.
+It does not separate answer and tests: they run in one process, as the tests of these data sets are written, so an answer may
+change what the tests compare with (an object that equals everything), or imitate the keeper's protocol, if it knows it. The
+program runs as this user and can read this user's files. The number of processes is checked a hundred times a second, and the
+memory limit is per process. If the system allows no PID namespace (neither root nor user namespaces), a program that kills the
+keeper can leave processes running. Run programs of an untrusted model in a container or a virtual machine as well.
 """
 
 import contextlib
@@ -28,16 +28,16 @@ from typing import Literal
 from ftjax.errors import UserError
 
 Outcome = Literal["passed", "failed", "timeout"]
-# AUDIT_ARCH_*, and the numbers of socket and io_uring_setup, with which sockets could be opened too
+# AUDIT_ARCH_*, and the numbers of socket and of io_uring_setup, which could open sockets too
 SYSCALLS = {"x86_64": (0xC000003E, 41, 425), "aarch64": (0xC00000B7, 198, 425)}
 FILE_BYTES = 16 << 20
 KEEPER = Path(__file__).with_name("keeper.py")
-GRACE = 30.0  # seconds beyond the program's, for the keeper to start and to clear away
+GRACE = 30.0  # seconds beyond the program's limit, for the keeper to start and to clean up
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program; `seconds` counts the wall clock and the processor apart; `processes` may be there at a time, it too."""
+    """Limits of one program; `seconds` applies to wall-clock and CPU time each, `processes` includes the program."""
 
     seconds: float = 10.0
     memory_mb: int = 1024
@@ -45,9 +45,9 @@ class Limits:
 
 
 def run_program(source: str, limits: Limits) -> Outcome:
-    """`passed` where the program comes to its end; an exception, an exit and a limit that is hit are all failures.
+    """Run a program; return `passed` if it reaches its end. An exception, an exit and a reached limit are failures.
 
-    Raises UserError where this machine cannot cut a process off from the network.
+    Raises UserError if this machine cannot block the network for a process.
     """
     numbers = (*_syscalls(), limits.seconds, limits.memory_mb << 20, FILE_BYTES, limits.processes)
     with tempfile.TemporaryDirectory(prefix="ftjax-code-", ignore_cleanup_errors=True) as folder:
@@ -64,14 +64,14 @@ def run_program(source: str, limits: Limits) -> Outcome:
             _end(keeper)
     if said == b"no filter":
         raise UserError(
-            "code execution: this system refuses seccomp filters, so that programs cannot be kept from the network; "
+            "code execution: this system refuses seccomp filters, so the network cannot be blocked for programs; "
             "evaluate on a machine that allows them, or leave the task out"
         )
     return {b"passed": "passed", b"timeout": "timeout"}.get(said, "failed")
 
 
 def _end(keeper: subprocess.Popen) -> None:
-    """By a signal after which it clears away what it keeps, if it has not ended (this program was interrupted)."""
+    """Stop a keeper that still runs (this program was interrupted), first by a signal after which it cleans up."""
     for stop in (keeper.terminate, keeper.kill):
         if keeper.poll() is None:
             stop()
@@ -85,7 +85,7 @@ def _end(keeper: subprocess.Popen) -> None:
 def _syscalls() -> tuple[int, int, int]:
     if not sys.platform.startswith("linux") or platform.machine() not in SYSCALLS:
         raise UserError(
-            f"code execution needs Linux on {' or '.join(SYSCALLS)}, where programs can be kept from the network; this is "
+            f"code execution needs Linux on {' or '.join(SYSCALLS)}, where the network can be blocked for programs; this is "
             f"{sys.platform} on {platform.machine()}"
         )
     return SYSCALLS[platform.machine()]

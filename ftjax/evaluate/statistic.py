@@ -1,6 +1,6 @@
-"""How sure a metric is: intervals by the bootstrap, and whether two models differ on the same rows.
+"""Uncertainty of metrics: bootstrap intervals, and tests of whether two models differ on the same rows.
 
-A metric is made of what adds up over rows: a mean of the scores and their number, BLEU of n-gram counts, macro F1 of the
+A metric is a function of sums over rows: a mean of the sum of scores and their number, BLEU of n-gram counts, macro F1 of the
 confusion matrix. So a resample is a matrix product, and a corpus metric is resampled as exactly as a mean.
 
 Legend: N rows, R resamples, K statistics.
@@ -12,22 +12,22 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 1 << 24  # numbers of the resampling matrix that exist at one time
+BLOCK = 1 << 24  # most numbers of the resampling matrix in memory at a time
 
-# sums [R, K] -> each metric [R]
+# sums [R, K] -> metrics by name, [R] each
 Combine = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a task says of its rows.
+    """Scores of a task on its rows.
 
     Attributes:
-        each: of each row, what is written beside its prediction.
-        statistics: float64 [N, K], what is added over rows.
+        each: by row, what is written beside its prediction.
+        statistics: float64 [N, K], summed over rows.
         combine: turns sums of `statistics` into metrics.
-        rows: of a metric that not all rows have, how many have it.
-        yes: of a share of rows, how many say yes.
+        rows: number of rows that have a metric, for metrics that not all rows have.
+        yes: number of rows with value 1, for metrics that are shares of rows.
     """
 
     each: Sequence[Mapping[str, Any]]
@@ -38,11 +38,11 @@ class Scores:
     _drawn: dict[tuple[int, int], dict[str, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     def values(self) -> dict[str, float]:
-        """The metrics of all rows."""
+        """Return the metrics over all rows."""
         return {name: float(value[0]) for name, value in self.combine(self.statistics.sum(0, keepdims=True)).items()}
 
     def drawn(self, resamples: int, seed: int) -> dict[str, np.ndarray]:
-        """The metrics `[R]` of rows drawn with replacement; remembered, as intervals and differences both need them."""
+        """Return the metrics `[R]` of rows drawn with replacement; cached, as intervals and differences both need them."""
         if (resamples, seed) not in self._drawn:
             self._drawn[resamples, seed] = self.combine(_resampled(self.statistics, resamples, seed))
         return self._drawn[resamples, seed]
@@ -51,11 +51,11 @@ class Scores:
 def means(
     each: Sequence[Mapping[str, float]], shown: Sequence[Mapping[str, Any]] | None = None, *, shares: bool = True
 ) -> Scores:
-    """Metrics that are means over the rows which have them.
+    """Return metrics that are means over the rows which have them.
 
     Args:
-        shown: is written to the predictions instead.
-        shares: what is 0 or 1 in all rows says no or yes, and is no other number that happens to be one of these.
+        shown: written to the predictions in place of `each`.
+        shares: metrics that are 0 or 1 in all rows are shares, not other numbers that happen to be 0 or 1.
     """
     names = list(dict.fromkeys(name for row in each for name in row))
     values = np.array([[float(row.get(name, 0)) for name in names] for row in each]).reshape(len(each), -1)
@@ -63,7 +63,7 @@ def means(
     width = len(names)
 
     def combine(sums: np.ndarray) -> dict[str, np.ndarray]:
-        with np.errstate(invalid="ignore"):  # a resample may hold no row that has the metric
+        with np.errstate(invalid="ignore"):  # a resample may have no row with the metric
             found = sums[:, :width] / sums[:, width:]
         return {name: found[:, column] for column, name in enumerate(names)}
 
@@ -75,7 +75,7 @@ def means(
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric with the bounds of its confidence interval, and the rows that it is made of."""
+    """A metric with the bounds of its confidence interval, and its number of rows."""
 
     value: float
     low: float
@@ -85,7 +85,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """Tuned minus base: the interval is the paired bootstrap's, `p_value` the two-sided permutation test's."""
+    """Tuned minus base, with the interval of the paired bootstrap and the `p_value` of the two-sided permutation test."""
 
     value: float
     low: float
@@ -97,14 +97,14 @@ FEW = 30  # rows
 
 
 def on_few(verdict: str, rows: int | None) -> str:
-    """A verdict, and on how few rows it stands where they are few."""
+    """Add to a verdict the number of rows if they are few."""
     return f"{verdict} on {rows} only" if verdict in ("passed", "failed") and rows is not None and rows < FEW else verdict
 
 
 def intervals(scores: Scores, *, confidence: float, resamples: int, seed: int) -> dict[str, Interval]:
-    """Percentile bootstrap over rows (Efron 1979); the same seed gives the same bounds.
+    """Return percentile bootstrap intervals over rows (Efron 1979), deterministic for a seed.
 
-    A share of none or of all rows is the same in each resample; its bounds are exact ones (Clopper and Pearson 1934).
+    If a share is 0 or 1 in all rows, every resample is the same; its bounds are the exact ones (Clopper and Pearson 1934).
     """
     drawn, found = scores.drawn(resamples, seed), {}
     for name, value in scores.values().items():
@@ -118,9 +118,9 @@ def intervals(scores: Scores, *, confidence: float, resamples: int, seed: int) -
 
 
 def compare(base: Scores, tuned: Scores, *, confidence: float, resamples: int, seed: int) -> dict[str, Difference]:
-    """Two models on the same rows, in the same order.
+    """Compare two models on the same rows, in the same order.
 
-    The interval is that of the differences in resamples of whole rows; the test exchanges the two models' results row by
+    The interval is that of the differences in resamples of whole rows; the test exchanges the results of the two models row by
     row at random (Noreen 1989, approximate randomisation) and counts how often the difference is as large.
     """
     assert base.statistics.shape == tuned.statistics.shape, "the rows of the two models differ"
@@ -142,7 +142,7 @@ def compare(base: Scores, tuned: Scores, *, confidence: float, resamples: int, s
 
 
 def _resampled(statistics: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Sums `[R, K]` over N rows drawn with replacement."""
+    """Return sums `[R, K]` over N rows drawn with replacement."""
     rows = len(statistics)
     return _product(lambda rng, size: rng.multinomial(rows, np.full(rows, 1 / rows), size), statistics, resamples, seed)
 

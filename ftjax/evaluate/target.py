@@ -1,4 +1,4 @@
-"""What `ftjax evaluate` is given: a run, a configuration, a model or an adapter."""
+"""Target of `ftjax evaluate`: a run, a configuration, a model or an adapter."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,21 +19,21 @@ from ftjax.objectives import head_of
 
 @dataclass(frozen=True)
 class Target(Named):
-    """A model to be measured; `config` is there: evaluation, data and tokenizer."""
+    """A model to evaluate; its `config` has evaluation, data and tokenizer."""
 
     def base(self) -> "Target":
-        """What was fine-tuned. Raises UserError where that is this model itself."""
+        """Return the base model that was fine-tuned. Raises UserError if this model is itself the base model."""
         if self.adapter is None and self.run is None:
             raise UserError(f"{self.name}: there is no base model to compare with; give a run, or --adapter with its model")
         head, path = head_of(self.config), self.config.model.path
         if head is not None and head.problem_type != SINGLE and not classes_of(_facts(path, self.config.model.revision)):
             raise UserError(
-                f"--compare-base: several labels and numbers come from a head, and {path} has none; leave --compare-base out"
+                f"--compare-base: several labels and numbers need a head, and {path} has none; leave --compare-base out"
             )
         return replace(self, name=path, model=path, adapter=None, own_tokenizer=False)
 
     def load(self, tokenizer: Any = None) -> Generator:
-        """The model in memory; `tokenizer` where it is another's, so that both see the same prompts."""
+        """Load the model; `tokenizer` is another model's, so that both see the same prompts."""
         own = self.options(LoadOptions(tokenizer=tokenizer))
         return Generator(self.model, self.adapter, dtype=self.config.evaluate.dtype, mesh=make_mesh(self.config.mesh), **own)
 
@@ -41,7 +41,7 @@ class Target(Named):
 def find_target(
     given: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, note: Callable[[str], None] = print_note
 ) -> Target:
-    """What `find_named` finds, with a configuration: a model without a run has the default settings, and the overrides.
+    """Find a model as `find_named`, with a configuration: for a model without a run the defaults and the overrides.
 
     Raises UserError as `find_named` does.
     """
@@ -50,7 +50,7 @@ def find_target(
 
 
 def _settings(found: Named, overrides: Sequence[str], note: Callable[[str], None]) -> Config:
-    """A run's own, with the labels that it found in its data; of a model without a run the default settings and the overrides,
+    """Return a run's configuration, with the labels found in its data; for a model without a run the defaults, the overrides,
     and a classifier's own objective."""
     config = found.config
     if config is None:
@@ -72,6 +72,6 @@ def _settings(found: Named, overrides: Sequence[str], note: Callable[[str], None
 
 
 def _facts(model: str, revision: str | None = None) -> dict[str, Any]:
-    """config.json of a model; nothing of a .gguf file, which is never a classifier."""
+    """Return the config.json of a model; empty for a .gguf file, which is never a classifier."""
     folder = resolve_config(model, revision)
     return {} if folder.is_file() else read_config(folder)

@@ -8,10 +8,10 @@ from ftjax.models.param import specs
 
 
 def trained_biases(root: nnx.Module, kind: str, adapted: Set[str]) -> set[str]:
-    """The Hugging Face names of the biases that train: all of the model's, or (`lora_only`) those of adapted modules.
+    """Return the Hugging Face names of the trained biases: all of the model's, or (`lora_only`) those of adapted modules.
 
     Args:
-        adapted: names of the modules that have an update.
+        adapted: names of the modules with an update.
     """
     names = {
         piece.name

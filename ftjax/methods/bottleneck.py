@@ -1,13 +1,13 @@
-"""Bottleneck adapters: `o' = o + s W_up act(W_down z)` on what a sublayer gives, in AdapterHub's format.
+"""Bottleneck adapters: `o' = o + s W_up act(W_down z)` on the output of a sublayer, in AdapterHub's format.
 
-What the three of them read, with x the stream that the sublayer's input was taken from and o its result:
+The three differ in their input z, with x the residual stream before the sublayer and o the sublayer's output:
 
     seq_bn         z = x + o  after the feed-forward        Pfeiffer et al. 2020, arXiv:2005.00247
     double_seq_bn  z = o      after both sublayers          Houlsby et al. 2019, arXiv:1902.00751, figure 2
     par_bn         z = x      beside the feed-forward       He et al. 2021, arXiv:2110.04366, eq. 10
 
 Names, defaults and initialisation are those of the `adapters` library (Poth et al. 2023, arXiv:2311.11077), which loads the
-folder: `load_adapter(FOLDER, use_safetensors=True)`. The block then adds o' to the stream as it would add o.
+folder: `load_adapter(FOLDER, use_safetensors=True)`. The block adds o' to the residual stream in place of o.
 
 Legend: B batch, T length, E embed, R width of the bottleneck.
 """
@@ -34,13 +34,13 @@ from ftjax.models.stack import Stack
 
 @dataclass(frozen=True)
 class Kind:
-    """What tells the three architectures apart.
+    """Differences of the three architectures.
 
     Attributes:
-        reads: what goes through the bottleneck.
-        places: the attributes of a block that get one.
-        zeros: the up-projection starts at zero, so that training starts from the base model (`mam_adapter`); otherwise
-            both start from a normal distribution of 0.02 (`bert`).
+        reads: the input of the bottleneck.
+        places: the attributes of a block that get a bottleneck.
+        zeros: the up-projection starts at zero, so that training starts from the base model (`mam_adapter`); otherwise both
+            projections start from a normal distribution of 0.02 (`bert`).
     """
 
     reads: Literal["sum", "result", "stream"]
@@ -49,7 +49,7 @@ class Kind:
 
     @property
     def saved(self) -> dict[str, Any]:
-        """Those keys of the `adapters` library's configuration that say the same."""
+        """The keys of the `adapters` library's configuration that define this kind."""
         parallel = self.reads == "stream"
         return {
             "original_ln_before": self.reads == "sum",
@@ -60,7 +60,7 @@ class Kind:
         }
 
 
-# The rest of the library's configuration, each at the only value that ftjax has.
+# The other keys of the library's configuration, each at the only value that ftjax supports.
 FIXED = {
     "adapter_residual_before_ln": False, "cross_adapter": False, "factorized_phm_W": True, "factorized_phm_rule": False,
     "hypercomplex_nonlinearity": "glorot-uniform", "init_weights_seed": None, "inv_adapter": None,
@@ -69,17 +69,17 @@ FIXED = {
     "phm_layer": False, "phm_rank": 1, "residual_before_ln": True, "shared_W_phm": False, "shared_phm_rule": True,
     "stochastic_depth": 0.0, "use_gating": False,
 }  # fmt: skip
-# Of these, what is read only where something else is on that ftjax refuses, or only by a fresh adapter.
+# Keys of these that have an effect only with options that ftjax refuses, or only on a fresh adapter.
 WITHOUT_EFFECT = {key for key in FIXED if "phm" in key.lower()} - {"phm_layer"} | {
     "hypercomplex_nonlinearity", "init_weights_seed", "inv_adapter_reduction_factor", "adapter_residual_before_ln",
 }  # fmt: skip
 
 
 class Bottleneck(nnx.Module):
-    """Takes the place of `AsItIs` in a block."""
+    """Replaces `AsItIs` in a block."""
 
     def __init__(self, path: str, size: int, count: int | None, kind: Kind, config: BottleneckConfig):
-        """`count`: how many layers are stacked in the block; None for a block that stands alone."""
+        """`count`: layers stacked in the block; None for a block that is not stacked."""
         self.reads, self.scaling, self.dropout = kind.reads, config.scaling, config.dropout
         self.act = ACTIVATIONS[config.non_linearity]
         self.salt = zlib.crc32(path.encode())  # layers of one block draw different dropout masks
@@ -94,11 +94,11 @@ class Bottleneck(nnx.Module):
         self.up_bias = param((*stack, size), (*axes, "embed"), f"{name}.adapter_up.bias", init=Init("zeros"), **row)
 
     def without_adapter(self) -> nnx.Module:
-        """What is in this place where the method is taken out of the model."""
+        """Return the module to put here when the method is removed."""
         return AsItIs()
 
     def __call__(self, x: jax.Array, o: jax.Array, ctx: Context) -> jax.Array:
-        """x and o `[B, T, E] -> o' [B, T, E]`."""
+        """Apply the bottleneck, x and o `[B, T, E] -> o' [B, T, E]`."""
         z = {"sum": x + o, "result": o, "stream": x}[self.reads]
         h = self.act(project(z, self.down[...]) + self.down_bias[...].astype(z.dtype))
         up = (project(h, self.up[...]) + self.up_bias[...].astype(z.dtype)) * self.scaling
@@ -109,10 +109,10 @@ class Bottleneck(nnx.Module):
 
 
 def make_method(name: str, section: type[BottleneckConfig], kind: Kind) -> Method:
-    """One of the three."""
+    """Build the method of one of the three kinds."""
 
     def attach(root: nnx.Module, config: BottleneckConfig) -> None:
-        """Put a bottleneck into every block, in place."""
+        """Add a bottleneck to every block, in place."""
         if config.non_linearity not in ACTIVATIONS:
             raise UserError(
                 f"method.non_linearity: {config.non_linearity!r} is not supported; those that are: "
@@ -127,7 +127,7 @@ def make_method(name: str, section: type[BottleneckConfig], kind: Kind) -> Metho
                 setattr(nodes[path[:-1]], str(path[-1]), Bottleneck(".".join(map(str, path)), size, count, kind, config))
 
     def saved_config(config: BottleneckConfig, base_model: str, model: Model) -> dict[str, Any]:
-        """adapter_config.json as `save_adapter` writes it."""
+        """Return adapter_config.json as `save_adapter` writes it."""
         values = {key: getattr(config, key) for key in ("reduction_factor", "non_linearity", "scaling", "dropout")}
         architectures = model.config.get("architectures") or [None]
         return {
@@ -149,7 +149,7 @@ def make_method(name: str, section: type[BottleneckConfig], kind: Kind) -> Metho
         )
 
     def from_saved(config: BottleneckConfig, saved: dict[str, Any]) -> BottleneckConfig:
-        """The settings of an AdapterHub folder. Raises UserError for what ftjax does not have."""
+        """Return the settings of an AdapterHub folder. Raises UserError for what ftjax does not support."""
         found = saved["config"]
         neutral = {key: value for key, value in FIXED.items() if key not in WITHOUT_EFFECT}
         odd = [f"{key} = {found[key]!r}" for key, value in neutral.items() if (found.get(key) or None) != (value or None)]

@@ -1,4 +1,4 @@
-"""Full fine-tuning: the weights of the base model train, as float32 masters; all of them, or those that are named."""
+"""Full fine-tuning: the base model's weights train, as float32 masters; all of them, or those that are named."""
 
 import re
 
@@ -15,9 +15,9 @@ from ftjax.models.param import Piece, Spec, specs, variables
 
 
 def attach(root: nnx.Module, config: FullConfig) -> None:
-    """Mark what trains, in place. Layers of which other parts train are stacked apart.
+    """Mark the trained parameters, in place. Layers with different trained parts are stacked separately.
 
-    Raises UserError for a pattern that no parameter has, and where nothing would train.
+    Raises UserError for a pattern that matches no parameter, and if nothing would train.
     """
     chosen = _chosen(root, config)
     part_stacks(root, chosen)
@@ -28,7 +28,7 @@ def attach(root: nnx.Module, config: FullConfig) -> None:
 
 
 def _chosen(root: nnx.Module, config: FullConfig) -> set[str]:
-    """The Hugging Face names of what trains."""
+    """Return the Hugging Face names of the trained parameters."""
     rows = [(spec, piece) for spec in specs(root).values() for piece in spec.pieces()]
     names = {piece.name for _, piece in rows}
     if not config.partial:
@@ -44,12 +44,12 @@ def _chosen(root: nnx.Module, config: FullConfig) -> set[str]:
     for pattern in config.freeze:
         chosen = chosen - _named(root, rows, pattern, "freeze")
     if not chosen:
-        raise UserError("method: train, last_layers and freeze leave nothing that trains")
+        raise UserError("method: train, last_layers and freeze leave nothing to train")
     return chosen
 
 
 def _named(root: nnx.Module, rows: list[tuple[Spec, Piece]], pattern: str, option: str) -> set[str]:
-    """The parameters that one entry of `train` or `freeze` names."""
+    """Return the parameters that one entry of `train` or `freeze` names."""
     if pattern == "norms":
         norms = {".".join(map(str, path)) for path, node in nnx.iter_graph(root) if isinstance(node, RMSNorm | LayerNorm)}
         found = {piece.name for spec, piece in rows if spec.path.rpartition(".")[0] in norms}

@@ -1,8 +1,8 @@
 """IA3: learned factors on keys, values and the input of the second feed-forward layer (Liu et al. 2022, arXiv:2205.05638,
 section 3.3).
 
-A layer's output is multiplied, `l * (W x + b)`, or the input of a feed-forward layer, `W (l * x) + b`; factors start at one.
-Names, shapes and matching rules are PEFT's.
+The output of a layer is multiplied, `l * (W x + b)`, or the input of a feed-forward layer, `W (l * x) + b`; factors start at
+one. Names, shapes and matching rules are PEFT's.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from ftjax.models.context import Context
 from ftjax.models.model import Model
 from ftjax.models.param import Buffer, Init, Row, param
 
-# Keys, values (or the projection that holds them) and the second feed-forward layer, as the families call them.
+# Keys, values (or the projection that contains them) and the second feed-forward layer, by the families' names.
 OUTPUTS = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
 INPUTS = ("down_proj", "mlp.c_proj", "dense_4h_to_h")
 
 
 class IA3Linear(nnx.Module):
-    """A frozen Linear whose output (or, for a feed-forward layer, input) is scaled; layers without factors are as before."""
+    """A frozen Linear with scaled output (or, for a feed-forward layer, input); layers without factors are unchanged."""
 
     def __init__(self, site: Site, chosen: np.ndarray, feedforward: bool):
         """`chosen`: [layers] bool."""
@@ -44,7 +44,7 @@ class IA3Linear(nnx.Module):
         self.on = Buffer(chosen.reshape(site.stack), row=Row(site.stack_axes, "on"))
 
     def without_adapter(self) -> nnx.Module:
-        """What is in this place where the method is taken out of the model."""
+        """Return the module to put here when the method is removed."""
         return self.base
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
@@ -55,7 +55,7 @@ class IA3Linear(nnx.Module):
 def attach(root: nnx.Module, config: IA3Config) -> None:
     """Wrap every matching dense layer of an abstract model, in place.
 
-    Raises UserError, naming what the model has, where a target matches nothing.
+    Raises UserError, naming what the model has, if a target matches nothing.
     """
     refuse_missing(root, config.modules_to_save)
     saved = names_to_save(root, config.modules_to_save)
@@ -74,8 +74,8 @@ def attach(root: nnx.Module, config: IA3Config) -> None:
         kinds = {matches(name, inputs) for name, one in zip(site.names, chosen, strict=True) if one}
         if len(kinds) > 1:
             raise UserError(
-                f"method.feedforward_modules: {config.feedforward_modules!r} takes some layers' {site.names[0].split('.')[-1]} "
-                "for feed-forward layers and others' not; name all of them or none"
+                f"method.feedforward_modules: {config.feedforward_modules!r} matches {site.names[0].split('.')[-1]} "
+                "in some layers and not in others; name all of them or none"
             )
         site.replace(IA3Linear(site, chosen, kinds.pop()))
         found = True
@@ -105,11 +105,11 @@ def _chosen(name: str, targets: str | list[str], config: IA3Config) -> bool:
 
 
 def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Callable[[str, tuple], np.ndarray]) -> np.ndarray:
-    """One base weight, or bias, times the factors, in float32."""
+    """Multiply one base weight, or bias, by the factors, in float32."""
     layer, found, part = path.rpartition(".base.")
     if not found or f"{layer}.ia3_l" not in model.specs or not model.buffers[f"{layer}.on"][index]:
         return weight
-    factor = fetch(f"{layer}.ia3_l", index).astype(np.float32)  # (out, 1) or (1, in): it fits a weight (out, in)
+    factor = fetch(f"{layer}.ia3_l", index).astype(np.float32)  # (out, 1) or (1, in): broadcasts against a weight (out, in)
     if part == "bias":
         return weight if _feedforward(model, layer) else weight.astype(np.float32) * factor[:, 0]
     return weight.astype(np.float32) * (factor.T if _is_conv1d(model, layer) else factor)
@@ -120,13 +120,13 @@ def _feedforward(model: Model, layer: str) -> bool:
 
 
 def _is_conv1d(model: Model, layer: str) -> bool:
-    """Whether the weight that is wrapped is stored (in, out), as GPT-2's are."""
+    """Return whether the wrapped weight is stored (in, out), as in GPT-2."""
     own, weight = model.specs[f"{layer}.ia3_l"].row.axes, model.specs[f"{layer}.base.weight"].row.axes
     return weight[-2] == own[-1] if _feedforward(model, layer) else weight[-1] == own[-2]
 
 
 def saved_config(config: IA3Config, base_model: str, model: Model) -> dict:
-    """adapter_config.json for PEFT, with the names that the defaults came to."""
+    """Return adapter_config.json for PEFT, with the module names that the defaults resolved to."""
     layers = [path.removesuffix(".ia3_l") for path in model.specs if path.endswith(".ia3_l")]
     own = {layer: [piece.name.removesuffix(".ia3_l") for piece in model.specs[f"{layer}.ia3_l"].pieces()] for layer in layers}
     names = [name for layer in layers for name in own[layer]]
@@ -151,7 +151,7 @@ def saved_config(config: IA3Config, base_model: str, model: Model) -> dict:
 
 
 def from_saved(config: IA3Config, saved: dict) -> IA3Config:
-    """The settings of a PEFT folder."""
+    """Return the settings of a PEFT folder."""
     keys = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
     values = {key: saved[key] for key in keys if saved.get(key) is not None}
     return IA3Config(**values, adapter_path=config.adapter_path)

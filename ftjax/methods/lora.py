@@ -1,7 +1,7 @@
-"""LoRA: what it puts into a model, what its folder holds, and how it merges.
+"""LoRA: attach it to a model, save and load its folder, and merge it.
 
-Names, matching rules, initialisation, scaling and files are PEFT's, so that an adapter means the same there and here. The
-update itself is in `lora_linear` and `lora_embedding`.
+Names, matching rules, initialisation, scaling and files are PEFT's, so that an adapter means the same in both. The update
+itself is in `lora_linear` and `lora_embedding`.
 """
 
 from collections.abc import Iterator
@@ -30,9 +30,9 @@ from ftjax.models.param import Piece, Spec
 
 
 def attach(root: nnx.Module, config: LoraConfig) -> None:
-    """Wrap every matching layer of an abstract model and mark what trains beside, in place.
+    """Wrap every matching layer of an abstract model and mark the other trained parameters, in place.
 
-    Raises UserError, naming all that does not fit, where options exclude each other or a name matches nothing.
+    Raises UserError, naming everything that does not fit, if options exclude each other or a name matches nothing.
     """
     config = on_embedding(root, config)
     check(root, config)
@@ -56,7 +56,7 @@ def attach(root: nnx.Module, config: LoraConfig) -> None:
 
 
 def file_name(model: Model, spec: Spec, piece: Piece) -> str:
-    """PEFT's name of a tensor. A trained bias of an adapted layer is found in the layer that PEFT wrapped."""
+    """Return PEFT's name of a tensor. A trained bias of an adapted layer is under the layer that PEFT wraps."""
     layer, is_bias, _ = spec.path.rpartition(".base.bias")
     if is_bias:
         ranks = np.reshape(model.specs[f"{layer}.lora_A"].row.ranks, spec.stacked)
@@ -66,7 +66,7 @@ def file_name(model: Model, spec: Spec, piece: Piece) -> str:
 
 
 def stored(config: LoraConfig, model: Model, fetch: Fetch) -> Iterator[Stored]:
-    """What trains; PiSSA as the plain LoRA that it comes to, and a tied update a second time for the output."""
+    """Yield the trained tensors; PiSSA as the equivalent plain LoRA, and a tied update a second time for the output."""
     for path, spec in model.trainable.items():
         for piece in spec.pieces():
             if config.pissa and path.endswith((".lora_A", ".lora_B")):
@@ -75,7 +75,7 @@ def stored(config: LoraConfig, model: Model, fetch: Fetch) -> Iterator[Stored]:
                 yield Stored(file_name(model, spec, piece), piece.shape, partial(_part, fetch, path, piece))
     for name, path in output_copies(model).items():
         yield Stored(name, model.specs[path].shape[::-1], lambda path=path: np.ascontiguousarray(fetch(path, ()).T))
-    if config.ensure_weight_tying and f"{model.output}.weight" in model.trainable:  # PEFT reads the tied output beside it
+    if config.ensure_weight_tying and f"{model.output}.weight" in model.trainable:  # PEFT expects the tied output, too
         table = model.specs[f"{model.output}.weight"]
         for name in OUTPUTS:
             if name in model.ignored and table.row.axes[:1] == ("vocab",):
@@ -87,12 +87,12 @@ def _part(fetch: Fetch, path: str, piece: Piece) -> np.ndarray:
 
 
 def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Fetch) -> np.ndarray:
-    """One base weight with its update added in float32: `W + B diag(scale) A`, for an embedding the product's transpose.
+    """Add the update to one base weight in float32: `W + B diag(scale) A`, for an embedding the product's transpose.
 
     Args:
-        path: the base weight's path, `<layer>.base.weight`; other weights come back as they are.
-        index: which of the stacked layers.
-        fetch: gives a part of an adapter parameter by path and index.
+        path: the base weight's path, `<layer>.base.weight`; other weights are returned unchanged.
+        index: index of the stacked layer.
+        fetch: returns a part of an adapter parameter by path and index.
     """
     layer, found, _ = path.rpartition(".base.weight")
     if found and f"{layer}.{DELTA}" in model.specs:
@@ -117,10 +117,10 @@ def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Fet
 
 
 def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
-    """adapter_config.json for PEFT; `all-linear` is written out as the names that it came to, PiSSA as plain LoRA.
+    """Return adapter_config.json for PEFT; `all-linear` as the names that it resolved to, PiSSA as plain LoRA.
 
     Args:
-        base_model: what `base_model_name_or_path` says.
+        base_model: value of `base_model_name_or_path`.
     """
     config = as_plain(config) if config.pissa else config
     targets = config.target_modules
@@ -152,21 +152,21 @@ def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
     }
 
 
-# What `LoraConfig` has under PEFT's names
+# Keys that `LoraConfig` has under PEFT's names
 HONOURED = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
     "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "trainable_token_indices", "ensure_weight_tying",
 )  # fmt: skip
-# How the first values were found, what PEFT needs where it computes in other ways, and what only training has
+# Keys about initial values, about other ways in which PEFT computes, and about training only
 INERT = (
     "lora_dropout", "init_lora_weights", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "megatron_core", "qalora_group_size", "runtime_config", "merge_weights",
 )  # fmt: skip
-STARTS = ("true", "false", "none", "gaussian", "orthogonal", "eva")  # of which the base model is as it was
+STARTS = ("true", "false", "none", "gaussian", "orthogonal", "eva")  # those that leave the base model unchanged
 
 
 def from_saved(config: LoraConfig, saved: dict) -> LoraConfig:
-    """The settings of a PEFT folder, for starting from it. Raises UserError for what ftjax's LoRA does not have."""
+    """Return the settings of a PEFT folder, to start from it. Raises UserError for what ftjax's LoRA does not support."""
     kind = str(saved.get("init_lora_weights", True)).lower()
     if kind not in STARTS:
         raise UserError(
@@ -174,7 +174,7 @@ def from_saved(config: LoraConfig, saved: dict) -> LoraConfig:
             "well; save it from PEFT as a plain LoRA (path_initial_model_for_weight_conversion) and use that folder"
         )
     values = {key: saved[key] for key in HONOURED if saved.get(key) is not None}
-    if saved.get("task_type") == "SEQ_CLS":  # PEFT names the heads of all its models; this one's is added by itself
+    if saved.get("task_type") == "SEQ_CLS":  # PEFT names the heads of all its models; this model's head is added automatically
         heads = ("classifier", HEAD)
         values["modules_to_save"] = [name for name in values.get("modules_to_save", ()) if name not in heads]
     return LoraConfig(**values, lora_dropout=config.lora_dropout, adapter_path=config.adapter_path)

@@ -1,10 +1,10 @@
 """LoRA on an embedding: `y = W[t] + scale * B A[:, t]` (Hu et al. 2021, arXiv:2106.09685, eq. 3, with a one-hot input).
 
-A `[r, V]` starts at zero and B `[E, r]` normal, the other way round than in dense layers, and there is no dropout, as in PEFT:
-the product starts at zero, and the first gradient reaches the rows of the tokens that are there.
+A `[r, V]` starts at zero and B `[E, r]` normal, the reverse of dense layers, and there is no dropout, as in PEFT: the product
+starts at zero, and the first gradient reaches the rows of the tokens in the batch.
 
-Where the output is tied to the embedding, the update is of both (PEFT's `ensure_weight_tying`): logits are
-`(W + scale * (B A)^T) x`. PEFT's file then has it a second time, as that of an output projection with A and B exchanged.
+If the output is tied to the embedding, the update applies to both (PEFT's `ensure_weight_tying`): logits are `(W + scale * (B
+A)^T) x`. PEFT's file has it a second time, as the update of an output projection with A and B exchanged.
 
 Legend: B batch, T query length, E embed, V vocab, R rank.
 """
@@ -33,11 +33,11 @@ class LoraEmbedding(nnx.Module):
         self.scale = Buffer(np.full(rank, scale, np.float32), row=Row(("rank",), "scale"))
 
     def without_adapter(self) -> nnx.Module:
-        """What is in this place where the method is taken out of the model."""
+        """Return the module to put here when the method is removed."""
         return self.base
 
     def __call__(self, tokens: jax.Array, dtype) -> jax.Array:
-        """Ids `[B, T]` (or embeddings of virtual tokens, which go through) -> `[B, T, E]`."""
+        """Look up ids `[B, T]` (or pass embeddings of virtual tokens through) -> `[B, T, E]`."""
         rows = self.base(tokens, dtype)
         if is_virtual(tokens):
             return rows
@@ -46,14 +46,14 @@ class LoraEmbedding(nnx.Module):
         return rows + project(low.astype(dtype), self.lora_embedding_B[...])
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """`[..., E] -> [..., V]`, where the output is tied."""
+        """Compute logits `[..., E] -> [..., V]`, if the output is tied."""
         low = project(x, self.lora_embedding_B[...], conv1d=True) * self.scale[...].astype(x.dtype)
         return self.base.attend(x) + project(low, self.lora_embedding_A[...], conv1d=True)
 
 
 def output_copies(model: Model) -> dict[str, str]:
-    """What PEFT's file has of a tied update a second time: the name of a tensor, and the path of the parameter whose transpose
-    it is."""
+    """Map the name of each tensor that PEFT's file has of a tied update for the output to the path of the parameter whose
+    transpose it is."""
     layer = model.output
     if f"{layer}.lora_embedding_A" not in model.specs:
         return {}

@@ -1,11 +1,11 @@
 """LoRA: `y = W x + scale * B A x` with A (r, in) and B (out, r) (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
 Scale is `alpha / r`, or `alpha / sqrt(r)` with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). With DoRA (Liu et al. 2024,
-arXiv:2402.09353, eq. 5 and section 4.3) the weight is `m (W + scale * B A) / ||W + scale * B A||`, with a norm for each output
-that is a constant for the gradient. Names, matching rules, initialisation and scaling are PEFT's, so that an adapter means the
-same there and here.
+arXiv:2402.09353, eq. 5 and section 4.3) the weight is `m (W + scale * B A) / ||W + scale * B A||`, with one norm per output,
+detached from the gradient. Names, matching rules, initialisation and scaling are PEFT's, so that an adapter means the same in
+both.
 
-Legend: L layers, I in, O out, R rank (the largest of the layers that are stacked together).
+Legend: L layers, I in, O out, R rank (the largest of the stacked layers).
 """
 
 import math
@@ -25,8 +25,8 @@ from ftjax.models.param import Buffer, Init, Row, param
 from ftjax.models.quantized import Quantized
 
 
-def _cut(axis: str | None) -> str | None:
-    """The logical axis of an adapter's matrix along a dimension of its layer."""
+def _adapter_axis(axis: str | None) -> str | None:
+    """Return the logical axis of an adapter's matrix along a dimension of its layer."""
     return "wide" if axis in ("heads", "kv_heads", "mlp") else axis
 
 
@@ -36,13 +36,13 @@ class LoraLinear(nnx.Module):
     def __init__(
         self, site: Site, ranks: np.ndarray, scales: np.ndarray, dropout: float, *, dora: bool = False, pissa: bool = False
     ):
-        """`ranks` and `scales`: one for each stacked index. `pissa`: the product at the start is taken off (see that file)."""
+        """`ranks` and `scales`: one per stacked index. `pissa`: the initial product is subtracted (see `pissa`)."""
         self.base = base = site.layer
         self.dropout = dropout
         self.salt = zlib.crc32(site.path.encode())  # layers of one block draw different dropout masks
         rank = int(ranks.max())
         row = {"trainable": True, "adapter": True, "ranks": tuple(map(int, ranks))}
-        axes_in, axes_out = (_cut(axis) for axis in base.axes)
+        axes_in, axes_out = (_adapter_axis(axis) for axis in base.axes)
         self.axes_A, self.axes_B = ("rank", axes_in), (axes_out, "rank")
         shape_A, axes_A = (*site.stack, rank, base.size_in), (*site.stack_axes, *self.axes_A)
         shape_B, axes_B = (*site.stack, base.size_out, rank), (*site.stack_axes, *self.axes_B)
@@ -52,24 +52,24 @@ class LoraLinear(nnx.Module):
         self.start_A = param(shape_A, axes_A, "start_A.weight", **held) if pissa else None
         self.start_B = param(shape_B, axes_B, "start_B.weight", **held) if pissa else None
         shape, axes = (*site.stack, base.size_out), (*site.stack_axes, base.axes[1])
-        magnitude = {"init": Init("ones"), **row}  # `start` gives it the base weight's norms
+        magnitude = {"init": Init("ones"), **row}  # `start` sets it to the base weight's norms
         self.lora_magnitude_vector = param(shape, axes, "lora_magnitude_vector", **magnitude) if dora else None
         scale = np.where(np.arange(rank) < ranks[:, None], scales[:, None], 0).astype(np.float32)
         self.scale = Buffer(scale.reshape(*site.stack, rank), row=Row((*site.stack_axes, "rank"), "scale"))
 
     def without_adapter(self) -> nnx.Module:
-        """What is in this place where the method is taken out of the model."""
+        """Return the module to put here when the method is removed."""
         return self.base
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         dropped = self._drop(x, ctx)
         update = self._product(dropped, self.lora_A[...], self.lora_B[...], ctx)
-        if self.start_A is not None:  # dropout is not for it, as it is not for the rest of the base weight
+        if self.start_A is not None:  # without dropout, like the rest of the base weight
             update = update - self._product(x, self.start_A[...], self.start_B[...], ctx)
         if self.lora_magnitude_vector is None:
             return product(self.base(x, ctx) + update)
         y = self.base(x, ctx)
-        direct = y if dropped is x else self.base(dropped, ctx)  # what is scaled sees the same dropout as the update
+        direct = y if dropped is x else self.base(dropped, ctx)  # the scaled output has the same dropout as the update
         if self.base.bias is not None:
             direct = direct - self.base.bias[...].astype(x.dtype)
         adapted = jnp.any(self.scale[...] != 0)
@@ -77,7 +77,7 @@ class LoraLinear(nnx.Module):
         return product(y + ((factor - 1) * direct + factor * update).astype(x.dtype))
 
     def _product(self, x: jax.Array, lora_A: jax.Array, lora_B: jax.Array, ctx: Context) -> jax.Array:
-        """`scale * B A x`."""
+        """Compute `scale * B A x`."""
         low = product(project_sharded(x, lora_A, self.axes_A, ctx) * self.scale[...].astype(x.dtype))
         return project_sharded(low, lora_B, self.axes_B, ctx, widen)
 
@@ -88,8 +88,7 @@ class LoraLinear(nnx.Module):
         return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
 
     def _norm(self) -> jax.Array:
-        """`||W + B diag(scale) A||` for each output [O], float32, without a matrix of W's size:
-        `||w + b A||^2 = ||w||^2 + 2 w A^T b + b A A^T b` for a row w of W and b of `B diag(scale)`."""
+        """Return `||W + B diag(scale) A||` per output [O], float32, without a matrix of W's size:"""
         weight = self.base.weight.get_value()
         weight = weight.dequantise(jnp.float32) if isinstance(weight, Quantized) else weight.astype(jnp.float32)
         lora_A, scaled_B = self.lora_A[...], self.lora_B[...] * self.scale[...]
@@ -100,7 +99,7 @@ class LoraLinear(nnx.Module):
 
 
 def is_conv1d(model: Model, layer: str) -> bool:
-    """Whether the weight that a LoRA layer wraps is stored (in, out), as GPT-2's are."""
+    """Return whether the weight that a LoRA layer wraps is stored (in, out), as in GPT-2."""
     axis_in = model.specs[f"{layer}.lora_A"].row.axes[-1]
     axis_out = model.specs[f"{layer}.lora_B"].row.axes[-2]
-    return tuple(map(_cut, model.specs[f"{layer}.base.weight"].row.axes[-2:])) == (axis_in, axis_out)
+    return tuple(map(_adapter_axis, model.specs[f"{layer}.base.weight"].row.axes[-2:])) == (axis_in, axis_out)

@@ -1,4 +1,4 @@
-"""Where LoRA's parameters start (PEFT's `init_lora_weights`), as far as their rows' initialisers do not say it."""
+"""Initial values of LoRA's parameters (PEFT's `init_lora_weights`), beyond the initialisers of their specs."""
 
 import zlib
 
@@ -13,8 +13,8 @@ from ftjax.models.model import Model
 
 
 def start(config: LoraConfig, model: Model, begin: Start) -> dict[str, np.ndarray]:
-    """What the rows' initialisers do not give: other beginnings of A and B, and DoRA's magnitudes, the norms of the base
-    weight, to which `B A = 0` adds nothing."""
+    """Return initial values that the specs' initialisers do not give: A and B of other initialisations, and DoRA's magnitudes,
+    which are the norms of the base weight, as `B A = 0` adds nothing to it."""
     found = dict(start_rows(model, begin))
     if config.init_lora_weights is not True:
         found |= _factors(config.init_lora_weights, model, begin)
@@ -32,7 +32,7 @@ def start(config: LoraConfig, model: Model, begin: Start) -> dict[str, np.ndarra
 
 
 def _factors(kind: str, model: Model, begin: Start) -> dict[str, np.ndarray]:
-    """A and B of all layers as PEFT's `init_lora_weights` of that name makes them."""
+    """Return A and B of all layers, initialised as by PEFT's `init_lora_weights` of that name."""
     found = {}
     for path, spec in model.specs.items():
         layer, is_a, _ = path.rpartition(".lora_A")
@@ -62,7 +62,7 @@ def _gaussian(rank: int, size_in: int, size_out: int, rng: np.random.Generator) 
 
 
 def _orthogonal(rank: int, size_in: int, size_out: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a random orthogonal matrix alternate between A's and B's mixing, so that `B A = 0` although neither is zero."""
+    """Mix A and B from alternating rows of a random orthogonal matrix, so that `B A = 0` although neither is zero."""
     q, _ = np.linalg.qr(rng.normal(size=(rank, rank)))
     a = (rng.normal(size=(size_in, rank // 2)) @ q[0::2]).T / 10
     return a, rng.normal(size=(size_out, rank // 2)) @ q[1::2] / 10

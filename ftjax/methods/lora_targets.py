@@ -1,7 +1,7 @@
-"""Which modules LoRA adapts, with which rank and scale: PEFT's rules; and what of a configuration does not fit together.
+"""LoRA's targets with their ranks and scales, by PEFT's rules, and the checks of its configuration.
 
-A folder that somebody made (`adapter_path`) may name what the model does not have: PEFT passes it over, and so it is a note
-there, and an error only where it is asked for.
+An existing folder (`adapter_path`) may name modules that the model does not have: PEFT ignores them, so they are notes there,
+and errors only in a user's own configuration.
 """
 
 import math
@@ -21,11 +21,11 @@ from ftjax.models.classifier import HEAD
 
 
 class NoEffect(str):
-    """What is asked for and changes nothing."""
+    """A setting without effect."""
 
 
 def is_target(name: str, config: LoraConfig, *, embedding: bool = False) -> bool:
-    """Whether a module is adapted."""
+    """Return whether a module is adapted."""
     if config.exclude_modules and matches(name, config.exclude_modules):
         return False
     if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.modules_to_save):
@@ -39,20 +39,20 @@ def is_target(name: str, config: LoraConfig, *, embedding: bool = False) -> bool
 
 
 def rank_of(name: str, config: LoraConfig, *, embedding: bool = False) -> int:
-    """The rank of one module; 0 where it is not adapted."""
+    """Return the rank of one module; 0 if it is not adapted."""
     if not is_target(name, config, embedding=embedding):
         return 0
     return _pattern(name, config.rank_pattern, config.r, first=bool(config.adapter_path))
 
 
 def scale_of(name: str, rank: int, config: LoraConfig) -> float:
-    """The factor on a module's update."""
+    """Return the factor on a module's update."""
     alpha = _pattern(name, config.alpha_pattern, config.lora_alpha, first=bool(config.adapter_path))
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def saved_modules(config: LoraConfig, output: str) -> list[str]:
-    """`modules_to_save`; a classification head is always one of them, as in PEFT."""
+    """Return `modules_to_save`, always with a classification head, as in PEFT."""
     return list(dict.fromkeys([*config.modules_to_save, *([HEAD] if output == HEAD else [])]))
 
 
@@ -66,7 +66,7 @@ def _fits(key: str, name: str) -> bool:
 
 
 def _pattern(name: str, patterns: dict, default, *, first: bool = False):
-    """Args: `first`: take the first of several, as PEFT does."""
+    """Look up a module's value in a pattern. Args: `first`: take the first of several, as PEFT does."""
     found = {key: value for key, value in patterns.items() if _fits(key, name)}
     if len(set(found.values())) > 1 and not first:
         raise UserError(
@@ -77,14 +77,14 @@ def _pattern(name: str, patterns: dict, default, *, first: bool = False):
 
 
 def adapted_modules(root: nnx.Module, config: LoraConfig) -> set[str]:
-    """The Hugging Face names of all dense layers and embeddings that are adapted."""
+    """Return the Hugging Face names of all dense layers and embeddings that are adapted."""
     dense = {name for site in linears(root) for name in site.names if is_target(name, config)}
     return dense | {name for site in embeddings(root) for name in site.names if is_target(name, config, embedding=True)}
 
 
 def check(root: nnx.Module, config: LoraConfig) -> None:
-    """UserError that lists all that does not fit: options among themselves, and names that the model does not have. Of a
-    folder, what has no effect is added to the model's notes instead."""
+    """Raise UserError that lists all conflicting options and names that the model does not have. For a folder, settings without
+    effect are added to the model's notes instead."""
     config = on_embedding(root, config)
     found = [*config.conflicts(), *_target_problems(root, config), *_option_problems(root, config)]
     problems = list(dict.fromkeys(found))
@@ -97,7 +97,7 @@ def check(root: nnx.Module, config: LoraConfig) -> None:
 
 
 def _said(call: Callable[[], object]) -> list[str]:
-    """The message of the UserError that a call raises."""
+    """Return the message of the UserError that a call raises."""
     try:
         call()
     except UserError as error:
@@ -106,7 +106,7 @@ def _said(call: Callable[[], object]) -> list[str]:
 
 
 def _target_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
-    """Targets, layers and patterns that match nothing, or too much."""
+    """Yield targets, layers and patterns that match nothing, or too much."""
     targets = config.target_modules
     dense = [name for site in linears(root) for name in site.names]
     tables = [name for site in embeddings(root) for name in site.names]
@@ -127,12 +127,12 @@ def _target_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
         overlaps = [said for name in adapted for said in _said(lambda name=name, p=patterns: _pattern(name, p, None))]
         if overlaps and not config.adapter_path:
             yield overlaps[0]
-            return  # no layer's rank is known
+            return  # ranks are not known
     yield from _rank_problems(root, config)
 
 
 def _rank_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
-    """Ranks that a beginning cannot have; one entry for all layers."""
+    """Yield ranks that an initialisation does not allow; one entry for all layers."""
     option, odd, large = f"method.init_lora_weights: {config.init_lora_weights}", {}, {}
     for site in linears(root):
         size = min(site.layer.size_in, site.layer.size_out)
@@ -148,7 +148,7 @@ def _rank_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
 
 
 def _option_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
-    """Options that exclude each other, or that this model cannot have."""
+    """Yield options that exclude each other, or that this model does not allow."""
     saved = saved_modules(config, root.output)
     both = config.ensure_weight_tying
     yield from map(NoEffect, _said(lambda: refuse_missing(root, saved)))
@@ -187,7 +187,7 @@ def _option_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
 
 
 def _embedding_problems(name: str, config: LoraConfig, tied: bool) -> Iterator[str]:
-    """What an embedding that is adapted cannot have."""
+    """Yield options that an adapted embedding does not allow."""
     if tied and not config.ensure_weight_tying:
         yield (
             f"method.target_modules: this model ties {name} to its output, and PEFT would adapt the input alone, which no "

@@ -1,4 +1,4 @@
-"""What a method offers to the rest of ftjax: a handful of functions, most of them optional."""
+"""Interface of a method: a record of functions, most of them optional."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from ftjax.config.base import Section
 from ftjax.models.model import Model
 from ftjax.models.param import Piece, Spec
 
-# (path of a parameter, which part of it) -> that part on the host
+# (path of a parameter, index of a part) -> that part on the host
 Fetch = Callable[[str, tuple], np.ndarray]
 
 
 class Stored(NamedTuple):
-    """One tensor of an adapter file; `data()` gives it, and is called once."""
+    """One tensor of an adapter file; `data()` returns it, and is called once."""
 
     name: str
     shape: tuple[int, ...]
@@ -25,12 +25,12 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Start:
-    """What the first values of a method's parameters may be made from.
+    """Inputs for the initial values of a method's parameters.
 
     Attributes:
-        fetch: a base weight, or a new parameter as its row's initialiser left it, by path and index.
-        tokenize: the ids of a text, as the base model's tokenizer gives them.
-        seed: of the run.
+        fetch: returns a base weight, or a new parameter with the value of its spec's initialiser, by path and index.
+        tokenize: returns the ids of a text by the base model's tokenizer.
+        seed: seed of the run.
     """
 
     fetch: Fetch
@@ -39,37 +39,37 @@ class Start:
 
 
 def own_name(model: Model, spec: Spec, piece: Piece) -> str:
-    """PEFT's name of a tensor: `base_model.model.` and the Hugging Face name that its row gives."""
+    """Return PEFT's name of a tensor: `base_model.model.` and the Hugging Face name of its spec."""
     return f"base_model.model.{piece.name}"
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way of fine-tuning.
+    """One fine-tuning method.
 
     Attributes:
         config: its section of the configuration.
-        attach: puts the method into an abstract model, in place; raises UserError where the model cannot have it.
-        adapter: what a run leaves is a small folder beside the base model; otherwise a whole model.
+        attach: adds the method to an abstract model, in place; raises UserError if it does not fit the model.
+        adapter: a run writes a small folder beside the base model; otherwise a whole model.
         reads: whether an `adapter_config.json` is this method's.
-        kind: what messages call such a file.
+        kind: name of such a file in messages.
         saved_config: `(config, base_model, model)` -> `adapter_config.json`.
-        from_saved: `(config, adapter_config.json)` -> the settings of a folder, for a model that is to hold its tensors.
-            What a folder cannot say (dropout) is taken from `config`. Raises UserError for what ftjax does not have.
-        known: the keys of `adapter_config.json` that `from_saved` honours, or that change nothing in this method; any other
-            that is set is refused. None: `from_saved` looks at them itself.
-        weights_file: beside `adapter_config.json`.
-        file_name: `(model, spec, piece)` -> what the file calls a tensor.
-        ignored: endings of tensors that the file may hold beside those of the model, and that say nothing new.
-        copies: `(model)` -> tensors that the file holds a second time, by name, each with the path of the parameter whose
+        from_saved: `(config, adapter_config.json)` -> the settings of a folder, for a model that is to load its tensors.
+            What a folder does not store (dropout) is taken from `config`. Raises UserError for what ftjax does not support.
+        known: the keys of `adapter_config.json` that `from_saved` honours, or that have no effect in this method; any other
+            key that is set is refused. None: `from_saved` checks them itself.
+        weights_file: name of the file beside `adapter_config.json`.
+        file_name: `(model, spec, piece)` -> the name of a tensor in the file.
+        ignored: endings of redundant tensors that the file may have besides those of the model.
+        copies: `(model)` -> tensors that the file has a second time, by name, each with the path of the parameter whose
             transpose it is.
-        stored: `(config, model, fetch)` -> the tensors of the file, where they are not the trained parameters themselves.
-        start: `(config, model, Start)` -> `{path: array}` of those new parameters whose first values are not their
-            row's initialiser's.
-        merged: `(model, path, index, weight, fetch)` -> one base weight with what was trained in it; weights that the
-            method leaves alone come back as they are.
-        no_merge: why the base model cannot take up what was trained, or None.
-        library: whose files the folder holds, `peft` or `adapters`.
+        stored: `(config, model, fetch)` -> the tensors of the file, if they are not the trained parameters themselves.
+        start: `(config, model, Start)` -> `{path: array}` of the new parameters whose initial values do not come from their
+            spec's initialiser.
+        merged: `(model, path, index, weight, fetch)` -> one base weight with the trained change; other weights are returned
+            unchanged.
+        no_merge: why the result cannot be merged into the base model, or None.
+        library: library whose format the folder has, `peft` or `adapters`.
     """
 
     config: type[Section]

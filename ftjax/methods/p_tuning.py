@@ -1,6 +1,6 @@
-"""P-tuning: virtual tokens whose embeddings an MLP makes while training (Liu et al. 2021, arXiv:2103.10385, section 3.2).
+"""P-tuning: virtual tokens with embeddings from an MLP during training (Liu et al. 2021, arXiv:2103.10385, section 3.2).
 
-The MLP (three layers, ReLU) and the file are PEFT's: what is saved is what the MLP gives, `prompt_embeddings [V, E]`.
+The MLP (three layers, ReLU) and the file are PEFT's: the file stores the output of the MLP, `prompt_embeddings [V, E]`.
 
 Legend: V virtual tokens, E embed, C hidden size of the MLP.
 """
@@ -19,7 +19,7 @@ from ftjax.models.stack import memories
 
 
 class EncodedTokens(PromptTokens):
-    """Prompt tokens behind an MLP; without one (read from a file) they are as they are."""
+    """Prompt tokens that pass through an MLP; without one (loaded from a file) they are used directly."""
 
     def __init__(self, remembered: KeysValues, layers: int, count: int, embed: int, hidden: int | None):
         super().__init__(remembered, layers, count, embed)
@@ -39,21 +39,21 @@ class EncodedTokens(PromptTokens):
 
 
 def attach(root: nnx.Module, config: PTuningConfig) -> None:
-    """Put virtual tokens before every text of an abstract model, in place."""
+    """Add virtual tokens before every text to an abstract model, in place."""
     count, layers, embed = config.num_virtual_tokens, root.sizes.layers, root.sizes.embed
     hidden = None if config.adapter_path else config.encoder_hidden_size or embed
     put(root, EncodedTokens(one_for_all(memories(root)), layers, count, embed, hidden), count)
 
 
 def saved_config(config: PTuningConfig, base_model: str, model: Model) -> dict:
-    """adapter_config.json for PEFT."""
+    """Return adapter_config.json for PEFT."""
     values = virtual_settings("P_TUNING", base_model, model)
     hidden = config.encoder_hidden_size or values["token_dim"]
     return values | {"encoder_reparameterization_type": "MLP", "encoder_hidden_size": hidden}
 
 
 def from_saved(config: PTuningConfig, saved: dict) -> PTuningConfig:
-    """The settings of a PEFT folder, which holds what the MLP (or LSTM) gave and not the MLP."""
+    """Return the settings of a PEFT folder, which stores the output of the MLP (or LSTM), not the MLP."""
     hidden = saved.get("encoder_hidden_size")
     count = saved["num_virtual_tokens"]
     return PTuningConfig(num_virtual_tokens=count, encoder_hidden_size=hidden, adapter_path=config.adapter_path)

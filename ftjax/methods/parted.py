@@ -1,4 +1,4 @@
-"""Layers of which other parts train are stacked apart, so that what is frozen has neither gradient nor moments."""
+"""Splitting of stacked layers by their trained parts, so that frozen parameters have neither gradient nor moments."""
 
 from collections.abc import Iterator, Set
 
@@ -9,28 +9,28 @@ from ftjax.models.stack import Stack
 
 
 def part_stacks(root: nnx.Module, chosen: Set[str]) -> None:
-    """Cut each stack of an abstract model so that a parameter trains in all of its layers or in none; in place.
+    """Split each stack of an abstract model so that a parameter trains in all of its layers or in none; in place.
 
     Args:
-        chosen: the Hugging Face names of what is going to train.
+        chosen: Hugging Face names of the parameters to train.
     """
     for path, stack in stacks(root):
         stack.part(_groups(root, path, len(stack.kinds), chosen))
 
 
 def stacks(root: nnx.Module) -> Iterator[tuple[str, Stack]]:
-    for path, node in list(nnx.iter_graph(root)):  # listed first: what is done to a stack changes the graph
+    for path, node in list(nnx.iter_graph(root)):  # listed first: callers change the graph
         if isinstance(node, Stack):
             yield ".".join(map(str, path)), node
 
 
 def layer_of(spec: Spec, piece: Piece) -> int:
-    """Which layer of the model a tensor of a stacked parameter belongs to."""
+    """Return the layer of the model that a tensor of a stacked parameter belongs to."""
     return spec.layers[piece.index[0]] if spec.layers else piece.index[0]
 
 
 def _groups(root: nnx.Module, stack: str, depth: int, chosen: Set[str]) -> tuple[str, ...]:
-    """A name for each layer, the same for layers of which the same parts train."""
+    """Return a name per layer, the same for layers with the same trained parts."""
     parts: list[set[str]] = [set() for _ in range(depth)]
     for path, spec in specs(root).items():
         if path.startswith(f"{stack}."):

@@ -1,8 +1,8 @@
 """PiSSA (Meng et al. 2024, arXiv:2404.02948): LoRA that starts from the largest singular values of each weight.
 
-The paper trains `W_res + s B A` with `s B_0 A_0` of rank r taken out of W (eqs. 2 to 4). Here the base model stays as it is,
-and the same function is `W + s (B A - B_0 A_0)`: A_0 and B_0 are frozen beside the adapter, so that it begins as the base model
-to the last bit, in every dtype. Written out, the two products are one plain LoRA of rank 2r on the untouched base model, which
+The paper trains `W_res + s B A` with `s B_0 A_0` of rank r taken out of W (eqs. 2 to 4). Here the base model stays unchanged,
+and the same function is `W + s (B A - B_0 A_0)`: A_0 and B_0 are frozen beside the adapter, so that training starts from the
+base model bit for bit, in every dtype. Saved, the two products are one plain LoRA of rank 2r on the unchanged base model, which
 is PEFT's conversion (`path_initial_model_for_weight_conversion`).
 """
 
@@ -19,10 +19,10 @@ from ftjax.models.param import Piece, Spec
 def principal(
     weight: np.ndarray, rank: int, scale: float, kind: str, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`(A [rank, I], B [O, rank])` with `scale * B A` the part of a weight [O, I] that its largest singular values make.
+    """Return `(A [rank, I], B [O, rank])` with `scale * B A` the best approximation of rank `rank` of a weight [O, I].
 
     Args:
-        kind: `pissa` for all of them exactly, `pissa_niter_<n>` by n subspace iterations.
+        kind: `pissa` for the exact SVD, `pissa_niter_<n>` for n subspace iterations.
     """
     niter = kind.partition("_niter_")[2]
     u, s, vt = _subspace(weight, rank, int(niter), rng) if niter else np.linalg.svd(weight, full_matrices=False)
@@ -31,7 +31,7 @@ def principal(
 
 
 def _subspace(weight: np.ndarray, rank: int, niter: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first singular values and vectors (Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and 5.1), as
+    """Return the largest singular values and vectors (Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and 5.1), as
     `torch.svd_lowrank(weight, rank, niter)` computes them."""
     q, _ = np.linalg.qr(weight @ rng.normal(size=(weight.shape[1], rank)).astype(weight.dtype))
     for _ in range(niter):
@@ -42,7 +42,7 @@ def _subspace(weight: np.ndarray, rank: int, niter: int, rng: np.random.Generato
 
 
 def doubled(model: Model, spec: Spec, piece: Piece, fetch: Fetch) -> Stored:
-    """A or B of the plain LoRA under the name that A or B has: `[A; A_0]`, and `[B, -B_0]`; their product is the difference."""
+    """Return A or B of the plain LoRA: `[A; A_0]` or `[B, -B_0]`, whose product is the difference."""
     layer, _, name = spec.path.rpartition(".")
     axis, first, sign = {"lora_A": (0, "start_A", 1), "lora_B": (1, "start_B", -1)}[name]
     shape = tuple(2 * size if dim == axis else size for dim, size in enumerate(piece.shape))
@@ -54,7 +54,7 @@ def doubled(model: Model, spec: Spec, piece: Piece, fetch: Fetch) -> Stored:
 
 
 def as_plain(config: LoraConfig) -> LoraConfig:
-    """The settings of that LoRA: twice the ranks at the same scales."""
+    """Return the settings of that plain LoRA: twice the ranks at the same scales."""
     more = math.sqrt(2) if config.use_rslora else 2
     return config.model_copy(update={
         "r": 2 * config.r, "lora_alpha": more * config.lora_alpha, "init_lora_weights": True,

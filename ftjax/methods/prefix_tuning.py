@@ -1,8 +1,8 @@
 """Prefix tuning: keys and values of virtual tokens, learned for every layer (Li and Liang 2021, arXiv:2101.00190, section 4).
 
-With `prefix_projection` a two-layer MLP makes them from small embeddings while training (section 4.3); what is saved is what it
-gives. Layout and names are PEFT's: one tensor `[V, L * 2 * K * H]`, in which layer l has its keys at 2l and its values at
-2l + 1. Keys enter after RoPE.
+With `prefix_projection` a two-layer MLP computes them from small embeddings during training (section 4.3); the file stores its
+output. Layout and names are PEFT's: one tensor `[V, L * 2 * K * H]`, in which layer l has its keys at 2l and its values at 2l +
+1. Keys are added after RoPE.
 
 Legend: V virtual tokens, L layers, K kv heads, H head dim, D = K H, C hidden size of the MLP.
 """
@@ -25,7 +25,7 @@ from ftjax.models.param import Init, Piece, Spec, param
 from ftjax.models.stack import memories
 
 TENSOR = "prompt_embeddings"
-NO_MERGE = "virtual tokens stand before the text and are no part of any weight"
+NO_MERGE = "virtual tokens come before the text and are not part of any weight"
 
 
 class PrefixTokens(nnx.Module):
@@ -45,7 +45,7 @@ class PrefixTokens(nnx.Module):
         self.weight_2, self.bias_2 = dense(hidden, wide, 2, zero=zero)
 
     def flat(self) -> jax.Array:
-        """`[V, L * 2 * D]`."""
+        """Return the keys and values `[V, L * 2 * D]`."""
         if not self.projected:
             return self.embedding[...]
         x = jnp.tanh(project(self.embedding[...], self.weight_0[...]) + self.bias_0[...])
@@ -62,18 +62,18 @@ def own(shape: tuple[int, ...], name: str, init: Init):
 
 
 def dense(size_in: int, size_out: int, number: int, *, zero: bool = False) -> tuple[nnx.Param, nnx.Param]:
-    """Weight (out, in) and bias of a layer of the MLP, which start as torch.nn.Linear's."""
+    """Build weight (out, in) and bias of a layer of the MLP, initialised like torch.nn.Linear."""
     init = Init("zeros") if zero else Init("uniform", 1 / math.sqrt(size_in))
     return own((size_out, size_in), f"weight_{number}", init), own((size_out,), f"bias_{number}", init)
 
 
 def attach(root: nnx.Module, config: PrefixTuningConfig) -> None:
-    """Put virtual tokens before every text of an abstract model, in place."""
+    """Add virtual tokens before every text to an abstract model, in place."""
     put(root, PrefixTokens(root.sizes.layers, one_for_all(memories(root)), config), config.num_virtual_tokens)
 
 
 def put(root: nnx.Module, virtual: nnx.Module, count: int) -> None:
-    """What a method's virtual tokens take of a table of positions is not there for the text."""
+    """Set a method's virtual tokens, in place; they reduce the positions that are left for the text."""
     root.virtual = virtual
     if root.max_positions is not None:
         root.max_positions -= count
@@ -84,7 +84,7 @@ def file_name(model: Model, spec: Spec, piece: Piece) -> str:
 
 
 def stored_by(make) -> object:
-    """`Method.stored` for virtual tokens: `make(module)` is the one tensor, whatever computes it while training."""
+    """Build `Method.stored` for virtual tokens: the one tensor is `make(module)`, however it is computed during training."""
 
     def stored(config, model: Model, fetch: Fetch) -> Iterator[Stored]:
         params = {path: jnp.asarray(fetch(path, ())) for path in model.trainable}
@@ -96,7 +96,7 @@ def stored_by(make) -> object:
 
 
 def saved_config(config: PrefixTuningConfig, base_model: str, model: Model) -> dict:
-    """adapter_config.json for PEFT."""
+    """Return adapter_config.json for PEFT."""
     remembered = one_for_all(model.memories)
     dim = remembered.kv_heads * remembered.key_dim
     return {
@@ -115,7 +115,7 @@ def saved_config(config: PrefixTuningConfig, base_model: str, model: Model) -> d
 
 
 def from_saved(config: PrefixTuningConfig, saved: dict) -> PrefixTuningConfig:
-    """The settings of a PEFT folder, which holds what an MLP gave and not the MLP."""
+    """Return the settings of a PEFT folder, which stores the output of an MLP, not the MLP."""
     return PrefixTuningConfig(num_virtual_tokens=saved["num_virtual_tokens"], adapter_path=config.adapter_path)
 
 

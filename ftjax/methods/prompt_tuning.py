@@ -26,14 +26,14 @@ from ftjax.models.stack import memories
 
 
 class PromptTokens(nnx.Module):
-    """`Prefix` out of embeddings: the model reads them once, and every document behind them sees their keys and values."""
+    """`Prefix` from embeddings: the model reads them once, and every document attends to their keys and values."""
 
     def __init__(self, remembered: KeysValues, layers: int, count: int, embed: int):
         self.layout = Layout(((remembered,),) * layers)
         self.embedding = own((count, embed), "embedding", Init("normal"))
 
     def flat(self) -> jax.Array:
-        """`[V, E]`."""
+        """Return the embeddings `[V, E]`."""
         return self.embedding[...]
 
     def __call__(self, root: nnx.Module, ctx: Context) -> Prefix:
@@ -47,13 +47,13 @@ class PromptTokens(nnx.Module):
 
 
 def attach(root: nnx.Module, config: PromptTuningConfig) -> None:
-    """Put virtual tokens before every text of an abstract model, in place."""
+    """Add virtual tokens before every text to an abstract model, in place."""
     count, sizes = config.num_virtual_tokens, root.sizes
     put(root, PromptTokens(one_for_all(memories(root)), sizes.layers, count, sizes.embed), count)
 
 
 def start(config: PromptTuningConfig, model: Model, begin: Start) -> dict[str, np.ndarray]:
-    """Random values stay; a text's tokens (cut, or repeated to the end), or tokens drawn at random, give their embeddings."""
+    """Return embeddings of a text's tokens (truncated or repeated), or of random tokens; nothing for random values."""
     embedding, count = model.embedding, config.num_virtual_tokens
     if config.prompt_tuning_init == "RANDOM":
         return {}
@@ -70,7 +70,7 @@ def start(config: PromptTuningConfig, model: Model, begin: Start) -> dict[str, n
 
 
 def virtual_settings(kind: str, base_model: str, model: Model) -> dict:
-    """What adapter_config.json says of virtual tokens that are embeddings."""
+    """Return adapter_config.json for virtual tokens that are embeddings."""
     virtual = model.bind({path: spec.abstract for path, spec in model.specs.items()}).virtual
     return {
         "peft_type": kind,
@@ -86,7 +86,7 @@ def virtual_settings(kind: str, base_model: str, model: Model) -> dict:
 
 
 def saved_config(config: PromptTuningConfig, base_model: str, model: Model) -> dict:
-    """adapter_config.json for PEFT."""
+    """Return adapter_config.json for PEFT."""
     values = virtual_settings("PROMPT_TUNING", base_model, model) | {"prompt_tuning_init": config.prompt_tuning_init}
     if config.prompt_tuning_init == "TEXT":
         values |= {"prompt_tuning_init_text": config.prompt_tuning_init_text, "tokenizer_name_or_path": base_model}
@@ -94,7 +94,7 @@ def saved_config(config: PromptTuningConfig, base_model: str, model: Model) -> d
 
 
 def from_saved(config: PromptTuningConfig, saved: dict) -> PromptTuningConfig:
-    """The settings of a PEFT folder; how its values once started does not matter any more."""
+    """Return the settings of a PEFT folder; the initialisation of its values does not matter any more."""
     return PromptTuningConfig(num_virtual_tokens=saved["num_virtual_tokens"], adapter_path=config.adapter_path)
 
 

@@ -13,7 +13,7 @@ from ftjax.models.param import specs, variables
 
 
 def names_to_save(root: nnx.Module, modules: Sequence[str], *, both: bool = False) -> set[str]:
-    """The Hugging Face names of the parameters of these modules.
+    """Return the Hugging Face names of the parameters of these modules.
 
     Args:
         both: an embedding that is tied to the output may train, on both sides.
@@ -31,7 +31,7 @@ def names_to_save(root: nnx.Module, modules: Sequence[str], *, both: bool = Fals
 
 
 def refuse_missing(root: nnx.Module, modules: Sequence[str]) -> None:
-    """UserError for names that no module has."""
+    """Raise UserError for names that no module has."""
     names = _names(root)
     if missing := [module for module in modules if not any(_is(name, module) for name in names)]:
         raise UserError(
@@ -45,14 +45,14 @@ def _names(root: nnx.Module) -> list[str]:
 
 
 def _is(name: str, module: str) -> bool:
-    """PEFT's rule: the name of the parameter's module, or of one around it, ends with what was asked for. So `norm` is
-    also every `input_layernorm`."""
+    """Match by PEFT's rule: the name of the parameter's module, or of one that contains it, ends with `module`. So `norm` also
+    matches every `input_layernorm`."""
     parts = name.split(".")[:-1]
     return any(".".join(parts[:end]).endswith(module) for end in range(1, len(parts) + 1))
 
 
 def train_names(root: nnx.Module, chosen: Set[str]) -> None:
-    """Mark the parameters of these names as trained, in place; stacks are parted before, so that each trains as a whole."""
+    """Mark the parameters of these names as trained, in place; stacks must be split before, so that each trains as a whole."""
     found = specs(root)
     paths = {p for p, spec in found.items() if not spec.row.adapter and all(piece.name in chosen for piece in spec.pieces())}
     for path, variable in variables(root):
@@ -61,7 +61,7 @@ def train_names(root: nnx.Module, chosen: Set[str]) -> None:
 
 
 def train(variable: nnx.Variable) -> None:
-    """Mark a parameter as trained. What trains is kept in float32, whatever the base is."""
+    """Mark a parameter as trained. Trained parameters are float32, whatever the dtype of the base."""
     value = variable.get_value()
     variable.set_value(type(value)(value.shape, jnp.float32))
     variable.set_metadata("row", dataclasses.replace(variable.row, trainable=True))

@@ -1,15 +1,15 @@
-"""An output that is tied to its embedding: what options that name one of the two mean for both."""
+"""Tied embeddings: options that name the input embedding or the output, applied to both."""
 
 from flax import nnx
 
 from ftjax.config import LoraConfig
 from ftjax.methods.walk import embeddings, matches
 
-OUTPUTS = ("lm_head.weight", "embed_out.weight")  # as checkpoints call what a tied model leaves out
+OUTPUTS = ("lm_head.weight", "embed_out.weight")  # names in checkpoints of what a tied model leaves out
 
 
 def tied_names(root: nnx.Module) -> tuple[str, str] | None:
-    """Hugging Face's names of the embedding and of the output that is tied to it; None where nothing is tied."""
+    """Return Hugging Face's names of the embedding and of the output tied to it; None if they are not tied."""
     table = next((site for site in embeddings(root) if site.path == root.output), None)
     if table is None:
         return None
@@ -17,8 +17,8 @@ def tied_names(root: nnx.Module) -> tuple[str, str] | None:
 
 
 def on_embedding(root: nnx.Module, config: LoraConfig) -> LoraConfig:
-    """The same options, where those that name a tied output name its embedding, whose parameters are then on both sides: under
-    `ensure_weight_tying`, and for `trainable_token_indices` that are the same of both, as in PEFT."""
+    """Return the options with names of a tied output replaced by its embedding, whose parameters then train on both sides: with
+    `ensure_weight_tying`, and for `trainable_token_indices` that are the same on both, as in PEFT."""
     names = tied_names(root)
     if names is None:
         return config

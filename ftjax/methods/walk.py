@@ -1,4 +1,4 @@
-"""Find the dense layers of a model, match them as PEFT does, and put a wrapping module in their place."""
+"""Find the dense layers of a model, match them as PEFT does, and replace them by wrapping modules."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,12 +14,12 @@ from ftjax.models.param import INDEXED, Spec, specs
 
 @dataclass(frozen=True)
 class Site:
-    """A dense layer (of all stacked layers at once), or an embedding, and where it hangs in the module tree.
+    """A dense layer (of all stacked layers at once), or an embedding, and its parent in the module tree.
 
     Attributes:
         path: its path, such as `model.layers.block.self_attn.q_proj`.
         names: Hugging Face's module name for each stacked index.
-        stack: sizes of the stacked dimensions, `()` for a layer that stands alone.
+        stack: sizes of the stacked dimensions, `()` for a layer that is not stacked.
     """
 
     path: str
@@ -35,12 +35,12 @@ class Site:
 
 
 def linears(root: nnx.Module) -> list[Site]:
-    """Every dense layer that can have an adapter, the output embedding included, in the order of the module tree."""
+    """Return every dense layer that can have an adapter, with the output embedding, in the order of the module tree."""
     return _sites(root, lambda node: isinstance(node, Linear) and node.adaptable)
 
 
 def embeddings(root: nnx.Module) -> list[Site]:
-    """Every embedding, in the order of the module tree; positions' are among them."""
+    """Return every embedding, including that of positions, in the order of the module tree."""
     return _sites(root, lambda node: isinstance(node, Embedding))
 
 
@@ -64,7 +64,7 @@ def _site(path: tuple, layer: Linear | Embedding, nodes: dict, rows: Mapping[str
 
 
 def remove_adapters(root: nnx.Module) -> None:
-    """Take out of an abstract model what a method added, in place: wrapped layers, bottlenecks and virtual tokens."""
+    """Remove what a method added to an abstract model, in place: wrapped layers, bottlenecks and virtual tokens."""
     if hasattr(root, "virtual"):
         root.virtual = None
     found = True
@@ -76,17 +76,17 @@ def remove_adapters(root: nnx.Module) -> None:
 
 
 def matches(name: str, wanted: str | list[str]) -> bool:
-    """PEFT's rule: a string is a regex over the whole name; a list holds whole names or their last parts."""
+    """Match by PEFT's rule: a string is a regex over the whole name; a list has whole names or their last parts."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == one or name.endswith(f".{one}") for one in wanted)
 
 
 def layer_index(name: str, patterns: str | list[str] | None = None) -> int | None:
-    """The first number that follows a module name: 3 in `model.layers.3.mlp.up_proj`.
+    """Return the first number after a module name: 3 in `model.layers.3.mlp.up_proj`.
 
     Args:
-        patterns: which names of lists of layers count (PEFT's `layers_pattern`); all of them otherwise.
+        patterns: names of lists of layers that count (PEFT's `layers_pattern`); all of them otherwise.
     """
     own = [patterns] if isinstance(patterns, str) and patterns else patterns or []
     tried = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in own] or [r".*?\.[^.]*\.(\d+)\."]
@@ -95,13 +95,13 @@ def layer_index(name: str, patterns: str | list[str] | None = None) -> int | Non
 
 
 def describe(names: Iterator[str]) -> str:
-    """Module names for an error message, each kind once: `self_attn.q_proj, ..., lm_head`."""
+    """Return module names for an error message, each kind once: `self_attn.q_proj, ..., lm_head`."""
     kinds = dict.fromkeys(re.sub(r"^.*\.\d+\.", "", name) for name in names)
     return ", ".join(kinds)
 
 
 def refuse_unmatched(option: str, wanted: list[str], names: list[str]) -> None:
-    """UserError for entries of a list that match no module: a silent miss would train less than was asked."""
+    """Raise UserError for entries of a list that match no module: a silent miss would train less than was asked."""
     missing = [one for one in wanted if not any(matches(name, [one]) for name in names)]
     if missing:
         raise UserError(f"{option}: no module is named {', '.join(map(repr, missing))}; the model has {describe(iter(names))}")

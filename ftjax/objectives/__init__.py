@@ -1,4 +1,4 @@
-"""What is minimised: one file an objective, each of which says in an `OBJECTIVE` what it is."""
+"""Objectives: one file per objective, each with an `OBJECTIVE` record."""
 
 import importlib
 
@@ -12,21 +12,21 @@ OBJECTIVES: dict[str, str | Objective] = {name: name for name in ("sft", "classi
 
 
 def objective_of(config: Config) -> Objective:
-    """The objective of a configuration."""
+    """Return the objective of a configuration."""
     found = OBJECTIVES[config.objective.name]
     return importlib.import_module(f"ftjax.objectives.{found}").OBJECTIVE if isinstance(found, str) else found
 
 
 def head_of(config: Config) -> Head | None:
-    """The classification head that the objective of a configuration trains."""
+    """Return the classification head that the configuration's objective trains."""
     return objective_of(config).head(config.objective)
 
 
 def encoding_of(config: Config) -> RowEncoding:
-    """How the objective of a configuration makes documents of rows."""
+    """Return the encoding of rows into documents of the configuration's objective."""
     return objective_of(config).encoding(config.objective)
 
 
 def register(objective: Objective) -> None:
-    """Make an objective known by the name of its section, to configurations too."""
+    """Register an objective by the name of its section, for configurations too."""
     OBJECTIVES[add_objective(objective.config)] = objective

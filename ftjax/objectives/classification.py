@@ -1,15 +1,15 @@
 """Sequence classification with a head, read at the last token of each text: one class, several labels, or numbers.
 
-One row of a batch, for the text "Hi there" (ids 12, 57) of the class 2, after BOS (1); the class stands behind the text as one
-more token, which a causal model cannot see from there (`ftjax.data.classes`):
+One row of a batch, for the text "Hi there" (ids 12, 57) of class 2, after BOS (1); the class follows the text as one more
+token, which a causal model cannot see at the last token of the text (`ftjax.data.classes`):
 
     tokens       1  12  57   2        targets     12  57   2   0
     weights      0   0   1   0        positions    0   1   2   3
 
-Several labels, or numbers, are `labels` `[B, T * labels]`: those of a text stand where it has its weight. The losses are
+Several labels, or numbers, are `labels` `[B, T * labels]`: those of a text are at the token with its weight. The losses are
 transformers' (`ForSequenceClassificationLoss`), as sums over texts.
 
-Without a head the words of the labels are trained, which is `ftjax.objectives.sft`.
+Without a head, the words of the labels are trained, as in `ftjax.objectives.sft`.
 
 Legend: B batch, C tokens of a chunk, L labels.
 """
@@ -33,17 +33,17 @@ from ftjax.objectives.objective import Head, LossInputs, Objective
 
 
 def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
-    """Computes the loss of a batch of texts.
+    """Compute the loss of a batch of texts.
 
-    `token_accuracy` is the share of texts whose class has the highest score, `subset_accuracy` of those whose labels are all
-    right (`evaluate.threshold`); of numbers there is neither.
+    `token_accuracy` is the share of texts whose class has the highest score, `subset_accuracy` the share of those with every
+    label right (`evaluate.threshold`); for numbers there is neither.
     """
     objective = inputs.config.objective
     if not objective.head:
         return sft.loss(inputs)
     targets, weights = inputs.batch["targets"], inputs.batch["weights"]
     if objective.single:
-        # Targets without weight are tokens, of which there are more than classes.
+        # Targets without weight are tokens, whose ids may exceed the number of classes.
         return inputs.token_totals(jnp.where(weights > 0, targets, 0)), inputs.auxiliary
     labels = inputs.batch["labels"].reshape(*targets.shape, -1)
     measure = squared_error
@@ -54,10 +54,10 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
 
 
 def binary_cross_entropy(limits: tuple[float, ...], scores: jax.Array, labels: jax.Array, weights: jax.Array) -> LossTotals:
-    """Averages it over labels that are 0 or 1 `[B, C, L]`, as `BCEWithLogitsLoss` does.
+    """Average the binary cross-entropy over labels that are 0 or 1 `[B, C, L]`, as `BCEWithLogitsLoss` does.
 
     Args:
-        limits: the probability from which each label counts as said.
+        limits: the lowest probability at which each label counts as predicted.
     """
     loss = jnp.mean(jax.nn.softplus(scores) - scores * labels, axis=-1)
     right = jnp.all((jax.nn.sigmoid(scores) >= jnp.array(limits, scores.dtype)) == (labels > 0.5), axis=-1)
@@ -66,15 +66,15 @@ def binary_cross_entropy(limits: tuple[float, ...], scores: jax.Array, labels: j
 
 
 def squared_error(scores: jax.Array, labels: jax.Array, weights: jax.Array) -> LossTotals:
-    """Averages it over numbers `[B, C, L]`, as `MSELoss` does."""
+    """Average the squared error over numbers `[B, C, L]`, as `MSELoss` does."""
     loss = jnp.mean(jnp.square(scores - labels), axis=-1)
     return LossTotals(jnp.sum(loss * weights), jnp.sum(weights), {})
 
 
 def thresholds(settings: EvaluateConfig, labels: tuple[str, ...]) -> np.ndarray:
-    """float64 `[L]`: `evaluate.threshold` of each label, 0.5 where it names only others.
+    """Return float64 `[L]`: `evaluate.threshold` of each label, 0.5 for labels that it does not name.
 
-    Raises UserError for a label that there is not.
+    Raises UserError for a label that does not exist.
     """
     given = settings.threshold
     if not isinstance(given, Mapping):

@@ -1,7 +1,7 @@
-"""The log-probability of each token, from hidden states, without ever holding the logits of a batch.
+"""Log-probabilities of tokens from hidden states, without holding the logits of a batch.
 
-Logits are computed for a few tokens at a time, and again in the backward pass: any function of the log-probabilities can be a
-loss, where `ftjax.objectives.loss.token_totals`, which computes them once, needs a weighted sum.
+Logits are computed for a few tokens at a time, and recomputed in the backward pass: any function of the log-probabilities can
+be a loss, while `ftjax.objectives.loss.token_totals`, which computes them once, needs a weighted sum.
 
 Legend: B batch, T length, C tokens of a chunk, E embed, V vocab, K most likely tokens.
 """
@@ -20,14 +20,14 @@ from ftjax.objectives.projection import Projection, one_device
 
 
 class TokenLogprobs(NamedTuple):
-    """What the model says of each target `[B, T]`; zeros (and False) where a target is left out.
+    """Predictions for each target `[B, T]`; zeros (and False) for targets that are left out.
 
     Attributes:
         logprobs: float32 [B, T], log p(target), natural logarithm.
-        greedy: bool [B, T], whether greedy decoding writes the target: the most likely token, of several the first.
-        entropy: float32 [B, T] in nats, of the distribution over the vocabulary; None where it is not asked for.
+        greedy: bool [B, T], whether greedy decoding writes the target: the most likely token, the first if several are equal.
+        entropy: float32 [B, T] in nats, of the distribution over the vocabulary; None unless asked for.
         top: (int32 [B, T, K] ids, float32 [B, T, K] log-probabilities) of the K most likely tokens, the likeliest first; None
-            where they are not asked for. No gradient goes through them.
+            unless asked for. No gradient flows through them.
     """
 
     logprobs: jax.Array
@@ -46,17 +46,17 @@ def token_logprobs(
     entropy: bool = False,
     top: int = 0,
 ) -> TokenLogprobs:
-    """Computes the log-probabilities of `targets` at each place.
+    """Compute the log-probabilities of `targets` at each position.
 
-    Gradients go to hidden states and to the trained parameters of the projection, through `logprobs` and `entropy`.
+    Gradients flow to hidden states and to the trained parameters of the projection, through `logprobs` and `entropy`.
 
     Args:
         hidden: [B, T, E], final hidden states.
         targets: [B, T] int32.
-        chunk: tokens of each row whose logits exist at one time (C).
-        wanted: [B, T], zero at the targets to leave out: chunks of nothing else are not computed on one device. None: all.
-        entropy: compute it, too.
-        top: how many of the most likely tokens to give (K).
+        chunk: tokens per row whose logits exist at one time (C).
+        wanted: [B, T], zero at targets to leave out: on one device, chunks of nothing else are not computed. None for all.
+        entropy: compute the entropy, too.
+        top: number of most likely tokens to return (K).
     """
     keep = jnp.ones(targets.shape, jnp.float32) if wanted is None else (wanted != 0).astype(jnp.float32)
     alone = one_device() and wanted is not None
@@ -74,11 +74,11 @@ def token_logprobs(
 
 
 def segment_sums(values: jax.Array, segment_ids: jax.Array, segments: int) -> jax.Array:
-    """Sums over each document of packed rows: values `[B, T]` -> `[B, segments]`; segment 1 of a row is at index 0.
+    """Sum over each document of packed rows: values `[B, T]` -> `[B, segments]`; segment 1 of a row is at index 0.
 
     Args:
         segment_ids: [B, T] int32, from 1; 0 is padding and is left out.
-        segments: the most that a row holds; those of higher numbers are left out.
+        segments: the most segments of a row; higher ids are left out.
     """
 
     def of_row(values, ids):
@@ -95,7 +95,7 @@ def _of_chunk(entropy: bool, top: int, logits: jax.Array, targets: jax.Array, ke
     spread, best = None, None
     if entropy:
         probabilities = jnp.exp(logits - normaliser[..., None])
-        # p log p is 0 where p is, also for logits of -inf, whose products and gradients would be NaN
+        # p log p is 0 if p is, also for logits of -inf, whose products and gradients would be NaN
         mean = jnp.sum(probabilities * jnp.where(jnp.isneginf(logits), 0.0, logits), axis=-1)
         spread = jnp.where(keep > 0, normaliser - mean, 0.0)
     if top:
@@ -106,7 +106,7 @@ def _of_chunk(entropy: bool, top: int, logits: jax.Array, targets: jax.Array, ke
     return TokenLogprobs(logprobs, greedy, spread, best)
 
 
-# (logits [B, C, V], targets [B, C], keep [B, C]) -> what is kept of each token
+# (logits [B, C, V], targets [B, C], keep [B, C]) -> result per token
 OfChunk = Callable[[jax.Array, jax.Array, jax.Array], TokenLogprobs]
 
 
@@ -141,7 +141,7 @@ def _backward(unembed, arrange, of, length, skip, inputs: Any, cotangent: TokenL
     def body(d_params, chunk):
         h, targets, keep, *cotangents = chunk
         d_more, d_h = unless_idle(skip, lambda: gradients(h, targets, keep, cotangents), keep)
-        return jax.tree.map(jnp.add, d_params, d_more), d_h  # in float32, whatever d_more is
+        return jax.tree.map(jnp.add, d_params, d_more), d_h  # float32 sums
 
     cotangents = [cotangent.logprobs] if cotangent.entropy is None else [cotangent.logprobs, cotangent.entropy]
     xs = tuple(chunks(x, length) for x in (hidden, targets, keep, *cotangents))

@@ -1,10 +1,10 @@
-"""A loss from hidden states, computed for a few tokens' logits at a time.
+"""Losses from hidden states, with the logits of a few tokens at a time.
 
-The logits of a whole batch are the largest array of a fine-tuning step (8 x 4096 tokens x 128k words in float32 are
-17 GB). Where a loss is a weighted sum over tokens, its gradient with respect to them is known at once, so `token_totals` takes
-the gradients in the forward pass, chunk by chunk: the logits are computed once, never kept, and the backward pass only scales.
-Losses that are no such sum take `ftjax.objectives.logprobs`. On one device, trained tokens come first (`trained_first`), and
-chunks without any are not computed at all.
+The logits of a whole batch are the largest array of a fine-tuning step (8 x 4096 tokens x 128k words in float32 are 17 GB). If
+a loss is a weighted sum over tokens, its gradient with respect to them is known at once, so `token_totals` computes the
+gradients in the forward pass, chunk by chunk: the logits are computed once, never saved, and the backward pass only scales.
+Other losses use `ftjax.objectives.logprobs`. On one device, trained tokens come first (`trained_first`), and chunks without any
+are not computed at all.
 
 Legend: B batch, T length, C tokens of a chunk, E embed, V vocab.
 """
@@ -26,9 +26,9 @@ class LossTotals(NamedTuple):
     """Sums over chunks, microbatches and devices, divided once at the end.
 
     Attributes:
-        loss: float32 [], the sum of the loss.
-        weight: float32 [], what that sum is divided by. It need not be the sum of the tokens' weights, which may be signed.
-        metrics: of each metric its sum and what that is divided by, both float32 [].
+        loss: float32 [], the summed loss.
+        weight: float32 [], the divisor of that sum. It need not be the sum of the tokens' weights, which may be signed.
+        metrics: by name, a sum and its divisor, both float32 [].
     """
 
     loss: jax.Array
@@ -41,9 +41,10 @@ Measure = Callable[[jax.Array, jax.Array, jax.Array], LossTotals]
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> LossTotals:
-    """Sums weight * -log p(target) over tokens `targets` [B, C].
+    """Sum weight * -log p(target) over tokens `targets` [B, C].
 
-    `token_accuracy` sums the weights of targets that greedy decoding writes: the most likely token, of several the first.
+    `token_accuracy` sums the weights of targets that greedy decoding writes: the most likely token, the first if several are
+    equal.
     """
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     loss = jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
@@ -57,33 +58,33 @@ Arrange = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array
 
 
 def keep_sharding(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Leaves a chunk sharded as it is."""
+    """Leave a chunk sharded as it is."""
     return hidden, targets, weights
 
 
 def trained_order(weights: jax.Array) -> jax.Array:
-    """Orders the tokens of a batch so that those that carry weight come first: int32 `[B * T]`, stable."""
+    """Order the tokens of a batch so that those with weight come first: int32 `[B * T]`, stable."""
     return jnp.argsort(weights.reshape(-1) == 0, stable=True)
 
 
 def reorder(x: jax.Array, order: jax.Array) -> jax.Array:
-    """Puts the tokens of a batch into one row in the given order: `[B, T, ...]` -> `[1, B * T, ...]`."""
+    """Put the tokens of a batch into one row in the given order: `[B, T, ...]` -> `[1, B * T, ...]`."""
     return jnp.asarray(x).reshape(-1, *x.shape[2:]).at[order].get(unique_indices=True, mode="promise_in_bounds")[None]
 
 
 def trained_first(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Puts all tokens of a batch into one row, those that carry weight first: `[B, T, ...]` -> `[1, B * T, ...]`."""
+    """Put all tokens of a batch into one row, those with weight first: `[B, T, ...]` -> `[1, B * T, ...]`."""
     order = trained_order(weights)
     return reorder(hidden, order), reorder(targets, order), reorder(weights, order)
 
 
 def zeros_of(run: Callable[[], Any]) -> Any:
-    """Zeros of the shapes and dtypes that `run()` would give."""
+    """Return zeros of the shapes and dtypes that `run()` would return."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run))
 
 
 def unless_idle(skip: bool, run: Callable[[], Any], weights: jax.Array) -> Any:
-    """Computes `run()`, or zeros of its shapes where `skip` is set and no token of the chunk carries weight."""
+    """Compute `run()`, or zeros of its shapes if `skip` is set and no token of the chunk has weight."""
     if not skip:
         return run()
     nothing = zeros_of(run)
@@ -101,17 +102,17 @@ def token_totals(
     skip: bool = False,
     measure: Measure = cross_entropy,
 ) -> LossTotals:
-    """Sums the cross-entropy, or what else `measure` gives, over all tokens.
+    """Sum the cross-entropy, or another `measure`, over all tokens.
 
     Args:
-        unembed: the projection to the vocabulary; it may close over frozen arrays, but not over what is differentiated.
-        length: tokens of each row whose logits exist at one time (C).
-        params: what `unembed` takes and is differentiated: its trained parameters.
+        unembed: the projection to the vocabulary; it may close over frozen arrays, but not over differentiated ones.
+        length: tokens per row whose logits exist at one time (C).
+        params: differentiated argument of `unembed`: its trained parameters.
         hidden: [B, T, E].
-        targets: [B, T] int32, the token to be predicted at each place; [B, T, ...] where `measure` takes them.
-        weights: [B, T] float32; zero where nothing is trained.
+        targets: [B, T] int32, the token to predict at each position; [B, T, ...] if `measure` takes them.
+        weights: [B, T] float32; zero for tokens that are not trained.
         arrange: shards each chunk over the devices.
-        skip: chunks in which nothing is trained are not computed; several devices would have to agree on it first.
+        skip: skip chunks without trained tokens; several devices would have to agree on it first.
     """
     return _totals(unembed, arrange, measure, length, skip, params, hidden, targets, weights)
 
@@ -147,7 +148,7 @@ def _forward(unembed, arrange, measure, length, skip, params, hidden, targets, w
     def body(carry, chunk):
         totals, d_params = carry
         more, d_more, d_h = unless_idle(skip, lambda: gradients(chunk), chunk[-1])
-        carry = jax.tree.map(jnp.add, totals, more), jax.tree.map(jnp.add, d_params, d_more)  # in float32, whatever d_more is
+        carry = jax.tree.map(jnp.add, totals, more), jax.tree.map(jnp.add, d_params, d_more)  # float32 sums
         return carry, d_h
 
     xs = tuple(chunks(x, length) for x in (hidden, targets, weights))
@@ -158,7 +159,7 @@ def _forward(unembed, arrange, measure, length, skip, params, hidden, targets, w
 
 
 def float32_zeros(params: Any) -> Any:
-    """Zeros to sum gradients of these parameters in: float32, or wider where they are."""
+    """Return zeros to sum gradients of these parameters in: float32, or wider if they are."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
 
 

@@ -1,4 +1,4 @@
-"""What an objective is to the rest of ftjax: one record, most of whose parts are optional."""
+"""Interface of an objective: a record of functions, most of them optional."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class Head(NamedTuple):
     """A classification head that an objective trains.
 
     Attributes:
-        classes: the names of its outputs, by number; None where only the data can say.
-        problem_type: transformers' name of what its scores mean.
+        classes: the names of its outputs, by index; None if only the data can tell.
+        problem_type: transformers' name for the meaning of its scores.
     """
 
     classes: tuple[str, ...] | None
@@ -34,10 +34,10 @@ class Forward:
 
     Attributes:
         model: with its method.
-        trainable: the parameters to differentiate, by path; none of a reference model.
-        frozen: the others.
+        trainable: the parameters to differentiate, by path; empty for a reference model.
+        frozen: the other parameters.
         batch: arrays `[B, T]` (`ftjax.data.batch`).
-        ctx: of the batch.
+        ctx: context of the batch.
         chunk: tokens of the batch whose logits exist at one time.
     """
 
@@ -64,16 +64,16 @@ class Forward:
         return self._hidden[1]
 
     def _chunk_length(self, shape: tuple[int, int]) -> int:
-        """Tokens of each row `[B, T]` that make `chunk` together, or about that."""
+        """Return the tokens per row `[B, T]` that make a chunk of about `chunk` tokens."""
         rows, length = shape
         return min(length, max(1, self.chunk // rows))
 
     def token_totals(self, targets: jax.Array | None = None, measure: Measure = cross_entropy) -> LossTotals:
-        """Sums a loss that is a weighted sum over tokens; its logits are computed once (`ftjax.objectives.loss`).
+        """Sum a loss that is a weighted sum over tokens; its logits are computed once (`ftjax.objectives.loss`).
 
         Args:
-            targets: `[B, T, ...]`; None: the batch's.
-            measure: of logits, targets and the batch's weights.
+            targets: `[B, T, ...]`; None for the batch's.
+            measure: function of logits, targets and the batch's weights.
         """
         output = projection(self.model, self.trainable, self.frozen, self.ctx)
         tokens = self.hidden, self.batch["targets"] if targets is None else targets, self.batch["weights"]
@@ -84,7 +84,7 @@ class Forward:
         return token_totals(output.unembed, length, output.trained, *tokens, output.arrange, alone, measure)
 
     def token_logprobs(self, *, entropy: bool = False, top: int = 0) -> TokenLogprobs:
-        """Computes the log-probability of each target that carries weight (`ftjax.objectives.logprobs`)."""
+        """Compute the log-probability of each target with weight (`ftjax.objectives.logprobs`)."""
         output = projection(self.model, self.trainable, self.frozen, self.ctx)
         targets, weights = self.batch["targets"], self.batch["weights"]
         length = self._chunk_length(weights.shape)
@@ -93,33 +93,33 @@ class Forward:
 
 @dataclass(frozen=True)
 class LossInputs(Forward):
-    """What a loss is computed from: the model that is trained, on one batch.
+    """Inputs of a loss: the trained model on one batch.
 
     Attributes:
-        config: of the run.
-        reference: the model as it was before training, on the same batch; None where the objective asks for none.
+        config: configuration of the run.
+        reference: the model as it was before training, on the same batch; None if the objective needs none.
     """
 
     config: Config
     reference: Forward | None = None
 
 
-# -> (totals, auxiliary loss [], which counts once for each unit of the totals' weight)
+# -> (totals, auxiliary loss [], which counts once per unit of the totals' weight)
 Loss = Callable[[LossInputs], tuple[LossTotals, jax.Array]]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run minimises, and all of the program that depends on it.
+    """An objective, and all of the program that depends on it.
 
     Attributes:
         config: its section of the configuration.
-        encoding: `(section)` -> how rows of data become documents, and so which arrays a batch has.
-        loss: of one batch. Its totals name the metrics, which are logged as `train/NAME` and `eval/NAME`.
+        encoding: `(section)` -> encoding of rows of data into documents, which determines the arrays of a batch.
+        loss: loss of one batch. Its totals name the metrics, which are logged as `train/NAME` and `eval/NAME`.
         derived: `(mean loss)` -> further values that an evaluation reports.
-        head: `(section)` -> the head that is trained in place of the projection to the vocabulary; None: there is none.
+        head: `(section)` -> the head that is trained in place of the projection to the vocabulary; None for no head.
         reference: `(section)` -> whether the loss needs the model as it was before training.
-        complete: `(config)` -> the configuration with what only the data can say. Raises UserError.
+        complete: `(config)` -> the configuration with what only the data can tell. Raises UserError.
     """
 
     config: type[Section]

@@ -1,4 +1,4 @@
-"""The projection of hidden states to the vocabulary, prepared for losses that take it a chunk of tokens at a time."""
+"""The projection of hidden states to the vocabulary, prepared for losses that apply it to a chunk of tokens at a time."""
 
 import math
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from ftjax.objectives.loss import Arrange, Unembed, keep_sharding
 
 
 class Projection(NamedTuple):
-    """What `token_totals` and `token_logprobs` take.
+    """Inputs of `token_totals` and `token_logprobs`.
 
     Attributes:
-        unembed: `(trained, hidden [B, C, E])` -> float32 logits `[B, C, V]`; frozen parameters are closed over.
-        trained: its trained parameters by path; empty where it is frozen.
+        unembed: `(trained, hidden [B, C, E])` -> float32 logits `[B, C, V]`; closes over frozen parameters.
+        trained: its trained parameters by path; empty if it is frozen.
         arrange: shards a chunk as the projection needs it.
     """
 
@@ -28,7 +28,7 @@ class Projection(NamedTuple):
 
 
 def projection(model: Model, trainable: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array], ctx: Context) -> Projection:
-    """Prepares the projection of a model with these parameters, once for all chunks of a batch."""
+    """Prepare the projection of a model with these parameters, once for all chunks of a batch."""
     output, arrange = _sharded_output(model, {**frozen, **trainable})
     inside = {path: leaf for path, leaf in output.items() if path in trainable}
     outside = {path: jax.lax.stop_gradient(leaf) for path, leaf in trainable.items() if path not in inside}
@@ -40,16 +40,17 @@ def projection(model: Model, trainable: Mapping[str, jax.Array], frozen: Mapping
 
 
 def one_device() -> bool:
-    """Whether a batch is on one device, so that its tokens may be reordered and chunks skipped."""
+    """Return whether a batch is on one device, so that its tokens may be reordered and chunks skipped."""
     return jax.sharding.get_abstract_mesh().size <= 1
 
 
 def _sharded_output(model: Model, params: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], Arrange]:
-    """Shards the parameters of the projection by words, and says how its chunks are sharded.
+    """Shard the parameters of the projection along the vocabulary; return them and the sharding of its chunks.
 
-    Every chunk needs the whole projection. Where parameters are sharded along `fsdp` or `expert`, it is sharded by words
-    instead, once for all chunks, and each chunk's hidden states, which are much smaller, go to every device of these axes;
-    every device computes the logits of its words. Where the words do not divide, the projection is gathered, once.
+    Every chunk needs the whole projection. If parameters are sharded along `fsdp` or `expert`, it is resharded along the
+    vocabulary, once for all chunks, and each chunk's hidden states, which are much smaller, are gathered on every device of
+    these axes; every device computes the logits of its part of the vocabulary. If the vocabulary does not divide, the
+    projection is gathered, once.
     """
     specs = {path: spec for path, spec in model.specs.items() if path.startswith(f"{model.output}.")}
     own = {path: params[path] for path in specs}
@@ -74,7 +75,7 @@ def _sharded_output(model: Model, params: Mapping[str, jax.Array]) -> tuple[dict
 
 
 def _from_embed_to_vocab(weight: jax.Array) -> jax.Array:
-    """Reshards `[V, E]` from E to V along `fsdp` and `expert`; its gradient goes the same way back."""
+    """Reshard `[V, E]` from E to V along `fsdp` and `expert`; its gradient is resharded back."""
 
     def local(weight: jax.Array) -> jax.Array:
         return in_order(jax.lax.all_to_all(in_order(weight), CUT, 0, 1, tiled=True))

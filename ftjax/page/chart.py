@@ -1,20 +1,20 @@
-"""Pictures of numbers as inline SVG, in the page's colours. Each has a title and a description for people who do not see it."""
+"""Charts as inline SVG, in the page's colours. Each has a title and a description for people who do not see it."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 560, 260
-RIGHT, TOP, FOOT = 14, 14, 54  # margins; the left one is as wide as the labels
-LETTER = 10  # the width of one in the largest size that the page's style gives it
-NOISE = 1e-6  # of a value: what differs by less is the same, up to rounding
+RIGHT, TOP, FOOT = 14, 14, 54  # margins; the left one fits the labels
+LETTER = 10  # width of a letter in the largest size that the page's style gives it
+NOISE = 1e-6  # relative difference below which values are equal up to rounding
 COLOURS = ("a", "b")
 
 Points = Sequence[tuple[float, float]]
 
 
 def line_chart(title: str, series: Mapping[str, Points], *, across: str = "step") -> str:
-    """Lines over `across`, of one or two series; points that are no finite numbers are left out. Empty where none is left."""
+    """Draw one or two series over `across`, without points that are not finite. Empty if no point is left."""
     kept = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
     kept = {name: thinned(points) for name, points in kept.items() if points}
     if not kept:
@@ -40,7 +40,7 @@ def line_chart(title: str, series: Mapping[str, Points], *, across: str = "step"
 
 
 def interval_chart(title: str, values: Mapping[str, tuple[float, float, float]]) -> str:
-    """Values with their bounds, one above the other on one axis: `{"tuned": (value, low, high), "base": ...}`."""
+    """Draw values with their bounds, one below the other on one axis: `{"tuned": (value, low, high), "base": ...}`."""
     every = [x for one in values.values() for x in one if math.isfinite(x)]
     if not every:
         return ""
@@ -66,7 +66,7 @@ def interval_chart(title: str, values: Mapping[str, tuple[float, float, float]])
 
 
 def histogram_chart(title: str, bins: Sequence[tuple[int, int, int]], across: str, what: str) -> str:
-    """Bars: `(from, to, count)`, the last one inclusive; `across` names the axis, `what` is counted."""
+    """Draw bars: `(from, to, count)`, the last one inclusive; `across` names the axis, `what` is counted."""
     if not bins:
         return ""
     y_of, y_ticks = _axis([0, max(count for *_, count in bins) or 1], HEIGHT - FOOT, TOP, whole=True)
@@ -86,7 +86,7 @@ def histogram_chart(title: str, bins: Sequence[tuple[int, int, int]], across: st
 
 
 def thinned(points: Points, most: int = 1000) -> Points:
-    """At most about `most` points, such that every peak stays: of each part the lowest and the highest, and both ends."""
+    """Return at most about `most` points, with every peak: the lowest and highest of each part, and both ends."""
     if len(points) <= most:
         return points
     size = math.ceil(2 * len(points) / most)
@@ -114,8 +114,8 @@ def _described(name: str, points: Points, across: str) -> str:
 
 
 def _axis(values: Sequence[float], start: float, stop: float, *, whole: bool = False):
-    """`(where a value is, round values to write beside the axis)`. What is constant is shown beside zero; as a whole number
-    (a step) it stands alone in the middle."""
+    """Return `(function from value to position, ticks)`. A constant is shown with zero on the axis; as an integer (a step),
+    alone in the middle."""
     low, high = min(values), max(values)
     if whole and low == high:
         return (lambda value: (start + stop) / 2), [low]
@@ -128,7 +128,7 @@ def _axis(values: Sequence[float], start: float, stop: float, *, whole: bool = F
     if whole:
         step = max(1.0, round(step))
     first, last = math.floor(low / step + NOISE), math.ceil(high / step - NOISE)
-    if whole:  # steps begin and end where the data do
+    if whole:  # steps begin and end with the data
         ticks = [n * step for n in range(first, last + 1) if low <= n * step <= high]
     else:
         ticks = [n * step for n in range(first, last + 1)]
@@ -137,7 +137,7 @@ def _axis(values: Sequence[float], start: float, stop: float, *, whole: bool = F
 
 
 def _grid(ticks: Sequence[float], y_of, left: float):
-    """Lines across, each with its value at the left."""
+    """Yield horizontal lines, each with its value at the left."""
     for t, label in zip(ticks, _labels(ticks), strict=True):
         y = y_of(t)
         yield f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -145,7 +145,7 @@ def _grid(ticks: Sequence[float], y_of, left: float):
 
 
 def _below(ticks: Sequence[float], x_of):
-    """Values under the axis; of those that would touch, only some."""
+    """Yield values under the axis, leaving out those that would touch."""
     labels = _labels(ticks)
     room = (x_of(ticks[-1]) - x_of(ticks[0])) / max(len(ticks) - 1, 1)
     every = math.ceil((2 * max(map(_half, labels)) + LETTER) / room) if room else 1
@@ -158,7 +158,7 @@ def _label(across: str, left: float) -> str:
 
 
 def _margin(labels: Iterable[str]) -> int:
-    """Room at the left for labels and the gap behind them."""
+    """Return the width at the left for labels and the gap after them."""
     return max(62, LETTER * max(map(len, labels)) + 14)
 
 
@@ -167,7 +167,7 @@ def _half(label: str) -> float:
 
 
 def _labels(values: Sequence[float]) -> list[str]:
-    """`1,500` `0.25` `2e-05`, with as many digits as tell the values apart."""
+    """Format as `1,500` `0.25` `2e-05`, with as many digits as tell the values apart."""
     for digits in range(4, 17):
         labels = [_short(value, digits) for value in values]
         if len(set(labels)) == len(set(values)):

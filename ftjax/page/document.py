@@ -1,4 +1,4 @@
-"""A page that needs nothing but itself: one file, no script, light and dark, for a phone as for a wide screen."""
+"""A self-contained page: one file, no script, light and dark, for narrow and wide screens."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -67,7 +67,7 @@ details { margin: .5rem 0; } summary { cursor: pointer; padding: .3rem 0; color:
 
 
 def page(title: str, body: Iterable[str]) -> str:
-    """A whole HTML file; `title` is text, `body` is HTML."""
+    """Return a whole HTML file; `title` is text, `body` is HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
         f'initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n'
@@ -77,8 +77,8 @@ def page(title: str, body: Iterable[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "", numbers: bool = True) -> str:
-    """A table of texts. The first column names the row; the others are numbers (`numbers`) or texts. It scrolls by itself
-    where the screen is narrow."""
+    """Return the HTML of a table of texts. The first column names the row; the others are numbers (`numbers`) or texts. It
+    scrolls on a narrow screen."""
     kind = ' class="n"' if numbers else ""
 
     def line(cells: Sequence[str]) -> str:
@@ -92,10 +92,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = 
 
 
 def details(summary: str, *inner: str) -> str:
-    """HTML that shows when the summary, a text, is clicked."""
+    """Return HTML that shows when the summary, a text, is clicked."""
     return f"<details><summary>{escape(summary)}</summary>{''.join(inner)}</details>"
 
 
 def text(value: str) -> str:
-    """A text as it stands, line breaks and all."""
+    """Return the HTML of a text as it is, with its line breaks."""
     return f'<div class="text">{escape(value)}</div>'

@@ -1,8 +1,8 @@
-"""FLOPs of a program, counted from its jaxpr: loops by their lengths, kernels by the blocks that they run.
+"""FLOPs of a program, counted from its jaxpr: loops by their trip counts, kernels by the blocks that they run.
 
 XLA's own cost analysis counts the body of a loop once, however often it runs, and a layer scan is such a loop. Here every
-matrix product and convolution counts two FLOPs for each multiplication and addition, on all devices together; element-wise
-work, which the matrix units do not do, is left out. What remat computes again is in the jaxpr and so is counted.
+matrix product and convolution counts two FLOPs per multiply-add, on all devices; elementwise work, which the matrix units do
+not do, is left out. What remat recomputes is in the jaxpr and so is counted.
 """
 
 import math
@@ -17,14 +17,14 @@ Values = Mapping[Any, np.ndarray]
 
 
 def program_flops(traced: Any) -> float:
-    """FLOPs of one call of a traced function (`jax.jit(f).trace(...)`), on all devices together."""
+    """Return the FLOPs of one call of a traced function (`jax.jit(f).trace(...)`), on all devices."""
     closed = traced.jaxpr
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     return _flops(live, dict(zip(live.constvars, closed.consts, strict=False)))
 
 
 def _flops(jaxpr: Jaxpr, known: Values) -> float:
-    """`known` are the variables whose values are constants: the tables by which kernels skip blocks."""
+    """Count the FLOPs of a jaxpr; `known` maps variables to constants: the tables by which kernels skip blocks."""
     known, total = dict(known), 0.0
     for eqn in jaxpr.eqns:
         total += _of(eqn, known)
@@ -33,7 +33,7 @@ def _flops(jaxpr: Jaxpr, known: Values) -> float:
     return total
 
 
-# A kernel's tables keep what is counted of them (how many entries are zero) through these.
+# Operations that keep the number of zeros in a kernel's table, which is all that is counted of it.
 _PASSED_ON = {
     "broadcast_in_dim", "convert_element_type", "reshape", "device_put", "copy", "copy_p", "squeeze", "sharding_constraint",
     "pvary", "pcast",
@@ -50,7 +50,7 @@ def _of(eqn: JaxprEqn, known: Values) -> float:
         (contracted, _), _ = params["dimension_numbers"]
         sizes = eqn.invars[0].aval.shape
         return 2.0 * eqn.outvars[0].aval.size * math.prod(sizes[i] for i in contracted)
-    if name == "ragged_dot" or name == "ragged_dot_general":  # rows that no group has are not computed
+    if name == "ragged_dot" or name == "ragged_dot_general":  # only rows of a group are computed
         (contracted, _), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
         rows = math.prod(eqn.invars[0].aval.shape)
         right = eqn.invars[1].aval.shape
@@ -76,7 +76,7 @@ def _of(eqn: JaxprEqn, known: Values) -> float:
 
 
 def _inside(eqn: JaxprEqn, inner: Jaxpr | ClosedJaxpr, known: Values, skip: int = 0) -> float:
-    """FLOPs of a jaxpr in an equation's parameters, whose arguments are the equation's from number `skip` on."""
+    """Count the FLOPs of a jaxpr in an equation's parameters, whose arguments are the equation's from index `skip` on."""
     own: dict[Any, Any] = {}
     if isinstance(inner, ClosedJaxpr):
         own.update(zip(inner.jaxpr.constvars, inner.consts, strict=True))
@@ -89,12 +89,12 @@ def _inside(eqn: JaxprEqn, inner: Jaxpr | ClosedJaxpr, known: Values, skip: int 
 
 
 def _kernel(eqn: JaxprEqn, known: Values) -> float:
-    """A Pallas kernel: its body for each step of its grid, or for those that its table of blocks does not skip."""
+    """Count a Pallas kernel: its body for each step of its grid, or for those that its table of blocks does not skip."""
     mapping = eqn.params["grid_mapping"]
     steps = math.prod(size for size in mapping.grid if isinstance(size, int))
     share = 1.0
     if "splash" in str(eqn.params.get("name")):
-        # Its second table has an entry for each head, block of queries and block of keys: 0 where the mask leaves nothing.
+        # Its second table has an entry per head, block of queries and block of keys: 0 where the block is fully masked.
         table = _value(eqn.invars[1], known)
         share = 1.0 if table is None else float(np.mean(np.asarray(table) != 0))
     body = eqn.params["jaxpr"]

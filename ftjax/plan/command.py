@@ -1,4 +1,4 @@
-"""`ftjax plan`."""
+"""`ftjax plan`: print a plan, or the shardings."""
 
 import json
 
@@ -14,12 +14,12 @@ from ftjax.plan.topology import parse
 def plan(
     config: Config, topology: str, *, chips: int | None, slices: int, price: float | None, as_json: bool, placed: bool
 ) -> bool:
-    """Print the plan; whether it fits (True where that is not known).
+    """Print the plan; return whether it fits (True if unknown).
 
     Args:
-        placed: list where every array lies, instead of compiling.
+        placed: list the sharding of every array, instead of compiling.
 
-    Raises UserError for a name that is none, and whatever in the configuration is wrong.
+    Raises UserError for an unknown name, and for anything wrong in the configuration.
     """
     check_price(price)
     where = parse(topology, chips, slices)

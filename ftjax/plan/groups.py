@@ -1,4 +1,4 @@
-"""Who takes part with whom in a collective, from any of the ways in which XLA writes it."""
+"""Device groups of a collective, from any of the notations that XLA uses."""
 
 import itertools
 import math
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-Groups = tuple[tuple[int, ...], ...]  # places in the mesh, in its flat order
+Groups = tuple[tuple[int, ...], ...]  # indices in the flattened mesh
 
 
 def groups_of(text: str, devices: int) -> Groups:
-    """The devices of each group, of a collective within slices.
+    """Parse the device groups of a collective within slices.
 
     Args:
-        devices: all of them, who are one group where the text names none.
+        devices: number of devices, which form one group if the text names none.
     """
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
     if pairs:
@@ -37,8 +37,10 @@ def groups_of(text: str, devices: int) -> Groups:
 
 
 def slice_groups(text: str, places: Mapping[int, int]) -> Groups:
-    """Who exchanges with whom: `{1,2}x{0:15}`, devices 0 to 15 of slices 1 and 2 with those of the same number, slice s being
-    where ids begin at 100000 s; or pairs of ids, as `{{200000->100008},{200004->100012}}`."""
+    """Parse the device groups of a transfer between slices: `{1,2}x{0:15}` joins each of devices 0 to 15 of slices 1 and 2 with
+    the device of the same number, with ids of slice s starting at 100000 s; `{{200000->100008},{200004->100012}}` are pairs of
+    ids.
+    """
     target = re.search(r'_xla_megascale_target="?([^"]*?)(?:"|,_xla)', text)[1]
     if pairs := re.findall(r"(\d+)->(\d+)", target):
         return tuple((places[int(a)], places[int(b)]) for a, b in pairs)
@@ -48,12 +50,12 @@ def slice_groups(text: str, places: Mapping[int, int]) -> Groups:
 
 
 def _mesh_groups(text: str, devices: int) -> Groups:
-    """`mesh['a'=4,'b'=4] {'a'}`, where an axis may be cut: `'a':(2)2` is the part of size 2 after a part of size 2."""
+    """Parse `mesh['a'=4,'b'=4] {'a'}`, with sub-axes: `'a':(2)2` is the sub-axis of size 2 after a sub-axis of size 2."""
     end = balanced(text, 4)
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text[:end])}
     rest = text[end:]
     ids = np.arange(devices)
-    # `[2,4]T(1,0)`: the numbers from 0, in these dimensions and then transposed; or the ids themselves, of which one is 0.
+    # `[2,4]T(1,0)`: the numbers from 0, in these dimensions and then transposed; or the ids themselves, one of which is 0.
     written = re.match(r",?\s*device_ids=\(?(?:\[[\d,]+\]<=)?\[?([\d,]+)\]?(?:T\(([\d,]+)\))?\)?", rest)
     if written:
         numbers = [int(n) for n in written[1].split(",")]
@@ -78,7 +80,7 @@ def _mesh_groups(text: str, devices: int) -> Groups:
 
 
 def balanced(text: str, start: int) -> int:
-    """The place after the bracket that closes the one at `start`."""
+    """Return the index after the bracket that closes the one at `start`."""
     depth = 0
     for place in range(start, len(text)):
         if text[place] in "([{":

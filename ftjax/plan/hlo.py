@@ -1,15 +1,15 @@
-"""What a compiled program moves: bytes through HBM and over links, read from XLA's text of it, loops by their trip counts.
+"""Data that a compiled program moves through HBM and over links, from its HLO text, with the trip counts of loops.
 
 The text is the program of one device. XLA's own analysis counts the body of a loop once; here it counts as often as it runs.
 
-Bytes of a collective are those that one device receives, of a ring or anything as good:
+Bytes of a collective are those that one device receives, with a ring or an equally good algorithm:
 
     all-gather, reduce-scatter, all-to-all    B (n - 1) / n        B: bytes of the whole, n: devices of a group
     all-reduce                                2 B (n - 1) / n
     collective-permute                        B
 
-What crosses slices is not among the collectives of a compiled program: XLA has made a part within slices of each, and a send
-and a receive through the host, which name what they are together.
+Transfers between slices are not among the collectives of a compiled program: XLA has split each into a collective within
+slices, and a send and a receive through the host, which name the whole collective.
 """
 
 import math
@@ -37,15 +37,15 @@ _RENAMED = ("bitcast", "reshape", "copy", "convert", "transpose")
 
 class Array(NamedTuple):
     bytes: float
-    in_hbm: bool  # the other memories (a TPU's VMEM and SMEM) are marked in the layout
+    in_hbm: bool  # a TPU's VMEM and SMEM are marked in the layout
 
 
 class Instruction(NamedTuple):
     name: str
-    arrays: tuple[Array, ...]  # its results
+    arrays: tuple[Array, ...]  # results
     opcode: str
     operands: tuple[str, ...]
-    text: str  # what follows the operands
+    text: str  # the text after the operands
     root: bool
 
     @property
@@ -58,12 +58,12 @@ class Instruction(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """A collective, as often as it runs in one step."""
+    """A collective of one step, over all its runs."""
 
     kind: str
-    bytes: float  # that one device receives in a step
+    bytes: float  # received by one device in a step
     runs: float
-    groups: tuple[tuple[int, ...], ...]  # places in the mesh, in its flat order
+    groups: tuple[tuple[int, ...], ...]  # indices in the flattened mesh
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Program:
     """An optimised HLO module as text (`jax.stages.Compiled.as_text()`) of `devices` devices.
 
     Attributes:
-        ids: their `jax.Device.id`, in the mesh's flat order; needed where they lie in several slices.
+        ids: their `jax.Device.id`, in the order of the flattened mesh; needed with several slices.
     """
 
     text: str
@@ -101,7 +101,7 @@ class Program:
 
     @cached_property
     def runs(self) -> dict[str, float]:
-        """How often each computation runs in one step; fused ones are left out."""
+        """Runs of each computation in one step, without fused ones."""
         counts: dict[str, float] = {}
 
         def visit(name: str, times: float) -> None:
@@ -119,7 +119,7 @@ class Program:
         return counts
 
     def trip_count(self, loop: Instruction) -> int:
-        """XLA's note where it left one, else the bound that the condition compares the counter with."""
+        """Return XLA's annotation if there is one, else the bound that the condition compares the counter with."""
         noted = re.search(r'"?known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.text)
         if noted:
             return int(noted[1])
@@ -131,7 +131,7 @@ class Program:
         return -(-max(bounds, default=1) // self._stride(loop))
 
     def _stride(self, loop: Instruction) -> int:
-        """How far a loop's counter goes in one run of its body: two in the loops of permutes, which the partitioner unrolls."""
+        """Return a loop counter's step per run of the body: two in loops of permutes, which the partitioner unrolls."""
         compared = next((i for i in self.computations[loop.called("condition")].values() if i.root), None)
         condition, body = (self.computations[loop.called(key)] for key in ("condition", "body"))
         places = [
@@ -159,12 +159,12 @@ class Program:
     # ---- links ----
 
     def transfers(self) -> list[Transfer]:
-        """Every collective of a step."""
+        """Return every collective of a step."""
         found = []
         for name, times in self.runs.items():
             for instruction, inside in self._started(name):
                 kind = instruction.opcode.removesuffix("-start")
-                if inside.startswith("all-reduce-scatter"):  # a TPU's reduce-scatter is such a fusion
+                if inside.startswith("all-reduce-scatter"):  # a TPU's reduce-scatter is a fusion
                     kind = "reduce-scatter"
                 groups = groups_of(instruction.text, self.devices)
                 size = _payload(instruction, self.computations[inside], kind)
@@ -175,7 +175,7 @@ class Program:
         return found
 
     def _between_slices(self, name: str, times: float) -> Iterator[Transfer]:
-        """What a computation receives from other slices."""
+        """Yield what a computation receives from other slices."""
         for instruction in self.computations[name].values():
             type_ = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
             if instruction.opcode == "recv" and type_:
@@ -186,9 +186,9 @@ class Program:
                 yield Transfer(kind, times * whole * _factor(kind, n), times, groups)
 
     def _started(self, name: str) -> list[tuple[Instruction, str]]:
-        """A computation's collectives, and where each stands. A TPU works on one in several fusions, between its start and
-        its end, and writes it into each: what has the same channel there is the same. Outside of fusions it need not be: what
-        `shard_map` calls for all has one channel on a CPU."""
+        """Return a computation's collectives, and the computation of each. A TPU splits a collective over several fusions,
+        between its start and its end, and repeats it in each of them: there the same channel means the same collective. Outside
+        of fusions it need not: on a CPU, all calls in a `shard_map` share one channel."""
         found = {}
         for instruction, inside in self._collectives(name):
             channel = re.search(r"channel_id=\d+", instruction.text)
@@ -206,7 +206,7 @@ class Program:
     # ---- HBM ----
 
     def hbm_bytes(self) -> float:
-        """Bytes read and written in a device's main memory in a step; what a fusion keeps inside is free."""
+        """Return the bytes read and written in a device's HBM in a step; values within a fusion are free."""
         total = 0.0
         for name, times in self.runs.items():
             own = self.computations[name]
@@ -214,7 +214,7 @@ class Program:
             for instruction, inside in self._started(name):
                 operands = [self.computations[inside].get(operand) for operand in instruction.operands]
                 arrays = [*instruction.arrays, *(array for operand in operands if operand for array in operand.arrays)]
-                halves = 2 if instruction.opcode.endswith("-start") else 1  # whose results hold the operands again
+                halves = 2 if instruction.opcode.endswith("-start") else 1  # the results of a start contain its operands
                 total += times * sum(array.bytes for array in arrays if array.in_hbm) / halves
         return total
 
@@ -230,7 +230,7 @@ class Program:
             return self._fusion_traffic(instruction, operands)
         if opcode in ("dynamic-slice", "slice", "gather"):
             return out + (instruction.bytes if operands[0] and _in_hbm(operands[0]) else 0)
-        if opcode in ("copy-start", "slice-start"):  # results: source and destination (the source may be a part of a tuple)
+        if opcode in ("copy-start", "slice-start"):  # results: source and destination (the source may be part of a tuple)
             moved = instruction.arrays[0 if opcode == "copy-start" else 1].bytes
             return moved * sum(array.in_hbm for array in instruction.arrays[:2])
         if opcode == "dynamic-update-slice":
@@ -242,7 +242,7 @@ class Program:
         inner = self.computations[fusion.called("calls")]
         parameters, users = _parameters(inner), _users(inner)
         total, in_place = 0.0, self._in_place(inner)
-        passed: dict[int, int] = {}  # results that are operands on their way to a collective's end
+        passed: dict[int, int] = {}  # results that are operands of a collective to be finished
         if any(instruction.opcode in COLLECTIVES for instruction in inner.values()):
             passed = {int(a): int(b) for a, b in re.findall(r"\{(\d+)\}: \((\d+),", fusion.text.partition("calls=")[0])}
         for number, operand in enumerate(operands):
@@ -257,14 +257,14 @@ class Program:
         return total
 
     def _read(self, parameter: Instruction, users: Mapping[str, list[Instruction]], whole: float) -> float:
-        """Bytes that a fusion reads of a parameter: all, or the slices that it takes; nothing of what it only overwrites."""
+        """Return the bytes that a fusion reads of a parameter: all, or its slices; nothing of what it only overwrites."""
         total = 0.0
         for user in users.get(parameter.name, ()):
             if user.opcode in ("dynamic-slice", "slice", "gather"):
                 total += user.bytes
             elif user.opcode == "bitcast" and not user.root:
                 total += self._read(user, users, whole)
-            elif user.opcode == "fusion":  # one inside of another
+            elif user.opcode == "fusion":  # a nested fusion
                 inner = self.computations[user.called("calls")]
                 own = _parameters(inner)[user.operands.index(parameter.name)]
                 total += self._read(own, _users(inner), whole)
@@ -276,7 +276,7 @@ class Program:
 
     @staticmethod
     def _in_place(inner: Mapping[str, Instruction]) -> dict[str, float]:
-        """Results that are an operand with a part overwritten, and the bytes of that part."""
+        """Return results that are an operand with a part overwritten, and the bytes of that part."""
         found = {}
         for instruction in inner.values():
             at = instruction
@@ -288,12 +288,12 @@ class Program:
 
 
 def _parameters(inner: Mapping[str, Instruction]) -> dict[int, Instruction]:
-    """A fused computation's parameters by their numbers."""
+    """Return a fused computation's parameters by index."""
     return {int(i.text[1:].split(")")[0]): i for i in inner.values() if i.opcode == "parameter"}
 
 
 def _users(inner: Mapping[str, Instruction]) -> dict[str, list[Instruction]]:
-    """The instructions that take each instruction's result."""
+    """Return the users of each instruction's result."""
     found: dict[str, list[Instruction]] = {}
     for instruction in inner.values():
         for name in instruction.operands:
@@ -340,7 +340,7 @@ def _branches(text: str) -> list[str]:
 
 
 def _payload(instruction: Instruction, others: Mapping[str, Instruction], kind: str) -> float:
-    """Bytes of the whole array: what a gather gives, what a reduction or an exchange takes."""
+    """Return the bytes of the whole array: the result of a gather, the operand of a reduction or an exchange."""
     operands = sum(others[name].bytes for name in instruction.operands if name in others)
     if kind == "all-gather":
         return instruction.bytes - (operands if instruction.opcode.endswith("-start") else 0)

@@ -1,7 +1,7 @@
-"""`ftjax plan`: the very step that a run would run, compiled for chips that need not be there, and what it needs of them.
+"""`ftjax plan`: compile the train step of a run for chips that need not be present, and report what it needs of them.
 
-Nothing of the model is read but its config.json. The step is that of `ftjax.train.setup.compile_steps`, and its arguments are
-the shapes and shardings that loading would give.
+Only the config.json of the model is read. The step is that of `ftjax.train.setup.compile_steps`, and its arguments have the
+shapes and shardings that loading would give.
 """
 
 import math
@@ -28,7 +28,7 @@ from ftjax.plan.roofline import seconds, traffic
 from ftjax.plan.topology import Topology
 from ftjax.train.setup import Design, compile_steps, design, mesh_of
 
-STEPS = 1000  # of the schedule; the program is the same for any
+STEPS = 1000  # of the schedule; the program is the same for any number
 DAY = 86400
 
 
@@ -36,9 +36,9 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
     """Compile the step of `config` for `topology`.
 
     Args:
-        price: of a chip-hour, in any currency.
+        price: per chip-hour, in any currency.
 
-    Raises UserError for whatever in the configuration does not fit the model or the topology.
+    Raises UserError for anything in the configuration that does not fit the model or the topology.
     """
     start, start_cpu = time.perf_counter(), time.process_time()
     made = design_for(config, topology)
@@ -65,8 +65,8 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
         _measure(plan, compiled, made.mesh, topology)
     memory["total"] = sum(memory.values())
     if plan.limit is not None:
-        # XLA has refused a program that needs more at one time than the chip has. Its sum of temporaries counts the gaps
-        # between them twice, so that a program may fit whose sum does not.
+        # XLA refuses a program whose peak exceeds the chip's memory. Its sum of temporaries counts the gaps between them twice,
+        # so a program may fit although its sum does not.
         plan.fits = plan.hbm_bytes is not None and plan.peak + memory["program"] <= plan.limit
     if plan.seconds:
         _rates(plan, topology, price)
@@ -76,7 +76,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
 
 
 def design_for(config: Config, topology: Topology) -> Design:
-    """The design of a run on these chips, from config.json (and the folder of an adapter, the tokenizer of added tokens)."""
+    """Build the design of a run on these chips, from config.json (and an adapter's folder, the tokenizer of added tokens)."""
     facts = hf_config_of(config)
     devices = topology.devices()
     memory = int(_limit(topology, devices[0])) if topology.chip else None
@@ -85,7 +85,7 @@ def design_for(config: Config, topology: Topology) -> Design:
 
 
 def trace_step(made: Design) -> tuple[Any, tuple]:
-    """`(the traced train step, its abstract inputs)`."""
+    """Return `(the traced train step, its abstract inputs)`."""
     step, _, optimizer, _ = compile_steps(made, made.config.training.max_steps or STEPS)
     inputs = made.abstract_inputs(optimizer)
     with jax.sharding.use_abstract_mesh(made.mesh.abstract_mesh):
@@ -93,7 +93,7 @@ def trace_step(made: Design) -> tuple[Any, tuple]:
 
 
 def shard_bytes(values: Any) -> float:
-    """Bytes that one device holds of a tree of shapes with shardings."""
+    """Return the bytes on one device of a tree of shapes with shardings."""
     return float(
         sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(values))
     )
@@ -131,7 +131,7 @@ def _describe(made: Design, topology: Topology, memory: dict[str, float], flops:
 
 
 def _measure(plan: Plan, compiled: Any, mesh: Mesh, topology: Topology) -> None:
-    """What XLA says of the compiled program: its memory, and from its text what it moves."""
+    """Add to the plan what XLA reports: the memory of the compiled program, and from its text the data that it moves."""
     stats = compiled.memory_analysis()
     memory = plan.memory
     memory["padding"] = max(0.0, stats.argument_size_in_bytes - sum(memory.values()))
@@ -166,7 +166,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def _out_of_memory(message: str) -> float | None:
-    """Bytes that the program wanted, where XLA refused it for that."""
+    """Return the bytes that the program wanted, if XLA refused it for lack of memory."""
     found = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM", message)
     found = found or re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
     return float(found[1]) * _UNITS[found[2]] if found else None
@@ -174,4 +174,4 @@ def _out_of_memory(message: str) -> float | None:
 
 def check_price(price: float | None) -> None:
     if price is not None and price < 0:
-        raise UserError(f"--price {price}: expected what a chip costs an hour, at least 0")
+        raise UserError(f"--price {price}: expected the price of a chip per hour, at least 0")

@@ -1,4 +1,4 @@
-"""What a plan says, as data."""
+"""Result of a plan, as data."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from ftjax.plan.roofline import Traffic
 
 @dataclass
 class Plan:
-    """What a step needs. Memory and bytes are of one device; times are the least possible."""
+    """Needs of a train step. Memory and bytes are per device; times are lower bounds."""
 
     topology: str
     chips: int
@@ -21,16 +21,16 @@ class Plan:
     parameters: str  # PEFT's line
     attention: str
     remat: str
-    rows: int  # of an update
+    rows: int  # per update
     microbatches: int
     max_length: int
     memory: dict[str, float]
     limit: float | None
-    fits: bool | None  # None where the limit is not known
-    flops: float  # of the program, on all devices together
-    needed_flops: float  # of the closed form that MFU is measured by
+    fits: bool | None  # None if the limit is not known
+    flops: float  # of the program, on all devices
+    needed_flops: float  # of the closed form that defines MFU
     formula: str
-    peak: float | None = None  # bytes that XLA's buffer assignment has alive at one time, arguments included
+    peak: float | None = None  # bytes that XLA's buffer assignment has live at one time, arguments included
     hbm_bytes: float | None = None
     traffic: list[Traffic] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -40,28 +40,28 @@ class Plan:
     tokens_per_second_per_chip: float | None = None
     mfu: float | None = None
     tokens_per_day: float | None = None
-    price: float | None = None  # of a chip-hour
+    price: float | None = None  # per chip-hour
     cost_per_day: float | None = None
     cost_per_million_tokens: float | None = None
     advice: list[str] = field(default_factory=list)
-    mesh_notes: list[str] = field(default_factory=list)  # which axes do not lie on rings of neighbours
+    mesh_notes: list[str] = field(default_factory=list)  # axes that are not on rings of neighbours
     plan_seconds: float = 0.0
-    plan_cpu_seconds: float = 0.0  # of all cores together
+    plan_cpu_seconds: float = 0.0  # of all cores
 
     @property
     def tokens(self) -> int:
-        """Of an update, where every row is full."""
+        """Tokens per update, if every row is full."""
         return self.rows * self.max_length
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Plain values."""
+    """Return the plan as JSON values."""
     values = dataclasses.asdict(plan)
     values["traffic"] = [row._asdict() for row in plan.traffic]
     return values
 
 
 def from_json(values: dict[str, Any]) -> Plan:
-    """The inverse of `as_json`."""
+    """Build a plan from JSON values, the inverse of `as_json`."""
     rows = [Traffic(**{**row, "axes": tuple(row["axes"])}) for row in values["traffic"]]
     return Plan(**{**values, "traffic": rows})

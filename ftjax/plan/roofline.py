@@ -1,14 +1,14 @@
-"""How long a step must take at least: what each unit of a chip has to do, over what it can do.
+"""Lower bound on the time of a step: the work for each unit of a chip, divided by the unit's speed.
 
     matrix units    FLOPs of the program / chips / peak
     HBM             bytes read and written / bandwidth
-    ICI             bytes received over the links of a slice / bandwidth of the links that lie along those mesh axes
+    ICI             bytes received over the links of a slice / bandwidth of the links along those mesh axes
     DCN             bytes received from other slices / a chip's share of its host's network
 
-The four work at the same time, so the largest is the bound, and the time is what no schedule can beat; a real step is longer.
-Along a dimension of the torus a chip has two links; where the dimension does not close to a ring, the chips at its ends have
-one, and the whole collective waits for them. Between slices, only what they do not have from each other crosses: the parts of
-a gather or reduction are first joined within the slices.
+The four units work at the same time, so the largest is the bound, which no schedule can beat; a real step takes longer. Along a
+dimension of the torus a chip has two links; if the dimension does not close to a ring, the chips at its ends have one, and the
+whole collective waits for them. Between slices, a gather or reduction transfers only what a slice does not already have: its
+parts are first combined within the slices.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from ftjax.torus import Torus
 
 
 class Traffic(NamedTuple):
-    """What one kind of collective moves along some mesh axes in a step; bytes are those that one device receives."""
+    """Data that one kind of collective moves along some mesh axes in a step; bytes are those that one device receives."""
 
     kind: str
     axes: tuple[str, ...]
@@ -35,7 +35,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(transfers: Sequence[Transfer], mesh: Mesh, topology: Topology) -> list[Traffic]:
-    """The transfers of a program by kind and mesh axes, the largest first."""
+    """Return the transfers of a program by kind and mesh axes, the largest first."""
     found: dict[tuple, np.ndarray] = {}
     for transfer in transfers:
         axes = mesh_axes(transfer.groups, mesh)
@@ -48,14 +48,14 @@ def traffic(transfers: Sequence[Transfer], mesh: Mesh, topology: Topology) -> li
 
 
 def mesh_axes(groups: Sequence[Sequence[int]], mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes along which devices of a group differ."""
+    """Return the mesh axes along which devices of a group differ."""
     shape = mesh.devices.shape
     places = [np.array(np.unravel_index(group, shape)) for group in groups]
     return tuple(axis for i, axis in enumerate(mesh.axis_names) if any(np.ptp(place[i]) for place in places))
 
 
 def _split(transfer: Transfer, mesh: Mesh) -> tuple[float, float]:
-    """Bytes that a device receives from its slice, and from others."""
+    """Return the bytes that a device receives from its own slice, and from others."""
     devices = mesh.devices.flat
     slices = [{_slice(devices[i]) for i in group} for group in transfer.groups]
     s, n = max(map(len, slices)), max(map(len, transfer.groups))
@@ -71,10 +71,10 @@ def _split(transfer: Transfer, mesh: Mesh) -> tuple[float, float]:
 
 
 def _ici(transfer: Transfer, mesh: Mesh, topology: Topology) -> float:
-    """Bytes/s that a device can receive from the others of its group over the slice's links."""
+    """Return the bytes/s that a device can receive from its group over the slice's links."""
     chip, devices = topology.chip, list(mesh.devices.flat)
     link = chip.link_bandwidth * chip.share(devices[0])
-    if transfer.kind == "collective-permute":  # each goes to one neighbour; there are two at a time, one in each direction
+    if transfer.kind == "collective-permute":  # sends to one neighbour; two run at a time, one in each direction
         return 2 * link
     torus = Torus.of([device for device in devices if _slice(device) == _slice(devices[0])])
     group = [devices[i] for i in transfer.groups[0] if _slice(devices[i]) == _slice(devices[transfer.groups[0][0]])]
@@ -90,7 +90,7 @@ def _dcn(mesh: Mesh, topology: Topology) -> float:
 
 
 def seconds(flops: float, hbm_bytes: float, rows: Sequence[Traffic], mesh: Mesh, topology: Topology) -> dict[str, float]:
-    """The least time of each unit; `flops` of all devices together, `hbm_bytes` of one."""
+    """Return the least time of each unit, from `flops` on all devices and `hbm_bytes` on one."""
     chip, device = topology.chip, mesh.devices.flat[0]
     share = chip.share(device)
     return {

@@ -1,4 +1,4 @@
-"""Where everything lies: each parameter, its moments, and the activations that the program places."""
+"""Shardings of parameters, optimizer state, and the activations that the program constrains."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from ftjax.train.setup import Design
 
 
 class Placed(NamedTuple):
-    """One array: its logical axes, the mesh axes that cut each dimension, and the bytes of a device's part."""
+    """One array: its logical axes, the mesh axes that shard each dimension, and the bytes on each device."""
 
     kind: str
     name: str
@@ -25,7 +25,7 @@ class Placed(NamedTuple):
 
 
 def shardings(made: Design, traced: Any, inputs: tuple) -> list[Placed]:
-    """Parameters, optimizer, input and activations, in this order."""
+    """Return parameters, optimizer state, input and activations, in this order."""
     state, frozen, batch = inputs[:3]
     specs = made.model.specs
     rows = []
@@ -49,7 +49,7 @@ def _placed(kind: str, name: str, leaf: Any, axes: str) -> Placed:
 
 
 def _text(where: NamedSharding) -> str:
-    """The mesh axes of each dimension that have more than one device."""
+    """Return the mesh axes of each dimension that have more than one device."""
 
     def names(entry: Any) -> str:
         axes = entry if isinstance(entry, tuple) else (entry,)
@@ -59,7 +59,7 @@ def _text(where: NamedSharding) -> str:
 
 
 def _activations(closed: ClosedJaxpr, made: Design) -> Iterator[Placed]:
-    """What the program itself places (`ftjax.mesh.constrain`), each shape and place once, with how often it is written."""
+    """Yield arrays with a sharding constraint (`ftjax.mesh.constrain`), each shape and sharding once, with its count."""
     found: Counter = Counter()
 
     def visit(jaxpr: Jaxpr) -> None:

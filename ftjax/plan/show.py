@@ -1,4 +1,4 @@
-"""A plan for people."""
+"""Plans as text, for people."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ KINDS = {
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Everything on one screen."""
+    """Print the whole plan, on one screen."""
 
     def say(text: str) -> None:
         write(console, text)
@@ -35,16 +35,16 @@ def show(plan: Plan, console: Console) -> None:
     micro = f" in {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
     say(
         f"one step: {plan.rows} rows of {plan.max_length} tokens{micro}; attention: {plan.attention}; remat: {plan.remat}; "
-        f"planned in {plan.plan_seconds:.0f} s ({plan.plan_cpu_seconds:.0f} s of all cores together)"
+        f"planned in {plan.plan_seconds:.0f} s ({plan.plan_cpu_seconds:.0f} s on all cores)"
     )
     rows = [(label, plan.memory.get(kind)) for kind, label in KINDS.items()] + [
-        ("alive at one time", plan.peak),
-        ("what it has", plan.limit),
+        ("live at one time", plan.peak),
+        ("available", plan.limit),
     ]
-    print_table(console, ("memory of a device", ""), [(label, size(value)) for label, value in rows if value])
+    print_table(console, ("memory per device", ""), [(label, size(value)) for label, value in rows if value])
     if plan.fits is not None:
         say("it fits" if plan.fits else "it does not fit")
-    say(f"{plan.flops:.4g} FLOPs a step in the program; {plan.formula}")
+    say(f"{plan.flops:.4g} FLOPs per step in the program; {plan.formula}")
     if plan.traffic:
         rows = [(t.kind, " x ".join(t.axes), f"{t.runs:g}", size(t.ici_bytes), size(t.dcn_bytes)) for t in plan.traffic]
         print_table(console, ("collective", "along", "runs", "ICI", "DCN"), rows, left=(0, 1))
@@ -52,13 +52,13 @@ def show(plan: Plan, console: Console) -> None:
         parts = ", ".join(f"{name} {value:.4g} s" for name, value in plan.seconds.items())
         say(f"least time of a step: {plan.step_seconds:.4g} s, bound by {plan.bound} ({parts})")
         say(
-            f"at most {plan.tokens_per_second:,.0f} tokens/s ({plan.tokens_per_second_per_chip:,.0f} a chip), "
-            f"{plan.tokens_per_day:.3g} a day; MFU at most {100 * plan.mfu:.1f} %"
+            f"at most {plan.tokens_per_second:,.0f} tokens/s ({plan.tokens_per_second_per_chip:,.0f} per chip), "
+            f"{plan.tokens_per_day:.3g} per day; MFU at most {100 * plan.mfu:.1f} %"
         )
     if plan.cost_per_day is not None:
         say(
-            f"at {plan.price:g} a chip-hour: {plan.cost_per_day:,.2f} a day, at least {plan.cost_per_million_tokens:.4g} for a "
-            "million tokens"
+            f"at {plan.price:g} per chip-hour: {plan.cost_per_day:,.2f} per day, at least "
+            f"{plan.cost_per_million_tokens:.4g} per million tokens"
         )
     if plan.advice:
         say("what to change:" if plan.fits is False else "to be faster:")
@@ -67,15 +67,15 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def size(count: float) -> str:
-    """Bytes for people, by thousands."""
+    """Format bytes for people, in powers of 1000."""
     unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= unit), (1, "B"))
     return f"{count / unit:.4g} {name}"
 
 
 def show_shardings(rows: Sequence[Placed], console: Console) -> None:
-    """One line an array."""
+    """Print one line per array."""
     for row in rows:
         shape = "x".join(map(str, row.shape)) or "scalar"
         axes = f" ({row.axes})" if row.axes else ""
-        where = f"{row.partition}: {row.bytes / 1e6:.3f} MB a device"
+        where = f"{row.partition}: {row.bytes / 1e6:.3f} MB per device"
         write(console, f"{row.kind:10} {row.name}: {row.dtype} {shape}{axes} -> {where}")

@@ -1,8 +1,8 @@
-"""`ftjax sweep`: one plan for each of several slices, and what real runs reached beside them.
+"""`ftjax sweep`: plan several slices, and compare with the speed of real runs.
 
-Each slice is planned in a process of its own, because a process compiles for one kind of device, and kept in a cache, because a
-large model takes a minute. *Weak*: rows for each chip stay what the configuration has on the first slice, so that the
-global batch grows with the slice. *Strong*: the global batch stays, and chips share it out.
+Each slice is planned in its own process, because a process compiles for one kind of device, and cached, because a large model
+takes a minute. *Weak* scaling keeps the rows per chip of the configuration on the first slice, so that the global batch grows
+with the slice. *Strong* scaling keeps the global batch, which the chips share.
 """
 
 import csv
@@ -26,7 +26,7 @@ from ftjax.hub.vocabulary import hf_config_of
 from ftjax.plan.result import Plan, from_json
 from ftjax.plan.topology import parse
 
-KNEE = 0.9  # of the best tokens/s a chip
+KNEE = 0.9  # of the best tokens/s per chip
 COLUMNS = (
     "topology", "chips", "rows", "fits", "memory_gb", "limit_gb", "step_seconds", "bound", "tokens_per_second",
     "tokens_per_second_per_chip", "mfu", "cost_per_million_tokens", "measured_tokens_per_second",
@@ -39,9 +39,9 @@ def sweep(
     config_path: Path, config: Config, overrides: Sequence[str], topologies: Sequence[str], *, weak: bool, price: float | None,
     runs: Sequence[Path], out: Path, say: Callable[[str], None],
 ) -> list[Row]:  # fmt: skip
-    """Plan every slice; writes `sweep.csv` and, where matplotlib is installed, `sweep.svg` to `out`.
+    """Plan every slice; writes `sweep.csv` and, if matplotlib is installed, `sweep.svg` to `out`.
 
-    Raises UserError for a name that is none, for a batch that does not scale, and for whatever a plan refuses.
+    Raises UserError for an unknown name, for a batch that does not scale, and for whatever a plan refuses.
     """
     slices = [parse(name) for name in topologies]
     if not slices:
@@ -66,14 +66,14 @@ def _batch(config: Config, chips: int, first: int) -> int:
     rows = config.training.global_batch_size * chips
     if rows % first:
         raise UserError(
-            f"training.global_batch_size: {config.training.global_batch_size} rows on the first slice's {first} chips are no "
-            f"whole number on {chips}; choose a multiple of {first}, or --strong"
+            f"training.global_batch_size: {config.training.global_batch_size} rows on the first slice's {first} chips do "
+            f"not scale to a whole number on {chips}; choose a multiple of {first}, or --strong"
         )
     return rows // first
 
 
 def _planned(config_path: Path, config: Config, overrides: list[str], topology: str, price: float | None) -> Plan:
-    """From the cache, or by `ftjax plan` in a child process."""
+    """Load a plan from the cache, or make it by `ftjax plan` in a child process."""
     facts = hf_config_of(config)
     adapter = starting_adapter(config.method)
     facts |= {"digest of the adapter": model_digest(adapter)} if adapter else {}
@@ -108,7 +108,7 @@ def _planned(config_path: Path, config: Config, overrides: list[str], topology: 
 
 
 def _source() -> str:
-    """What of ftjax itself a plan depends on."""
+    """Return a digest of ftjax's own code that a plan depends on."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     rooms = "models", "methods", "objectives", "train", "plan"
@@ -128,13 +128,13 @@ def _row(name: str, plan: Plan) -> Row:
 def _line(row: Row) -> str:
     fits = {True: "fits", False: "does not fit", None: ""}[row["fits"]]
     speed = (
-        f", at most {row['tokens_per_second_per_chip']:,.0f} tokens/s a chip, bound by {row['bound']}" if row["bound"] else ""
+        f", at most {row['tokens_per_second_per_chip']:,.0f} tokens/s per chip, bound by {row['bound']}" if row["bound"] else ""
     )
-    return f"{row['topology']}: {row['rows']} rows, {row['memory_gb']:.2f} GB a device {fits}{speed}"
+    return f"{row['topology']}: {row['rows']} rows, {row['memory_gb']:.2f} GB per device {fits}{speed}"
 
 
 def _measured(folder: Path, rows: list[Row]) -> None:
-    """Put a run's median speed, its first log left out, beside the plan for as many devices."""
+    """Add a run's median speed, without its first log, to the plan for the same number of devices."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"--run {folder}: expected a run folder with metrics.jsonl")
@@ -156,7 +156,7 @@ def _measured(folder: Path, rows: list[Row]) -> None:
 
 
 def find_knee(rows: Sequence[Row]) -> str | None:
-    """The largest slice on which a chip still does nearly what it does at best."""
+    """Describe the largest slice on which a chip is still nearly as fast as at best."""
     known = [row for row in rows if row["fits"] and row["tokens_per_second_per_chip"]]
     if len(known) < 2:
         return None
@@ -164,8 +164,8 @@ def find_knee(rows: Sequence[Row]) -> str | None:
     good = [row for row in known if row["tokens_per_second_per_chip"] >= KNEE * best]
     knee = max(good, key=lambda row: row["chips"])
     if knee["chips"] == max(row["chips"] for row in known):
-        return f"no knee up to {knee['topology']}: a chip does at least {KNEE:.0%} of its best there"
-    return f"the knee is {knee['topology']}: on larger slices a chip does less than {KNEE:.0%} of its best"
+        return f"no knee up to {knee['topology']}: a chip reaches at least {KNEE:.0%} of its best there"
+    return f"the knee is {knee['topology']}: on larger slices a chip reaches less than {KNEE:.0%} of its best"
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -176,7 +176,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _plot(path: Path, rows: Sequence[Row], say: Callable[[str], None]) -> None:
-    """Tokens/s and memory a chip over chips."""
+    """Plot tokens/s and memory per chip over chips."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -189,13 +189,13 @@ def _plot(path: Path, rows: Sequence[Row], say: Callable[[str], None]) -> None:
         (left, "tokens_per_second_per_chip", "planned, at most"),
         (left, "measured_tokens_per_second_per_chip", "measured"),
         (right, "memory_gb", "planned"),
-        (right, "limit_gb", "what a device has"),
+        (right, "limit_gb", "available"),
     ):
         points = [(x, row[column]) for x, row in zip(chips, rows, strict=True) if row[column] is not None]
         if points:
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-    left.set(xlabel="chips", ylabel="tokens/s a chip", xscale="log", ylim=(0, None))
-    right.set(xlabel="chips", ylabel="GB a device", xscale="log", ylim=(0, None))
+    left.set(xlabel="chips", ylabel="tokens/s per chip", xscale="log", ylim=(0, None))
+    right.set(xlabel="chips", ylabel="GB per device", xscale="log", ylim=(0, None))
     for axes in (left, right):
         axes.set_xticks(sorted(set(chips)), [str(count) for count in sorted(set(chips))])
         axes.minorticks_off()

@@ -1,9 +1,9 @@
-"""Which chips a name means: `v5e-16`, `v5p-64`, `v6e:2x4`, `cpu:8`.
+"""Names of slices: `v5e-16`, `v5p-64`, `v6e:2x4`, `cpu:8`.
 
-Names are Google Cloud's: v5e (or v5litepod) and v6e count chips; v2, v3, v4, v5p and v7x (or tpu7x) count TensorCores, of
-which a chip has two, so that v5p-64 has 32 chips. `--chips` says chips and leaves no doubt, and so does a shape: `v5p:2x4x4`.
+Names are Google Cloud's: v5e (or v5litepod) and v6e count chips; v2, v3, v4, v5p and v7x (or tpu7x) count TensorCores, two per
+chip, so that v5p-64 has 32 chips. `--chips` counts chips unambiguously, and so does a shape: `v5p:2x4x4`.
 
-Nothing of the kind needs to be attached: libtpu, from PyPI, compiles for it on any Linux machine with an x86-64 processor.
+No TPU needs to be attached: libtpu, from PyPI, compiles for TPUs on any Linux machine with an x86-64 processor.
 """
 
 import math
@@ -21,12 +21,12 @@ from ftjax.torus import closes
 
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "v7x", "v7": "v7x", "trillium": "v6e", "ironwood": "v7x"}
 COUNTED_IN_CORES = ("v4", "v5p", "v7x")
-# The shapes that Cloud gives where only a number is asked for: powers of two, as square or as cubic as they get.
+# The shapes that Cloud gives for a number alone: powers of two, as square or as cubic as possible.
 PLANAR = {2**k: (2 ** (k // 2), 2 ** ((k + 1) // 2)) for k in range(9) if k != 1}
 CUBIC = {2**k: tuple(2 ** ((k + i) // 3) for i in range(3)) for k in range(3, 13)}
 CUBIC |= {1: (1, 1, 1), 4: (2, 2, 1), 6144: (16, 16, 24)}
-# Without the first, libtpu asks for the machine's metadata for minutes; without the next two it says that it found none;
-# without the last, one process at a time may load it, as if each took hold of chips.
+# Without the first, libtpu queries the machine's metadata for minutes; without the next two it complains that it found none;
+# without the last, only one process at a time may load it, as if each used the chips.
 NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -43,7 +43,7 @@ class Topology:
     Attributes:
         chip: None for `cpu:N`, devices of the host.
         shape: chips along each dimension of a slice.
-        slices: how many of them, joined by the data centre's network.
+        slices: number of slices, joined by the data centre's network.
     """
 
     chip: Chip | None
@@ -60,19 +60,19 @@ class Topology:
         return f"{self.chip.name if self.chip else 'cpu'}:{shape}" + (f" x {self.slices} slices" if self.slices > 1 else "")
 
     def wraps(self, dimension: int) -> bool:
-        """Whether the links of a dimension close to a ring."""
+        """Return whether the links of a dimension close to a ring."""
         return self.chip is not None and closes(self.chip.torus, self.shape)[dimension]
 
     def devices(self) -> list[jax.Device]:
-        """Stand-ins for the devices, to compile for.
+        """Return abstract devices to compile for.
 
-        Raises UserError where libtpu is missing or does not know them.
+        Raises UserError if libtpu is missing or does not know them.
         """
         return self._cpus() if self.chip is None else self._tpus()
 
     def _cpus(self) -> list[jax.Device]:
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-            with suppress(RuntimeError):  # devices exist already: there may be enough of them
+            with suppress(RuntimeError):  # if devices exist already, there may be enough of them
                 jax.config.update("jax_num_cpu_devices", self.chips)
         devices = jax.devices("cpu")
         if len(devices) < self.chips:
@@ -106,13 +106,13 @@ class Topology:
 
 
 def parse(name: str, chips: int | None = None, slices: int = 1) -> Topology:
-    """The topology of a name.
+    """Parse the name of a topology.
 
     Args:
-        name: `v5e-16`, `v5e:4x4`, or `v5e` beside `chips`; `cpu:8`.
-        chips: of one slice.
+        name: `v5e-16`, `v5e:4x4`, or `v5e` with `chips`; `cpu:8`.
+        chips: chips per slice.
 
-    Raises UserError that says which names there are.
+    Raises UserError that lists the known names.
     """
     match = re.fullmatch(r"(?P<kind>[a-z0-9]+?)(?:-(?P<count>\d+)|:(?P<shape>\d+(?:x\d+)*))?", name.strip().lower())
     kind = match and ALIASES.get(match["kind"], match["kind"])
@@ -143,9 +143,9 @@ def parse(name: str, chips: int | None = None, slices: int = 1) -> Topology:
     shapes = PLANAR if chip.torus == 2 else CUBIC
     if asked % cores or asked // cores not in shapes:
         sizes = ", ".join(f"{kind}-{size * cores}" for size in sorted(shapes))
-        what = "TensorCores, two to a chip" if cores == 2 else "chips"
+        what = "TensorCores, two per chip" if cores == 2 else "chips"
         raise UserError(
-            f"topology {name!r}: no slice of {asked} {what}; there are {sizes}. Another shape is written out: {_example(chip)}"
+            f"topology {name!r}: no slice of {asked} {what}; there are {sizes}. Write another shape out: {_example(chip)}"
         )
     return Topology(chip, shapes[asked // cores], slices)
 

@@ -15,13 +15,13 @@ from ftjax.report.terminal import print_summary, tiles
 
 
 def report(folder: Path, *, out: Path | None = None, console: Any = None) -> Path:
-    """Write the page, print the summary; where it was written comes back.
+    """Write the page, print the summary, and return the path of the page.
 
     Args:
         folder: a run's output_dir, finished or not (or its `final/` or `best/`).
-        out: the HTML file; None: `report.html` in the run's folder.
+        out: the HTML file; None for `report.html` in the run's folder.
 
-    Raises UserError where the folder is no run, a file of it is damaged, or the page cannot be written.
+    Raises UserError if the folder is not a run, one of its files is damaged, or the page cannot be written.
     """
     from ftjax.console import make_console, say
 
@@ -38,7 +38,7 @@ def report(folder: Path, *, out: Path | None = None, console: Any = None) -> Pat
 
 
 def html(run: Run) -> str:
-    """The whole page."""
+    """Return the whole page."""
     name = run.folder.resolve().name
     told = f"{run.config.model.path}, {run.config.method.name}, {run.config.objective.name}"
     shown = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for label, value in tiles(run))

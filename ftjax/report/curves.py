@@ -1,4 +1,4 @@
-"""The numbers of metrics.jsonl: pictures, and all of them as tables."""
+"""Metrics of metrics.jsonl, as charts and as tables."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ from ftjax.page.chart import line_chart
 from ftjax.page.document import details, table
 from ftjax.report.read import Run
 
-RATE = "tokens a second"
+RATE = "tokens per second"
 PICTURES = (
     ("loss", {"training": "train/loss", "validation": "eval/loss"}),
     ("learning rate", {"learning rate": "train/learning_rate"}),
@@ -17,17 +17,17 @@ PICTURES = (
     ("peak memory of one device (GiB; of the process, on a CPU)", {"GiB": "train/peak_memory_gib"}),
 )
 DRAWN = {name for _, series in PICTURES for name in series.values()}
-NOT_DRAWN = ("eval/perplexity", "eval/seconds")  # the loss again; and no curve
+NOT_DRAWN = ("eval/perplexity", "eval/seconds")  # the loss again, and no curve
 
 
 def curves(run: Run) -> Iterable[str]:
-    """HTML."""
+    """Return the HTML of the charts and tables."""
     if not run.metrics:
         return ["<p>There is no metric yet.</p>"]
     pictures = [(title, {label: run.curve(name) for label, name in series.items()}) for title, series in PICTURES]
     for _, series in pictures:
         if RATE in series:
-            series[RATE] = [(step, rate) for step, rate in series[RATE] if rate > 0]  # 0: not known yet
+            series[RATE] = [(step, rate) for step, rate in series[RATE] if rate > 0]  # 0 means unknown
     others = [name for name in run.names("eval/") if name not in DRAWN and name not in NOT_DRAWN]
     pictures += [(name.removeprefix("eval/"), {name: run.curve(name)}) for name in others]
     shown = "".join(line_chart(title, series) for title, series in pictures)

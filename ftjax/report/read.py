@@ -1,4 +1,4 @@
-"""What a run folder holds, read for a report. Files that are not there are left out; a folder that is no run is an error."""
+"""Reading of run folders for reports. Missing files are left out; a folder that is not a run is an error."""
 
 import json
 import math
@@ -28,11 +28,9 @@ class Measured:
 @dataclass(frozen=True)
 class Run:
     """Attributes:
-    config, config_text: of config.yaml.
-    metrics: the numbers of metrics.jsonl, one dict a line, `step` among them.
-    generations: (step, answers) while training; warnings: (step, text).
-    record: run.json; {} where the run is older than that.
-    evaluations, checks: those that were written into the run's folder.
+    config, config_text: of config.yaml. metrics: the numbers of metrics.jsonl, one dict per line, including `step`.
+    generations: (step, answers) during training; warnings: (step, text). record: run.json; {} for runs older than it.
+    evaluations, checks: those in the run's folder.
     """
 
     folder: Path
@@ -46,7 +44,7 @@ class Run:
     checks: list[Measured] = field(default_factory=list)
 
     def curve(self, name: str) -> Points:
-        """`(step, value)` of a metric, in the order of the file."""
+        """Return `(step, value)` of a metric, in the order of the file."""
         return [(row["step"], row[name]) for row in self.metrics if name in row]
 
     def names(self, prefix: str) -> list[str]:
@@ -71,7 +69,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises UserError where the folder is no run, or a file of it is damaged."""
+    """Read a run folder. Raises UserError if it is not a run, or one of its files is damaged."""
     if not (folder / "config.yaml").is_file() and (folder.parent / "config.yaml").is_file():
         folder = folder.parent  # the run's final/ or best/
     if not (folder / "config.yaml").is_file():
@@ -110,14 +108,14 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; make it anew, or remove it") from None
+        raise UserError(f"{path}: cannot be read: {error}; create it again, or remove it") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}; make it anew, or remove it")
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}; create it again, or remove it")
     return value
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a line that a kill has cut is passed over."""
+    """Read the objects of a JSONL file, without a line truncated by a kill."""
     found = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""What was measured after training (evaluations, checks), and what the model wrote, then and while it trained."""
+"""Evaluations and checks after training, and generated answers, then and during training."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,15 +11,15 @@ from ftjax.page.chart import interval_chart
 from ftjax.page.document import details, table, text
 from ftjax.report.read import Measured, Run
 
-SAMPLES = 6  # of each evaluation
-SHOWN_STEPS = 4  # of the answers while training; the others open on a click
+SAMPLES = 6  # per evaluation
+SHOWN_STEPS = 4  # of the answers during training; the others are collapsed
 FLAGS = ("empty", "repeating", "cut_off", "wrong_language")
 COLOURS = {"passed": "good", "failed": "bad", "not judged": "soft", "not measured": "off"}
 Numbers = Mapping[str, Any] | None
 
 
 def evaluations(run: Run) -> Iterable[str]:
-    """HTML: of each, its metrics beside the base's, and answers."""
+    """Yield the HTML of each evaluation: its metrics beside the base's, and answers."""
     for one in run.evaluations:
         results = one.results
         if "results" in results:
@@ -36,7 +36,7 @@ def evaluations(run: Run) -> Iterable[str]:
 
 
 def harness_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of lm-evaluation-harness' results, as texts."""
+    """Return header and rows of lm-evaluation-harness' results, as texts."""
     base = {(one.task, one.metric): one for one in harness_scores(results.get("base", {}))}
     rows = []
     for one in harness_scores(results):
@@ -56,7 +56,7 @@ def _harness(one: Measured) -> Iterable[str]:
 
 
 def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
-    """Name, rows, value, base, difference and p of each metric, as texts."""
+    """Return name, rows, value, base, difference and p of each metric, as texts."""
     base, difference = results.get("base", {}).get("metrics", {}), results.get("difference", {})
     found = []
     for name, value in results.get("metrics", {}).items():
@@ -68,7 +68,7 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def cell(value: Numbers, sign: str = "", share: bool = False) -> str:
-    """`0.42 (0.38 to 0.46)`; a share as `42 % (38 to 46)`; without bounds where there are none."""
+    """Format as `0.42 (0.38 to 0.46)`, or a share as `42 % (38 to 46)`; without bounds if there are none."""
     if not value or value.get("value") is None:
         return "-"
     numbers = [
@@ -126,7 +126,7 @@ def _samples(one: Measured) -> Iterable[str]:
 
 
 def _chosen(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """The rows on which the models differ most, for better and for worse; else some from beginning to end."""
+    """Return the rows on which the models differ most, for better and for worse; else evenly spaced rows."""
     change = [(_score(row, "") or 0) - (_score(row, "base_") or 0) if _score(row, "base_") is not None else 0 for row in rows]
     if any(change):
         order = sorted(range(len(rows)), key=lambda i: change[i])
@@ -138,13 +138,13 @@ def _chosen(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
 
 
 def _score(row: Mapping[str, Any], prefix: str) -> float | None:
-    """The first number among a row's scores."""
+    """Return the first number among a row's scores."""
     scores = row.get(f"{prefix}scores") or {}
     return next((float(value) for value in scores.values() if isinstance(value, int | float)), None)
 
 
 def sample(prompt: Any, sides: Mapping[str, str], scores: Mapping[str, float] | None = None) -> str:
-    """One prompt and several texts beside each other."""
+    """Return the HTML of one prompt with several texts side by side."""
     if isinstance(prompt, list):
         prompt = "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
     parts = []
@@ -157,7 +157,7 @@ def sample(prompt: Any, sides: Mapping[str, str], scores: Mapping[str, float] | 
 
 
 def generations(run: Run) -> Iterable[str]:
-    """HTML: of each prompt that was answered while training, the answers step by step."""
+    """Yield the HTML of each prompt that was answered during training, with its answers by step."""
     prompts: dict[int, list[tuple[int, Mapping[str, str]]]] = {}
     for step, rows in run.generations:
         for place, row in enumerate(rows):
@@ -177,7 +177,7 @@ def generations(run: Run) -> Iterable[str]:
 
 
 def checks(run: Run) -> Iterable[str]:
-    """HTML: of each check, the verdicts, what was not measured, and some of the answers that something is wrong with."""
+    """Yield the HTML of each check: verdicts, metrics not measured, and some of the answers with faults."""
     for one in run.checks:
         results = one.results
         beside = f" beside {results['base']}" if results.get("base") else ""
@@ -205,7 +205,7 @@ def checks(run: Run) -> Iterable[str]:
                 for kind, found in kinds.items()
             ]
             yield details("Refusals by type of prompt", table(["type", "prompts", "tuned", "base"], shares))
-        yield details("Answers that something is said of", *_flagged(one.rows))
+        yield details("Answers with findings", *_flagged(one.rows))
 
 
 def _flagged(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
@@ -218,7 +218,7 @@ def _flagged(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 
 def _share(value: Any) -> str:
-    """With its bounds; without them as older checks wrote it."""
+    """Format a share with its bounds; older checks wrote none."""
     return cell(value if isinstance(value, Mapping) or value is None else {"value": value}, share=True)
 
 

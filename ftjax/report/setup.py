@@ -1,4 +1,4 @@
-"""How the run was made: data, configuration, environment."""
+"""Setup of a run in the report: data, configuration, environment."""
 
 from collections.abc import Iterable
 from html import escape
@@ -12,7 +12,7 @@ from ftjax.report.read import Run
 
 
 def data(run: Run) -> Iterable[str]:
-    """HTML of run.json's counts."""
+    """Yield the HTML of run.json's statistics of the data."""
     for name, state in run.record.get("data", {}).items():
         state = dict(state)
         bins = [(one["from"], one["to"], one["documents"]) for one in state.pop("histogram", [])]
@@ -20,7 +20,7 @@ def data(run: Run) -> Iterable[str]:
 
 
 def configuration(run: Run) -> Iterable[str]:
-    """HTML: what differs from the defaults, and everything."""
+    """Yield the HTML of the settings that differ from the defaults, and of all settings."""
     changed = run.config.model_dump(mode="json", exclude_defaults=True)
     shown = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
     yield f"<p>What differs from the defaults:</p><pre>{escape(shown)}</pre>"
@@ -28,10 +28,10 @@ def configuration(run: Run) -> Iterable[str]:
 
 
 def environment(run: Run) -> Iterable[str]:
-    """HTML of run.json's devices and versions."""
+    """Return the HTML of run.json's devices and versions."""
     record = run.record
     if not record:
-        return ["<p>The run has no run.json, so that nothing is known of it.</p>"]
+        return ["<p>The run has no run.json, so its environment is not known.</p>"]
     devices, mesh = record.get("devices", {}), record.get("mesh", {})
     rows = [
         ("parameters", record.get("trained", "")),
@@ -46,9 +46,9 @@ def environment(run: Run) -> Iterable[str]:
 
 
 def warnings(run: Run) -> list[str]:
-    """Texts: of training, data and checks."""
+    """Return the warnings of training, data and checks."""
     found = [f"step {step:,}: {words}" for step, words in run.warnings]
-    said: dict[str, list[str]] = {}  # what both sets have is said once
+    said: dict[str, list[str]] = {}  # warnings of both sets are shown once
     for name, state in run.record.get("data", {}).items():
         for words in state.get("warnings", []):
             said.setdefault(words, []).append(name)

@@ -10,11 +10,11 @@ from ftjax.report.results import harness_rows, rows_of
 from ftjax.report.setup import warnings
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-WIDTH = 40  # characters of a curve
+WIDTH = 40  # characters per curve
 
 
 def tiles(run: Run) -> list[tuple[str, str]]:
-    """What is looked for first: name and value."""
+    """Return the key figures: name and value."""
     losses, best = run.curve("train/loss"), run.best("eval/loss", greater=False)
     rates = [rate for _, rate in run.curve("train/tokens_per_second") if rate > 0]
     memory = [value for _, value in run.curve("train/peak_memory_gib")]
@@ -24,7 +24,7 @@ def tiles(run: Run) -> list[tuple[str, str]]:
     if best:
         found.append(("best validation loss", f"{best[1]:.4g} at step {best[0]:,}"))
     if rates:
-        found.append(("tokens a second, median", _rounded(sorted(rates)[len(rates) // 2])))
+        found.append(("tokens per second, median", _rounded(sorted(rates)[len(rates) // 2])))
     if memory:
         found.append(("peak memory", f"{max(memory):.3g} GiB"))
     if "trained" in run.record:
@@ -32,7 +32,7 @@ def tiles(run: Run) -> list[tuple[str, str]]:
     for one in run.checks:
         failed = one.results.get("failed", [])
         rows = [line["rows"] for line in one.results.get("findings", []) if line.get("rows") and line["verdict"] == "passed"]
-        fewest = f", on {min(rows):,} rows and more" if rows else ""
+        fewest = f", on {min(rows):,} rows or more" if rows else ""
         found.append((one.name, f"{len(failed)} beyond their limits" if failed else f"all within their limits{fewest}"))
     return found
 
@@ -42,7 +42,7 @@ def _rounded(value: float) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """`█▆▄▃▂▁`: the means of equal parts; what is no finite number is left out."""
+    """Draw `█▆▄▃▂▁`: the means of equal parts, without values that are not finite."""
     values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""

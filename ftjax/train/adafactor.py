@@ -1,9 +1,9 @@
 """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) as transformers' Trainer sets it up.
 
-No first moment, no relative step: a gradient is divided by the root of its second moment, which matrices keep as the mean of
-each row and of each column, and the update is scaled down where its root mean square is above 1. Both are made of one tensor
-of transformers' modules at a time, as if its layers were not stacked here: rows and columns are its last two axes, and all
-experts of a layer are one tensor.
+There is no first moment and no relative step: the update is the gradient divided by the root of its second moment, scaled down
+where its root mean square is above 1. A matrix keeps its second moment factored, as the mean of each row and of each column.
+Both steps work on one tensor of transformers' modules at a time, as if the layers were not stacked here: rows and columns are
+its last two axes, and all experts of a layer are one tensor.
 """
 
 import math
@@ -18,7 +18,7 @@ import optax
 
 from ftjax.models.param import Spec
 
-DECAY = 0.8  # the second moment's weight of the past is 1 - t^-0.8
+DECAY = 0.8  # the past has weight 1 - t^-0.8 in the second moment
 TINY = 1e-30  # added to squares
 CLIP = 1.0  # the largest root mean square of an update
 
@@ -29,14 +29,14 @@ class FactoredMoments(NamedTuple):
     Vectors keep their whole second moment in `row`, and an empty array in `col`.
     """
 
-    count: jax.Array  # [] int32: updates done
+    count: jax.Array  # [] int32: updates so far
     row: Any
     col: Any
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """How one parameter is made of tensors.
+    """Axes of one stacked parameter that belong to each of its tensors.
 
     Attributes:
         rows: axes that are a matrix's rows, counted from the end; None for vectors. Columns are the last axis.
@@ -52,16 +52,16 @@ class _Tensor:
     def of(spec: Spec) -> "_Tensor":
         depth = len(spec.stacked)
         own = len(spec.shape) - depth
-        sizes = np.ones(spec.stacked, np.float32)  # a layer without an adapter has a tensor of nothing but zeros
+        sizes = np.ones(spec.stacked, np.float32)  # a layer without an adapter has an all-zero tensor
         for piece in spec.pieces():
             sizes[piece.index[:depth]] = math.prod(piece.shape)
-        split = own - len(spec.row.hf_shape or spec.shape[depth:])  # axes by which memory has more than the tensor: of its rows
+        split = own - len(spec.row.hf_shape or spec.shape[depth:])  # axes in memory only: of the rows
         rows = None if own < 2 else tuple(range(-2 - split, -1))
         return _Tensor(rows, tuple(range(-own, 0)), sizes.reshape(*spec.stacked, *(1,) * own))
 
 
 def scale_by_adafactor(specs: Mapping[str, Spec]) -> optax.GradientTransformation:
-    """Of the parameters `specs`; gradients and moments are float32."""
+    """Build Adafactor for the parameters `specs`; gradients and moments are float32."""
     tensors = {path: _Tensor.of(spec) for path, spec in specs.items()}
 
     def init(params):
@@ -90,7 +90,7 @@ def scale_by_adafactor(specs: Mapping[str, Spec]) -> optax.GradientTransformatio
 
 
 def _update(tensor: _Tensor, gradient: jax.Array, row: jax.Array, col: jax.Array, past: jax.Array) -> tuple[jax.Array, ...]:
-    """`(update, row, col)`."""
+    """Return `(update, row, col)`."""
     square = jnp.square(gradient) + TINY
     if tensor.rows is None:
         row = past * row + (1 - past) * square

@@ -1,4 +1,4 @@
-"""What a run says before its first update and after its last."""
+"""Messages of a run before its first update and after its last."""
 
 import os
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ from ftjax.train.setup import Setup
 
 
 def announce(setup: Setup, data: Sequence[str], flops: TrainFlops, *, steps: int, epoch_steps: int | None, first: int) -> None:
-    """Devices, mesh, what is trained and on what data; called by one process.
+    """Print the devices, the mesh, what is trained and on what data; called by the first process only.
 
     Args:
-        data: what is said of the data.
-        first: the step that this start goes on from.
+        data: lines that describe the data.
+        first: the step that this start resumes from.
     """
     config, options, devices = setup.config, setup.config.training, jax.devices()
     say(
@@ -39,22 +39,22 @@ def announce(setup: Setup, data: Sequence[str], flops: TrainFlops, *, steps: int
         flops.formula(config.data.max_length),
         *(f"note: {note}" for note in setup.model.notes),
         *data,
-        f"{steps} steps of {options.global_batch_size} rows{(epoch_steps and f', {epoch_steps} steps an epoch') or ''}; "
+        f"{steps} steps of {options.global_batch_size} rows{(epoch_steps and f', {epoch_steps} steps per epoch') or ''}; "
         f"remat: {setup.runtime.remat}; attention: {setup.runtime.attention}",
     )
 
 
 def example_lines(config: Config, split: Split, tokenizer: Any) -> list[str]:
-    """One row as the model sees it, with what is trained marked."""
+    """Return one row as the model sees it, with the trained tokens marked."""
     document, head = split.example(), head_of(config)
     if (words := encoding_of(config).label_text(document)) is not None:
         what = {SINGLE: "class", MULTI: "labels"}.get(head and head.problem_type, "value")
         return ["an example:", tokenizer.decode(document.tokens[:-1].tolist()), f"its {what}: {words}"]
-    return ["an example (what is trained is marked):", render_example(document, tokenizer)]
+    return ["an example (trained tokens are marked):", render_example(document, tokenizer)]
 
 
 def next_commands(folder: Path, config: Config) -> list[str]:
-    """What one does with a finished run."""
+    """Return the commands that use a finished run."""
     final = folder / "final"
     method = method_of(config.method)
     adapter = method.adapter
@@ -87,7 +87,7 @@ def next_commands(folder: Path, config: Config) -> list[str]:
 
 
 def _portable(folder: Path, final: Path, config: Config) -> list[str]:
-    """For a LoRA whose layers differ in rank or scale, which vLLM would pass over without a word."""
+    """Suggest a portable export for a LoRA whose layers differ in rank or scale, which vLLM silently ignores."""
     saved = read_adapter_config(final) if (final / ADAPTER).is_file() else config.method.model_dump()  # it may be a folder's
     differing = [name for name in PATTERNS if saved.get(name)]
     beyond = saved.get("use_dora") or saved.get("modules_to_save") or saved.get("trainable_token_indices")

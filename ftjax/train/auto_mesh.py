@@ -1,9 +1,9 @@
-"""`mesh: auto`: which axes the devices go to.
+"""`mesh: auto`: choose the axes that the devices are divided among.
 
-All ways to divide the devices among data, fsdp, tensor and sequence are tried, and those are kept that the batch and every
-parameter divide by. Of these the one is taken that fits the memory with the least communication: rows are spread first,
-because only gradients of what trains are then added; weights are spread no further than memory asks, because each layer gathers
-them; the tokens of a row after that, and last the matrices, whose results have to be added in every layer.
+`choose_mesh` tries every way to divide the devices among data, fsdp, tensor and sequence, keeps those that divide the batch and
+every parameter, and takes the one that fits in memory with the least communication. It spreads rows first, because then only
+the gradients of trained parameters are reduced. It shards weights no further than memory requires, because each layer
+all-gathers them. Next come the tokens of a row, and last the matrices, whose results are reduced in every layer.
 """
 
 from collections.abc import Sequence
@@ -17,29 +17,29 @@ from ftjax.errors import UserError
 from ftjax.mesh import AXES, divisions, sharding
 from ftjax.models.model import Model
 from ftjax.placement import in_slices, tpu_slices
+from ftjax.train.offload import on_devices
 from ftjax.train.optimizer import make_optimizer
-from ftjax.train.place import on_devices
 from ftjax.train.step import optimizer_shapes
 
-ROOM = 0.8  # of a device's memory; the rest is for what is alive within a layer
+ROOM = 0.8  # share of a device's memory; the rest is for values that live within a layer
 
 
 def choose_mesh(config: Config, model: Model, devices: Sequence[Any], memory: int) -> tuple[MeshConfig, str]:
-    """Sizes for `config.mesh`, and the reason in a sentence. TPUs say themselves in how many slices they lie.
+    """Return sizes for `config.mesh`, and the reason in a sentence. TPUs report the number of their slices.
 
     Args:
         model: with its method attached.
-        devices: in all slices.
-        memory: bytes of one device.
-
-    Raises UserError where nothing divides.
+        model: with its method attached.
+        devices: all devices, of all slices.
+        memory: bytes per device.
+    Raises UserError if no division fits the batch and the model.
     """
     slices = config.mesh.slices if config.mesh.slices > 1 else tpu_slices(devices) or 1
     count = sum(map(len, in_slices(devices, slices)))
     rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
     length = config.data.max_length
     state = state_bytes(config, model)
-    saved = 2 * model.sizes.layers * model.sizes.embed  # of a token: the input of every layer, which remat `full` keeps
+    saved = 2 * model.sizes.layers * model.sizes.embed  # per token: the input of every layer, which remat `full` keeps
     heads = model.sizes.heads
     found = []
     for data, fsdp, tensor, sequence in divisions(count // slices, 4):
@@ -51,8 +51,8 @@ def choose_mesh(config: Config, model: Model, devices: Sequence[Any], memory: in
         found.append(((not fits, 0 if fits else need, tensor * sequence, tensor, fsdp), (data, fsdp, tensor, sequence), need))
     if not found:
         raise UserError(
-            f"mesh: auto finds no division of {count} devices by which {rows} rows of a microbatch and the model's sizes "
-            f"divide; set training.global_batch_size to a multiple of {count}, or the sizes of mesh by hand"
+            f"mesh: auto finds no division of {count} devices that fits the {rows} rows of a microbatch and the model's sizes; "
+            f"set training.global_batch_size to a multiple of {count}, or the sizes of mesh by hand"
         )
     (no_room, *_), (data, fsdp, tensor, sequence), need = min(found)
     chosen = MeshConfig(data=slices * data, fsdp=fsdp, tensor=tensor, sequence=sequence, slices=slices)
@@ -60,7 +60,7 @@ def choose_mesh(config: Config, model: Model, devices: Sequence[Any], memory: in
 
 
 def state_bytes(config: Config, model: Model) -> int:
-    """Weights, gradients and optimizer state of one whole copy, as devices hold them."""
+    """Return the bytes of weights, gradients and optimizer state of one full copy, as devices hold them."""
     trained = {path: spec.abstract for path, spec in model.trainable.items()}
     frozen = [
         spec.abstract if spec.row.quantization else spec.astype(config.model.dtype).abstract for spec in model.frozen.values()
@@ -84,12 +84,14 @@ def _reason(mesh: MeshConfig, rows: int, state: int, need: float, memory: int, t
     gb = 1e9
     parts = []
     if mesh.fsdp * mesh.tensor > 1:
-        parts.append(f"{state / gb:.1f} GB of weights, gradients and optimizer state are spread over {mesh.fsdp * mesh.tensor}")
+        parts.append(
+            f"{state / gb:.1f} GB of weights, gradients and optimizer state are sharded over {mesh.fsdp * mesh.tensor}"
+        )
     else:
         parts.append(f"{state / gb:.1f} GB of weights, gradients and optimizer state fit on each device")
     if (spread := mesh.data * mesh.fsdp) > 1:
         parts.append(f"the {rows} rows of a microbatch over {spread}")
     if mesh.sequence * mesh.tensor > 1:
-        parts.append("the devices that rows are too few or too long for share the tokens of a row or the heads")
-    text = f"{'; '.join(parts)}; about {need / gb:.1f} of {memory / gb:.1f} GB a device"
+        parts.append("the remaining devices share the tokens of a row or the heads")
+    text = f"{'; '.join(parts)}; about {need / gb:.1f} of {memory / gb:.1f} GB per device"
     return text + (": too much, so every device that divides is used; expect to run out of memory" if too_large else "")

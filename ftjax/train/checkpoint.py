@@ -1,7 +1,7 @@
-"""Checkpoints by Orbax: trained parameters, optimizer, step, and what the loop needs to go on bit for bit.
+"""Checkpoints by Orbax: trained parameters, optimizer state, step, and what the loop needs to resume bit for bit.
 
-A save is asynchronous and becomes visible by a rename, so that a process killed in the middle leaves the checkpoints
-before it whole. A checkpoint holds logical arrays: it can be restored on another number of devices or hosts.
+A save is asynchronous and becomes visible by a rename, so a process killed during a save leaves the earlier checkpoints intact.
+A checkpoint holds global arrays: it can be restored on another number of devices or hosts.
 """
 
 import logging
@@ -19,12 +19,12 @@ from ftjax.errors import UserError
 from ftjax.train.step import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of every save
-# One replica of each shard is written, as it is. Shared out over the replicas, each would cut its part out of the shard first:
-# of a state that two devices hold, half of it once more on both of them.
+# Write one replica of each shard as it is. Replica-parallel saving would first slice each shard on its device: if two devices
+# hold the state, each would copy half of it again.
 ocp.type_handlers.register_type_handler(jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True)
 
 
-# What systems say of a disk; the last is TensorStore's own word, where there is no better one.
+# How systems report a full or unwritable disk; the last is TensorStore's own word, where there is no better one.
 REASONS = (
     "No space left on device", "Permission denied", "Read-only file system", "Disk quota exceeded", "File too large",
     "RESOURCE_EXHAUSTED",
@@ -32,9 +32,9 @@ REASONS = (
 
 
 class _FailedSave(logging.Filter):
-    """Hears of a save that failed, which Orbax reports with a traceback from each of its threads and raises later.
+    """Handles a failed save, which Orbax reports with a traceback from each of its threads and raises only later.
 
-    With several processes it would leave this one waiting for the others, and them for it.
+    With several processes, waiting for that would leave this one waiting for the others, and them for it.
     """
 
     def __init__(self, checkpoints: "Checkpoints"):
@@ -42,7 +42,7 @@ class _FailedSave(logging.Filter):
         self._checkpoints = checkpoints
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is shown."""
+        """Return whether the record is shown."""
         error, text = record.exc_info[1] if record.exc_info else None, record.getMessage()
         if error is None or "orbax" not in record.pathname:
             return True
@@ -52,7 +52,7 @@ class _FailedSave(logging.Filter):
 
 
 def _quiet_writers() -> None:
-    """TensorStore prints a traceback for every array that is done after a save has failed, as nobody waits for it."""
+    """Silence TensorStore's traceback for every array that is written after a save has failed, as nobody awaits it."""
     before = sys.unraisablehook
     if getattr(before, "__module__", None) == __name__:
         return
@@ -65,10 +65,10 @@ def _quiet_writers() -> None:
 
 
 class Checkpoints:
-    """`checkpoints/STEP/` of one run; the newest `keep` are kept. The folder may be in a bucket: `gs://...`."""
+    """`checkpoints/STEP/` of one run; keeps the newest `keep`. The folder may be in a bucket: `gs://...`."""
 
     def __init__(self, folder: epath.PathLike, keep: int):
-        self.folder = folder = place(folder)
+        self.folder = folder = checkpoint_path(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "meta"))
         logging.getLogger("absl").addFilter(_FailedSave(self))
@@ -79,22 +79,22 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-        """Start saving. `meta` is JSON: the data iterator, the best metric so far, the watchdog's memory.
+        """Start saving. `meta` is JSON: the state of the data iterator, the best metric so far, the state of the watchdog.
 
-        When this returns, every shard is in the host's memory and the state may be given away; the files are written after
-        that. On the device nothing is copied.
+        When this returns, every shard is in host memory and the state may be donated; the files are written afterwards. Nothing
+        is copied on the device.
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
         self._guard(lambda: self._manager.save(step, args=args, force=True))
 
     def meta(self) -> dict[str, Any] | None:
-        """What was saved beside the newest state; None where there is no checkpoint."""
+        """Return what was saved beside the newest state; None if there is no checkpoint."""
         if self.latest is None:
             return None
         return self._read(ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, laid out like `like` (shapes with shardings, of any mesh)."""
+        """Restore the newest checkpoint, placed like `like` (shapes with shardings, on any mesh)."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()), meta=ocp.args.JsonRestore())
         restored = self._read(args)
         return TrainState(**restored["state"]), restored["meta"]
@@ -105,11 +105,11 @@ class Checkpoints:
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
                 f"{self.folder / str(self.latest)}: this checkpoint does not fit the run, or is damaged: {error}. "
-                "Remove that folder to go on from the one before it, or choose another output_dir"
+                "Remove that folder to resume from the one before it, or choose another output_dir"
             ) from None
 
     def wait(self) -> None:
-        """Block until the save under way is complete; raises UserError where it failed."""
+        """Block until the current save is complete. Raises UserError if it failed."""
         self._guard(self._manager.wait_until_finished)
 
     def close(self) -> None:
@@ -126,21 +126,21 @@ class Checkpoints:
             raise explained from None
 
     def explained(self, error: BaseException) -> UserError | None:
-        """What a failed save means for the user; None where it is not the disk's fault."""
+        """Return the error to show the user for a failed save; None if it is not a disk error."""
         if not _is_disk_error(error):
             return None
         whole = max(ocp.utils.checkpoint_steps(self.folder), default=None)
-        before = "There is none before it" if whole is None else f"The checkpoint before it is whole (step {whole})"
+        before = "There is none before it" if whole is None else f"The checkpoint before it is intact (step {whole})"
         return UserError(
             f"{self.folder}: a checkpoint could not be written: {_reason(error)}. {before}; make room and run the same command "
             "again"
         )
 
 
-def place(folder: epath.PathLike) -> epath.Path:
-    """A folder on a disk, made absolute, or in a bucket.
+def checkpoint_path(folder: epath.PathLike) -> epath.Path:
+    """Return the checkpoint folder as a path, absolute if it is on a disk; it may be in a bucket.
 
-    Raises UserError for a scheme that cannot be opened here.
+    Raises UserError for a scheme that cannot be opened.
     """
     if "://" not in str(folder):
         return epath.Path(Path(folder).absolute())
@@ -150,7 +150,7 @@ def place(folder: epath.PathLike) -> epath.Path:
     except Exception as error:  # each kind of bucket has errors of its own
         raise UserError(
             f"training.checkpoint_dir: {folder} cannot be opened: {error}. For gs:// install gcsfs (ftjax[tpu] has it) and "
-            "check the name and your rights with: gcloud storage ls"
+            "check the name and your permissions with: gcloud storage ls"
         ) from None
     return path
 
@@ -162,11 +162,11 @@ def _chain(error: BaseException | None):
 
 
 def _reason(error: BaseException) -> str:
-    """In a few words; TensorStore puts them behind the name of the array and two long paths."""
+    """Return the reason in a few words; TensorStore puts them after the name of the array and two long paths."""
     text = str(list(_chain(error))[-1]).splitlines()[0]
     return next((words for words in REASONS if words in text), text)
 
 
 def _is_disk_error(error: BaseException) -> bool:
-    """Whether a failed save is the disk's fault; tensorstore reports that as text inside a ValueError."""
+    """Return whether a failed save is a disk error; TensorStore reports one as text inside a ValueError."""
     return any(isinstance(e, OSError) or any(words in str(e) for words in REASONS) for e in _chain(error))

@@ -1,4 +1,4 @@
-"""The folder of a run: made, or found to hold this very run, by one process for all."""
+"""The run folder: one process creates it for all, or checks that it holds this very run."""
 
 import os
 import secrets
@@ -16,21 +16,21 @@ from ftjax.distributed import store
 from ftjax.distributed.agree import see_one_folder
 from ftjax.errors import UserError
 from ftjax.hub.output import recover, take_place
-from ftjax.train.checkpoint import place
+from ftjax.train.checkpoint import checkpoint_path
 from ftjax.train.same_run import is_free
 
 CONFIG, FINAL, BEST, WANDB = "config.yaml", "final", "best", "wandb_run_id"
 
 
 def checkpoints_of(config: Config) -> epath.Path:
-    """Where a run keeps its checkpoints."""
-    return place(config.training.checkpoint_dir or Path(config.output_dir) / "checkpoints")
+    """Return the folder of a run's checkpoints."""
+    return checkpoint_path(config.training.checkpoint_dir or Path(config.output_dir) / "checkpoints")
 
 
 def open_run_folder(config: Config) -> None:
     """Create the run folder, or check that the run in it is this one; all processes call it.
 
-    Raises UserError where the folder cannot be written, holds checkpoints of another configuration, or is not one folder for
+    Raises UserError if the folder cannot be written, holds checkpoints of another configuration, or is not the same folder for
     all processes.
     """
     checkpoints = checkpoints_of(config)
@@ -61,7 +61,7 @@ def _create(config: Config, checkpoints: epath.Path) -> None:
                 f"output_dir: {config.training.checkpoint_dir or folder} holds checkpoints of another configuration, which "
                 "differs in\n  "
                 + "\n  ".join(lines)
-                + "\nChoose another output_dir, remove that folder, or undo the difference to go on with that run"
+                + "\nChoose another output_dir, remove that folder, or undo the difference to resume that run"
             )
     save_config(config, folder / CONFIG)
     try:
@@ -73,7 +73,7 @@ def _create(config: Config, checkpoints: epath.Path) -> None:
 
 
 def _look_for_data(config: Config, differences: list[str]) -> None:
-    """UserError where other data is named that is not there: a slip of the pen is then said, and not another run."""
+    """Raise UserError if the changed data does not exist: it reports a misspelled path as such, not as another run."""
     for which in ("train", "validation"):
         if f"data.{which}" in differences:
             for source in config.data.sources(which):
@@ -90,12 +90,12 @@ def _shown(value: object) -> str:
 
 
 def wandb_id(config: Config, first: int) -> str | None:
-    """The run's name at Weights & Biases, which starts that go on from a checkpoint share; None where none is wanted.
+    """Return the run's id at Weights & Biases, which all starts of one run share; None if W&B is not used.
 
-    It is kept in the run folder, and beside the checkpoints where these are elsewhere. A run that begins anew gets a new one.
+    The id is kept in the run folder, and also beside the checkpoints if these are elsewhere. A new run gets a new one.
 
     Args:
-        first: the step that this start goes on from.
+        first: the step that this start resumes from.
     """
     if "wandb" not in config.training.report_to or store.index() > 0:
         return None
@@ -110,9 +110,9 @@ def wandb_id(config: Config, first: int) -> str | None:
 
 
 def replace_text(path: Path | epath.Path, text: str) -> None:
-    """Write a file that is whole whenever somebody reads it, on a disk or in a bucket."""
+    """Write a file atomically, on a disk or in a bucket."""
     if "://" in str(path):
-        path.write_text(text)  # an object appears as a whole
+        path.write_text(text)  # bucket objects are written atomically
         return
     partial = path.parent / f".{path.name}.{os.getpid()}"
     partial.write_text(text, encoding="utf-8")
@@ -124,7 +124,7 @@ def _children(folder: epath.Path) -> list[epath.Path]:
 
 
 def _read(path: epath.Path) -> Config:
-    """A configuration on a disk or in a bucket."""
+    """Load a configuration from a disk or a bucket."""
     with tempfile.TemporaryDirectory() as here:
         local = Path(here) / CONFIG
         local.write_text(path.read_text(), encoding="utf-8")
@@ -135,27 +135,27 @@ def _read(path: epath.Path) -> Config:
 
 
 def keep_best(folder: Path, checkpoints: epath.Path) -> None:
-    """Copy the run's `best/` beside its checkpoints, by one process."""
+    """Copy the run's `best/` beside its checkpoints, on the first process."""
     if store.index() == 0:
         _copy(epath.Path(folder / BEST), checkpoints / BEST)
 
 
 def bring_best_back(folder: Path, checkpoints: epath.Path) -> str | None:
-    """After a restart, `best/` from beside the checkpoints where the run's own folder lacks it; all processes call it.
+    """Restore `best/` from beside the checkpoints if the run folder lost it in a restart; all processes call it.
 
-    Returns why it is lost, the same on all processes; None where it is there.
+    Returns why it is lost, the same on all processes; None if it is present.
     """
     lost = None
     if store.index() == 0 and not (folder / BEST).exists():
         if (checkpoints / BEST).exists():
             _copy(checkpoints / BEST, epath.Path(folder / BEST))
         else:
-            lost = f"{folder / BEST} is not here any more, and no copy of it; the next evaluation begins a new one"
+            lost = f"{folder / BEST} no longer exists, and there is no copy of it; the next evaluation writes a new one"
     return store.from_first("best", lost)
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
-    """A folder of files in place of another, which on a disk is whole at any time."""
+    """Copy a folder of files over another, atomically on a disk."""
     partial = target.parent / f".{target.name}.partial"
     local = "://" not in str(target)
     place = partial if local else target

@@ -1,7 +1,7 @@
-"""How the rows of a global batch lie on the devices of all processes.
+"""How the rows of a global batch are placed on the devices of all processes.
 
-Which rows a process has to build follows from where its devices stand in the mesh, and from nothing else. On a mesh of
-data=2 x tensor=2 over four processes with one device each, a batch of 8 rows in 2 microbatches lies so:
+The rows that a process has to build follow only from the positions of its devices in the mesh. On a mesh of data=2 x tensor=2
+over four processes with one device each, a batch of 8 rows in 2 microbatches is placed like this:
 
     process 0, data 0, tensor 0    rows 0 1 of microbatch 0, rows 4 5 of microbatch 1
     process 1, data 0, tensor 1    the same
@@ -24,11 +24,11 @@ from ftjax.mesh import parts, spec
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """The place of batches of `rows` rows on a mesh.
+    """Placement of batches of `rows` rows on a mesh.
 
     Attributes:
-        microbatches: A; None for batches without that axis, as evaluations have them.
-        process: whose rows are meant; None: this process's.
+        microbatches: A; None for batches without that axis, as in evaluation.
+        process: index of the process whose rows are meant; None for this one.
     """
 
     mesh: Mesh
@@ -38,24 +38,24 @@ class BatchLayout:
 
     @property
     def sharding(self) -> NamedSharding:
-        """Of arrays `[A, B, T]`, or `[B, T]` without microbatches."""
+        """Sharding of arrays `[A, B, T]`, or `[B, T]` without microbatches."""
         axes = ("batch", "length")
         return NamedSharding(self.mesh, spec(axes if self.microbatches is None else (None, *axes)))
 
     @property
     def length_parts(self) -> int:
-        """Into how many parts a row is cut; its length is a multiple of that."""
+        """Number of shards of a row; its length is a multiple of it."""
         return parts(self.mesh.shape, "length")
 
     @cached_property
     def own(self) -> np.ndarray:
-        """The rows of a global batch that the process's devices hold, as rising numbers from 0."""
+        """Rows of a global batch that the process's devices hold, as ascending numbers from 0."""
         steps = self.microbatches or 1
         return (np.arange(steps)[:, None] * (self.rows // steps) + self._of_each).ravel()
 
     @cached_property
     def _of_each(self) -> np.ndarray:
-        """The rows of one microbatch, or of the batch, that the process's devices hold."""
+        """Rows of one microbatch, or of the batch, that the process's devices hold."""
         shape = self._shape(self.length_parts)
         index = self.process if self.process is not None else jax.process_index()
         held = [where for device, where in self.sharding.devices_indices_map(shape).items() if device.process_index == index]
@@ -67,7 +67,7 @@ class BatchLayout:
         return self.microbatches, self.rows // self.microbatches, length
 
     def arrays(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Global arrays `[A, B, T]` (or `[B, T]`) out of this process's rows, `[len(own), T]` of each name."""
+        """Build global arrays `[A, B, T]` (or `[B, T]`) from this process's rows, `[len(own), T]` by name."""
         return {name: self._array(rows) for name, rows in batch.items()}
 
     def _array(self, rows: np.ndarray) -> jax.Array:
@@ -76,7 +76,7 @@ class BatchLayout:
         return jax.make_array_from_callback(shape, self.sharding, lambda index: self.part(held, shape, index))
 
     def part(self, held: np.ndarray, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        """What a device holds of an array of this shape: `array[index]`, from the rows that the process has `held`."""
+        """Return a device's shard `array[index]` of an array of this shape, from the rows `held` by the process."""
         *steps, wanted, tokens = index
         rows = np.searchsorted(self._of_each, wanted.indices(shape[-2])[:2])
         return held[(*steps, slice(*rows), tokens)]

@@ -15,10 +15,10 @@ LOCK = ".lock"
 
 @contextmanager
 def alone_in(config: Config) -> Iterator[None]:
-    """Hold `output_dir`, and `training.checkpoint_dir` where it is on a disk, by the first of a run's processes.
+    """Lock `output_dir`, and `training.checkpoint_dir` if it is on a disk; the first process of a run does it.
 
-    The system lets go of a lock when its process ends, however it ends. A file system without locks is used without.
-
+    The system releases a lock when its process ends, however it ends. A file system without locks is used without one.
+    Raises UserError, naming the other process, if one has locked a folder already.
     Raises UserError, naming the other process, where one holds a folder already.
     """
     given = {"output_dir": config.output_dir, "training.checkpoint_dir": config.training.checkpoint_dir}
@@ -48,8 +48,7 @@ def _lock(setting: str, folder: Path) -> Iterator[None]:
             file.seek(0)
             other = file.read().strip() or "a process that has just begun"
             raise UserError(
-                f"{setting}: another run is at work in {folder}: {other}. Wait "
-                f"until it has ended, stop it, or choose another {setting}"
+                f"{setting}: another run uses {folder}: {other}. Wait until it has ended, stop it, or choose another {setting}"
             ) from None
         except OSError:  # a file system without locks
             yield

@@ -1,4 +1,4 @@
-"""What is logged of updates: means since the last row, speed, memory, and the place in the data."""
+"""Rows of training metrics: means since the last row, throughput, memory, and the epoch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from ftjax.train.step import StepMetrics
 
 @dataclass
 class Update:
-    """One that was dispatched, and whose metrics have not been read."""
+    """An update that was dispatched, and whose metrics have not been fetched."""
 
     step: int
     metrics: StepMetrics
-    limit: float  # of its loss
-    ended: float | None = None  # when it was seen to be done (`time.perf_counter`)
+    limit: float  # the largest loss that is applied
+    ended: float | None = None  # when it was found to be done (`time.perf_counter`)
 
 
 @dataclass(frozen=True)
 class Read:
-    """The metrics of an update, on the host; see `StepMetrics`."""
+    """Metrics of an update, on the host; see `StepMetrics`."""
 
     loss: float
     weight: float
@@ -36,12 +36,12 @@ class Read:
 
 
 class Log:
-    """Counts what is logged.
+    """Accumulates the training metrics and builds the rows to log.
 
     Attributes:
         since_eval: means of the loss since the last evaluation.
         latest: the last row.
-        why: the latest update that was skipped, in words.
+        why: why the latest skipped update was skipped.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Log:
         self.why = ""
 
     def read(self, update: Update) -> Read:
-        """Fetch the metrics of an update, and count them if it was applied."""
+        """Fetch the metrics of an update, and add them to the means if it was applied."""
         found = update.metrics
         scalars = (found.loss, found.weight, found.tokens, found.grad_norm, found.update_norm, found.good)
         read = Read(*(np.asarray(value).item() for value in scalars))
@@ -69,14 +69,14 @@ class Log:
         return read
 
     def is_time(self, step: int) -> bool:
-        """Whether a row is logged after this update."""
+        """Return whether a row is logged after this update."""
         return step % self._logging_steps == 0 or step == self._steps
 
     def row(self, step: int, read: Read, skipped: int, tokens_per_second: float) -> dict[str, float]:
-        """The row of this update, with means since the last row over the updates that were applied.
+        """Return the row of this update, with means over the updates applied since the last row.
 
         Args:
-            skipped: updates that were not applied, of the whole run.
+            skipped: updates of the whole run that were not applied.
         """
         means = {**({"loss": 0.0} if read.good else {}), **self._window.means()}
         row = {f"train/{name}": value for name, value in means.items()}
@@ -93,7 +93,7 @@ class Log:
         return row
 
     def _speed(self, tokens_per_second: float) -> dict[str, float]:
-        """What a rate means for each device; MFU (`ftjax.flops`) where the chip is known."""
+        """Return the throughput per device, and MFU (`ftjax.flops`) if the chip is known."""
         devices = self._mesh.size
         flops = tokens_per_second * self._counted[0] / max(self._counted[1], 1)
         row = {
@@ -104,11 +104,11 @@ class Log:
         return row | ({"train/mfu": flops / self._peak} if self._peak else {})
 
     def state(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the state as JSON."""
         return {"window": self._window.state(), "since_eval": self.since_eval.state(), "latest": self.latest}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`."""
+        """Load a `state`."""
         self._window.load(state["window"])
         self.since_eval.load(state["since_eval"])
         self.latest = state["latest"]

@@ -1,7 +1,7 @@
-"""The loop of a run.
+"""The training loop.
 
-It never waits for the step in flight: the metrics of one update are read after the next is dispatched, and checkpoints
-are written while training goes on.
+It never waits for the step in flight: the metrics of an update are fetched after the next one is dispatched, and checkpoints
+are written while training continues.
 """
 
 import os
@@ -39,7 +39,7 @@ from ftjax.train.watch import BestMetric, Diverged, LossWatch, OverfitWatch, why
 
 
 class Run:
-    """One run of the loop; what it prints and writes is the run folder of the documentation."""
+    """One start of a run: trains, evaluates, saves, and writes the run folder (docs)."""
 
     def __init__(
         self, setup: Setup, tokenizer: Any, source: BatchSource, layout: BatchLayout, validation: Split | None,
@@ -55,7 +55,7 @@ class Run:
         self.profile = Profile(options.profile_steps, self.folder / "profile", self.total)
         self.layout = layout
         self.watch = LossWatch(options.loss_spike_factor, options.max_skipped_updates)
-        self.pending: list[Update] = []  # in their order
+        self.pending: list[Update] = []  # in order of dispatch
         self.best = BestMetric(
             options.metric_for_best_model,
             options.best_is_greatest,
@@ -66,7 +66,7 @@ class Run:
         self.log = Log(setup.mesh, setup.train_flops, self.total, source.steps_per_epoch, options.logging_steps, self.schedule)
         self.key = jax.random.key(options.seed)
         self.interrupted: str | None = None
-        self.compiled: set[tuple[int, ...]] = set()  # shapes of batches whose program all processes have
+        self.compiled: set[tuple[int, ...]] = set()  # batch shapes that all processes have compiled
 
     # ---- start, middle, end ----
 
@@ -77,7 +77,7 @@ class Run:
             active=jax.process_index() == 0, resume_from=first, run_id=wandb_id(self.config, first),
         )  # fmt: skip
         self.announce(first)
-        # With several processes SIGTERM is JAX's, which has them all agree on the step after which they stop.
+        # With several processes, JAX handles SIGTERM: it makes them all agree on the step after which they stop.
         numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
         handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         try:
@@ -90,13 +90,13 @@ class Run:
         if self.interrupted:
             self.checkpoints.close()
             where = ", on all hosts" if store.several() else ""
-            say(f"{self.interrupted}: saved step {done} of {self.total} in {self.folder}. To go on{where}: {self.command}")
+            say(f"{self.interrupted}: saved step {done} of {self.total} in {self.folder}. To resume{where}: {self.command}")
             raise SystemExit(1)
         self.checkpoints.close()
         self.finish(first, done)
 
     def loop(self, first: int) -> int:
-        """Updates `first + 1` to the last; returns the number of the last one done."""
+        """Run the updates `first + 1` to the last; return the number of the last one done."""
         step = first
         if self.best.exhausted:
             self.say_early_stop(step)
@@ -119,12 +119,12 @@ class Run:
         return step
 
     def settle(self, step: int, progress: Progress) -> bool:
-        """What follows the dispatch of update `step`, in this order: read, evaluate, save, end. Whether the loop ends here.
+        """Read, evaluate, save and stop, in this order, after update `step` is dispatched; return whether the loop ends.
 
-        The update before is read always, and this one too where anything else follows: what is evaluated or saved has been
-        looked at, and all that was counted until then is saved with it.
+        The previous update is always read, and this one too before an evaluation, a save or a stop: so whatever is evaluated or
+        saved has been checked, and its metrics are saved with it.
 
-        Raises Diverged, after saving, where too many updates in a row were skipped.
+        Raises Diverged, after saving, if too many updates in a row were skipped.
         """
         last = step == self.total
         evaluate = self.evaluates and (last or (self.options.eval_steps is not None and step % self.options.eval_steps == 0))
@@ -133,10 +133,10 @@ class Run:
             self.read_next(progress)
         while self.pending and (evaluate or save or self.watch.gives_up):
             self.read_next(progress)
-        # Where it is broken there is nothing to evaluate.
+        # After divergence there is nothing to evaluate.
         if evaluate and not self.diverged:
             self.evaluate(step, progress)
-        stop = self.interrupted is not None  # a signal may come at any time, and is looked for here alone
+        stop = self.interrupted is not None  # a signal may come at any time; check for it only here
         while self.pending and stop:
             self.read_next(progress)
         early, diverged = self.best.exhausted and not last, self.diverged
@@ -154,14 +154,14 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether it is time to give up: too many updates in a row were skipped, or all of a whole run."""
+        """Whether to give up: too many updates in a row were skipped, or all of a whole run."""
         return self.watch.gives_up or self.watch.skipped == self.total
 
     def say_early_stop(self, step: int) -> None:
         say(f"early stop at step {step}: {self.best.name} has not improved since step {self.best.step}")
 
     def finish(self, first: int, step: int) -> None:
-        """Write `final/`, unless this start had nothing to add to it, and say what to do next."""
+        """Write `final/`, unless it is already up to date, and print the next commands."""
         there = first == step and finished_at(self.folder) == step and (self.folder / "final").is_dir()
         if not store.from_first("finished", there):
             self.write("final", step, {})
@@ -173,9 +173,9 @@ class Run:
     # ---- one update, one evaluation ----
 
     def compile_together(self, batch: Mapping[str, jax.Array], limit: np.float32) -> None:
-        """With several processes: none runs a new program before all have compiled it.
+        """Compile a new batch shape on all processes before any of them runs it.
 
-        On CPUs a transfer gives the last process 30 seconds to come, and one host may compile that much longer than another.
+        On CPUs a collective waits at most 30 seconds for the last process, and hosts may differ by more in compile time.
         """
         shape = batch["tokens"].shape
         if store.several() and shape not in self.compiled:
@@ -184,7 +184,7 @@ class Run:
             self.compiled.add(shape)
 
     def look(self) -> None:
-        """Note the time of updates that are done already, before the next is dispatched: that may wait for it on CPUs."""
+        """Record the time of updates that are done, before the next is dispatched: dispatch may block on CPUs."""
         for update in self.pending:
             if update.ended is None and update.metrics.loss.is_ready():
                 update.ended = time.perf_counter()
@@ -194,7 +194,7 @@ class Run:
         self.read(update.step, update, progress)
 
     def read(self, step: int, update: Update, progress: Progress) -> None:
-        """Fetch an update's metrics; log them where it is time."""
+        """Fetch an update's metrics, and log a row when one is due."""
         read = self.log.read(update)
         self.watch.see(step, read.loss, read.good)
         if not read.good:
@@ -209,7 +209,7 @@ class Run:
             progress.report(step, row)
 
     def evaluate(self, step: int, progress: Progress) -> None:
-        """Loss and metrics over the whole validation set, and what the observer sees; keeps the best."""
+        """Compute loss and metrics on the validation set, call the observer, and keep the best checkpoint."""
         start, row = time.perf_counter(), self.losses() if self.validation is not None else {}
         if self.observer is not None:
             seen = self.observer({**self.setup.frozen, **self.state.params})
@@ -227,12 +227,12 @@ class Run:
         self.log.since_eval.clear()
         measured = {**self.log.latest, **row}
         if self.validation is None and self.best.name == "eval/loss" and self.best.patience is None:
-            return  # answers to prompts alone say nothing of which step is the best
+            return  # generated answers alone do not tell which step is best
         if self.best.see(step, measured):
             self.write("best", step, row)
 
     def losses(self) -> dict[str, float]:
-        """Over the whole validation set."""
+        """Return the loss and metrics on the whole validation set."""
         options = self.options
         rows = options.eval_batch_size or options.global_batch_size // options.gradient_accumulation_steps
         layout = BatchLayout(self.setup.mesh, rows)
@@ -247,10 +247,10 @@ class Run:
         found = {"loss": means["loss"], **objective.derived(means["loss"]), **means.means()}
         return {f"eval/{name}": value for name, value in found.items()}
 
-    # ---- what is kept ----
+    # ---- checkpoints and output ----
 
     def begin(self) -> int:
-        """The state of a new run; it takes the parameters over from the set-up."""
+        """Initialise the state of a new run; takes ownership of the set-up's parameters."""
         self.state = init_state(self.setup.params, self.optimizer)
         self.setup.params = {}
         return 0
@@ -270,7 +270,7 @@ class Run:
         self.checkpoints.save(step, self.state, meta)
 
     def restore(self) -> int:
-        """The state of the newest checkpoint, in the place of the parameters that were loaded."""
+        """Restore the newest checkpoint, which replaces the loaded parameters."""
         like = abstract_state(self.setup.params, self.optimizer)
         for leaf in self.setup.params.values():
             leaf.delete()
@@ -292,7 +292,7 @@ class Run:
         return meta["step"]
 
     def write(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        """`final/` or `best/`: a complete, loadable output."""
+        """Write `final/` or `best/`: a complete, loadable output."""
         write_output(
             self.folder / name, self.setup.config, self.setup.model, {**self.setup.frozen, **self.state.params}, self.tokenizer,
             self.setup.source, step=step, data=self.batches.report(), metrics=metrics,
@@ -301,7 +301,7 @@ class Run:
             keep_best(self.folder, self.checkpoints.folder)
 
     def on_signal(self, number: int, frame: Any) -> None:
-        if self.interrupted:  # a second one means it
+        if self.interrupted:  # a second signal stops at once
             raise KeyboardInterrupt
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,10 +1,10 @@
-"""Adam whose moments are held in bfloat16 or in 8 bits.
+"""Adam with moments in bfloat16 or in 8 bits.
 
-The arithmetic stays float32; only what is kept between two updates is rounded, stochastically (`ftjax.train.rounding`).
+The arithmetic stays float32; only the stored moments are rounded, stochastically (`ftjax.train.rounding`).
 
-8 bits, in blocks of 256 along the last axis with a float32 scale each (the blocks of Dettmers et al. 2022, arXiv:2110.02861;
-even steps where they use a table): the first moment as int8, the second as the uint8 of its square root. A second moment that
-rounds to nothing counts as half a step, so that no update is divided by zero.
+8-bit moments are in blocks of 256 along the last axis with one float32 scale per block (the blocks of Dettmers et al. 2022,
+arXiv:2110.02861, but with even steps in place of their table): the first moment as int8, the second as the uint8 of its square
+root. A second moment that rounds to zero counts as half a step, so that no update is divided by zero.
 """
 
 from functools import partial
@@ -20,9 +20,9 @@ BLOCK = 256
 
 
 class HeldMoments(NamedTuple):
-    """Each field but the count is a tree like the parameters; the scales are empty arrays where the moments need none."""
+    """Each field but the count is a tree like the parameters; the scales are empty arrays if the moments need none."""
 
-    count: jax.Array  # [] int32: updates done
+    count: jax.Array  # [] int32: updates so far
     mu: Any
     nu: Any
     mu_scale: Any
@@ -30,7 +30,7 @@ class HeldMoments(NamedTuple):
 
 
 def scale_by_held_adam(b1: float, b2: float, eps: float, dtype: str) -> optax.GradientTransformation:
-    """optax.scale_by_adam with moments in `bfloat16` or `int8`."""
+    """Build `optax.scale_by_adam` with moments in `bfloat16` or `int8`."""
     hold, value = (_to_bfloat16, _of_bfloat16) if dtype == "bfloat16" else (_to_int8, _of_int8)
 
     def init(params):
@@ -49,7 +49,7 @@ def scale_by_held_adam(b1: float, b2: float, eps: float, dtype: str) -> optax.Gr
             mu = b1 * value(mu, mu_scale, True) + (1 - b1) * g
             nu = b2 * value(nu, nu_scale, False) + (1 - b2) * jnp.square(g)
             step = mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + eps)
-            # Salted apart, so that the two moments of one number are not rounded alike.
+            # Different salts, so that the two moments of one number do not round alike.
             return step, *hold(mu, 2 * count, True), *hold(nu, 2 * count + 1, False)
 
         found = jax.tree.map(leaf, updates, state.mu, state.nu, state.mu_scale, state.nu_scale)
@@ -72,14 +72,14 @@ def _of_bfloat16(held: jax.Array, scale: jax.Array, signed: bool) -> jax.Array:
 
 
 def _blocks(x: jax.Array) -> jax.Array:
-    """`[..., C] -> [..., C / 256, 256]`; a last axis that does not divide is one block, and a scalar too."""
+    """Reshape `[..., C] -> [..., C / 256, 256]`; a last axis that 256 does not divide is one block, as is a scalar."""
     size = x.shape[-1] if x.ndim else 1
     each = BLOCK if size % BLOCK == 0 else size
     return x.reshape(*x.shape[:-1], -1, each)
 
 
 def _to_int8(x: jax.Array, salt: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
-    """`(codes, scale [..., blocks])`."""
+    """Return `(codes, scale [..., blocks])`."""
     blocks = _blocks(x if signed else jnp.sqrt(x))
     scale = jnp.max(jnp.abs(blocks), axis=-1) / (127 if signed else 255)
     steps = to_steps(blocks / jnp.where(scale > 0, scale, 1)[..., None], salt)

@@ -1,4 +1,4 @@
-"""What may be measured of a model while it trains, besides its loss."""
+"""Evaluation of a model during training, besides its loss."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ import jax
 
 @dataclass(frozen=True)
 class Observation:
-    """What was measured of a model in training: metrics by name, and answers (`prompt`, `text`, and the `reference`)."""
+    """Result of an evaluation during training: metrics by name, and answers (`prompt`, `text`, and the `reference`)."""
 
     metrics: Mapping[str, float]
     texts: Sequence[Mapping[str, str]]
 
 
 class Observer(Protocol):
-    """Measures a model at every evaluation."""
+    """Evaluates a model during training."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What must be equal on all processes, as JSON: prompts and rows."""
+        """Facts that must be equal on all processes, as JSON: prompts and rows."""
 
     def __call__(self, params: Mapping[str, jax.Array]) -> Observation:
-        """Args: params: all of them, trained and frozen."""
+        """Evaluate the model. Args: params: all parameters, trained and frozen."""

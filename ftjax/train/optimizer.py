@@ -1,7 +1,7 @@
 """AdamW or Adafactor with schedules, clipping and per-parameter groups, assembled from optax.
 
 The update of a parameter p with decay w and learning rate lr is `p -= lr * (m / (sqrt(v) + eps) + w * p)` (Loshchilov and
-Hutter 2019, arXiv:1711.05101), as in torch.optim.AdamW. Schedules are those of transformers.get_scheduler.
+Hutter 2019, arXiv:1711.05101), as in torch.optim.AdamW. The schedules are those of transformers.get_scheduler.
 """
 
 import math
@@ -17,11 +17,11 @@ from ftjax.errors import UserError
 from ftjax.models.param import Spec
 from ftjax.train.adafactor import scale_by_adafactor
 from ftjax.train.moments import scale_by_held_adam
-from ftjax.train.place import on_the_host
+from ftjax.train.offload import on_the_host
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate of the update with this number, counted from 0, in a run of `steps` updates."""
+    """Build the learning rate schedule of a run of `steps` updates, a function of the update's number, counted from 0."""
     peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
     warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(steps * config.warmup_ratio)
     rest = max(1, steps - warmup)
@@ -43,9 +43,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
 
 
 def make_optimizer(config: OptimizerConfig, specs: Mapping[str, Spec], steps: int) -> optax.GradientTransformation:
-    """The optimizer of the trained parameters `specs`.
+    """Build the optimizer of the trained parameters `specs`.
 
-    Norm weights, biases and other vectors are not decayed, as in transformers' Trainer, unless a group says so.
+    Norm weights, biases and other vectors have no weight decay, as in transformers' Trainer, unless a group sets it.
     Raises UserError for a group that matches nothing.
     """
     rate = {path: _per_layer(spec, lambda name: _rate(config, name)) for path, spec in specs.items()}
@@ -63,7 +63,7 @@ def make_optimizer(config: OptimizerConfig, specs: Mapping[str, Spec], steps: in
 
 
 def _moments(config: OptimizerConfig, specs: Mapping[str, Spec]) -> optax.GradientTransformation:
-    """What a gradient is divided by."""
+    """Build the transformation that divides a gradient by its second moment."""
     if config.name == "adafactor":
         return scale_by_adafactor(specs)
     b1, b2, eps = config.adam_beta1, config.adam_beta2, config.adam_epsilon
@@ -73,10 +73,10 @@ def _moments(config: OptimizerConfig, specs: Mapping[str, Spec]) -> optax.Gradie
 
 
 def frozen_by_groups(config: OptimizerConfig, specs: Mapping[str, Spec]) -> set[str]:
-    """Paths that a group with `freeze: true` takes out of training.
+    """Return the paths that a group with `freeze: true` freezes.
 
-    Raises UserError for a group whose pattern matches no parameter, and for one that freezes some layers of a stacked
-    parameter only.
+    Raises UserError for a group whose pattern matches no parameter, and for one that freezes only some layers of a stacked
+    parameter.
     """
     names = [piece.name for spec in specs.values() for piece in spec.pieces()]
     for group in config.groups:
@@ -105,7 +105,7 @@ def _group(config: OptimizerConfig, name: str):
 
 
 def _rate(config: OptimizerConfig, name: str) -> float:
-    """Factor on the schedule's learning rate."""
+    """Return the factor on the schedule's learning rate."""
     group = _group(config, name)
     if group and group.learning_rate is not None:
         return group.learning_rate / config.learning_rate if config.learning_rate else 0.0
@@ -118,12 +118,12 @@ def _decay(config: OptimizerConfig, name: str, spec: Spec) -> float:
     group = _group(config, name)
     if group and group.weight_decay is not None:
         return group.weight_decay
-    vector = len(spec.shape) - len(spec.stacked) < 2 or spec.row.name.endswith("bias")  # those of all experts are one array
+    vector = len(spec.shape) - len(spec.stacked) < 2 or spec.row.name.endswith("bias")  # biases of all experts are one array
     return 0.0 if vector else config.weight_decay
 
 
 def _per_layer(spec: Spec, value: Callable[[str], float]) -> np.ndarray:
-    """A number for each stacked layer, shaped to broadcast against the parameter."""
+    """Return a number per stacked layer, shaped to broadcast against the parameter."""
     numbers = np.ones(spec.stacked, np.float32)
     for piece in spec.pieces():
         numbers[piece.index[: len(spec.stacked)]] = value(piece.name)

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a progress bar in a terminal, plain lines elsewhere."""
+"""Progress of a run: a progress bar in a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -23,15 +23,15 @@ def say(*lines: str) -> None:
 
 
 class Progress:
-    """Counts updates and tokens; `with` keeps the bar alive."""
+    """Counts updates and tokens; `with` shows the bar."""
 
     def __init__(self, total: int, first: int):
         self._total = total
-        self._marks: list[tuple[float, float]] = []  # (time, tokens up to then)
+        self._marks: list[tuple[float, float]] = []  # (time, tokens so far)
         self._tokens = 0.0
         self._bar = None
         if jax.process_index() == 0 and sys.stdout.isatty():
-            bar = BarColumn(bar_width=None, table_column=Column(ratio=1))  # what the numbers leave of the line
+            bar = BarColumn(bar_width=None, table_column=Column(ratio=1))  # the rest of the line
             columns = (bar, MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Bar(*columns, console=_console, expand=True)
             self._task = self._bar.add_task("compiling", total=total, completed=first)
@@ -46,8 +46,8 @@ class Progress:
             self._bar.stop()
 
     def update(self, step: int, loss: float, tokens: float, ended: float | None = None) -> None:
-        """Args: ended: when the update was seen to be done (`time.perf_counter`); None: just now."""
-        if self._marks:  # the first step compiles, so its time says nothing
+        """Count an update. Args: ended: when it was found to be done (`time.perf_counter`); None: now."""
+        if self._marks:  # the first step compiles, so its time does not count
             self._tokens += tokens
         self._marks.append((time.perf_counter() if ended is None else ended, self._tokens))
         del self._marks[:-20]
@@ -55,20 +55,20 @@ class Progress:
             self._bar.update(self._task, completed=step, description=f"loss {loss:.4f}  {self.rate():,.0f} tokens/s")
 
     def rate(self) -> float:
-        """Tokens (padding not counted) a second over the last updates; 0 until there are two."""
+        """Return tokens per second (without padding) over the last updates; 0 until there are two."""
         if len(self._marks) < 2:
             return 0.0
         (start, before), (end, after) = self._marks[0], self._marks[-1]
         return (after - before) / max(end - start, 1e-9)
 
     def skip_time(self) -> None:
-        """Leave the time since the last update, in which no other was under way (an evaluation), out of the rate."""
+        """Leave the time since the last update, spent on an evaluation, out of the rate."""
         if self._marks:
             skipped = time.perf_counter() - self._marks[-1][0]
             self._marks = [(at + skipped, tokens) for at, tokens in self._marks]
 
     def report(self, step: int, row: Mapping[str, float]) -> None:
-        """One line for one row of metrics."""
+        """Print one row of metrics as a line."""
         shown = (
             "train/loss",
             "train/learning_rate",

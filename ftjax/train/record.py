@@ -1,4 +1,4 @@
-"""run.json: what a run was made of, for reports. It says what config.yaml does not: devices, versions, what data became."""
+"""run.json: facts about a run, for reports, that config.yaml does not have: devices, versions, statistics of the data."""
 
 import json
 import platform
@@ -25,12 +25,12 @@ def write_record(
     folder: Path, setup: Setup, data: dict[str, Any], documents: Documents, *, first: int, steps: int,
     epoch_steps: int | None,
 ) -> None:  # fmt: skip
-    """Written at every start; `starts` keeps the ones before.
+    """Write run.json at a start of the run; `starts` keeps the earlier ones.
 
     Args:
-        data: JSON about training and validation data by name (`split_record`); None where there is none.
-        documents: what tells these from others.
-        first: the step that this start goes on from.
+        data: JSON about training and validation data by name (`split_record`); None if there is none.
+        documents: fingerprints of the data sets.
+        first: the step that this start resumes from.
     """
     path, before = folder / RECORD, _read(folder) if first else {}
     now = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": first}
@@ -50,28 +50,27 @@ def write_record(
 
 
 def write_finished(folder: Path, step: int) -> None:
-    """Note that `final/` is what the run was at this step."""
+    """Record that `final/` holds the run at this step."""
     _write(folder / RECORD, {**_read(folder), "finished": step})
 
 
 def finished_at(folder: Path) -> int | None:
-    """The step that `final/` was made of; None where that is not known."""
+    """Return the step of `final/`; None if it is unknown."""
     return _read(folder).get("finished")
 
 
 def peak_memory_gib() -> float:
-    """The most that one device of this process has held; of the process itself where the devices are CPUs, which do not
-    count."""
+    """Return the peak memory in GiB of one device; of the process itself on CPUs, which do not report theirs."""
     stats = [device.memory_stats() or {} for device in jax.local_devices() if device.platform != "cpu"]
     peaks = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
     if peaks:
         return max(peaks) / GIB
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
 def split_record(split: Split) -> dict[str, Any]:
-    """What run.json says of a data set: its report, with a histogram of lengths."""
+    """Return what run.json says of a data set: its report, with a histogram of lengths."""
     bins = [{"from": low, "to": high, "documents": count} for low, high, count in histogram(split.lengths)]
     return {**split.report.state(), "histogram": bins}
 
@@ -79,7 +78,7 @@ def split_record(split: Split) -> dict[str, Any]:
 def _read(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a run of an older version, or a file that was cut
+    except (OSError, ValueError):  # a run of an older version, or a truncated file
         return {}
     return found if isinstance(found, dict) else {}
 

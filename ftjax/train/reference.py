@@ -1,8 +1,8 @@
-"""The model as it was before training, which some objectives compare with.
+"""The reference model: the model as it was before training, which some objectives compare with.
 
-An adapter that starts as nothing is left out: the reference is the base model, in the arrays that the run holds frozen anyway.
-What trains besides (biases, whole modules, all weights of a full fine-tuning, an adapter that is trained further) is copied
-before the first update.
+An adapter that starts as zero is left out: the reference is then the base model, in the frozen arrays that the run holds
+anyway. Everything else that trains (biases, whole modules, all weights in full fine-tuning, an adapter that is trained further)
+is copied before the first update.
 """
 
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ from ftjax.methods.walk import remove_adapters
 from ftjax.models.model import Model
 from ftjax.models.param import Spec, variables
 
-PREFIX = "reference."  # before the path of a copy, among the frozen parameters
+PREFIX = "reference."  # of the path of a copy, among the frozen parameters
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference model and where its parameters are.
+    """A reference model, and where its parameters are.
 
     Attributes:
-        model: without what the method added, unless that is copied.
-        held: of each of its parameters, the path among the run's frozen ones.
-        copied: of each copy, by that path, the trained parameter that it is the first value of.
+        model: without the method's parameters, unless they are copied.
+        held: maps each of its parameters to a path among the run's frozen ones.
+        copied: maps the path of each copy to the trained parameter whose initial value it is.
     """
 
     model: Model
@@ -35,31 +35,31 @@ class Reference:
     copied: Mapping[str, str]
 
     def params(self, frozen: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Its parameters, from the frozen ones of the run."""
+        """Return the reference's parameters, from the frozen ones of the run."""
         return {path: frozen[held] for path, held in self.held.items()}
 
     def copy_specs(self, model: Model, dtype: Any) -> dict[str, Spec]:
-        """The rows of the copies by path.
+        """Return the specs of the copies by path.
 
         Args:
-            model: the one that trains.
-            dtype: of frozen weights.
+            model: the model that trains.
+            dtype: dtype of frozen weights.
         """
         specs = {path: model.specs[trained] for path, trained in self.copied.items()}
         return {path: spec if spec.row.adapter else spec.astype(dtype) for path, spec in specs.items()}
 
     def copies(self, model: Model, params: Mapping[str, jax.Array], dtype: Any) -> dict[str, jax.Array]:
-        """Copies of parameters as they are now; see `copy_specs`."""
+        """Copy parameters as they are now; see `copy_specs`."""
         specs = self.copy_specs(model, dtype)
         return {path: jnp.copy(params[self.copied[path]]).astype(spec.dtype) for path, spec in specs.items()}
 
 
 def make_reference(root: nnx.Module, model: Model, *, keep_adapter: bool) -> Reference:
-    """The reference of a model.
+    """Build the reference of a model.
 
     Args:
-        root: its abstract module, which is taken apart.
-        keep_adapter: the adapter is a trained one, and so a part of the reference.
+        root: the model's abstract module; modified in place.
+        keep_adapter: the run starts from a trained adapter, which is then part of the reference.
     """
     paths = {id(variable): path for path, variable in variables(root)}
     if not keep_adapter:

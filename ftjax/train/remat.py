@@ -1,6 +1,6 @@
-"""`model.remat: auto`: keep what costs matrix products where it fits, recompute it where it does not.
+"""`model.remat: auto`: keep the results of matrix products if they fit in memory, recompute them otherwise.
 
-`none` is never the choice: to write out the elementwise values of a layer and read them again costs more than to compute them
+`none` is never chosen: to write out the elementwise values of a layer and read them again costs more than to recompute them
 where they are used (1.2 times the time of a step on a CPU, and twice the memory; docs/performance.md).
 """
 
@@ -15,22 +15,23 @@ from ftjax.data.batch import batch_arrays
 from ftjax.models.param import Spec
 from ftjax.train.step import LossFn, Runtime
 
-SHARE = 0.5  # of the device's memory may go to activations
+SHARE = 0.5  # share of the device's memory for activations
 
 
 def choose_remat(
     loss_fn: LossFn, runtime: Runtime, trainable: Mapping[str, Spec], frozen: Mapping[str, Spec], shape: tuple[int, int],
     values: int = 0, memory: int | None = None,
 ) -> str:  # fmt: skip
-    """What is asked for, or the first of `dots`, `attention` and `full` whose saved activations fit: the fastest.
+    """Return the configured policy; for `auto` the first of `dots`, `attention` and `full` whose saved activations fit.
 
-    The size is exact: the bytes of everything that the backward pass of one device's microbatch keeps, from shapes alone.
+    They are in order of speed. The size is exact: the bytes that the backward pass of one device's microbatch keeps, computed
+    from shapes alone.
 
     Args:
-        trainable: rows of the parameters by path, with the dtypes that are held.
-        frozen: the same of those that do not train.
+        trainable: specs of the trained parameters by path, with the dtypes in which they are held.
+        frozen: specs of the frozen parameters.
         shape: rows and tokens of a microbatch on one device.
-        values: of a document besides its tokens (`batch_arrays`).
+        values: values of a document besides its tokens (`batch_arrays`).
         memory: bytes of the device; None for this process's own.
     """
     if runtime.remat != "auto":
@@ -50,7 +51,7 @@ def saved_bytes(
     loss_fn: LossFn, runtime: Runtime, trainable: Mapping[str, Spec], frozen: Mapping[str, Spec], policy: str,
     shape: tuple[int, int], values: int = 0,
 ) -> int:  # fmt: skip
-    """Bytes that the forward pass leaves for the backward pass, beyond the parameters themselves."""
+    """Return the bytes that the forward pass saves for the backward pass, beyond the parameters themselves."""
     trainable, frozen = ({path: spec.abstract for path, spec in specs.items()} for specs in (trainable, frozen))
     rows, length = shape
     batch = {name: jax.ShapeDtypeStruct((rows, length * one.width), one.dtype) for name, one in batch_arrays(values).items()}
@@ -62,14 +63,14 @@ def saved_bytes(
 
         return jax.vjp(loss, trainable)[1]
 
-    # A parameter that the backward pass reads is among what it keeps, and takes no memory of its own.
+    # The residuals include parameters that the backward pass reads; these take no memory of their own.
     params = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((trainable, frozen)))
     kept = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(residuals, trainable, frozen, batch)))
     return sum(count * math.prod(shape) * dtype.itemsize for (shape, dtype), count in (kept - params).items())
 
 
 def device_memory() -> int:
-    """Bytes of one device; on CPU the host's memory over the number of devices that share it."""
+    """Return the bytes of one device; on CPU the host's memory divided by the number of devices that share it."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:

@@ -1,11 +1,11 @@
-"""Numbers of few bits that are right on average: stochastic rounding.
+"""Stochastic rounding: low-precision numbers that are right on average.
 
 A moment with decay 0.999 moves by a thousandth of itself in a step, and bfloat16 resolves 1/256: rounded to the nearest, it
-would never move. Rounded up with the probability of what is cut off, it moves as it should on average (Gupta et al. 2015,
-arXiv:1502.02551).
+would never move. Rounded up with the probability of the truncated fraction, it moves as it should on average (Gupta et al.
+2015, arXiv:1502.02551).
 
-What rounds up is decided by a hash of the number and of a salt, not by a random key, so that any sharding gives the same bits
-and nothing has to be kept for resuming.
+A hash of the number and of a salt decides what rounds up, not a random key, so that any sharding gives the same bits and no
+random state has to be saved.
 """
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 def dither(x: jax.Array, salt: jax.Array) -> jax.Array:
-    """uint32 of x's shape, spread evenly: a hash (MurmurHash3's finaliser) of float32 x and a uint32 salt."""
+    """Return uniform uint32 of x's shape: a hash (MurmurHash3's finaliser) of float32 x and a uint32 salt."""
     h = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) ^ (salt.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
     h = (h ^ h >> 16) * jnp.uint32(0x85EBCA6B)
     h = (h ^ h >> 13) * jnp.uint32(0xC2B2AE35)
@@ -21,7 +21,7 @@ def dither(x: jax.Array, salt: jax.Array) -> jax.Array:
 
 
 def to_bfloat16(x: jax.Array, salt: jax.Array) -> jax.Array:
-    """float32 to one of the two nearest bfloat16 numbers; what is not finite stays what it is."""
+    """Round float32 to one of the two nearest bfloat16 numbers; numbers that are not finite stay as they are."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     up = bits + (dither(x, salt) & jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000)
     rounded = jax.lax.bitcast_convert_type(up, jnp.float32)
@@ -29,5 +29,5 @@ def to_bfloat16(x: jax.Array, salt: jax.Array) -> jax.Array:
 
 
 def to_steps(x: jax.Array, salt: jax.Array) -> jax.Array:
-    """float32 to one of the two nearest whole numbers, still float32."""
+    """Round float32 to one of the two nearest integers, still float32."""
     return jnp.floor(x + dither(x, salt).astype(jnp.float32) * jnp.float32(2**-32))

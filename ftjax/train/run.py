@@ -1,4 +1,4 @@
-"""`ftjax train`: everything before the first update. The folder is opened, data and model are loaded, processes agree."""
+"""`ftjax train`: open the run folder, load data and model, make the processes agree, and start the loop."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,7 +11,7 @@ from ftjax.config import Config
 from ftjax.data.pipeline import Split, load_splits
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree
-from ftjax.distributed.ending import together
+from ftjax.distributed.ending import fail_together
 from ftjax.errors import UserError
 from ftjax.hub.load import positions_of
 from ftjax.hub.tokenizer.load import load_tokenizer
@@ -35,16 +35,16 @@ def train(
     command: str = "the same command",
     make_observer: Callable[[Setup, Any, Split | None], Observer | None] | None = None,
 ) -> None:
-    """Fine-tune from start, or from the newest checkpoint in `output_dir`, to the end; writes the run folder.
+    """Fine-tune from the start, or from the newest checkpoint in `output_dir`, to the end; writes the run folder.
 
     Args:
-        command: what a person types to go on with this run, for messages.
-        make_observer: of set-up, tokenizer and validation data; what it gives is called at every evaluation.
+        command: the command that resumes this run, for messages.
+        make_observer: called with set-up, tokenizer and validation data; the observer is called at every evaluation.
 
-    Raises UserError for whatever in the configuration, the model or the data is wrong; of several processes each then ends
-    the same way (`ftjax.distributed.ending`).
+    Raises UserError for anything wrong in the configuration, the model or the data; with several processes, all of them then
+    end the same way (`ftjax.distributed.ending`).
     """
-    with together(), ExitStack() as held:
+    with fail_together(), ExitStack() as held:
         keep_compiled_programs()
         agree("the number of devices", {"devices": jax.local_device_count(), "platform": jax.default_backend()})
         config = objective_of(config).complete(config)
@@ -78,7 +78,7 @@ def train(
 
 
 def check_early_stopping(config: Config, *, evaluates: bool) -> None:
-    """UserError where a run is to stop by an evaluation that never comes."""
+    """Raise UserError if early stopping is set and there is no evaluation to stop at."""
     options = config.training
     if options.early_stopping_patience is None:
         return

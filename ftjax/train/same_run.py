@@ -1,4 +1,4 @@
-"""Whether it is the same run: the same on all hosts, and the same as the one that left the checkpoint."""
+"""Checks that it is the same run: on all hosts, and as the run that wrote the checkpoint."""
 
 from typing import Any
 
@@ -11,32 +11,32 @@ from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.same_model import model_facts
 from ftjax.train.checkpoint import Checkpoints
 
-# What may differ when a run goes on: it does not change which numbers come out, or only their rounding.
+# Settings that may differ on resuming: they do not change the results, or only their rounding.
 _FREE = (
     "mesh.", "training.logging_steps", "training.save_steps", "training.save_total_limit", "training.report_to",
     "training.profile_steps", "training.checkpoint_dir", "training.allow_changed_data",
     "training.loss_spike_factor", "training.max_skipped_updates",
     "training.eval_batch_size", "model.remat", "model.attention", "objective.loss_chunk", "output_dir", "evaluate.", "check.",
 )  # fmt: skip
-# Places on a host's own disk. What lies there is compared instead: documents, files of model and adapter, the run folder.
+# Paths on a host's own disk. Their content is compared instead: documents, files of model and adapter, the run folder.
 PLACES = (
     "data.train", "data.validation", "model.path", "model.tokenizer", "method.adapter_path", "output_dir",
     "training.checkpoint_dir",
 )  # fmt: skip
 
 
-Documents = dict[str, dict[str, Any]]  # of each set: its files, and `Split.fingerprint`
+Documents = dict[str, dict[str, Any]]  # by data set: its files, and `Split.fingerprint`
 
 
 def is_free(key: str, config: Config) -> bool:
-    """Whether a setting may differ from that of the checkpoint that a run goes on from."""
+    """Return whether a setting may differ from that of the checkpoint that a run resumes from."""
     if config.training.allow_changed_data and key in ("data.train", "data.validation"):
         return True
     return any(key.startswith(free) if free.endswith(".") else key == free for free in _FREE)
 
 
 def facts_to_agree(config: Config, documents: Documents, steps: int, checkpoint: int | None) -> dict[str, Any]:
-    """What must be equal on all hosts: configuration, documents, model, number of updates, newest checkpoint, versions."""
+    """Return facts that must be equal on all hosts: configuration, documents, model, updates, newest checkpoint, versions."""
     facts: dict[str, Any] = {key: str(value) for key, value in flatten_config(config).items() if key not in PLACES}
     facts |= {"total steps": steps, "newest checkpoint": checkpoint}
     facts |= model_facts(config.model.path, config.model.revision, starting_adapter(config.method))
@@ -46,15 +46,15 @@ def facts_to_agree(config: Config, documents: Documents, steps: int, checkpoint:
 
 
 def fingerprints(train: Split, validation: Split | None) -> Documents:
-    """What the documents of a run are, as JSON."""
+    """Return fingerprints of the documents of a run, as JSON."""
     splits = {"data.train": train, "data.validation": validation}
     return {name: {"files": split.report.source, **split.fingerprint()} for name, split in splits.items() if split is not None}
 
 
 def refuse_other_documents(checkpoints: Checkpoints, documents: Documents, config: Config) -> None:
-    """UserError where the newest checkpoint was trained on other documents, unless `training.allow_changed_data`.
+    """Raise UserError if the newest checkpoint was trained on other documents, unless `training.allow_changed_data`.
 
-    Positions in the data would mean other rows, and what was seen already would be seen again or never.
+    The position in the data would point at other rows: some would be seen again, others never.
     """
     meta = checkpoints.meta()
     saved = (meta or {}).get("documents")
@@ -74,5 +74,5 @@ def refuse_other_documents(checkpoints: Checkpoints, documents: Documents, confi
             f"{checkpoints.folder} holds a run on other documents:\n  "
             + "\n  ".join(lines)
             + "\nThe rows (of streamed data: the sizes of the files), the tokenizer or its chat template have changed. Put "
-            "them back, choose another output_dir, or set training.allow_changed_data: true to go on with the new documents"
+            "them back, choose another output_dir, or set training.allow_changed_data: true to continue with the new documents"
         )

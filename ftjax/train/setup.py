@@ -1,7 +1,7 @@
 """From a configuration to everything that a run needs on its devices.
 
-A `Design` comes from config.json alone: the model with its method, a mesh, and where every array lies. The same design is
-what `ftjax plan` compiles for chips that are not there, and what a run loads weights into.
+A `Design` is made from config.json alone: the model with its method, a mesh, and the sharding of every array. `ftjax plan`
+compiles a design for chips that are not present, and a run loads weights into it.
 """
 
 import dataclasses
@@ -54,11 +54,11 @@ class Design:
     mesh: Mesh
     model: Model
     runtime: Runtime
-    reference: Reference | None = None  # where the objective compares with the model as it was
+    reference: Reference | None = None  # if the objective compares with the initial model
 
     @property
     def shards(self) -> int:
-        """Devices over which the tokens of a batch lie."""
+        """Devices that the tokens of a batch are sharded over."""
         return parts(self.mesh.shape, "batch", "length")
 
     @property
@@ -67,24 +67,24 @@ class Design:
 
     @property
     def frozen_specs(self) -> dict[str, Spec]:
-        """The rows of all parameters that a step takes and does not change, by path; their dtypes are those that are held."""
+        """Specs of all parameters that a step reads but does not change, by path, with the dtypes in which they are held."""
         dtype = jnp.dtype(self.config.model.dtype)
         frozen = {path: spec.astype(dtype) for path, spec in self.model.frozen.items()}
         return frozen | ({} if self.reference is None else self.reference.copy_specs(self.model, dtype))
 
     @property
     def train_flops(self) -> TrainFlops:
-        """What a token needs (`ftjax.flops`)."""
+        """FLOPs per token (`ftjax.flops`)."""
         return train_flops(self.model, None if self.reference is None else self.reference.model)
 
     def trained_line(self) -> str:
-        """PEFT's line: `trainable params: X || all params: Y || trainable%: Z`."""
+        """Return PEFT's line: `trainable params: X || all params: Y || trainable%: Z`."""
         trained = sum(spec.size for spec in self.model.trainable.values())
         total = trained + sum(spec.size for spec in self.model.frozen.values())
         return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
 
     def abstract_params(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`(trained, frozen)` parameters by path, as shapes with their dtypes and shardings."""
+        """Return `(trained, frozen)` parameters by path, as shapes with dtypes and shardings."""
         dtype = jnp.dtype(self.config.model.dtype)
         trained, frozen = ({path: abstract_param(spec, self.mesh, dtype) for path, spec in specs.items()} for specs in (
             self.model.trainable, self.frozen_specs
@@ -92,7 +92,7 @@ class Design:
         return trained, frozen
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """One update's rows `[A, B, T]`, A of them microbatches."""
+        """Return the rows of one update `[A, B, T]`, in A microbatches, as shapes."""
         options = self.config.training
         micro = options.gradient_accumulation_steps
         shape = (micro, options.global_batch_size // micro, self.config.data.max_length)
@@ -103,7 +103,7 @@ class Design:
         }
 
     def abstract_inputs(self, optimizer: optax.GradientTransformation) -> tuple:
-        """What the train step of `compile_steps` takes, as shapes with shardings: state, frozen, batch, key, limit."""
+        """Return the train step's inputs, as shapes with shardings: state, frozen, batch, key, limit."""
         params, frozen = self.abstract_params()
         everywhere = replicated(self.mesh)
         key = jax.eval_shape(jax.random.key, 0)
@@ -123,11 +123,11 @@ class Setup(Design):
     source: Path = Path()  # the base model's folder or file
     params: dict[str, jax.Array] = field(default_factory=dict)  # trained
     frozen: dict[str, jax.Array] = field(default_factory=dict)
-    mesh_reason: str | None = None  # where `mesh: auto` chose
+    mesh_reason: str | None = None  # set by `mesh: auto`
 
 
 def _loss(model, reference, config, shards, trainable, frozen, batch, ctx):
-    """`loss_chunk` counts the tokens of one device; those of a batch are on several."""
+    """Compute the loss. `loss_chunk` counts tokens per device, and a batch is on several devices."""
     chunk, before = config.objective.loss_chunk * shards, None
     if reference is not None:
         params = jax.lax.stop_gradient(reference.params(frozen))
@@ -136,16 +136,16 @@ def _loss(model, reference, config, shards, trainable, frozen, batch, ctx):
 
 
 def build(config: Config, facts: Mapping[str, Any]) -> tuple[Model, Config]:
-    """The abstract model of a completed config.json, with its method attached.
+    """Build the abstract model of a completed config.json, with its method attached.
 
-    A run that starts from a PEFT folder takes that folder's settings; the configuration comes back with them.
+    A run that starts from a PEFT folder takes its settings from there; the configuration is returned with them.
     """
     root, config = _root(config, facts)
     return Model.of(root, facts), config
 
 
 def _root(config: Config, facts: Mapping[str, Any]) -> tuple[nnx.Module, Config]:
-    """Its module: see `build`."""
+    """Build the model's module: see `build`."""
     root = build_module(facts)
     if adapter := starting_adapter(config.method):
         config = config.model_copy(update={"method": attach_adapter(root, adapter, config.method)})
@@ -167,11 +167,11 @@ def _root(config: Config, facts: Mapping[str, Any]) -> tuple[nnx.Module, Config]
 def mesh_of(
     config: Config, facts: Mapping[str, Any], devices: Sequence[Any] | None = None, memory: int | None = None
 ) -> tuple[Mesh, str | None]:
-    """The mesh that the configuration asks for, and why, where it is left to `mesh: auto`.
+    """Return the configured mesh, and the reason if `mesh: auto` chose it.
 
     Args:
-        devices: where they are not this process's.
-        memory: bytes of one of them.
+        devices: devices to use in place of this process's.
+        memory: bytes per device.
     """
     if not config.mesh.auto:
         return make_mesh(config.mesh, devices), None
@@ -181,13 +181,13 @@ def mesh_of(
 
 
 def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | None = None) -> Design:
-    """What a run of `config` on `mesh` is made of, from shapes alone.
+    """Build the design of a run of `config` on `mesh`, from shapes alone.
 
     Args:
         facts: config.json as `ftjax.models.facts` completes it.
-        memory: bytes of one device of the mesh, where they are not this process's devices.
+        memory: bytes per device of the mesh, if these are not this process's devices.
 
-    Raises UserError for whatever in the configuration does not fit the model.
+    Raises UserError for anything in the configuration that does not fit the model.
     """
     model, config = build(config, objectives_hf_config(config, facts))
     refuse_packing(config, model)
@@ -236,7 +236,7 @@ def refuse_packing(config: Config, model: Model) -> None:
 
 
 def prepare(config: Config) -> Setup:
-    """Build, shard and load. Raises UserError for anything in the configuration or the files that is wrong."""
+    """Build, shard and load the model. Raises UserError for anything wrong in the configuration or the files."""
     adapter = starting_adapter(config.method)
     path, facts, source = open_base(config.model.path, config.model.revision, adapter)
     had = facts["vocab_size"]
@@ -265,7 +265,7 @@ def prepare(config: Config) -> Setup:
 
 
 def _refuse_beyond_float16(model: Model, params: Mapping[str, jax.Array]) -> None:
-    """UserError before a run whose weights, which train in float32, could not be saved as they are already."""
+    """Raise UserError if weights, which train in float32, already exceed float16 and could not be saved."""
     for path, value in params.items():
         if (largest := float(jnp.abs(value).max())) > LARGEST:
             raise UserError(
@@ -275,7 +275,7 @@ def _refuse_beyond_float16(model: Model, params: Mapping[str, jax.Array]) -> Non
 
 
 def compile_steps(setup: Design, steps: int) -> tuple[Any, Any, optax.GradientTransformation, Any]:
-    """`(train step, evaluation step, optimizer, schedule)` for a run of `steps` updates; the train step donates its state."""
+    """Build `(train step, evaluation step, optimizer, schedule)` for `steps` updates; the train step donates its state."""
     optimizer = make_optimizer(setup.config.optimizer, setup.model.trainable, steps)
     train = jax.jit(make_train_step(setup.loss_fn, optimizer, setup.runtime, setup.train_flops), donate_argnums=0)
     evaluate = jax.jit(make_eval_step(setup.loss_fn, dataclasses.replace(setup.runtime, remat="none")))

@@ -1,4 +1,4 @@
-"""Where a run's batches come from."""
+"""Sources of a run's batches."""
 
 import math
 from collections.abc import Mapping
@@ -15,37 +15,37 @@ from ftjax.train.record import split_record
 
 
 class BatchSource(Protocol):
-    """Batches of this process's rows, without end, and a position that is the same on all processes.
+    """Endless batches of this process's rows, with a position that is the same on all processes.
 
     Attributes:
-        steps: updates of one run; None where the source has no end, and `training.max_steps` must say.
-        steps_per_epoch: updates of one pass over a data set; None where there is none.
+        steps: updates of one run; None if the source has no end, and `training.max_steps` is required.
+        steps_per_epoch: updates per pass over a data set; None if there is none.
     """
 
     steps: int | None
     steps_per_epoch: int | None
 
     def next(self, params: Mapping[str, jax.Array]) -> Batch:
-        """The next batch. Args: params: trained parameters as they are now, for batches that the model itself makes."""
+        """Return the next batch. Args: params: current trained parameters, for batches that the model itself generates."""
 
     def get_state(self) -> dict[str, Any]:
-        """Where the next batch is, as JSON: independent of the number of processes."""
+        """Return the position of the next batch, as JSON: independent of the number of processes."""
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go there."""
+        """Move to a position."""
 
     def report(self) -> list[str]:
-        """What the batches are made of, for people."""
+        """Describe the data, for people."""
 
     def example(self, config: Config, tokenizer: Any) -> list[str]:
-        """One row, for people."""
+        """Show one row, for people."""
 
     def record(self) -> dict[str, Any] | None:
-        """What run.json says of the data; None where there is none."""
+        """Return what run.json says of the data; None if there is none."""
 
 
 class DatasetBatches:
-    """A `BatchSource` of a tokenised data set, shuffled for each epoch."""
+    """A `BatchSource` of a tokenized data set, shuffled for each epoch."""
 
     def __init__(self, split: Split, options: TrainingConfig, layout: BatchLayout):
         self._split = split
@@ -58,24 +58,24 @@ class DatasetBatches:
         self.get_state, self.set_state = self._batches.get_state, self._batches.set_state
 
     def next(self, params: Mapping[str, jax.Array]) -> Batch:
-        """The next batch, whatever the parameters are."""
+        """Return the next batch, whatever the parameters are."""
         return next(self._batches)
 
     def report(self) -> list[str]:
-        """The report on the data set."""
+        """Return the report on the data set."""
         return self._split.report.lines()
 
     def example(self, config: Config, tokenizer: Any) -> list[str]:
-        """The first document, with what is trained marked."""
+        """Return the first document, with the trained tokens marked."""
         return example_lines(config, self._split, tokenizer)
 
     def record(self) -> dict[str, Any]:
-        """See `split_record`."""
+        """Return `split_record` of the data set."""
         return split_record(self._split)
 
 
 def steps_of_run(split: Split, options: TrainingConfig) -> int:
-    """Updates of the whole run; epochs may pack into different numbers of rows."""
+    """Return the updates of the whole run; epochs may pack into different numbers of rows."""
     if options.max_steps:
         return options.max_steps
     whole = math.ceil(options.num_train_epochs)

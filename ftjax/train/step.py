@@ -14,32 +14,32 @@ import optax
 from ftjax.flops import TrainFlops
 from ftjax.models.context import Context
 from ftjax.objectives.loss import LossTotals, zeros_of
-from ftjax.train.place import along, moved, on_host
+from ftjax.train.offload import moved, on_host, sharding_of_state
 from ftjax.train.rounding import to_bfloat16
 
 
 class TrainState(NamedTuple):
-    """Everything that an update changes."""
+    """State that an update changes."""
 
     params: dict[str, jax.Array]  # the trained parameters
     opt_state: Any
-    step: jax.Array  # [] int32: updates done
+    step: jax.Array  # [] int32: updates so far
 
 
 class StepMetrics(NamedTuple):
     loss: jax.Array
-    weight: jax.Array  # what the sum of the loss was divided by; of next-token training the number of trained tokens
+    weight: jax.Array  # divisor of the summed loss; for next-token training the number of trained tokens
     tokens: jax.Array  # tokens that are not padding
-    flops: jax.Array  # that they need (`ftjax.flops`), on all devices together
+    flops: jax.Array  # needed for these tokens (`ftjax.flops`), on all devices
     grad_norm: jax.Array  # before clipping
     update_norm: jax.Array
-    good: jax.Array  # bool: the update was applied
-    metrics: dict[str, tuple[jax.Array, jax.Array]]  # of the objective: sums, and what they are divided by
+    good: jax.Array  # bool: whether the update was applied
+    metrics: dict[str, tuple[jax.Array, jax.Array]]  # of the objective: weighted sums and their weights
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How the forward pass runs (static)."""
+    """Static settings of the forward pass."""
 
     dtype: Any = jnp.float32
     attention: str = "xla"
@@ -54,11 +54,11 @@ LossFn = Callable[[dict, dict, dict, Context], tuple[LossTotals, jax.Array]]
 
 
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, runtime: Runtime, flops: TrainFlops):
-    """`step(state, frozen, batch, key, limit) -> (state, StepMetrics)`.
+    """Build `step(state, frozen, batch, key, limit) -> (state, StepMetrics)`.
 
-    `batch` holds arrays `[A, B, T]`. Losses and gradients are summed over everything and divided once by the sum of the
-    weights, so that they do not depend on how the rows are split into microbatches and devices. An update whose loss or
-    gradient is not finite, or whose loss exceeds `limit`, is not applied: the state stays the last good one.
+    `batch` holds arrays `[A, B, T]`. Losses and gradients are summed over all rows and divided once by the total weight, so
+    that they do not depend on the split into microbatches and devices. An update whose loss or gradient is not finite, or whose
+    loss exceeds `limit`, is not applied: the state stays as it was.
     """
 
     def grads_of(params, frozen, micro, key):
@@ -101,12 +101,12 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, ru
 
 
 def as_float32(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """What the optimizer sees, whatever weights are held in."""
+    """Cast parameters to the dtype of the optimizer, whatever dtype they are held in."""
     return {path: leaf.astype(jnp.float32) for path, leaf in params.items()}
 
 
 def _updated(params: dict[str, jax.Array], updates: Mapping[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
-    """The sum; in bfloat16 it is rounded stochastically, because most updates are smaller than its resolution."""
+    """Add the updates; bfloat16 is rounded stochastically, because most updates are smaller than its resolution."""
     new = {path: leaf.astype(jnp.float32) + updates[path] for path, leaf in params.items()}
     return {
         path: to_bfloat16(leaf, step) if params[path].dtype == jnp.bfloat16 else leaf.astype(params[path].dtype)
@@ -115,7 +115,7 @@ def _updated(params: dict[str, jax.Array], updates: Mapping[str, jax.Array], ste
 
 
 def make_eval_step(loss_fn: LossFn, runtime: Runtime):
-    """`step(params, frozen, batch) -> LossTotals` for a batch `[B, T]`."""
+    """Build `step(params, frozen, batch) -> LossTotals` for a batch `[B, T]`."""
 
     def step(params: dict, frozen: dict, batch: dict) -> LossTotals:
         return loss_fn(params, frozen, batch, runtime.context(batch))[0]
@@ -124,7 +124,7 @@ def make_eval_step(loss_fn: LossFn, runtime: Runtime):
 
 
 def init_state(params: dict[str, jax.Array], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update."""
+    """Initialise the state before the first update."""
     abstract = abstract_state(params, optimizer)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
     opt_state = jax.jit(lambda params: optimizer.init(as_float32(params)), out_shardings=placed)(params)
@@ -132,12 +132,12 @@ def init_state(params: dict[str, jax.Array], optimizer: optax.GradientTransforma
 
 
 def optimizer_shapes(params: Mapping[str, Any], optimizer: optax.GradientTransformation) -> Any:
-    """The optimizer's state for these parameters (arrays or shapes), as shapes."""
+    """Return the optimizer state for these parameters (arrays or shapes), as shapes."""
     return jax.eval_shape(lambda params: optimizer.init(as_float32(params)), dict(params))
 
 
 def abstract_state(params: Mapping[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """What `init_state` gives, as shapes: moments lie where their parameters lie, scalars are on every device.
+    """Return the result of `init_state` as shapes: moments are sharded like their parameters, scalars are replicated.
 
     Args:
         params: arrays, or shapes with shardings.
@@ -146,7 +146,7 @@ def abstract_state(params: Mapping[str, Any], optimizer: optax.GradientTransform
     example = next(iter(shardings.values()))
     everywhere = jax.sharding.NamedSharding(example.mesh, jax.sharding.PartitionSpec())
     shapes = optimizer_shapes(params, optimizer)
-    placed = optax.tree.map_params(optimizer, along, shapes, shardings, transform_non_params=lambda _: everywhere)
+    placed = optax.tree.map_params(optimizer, sharding_of_state, shapes, shardings, transform_non_params=lambda _: everywhere)
     placed = on_host(placed, shapes)
 
     def at(leaf, where):

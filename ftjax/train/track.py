@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Tracking of metrics: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import importlib.util
 import json
@@ -14,15 +14,15 @@ COMPARED = ("train/loss", "eval/loss", "eval/token_accuracy")  # beside the sett
 
 
 def check_report_to(report_to: Sequence[str]) -> None:
-    """Raises UserError where what a run is to report to is not installed; called before a model is loaded."""
+    """Raise UserError if a tracker in `report_to` is not installed; called before a model is loaded."""
     if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
         raise UserError("training.report_to: wandb is not installed; pip install 'ftjax[wandb]', or leave wandb out")
 
 
 class Tracker:
-    """Writes one row of metrics at a time; only the process that was made `active` writes.
+    """Writes rows of metrics; only the process with `active` writes.
 
-    `resume_from`: rows after this step, left by a process that was stopped, are dropped, since those steps run again.
+    `resume_from`: rows after this step, left by an interrupted process, are dropped, since those steps run again.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Tracker:
         resume_from: int = 0,
         run_id: str | None = None,
     ):
-        """Args: run_id: of the run at Weights & Biases."""
+        """Args: run_id: id of the run at Weights & Biases."""
         self._file = self._board = self._wandb = None
         if not active:
             return
@@ -51,10 +51,10 @@ class Tracker:
             from tensorboardX.summary import hparams
 
             self._quiet_board()
-            # With a queue that a row of metrics fills, logging would wait for ever for a writer that has failed.
+            # With a queue that a row of metrics fills, logging would wait forever for a writer that has failed.
             purge = resume_from + 1 if resume_from else None
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, max_queue=10_000)
-            # Not by add_hparams, which makes a run of its own for them.
+            # add_hparams would create a separate run for them.
             for summary in hparams(flat(config), dict.fromkeys(COMPARED))[:2]:
                 self._board.file_writer.add_summary(summary)
 
@@ -69,7 +69,7 @@ class Tracker:
             self._wandb.log(dict(metrics), step=step)
 
     def log_texts(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
-        """Answers to fixed prompts: a list in metrics.jsonl, text in TensorBoard, a table in W&B."""
+        """Log answers to fixed prompts: a list in metrics.jsonl, text in TensorBoard, a table in W&B."""
         if self._file is None or not rows:
             return
         self._write({"step": step, name: [dict(row) for row in rows]})
@@ -85,7 +85,7 @@ class Tracker:
             self._wandb.log({name: table}, step=step)
 
     def warn(self, step: int, text: str) -> None:
-        """A warning, kept beside the metrics."""
+        """Log a warning beside the metrics."""
         if self._file is None:
             return
         self._write({"step": step, "warning": text})
@@ -93,7 +93,7 @@ class Tracker:
             self._board.add_text("warning", text, step)
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        """One line. Raises UserError where it, or TensorBoard's before it, could not be written."""
+        """Write one line. Raises UserError if it, or an earlier one of TensorBoard, could not be written."""
         try:
             for error in self._board_errors:
                 raise error
@@ -105,7 +105,7 @@ class Tracker:
             ) from None
 
     def _quiet_board(self) -> None:
-        """Hear of an error in TensorBoard's own thread, which would end with a traceback."""
+        """Collect errors of TensorBoard's thread, which would print a traceback."""
         before = threading.excepthook
 
         def excepthook(args) -> None:
@@ -119,14 +119,14 @@ class Tracker:
     def close(self) -> None:
         for one in (self._file, self._board):
             if one is not None:
-                with suppress(OSError):  # of a full disk, which was said
+                with suppress(OSError):  # a full disk has been reported already
                     one.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Settings by their whole name (`optimizer.learning_rate`), lists as JSON; what is not set is left out."""
+    """Return settings by full name (`optimizer.learning_rate`), lists as JSON; settings that are None are left out."""
     found: dict[str, bool | int | float | str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -139,12 +139,12 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int 
 
 
 def _indented(text: str) -> str:
-    """As a Markdown block, which keeps line breaks."""
+    """Format text as a Markdown block, which keeps line breaks."""
     return "\n".join(f"    {line}" for line in text.splitlines()) or "    "
 
 
 def _complete_lines(path: Path) -> list[str]:
-    """The lines that were written to their end: a kill may cut the last one."""
+    """Return the complete lines: a killed process may leave the last one truncated."""
     if not path.exists():
         return []
     lines = []

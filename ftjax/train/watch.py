@@ -1,4 +1,4 @@
-"""The watchdog: which updates are not applied and when a run gives up, and an evaluation that no longer improves."""
+"""The watchdog: skips bad updates, gives up after too many of them, and notices when the validation loss stops improving."""
 
 import itertools
 import math
@@ -10,18 +10,18 @@ import numpy as np
 
 from ftjax.errors import UserError
 
-WINDOW = 32  # losses that tell what is usual
-WARMUP = 8  # of them are needed before a spike can be told
-LAG = 2  # updates: when one starts, the one before it has not been read yet
-FLOOR = 3.0  # nats above the median that are never a spike: a row that surprises the model is no divergence
+WINDOW = 32  # losses that define the usual range
+WARMUP = 8  # losses needed before a spike can be detected
+LAG = 2  # updates: when one starts, the previous one has not been read yet
+FLOOR = 3.0  # nats above the median that never count as a spike: a row that surprises the model is no divergence
 
 
 class LossWatch:
-    """Which updates are skipped (their gradient is not applied), how many were, and whether it is time to give up.
+    """Decides which updates are skipped (their gradient is not applied), counts them, and decides when to give up.
 
-    A loss is a spike where it lies further above the median of the latest losses than `factor` times the distance from the
-    median to their 90th percentile, and than `FLOOR`. Updates that are skipped one after another do not change what is
-    usual; once one is applied again, they count like all others, so that hard rows that keep coming are trained.
+    A loss is a spike if it is above the median of the latest losses by more than `factor` times the distance from the median to
+    their 90th percentile, and by more than `FLOOR`. Updates skipped in a row do not change the usual range; once an update is
+    applied again, they count like all others, so that repeated hard rows are trained.
     """
 
     def __init__(self, factor: float | None, patience: int):
@@ -29,12 +29,12 @@ class LossWatch:
         self._factor, self._patience, self._span = factor, patience, WINDOW + patience
         # Step, loss (None: not finite) and whether it was applied.
         self._seen: deque[tuple[int, float | None, bool]] = deque(maxlen=self._span + LAG)
-        self.skipped = 0  # of the whole run
+        self.skipped = 0  # in the whole run
 
     def limit(self, step: int) -> float:
-        """What the loss of update `step` must not exceed, by the updates up to `step - LAG`.
+        """Return the largest loss for which update `step` is applied, given the updates up to `step - LAG`.
 
-        It does not matter what was read since then, so that a run that was stopped goes on with the same limits.
+        Updates read since then do not count, so that an interrupted run resumes with the same limits.
         """
         last = step - LAG
         known = [(loss, good) for number, loss, good in self._seen if last - self._span < number <= last]
@@ -47,13 +47,13 @@ class LossWatch:
         return median + max(FLOOR, self._factor * (high - median))
 
     def see(self, step: int, loss: float, good: bool) -> None:
-        """Args: good: whether the update was applied."""
+        """Record an update. Args: good: whether it was applied."""
         self._seen.append((step, loss if math.isfinite(loss) else None, good))
         self.skipped += not good
 
     @property
     def in_a_row(self) -> int:
-        """How many of the latest updates were skipped, one after another."""
+        """Number of the latest updates that were skipped in a row."""
         return sum(1 for _ in itertools.takewhile(lambda row: not row[2], reversed(self._seen)))
 
     @property
@@ -61,7 +61,7 @@ class LossWatch:
         return self.in_a_row > self._patience
 
     def forget(self) -> None:
-        """Learn anew what is usual; the count of skipped updates stays."""
+        """Forget the losses seen; the count of skipped updates stays."""
         self._seen.clear()
 
     def state(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class LossWatch:
 
 
 def why_skipped(loss: float, grad_norm: float, limit: float) -> str:
-    """What was wrong with an update."""
+    """Describe what was wrong with an update."""
     what = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
     if math.isfinite(loss) and math.isfinite(grad_norm):
         what += f", and a loss above {limit:.4g} counts as a spike (training.loss_spike_factor)"
@@ -84,12 +84,12 @@ class Diverged(UserError):
     """Too many updates in a row were skipped; the state without them is saved."""
 
     def __init__(self, step: int, skipped: int, last: str):
-        """Args: skipped: updates in a row, the last of which is `step`; last: what was wrong with that one."""
+        """Args: skipped: updates skipped in a row, the last of which is `step`; last: what was wrong with that one."""
         super().__init__(
             f"training diverged at step {step}: {skipped} updates in a row were not applied (the last one: {last}). The "
             f"checkpoint of step {step} holds the weights as they were before these updates, and the position in the data "
-            "behind them: the same command goes on from there, with a new start at what loss is usual. Where that ends the "
-            "same way, the weights were broken by the updates before: take another output_dir with a lower "
+            "after them: the same command resumes from there, and learns the usual range of the loss again. If that ends the "
+            "same way, earlier updates have broken the weights: choose another output_dir with a lower "
             "optimizer.learning_rate, more warmup or a smaller optimizer.max_grad_norm"
         )
 
@@ -101,11 +101,11 @@ class OverfitWatch:
     """Notices that the validation loss rises while the training loss falls."""
 
     def __init__(self):
-        self.seen: list[list[float]] = []  # [step, training loss since the evaluation before, validation loss]
+        self.seen: list[list[float]] = []  # [step, training loss since the previous evaluation, validation loss]
         self.warned = False
 
     def see(self, step: int, train_loss: float, eval_loss: float) -> str | None:
-        """A warning, where this evaluation gives reason for one that was not given before."""
+        """Return a warning if this evaluation shows overfitting that was not warned of before."""
         if self.seen and eval_loss < min(row[2] for row in self.seen):
             self.warned = False
         self.seen.append([step, train_loss, eval_loss])
@@ -130,7 +130,7 @@ class OverfitWatch:
 
 @dataclass
 class BestMetric:
-    """Tells whether an evaluation is the best so far, and when to stop waiting for a better one."""
+    """Tracks the best evaluation so far, and when to stop waiting for a better one."""
 
     name: str
     greater_is_better: bool
@@ -141,9 +141,9 @@ class BestMetric:
     waited: int = 0
 
     def see(self, step: int, metrics: dict[str, float]) -> bool:
-        """Whether this evaluation is better than all before it, by more than the threshold.
+        """Return whether this evaluation is better than all before it, by more than the threshold.
 
-        Raises UserError where the metric does not exist.
+        Raises UserError if the metric does not exist.
         """
         if self.name not in metrics:
             raise UserError(f"training.metric_for_best_model: {self.name!r} is not measured; there are {', '.join(metrics)}")

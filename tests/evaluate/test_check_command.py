@@ -91,7 +91,7 @@ def test_limits_decide_the_exit_code(tiny, files, tmp_path, monkeypatch, capsys)
         cli.main()
     found = json.loads(capsys.readouterr().out)
     assert not caught.value.code and found["passed"] and found["base"] is None
-    assert "it is not known what the model was trained on" in found["not_measured"]["verbatim_train"]
+    assert "the model's training data is not known" in found["not_measured"]["verbatim_train"]
     monkeypatch.setattr(
         "sys.argv", ["ftjax", "check", str(tiny), *files, "check.min_tokens_per_second=1e9", "--out", str(tmp_path)]
     )

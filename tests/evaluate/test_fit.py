@@ -24,9 +24,9 @@ def items(*answers):
         (["yes"] * 5 + SENTENCES, "16 of 21 rows"),
         (
             ["no", "yes, and so on and on and on until the line has reached its very end"] * 3,
-            "no classes: such as 'yes, and so",
+            "not classes: such as 'yes, and so",
         ),
-        (["a\nb", "c\nd", "a\nb"], "no classes"),
+        (["a\nb", "c\nd", "a\nb"], "not classes"),
     ],
 )
 def test_free_text_is_no_class(answers, says):
@@ -46,7 +46,7 @@ def test_classes(answers):
     ("task", "answers", "says"),
     [
         ("classification", SENTENCES[:5], "5 of 5 rows have an answer that no other row has"),
-        ("exact_match", [" ".join(["word"] * 30)] * 3, "30 words and more"),
+        ("exact_match", [" ".join(["word"] * 30)] * 3, "30 words or more"),
         ("exact_match", ["short"] * 3, None),
         ("bleu", ["one two"] * 3, "runs of 4 words"),
         ("bleu", SENTENCES, None),
@@ -62,7 +62,7 @@ def test_warnings(task, answers, says):
 def test_the_command_says_it(tiny, written, tmp_path, capsys):
     """Before a model is loaded where it is refused; in the terminal and in the results where it is a warning."""
     free = written("free.jsonl", *({"prompt": "a", "completion": text} for text in SENTENCES))
-    with pytest.raises(UserError, match="texts and no classes"):
+    with pytest.raises(UserError, match="texts, not classes"):
         evaluate(str(tiny), data=free, task="classification")
     few = written("few.jsonl", *({"prompt": "a", "completion": text} for text in "xyz"))
     results = evaluate(str(tiny), data=few, task="classification", out=tmp_path / "out")

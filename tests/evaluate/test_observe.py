@@ -105,7 +105,7 @@ def test_a_run_that_is_watched_goes_on(tiny, rows_file, tmp_path, monkeypatch, c
     bad = {path: jnp.full_like(value, jnp.nan) if path in prepared.params else value for path, value in params.items()}
     seen = observer(bad)
     assert not seen.texts and math.isnan(seen.metrics["eval/exact_match"])
-    assert "nothing is measured of the answers: prompt 1: the model gives NaN" in capsys.readouterr().err
+    assert "no metrics for the answers: prompt 1: the model gives NaN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

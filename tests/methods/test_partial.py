@@ -144,7 +144,7 @@ def test_layers_before_the_first_trained_one_keep_nothing(tmp_path):
         ({"freeze": ["q_prj"]}, ["method.freeze", "q_prj"]),
         ({"train": ["("]}, ["method.train", "regular expression"]),
         ({"last_layers": 5}, ["last_layers", "5", "4 layers"]),
-        ({"freeze": ["."]}, ["nothing that trains"]),
+        ({"freeze": ["."]}, ["nothing to train"]),
     ],
 )
 def test_refused(bases, method, says):

@@ -160,7 +160,7 @@ def test_crossings(name, slices, sizes, hosts):
 def test_a_slice_with_a_hole_is_used_all_the_same():
     devices = parse("v5e-16").devices()[:6]
     mesh = make_mesh(MeshConfig(fsdp=3, tensor=2), devices)
-    assert nearness(mesh) is None and "no whole box of a slice" in notes(mesh)[0]
+    assert nearness(mesh) is None and "do not fill a box of a slice" in notes(mesh)[0]
 
 
 @pytest.mark.parametrize(
@@ -170,16 +170,16 @@ def test_a_slice_with_a_hole_is_used_all_the_same():
             "v5e-16",
             2,
             {"data": 2},
-            r"mesh.slices: 1 asked for, .* lie in 2 .* set mesh.slices: 2 and mesh.data to a multiple",
+            r"mesh.slices: 1 asked for, .* are in 2 .* set mesh.slices: 2 and mesh.data to a multiple",
         ),
         (
             "v5e-16",
             1,
             {"data": 2, "slices": 2},
-            r"mesh.slices: 2 asked for, .* lie in 1 slice\(s\); set mesh.slices: 1$",
+            r"mesh.slices: 2 asked for, .* are in 1 slice\(s\); set mesh.slices: 1$",
         ),
-        ("v5e-16", 4, {"data": 2, "slices": 2}, r"lie in 4 slice"),
-        ("v5e-16", 2, {"slices": 2}, r"data=1 is no multiple of that. Nearest that can be made: data=2 x fsdp=16, or"),
+        ("v5e-16", 4, {"data": 2, "slices": 2}, r"are in 4 slice"),
+        ("v5e-16", 2, {"slices": 2}, r"data=1 is not a multiple of that. Nearest that can be made: data=2 x fsdp=16, or"),
         ("v5e-16", 2, {"data": 2, "fsdp": 1, "tensor": 32, "slices": 2}, r"made: data=2 x tensor=16, or"),
     ],
 )
@@ -207,7 +207,7 @@ def test_auto_knows_the_slices(asked):
         assert chosen.slices == 2 and chosen.data % 2 == 0
         assert make_mesh(chosen, devices).size == 8
     assert make_mesh(config.mesh, devices).shape["data"] == 2  # without a batch, as where a model is evaluated
-    with pytest.raises(UserError, match="lie in 1 slice"):
+    with pytest.raises(UserError, match="are in 1 slice"):
         choose_mesh(config.model_copy(update={"mesh": MeshConfig(auto=True, slices=2)}), None, devices[:4], 2**30)
 
 
@@ -315,7 +315,7 @@ def test_a_plan_of_two_slices(tmp_path, capsys):
     assert found.mesh["data"] == found.slices == 2
     show(found, Console())
     assert "mesh: fsdp=4: on a line of neighbours that does not close" in capsys.readouterr().out
-    with pytest.raises(UserError, match="lie in 2 slice"):
+    with pytest.raises(UserError, match="are in 2 slice"):
         make_plan(make_config(tmp_path, mesh={"fsdp": -1}), where)
 
 

@@ -34,7 +34,7 @@ def test_names(name, options, shape, slices):
     [
         ("v5e", {}, "lacks a size"),
         ("v5e-3", {}, "no slice of 3 chips; there are v5e-1, v5e-4, v5e-8"),
-        ("v5p-3", {}, "no slice of 3 TensorCores, two to a chip"),
+        ("v5p-3", {}, "no slice of 3 TensorCores, two per chip"),
         ("v9-8", {}, "expected a TPU version and a size"),
         ("two chips", {}, "expected a TPU version and a size"),
         ("v5e:4x4x4", {}, "slice has 2 dimensions"),

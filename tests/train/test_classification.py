@@ -232,7 +232,7 @@ def test_label_words(tied, data, tmp_path):
         ({"labels": ["high", "low"]}, "rows.jsonl:7: the label 'none' is not in objective.labels"),
         ({"data": {"train": "{one}"}}, "all rows have the label 'a'"),
         ({"data": {"train": "{chat}"}}, "the row has 2 messages before its label"),
-        ({"evaluate": {"training_prompts": ["a"]}}, "writes no answers"),
+        ({"evaluate": {"training_prompts": ["a"]}}, "generates no answers"),
         ({"model": {"path": "{granite}"}}, "transformers has no SequenceClassification of the family granite"),
     ],
 )
@@ -257,7 +257,7 @@ def test_refused(over, says, tied, data, tmp_path):
 
 def test_a_head_writes_nothing(tied, data, tmp_path):
     train(make_config(tied, data, tmp_path / "run", training={"max_steps": 1}))
-    with pytest.raises(UserError, match="writes no answers; the tasks are classification and loss"):
+    with pytest.raises(UserError, match="generates no answers; the tasks are classification and loss"):
         evaluate(str(tmp_path / "run"), task="f1")
     with pytest.raises(UserError, match="is a sequence classifier, and the objective sft"):
         setup.prepare(Config.model_validate({"model": {"path": str(tmp_path / "run" / "final")}, "data": {"train": str(data)}}))

@@ -223,6 +223,6 @@ def test_a_disk_that_fills(model, data, tmp_path):
     )
     assert done.returncode == 2, done.stderr[-3000:]
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "could not be written" in message and "whole (step 2)" in message and "File too large" in message
+    assert "could not be written" in message and "intact (step 2)" in message and "File too large" in message
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 6, done.stderr[:3000]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 12

@@ -118,7 +118,7 @@ def test_checkpoints_elsewhere(model, data, whole, tmp_path, monkeypatch, on_one
     first, second = (load_file(tmp_path / name / "best" / "adapter_model.safetensors") for name in ("first", "second"))
     assert all((first[name] == second[name]).all() for name in first), "best/ comes back from beside the checkpoints"
     assert not (tmp_path / "third" / "best").exists()
-    assert "third/best is not here any more" in capsys.readouterr().out.replace("\n", "")
+    assert "third/best no longer exists" in capsys.readouterr().out.replace("\n", "")
 
 
 BUCKET = """
@@ -126,7 +126,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ftjax.train.checkpoint import Checkpoints, place
+from ftjax.train.checkpoint import Checkpoints, checkpoint_path
 from ftjax.train.step import TrainState
 
 where = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("x",)), PartitionSpec())
@@ -136,7 +136,7 @@ checkpoints = Checkpoints(folder, 1)
 for step in (3, 4):
     checkpoints.save(step, state, {"step": step})
 checkpoints.close()
-assert [path.name for path in place(folder).glob("[0-9]*")] == ["4"]
+assert [path.name for path in checkpoint_path(folder).glob("[0-9]*")] == ["4"]
 again, meta = Checkpoints(folder, 2).restore(state)
 assert meta == {"step": 4} and (np.asarray(again.params["a"]) == np.arange(8)).all()
 print("went through the bucket")
@@ -190,7 +190,7 @@ def test_arithmetic(model, data, tmp_path, monkeypatch, on_one_device, capsys):
     assert row["train/mfu"] == pytest.approx(row["train/tflops_per_second_per_device"])
     assert row["train/tokens_per_second"] == row["train/tokens_per_second_per_device"] > 0
     per_token = row["train/tflops_per_second_per_device"] * 1e12 / row["train/tokens_per_second"]
-    full = float(next(line for line in capsys.readouterr().out.splitlines() if "FLOPs a token" in line).split()[0])
+    full = float(next(line for line in capsys.readouterr().out.splitlines() if "FLOPs per token" in line).split()[0])
     assert 0.7 * full < per_token < full  # the rows are many short documents, the line is for long ones
 
 
@@ -372,9 +372,9 @@ def test_told_to_stop(model, data, whole, tmp_path, capsys, monkeypatch, on_one_
         app(["train", str(path), f"output_dir={out}", "training.logging_steps=2"])
     assert end.value.code == 1
     said = capsys.readouterr().out
-    assert f"SIGTERM: saved step 8 of 12 in {out}. To go on: ftjax train {path} " in said
+    assert f"SIGTERM: saved step 8 of 12 in {out}. To resume: ftjax train {path} " in said
     assert (out / "checkpoints" / "8").exists() and not (out / "final").exists()
-    program, *again = shlex.split(said.partition("To go on: ")[2].splitlines()[0])
+    program, *again = shlex.split(said.partition("To resume: ")[2].splitlines()[0])
     assert program == "ftjax" and again[2:] == [f"output_dir={out}", "training.logging_steps=2"]
     with pytest.raises(SystemExit) as end:
         app(again)

@@ -238,7 +238,7 @@ def test_lora(kind, base, data, tmp_path, alone):
     wanted = hf_scores(PeftModel.from_pretrained(fresh, final), final)
     evaluate(str(tmp_path / "run"), out=tmp_path / "here")
     np.testing.assert_allclose(said(tmp_path / "here", kind), wanted, atol=1e-3)
-    with pytest.raises(UserError, match="--compare-base: several labels and numbers come from a head"):
+    with pytest.raises(UserError, match="--compare-base: several labels and numbers need a head"):
         evaluate(str(tmp_path / "run"), compare_base=True)
     export(tmp_path / "run", tmp_path / "merged", merge=True)
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
@@ -316,5 +316,5 @@ def test_refused(kind, model, over, says, base, heads, data, tmp_path, alone):
 def test_a_head_writes_nothing(heads, base, data, tmp_path, alone):
     with pytest.raises(UserError, match="a classification head, which writes no answers"):
         Generator(str(heads["multi"])).generate(["abc"])
-    with pytest.raises(UserError, match="come from a head, and this model has none"):
+    with pytest.raises(UserError, match="need a head, and this model has none"):
         evaluate(str(base), data=str(data["number"]), task="regression", out=tmp_path)

@@ -1,4 +1,4 @@
-"""What can be wrong with an answer whatever it says: nothing in it, the same over and over, no end, another language."""
+"""Faults of an answer, whatever it says: it is empty, repeats itself, does not end, or is in another language."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,16 +8,16 @@ from ftjax.evaluate.check.refusal import refuses
 from ftjax.evaluate.statistic import Scores, means
 from ftjax.generate.answer import Generation
 
-TIMES, SPAN = 3, 16  # at its end, an answer repeats itself where a part comes so often and fills so many tokens
-GRAM, VARIETY = 4, 0.5  # and on the whole, where less than this share of its n-grams are new ones
-LETTERS = 20  # of which a text must have so many before its language is asked
-SURE = 0.9  # probability below which a language is not told
+TIMES, SPAN = 3, 16  # a part that repeats so often at the end of an answer, over so many tokens, is repetition
+GRAM, VARIETY = 4, 0.5  # and so is a share of distinct n-grams below this
+LETTERS = 20  # letters that a text must have for its language to be detected
+SURE = 0.9  # lowest probability at which a language counts as detected
 
 
 def repeats(tokens: Sequence[int]) -> bool:
-    """Whether a part comes `TIMES` times in a row at the end, over `SPAN` tokens or more, or few n-grams are new.
+    """Return whether a part repeats `TIMES` times at the end, over at least `SPAN` tokens, or few n-grams are distinct.
 
-    `a b c c c c c ...` and `the cat sat the cat sat ...` do; a list whose items begin alike does not.
+    It does in `a b c c c c c ...` and `the cat sat the cat sat ...`, but not in a list whose items begin alike.
     """
     size = len(tokens)
     if size < SPAN:
@@ -33,9 +33,9 @@ def repeats(tokens: Sequence[int]) -> bool:
 
 
 def languages() -> Callable[[str], str | None]:
-    """`language(text)`: ISO 639 code, or None where the text is too short or not clearly in one language.
+    """Build `language(text)`, which returns an ISO 639 code, or None if the text is too short or its language is not clear.
 
-    Raises ImportError where py3langid is not installed.
+    Raises ImportError if py3langid is not installed.
     """
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
@@ -53,7 +53,7 @@ def languages() -> Callable[[str], str | None]:
 def judge(
     asked: Sequence[Asked], answers: Sequence[Generation], language: Callable[[str], str | None] | None
 ) -> list[dict[str, Any]]:
-    """Of each answer, what it is (1) and is not (0); a question that makes no sense for it is left out."""
+    """Return for each answer which properties it has (1) or lacks (0); a property that does not apply is left out."""
     found = []
     for one, answer in zip(asked, answers, strict=True):
         empty = not answer.text.strip()
@@ -69,6 +69,6 @@ def judge(
 
 
 def shares(judged: Sequence[dict[str, float]]) -> dict[str, Scores]:
-    """Of each question, the share of the answers for which it makes sense."""
+    """Return the share of answers with each property, among those that it applies to."""
     names = dict.fromkeys(name for row in judged for name in row)
     return {name: means([{name: row[name]} if name in row else {} for row in judged]) for name in names}

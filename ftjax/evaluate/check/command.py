@@ -1,4 +1,4 @@
-"""`ftjax check`: what fine-tuning did to the rest of a model, for people and for continuous integration."""
+"""`ftjax check`: report what fine-tuning did to the rest of a model, for people and for continuous integration."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -34,17 +34,17 @@ def check(
     limit: int | None = None, out: Path | None = None, compare_base: bool = True, as_json_object: bool = False,
     console: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Ask, print, and write `results.json`, `answers.jsonl` and the card's section; the results come back.
+    """Check, print, and write `results.json`, `answers.jsonl` and the card's section; return the results.
 
-    `results["failed"]` names the metrics that are beyond their limits.
+    `results["failed"]` names the metrics beyond their limits.
 
     Args:
         target: a run, a configuration file, a model or a PEFT folder (`find_target`).
         overrides: `key=value`; prompts and limit are short for check.prompts and check.limit.
-        out: the folder to write; None: `check` in the run's folder, or here.
-        compare_base: ask the base model too, where there is one.
+        out: the folder to write; None for `check` in the run's folder, or in the current one.
+        compare_base: check the base model too, if there is one.
 
-    Raises UserError where the target, a file or a setting is wrong or missing.
+    Raises UserError if the target, a file or a setting is wrong or missing.
     """
     console = console or make_console(stderr=as_json_object, quiet=store.index() > 0)
     given = {"prompts": prompts, "limit": limit}
@@ -53,7 +53,7 @@ def check(
     settings = found.config.check
     material = gather(settings)
     lm_eval = found.config.evaluate.lm_eval.model_copy(update={"tasks": settings.lm_eval_tasks})
-    if lm_eval.tasks:  # a task that does not exist is said before anything is loaded
+    if lm_eval.tasks:  # report a missing task before anything is loaded
         refuse_unasked(found.config, "check.lm_eval_tasks", "evaluate.lm_eval.include_path")
         need("lm_eval", "check.lm_eval_tasks")
         load_tasks(lm_eval)
@@ -74,7 +74,7 @@ def check(
             examined[label] = examine(
                 generator, material, data, settings, lm_eval, lambda text, one=one: status.update(f"{one.name}: {text}")
             )  # fmt: skip
-        generator = None  # the next model needs its memory
+        generator = None  # free its memory for the next model
     tuned = examined["tuned"]
     tuned.missing |= missing
     evaluation = found.config.evaluate
@@ -114,12 +114,12 @@ def check(
 
 
 def _data(config: Config, generator: Generator) -> tuple[dict[str, Sequence[Piece]], dict[str, str]]:
-    """Rows to be continued, and why there are none."""
+    """Return the rows to continue, and reasons for those that are missing."""
     settings = config.check
     if not settings.verbatim_rows:
         return {}, dict.fromkeys(VERBATIM, "check.verbatim_rows is 0")
     if config.data.train == "-":
-        why = "it is not known what the model was trained on; give a run, or data.train=FILE"
+        why = "the model's training data is not known; give a run, or data.train=FILE"
         return {}, dict.fromkeys(VERBATIM, why)
     try:
         train, validation = training_splits(config, generator.tokenizer)
@@ -130,13 +130,13 @@ def _data(config: Config, generator: Generator) -> tuple[dict[str, Sequence[Piec
         found[name], short = pieces(split, settings, generator.context, seed=seed) if split else ([], 0)
         if not found[name]:
             why = f"no row has {settings.verbatim_length} trained tokens after {settings.verbatim_prefix} ({short} are shorter)"
-            why = why if split else "there are no validation data"
+            why = why if split else "there is no validation data"
             missing |= {f"{metric}_{name}": why for metric in ("verbatim", "longest_run")}
     return found, missing
 
 
 def _folder(found: Target) -> Path:
-    """`check` in a run's folder, or here; with the model's name where it is no run's `final/`."""
+    """Return `check` in a run's folder, or in the current one; with the model's name unless it is a run's `final/`."""
     name = Path(found.name).name
     return (found.run or Path()) / ("check" if found.run and name == "final" else f"check-{name}")
 

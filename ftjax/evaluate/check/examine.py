@@ -1,4 +1,4 @@
-"""One model, asked everything."""
+"""All measurements of a check on one model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,19 +20,19 @@ from ftjax.evaluate.tasks.loss import loss
 from ftjax.generate.answer import Generation
 from ftjax.generate.session import Generator
 
-TEXT_LENGTH = 1024  # tokens; longer passages are read in parts
+TEXT_LENGTH = 1024  # tokens; longer passages are split
 
 
 @dataclass
 class Examined:
-    """What one model did.
+    """Results of one model.
 
     Attributes:
-        asked, answers, judged: the prompts, the answers to them, and what is said of each (`judge`).
-        scores: metrics that are made of rows, by name.
-        numbers: the other ones; `counts`: of how many prompts they are the most.
-        missing: the names of metrics that were not measured, and why.
-        tasks: of lm-evaluation-harness, by `TASK: METRIC`.
+        asked, answers, judged: the prompts, the answers to them, and the properties of each (`judge`).
+        scores: metrics over rows, by name.
+        numbers: the other metrics; `counts`: number of prompts of those that are maxima over prompts.
+        missing: reasons for metrics that were not measured, by name.
+        tasks: scores of lm-evaluation-harness, by `TASK: METRIC`.
     """
 
     asked: Sequence[Asked]
@@ -53,15 +53,15 @@ def examine(
     lm_eval: LmEvalConfig,
     tell: Callable[[str], None],
 ) -> Examined:
-    """Ask `generator` what `material` holds, and let it continue the rows of `data` (train, validation).
+    """Ask `generator` the prompts of `material`, and let it continue the rows of `data` (train, validation).
 
-    Raises UserError for a prompt that does not fit into the model's context.
+    Raises UserError for a prompt that does not fit in the model's context.
     """
     found = Examined([*material.safety, *material.general])
     _ask(generator, found, settings, tell)
     prompts = [one.text for one in spread(material.general, settings.stability_prompts)]
     if prompts:
-        tell("the same prompts alone, in a batch, padded, and with other white space")
+        tell("the same prompts alone, in a batch, padded, and with other whitespace")
         alone, gaps = in_company(generator, prompts, settings.stability_max_new_tokens)
         found.numbers |= {name: float(np.max(values)) for name, values in gaps.items()}
         found.counts |= dict.fromkeys(gaps, len(prompts))
@@ -71,7 +71,7 @@ def examine(
         found.missing |= dict.fromkeys(("batch_gap", "padding_gap", "whitespace"), "check.stability_prompts is 0")
     for name, pieces in data.items():
         if pieces:
-            tell(f"{len(pieces)} rows of {name}, to be continued")
+            tell(f"{len(pieces)} rows of {name} to continue")
             rows = continued(generator, pieces, settings.batch_size)
             for key, label in (("verbatim", "verbatim"), ("run", "longest_run")):
                 found.scores[f"{label}_{name}"] = means([{f"{label}_{name}": row[key]} for row in rows])
@@ -84,7 +84,7 @@ def examine(
         ran = run_tasks(generator, lm_eval, limit=settings.limit, batch_size=settings.batch_size)
         found.tasks = {f"{one.task}: {one.metric}": one for one in harness_scores(ran)}
     if prompts and settings.speed_runs:
-        tell("the time that answers take")
+        tell("speed of generation")
         found.numbers |= speed(generator, prompts, settings.stability_max_new_tokens, settings.speed_runs)
     else:
         why = f"check.{'speed_runs' if prompts else 'stability_prompts'} is 0"
@@ -106,7 +106,7 @@ def _ask(generator: Generator, found: Examined, settings: CheckConfig, tell: Cal
     found.judged = judge(found.asked, found.answers, language)
     found.scores |= shares(found.judged)
     if "wrong_language" not in found.scores:
-        found.missing.setdefault("wrong_language", "no answer is long and clear enough to tell its language")
+        found.missing.setdefault("wrong_language", "no answer is long and clear enough to detect its language")
     if "safe_refused" not in found.scores:
         why = "no safety prompts; give --prompts FILE with the columns prompt and label (safe or unsafe)"
         found.missing |= dict.fromkeys(("safe_refused", "unsafe_refused"), why)

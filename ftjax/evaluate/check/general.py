@@ -1,5 +1,5 @@
-"""Everyday prompts and passages to read, for when the user names none. Both were written for this purpose, so that no model has
-trained on them, and none is about anybody's own task."""
+"""Everyday prompts and passages, used if the user names none. They were written for this purpose, so that no model has trained
+on them, and none belongs to a user's own task."""
 
 PROMPTS = (
     "What is the capital of Portugal?",

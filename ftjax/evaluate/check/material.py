@@ -1,4 +1,4 @@
-"""What a check asks with: safety prompts, everyday prompts, passages to read, rows of the training data."""
+"""Material of a check: safety prompts, everyday prompts, passages to read, rows of the training data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ BUILT_IN = "built in"
 
 @dataclass(frozen=True)
 class Asked:
-    """One prompt; `label` (safe, unsafe) where it is there for its refusal, `language` where the file states it."""
+    """One prompt; with `label` (safe, unsafe) if it tests for refusal, and `language` if the file states it."""
 
     text: str
     where: str
     label: str | None = None
-    kind: str | None = None  # the column `type`, by which refusals are counted apart
+    kind: str | None = None  # the column `type`, by which refusals are counted separately
     language: str | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of one row of the data: `prompt`, and what follows it in the data, all of it trained."""
+    """Tokens of one row of the data: `prompt`, and the trained tokens that follow it."""
 
     prompt: list[int]
     following: list[int]
@@ -43,16 +43,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Material:
-    """Of one check. The pieces are there once a tokenizer is (`pieces`)."""
+    """Material of one check, except the pieces, which need a tokenizer (`pieces`)."""
 
     safety: tuple[Asked, ...]
     general: tuple[Asked, ...]
     texts: tuple[Example, ...]
-    sources: dict[str, str]  # what each was taken from
+    sources: dict[str, str]  # where each comes from
 
 
 def gather(settings: CheckConfig) -> Material:
-    """Raises UserError, with file and line, for what is missing or wrong."""
+    """Read the material. Raises UserError, with file and line, for what is missing or wrong."""
     safety = _prompts(settings.prompts, settings.limit, labelled=True) if settings.prompts else ()
     general = tuple(Asked(text, f"everyday prompt {n}") for n, text in enumerate(PROMPTS, 1))
     if settings.general_prompts:
@@ -63,7 +63,7 @@ def gather(settings: CheckConfig) -> Material:
 
 
 def spread(items: Sequence[Any], limit: int | None) -> list[Any]:
-    """At most `limit` of them, evenly spread."""
+    """Return at most `limit` items, evenly spaced."""
     if limit is None or len(items) <= limit:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
@@ -109,15 +109,14 @@ def _texts(path: str | None) -> tuple[Example, ...]:
 
 
 def training_splits(config: Config, tokenizer: Any) -> tuple[Split, Split | None]:
-    """The run's own data, as it trained on them. Raises UserError where they are no longer there."""
+    """Load the run's own data, as in training. Raises UserError if it no longer exists."""
     return load_splits(config.data, tokenizer, seed=config.training.seed, encoding=encoding_of(config))
 
 
 def pieces(split: Split, settings: CheckConfig, context: int, *, seed: int | None) -> tuple[list[Piece], int]:
-    """`(rows to be continued, rows that are too short for it)`, in the order in which training met them (`seed`), or in that
-    of the data.
+    """Return `(rows to continue, number of rows too short for it)`, in the order of training (`seed`), or in that of the data.
 
-    The prompt is `verbatim_prefix` tokens, or up to the first trained token where that comes later.
+    The prompt is `verbatim_prefix` tokens long, or ends at the first trained token if that comes later.
     """
     found, short = [], 0
     batches = split.batches(1, seed=seed or 0, shuffle=seed is not None, epochs=1)
@@ -137,7 +136,7 @@ def pieces(split: Split, settings: CheckConfig, context: int, *, seed: int | Non
 
 
 def _documents(batch: dict[str, np.ndarray]) -> list[Encoded]:
-    """The documents of a packed row `[1, T]`, their weights beside their own tokens again."""
+    """Split a packed row `[1, T]` into its documents, with the weights moved back to their own tokens."""
     tokens, weights, segments = (batch[name][0] for name in ("tokens", "weights", "segment_ids"))
     found = []
     for segment in range(1, int(segments.max(initial=0)) + 1):

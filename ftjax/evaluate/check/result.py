@@ -1,4 +1,4 @@
-"""What a check leaves: results.json, answers.jsonl, a table for the terminal, a section of the model card."""
+"""Output of a check: results.json, answers.jsonl, a table for the terminal, a section of the model card."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ COLOURS = {"passed": "green", "failed": "bold red", "not judged": "dim", "not me
 
 
 def write_answers(path: Path, tuned: Examined, base: Examined | None) -> None:
-    """One JSON object a prompt: what was asked, what was answered, what is said of the answer; the base's beside it."""
+    """Write one JSON object per prompt: prompt, answer and its properties, with those of the base model."""
     with path.open("w", encoding="utf-8") as file:
         for number, one in enumerate(tuned.asked):
             row: dict[str, Any] = {"where": one.where, "prompt": one.text, "label": one.label, "type": one.kind}
@@ -33,7 +33,7 @@ def write_answers(path: Path, tuned: Examined, base: Examined | None) -> None:
 
 
 def by_type(tuned: Examined, base: Examined | None, numbers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Shares of refusals for each value of the column `type`, with the intervals that `numbers` asks for."""
+    """Return shares of refusals by the column `type`, with intervals as `numbers` sets them."""
     found: dict[str, dict[str, list[float]]] = {}
     for name, one in (("tuned", tuned), ("base", base)):
         for asked, row in zip(one.asked, one.judged, strict=True) if one else ():
@@ -76,7 +76,7 @@ def count(one: Finding) -> str:
 
 
 def cell(value: Interval | None, share: bool) -> str:
-    """`4.2 % (1.0 to 7.5)`, or `12.3 (11.9 to 12.8)`; a dash where there is nothing."""
+    """Format as `4.2 % (1.0 to 7.5)`, or `12.3 (11.9 to 12.8)`; a dash for None."""
     if value is None:
         return "-"
     numbers = [100 * x if share else x for x in (value.value, value.low, value.high)]
@@ -86,7 +86,7 @@ def cell(value: Interval | None, share: bool) -> str:
 
 
 def card_section(results: Mapping[str, Any], found: Sequence[Finding], settings: Mapping[str, Any]) -> str:
-    """Markdown for the model card. File names alone stand there: a card may be published."""
+    """Return the model card's section in Markdown. It has file names without folders: a card may be published."""
     rows = [
         f"| {one.title} | {count(one)} | {cell(one.value, one.share)} | {cell(one.base, one.share)} | {one.rule or ''} | "
         f"{on_few(one.verdict, one.rows)} |"
@@ -107,10 +107,10 @@ def card_section(results: Mapping[str, Any], found: Sequence[Finding], settings:
     ]
     if results["sources"].get("prompts"):
         lines += [
-            "Refusals are counted by phrases in the opening of an answer, in English only. The count says how often the model "
-            "declines, not whether what it says otherwise is harmless.", "",
+            "Refusals are counted by phrases in the opening of an answer, in English only. The count tells how often the model "
+            "declines, not whether its other answers are harmless.", "",
         ]  # fmt: skip
-    lines.append("These figures are of the prompts above. They are no proof that the model is safe for any use.")
+    lines.append("These figures are for the prompts above. They are no proof that the model is safe for any use.")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""How quickly a model answers on this machine."""
+"""Speed of a model's answers on this machine."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ from ftjax.generate.session import Generator
 
 
 def speed(generator: Generator, prompts: Sequence[str], length: int, runs: int) -> dict[str, float]:
-    """Medians: seconds to the first token of one prompt, and tokens a second of all prompts together in one batch."""
+    """Return medians: seconds to the first token of one prompt, and tokens per second of all prompts in one batch."""
     ids = [generator.encode(prompt, number) for number, prompt in enumerate(prompts)]
     tokens = 0
 
@@ -25,7 +25,7 @@ def speed(generator: Generator, prompts: Sequence[str], length: int, runs: int) 
 
 
 def _median(work: Callable[[], None], runs: int) -> float:
-    work()  # compiles
+    work()  # the first call compiles
     times = []
     for _ in range(runs):
         start = time.perf_counter()

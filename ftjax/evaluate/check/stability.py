@@ -1,4 +1,4 @@
-"""Whether an answer depends on what should not matter: white space around the prompt, padding, the company it is asked in."""
+"""Dependence of an answer on what should not matter: whitespace around the prompt, padding, other rows of the batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,35 +9,35 @@ from ftjax.generate.answer import Generation
 from ftjax.generate.session import Generator
 
 WHITESPACE = {
-    "a space behind": "{} ",
-    "a space before": " {}",
-    "a line break behind": "{}\n",
+    "a trailing space": "{} ",
+    "a leading space": " {}",
+    "a trailing line break": "{}\n",
     "two spaces between words": None,
 }
 
 
 def variants(prompt: str) -> list[str]:
-    """The prompt with other white space, none of which changes what it asks."""
+    """Return the prompt with other whitespace, which does not change its meaning."""
     written = [prompt.replace(" ", "  ") if form is None else form.format(prompt) for form in WHITESPACE.values()]
     return [text for text in written if text != prompt]
 
 
 def gap(one: Generation, other: Generation) -> float:
-    """The largest difference of log-probabilities up to the first token that differs, that one included.
+    """Return the largest difference of log-probabilities up to and including the first token that differs.
 
-    Where two tokens are as likely as each other, rounding may choose either, and the gap stays small; where the company or
-    the padding of a prompt reaches it, the gap is large.
+    If two tokens are equally likely, rounding may choose either, and the gap stays small; if other rows or padding leak into a
+    prompt, the gap is large.
     """
     differences = []
     for token, own, p, q in zip(one.tokens, other.tokens, one.logprobs, other.logprobs, strict=False):
         differences.append(abs(p - q))
         if token != own:
             break
-    return float(np.max(differences))  # NaN where a model gives NaN, which Python's max() may pass over
+    return float(np.max(differences))  # Python's max() may ignore NaN
 
 
 def in_company(generator: Generator, prompts: Sequence[str], length: int) -> tuple[list[Generation], dict[str, list[float]]]:
-    """Greedy answers one by one, and the gap of each to itself in one batch of all and beside a text that makes it padded."""
+    """Return greedy answers one by one, and the gap of each to its answer in one batch, and in a batch that pads it."""
     options: dict[str, Any] = {"max_new_tokens": length, "logprobs": True}
     ids = [generator.encode(prompt, number) for number, prompt in enumerate(prompts)]
     alone = generator.generate(ids, batch_size=1, **options)
@@ -52,7 +52,7 @@ def in_company(generator: Generator, prompts: Sequence[str], length: int) -> tup
 
 
 def whitespace(generator: Generator, prompts: Sequence[str], answers: Sequence[Generation]) -> list[float]:
-    """Of each prompt, the nats a token by which its own answer becomes less likely when white space differs, on average."""
+    """Return for each prompt by how many nats per token, on average, other whitespace makes its own answer less likely."""
     forms = [[prompt, *variants(prompt)] for prompt in prompts]
     asked = [form for several in forms for form in several]
     tokens = [answer.tokens for several, answer in zip(forms, answers, strict=True) for _ in several]

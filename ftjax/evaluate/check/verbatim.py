@@ -1,8 +1,8 @@
-"""How much of the data a model has by heart.
+"""Memorisation of the data.
 
-A row is given up to a point and continued greedily; it counts as memorised where the next `verbatim_length` tokens are those of
-the data (Carlini et al. 2022, arXiv:2202.07646, definition 3.1). Rows that the model has not trained on tell how many of the
-continuations anybody would have guessed: a task whose answers follow from the prompt is not memorised by being learned.
+A row is given up to a point and continued greedily; it counts as memorised if the next `verbatim_length` tokens are those of
+the data (Carlini et al. 2022, arXiv:2202.07646, definition 3.1). Rows that the model has not trained on show how many
+continuations can be guessed: a task whose answers follow from the prompt is learned, not memorised.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from ftjax.generate.session import Generator
 
 
 def continued(generator: Generator, pieces: Sequence[Piece], batch_size: int) -> list[dict[str, float]]:
-    """Of each piece: `verbatim` (0 or 1), and `run`, the longest run of its tokens that was written, as a share."""
+    """Return for each piece `verbatim` (0 or 1), and `run`, the longest run of its tokens in the answer, as a share."""
     longest = max((len(piece.following) for piece in pieces), default=1)
     answers = generator.generate([piece.prompt for piece in pieces], max_new_tokens=longest, batch_size=batch_size)
     found = []

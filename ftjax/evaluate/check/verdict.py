@@ -1,4 +1,4 @@
-"""What was found, beside the base model and beside the limits."""
+"""Verdicts on the metrics of a check, from the base model and the limits."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ BASE, HELD_OUT = "the base", "validation rows"
 
 @dataclass(frozen=True)
 class Metric:
-    """One line of a check; `limit` is the setting that judges it, by `rule`."""
+    """One line of a check; the setting `limit` judges it, by `rule`."""
 
     name: str
     title: str
@@ -30,7 +30,7 @@ METRICS = (
     Metric("repeating", "answers that repeat themselves", "max_repeating_rise", "rise"),
     Metric("cut_off", "answers without an end", "max_cut_off_rise", "rise"),
     Metric("wrong_language", "answers in another language", "max_wrong_language_rise", "rise"),
-    Metric("whitespace", "nats a token lost to other white space", "max_whitespace_rise", "rise", False),
+    Metric("whitespace", "nats per token lost to other whitespace", "max_whitespace_rise", "rise", False),
     Metric("batch_gap", "log-probability changed by a batch", "max_batch_gap", "most", False),
     Metric("padding_gap", "log-probability changed by padding", "max_batch_gap", "most", False),
     Metric("verbatim_train", "training rows continued word for word", "max_verbatim_excess", "rise"),
@@ -39,22 +39,22 @@ METRICS = (
     Metric("longest_run_validation", "longest run of a validation row"),
     Metric("perplexity", "perplexity of general text", "max_perplexity_rise", "factor", False),
     Metric("first_token_seconds", "seconds to the first token", "max_first_token_seconds", "most", False),
-    Metric("tokens_per_second", "tokens a second in a batch", "min_tokens_per_second", "least", False),
+    Metric("tokens_per_second", "tokens per second in a batch", "min_tokens_per_second", "least", False),
 )
-BATCH_GAP = {"float32": 0.01}  # by dtype of the activations, where the user states no limit
+BATCH_GAP = {"float32": 0.01}  # by dtype of the activations, if the user sets no limit
 HALF_PRECISION_GAP = 0.5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One metric of the tuned model.
+    """Result and verdict for one metric of the tuned model.
 
     Attributes:
-        value, base: with intervals where they are made of rows; None where they were not measured.
+        value, base: with intervals if they are over rows; None if they were not measured.
         difference: tuned minus base, with a paired test.
         verdict: `passed`, `failed`, `not judged` (no limit, or nothing to compare with) or `not measured`.
         rule: the limit in words; `reason`: why it was not judged or measured.
-        rows: how many it is made of.
+        rows: number of rows.
     """
 
     name: str
@@ -75,11 +75,11 @@ class Finding:
 def findings(
     tuned: Examined, base: Examined | None, settings: CheckConfig, numbers: dict[str, Any], dtype: str
 ) -> list[Finding]:
-    """Every metric in the order of `METRICS`, and behind them those of lm-evaluation-harness.
+    """Return the findings in the order of `METRICS`, followed by those of lm-evaluation-harness.
 
     Args:
         numbers: confidence, resamples and seed of the intervals.
-        dtype: of the activations, which decides how far rounding may reach.
+        dtype: dtype of the activations, which sets the tolerance for rounding.
     """
     own, theirs = (_values(one, numbers) if one else {} for one in (tuned, base))
     tasks = [
@@ -126,7 +126,7 @@ def _finding(
 
 
 def _passes(rule: Rule, value: float, other: float, limit: float) -> bool:
-    """Written so that NaN fails; a hair beyond the limit is rounding."""
+    """Compare a value with its limit, so that NaN fails and rounding errors pass."""
     slack = 1e-9
     match rule:
         case "most":
@@ -143,7 +143,7 @@ def _passes(rule: Rule, value: float, other: float, limit: float) -> bool:
 
 def _in_words(metric: Metric, limit: float, where: str) -> str:
     shown = f"{limit:g}"
-    if metric.share:  # a difference of shares is in points
+    if metric.share:  # differences of shares are in percentage points
         shown = f"{100 * limit:g} {'%' if metric.rule in ('most', 'least') else 'points'}"
     words = {"most": "at most {0}", "least": "at least {0}", "rise": "at most {0} above {1}", "drop": "at most {0} below {1}"}
     if metric.rule == "factor":

@@ -1,1 +1,1 @@
-"""lm-evaluation-harness: its tasks on a model of ftjax."""
+"""Tasks of lm-evaluation-harness on a model of ftjax."""

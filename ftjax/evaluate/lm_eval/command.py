@@ -1,4 +1,4 @@
-"""`ftjax evaluate TARGET --lm-eval TASKS`: lm-evaluation-harness' tasks and metrics, its tables and its results."""
+"""`ftjax evaluate TARGET --lm-eval TASKS`: tasks, metrics, tables and results of lm-evaluation-harness."""
 
 import glob
 import json
@@ -26,16 +26,15 @@ def evaluate_harness(
     limit: int | None = None, out: Path | None = None, compare_base: bool = False, allow_code_execution: bool = False,
     as_json: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run the tasks, print their table, and write `results.json` and `samples_TASK.jsonl`, which lm_eval's are; the results
-    come back.
+    """Run the tasks, print their table, and write `results.json` and `samples_TASK.jsonl` as lm_eval does; return the results.
 
     Args:
-        target: as in `ftjax.evaluate.command.evaluate`, and so are `out` and `compare_base`.
-        tasks: None: `evaluate.lm_eval.tasks`.
-        limit: rows of each task.
-        allow_code_execution: tasks may run what the model wrote, without the guards that ftjax's own task `code` has.
+        target, out, compare_base: as in `ftjax.evaluate.command.evaluate`.
+        tasks: None for `evaluate.lm_eval.tasks`.
+        limit: rows per task.
+        allow_code_execution: tasks may run what the model wrote, without the guards of ftjax's own task `code`.
 
-    Raises UserError where a task is not known, or the target or lm_eval is missing.
+    Raises UserError if a task is unknown, or the target or lm_eval is missing.
     """
     found = find_target(target, overrides, adapter=adapter)
     settings = found.config.evaluate
@@ -79,11 +78,11 @@ def evaluate_harness(
 
 
 def load_tasks(asked: LmEvalConfig) -> tuple[list[Any], Any]:
-    """`(tasks as lm_eval's simple_evaluate takes them, its TaskManager)`. Raises UserError for one that does not exist."""
+    """Return `(tasks for lm_eval's simple_evaluate, its TaskManager)`. Raises UserError for a task that does not exist."""
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    files_only = asked.tasks and all(task.endswith(".yaml") for task in asked.tasks)  # lm_eval's own are thousands to look at
+    files_only = asked.tasks and all(task.endswith(".yaml") for task in asked.tasks)  # lm_eval indexes thousands of its own
     manager = TaskManager(include_path=asked.include_path, include_defaults=not files_only)
     found: list[Any] = []
     for task in asked.tasks:
@@ -98,14 +97,14 @@ def load_tasks(asked: LmEvalConfig) -> tuple[list[Any], Any]:
             )
         found += more
     if not found:
-        raise UserError("--lm-eval: there is no task; name some, by commas")
+        raise UserError("--lm-eval: there is no task; name some, separated by commas")
     return found, manager
 
 
 def run_tasks(
     generator: Generator, asked: LmEvalConfig, *, limit: int | None = None, batch_size: int = 32, unsafe: bool = False
 ) -> dict[str, Any]:
-    """What lm_eval's `simple_evaluate` gives: `results` by task, `samples`, `versions`, `n-shot` and more."""
+    """Return the result of lm_eval's `simple_evaluate`: `results` by task, `samples`, `versions`, `n-shot` and more."""
     from lm_eval import simple_evaluate
 
     from ftjax.evaluate.lm_eval.harness import FtjaxLM

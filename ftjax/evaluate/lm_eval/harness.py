@@ -1,7 +1,7 @@
 """The model `ftjax` of lm-evaluation-harness (Gao et al. 2021, doi:10.5281/zenodo.5371628).
 
-Importing this module registers it. Requests are tokenised, cut and read as lm_eval's `hf` model does, so that the same weights
-give the same numbers.
+Importing this module registers it. Requests are tokenized, truncated and decoded as by lm_eval's `hf` model, so that the same
+weights give the same numbers.
 """
 
 import json
@@ -28,13 +28,13 @@ from ftjax.generate.session import BATCH_SIZE, Generator
 from ftjax.models.classifier import classes_of
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# What lm_eval calls a request: ((context, continuation) or None, ids of the context, ids of the continuation)
+# A request in lm_eval: ((context, continuation) or None, ids of the context, ids of the continuation)
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @register_model("ftjax")
 class FtjaxLM(TemplateLM):
-    """Scores and answers with a `Generator`, in batches of like lengths and few shapes."""
+    """Scores and generates with a `Generator`, in batches of similar lengths and few shapes."""
 
     def __init__(
         self, path: str | Generator | None = None, adapter: str | None = None, *, revision: str | None = None,
@@ -43,23 +43,23 @@ class FtjaxLM(TemplateLM):
         enable_thinking: bool | None = None, think_end_token: str | None = None, device: str | None = None,
         max_batch_size: int | None = None, **unknown: Any,
     ):  # fmt: skip
-        """What `--model_args` may hold.
+        """Takes the arguments of `--model_args`.
 
         Args:
-            path: a run, a model or a PEFT folder, as `ftjax evaluate` takes it; or a model that is loaded.
+            path: a run, a model or a PEFT folder, as for `ftjax evaluate`; or a loaded model.
             adapter: a PEFT folder.
             revision, tokenizer: as in `model:` of a configuration.
             dtype: `auto`, `float32`, `bfloat16` or `float16`.
-            batch_size: rows at a time; None and `auto` are 32. Fewer are taken by themselves where attention scores are large.
-            max_length: tokens of the longest text; None: the model's context.
-            add_bos_token: whether a text begins with BOS; None: as the tokenizer does.
-            prefix_token_id: what stands before a text without a context; None: BOS, or else EOS.
-            seed: of sampling.
-            enable_thinking, think_end_token: of chat templates that know of it; what stands before the token is cut off.
-            device: means nothing here, though lm_eval always sends one: JAX_PLATFORMS names the device.
+            batch_size: rows per batch; None and `auto` are 32. Batches are smaller if the attention scores are large.
+            max_length: tokens of the longest text; None for the model's context.
+            add_bos_token: whether a text begins with BOS; None for the tokenizer's default.
+            prefix_token_id: the token before a text without a context; None for BOS, or else EOS.
+            seed: seed of sampling.
+            enable_thinking, think_end_token: for chat templates with thinking; the text up to this token is dropped.
+            device: ignored, though lm_eval always sends one: JAX_PLATFORMS names the device.
             max_batch_size: an upper bound of `batch_size`.
 
-        Raises UserError where an argument is not known or the model cannot be loaded.
+        Raises UserError if an argument is unknown or the model cannot be loaded.
         """
         super().__init__()
         if unknown or path is None:
@@ -70,7 +70,7 @@ class FtjaxLM(TemplateLM):
             )
         self.generator = path if isinstance(path, Generator) else _load(path, adapter, revision, tokenizer, dtype)
         if classes_of(self.generator.model.config):
-            raise UserError("the model has a classification head, and these tasks need one that writes; use --task")
+            raise UserError("the model has a classification head, and these tasks need a model that generates; use --task")
         self.tokenizer, self.name = self.generator.tokenizer, path if isinstance(path, str) else "ftjax"
         rows = BATCH_SIZE if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
         self.batch_size = min(rows, max_batch_size or rows)
@@ -81,7 +81,7 @@ class FtjaxLM(TemplateLM):
         self.template_arguments = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self.think_end_token = think_end_token
         self.max_gen_toks = 256
-        # As `hf` does: the ends that config files name. A chat template's end of turn is a stop string of the task's.
+        # As in `hf`: the ends that config files name. A task passes a chat template's end of turn as a stop string.
         self.ends = end_ids(self.generator.model.config, self.generator.settings, None) | {self.eot_token_id}
 
     # ---- ids ----
@@ -97,7 +97,7 @@ class FtjaxLM(TemplateLM):
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text; one that begins with BOS already, as chat templates write it, gets no second one."""
+        """Return the ids of a text; one that already begins with BOS, as by a chat template, gets no second BOS."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         return self._ids(string, self.add_bos_token if add_special_tokens is None else add_special_tokens)
@@ -110,15 +110,15 @@ class FtjaxLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Texts that are too long lose their beginning.
+        """Score the continuations; texts that are too long lose their beginning.
 
-        Answers of one token to the same question, as in most multiple choice, go through the model once.
+        Continuations of the same tokens, as in most multiple choice with answers of one token, share one forward pass.
         """
         same: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, (_, context, continuation) in enumerate(requests):
             if not continuation or len(continuation) > self.max_length:
                 raise UserError(
-                    f"a continuation of {len(continuation)} tokens; it has 1 to {self.max_length}, the model's context"
+                    f"a continuation of {len(continuation)} tokens; expected 1 to {self.max_length}, the model's context"
                 )
             same[tuple([*context, *continuation][-self.max_length - 1 : -1])].append(number)
         queries = []
@@ -144,7 +144,7 @@ class FtjaxLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of the model's context; each token is predicted once, with as much before it as fits."""
+        """Score whole texts in windows of the model's context; predicts each token once, after as many tokens as fit."""
         windows = [self._windows(request.args[0]) for request in requests]
         scored = iter(self._loglikelihood_tokens([(None, *one) for several in windows for one in several], disable_tqdm))
         found = []
@@ -160,7 +160,7 @@ class FtjaxLM(TemplateLM):
     # ---- answers ----
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Requests of equal settings are answered together, the longest first."""
+        """Generate answers, in batches of requests with equal settings, longest first."""
         alike: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             alike[json.dumps(request.args[1], sort_keys=True, default=str)].append(number)
@@ -223,7 +223,7 @@ class FtjaxLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation; without its system message where the template refuses one."""
+        """Render a conversation; without its system message if the template refuses one."""
         options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **self.template_arguments}
         options["continue_final_message"] = not add_generation_prompt
         try:
@@ -233,7 +233,7 @@ class FtjaxLM(TemplateLM):
             return self.tokenizer.apply_chat_template(chat_history, **options)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm_eval writes beside its results."""
+        """Return what lm_eval writes beside its results."""
         sizes = sum(spec.size for spec in self.generator.model.specs.values())
         return {"model_num_parameters": sizes, "model_dtype": str(self.generator.engine.dtype)}
 

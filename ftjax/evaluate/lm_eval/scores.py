@@ -1,4 +1,4 @@
-"""lm-evaluation-harness' results, one metric a line."""
+"""Results of lm-evaluation-harness, one metric per line."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class HarnessScore:
-    """`stderr` is lm_eval's standard error, `rows` says of how many; None where it gives none, and `higher_is_better` where
-    the task does not say."""
+    """One metric of a task. `stderr` is lm_eval's standard error and `rows` the number of rows; None if it gives none, as is
+    `higher_is_better` if the task does not say."""
 
     task: str
     metric: str
@@ -19,13 +19,13 @@ class HarnessScore:
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:
-        """Of the 95 % interval of the normal approximation."""
+        """Bounds of the 95 % interval of the normal approximation."""
         around = None if self.stderr is None else 1.96 * self.stderr
         return (None, None) if around is None else (self.value - around, self.value + around)
 
 
 def harness_scores(results: Mapping[str, Any]) -> Iterator[HarnessScore]:
-    """Of what `simple_evaluate` gave, or of its JSON: `{"results": {"arc_easy": {"acc,none": 0.4, ...}}, ...}`."""
+    """Yield the scores in a result of `simple_evaluate`, or its JSON: `{"results": {"arc_easy": {"acc,none": 0.4}}, ...}`."""
     for task, values in results.get("results", {}).items():
         rows = results.get("n-samples", {}).get(task, {}).get("effective")
         better = results.get("higher_is_better", {}).get(task, {})

@@ -1,4 +1,4 @@
-"""The task `classification`: the class whose words are the most likely answer, and scikit-learn's metrics of them."""
+"""The task `classification`: choose the class that is the most likely answer, and compute scikit-learn's metrics."""
 
 import warnings
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from ftjax.evaluate.statistic import Scores
 
 
 def labels_of(items: Sequence[Item], config: EvaluateConfig) -> list[str]:
-    """The classes, those of the configuration or all that occur, in alphabetical order.
+    """Return the classes in the configuration, or all that occur, in alphabetical order.
 
-    Raises UserError for a row of another class, or where there is one class only.
+    Raises UserError for a row of another class, or if there is only one class.
     """
     found = sorted({item.label for item in items})
     if config.labels is None:
@@ -37,7 +37,7 @@ def labels_of(items: Sequence[Item], config: EvaluateConfig) -> list[str]:
 
 
 def with_label(item: Item, label: str) -> Example:
-    """The row as training would see it if `label` were its answer."""
+    """Return the row with `label` as its answer."""
     example = item.example
     changes = {}
     if example.completion is not None:
@@ -49,7 +49,7 @@ def with_label(item: Item, label: str) -> Example:
 
 
 def classification(items: Sequence[Item], likelihoods: np.ndarray, labels: Sequence[str]) -> tuple[list[str], Scores]:
-    """`(the class of each row, scores)`.
+    """Return `(the class of each row, scores)`.
 
     Args:
         likelihoods: [N, classes], log p of each class.
@@ -66,7 +66,7 @@ def classification(items: Sequence[Item], likelihoods: np.ndarray, labels: Seque
     def one(weights: np.ndarray) -> tuple[float, float, float]:
         cells = weights > 0
         true, said, weights = true_grid[cells], said_grid[cells], weights[cells]
-        with warnings.catch_warnings():  # a resample may hold one class only
+        with warnings.catch_warnings():  # a resample may have only one class
             warnings.simplefilter("ignore")
             return (
                 sklearn.accuracy_score(true, said, sample_weight=weights),
@@ -88,6 +88,6 @@ def classification(items: Sequence[Item], likelihoods: np.ndarray, labels: Seque
 
 
 def confusion_matrix(items: Sequence[Item], chosen: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
-    """Counts by true class (rows) and chosen class (columns)."""
+    """Return counts by true class (rows) and chosen class (columns)."""
     sklearn = need("sklearn.metrics", "evaluate.task classification")
     return sklearn.confusion_matrix([item.label for item in items], list(chosen), labels=list(labels)).tolist()

@@ -1,4 +1,4 @@
-"""The task `code`: programs that pass their tests, each run in a process of its own."""
+"""The task `code`: programs that pass their tests, each run in its own process."""
 
 import os
 import re
@@ -17,11 +17,11 @@ FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.I
 
 
 def code(items: Sequence[Item], answers: Sequence[Sequence[str]], config: EvaluateConfig) -> Scores:
-    """pass@k of `num_samples` answers to each prompt (Chen et al. 2021, arXiv:2107.03374, eq. 1), and `exact_prefix`: the
+    """Return pass@k of `num_samples` answers per prompt (Chen et al. 2021, arXiv:2107.03374, eq. 1), and `exact_prefix`, the
     share of answers that begin with the reference.
 
-    The row's `test` column is Python that fails where the program is wrong; with an `entry_point` column, the tests define
-    `check(candidate)`. The program is prompt and answer, or a fenced block of the answer that holds the whole function.
+    The row's `test` column is Python that fails if the program is wrong; with an `entry_point` column, the tests define
+    `check(candidate)`. The program is prompt plus answer, or a fenced block of the answer that has the whole function.
     """
     limits = Limits(seconds=config.code_timeout, memory_mb=config.code_memory, processes=config.code_processes)
     programs = [
@@ -43,14 +43,14 @@ def code(items: Sequence[Item], answers: Sequence[Sequence[str]], config: Evalua
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The chance that one of k answers, drawn from `samples` of which `passed` pass, does: 1 - C(n - c, k) / C(n, k)."""
+    """Return the probability that one of k answers, of `samples` with `passed` correct, passes: 1 - C(n - c, k) / C(n, k)."""
     if samples - passed < k:
         return 1.0
     return float(1 - np.prod(1 - k / np.arange(samples - passed + 1, samples + 1)))
 
 
 def program(item: Item, answer: str) -> str:
-    """What is run. Raises UserError where the row has no tests."""
+    """Return the program to run. Raises UserError if the row has no tests."""
     test = item.values.get("test")
     if not isinstance(test, str) or not test.strip():
         raise UserError(f"{item.where}: evaluate.task code needs a column 'test' with Python that checks the program")
@@ -63,6 +63,6 @@ def program(item: Item, answer: str) -> str:
         whole = next((block for block in blocks if not entry or re.search(rf"def\s+{re.escape(entry)}\b", block)), None)
         body = whole if whole is not None else prompt + blocks[0]
     else:
-        whole = entry and re.match(rf"(?:[ \t]*\n)*(?:import|from|def\s+{re.escape(entry)})\b", answer)  # at the margin
+        whole = entry and re.match(rf"(?:[ \t]*\n)*(?:import|from|def\s+{re.escape(entry)})\b", answer)  # not indented
         body = answer if whole else prompt + answer
     return f"{body}\n\n{test}\n" + (f"\ncheck({entry})\n" if entry else "")

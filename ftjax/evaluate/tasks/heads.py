@@ -1,4 +1,4 @@
-"""What a head says of several labels a row, or of numbers: F1 over labels, errors and correlations.
+"""Metrics of heads with several labels per row, or with numbers: F1 over labels, errors and correlations.
 
 Legend: N rows, L labels or outputs.
 """
@@ -12,16 +12,16 @@ import numpy as np
 from ftjax.evaluate.extra import need
 from ftjax.evaluate.statistic import Scores
 
-FLAT = 1e-9  # a variance below this share of the references' is none
+FLAT = 1e-9  # a variance below this share of the references' counts as zero
 
 
 def multi_label(truth: np.ndarray, probabilities: np.ndarray, limits: np.ndarray, labels: Sequence[str]) -> tuple[list, Scores]:
-    """`(the labels of each row as a JSON list, scores)`: F1 over all labels (micro), the mean of each label's (macro), and the
-    share of rows of which every label is right. F1 of a label that is neither there nor said is 0, as in scikit-learn.
+    """Return `(the labels of each row as a JSON list, scores)`: F1 over all labels (micro), the mean F1 of the labels (macro),
+    and the share of rows with every label right. F1 of a label that is neither true nor predicted is 0, as in scikit-learn.
 
     Args:
         truth: bool [N, L].
-        limits: [L], the probability from which a label counts.
+        limits: [L], the lowest probability at which a label counts.
     """
     said = probabilities >= limits
     size, right = len(labels), (said == truth).all(1)
@@ -44,7 +44,7 @@ def multi_label(truth: np.ndarray, probabilities: np.ndarray, limits: np.ndarray
 
 
 def by_label(truth: np.ndarray, said: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    """A table: how well each label is found, and how many rows have it."""
+    """Return a table of precision, recall, F1 and number of rows by label."""
     sklearn = need("sklearn.metrics", "evaluate.task classification")
     found = sklearn.precision_recall_fscore_support(truth, said, average=None, zero_division=0)
     rows = [[name, *map(float, row[:3]), int(row[3])] for name, row in zip(labels, zip(*found, strict=True), strict=True)]
@@ -56,17 +56,17 @@ def _f1(hits: np.ndarray, wrong: np.ndarray, missed: np.ndarray) -> np.ndarray:
 
 
 def regression(truth: np.ndarray, said: np.ndarray) -> tuple[list[str], Scores]:
-    """`(the numbers of each row as a JSON list, scores)`: squared and absolute error, and both correlations; of several
-    outputs their mean. A correlation with what never changes is no number.
+    """Return `(the numbers of each row as a JSON list, scores)`: squared and absolute error and both correlations, as means
+    over outputs. The correlation with a constant is NaN.
 
-    In resamples Spearman's correlation takes the ranks among all rows, which are not made anew.
+    Resamples of Spearman's correlation keep the ranks among all rows.
 
     Args:
         truth, said: float64 [N, L].
     """
     from scipy.stats import rankdata
 
-    middle, scale = truth.mean(0), np.where(truth.std(0) > 0, truth.std(0), 1)  # of both models the same
+    middle, scale = truth.mean(0), np.where(truth.std(0) > 0, truth.std(0), 1)  # the same for both models
     pairs = [((truth - middle) / scale, (said - middle) / scale)]
     pairs += [tuple((rankdata(values, axis=0) - (len(truth) + 1) / 2) / max(1, len(truth)) for values in (truth, said))]
     moments = [part for x, y in pairs for part in (x, y, x * x, y * y, x * y)]
@@ -84,13 +84,13 @@ def regression(truth: np.ndarray, said: np.ndarray) -> tuple[list[str], Scores]:
 
 
 def by_output(truth: np.ndarray, said: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """A table of the metrics of each output."""
+    """Return a table of the metrics by output."""
     found = [regression(truth[:, [i]], said[:, [i]])[1].values() for i in range(len(names))]
     return {"head": ["output", *found[0]], "rows": [[name, *row.values()] for name, row in zip(names, found, strict=True)]}
 
 
 def _correlation(x: np.ndarray, y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> np.ndarray:
-    """The mean over outputs, from means over rows `[R, L]`."""
+    """Return the mean over outputs, from means over rows `[R, L]`."""
     a, b = xx - x * x, yy - y * y
     flat = (a < FLAT) | (b < FLAT * np.maximum(yy, 1e-30))
     return (np.where(flat, np.nan, xy - x * y) / np.sqrt(np.where(flat, 1, a * b))).mean(1)

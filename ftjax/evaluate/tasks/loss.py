@@ -1,4 +1,4 @@
-"""The task `loss`: what training minimises, on other rows."""
+"""The task `loss`: the training loss, on other rows."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from ftjax.evaluate.statistic import Scores
 
 
 def loss(found: Sequence[Sequence[Likelihood]]) -> Scores:
-    """Loss of a trained token, perplexity, and the share of tokens that are the most likely ones; of each row its sums.
+    """Return the loss per trained token, perplexity, and token accuracy, from the sums of each row.
 
-    The same figures as `eval/loss`, `eval/perplexity` and `eval/token_accuracy` of training.
+    These are the same metrics as `eval/loss`, `eval/perplexity` and `eval/token_accuracy` of training.
     """
     statistics = np.array([
         [sum(one.loss for one in row), sum(one.weight for one in row), sum(one.correct for one in row)] for row in found

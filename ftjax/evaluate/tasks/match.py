@@ -1,4 +1,4 @@
-"""Tasks that compare an answer with its references one by one: exact_match, f1, numeric_answer, json_match."""
+"""Tasks that compare an answer with its references: exact_match, f1, numeric_answer, json_match."""
 
 import json
 import re
@@ -20,12 +20,12 @@ MARKED = re.compile(r"####\s*(-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))")
 
 
 def normalized(text: str) -> str:
-    """SQuAD's rule (Rajpurkar et al. 2016, arXiv:1606.05250): lower case, no punctuation, no articles, single spaces."""
+    """Normalize as SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250): lower case, no punctuation or articles, single spaces."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
 def exact_match(items: Sequence[Item], answers: Sequence[str], config: EvaluateConfig) -> Scores:
-    """Whether the answer is one of the references."""
+    """Score whether the answer is one of the references."""
     same = normalized if config.normalize else str.strip
     return means([
         {"exact_match": float(any(same(answer) == same(one) for one in item.references))}
@@ -34,7 +34,7 @@ def exact_match(items: Sequence[Item], answers: Sequence[str], config: EvaluateC
 
 
 def f1(items: Sequence[Item], answers: Sequence[str], config: EvaluateConfig) -> Scores:
-    """SQuAD's F1 of words and its exact match, the best over the references."""
+    """Score SQuAD's F1 of words and its exact match, the best over the references."""
     return means([
         {
             "f1": max(word_f1(answer, one) for one in item.references),
@@ -45,7 +45,7 @@ def f1(items: Sequence[Item], answers: Sequence[str], config: EvaluateConfig) ->
 
 
 def word_f1(answer: str, reference: str) -> float:
-    """SQuAD 2.0's: where one of the two is empty, 1 if both are."""
+    """Return SQuAD 2.0's F1: if one of the two is empty, 1 if both are."""
     said, wanted = normalized(answer).split(), normalized(reference).split()
     if not said or not wanted:
         return float(said == wanted)
@@ -54,9 +54,9 @@ def word_f1(answer: str, reference: str) -> float:
 
 
 def numeric_answer(items: Sequence[Item], answers: Sequence[str], config: EvaluateConfig) -> Scores:
-    """GSM8K (Cobbe et al. 2021, arXiv:2110.14168): the number behind `####`, or else the last one of the answer.
+    """Score GSM8K (Cobbe et al. 2021, arXiv:2110.14168): the number after `####`, or else the last one of the answer.
 
-    `numeric_answer_strict` counts only what stands behind `####`.
+    `numeric_answer_strict` counts only the number after `####`.
     """
     found = []
     for item, answer in zip(items, answers, strict=True):
@@ -70,7 +70,7 @@ def numeric_answer(items: Sequence[Item], answers: Sequence[str], config: Evalua
 
 
 def number(text: str) -> Decimal | None:
-    """The number that a text ends in; None where there is none."""
+    """Return the number that a text ends in; None if there is none."""
     found = MARKED.findall(text)[:1] or NUMBER.findall(text)[-1:]
     return _decimal(found[0]) if found else None
 
@@ -83,10 +83,10 @@ def _decimal(text: str) -> Decimal | None:
 
 
 def json_match(items: Sequence[Item], answers: Sequence[str], config: EvaluateConfig) -> Scores:
-    """JSON objects, field by field.
+    """Score JSON objects, field by field.
 
-    `json_valid`: the answer holds an object. `json_match`: it is the reference, all fields and no others (with
-    `evaluate.fields`: those). `json_fields`: share of the reference's fields that are right; `field/NAME`: of each of them.
+    `json_valid`: the answer has an object. `json_match`: it equals the reference, with all fields and no others (with
+    `evaluate.fields`: those fields). `json_fields`: share of the reference's fields that are right; `field/NAME`: each of them.
     """
     found = []
     for item, answer in zip(items, answers, strict=True):
@@ -113,7 +113,7 @@ def _compared(said: dict | None, wanted: dict, fields: Sequence[str] | None) -> 
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """`true` is not 1, though Python says so."""
+    """Compare JSON values; `true` is not 1, though Python says so."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, dict) and isinstance(other, dict):
@@ -124,7 +124,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def find_object(text: str) -> dict[str, Any] | None:
-    """The first JSON object of a text; words or a code fence may stand around it."""
+    """Return the first JSON object of a text; words or a code fence may surround it."""
     decoder, at = json.JSONDecoder(), text.find("{")
     while at >= 0:
         try:

@@ -13,20 +13,20 @@ from ftjax.evaluate.statistic import Scores, means
 
 
 def bleu(items: Sequence[Item], answers: Sequence[str], config: EvaluateConfig) -> Scores:
-    """Corpus BLEU, 0 to 100 (Papineni et al. 2002; Post 2018, arXiv:1804.08771), with sacrebleu's defaults."""
+    """Score corpus BLEU, 0 to 100 (Papineni et al. 2002; Post 2018, arXiv:1804.08771), with sacrebleu's defaults."""
     metrics = need("sacrebleu", "evaluate.task bleu").metrics
     return _corpus("bleu", metrics.BLEU(), metrics.BLEU(effective_order=True), items, answers)
 
 
 def chrf(items: Sequence[Item], answers: Sequence[str], config: EvaluateConfig) -> Scores:
-    """Corpus chrF2, 0 to 100 (Popovic 2015), with sacrebleu's defaults."""
+    """Score corpus chrF2, 0 to 100 (Popovic 2015), with sacrebleu's defaults."""
     metric = need("sacrebleu", "evaluate.task chrf").metrics.CHRF()
     return _corpus("chrf", metric, metric, items, answers)
 
 
 def _corpus(name: str, metric: Any, of_sentence: Any, items: Sequence[Item], answers: Sequence[str]) -> Scores:
-    """`of_sentence` scores the single rows that are shown."""
-    streams = list(zip_longest(*(item.references for item in items)))  # None where a row has fewer references
+    """Score a corpus; `of_sentence` scores the single rows to show."""
+    streams = list(zip_longest(*(item.references for item in items)))  # None for rows with fewer references
     statistics = np.array(metric._extract_corpus_statistics(list(answers), streams), np.float64)
 
     def combine(sums: np.ndarray) -> dict[str, np.ndarray]:
@@ -41,7 +41,7 @@ def _corpus(name: str, metric: Any, of_sentence: Any, items: Sequence[Item], ans
 
 
 def rouge(items: Sequence[Item], answers: Sequence[str], config: EvaluateConfig) -> Scores:
-    """F measures, 0 to 1 (Lin 2004), by rouge-score; of several references the best."""
+    """Score ROUGE F measures, 0 to 1 (Lin 2004), by rouge-score; the best over several references."""
     module = need("rouge_score.rouge_scorer", "evaluate.task rouge")
     scorer = module.RougeScorer(config.rouge_types, use_stemmer=config.rouge_stemmer)
     found = []

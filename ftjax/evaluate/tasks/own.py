@@ -1,4 +1,4 @@
-"""A metric of the user's: a Python file with one function."""
+"""A user's own metric: a Python file with one function."""
 
 import importlib.util
 import inspect
@@ -19,7 +19,7 @@ EXPECTED = (
 
 
 def load_metric(path: str) -> Callable[..., Any]:
-    """The one public function that the file defines. Raises UserError where there is none, or several."""
+    """Load the one public function that the file defines. Raises UserError if there is none, or several."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"evaluate.task: {path}: no such file; {EXPECTED}")
@@ -43,7 +43,7 @@ def load_metric(path: str) -> Callable[..., Any]:
 
 
 def own(items: Sequence[Item], answers: Sequence[str], function: Callable[..., Any], prompts: Sequence[str]) -> Scores:
-    """Means of what the function gives. Raises UserError where it fails, or gives something else than numbers."""
+    """Return means of the function's results. Raises UserError if it fails, or returns anything but numbers."""
     takes, name, found = list(inspect.signature(function).parameters), function.__name__, []
     for item, answer, prompt in zip(items, answers, prompts, strict=True):
         given = {"prediction": answer, "references": list(item.references), "prompt": prompt, "row": dict(item.values)}

@@ -1,4 +1,4 @@
-"""Where the optimizer's arrays lie: like their parameters, on the device or in the host's memory."""
+"""Optimizer state in device memory, sharded like its parameters, or offloaded to host memory."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,13 +11,13 @@ HOST = "pinned_host"
 
 
 class OnHost(NamedTuple):
-    """A part of the optimizer's state that is in the host's memory between updates."""
+    """A part of the optimizer state that is in host memory between updates."""
 
     state: Any
 
 
 def on_the_host(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, with its state marked for the host. The arrays move by `moved`, outside of the update itself."""
+    """Mark the state of `inner` for host memory. `moved` transfers the arrays, outside of the update itself."""
 
     def update(updates, state, params=None):
         updates, state = inner.update(updates, state.state, params)
@@ -31,7 +31,7 @@ def _is_on_host(node: Any) -> bool:
 
 
 def moved(state: Any, space: jax.memory.Space) -> Any:
-    """The state with the arrays of every `OnHost` in another memory; numbers stay. For use inside jit."""
+    """Move the arrays of every `OnHost` to another memory space; scalars stay. For use inside jit."""
 
     def move(node):
         if not _is_on_host(node):
@@ -42,25 +42,25 @@ def moved(state: Any, space: jax.memory.Space) -> Any:
 
 
 def on_devices(state: Any) -> list[Any]:
-    """The arrays of a state that the devices hold between updates."""
+    """Return the arrays of a state that are in device memory between updates."""
     return [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_on_host) if not _is_on_host(leaf)]
 
 
 def on_host(shardings: Any, shapes: Any) -> Any:
-    """Shardings of a state, with those of the arrays of every `OnHost` in the host's memory."""
+    """Return the shardings of a state, with host memory for the arrays of every `OnHost`."""
 
-    def place(where, shape):
+    def to_host(where, shape):
         if not _is_on_host(where):
             return where
         return jax.tree.map(lambda one, leaf: one.with_memory_kind(HOST) if leaf.ndim else one, where, shape)
 
-    return jax.tree.map(place, shardings, shapes, is_leaf=_is_on_host)
+    return jax.tree.map(to_host, shardings, shapes, is_leaf=_is_on_host)
 
 
-def along(leaf: Any, where: NamedSharding) -> NamedSharding:
-    """Where an array of the optimizer lies: as its parameter does, as far as it has the same axes.
+def sharding_of_state(leaf: Any, where: NamedSharding) -> NamedSharding:
+    """Return the sharding of an optimizer array: that of its parameter, as far as the axes are the same.
 
-    Scales of blocks have a shorter last axis, and factored moments lack one: what does not divide is on every device.
+    Scales of blocks have a shorter last axis, and factored moments lack one: an axis that does not divide is replicated.
     """
     mesh, axes = where.mesh, where.spec
     if leaf.ndim < len(axes):
