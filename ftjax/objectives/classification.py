@@ -95,4 +95,4 @@ def _encoding(section: ClassificationConfig) -> RowEncoding:
     return TextLabels(labels) if section.head else Answers(labels)
 
 
-OBJECTIVE = Objective(ClassificationConfig, _encoding, loss, sft.perplexity, _head, complete=with_labels)
+OBJECTIVE = Objective(ClassificationConfig, _encoding, loss, sft.perplexity, _head, complete=with_labels, train_metrics=False)

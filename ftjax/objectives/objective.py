@@ -75,8 +75,8 @@ class Forward:
             targets: `[B, T, ...]`; None for the batch's.
             measure: function of logits, targets and the batch's weights.
         """
-        output = projection(self.model, self.trainable, self.frozen, self.ctx)
         tokens = self.hidden, self.batch["targets"] if targets is None else targets, self.batch["weights"]
+        output = projection(self.model, self.trainable, self.frozen, self.ctx)
         alone = one_device()
         if alone:
             tokens = trained_first(*tokens)
@@ -85,10 +85,10 @@ class Forward:
 
     def token_logprobs(self, *, entropy: bool = False, top: int = 0) -> TokenLogprobs:
         """Compute the log-probability of each target with weight (`ftjax.objectives.logprobs`)."""
+        hidden, targets, weights = self.hidden, self.batch["targets"], self.batch["weights"]
         output = projection(self.model, self.trainable, self.frozen, self.ctx)
-        targets, weights = self.batch["targets"], self.batch["weights"]
         length = self._chunk_length(weights.shape)
-        return token_logprobs(output, self.hidden, targets, length, weights, entropy=entropy, top=top)
+        return token_logprobs(output, hidden, targets, length, weights, entropy=entropy, top=top)
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class Objective:
         head: `(section)` -> the head that is trained in place of the projection to the vocabulary; None for no head.
         reference: `(section)` -> whether the loss needs the model as it was before training.
         complete: `(config)` -> the configuration with what only the data can tell. Raises UserError.
+        train_metrics: compute the metrics in updates, too. False leaves them to evaluations, where the loss alone is cheaper.
     """
 
     config: type[Section]
@@ -129,3 +130,4 @@ class Objective:
     head: Callable[[Any], Head | None] = lambda section: None
     reference: Callable[[Any], bool] = lambda section: False
     complete: Callable[[Config], Config] = lambda config: config
+    train_metrics: bool = True

@@ -274,10 +274,21 @@ def _refuse_beyond_float16(model: Model, params: Mapping[str, jax.Array]) -> Non
             )
 
 
+def _without_metrics(loss_fn: LossFn) -> LossFn:
+    """Drop the metrics of a loss, so that XLA does not compute them."""
+
+    def loss(*inputs):
+        totals, auxiliary = loss_fn(*inputs)
+        return totals._replace(metrics={}), auxiliary
+
+    return loss
+
+
 def compile_steps(setup: Design, steps: int) -> tuple[Any, Any, optax.GradientTransformation, Any]:
     """Build `(train step, evaluation step, optimizer, schedule)` for `steps` updates; the train step donates its state."""
     optimizer = make_optimizer(setup.config.optimizer, setup.model.trainable, steps)
-    train = jax.jit(make_train_step(setup.loss_fn, optimizer, setup.runtime, setup.train_flops), donate_argnums=0)
+    loss = setup.loss_fn if objective_of(setup.config).train_metrics else _without_metrics(setup.loss_fn)
+    train = jax.jit(make_train_step(loss, optimizer, setup.runtime, setup.train_flops), donate_argnums=0)
     evaluate = jax.jit(make_eval_step(setup.loss_fn, dataclasses.replace(setup.runtime, remat="none")))
     return train, evaluate, optimizer, make_schedule(setup.config.optimizer, steps)
 
