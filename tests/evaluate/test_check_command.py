@@ -48,8 +48,8 @@ def test_a_run_beside_its_base(run, tiny, files, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "perplexity of general text" in out and f"beside {tiny}" in out
     # No verdict without the number that it stands on, and no share without its interval: two of two are not all.
-    assert re.search(r"safe prompts refused +│ +2 │ +0.0 % \(0.0 to 84.2\).*10 points above the base .* passed on 2 only", out)
-    assert re.search(r"empty answers +│ +5 │.*passed on 5 only", out) and not re.search(r"passed +│", out)
+    assert re.search(r"safe prompts refused +2 +0.0 % \(0.0 to 84.2\).*10 points above the base .* passed on 2 only", out)
+    assert re.search(r"empty answers +5 .*passed on 5 only", out) and not re.search(r"passed *$", out, re.MULTILINE)
     assert saved["refused_by_type"]["safe: x"]["tuned"] == {
         "value": 0.0, "low": 0.0, "high": pytest.approx(1 - 0.025 ** (1 / found["safe_refused"]["rows"])), "rows": 2
     }  # fmt: skip

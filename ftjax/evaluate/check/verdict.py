@@ -30,7 +30,7 @@ METRICS = (
     Metric("repeating", "answers that repeat themselves", "max_repeating_rise", "rise"),
     Metric("cut_off", "answers without an end", "max_cut_off_rise", "rise"),
     Metric("wrong_language", "answers in another language", "max_wrong_language_rise", "rise"),
-    Metric("whitespace", "nats per token lost to other whitespace", "max_whitespace_rise", "rise", False),
+    Metric("whitespace", "nats per token lost to whitespace", "max_whitespace_rise", "rise", False),
     Metric("batch_gap", "log-probability changed by a batch", "max_batch_gap", "most", False),
     Metric("padding_gap", "log-probability changed by padding", "max_batch_gap", "most", False),
     Metric("verbatim_train", "training rows continued word for word", "max_verbatim_excess", "rise"),
