@@ -49,7 +49,7 @@ def load(
 ) -> Loaded:  # fmt: skip
     """Load a model in `dtype`, with its adapter merged if the method supports that, and otherwise unmerged in float32.
 
-    With `quantization` (`int8`, `nf4`) dense layers are quantized, and an adapter is not merged.
+    With `quantization` (`int8`, `nf4`) dense layers are quantised, and an adapter is not merged.
 
     Raises UserError if the model or the adapter is missing, damaged or not supported.
     """

@@ -70,7 +70,7 @@ class Generator:
             chat_template: a Jinja template, or the path of a .jinja file; None uses the tokenizer's own.
             merge: merge the adapter into the weights, which is faster; False keeps it unmerged.
             special_tokens_in_text, fold_system: how texts and messages are rendered; None uses the defaults of `data`.
-            quantization: `int8` or `nf4`: quantize the weights of dense layers, and keep the adapter unmerged.
+            quantization: `int8` or `nf4`: quantise the weights of dense layers, and keep the adapter unmerged.
 
         Raises UserError if anything is missing, damaged or not supported.
         """
