@@ -1,4 +1,4 @@
-"""One answer, from the tokens as they come to the text as it is given."""
+"""Collect the tokens of one answer and turn them into text."""
 
 import math
 from collections.abc import Sequence
@@ -14,11 +14,12 @@ class Generation:
     """One answer.
 
     Attributes:
-        text: without the token or string that ended it.
-        tokens: ids of the answer; the one that ended it included.
-        finish_reason: `stop` where the model or a stop string ended it, `length` where it was cut.
-        logprobs: log-probability of each token by the model itself, before temperature and the like; where asked for.
-        prompt_tokens: length of the prompt.
+        text: text of the answer, without the token or string that ended it.
+        tokens: token ids of the answer, including the one that ended it.
+        finish_reason: `stop` if the model or a stop string ended the answer, `length` if it reached the token limit.
+        logprobs: log-probability of each token under the model itself, before temperature and other sampling settings;
+            None unless requested.
+        prompt_tokens: length of the prompt in tokens.
     """
 
     text: str
@@ -32,7 +33,7 @@ GREEDY = Sampling()
 
 
 class Answer:
-    """One prompt on its way to a `Generation`: the host's side of a row."""
+    """Host-side state of one row, from its prompt to the finished `Generation`."""
 
     def __init__(
         self, prompt: list[int], limit: int, ends: frozenset[int], stops: StopStrings, stream: TextStream,
@@ -40,10 +41,10 @@ class Answer:
     ):  # fmt: skip
         """
         Args:
-            limit: tokens of the longest answer.
-            ends: ids that end it.
-            stops: texts that end it.
-            seed, number: make its random key.
+            limit: maximum length of the answer in tokens.
+            ends: token ids that end the answer.
+            stops: strings that end the answer.
+            seed, number: determine the row's PRNG key.
         """
         self.prompt, self.limit, self.ends = prompt, limit, ends
         self.sampling, self.seed, self.number = sampling, seed, number
@@ -52,12 +53,12 @@ class Answer:
         self.logprobs: list[float] = []
         self.finish: Literal["stop", "length", "error"] | None = None  # error: the model's logits were not finite
         self._stops, self._stream = stops, stream
-        self._shown = 0  # characters that `piece` has given
-        self._given = 0  # tokens that `news` has given
-        self._fed = 0  # tokens whose text is in `text`
+        self._shown = 0  # characters that `piece` has returned
+        self._given = 0  # tokens that `news` has returned
+        self._fed = 0  # tokens already decoded into `text`
 
     def read(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Take new tokens up to the end of the answer; what a finished row still brings means nothing."""
+        """Append new tokens up to the end of the answer; ignore what a finished row still produces."""
         for token, logprob in zip(tokens, logprobs, strict=True):
             if self.finish:
                 return
@@ -74,7 +75,7 @@ class Answer:
                 self.finish = "length"
 
     def piece(self) -> str:
-        """The text that is new since the last piece and will not change; all that is left, once the answer is finished."""
+        """Return the new text that will not change any more; once the answer is finished, all remaining text."""
         if self.finish:
             self._close()
         else:
@@ -84,7 +85,7 @@ class Answer:
         return self.text[shown:until]
 
     def news(self) -> tuple[str, list[int]]:
-        """`(piece, tokens)` that are new since the last look."""
+        """Return `(text, tokens)` that are new since the last call."""
         piece = self.piece()
         tokens, self._given = self.tokens[self._given :], len(self.tokens)
         return piece, tokens

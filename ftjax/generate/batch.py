@@ -1,17 +1,17 @@
-"""Prompts of all lengths as a few arrays of a few shapes."""
+"""Group prompts of different lengths into batches with few distinct shapes."""
 
 import math
 from collections.abc import Sequence
 
 from ftjax.generate.cache import bucket
 
-SCORES = 1 << 26  # attention scores of one block of a prompt, in numbers (256 MiB in float32), over all rows
+SCORES = 1 << 26  # maximum number of attention scores per prefill block, over all rows (256 MiB in float32)
 
 
 def groups(lengths: Sequence[int], batch_size: int, shards: int = 1) -> tuple[list[list[int]], int]:
-    """`(indices of each batch, rows of every batch)`: sorted by length, the longest first, and cut evenly.
+    """Return `(indices of each batch, rows per batch)`, sorted by length (longest first) and divided evenly.
 
-    Rows are rounded up, and to a multiple of the devices that they lie on; what is not filled is padding.
+    The number of rows is rounded up to a bucket and to a multiple of `shards`; unused rows are padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = math.ceil(len(order) / batch_size)
@@ -21,7 +21,7 @@ def groups(lengths: Sequence[int], batch_size: int, shards: int = 1) -> tuple[li
 
 
 def block_length(rows: int, length: int, slots: int, heads: int) -> int:
-    """How many tokens of each prompt go through the model at a time: all, or a half, a quarter ... of `length`."""
+    """Return the number of tokens of each prompt per prefill step: `length`, or a half, a quarter ... of it."""
     block = length
     while block % 2 == 0 and rows * heads * block * slots > SCORES:
         block //= 2

@@ -1,4 +1,4 @@
-"""The cache of a model: how a forward pass goes through it, and in which sizes things come.
+"""Create a model's cache, run forward passes with it, and round sizes to buckets.
 
 Legend: B batch, T query length, E embed.
 """
@@ -16,7 +16,7 @@ from ftjax.models.model import Model
 
 
 def new_cache(model: Model, batch: int, slots: int, dtype) -> Cache:
-    """An empty cache, its rows sharded over the batch axes of the mesh, its heads over `tensor`."""
+    """Return an empty cache, with rows sharded along the batch axes of the mesh and heads along `tensor`."""
     cache = Cache.empty(Layout(model.memories), batch, slots, dtype)
     axes = (None, "batch", None, "kv_heads", None)
     return replace(
@@ -29,12 +29,12 @@ def new_cache(model: Model, batch: int, slots: int, dtype) -> Cache:
 
 
 def forward(module: Any, tokens: jax.Array, counts: jax.Array, cache: Cache, dtype: Any) -> tuple[jax.Array, Cache]:
-    """`(hidden states [B, T, E], cache)` of each row's next tokens `[B, T]`, of which the first `counts [B]` are not padding.
+    """Return `(hidden states [B, T, E], cache)` for each row's next tokens `[B, T]`; the first `counts [B]` are not padding.
 
-    The one place that advances a cache; families only write and read it.
+    Only this function advances a cache; model families just read and write it.
     """
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    # Padding stays within the positions that exist: NaN from a position that a model has not learned would stay in its slot.
+    # Keep padding within the valid positions: a NaN from a position outside a learned table would stay in the cache slot.
     positions = jnp.maximum(cache.lengths[:, None] + jnp.minimum(index, counts[:, None] - 1), 0)
     ctx = Context(positions, (index < counts[:, None]).astype(jnp.int32), dtype)
     hidden, cache, _ = module.hidden(tokens, ctx, cache)
@@ -42,8 +42,10 @@ def forward(module: Any, tokens: jax.Array, counts: jax.Array, cache: Cache, dty
 
 
 def bucket(size: int, smallest: int = 1) -> int:
-    """`size` rounded up to a quarter of a power of two (32, 40, 48, 56, 64, 80 ...): at most a fifth is wasted, and few
-    shapes are ever compiled."""
+    """Round `size` up to a multiple of a quarter of a power of two (32, 40, 48, 56, 64, 80 ...).
+
+    This wastes at most a fifth and keeps the number of compiled shapes small.
+    """
     if size <= smallest:
         return smallest
     step = 1 << max(0, (size - 1).bit_length() - 3)

@@ -16,15 +16,15 @@ from ftjax.generate.sample import Sampling
 from ftjax.generate.typed import checked, keep_wrong_bytes, read_turn
 
 HELP = """\
-/retry          answer the last question anew
+/retry          answer the last question again
 /undo           forget the last question and its answer
 /reset          forget the conversation; the system message stays
-/system TEXT    begin anew with this system message; without TEXT, with none
+/system TEXT    start over with this system message; without TEXT, with none
 /history        show what was said
 /save FILE      write the conversation, one row of training data (JSON)
 /help           show this
 /quit, /exit    leave (so does Ctrl-D); Ctrl-C stops an answer
-Pasted lines are one message. A line that ends in \\ goes on in the next one."""
+Pasted lines are one message. A line that ends in \\ continues on the next one."""
 SAMPLING = tuple(field.name for field in fields(Sampling))
 COMMANDS = ("/retry", "/undo", "/reset", "/system", "/history", "/save", "/help", "/quit", "/exit")
 
@@ -37,15 +37,15 @@ def chat(
     system: str | None = None,
     sampling: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Ask, answer, remember, until /quit.
+    """Run the chat loop until /quit or the end of the input.
 
     Args:
-        model: a run, a configuration, a PEFT folder or a model (`find_named`).
-        request: whose settings every answer has, but for its sampling.
-        sampling: by the names of `Sampling`; what is None or missing is as the model's generation_config.json says, and without
-            that, decoding is greedy.
+        model: a run, a configuration file, a PEFT folder or a model (`find_named`).
+        request: settings for every answer, except sampling.
+        sampling: values for the fields of `Sampling`; those that are None or missing come from the model's
+            generation_config.json. Without either, decoding is greedy.
 
-    Raises UserError where the model, the adapter or a setting is wrong, or what is piped in is not text.
+    Raises UserError if the model, the adapter or a setting is invalid, or if piped input is not text.
     """
     from ftjax.compile_cache import keep_compiled_programs
     from ftjax.console import make_console
@@ -98,16 +98,16 @@ def chat(
 
 
 def _command(message: str) -> tuple[str, str] | None:
-    """A command and what stands behind it; None for a message, such as pasted lines that begin with a stroke."""
+    """Return a command and its argument; None for a message, such as pasted lines that begin with a slash."""
     word, *rest = message.strip().split(maxsplit=1) or [""]
     several = "\n" in message.strip() and word not in ("/system", "/save")
     return None if several or not (word.startswith("/") and word[1:].isalpha()) else (word, rest[0] if rest else "")
 
 
 def _answer(talk: Any, message: str) -> None:
-    """Write the answer as it comes; Ctrl-C stops it, and what was said stays."""
+    """Stream the answer to standard output; Ctrl-C stops it and keeps the text so far."""
     pieces = talk.ask(message)
-    clean = printable if sys.stdout.isatty() else str  # a file has what the model wrote
+    clean = printable if sys.stdout.isatty() else str  # files get the model's text unchanged
     try:
         for piece in pieces:
             sys.stdout.write(clean(piece))
@@ -123,9 +123,9 @@ def _answer(talk: Any, message: str) -> None:
 
 
 def _obey(talk: Any, command: str, rest: str, notes: Any, saved: set[Path]) -> None:
-    """Do what a command says. `saved`: the files that this chat has written, which it may write again.
+    """Execute a command. `saved` holds the files that this chat has written and may overwrite.
 
-    Raises UserError where it cannot be done.
+    Raises UserError if the command cannot be executed.
     """
     if command == "/help":
         said = HELP
@@ -143,7 +143,7 @@ def _obey(talk: Any, command: str, rest: str, notes: Any, saved: set[Path]) -> N
         talk.system(rest or None)
         said = f"system message: {rest}" if rest else "no system message"
     else:
-        said = f"{command} is no command; those that are: {', '.join(COMMANDS)}"
+        said = f"{command} is no command; choose one of {', '.join(COMMANDS)}"
     say(notes, said)
 
 
@@ -152,7 +152,7 @@ def _save(messages: Sequence[Any], name: str, saved: set[Path]) -> str:
     if not name:
         raise UserError("write /save FILE, such as /save talk.jsonl")
     if path.exists() and path not in saved:
-        raise UserError(f"{path}: this is there already; choose another name")
+        raise UserError(f"{path}: already exists; choose another name")
     try:
         path.write_text(json.dumps({"messages": list(messages)}, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:

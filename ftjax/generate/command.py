@@ -1,4 +1,4 @@
-"""`ftjax generate`: answers to prompts from the command line or a file."""
+"""`ftjax generate`: answer prompts from the command line or a file."""
 
 import json
 import sys
@@ -29,24 +29,24 @@ def generate(
     batch_size: int = 32,
     as_json: bool = False,
 ) -> None:
-    """Print an answer to each prompt, in order: the text, or one JSON object a line.
+    """Print an answer to each prompt, in order: the text, or one JSON object per line.
 
     Args:
-        model: a run, a configuration, a PEFT folder or a model (`find_named`).
-        request: what all prompts have in common.
-        prompt: texts; `-` is what stands on the standard input.
+        model: a run, a configuration file, a PEFT folder or a model (`find_named`).
+        request: settings shared by all prompts.
+        prompt: texts; `-` reads standard input.
         prompts: a file of prompts (`read_prompts`).
-        system: a system message before each prompt.
-        raw: give texts to the model as they are, without its chat template.
+        system: a system message for each prompt.
+        raw: pass texts to the model without applying its chat template.
 
-    Raises UserError where a file, the model, the adapter or a setting is wrong.
+    Raises UserError if a file, the model, the adapter or a setting is invalid.
     """
     given: list[str | Example] = [read_standard_input() if text == "-" else checked(text, "--prompt") for text in prompt]
     given += read_prompts(prompts) if prompts else []
     if not given:
         raise UserError("generate: no prompt; give --prompt TEXT (- reads the standard input) or --prompts FILE")
     found = find_named(model, adapter=options.adapter)
-    learnt = "raw" if raw else found.config.data.prompt_format if found.config else "auto"  # from prompts of this format
+    learnt = "raw" if raw else found.config.data.prompt_format if found.config else "auto"  # the prompt format of training
     request = replace(request, chat={"raw": False, "chat": True}.get(learnt))
     if system is not None:
         if raw:
@@ -82,7 +82,7 @@ def generate(
         answers = generator.answer(requests, batch_size=batch_size, progress=show)
     if store.index():
         return
-    clean = printable if sys.stdout.isatty() else str  # a file has what the model wrote
+    clean = printable if sys.stdout.isatty() else str  # files get the model's text unchanged
     for asked, answer in zip(given, answers, strict=True):
         if as_json:
             row = {
@@ -100,13 +100,13 @@ def generate(
 
 
 def read_prompts(path: Path) -> list[str | Example]:
-    """The prompts of a file.
+    """Read prompts from a file.
 
-    `.txt` has one on each line; empty lines are between them. Any file that training reads (`.jsonl`, `.json`, `.csv`,
-    `.parquet` ...) has one in each row: the column `prompt` (text, or messages) or `messages`, of which the answer at the
-    end is left out, or the columns of one of training's formats.
+    A `.txt` file has one prompt per line; empty lines are skipped. Any other file that training reads (`.jsonl`, `.json`,
+    `.csv`, `.parquet` ...) has one per row: in the column `prompt` (text or messages), in `messages` (without the
+    assistant's answer at the end), or in the columns of one of the training formats.
 
-    Raises UserError, with file and line, for what is missing or broken.
+    Raises UserError, naming file and line, for missing or malformed data.
     """
     if path.suffix == ".txt":
         try:
@@ -141,7 +141,7 @@ def read_prompts(path: Path) -> list[str | Example]:
 
 
 def _question(messages: list[Any], tools: Any, where: str) -> Example:
-    """Messages without the answer at the end."""
+    """Return the messages without the answer at the end."""
     from ftjax.data.conversation import check_messages, read_json_column
 
     checked = check_messages(messages, where)
@@ -149,23 +149,23 @@ def _question(messages: list[Any], tools: Any, where: str) -> Example:
     while turns and checked[turns - 1]["role"] == "assistant":
         turns -= 1
     if not turns:
-        raise UserError(f"{where}: only the assistant speaks, so that there is nothing to answer")
+        raise UserError(f"{where}: all messages are the assistant's, so there is nothing to answer; add a user message")
     tools = read_json_column(tools, "tools", where) if isinstance(tools, str) else tools
     return Example(where, messages=checked[:turns], prompt_turns=turns, tools=tools)
 
 
 def _with_system(prompt: str | Example, system: str) -> Example:
-    """A conversation that begins with this system message, in place of its own."""
+    """Return the prompt as a conversation that begins with this system message, replacing its own."""
     messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else _messages(prompt)
     if messages is None:
-        raise UserError(f"{prompt.where}: --system goes before messages, and this is plain text")
+        raise UserError(f"{prompt.where}: --system needs a prompt of messages, and this is plain text; leave --system out")
     messages = ({"role": "system", "content": system}, *(m for m in messages if m["role"] != "system"))
     example = Example("the prompt") if isinstance(prompt, str) else prompt
     return replace(example, prompt=None, messages=messages, prompt_turns=len(messages))
 
 
 def _messages(example: Example) -> tuple[dict[str, Any], ...] | None:
-    """The messages before the answer."""
+    """Return the messages before the answer."""
     if example.messages is None or example.prompt_turns is not None:
         return example.messages and example.messages[: example.prompt_turns]
     last = max((n for n, m in enumerate(example.messages) if m["role"] == "assistant"), default=len(example.messages))
@@ -179,7 +179,7 @@ def _as_json(prompt: str | Example) -> str | list[dict[str, Any]]:
 
 
 def _shown(prompt: str | Example) -> str:
-    """One line of a prompt, cut where a terminal shows it."""
+    """Return a prompt as one line, truncated on a terminal."""
     value = _as_json(prompt)
     text = " ".join((value if isinstance(value, str) else str(value[-1].get("content"))).split())
     return text if len(text) <= 100 or not sys.stdout.isatty() else f"{text[:99]}…"

@@ -1,4 +1,4 @@
-"""What a checkpoint says about generation: how to sample, and which tokens end a text."""
+"""Read generation defaults from a checkpoint: sampling settings and end-of-text tokens."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ftjax.generate.text import turn_end
 
 
 def generation_config(source: Path | None) -> dict[str, Any]:
-    """generation_config.json of a model folder; empty where there is none."""
+    """Read generation_config.json of a model folder; return an empty dict if there is none."""
     path = None if source is None or not source.is_dir() else source / "generation_config.json"
     if path is None or not path.is_file():
         return {}
@@ -25,8 +25,11 @@ def generation_config(source: Path | None) -> dict[str, Any]:
 
 
 def end_ids(config: Mapping[str, Any], settings: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer: the EOS of generation_config.json (`settings`) or else of config.json, the tokenizer's, and
-    what closes an answer in its chat template."""
+    """Return the token ids that end an answer.
+
+    These are the EOS tokens of generation_config.json (`settings`) or else of config.json, the tokenizer's EOS token, and the
+    token that closes an answer in its chat template.
+    """
     stated = settings.get("eos_token_id")
     stated = config.get("eos_token_id") if stated is None else stated
     ids = [*stated] if isinstance(stated, list) else [stated]
@@ -37,9 +40,9 @@ def end_ids(config: Mapping[str, Any], settings: Mapping[str, Any], tokenizer: A
 
 
 def recommended(settings: Mapping[str, Any], asked: Mapping[str, Any]) -> Sampling:
-    """Sampling as `asked`, and where that is None as generation_config.json says; greedy where neither says anything.
+    """Return the sampling settings in `asked`, with None replaced by the value in generation_config.json.
 
-    A model that is not meant to be sampled from (`do_sample`) is decoded greedily unless a temperature is asked for.
+    Decoding is greedy unless `asked` has a temperature or generation_config.json sets `do_sample`.
     """
     own = {name: settings.get(name) for name in asked} if settings.get("do_sample") else {}
     own["repetition_penalty"] = settings.get("repetition_penalty")

@@ -1,4 +1,4 @@
-"""A conversation with a model: answers come piece by piece, and the cache keeps what was said."""
+"""Hold a conversation with a model: stream answers and keep earlier turns in the cache."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,29 +11,29 @@ from ftjax.generate.finite import not_finite
 from ftjax.generate.request import Request
 from ftjax.generate.session import Generator
 
-CHUNK = 4  # tokens between two pieces of text
-SMALLEST = 1024  # slots of a conversation's cache
+CHUNK = 4  # tokens per streamed piece of text
+SMALLEST = 1024  # minimum cache slots of a conversation
 
 
 class Conversation:
-    """Asks and remembers.
+    """Sends messages to a model and keeps the history.
 
     Attributes:
-        messages: what was said, `[{"role": ..., "content": ...}, ...]`.
-        tokens: ids that the last answer took.
+        messages: the history, `[{"role": ..., "content": ...}, ...]`.
+        tokens: number of tokens in the last answer.
     """
 
     def __init__(self, generator: Generator, request: Request, *, system: str | None = None):
         """
         Args:
-            request: whose settings every answer has.
+            request: settings for every answer.
 
-        Raises UserError where the tokenizer has no chat template.
+        Raises UserError if the tokenizer has no chat template.
         """
         if not generator.tokenizer.chat_template:
             raise UserError(
-                "this tokenizer has no chat template, so that it cannot be told what a conversation looks like to the model; "
-                "give one as --chat-template (a Jinja template, or the path of a .jinja file), or use `ftjax generate`"
+                "this tokenizer has no chat template, which a conversation needs; give one as --chat-template "
+                "(a Jinja template, or the path of a .jinja file), or use `ftjax generate`"
             )
         self.generator, self.request = generator, request
         self.tokens = 0
@@ -42,15 +42,15 @@ class Conversation:
         self.system(system)
 
     def system(self, text: str | None) -> None:
-        """Begin anew, with this system message or none."""
+        """Start over, with this system message or none."""
         self.messages: list[Message] = [{"role": "system", "content": text}] if text else []
 
     def reset(self) -> None:
-        """Begin anew; the system message stays."""
+        """Start over, keeping the system message."""
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
 
     def undo(self) -> str | None:
-        """Forget the last question and its answer; the question comes back, or None where there is none."""
+        """Remove the last question and its answer; return the question, or None if there is none."""
         asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
         if not asked:
             return None
@@ -59,10 +59,10 @@ class Conversation:
         return question
 
     def ask(self, text: str) -> Iterator[str]:
-        """The answer in pieces. An iterator that is closed early, or interrupted, leaves what was said so far.
+        """Yield the answer piece by piece. If the iterator is closed early or interrupted, the partial answer is kept.
 
-        Raises UserError where the conversation no longer fits into the model's context, or the model gives no probabilities;
-        the question is then not kept.
+        Raises UserError if the conversation no longer fits into the model's context, and NotFinite if the logits are not
+        finite; the question is then not kept.
         """
         generator = self.generator
         question = {"role": "user", "content": text}
@@ -90,7 +90,7 @@ class Conversation:
             raise not_finite("the answer", generator.model, generator.params)
 
     def _batch_for(self, tokens: int) -> Batch:
-        """The one that remembers the last turns, or a larger one."""
+        """Return the batch that caches the earlier turns, or a new one if it is too small."""
         generator, slots = self.generator, SMALLEST
         while slots < bucket(tokens, 16):
             slots *= 2

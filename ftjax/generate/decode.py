@@ -1,8 +1,8 @@
-"""What runs on the device: prompts into the cache, then token after token, each row at its own pace.
+"""Device code for generation: prefill prompts into the cache, then decode token by token, each row at its own pace.
 
-Pure functions; `ftjax.generate.engine` compiles them.
+All functions are pure; `ftjax.generate.engine` compiles them.
 
-Legend: B rows of the batch, R rows that start together, T prompt length, S cache slots, C tokens of one call, V vocab.
+Legend: B rows of the batch, R rows that start together, T prompt length, S cache slots, C tokens per call, V vocab.
 """
 
 from collections.abc import Mapping
@@ -19,17 +19,17 @@ from ftjax.models.cache import Cache
 from ftjax.models.context import Context
 from ftjax.models.model import Model
 
-CHUNK = 32  # tokens of each row that one call of `decode` can give
+CHUNK = 32  # maximum tokens per row and call of `decode`
 
 
 class Rules(NamedTuple):
-    """How each row chooses its tokens, and when it has ended.
+    """Sampling settings and stopping criteria per row.
 
     Attributes:
         sampling: arrays [B].
-        keys: [B, 2] uint32, data of a PRNG key for each row, so that no row depends on its neighbours.
-        ends: [B, e] int32, ids that end an answer; -1 fills up.
-        limits: [B] int32, tokens of the longest answer.
+        keys: [B, 2] uint32, key data of one PRNG key per row, so that rows are independent of each other.
+        ends: [B, e] int32, token ids that end an answer, padded with -1.
+        limits: [B] int32, maximum length of the answer in tokens.
     """
 
     sampling: RowSampling
@@ -39,13 +39,13 @@ class Rules(NamedTuple):
 
 
 class State(NamedTuple):
-    """Rows that decode.
+    """Decoding state of a batch.
 
     Attributes:
-        token: [B] int32, chosen last and not yet in the cache.
+        token: [B] int32, the most recent token, not yet in the cache.
         count: [B] int32, tokens of the answer so far.
-        done: [B] bool; such a row stays as it is.
-        seen: [B, V] bool, tokens of prompt and answer.
+        done: [B] bool, rows that are finished and no longer change.
+        seen: [B, V] bool, tokens that occur in prompt or answer.
     """
 
     cache: Cache
@@ -57,15 +57,15 @@ class State(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Rows that start, in place of whatever was in them.
+    """Inputs for rows that start, replacing their previous contents.
 
     Attributes:
-        rows: [R] int32, which of the batch; B or more: none, this is padding.
-        tokens: [R, T] int32, what is to go into the cache, padded on the right.
-        counts: [R] int32, how many of them are not padding.
-        kept: [R] int32, tokens before them that are in the row's cache already.
-        chosen: [R] int32, how many of all these belong to the answer: a row that was computed anew goes on.
-        seeds, numbers: [R] uint32, which make each row's key.
+        rows: [R] int32, row indices in the batch; B or more marks padding.
+        tokens: [R, T] int32, tokens to prefill, padded on the right.
+        counts: [R] int32, number of tokens that are not padding.
+        kept: [R] int32, number of preceding tokens that are already in the row's cache.
+        chosen: [R] int32, how many of all these tokens belong to the answer: a row whose cache is rebuilt continues its answer.
+        seeds, numbers: [R] uint32, which determine each row's PRNG key.
     """
 
     rows: jax.Array
@@ -82,12 +82,12 @@ class Start(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the host looks at after a call; every process holds all of it.
+    """Results that the host reads after a call; replicated on every device.
 
     Attributes:
-        tokens: [B, C] int32, the new ones of each row, from the left.
-        logprobs: [B, C] float32, their log-probabilities by the model itself, before temperature and the like.
-        counts: [B] int32, how many there are.
+        tokens: [B, C] int32, new tokens of each row, left-aligned.
+        logprobs: [B, C] float32, their log-probabilities under the model itself, before temperature and other settings.
+        counts: [B] int32, number of new tokens of each row.
     """
 
     tokens: jax.Array
@@ -97,13 +97,13 @@ class View(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """A model as it runs here: activations and cache in `dtype`."""
+    """A model that runs with activations and cache in `dtype`."""
 
     model: Model
     dtype: Any
 
     def empty(self, like: Start, *, rows: int, slots: int) -> State:
-        """A batch in which nothing decodes; `like` says the sizes of `rules`."""
+        """Return the state of an idle batch; `like` determines the shapes of `rules`."""
         zeros = lambda x: constrain(jnp.zeros((rows, *x.shape[1:]), x.dtype), "batch", *(None,) * (x.ndim - 1))  # noqa: E731
         keys = constrain(jnp.zeros((rows, 2), jnp.uint32), "batch", None)
         rules = Rules(jax.tree.map(zeros, like.sampling), keys, zeros(like.ends), zeros(like.limits))
@@ -111,12 +111,12 @@ class Runner:
         return State(new_cache(self.model, rows, slots, self.dtype), token, count, done, zeros(like.seen), rules)
 
     def begin(self, params: Mapping[str, jax.Array], start: Start, *, slots: int, block: int) -> tuple[State, View]:
-        """A new batch whose rows all start: `start.rows` is 0, 1, 2 ..., and a row without tokens is done."""
+        """Start all rows of a new batch: `start.rows` is 0, 1, 2 ..., and a row without tokens is done."""
         state = self.empty(start, rows=start.rows.shape[0], slots=slots)
         return self._started(params, state.cache, start, block)
 
     def start(self, params: Mapping[str, jax.Array], state: State, start: Start, *, block: int) -> tuple[State, View]:
-        """Some rows start; the others stay as they are."""
+        """Start some rows and leave the others unchanged."""
         part, view = self._started(params, state.cache.take(start.rows, start.kept), start, block)
 
         def put(whole: jax.Array, new: jax.Array) -> jax.Array:
@@ -126,7 +126,7 @@ class Runner:
         return rest._replace(cache=state.cache.put(start.rows, part.cache)), view
 
     def decode(self, params: Mapping[str, jax.Array], state: State, stopped: jax.Array, steps: jax.Array) -> tuple[State, View]:
-        """At most `steps` more tokens of each row, up to `CHUNK`; the host says which rows have `stopped [B]`."""
+        """Decode at most `steps` (up to `CHUNK`) more tokens per row; `stopped [B]` marks rows that the host has stopped."""
         module = self.model.bind(params)
         rows = state.token.shape[0]
         state = state._replace(done=state.done | stopped)
@@ -151,7 +151,7 @@ class Runner:
     # ---- parts ----
 
     def _started(self, params: Mapping[str, jax.Array], cache: Cache, start: Start, block: int) -> tuple[State, View]:
-        """`State` and `View` of the rows that start alone, in their caches."""
+        """Prefill the starting rows and choose their first tokens; return the `State` and `View` of these rows only."""
         keys = jax.random.key_data(jax.vmap(lambda s, n: jax.random.fold_in(jax.random.key(s), n))(start.seeds, start.numbers))
         rules = Rules(start.sampling, keys, start.ends, start.limits)
         logits, cache = self._prefill(params, replace(cache, lengths=start.kept), start.tokens, start.counts, block)
@@ -163,8 +163,10 @@ class Runner:
     def _prefill(
         self, params: Mapping[str, jax.Array], cache: Cache, tokens: jax.Array, counts: jax.Array, block: int
     ) -> tuple[jax.Array, Cache]:
-        """Put the first `counts [B]` of tokens `[B, T]` into the cache, `block` of them at a time, so that the scores of a long
-        prompt never exist at once; the logits `[B, V]` after the last of them."""
+        """Prefill the first `counts [B]` of the tokens `[B, T]`; return the logits `[B, V]` after the last one, and the cache.
+
+        Tokens are processed `block` at a time, so that the attention scores of a long prompt are never held all at once.
+        """
         module = self.model.bind(params)
 
         def part(at: jax.Array | int, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -183,7 +185,7 @@ class Runner:
         return self._logits(module, final), cache
 
     def _pick(self, state: State, logits: jax.Array) -> tuple[State, jax.Array, jax.Array]:
-        """One more token of each row that is not done: `(state, token [B], its log-probability [B])`."""
+        """Choose the next token of each unfinished row; return `(state, token [B], log-probability [B])`."""
         rules, rows, active = state.rules, jnp.arange(logits.shape[0]), ~state.done
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rules.keys), state.count)
         token = choose(process(logits, state.seen, rules.sampling), rules.sampling.temperature, keys)

@@ -1,4 +1,4 @@
-"""The compiled programs of one model on one mesh, and batches whose rows answer at their own pace."""
+"""Compile the programs of one model on one mesh, and run batches whose rows answer at their own pace."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from ftjax.mesh import parts, spec
 from ftjax.models.cache import Layout
 from ftjax.models.model import Model
 
-ENDS = 8  # ids that end an answer come in multiples of it, so that few shapes are compiled
+ENDS = 8  # the arrays of end ids are padded to a multiple of this, to limit the number of compiled shapes
 
 
 class Engine:
-    """The programs of a model, compiled once for each shape, and shapes are few."""
+    """Compiled programs of a model, one per shape; sizes are bucketed to keep the number of shapes small."""
 
     def __init__(self, model: Model, mesh: Mesh, dtype: Any):
         self.model, self.mesh, self.dtype = model, mesh, dtype
@@ -35,61 +35,62 @@ class Engine:
         self.decode = jax.jit(runner.decode, donate_argnums=1)
         self._score = jax.jit(partial(score_step, runner), out_shardings=NamedSharding(mesh, spec(())))
         self._head = jax.jit(partial(head_step, runner), out_shardings=NamedSharding(mesh, spec(())))
-        self.whole_prompts = any(rope.by_length for rope in model.ropes)  # a part of one would be rotated by other frequencies
-        self.keeps_prefixes = not (self.whole_prompts or Layout(model.memories).states)  # a state is that of a whole text
+        self.whole_prompts = any(rope.by_length for rope in model.ropes)  # RoPE needs the full length
+        self.keeps_prefixes = not (self.whole_prompts or Layout(model.memories).states)  # states cannot be rewound
         self.switch = min((rope.recomputed_at for rope in model.ropes if rope.recomputed_at), default=None)
 
     def score(self, params: Mapping[str, jax.Array], *batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`score_step` on arrays of the host."""
+        """Run `score_step` on host arrays."""
         with jax.set_mesh(self.mesh):
-            logprobs, best = self._score(params, *map(self.place, batch))
+            logprobs, best = self._score(params, *map(self.shard_rows, batch))
         return np.asarray(logprobs), np.asarray(best)
 
     def head(self, params: Mapping[str, jax.Array], *batch: np.ndarray) -> np.ndarray:
-        """`head_step` on arrays of the host."""
+        """Run `head_step` on host arrays."""
         with jax.set_mesh(self.mesh):
-            return np.asarray(self._head(params, *map(self.place, batch)))
+            return np.asarray(self._head(params, *map(self.shard_rows, batch)))
 
     def block(self, rows: int, length: int, slots: int) -> int:
-        """Tokens of a prompt that go through the model at a time."""
+        """Return the number of prompt tokens per prefill step."""
         return length if self.whole_prompts else block_length(rows, length, slots, self.model.sizes.heads)
 
     def steps_to_switch(self, answer: Answer) -> float:
-        """Tokens until a text outgrows what its cached keys were rotated for (LongRoPE); 0: now."""
+        """Return the number of tokens until LongRoPE switches frequencies, so that cached keys become invalid; 0 means now."""
         if self.switch is None or len(answer.prompt) > self.switch:
             return math.inf
         left = self.switch + 1 - len(answer.prompt) - len(answer.tokens)
         return left if left >= 0 else math.inf
 
-    # ---- arrays of the host on the devices ----
+    # ---- host arrays to devices ----
 
-    def place(self, rows: np.ndarray) -> jax.Array:
-        """The first axis is the batch, sharded over the devices."""
+    def shard_rows(self, rows: np.ndarray) -> jax.Array:
+        """Place an array on the devices, sharded along its first axis, the batch."""
         where = NamedSharding(self.mesh, spec(("batch",) + (None,) * (rows.ndim - 1)))
         return jax.make_array_from_callback(rows.shape, where, lambda index: rows[index])
 
-    def everywhere(self, value: np.ndarray) -> jax.Array:
+    def replicate(self, value: np.ndarray) -> jax.Array:
+        """Place an array on the devices, replicated."""
         where = NamedSharding(self.mesh, spec(()))
         return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
 
 class Batch:
-    """Rows that answer at their own pace: any of them can be ended, and started with another prompt, between two steps.
+    """A batch with continuous batching: between steps, any row can be ended and started with another prompt.
 
-    What an answer says depends on its prompt, sampling, seed and number alone, not on what is in the other rows, nor on when it
-    started. Nothing is compiled for new prompts but for a new bucket of lengths, or of rows that start together.
+    An answer depends only on its prompt, sampling, seed and number, not on the other rows or on when it started. New prompts
+    cause a compilation only for a new bucket of prompt lengths, or of rows that start together.
 
     Attributes:
-        answers: of each row; None where it is free. A finished answer stays until the next one takes its row; one of which the
-            logits were not finite has finished with `error`, and harms no other row and no later answer.
-        slots: tokens that prompt and answer of a row may have together.
+        answers: the answer of each row; None if the row is free. A finished answer stays until the next one takes its row. An
+            answer whose logits were not finite has `finish = "error"` and affects neither other rows nor later answers.
+        slots: maximum number of tokens of a row, prompt and answer together.
     """
 
     def __init__(self, engine: Engine, params: Mapping[str, jax.Array], rows: int, slots: int):
-        """`rows` is a multiple of the devices that share them, `engine.shards`."""
+        """`rows` must be a multiple of `engine.shards`, the number of devices that rows are sharded over."""
         self.engine, self.params, self.slots = engine, params, slots
         self.answers: list[Answer | None] = [None] * rows
-        self._kept: list[list[int]] = [[] for _ in range(rows)]  # ids that are in the slots of free rows
+        self._kept: list[list[int]] = [[] for _ in range(rows)]  # token ids in the cache of free rows
         self._state: State | None = None
 
     @property
@@ -97,13 +98,13 @@ class Batch:
         return any(answer is not None and not answer.finish for answer in self.answers)
 
     def free(self) -> list[int]:
-        """Rows that can be started, in order."""
+        """Return the rows that can be started, in order."""
         return [row for row, answer in enumerate(self.answers) if answer is None or answer.finish]
 
     def start(self, answers: Mapping[int, Answer]) -> None:
-        """Put prompts into the cache, each into its row, and choose the first token of each answer.
+        """Prefill each prompt into its row and choose the first token of each answer.
 
-        What a row's slots hold already of its new prompt is not computed again. An answer that has tokens goes on after them.
+        A prefix of the new prompt that is already in the row's cache is reused. An answer that has tokens continues after them.
         """
         if not answers:
             return
@@ -122,7 +123,7 @@ class Batch:
         size = rows if whole else math.ceil(bucket(len(order)) / engine.shards) * engine.shards
         start = self._start_arrays(answers, texts, kept, order, size, length)
         block = engine.block(size, length, self.slots)
-        state, self._state = self._state, None  # donated: it is put back when the program has run
+        state, self._state = self._state, None  # donated; set again after the program has run
         with jax.set_mesh(engine.mesh):
             if whole:
                 state, view = engine.begin(self.params, start, slots=self.slots, block=block)
@@ -135,7 +136,7 @@ class Batch:
         self._state = state
 
     def step(self, most: int = CHUNK) -> None:
-        """Choose up to `most` more tokens of each row that has not ended, at most 32."""
+        """Decode up to `most` (at most 32) more tokens in each unfinished row."""
         engine = self.engine
         switching = {row: a for row, a in self._running().items() if engine.steps_to_switch(a) == 0}
         if switching:
@@ -149,15 +150,15 @@ class Batch:
         stopped = np.array([row not in running for row in range(len(self.answers))])
         state, self._state = self._state, None
         with jax.set_mesh(engine.mesh):
-            state, view = engine.decode(self.params, state, engine.place(stopped), engine.everywhere(np.int32(steps)))
+            state, view = engine.decode(self.params, state, engine.shard_rows(stopped), engine.replicate(np.int32(steps)))
         self._read(view, {row: row for row in running})
         self._state = state
 
     def end(self, row: int) -> None:
-        """Free a row before its answer has ended; what its slots hold stays of use to a prompt that begins alike."""
+        """Free a row before its answer has ended; its cache can still be reused by a prompt with the same prefix."""
         self._release(row)
 
-    # ---- the host's side of the rows ----
+    # ---- host-side bookkeeping ----
 
     def _running(self) -> dict[int, Answer]:
         return {row: answer for row, answer in enumerate(self.answers) if answer is not None and not answer.finish}
@@ -165,11 +166,11 @@ class Batch:
     def _release(self, row: int) -> None:
         answer, self.answers[row] = self.answers[row], None
         if answer is not None:
-            known = [*answer.prompt, *answer.tokens[:-1]]  # the last token was never put in
+            known = [*answer.prompt, *answer.tokens[:-1]]  # the last token is not in the cache
             self._kept[row] = [] if answer.finish == "error" else known
 
     def _same(self, row: int, text: Sequence[int]) -> int:
-        """How many tokens of a text are in a row's slots. The last one is computed anew: its logits are wanted."""
+        """Return the length of the text's prefix in the row's cache, without its last token, whose logits are needed."""
         if self._state is None or not self.engine.keeps_prefixes:
             return 0
         pairs = enumerate(zip(self._kept[row], text[:-1], strict=False))
@@ -197,16 +198,16 @@ class Batch:
             numbers[:, at] = len(new), kept[row], len(answer.tokens), answer.seed % 2**32, answer.number, answer.limit
             sampling[at], which[at] = answer.sampling, row
         counts, kept_, chosen, seeds, ids, limits = numbers
-        place = self.engine.place
+        shard = self.engine.shard_rows
         return Start(
-            rows=self.engine.everywhere(which), tokens=place(tokens), counts=place(counts.astype(np.int32)),
-            kept=place(kept_.astype(np.int32)), chosen=place(chosen.astype(np.int32)), seen=place(seen),
-            seeds=place(seeds.astype(np.uint32)), numbers=place(ids.astype(np.uint32)),
-            sampling=jax.tree.map(place, row_sampling(sampling)), ends=place(ends), limits=place(limits.astype(np.int32)),
+            rows=self.engine.replicate(which), tokens=shard(tokens), counts=shard(counts.astype(np.int32)),
+            kept=shard(kept_.astype(np.int32)), chosen=shard(chosen.astype(np.int32)), seen=shard(seen),
+            seeds=shard(seeds.astype(np.uint32)), numbers=shard(ids.astype(np.uint32)),
+            sampling=jax.tree.map(shard, row_sampling(sampling)), ends=shard(ends), limits=shard(limits.astype(np.int32)),
         )  # fmt: skip
 
     def _read(self, view: View, rows: Mapping[int, int]) -> None:
-        """Give each answer its new tokens; `rows` says in which row of the view those of a row of the batch are."""
+        """Append the new tokens to each answer; `rows` maps batch rows to rows of the view."""
         tokens, logprobs, counts = map(np.asarray, view)
         for row, at in rows.items():
             new = slice(0, counts[at])

@@ -1,4 +1,4 @@
-"""Logits that are not finite: an error, and never an empty answer or a loss of nothing."""
+"""Report non-finite logits as an error, rather than as an empty answer or a missing loss."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,29 +16,29 @@ class NotFinite(UserError):
 
 
 def not_finite(where: str, model: Model, params: Mapping[str, Any]) -> NotFinite:
-    """The error, with its cause: a weight that is not finite itself, or activations that overflow.
+    """Return the error and its cause: a weight that is not finite, or activations that overflow.
 
     Args:
-        where: what the model was given, for the message.
-        params: all of them; every process asks for the same.
+        where: the input of the model, for the message.
+        params: all parameters. Every process must make this call.
     """
     name = _broken_weight(model, params)
     cause = (
-        f"{name} holds NaN or infinite values, so that the checkpoint (or the adapter) is broken; take an earlier one"
+        f"{name} holds NaN or infinite values, so the checkpoint (or the adapter) is broken; use an earlier one"
         if name
-        else "its weights are finite, so that its activations overflow; take a dtype with more range (bfloat16 or float32)"
+        else "its weights are finite, so its activations overflow; use a dtype with more range (bfloat16 or float32)"
     )
     return NotFinite(f"{where}: the model gives NaN instead of probabilities: {cause}")
 
 
 def require_finite(values: np.ndarray, where: str, model: Model, params: Mapping[str, Any]) -> None:
-    """Raises NotFinite where log-probabilities or scores are none."""
+    """Raise NotFinite if any log-probability or score is not finite."""
     if not np.isfinite(values).all():
         raise not_finite(where, model, params)
 
 
 def _broken_weight(model: Model, params: Mapping[str, Any]) -> str | None:
-    """The Hugging Face name of the first parameter that is not finite."""
+    """Return the Hugging Face name of the first parameter that is not finite, or None."""
     finite = jax.jit(lambda values: jnp.isfinite(values).all())
     for path, value in params.items():
         leaves = [leaf for leaf in jax.tree.leaves(value) if jnp.issubdtype(leaf.dtype, jnp.floating)]

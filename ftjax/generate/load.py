@@ -1,4 +1,4 @@
-"""A model, with an adapter where one is given, ready to run."""
+"""Load a model for inference, optionally with an adapter."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Loaded:
 
 
 def choose_dtype(name: str) -> Any:
-    """`auto` is float32 on CPUs, which are not faster in bfloat16, and bfloat16 elsewhere."""
+    """Return the dtype of that name; `auto` is float32 on CPUs, where bfloat16 is not faster, and bfloat16 elsewhere."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if name not in DTYPES:
@@ -47,11 +47,11 @@ def load(
     model_path: str, adapter: Path | None, mesh: Mesh, dtype: Any, *, revision: str | None = None, merge: bool = True,
     quantization: str | None = None,
 ) -> Loaded:  # fmt: skip
-    """The model in `dtype`; what the adapter trained in float32, or merged where the method can do that.
+    """Load a model in `dtype`, with its adapter merged if the method supports that, and otherwise unmerged in float32.
 
-    With `quantization` (`int8`, `nf4`) dense layers are held in it, and an adapter stays apart.
+    With `quantization` (`int8`, `nf4`) dense layers are quantised, and an adapter is not merged.
 
-    Raises UserError where model or adapter is missing, damaged or not supported.
+    Raises UserError if the model or the adapter is missing, damaged or not supported.
     """
     if quantization is not None and quantization not in FORMATS:
         raise UserError(f"quantization: {quantization!r} is not known; choose one of {', '.join(FORMATS)}")
@@ -76,7 +76,7 @@ def load(
 
 
 class TensorList:
-    """Tensors that are computed when they are read (a `TensorSource`)."""
+    """A `TensorSource` whose tensors are computed when they are read."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         self._tensors: Mapping[str, Tensor] = {tensor.name: tensor for tensor in tensors}

@@ -1,4 +1,4 @@
-"""What a person names when they name a model: a run, a configuration, an adapter or a model itself."""
+"""Resolve the model argument of a command: a run, a configuration file, an adapter or a model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from ftjax.hub.run_folder import RUN, adapter_folder, refuse_missing, result_of
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is loaded; what is None is as its run was trained, or as the model itself has it.
+    """Options for loading a model; None means the setting of its training run, or else the model's own.
 
     Attributes:
-        adapter: a PEFT folder, or a run.
-        revision: of the Hub.
+        adapter: a PEFT folder or a run.
+        revision: revision on the Hub.
         tokenizer, chat_template, quantization, special_tokens_in_text: see `Generator`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
     """
@@ -41,14 +41,14 @@ class Named:
     """A model that can be loaded.
 
     Attributes:
-        name: how it is called in messages and results.
-        model: Hub id, folder or .gguf file: of an adapter, its base model.
+        name: name in messages and results.
+        model: Hub id, folder or .gguf file; for an adapter, its base model.
         adapter: a PEFT folder, or None.
-        config: of the run or of the configuration file, or None.
+        config: configuration of the run, or the configuration file; or None.
         run: the run folder, or None.
-        revision: of the base model, as an adapter's own file has it.
-        own_tokenizer: the result brings the tokenizer that it was trained with, added tokens and chat template included, and
-            nobody asked for another.
+        revision: revision of the base model, from the adapter's adapter_config.json.
+        own_tokenizer: whether the result contains the tokenizer used in training, including added tokens and chat template,
+            and no other was requested.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Named:
     own_tokenizer: bool = False
 
     def options(self, asked: LoadOptions = LoadOptions()) -> dict[str, Any]:
-        """`Generator`'s settings: as asked (a quantization `none` is none), and where that is None as the run was trained."""
+        """Return the settings for `Generator`: those in `asked` (`none` turns quantization off), or else those of the run."""
         own: dict[str, Any] = {"revision": self.revision}
         if self.config is not None:
             settings = self.config.model
@@ -78,13 +78,13 @@ class Named:
 def find_named(
     given: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, note: Callable[[str], None] = print_note
 ) -> Named:
-    """Tell a run folder (or its `final/` or `best/`), a configuration file, a PEFT folder, and a model.
+    """Resolve a run folder (or its `final/` or `best/`), a configuration file, a PEFT folder or a model.
 
-    A configuration file means the run in its `output_dir`, and before that has ended its base model. A PEFT folder means
-    itself on the base model that it names. `adapter` may be a run's folder, too.
+    A configuration file means the run in its `output_dir`, or for its base model until that run has finished. A PEFT
+    folder means the adapter on the base model that it names. `adapter` may also be a run folder.
 
-    Raises UserError where there is no such run or it has no result yet, an adapter's base model is not known or
-    not there, or two adapters are given.
+    Raises UserError if the run does not exist or has no result yet, if an adapter's base model is unknown or cannot be found,
+    or if two adapters are given.
     """
     refuse_missing(given)
     place = Path(given).expanduser()
@@ -95,7 +95,7 @@ def find_named(
         if adapter is None and (run / "final").is_dir():
             return _of_run(run, run / "final", config, config)
         if adapter is None:
-            note(f"{run} holds no final/ yet, so that the base model {config.model.path} is taken")
+            note(f"{run} has no final/ yet; using the base model {config.model.path}")
             return Named(config.model.path, config.model.path, None, config)
         return Named(f"{config.model.path} with {adapter}", config.model.path, adapter, config)
     found = None
@@ -110,13 +110,15 @@ def find_named(
     if adapter is None:
         return Named(given, given) if found is None else found
     if found is not None and found.adapter is not None:
-        raise UserError(f"{given}: this is an adapter itself, and --adapter {adapter} is another; give the base model and one")
+        raise UserError(
+            f"{given}: this is an adapter, and --adapter {adapter} is a second one; give the base model and one adapter"
+        )
     model = given if found is None else found.model
     return Named(f"{model} with {adapter}", model, adapter)
 
 
 def _of_run(run: Path, result: Path, config: Config, trained: Config) -> Named:
-    """The result of a run; `trained` is its configuration without this command's overrides."""
+    """Return the result of a run; `trained` is its configuration without this command's overrides."""
     tokenizers = [(one.model.tokenizer, one.model.chat_template) for one in (config, trained)]
     own = (result / "tokenizer_config.json").is_file() and tokenizers[0] == tokenizers[1]
     if (result / ADAPTER).is_file():
@@ -134,7 +136,7 @@ def _of_adapter(given: str, place: Path) -> Named:
         resolve_config(str(base), revision)
     except UserError as error:
         raise UserError(
-            f"{place}: its {ADAPTER} names the base model {base}, which is not to be had here ({error}). "
-            f"Give the model's own place, and this folder as --adapter"
+            f"{place}: its {ADAPTER} names the base model {base}, which cannot be found ({error}). "
+            f"Give the path or Hub id of the model, and this folder as --adapter"
         ) from None
     return Named(given, str(base), place, revision=revision)

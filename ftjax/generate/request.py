@@ -1,4 +1,4 @@
-"""What is asked of a model: a prompt, how tokens are chosen, and when to stop."""
+"""Requests for generation: a prompt, sampling settings and stopping criteria."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -13,16 +13,16 @@ Prompt = str | Sequence[Message] | Sequence[int] | Example
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and everything that its answer depends on, besides the model.
+    """One prompt and all settings that its answer depends on, besides the model.
 
     Attributes:
-        prompt: a text, a list of messages, an `Example` of data (its prompt), or token ids; all but the last become what
-            training saw (`ftjax.data.template.render_prompt`).
+        prompt: a text, a list of messages, a data `Example` (its prompt is used), or token ids. All but token ids are rendered
+            as in training (`ftjax.data.template.render_prompt`).
         sampling: how tokens are chosen.
-        max_new_tokens: the longest answer; shorter where the model's context ends.
+        max_new_tokens: maximum length of the answer; the model's context may limit it further.
         stop: strings that end an answer and are not part of it.
-        seed, number: make the random key of the answer.
-        chat: whether a text is a user's message in the chat template; None: where the tokenizer has one.
+        seed, number: determine the PRNG key of the answer.
+        chat: whether to render a text as a user message with the chat template; None: if the tokenizer has one.
         tools: functions that the model may call, as JSON schemas for the chat template.
     """
 
@@ -36,14 +36,14 @@ class Request:
     tools: list[Any] | None = None
 
     def __post_init__(self):
-        """Raises UserError for an answer without a token."""
+        """Check and normalise the fields. Raises UserError if `max_new_tokens` is less than 1."""
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens = {self.max_new_tokens}; expected at least 1")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
 
     @classmethod
     def of(cls, prompt: Prompt = "", **settings: Any) -> "Request":
-        """A request by the names of its own attributes and of those of `Sampling`.
+        """Create a request from its own attributes and those of `Sampling`, by name.
 
         Raises UserError for values out of range.
         """
@@ -54,13 +54,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of one of several answers.
+    """A streamed piece of one of several answers.
 
     Attributes:
-        index: which request it answers, counted from 0.
-        text: what is new and will not change.
-        tokens: ids that are new; their text may come with a later piece.
-        finish_reason: `stop` or `length` in the last piece of an answer.
+        index: index of the request, from 0.
+        text: new text, which will not change any more.
+        tokens: new token ids; their text may come with a later piece.
+        finish_reason: `stop` or `length` in the last piece of an answer, otherwise None.
     """
 
     index: int

@@ -1,4 +1,4 @@
-"""From logits to the next token. Every step means what transformers' logits processors mean, in their order:
+"""Choose the next token from logits. The steps match transformers' logits processors, in their order:
 repetition penalty, temperature, top-k, top-p, min-p.
 
 Legend: B batch, V vocab.
@@ -17,16 +17,17 @@ from ftjax.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. The defaults choose the most probable one.
+    """Sampling settings. The defaults are greedy decoding.
 
     Attributes:
         temperature: logits are divided by it; 0 is greedy decoding.
-        top_k: only so many of the most probable tokens, ties with the last of them included; None or 0: all.
-        top_p: only the most probable tokens that together reach this probability (Holtzman et al. 2019,
+        top_k: keep only this many of the most probable tokens, including ties with the last one; None or 0: all.
+        top_p: keep only the most probable tokens that together reach this probability (Holtzman et al. 2019,
             arXiv:1904.09751).
-        min_p: only tokens at least so probable, relative to the most probable one (Nguyen et al. 2024, arXiv:2407.01082).
+        min_p: keep only tokens with at least this probability, relative to the most probable one (Nguyen et al. 2024,
+            arXiv:2407.01082).
         repetition_penalty: positive logits of tokens in prompt or answer are divided by it, negative ones multiplied
-            (Keskar et al. 2019, arXiv:1909.05858); greedy decoding heeds it too.
+            (Keskar et al. 2019, arXiv:1909.05858); also applies to greedy decoding.
     """
 
     temperature: float = 0.0
@@ -60,12 +61,13 @@ class Sampling:
 
 
 class RowSampling(NamedTuple):
-    """`Sampling` of each row of a batch, as arrays `[B]`: rows that sample differently share a program.
+    """`Sampling` of each row of a batch, as arrays `[B]`, so that rows with different settings share a program.
 
     Attributes:
         temperature: float32; 0 is greedy decoding.
         top_k: int32; 0 is no limit.
-        cut: float32, 1 - top_p, what may be left out: a sum of small numbers is exact where one near 1 is not. 0 is no limit.
+        cut: float32, 1 - top_p, the probability mass to drop: sums of small numbers are more exact than sums near 1. 0 is no
+            limit.
         min_p: float32; 0 is no limit.
         repetition_penalty: float32; 1 is none.
     """
@@ -78,7 +80,7 @@ class RowSampling(NamedTuple):
 
 
 def row_sampling(rows: Sequence[Sampling]) -> RowSampling:
-    """Arrays of the host. A greedy row has no limits: its most probable token is within all of them."""
+    """Return the settings as host arrays. Greedy rows get no limits: their most probable token is within any limit."""
     kinds = {"temperature": np.float32, "top_k": np.int32, "cut": np.float32, "min_p": np.float32}
     values = {
         "temperature": [one.temperature for one in rows],
@@ -91,12 +93,12 @@ def row_sampling(rows: Sequence[Sampling]) -> RowSampling:
 
 
 def process(logits: jax.Array, seen: jax.Array, rows: RowSampling) -> jax.Array:
-    """Logits `[B, V]` float32 as each row's sampling changes them; refused tokens get -inf.
+    """Apply each row's sampling settings to the float32 logits `[B, V]`; excluded tokens get -inf.
 
-    What no row asks for is not computed.
+    Limits that no row uses are not computed.
 
     Args:
-        seen: [B, V] bool, the tokens of prompt and answer, for the repetition penalty.
+        seen: [B, V] bool, tokens that occur in prompt or answer, for the repetition penalty.
     """
     penalty, top_k, cut, min_p = (x[:, None] for x in (rows.repetition_penalty, rows.top_k, rows.cut, rows.min_p))
     logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -119,11 +121,11 @@ def process(logits: jax.Array, seen: jax.Array, rows: RowSampling) -> jax.Array:
 
 
 def choose(logits: jax.Array, temperature: jax.Array, keys: jax.Array) -> jax.Array:
-    """`[B]` int32: a token of each row of processed logits.
+    """Choose a token per row from processed logits; return int32 `[B]`.
 
     Args:
         temperature: [B]; rows where it is 0 take the most probable token.
-        keys: [B], one PRNG key for each row.
+        keys: [B], one PRNG key per row.
     """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -138,9 +140,9 @@ def _keep(logits: jax.Array, kept: jax.Array) -> jax.Array:
 
 
 def _threshold(scores: jax.Array, weights: jax.Array, most: jax.Array) -> jax.Array:
-    """`[B, 1]`: the largest score such that the weights of all lower scores add up to at most `most`.
+    """Return the largest score `[B, 1]` such that the weights of all lower scores add up to at most `most`.
 
-    Found bit by bit in the order-preserving integers of the float32 scores: as exact as a sort, and much cheaper.
+    The search goes bit by bit over order-preserving integers of the float32 scores: as exact as a sort, and much cheaper.
     """
     bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
     order = jax.lax.bitcast_convert_type(jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31))), jnp.uint32)
@@ -151,7 +153,7 @@ def _threshold(scores: jax.Array, weights: jax.Array, most: jax.Array) -> jax.Ar
         return jnp.where(below <= most, tried, found)
 
     found = jax.lax.fori_loop(0, 32, body, jnp.zeros((*scores.shape[:-1], 1), jnp.uint32))
-    # The most probable token stays, whatever rounding makes of the sums; and the result is a score, not a pattern of bits.
+    # Clip so that the most probable token is kept despite rounding in the sums, and the result is a valid float.
     found = jnp.clip(found, jnp.min(order, axis=-1, keepdims=True), jnp.max(order, axis=-1, keepdims=True))
     bits = jax.lax.bitcast_convert_type(found, jnp.int32)
     return jax.lax.bitcast_convert_type(jnp.where(bits < 0, bits ^ jnp.int32(-(2**31)), ~bits), jnp.float32)

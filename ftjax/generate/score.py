@@ -1,4 +1,4 @@
-"""How probable given texts are: the log-likelihood of each token of a completion after its prompt.
+"""Compute the log-likelihood of each token of a completion, given its prompt.
 
 Legend: B batch, T length, C longest completion, E embed, V vocab.
 """
@@ -18,17 +18,17 @@ from ftjax.models.context import Context
 from ftjax.objectives.logprobs import token_logprobs
 from ftjax.objectives.projection import projection
 
-LOGITS = 1 << 25  # logits that exist at one time, in numbers (128 MiB in float32)
+LOGITS = 1 << 25  # maximum number of logits in memory at a time (128 MiB in float32)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one completion.
+    """Log-likelihood of one completion.
 
     Attributes:
-        tokens: its ids.
-        logprobs: log p(token | everything before it), natural logarithm.
-        greedy: whether every token is the most probable one in its place.
+        tokens: its token ids.
+        logprobs: log p(token | all tokens before it), natural logarithm.
+        greedy: whether every token is the most probable one at its position.
     """
 
     tokens: list[int]
@@ -44,7 +44,7 @@ def score_step(
     runner: Runner, params: Mapping[str, jax.Array], tokens: jax.Array, segment_ids: jax.Array, index: jax.Array,
     targets: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """`(log p [B, C], is what greedy decoding writes [B, C])` of `targets [B, C]`, each at `index [B, C]` of its row."""
+    """Return `(log p [B, C], is most probable [B, C])` of `targets [B, C]`, predicted at positions `index [B, C]`."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     ctx = Context(positions, segment_ids, runner.dtype)
     module = runner.model.bind(params)
@@ -59,7 +59,7 @@ def score_step(
 def head_step(
     runner: Runner, params: Mapping[str, jax.Array], tokens: jax.Array, segment_ids: jax.Array, index: jax.Array
 ) -> jax.Array:
-    """float32 scores `[B, labels]` of a classification head, read at `index [B]` of each row."""
+    """Return float32 scores `[B, labels]` of a classification head, read at position `index [B]` of each row."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     ctx = Context(positions, segment_ids, runner.dtype)
     module = runner.model.bind(params)
@@ -68,9 +68,9 @@ def head_step(
 
 
 def completion_ids(prompt: Any, ids: Sequence[int], completion: str | Sequence[int], tokenizer: Any) -> list[int]:
-    """The ids of a completion behind a prompt of these ids, tokenised as training would, without an EOS.
+    """Return the token ids of a completion after a prompt with these ids, tokenised as in training, without an EOS token.
 
-    Where the whole text is plain, it is tokenised in one, unless tokens would merge across the boundary.
+    Plain text is tokenised together with its prompt, unless tokens would merge across the boundary.
     """
     if not isinstance(completion, str):
         return [int(token) for token in completion]
@@ -82,7 +82,7 @@ def completion_ids(prompt: Any, ids: Sequence[int], completion: str | Sequence[i
 
 
 class Query(NamedTuple):
-    """One row of `score_step`: `tokens` that go through the model, and the `targets` that its places `index` predict."""
+    """One row of `score_step`: the input `tokens`, and the `targets` predicted at positions `index`."""
 
     tokens: Sequence[int]
     index: Sequence[int]
@@ -90,13 +90,13 @@ class Query(NamedTuple):
 
     @classmethod
     def of(cls, prompt: Sequence[int], completion: Sequence[int]) -> "Query":
-        """The prompt `5 6` with the completion `7 8` is the row `5 6 7`, whose places 1 and 2 predict 7 and 8."""
+        """Build the row: prompt `5 6` with completion `7 8` becomes `5 6 7`, whose positions 1 and 2 predict 7 and 8."""
         text = [*prompt, *completion]
         return cls(text[:-1], range(len(prompt) - 1, len(text) - 1), completion)
 
 
 def arrays(queries: Sequence[Query], rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """`(tokens, segment ids [rows, T], index, targets [rows, C])`, padded behind."""
+    """Return `(tokens, segment ids [rows, T], index, targets [rows, C])`, padded on the right."""
     length = bucket(max(len(query.tokens) for query in queries), 16)
     longest = bucket(max(len(query.targets) for query in queries), 4)
     tokens, segments = np.zeros((2, rows, length), np.int32)

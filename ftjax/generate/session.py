@@ -1,4 +1,4 @@
-"""A model that answers: `Generator` turns prompts into texts, in batches, on whatever devices the weights lie on."""
+"""`Generator`: generate answers to prompts in batches, on the devices that hold the weights."""
 
 import logging
 import math
@@ -36,22 +36,22 @@ from ftjax.models.model import Model
 
 log = logging.getLogger(__name__)
 
-CHUNK_WITH_STOPS = 8  # tokens between two looks of the host, which finds stop strings
-CHUNK_OF_A_STREAM = 4  # tokens between two pieces of an answer
+CHUNK_WITH_STOPS = 8  # tokens per decode call if there are stop strings, which the host checks
+CHUNK_OF_A_STREAM = 4  # tokens per streamed piece
 BATCH_SIZE = 32
 
 
 class Generator:
-    """Answers prompts with one model. Programs are compiled once for each shape, and shapes are few.
+    """Answers prompts with one model. Programs are compiled once per shape; sizes are bucketed to keep shapes few.
 
-    With several processes each must make the same calls.
+    With several processes, each must make the same calls.
 
     Attributes:
-        model, params: what runs. `params` may be replaced between calls, so that a model in training can be watched.
+        model, params: the model and its parameters. `params` may be replaced between calls, to sample during training.
         settings: generation_config.json of the model.
-        context: the most tokens that prompt and answer may have together.
-        ends: ids that end an answer.
-        special_tokens_in_text, fold_system: how prompts that are texts or messages meet the chat template (`render_prompt`).
+        context: maximum number of tokens of prompt and answer together.
+        ends: token ids that end an answer.
+        special_tokens_in_text, fold_system: how texts and messages are rendered with the chat template (`render_prompt`).
     """
 
     def __init__(
@@ -59,20 +59,20 @@ class Generator:
         mesh: Mesh | None = None, tokenizer: Any = None, chat_template: str | None = None, merge: bool = True,
         quantization: str | None = None, special_tokens_in_text: Mode | None = None, fold_system: bool | None = None,
     ):  # fmt: skip
-        """Load a model and, where one is given, an adapter.
+        """Load a model and optionally an adapter.
 
         Args:
             model_path: Hub id, local folder or .gguf file.
             adapter: a PEFT folder.
-            dtype: of weights, activations and cache: `auto`, `float32`, `bfloat16` or `float16`.
-            mesh: None takes one device.
-            tokenizer: where it is not the model's own: one that is loaded, or the folder or Hub id of one.
-            chat_template: where it is not the tokenizer's own: a Jinja template, or the path of a .jinja file.
-            merge: add the adapter to the weights, which is faster; false keeps it apart.
-            special_tokens_in_text, fold_system: of prompts that are texts or messages; None: `data`'s defaults.
-            quantization: `int8` or `nf4`: hold the dense layers' weights in few bits, and the adapter apart.
+            dtype: dtype of weights, activations and cache: `auto`, `float32`, `bfloat16` or `float16`.
+            mesh: None uses one device.
+            tokenizer: a tokenizer, or the folder or Hub id of one; None uses the model's own.
+            chat_template: a Jinja template, or the path of a .jinja file; None uses the tokenizer's own.
+            merge: merge the adapter into the weights, which is faster; False keeps it unmerged.
+            special_tokens_in_text, fold_system: how texts and messages are rendered; None uses the defaults of `data`.
+            quantization: `int8` or `nf4`: quantise the weights of dense layers, and keep the adapter unmerged.
 
-        Raises UserError where something is missing, damaged or not supported.
+        Raises UserError if anything is missing, damaged or not supported.
         """
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
         kind = choose_dtype(dtype)
@@ -92,11 +92,11 @@ class Generator:
         cls, model: Model, params: Mapping[str, jax.Array], tokenizer: Any, *, mesh: Mesh, dtype: Any,
         source: Path | None = None,
     ) -> "Generator":  # fmt: skip
-        """From a model that is already there, such as one in training.
+        """Create a generator from a model in memory, such as one in training.
 
         Args:
-            params: all of them, frozen and trained, as they lie on the mesh.
-            dtype: of activations and cache.
+            params: all parameters, frozen and trained, as they are placed on the mesh.
+            dtype: dtype of activations and cache.
             source: the base model's folder, for its generation_config.json.
         """
         self = cls.__new__(cls)
@@ -110,18 +110,18 @@ class Generator:
         self.special_tokens_in_text: Mode = "split"
         self.fold_system = True
         self.context, self.ends = model.sizes.positions, end_ids(model.config, self.settings, tokenizer)
-        if model.max_positions is not None:  # virtual tokens take some of them
+        if model.max_positions is not None:  # virtual tokens use some positions
             self.context = min(self.context, model.max_positions)
 
-    # ---- what is called ----
+    # ---- public methods ----
 
     def generate(
         self, prompts: Sequence[Prompt], *, batch_size: int = BATCH_SIZE, logprobs: bool = False,
         progress: Callable[[int, int], None] | None = None, **settings: Any,
     ) -> list[Generation]:  # fmt: skip
-        """Answers each prompt, all with the same `settings` (those of `Request.of`), in their order.
+        """Answer all prompts, in order, with the same `settings` (see `Request.of`).
 
-        Arguments and errors are those of `answer`.
+        Other arguments and errors are those of `answer`.
         """
         requests = [Request.of(prompt, number=number, **settings) for number, prompt in enumerate(prompts)]
         return self.answer(requests, batch_size=batch_size, logprobs=logprobs, progress=progress)
@@ -130,15 +130,15 @@ class Generator:
         self, requests: Sequence[Request], *, batch_size: int = BATCH_SIZE, logprobs: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:  # fmt: skip
-        """Answers requests, in their order. An answer depends on its request alone, not on the batch that it is in.
+        """Answer requests, in order. An answer depends only on its request, not on the batch that it is in.
 
         Args:
-            batch_size: requests that are answered at a time.
-            logprobs: give log-probabilities too.
-            progress: called with the number of finished answers and of tokens so far.
+            batch_size: number of requests per batch.
+            logprobs: also return log-probabilities.
+            progress: called with the number of finished answers and the number of tokens so far.
 
         Raises UserError for settings out of range, an empty prompt, or one that does not fit into the model's context, and
-        NotFinite where the model gives no probabilities.
+        NotFinite if the logits are not finite.
         """
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size}; expected at least 1")
@@ -164,18 +164,18 @@ class Generator:
     def stream(
         self, requests: Iterable[Request], *, rows: int = 8, slots: int | None = None, steps: int = CHUNK_OF_A_STREAM
     ) -> Iterator[Piece]:
-        """Answers requests as they come, many at a time, and gives each answer piece by piece.
+        """Answer requests with continuous batching and yield each answer piece by piece.
 
-        A request takes a row as soon as one is free, while the others go on; the next one is asked for when there is a row
-        for it. Several processes must have the same requests.
+        A request takes a row as soon as one is free, while the others continue; `requests` is only advanced when a row is
+        free. Several processes must pass the same requests.
 
         Args:
-            rows: requests that are answered at a time; rounded up to the devices that share them.
-            slots: tokens of the longest prompt with its answer; None: of the first `rows` requests. A request that needs more
-                waits until all others have ended, and a larger cache is made.
-            steps: tokens between two pieces.
+            rows: number of requests in flight; rounded up to a multiple of the devices that rows are sharded over.
+            slots: maximum number of tokens of prompt and answer; None takes it from the first `rows` requests. A request that
+                needs more waits until all others have ended, and then gets a larger cache.
+            steps: tokens per piece.
 
-        Raises UserError and NotFinite as `answer` does; what was given until then stays valid.
+        Raises UserError and NotFinite as `answer` does; pieces yielded before that remain valid.
         """
         rows = math.ceil(max(1, rows) / self.engine.shards) * self.engine.shards
         coming = ((index, self.begin(request, index)) for index, request in enumerate(requests))
@@ -211,22 +211,22 @@ class Generator:
         short = [a.limit for a, request in zip(answers, requests, strict=True) if a.limit < request.max_new_tokens]
         if short:
             log.warning(
-                "max_new_tokens is more than fits: prompt and answer may have %d tokens together, so that %d answer(s) "
-                "can be %d tokens at most", self.context, len(short), min(short),
+                "max_new_tokens exceeds the context: prompt and answer may have %d tokens together, so %d answer(s) "
+                "are limited, the shortest to %d tokens", self.context, len(short), min(short),
             )  # fmt: skip
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]], *, batch_size: int = BATCH_SIZE,
         progress: Callable[[int], None] | None = None,
     ) -> list[Score]:  # fmt: skip
-        """The log-likelihood of each completion behind its prompt, token by token; no EOS is added.
+        """Return the log-likelihood of each completion given its prompt, token by token; no EOS token is added.
 
         Args:
-            completions: texts (tokenised as `ftjax.generate.score.completion_ids` says) or token ids.
+            completions: texts (tokenised by `ftjax.generate.score.completion_ids`) or token ids.
             progress: called with the number of scored completions so far.
 
-        Raises UserError for an empty completion, and for a text that does not fit into the model's context, and NotFinite
-        where the model gives no probabilities.
+        Raises UserError for an empty completion or a text that does not fit into the model's context, and NotFinite if the
+        logits are not finite.
         """
         pairs = []
         for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -250,17 +250,18 @@ class Generator:
         return [found[i] for i in range(len(pairs))]
 
     def encode(self, prompt: Prompt, number: int = 0, chat: bool | None = None, tools: list[Any] | None = None) -> list[int]:
-        """The ids of a prompt; `number` is for messages.
+        """Return the token ids of a prompt; `number` is used in error messages.
 
-        Raises UserError where there are none, too many, or some that the model does not have, and for a model that writes
-        nothing.
+        Raises UserError if there are none, too many, or some outside the vocabulary, and for a classification model.
         """
         if classes_of(self.model.config):
-            raise UserError("the model has a classification head, which writes no answers; ftjax evaluate says what it finds")
+            raise UserError("the model has a classification head and generates no text; use ftjax evaluate for its predictions")
         if isinstance(prompt, Example):
             ids = example_prompt(prompt, self.tokenizer)
             if ids is None:
-                raise UserError(f"{prompt.where}: it has no prompt, so that there is nothing to answer")
+                raise UserError(
+                    f"{prompt.where}: it has no prompt, so there is nothing to answer; give it one or remove the row"
+                )
         elif not isinstance(prompt, str) and all(isinstance(token, int | np.integer) for token in prompt):
             ids = [int(token) for token in prompt]
         else:
@@ -269,22 +270,22 @@ class Generator:
                 fold_system=self.fold_system,
             )  # fmt: skip
         if not ids:
-            raise UserError(f"prompt {number + 1} is empty, and this tokenizer puts nothing before it; give at least a word")
+            raise UserError(f"prompt {number + 1} is empty, and this tokenizer adds no BOS token; give at least one word")
         vocab = self.model.sizes.vocab
         if not 0 <= min(ids) <= max(ids) < vocab:
             wrong = next(i for i in ids if not 0 <= i < vocab)
             raise UserError(
-                f"prompt {number + 1} has the token {wrong}, and the model's are 0 to {vocab - 1}; is it another's?"
+                f"prompt {number + 1} has the token {wrong}, and the model's are 0 to {vocab - 1}; use its own tokenizer"
             )
         if len(ids) >= self.context:
             raise UserError(
                 f"prompt {number + 1} has {len(ids)} tokens, and the model's context is {self.context}, answer included; "
-                "shorten the prompt, or take a model with a longer context"
+                "shorten the prompt, or use a model with a longer context"
             )
         return ids
 
     def begin(self, request: Request, index: int = 0) -> Answer:
-        """An answer without a token yet, whose length the context limits; `index` is for messages."""
+        """Return a new, empty answer, its length limited by the context; `index` is used in error messages."""
         prompt = self.encode(request.prompt, index, request.chat, request.tools)
         stops, limit = StopStrings(request.stop), min(request.max_new_tokens, self.context - len(prompt))
         stream = TextStream(self.tokenizer, prompt)
@@ -294,7 +295,7 @@ class Generator:
         )  # fmt: skip
 
     def ends_with(self, stops: StopStrings) -> frozenset[int]:
-        """Ids that end an answer, stop strings included that are a token of their own, which may not show in a text."""
+        """Return the token ids that end an answer, including added tokens that are stop strings: text may not show these."""
         known = self.tokenizer.get_added_vocab() if stops.strings else {}
         return self.ends | {known[string] for string in stops.strings if string in known}
 
@@ -304,7 +305,7 @@ def _slots(answer: Answer) -> int:
 
 
 def _with_adapters_tokenizer(settings: ModelConfig, adapter: str | Path | None) -> ModelConfig:
-    """An adapter folder that brings a tokenizer means that one: it may have a chat template that the base lacks."""
+    """Use the tokenizer in the adapter folder, if there is one: it may have a chat template that the base model lacks."""
     if settings.tokenizer is None and adapter and (Path(adapter) / "tokenizer_config.json").is_file():
         return settings.model_copy(update={"tokenizer": str(adapter)})
     return settings

@@ -1,4 +1,4 @@
-"""From tokens to text as it grows, and where a text has to stop."""
+"""Decode tokens to text incrementally, and find stop strings."""
 
 import re
 from collections.abc import Sequence
@@ -7,30 +7,30 @@ from typing import Any
 from ftjax.data.template import Template
 from ftjax.errors import UserError
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # how tokenizers show bytes that are not yet a character
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a character that SentencePiece has no piece for
-CONTEXT = 16  # tokens of the prompt that are decoded along, so that spaces come out as they stand between words
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # how tokenizers decode bytes of an incomplete character
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's byte fallback
+CONTEXT = 16  # prompt tokens decoded together with the answer, so that spaces between words come out right
 
 
 class TextStream:
-    """The text of an answer, piece by piece: never a part of a character, and in the end the same as decoded at once."""
+    """Decodes an answer incrementally: never yields part of a character, and the total equals decoding all tokens at once."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), skip_special_tokens: bool = True):
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._tokens = list(prompt[-CONTEXT:])
-        self._start, self._read = 0, len(self._tokens)  # where the decoded window begins, and how far it was given out
+        self._start, self._read = 0, len(self._tokens)  # start of the decoded window, and end of what was returned
 
     def feed(self, tokens: Sequence[int]) -> str:
-        """The new text; part of a character comes with the token that completes it."""
+        """Return the new text; an incomplete character is held back until its last token."""
         self._tokens += tokens
         return self._advance(finish=False)
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text held back so far."""
         return self._advance(finish=True)
 
     def _advance(self, finish: bool) -> str:
-        # A run of byte pieces is decoded as a whole: one wrong byte breaks the characters before it, too.
+        # Decode a run of byte pieces as a whole: one invalid byte also breaks the characters before it.
         if not finish and self._tokens and BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(self._tokens[-1]) or ""):
             return ""
         before, now = self._decode(self._tokens[self._start : self._read]), self._decode(self._tokens[self._start :])
@@ -42,7 +42,7 @@ class TextStream:
         return now[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:
-        # Nothing is cleaned up: the text is what the model wrote.
+        # No clean-up of spaces: the text has to be exactly what the model generated.
         return self._tokenizer.decode(tokens, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
 
 
@@ -53,23 +53,23 @@ class StopStrings:
         self.strings = tuple(dict.fromkeys(string for string in strings if string))
 
     def find(self, text: str, start: int = 0) -> int | None:
-        """Where the first of them begins, at `start` or later."""
+        """Return the index of the first stop string at `start` or later, or None."""
         found = [at for string in self.strings if (at := text.find(string, max(0, start))) >= 0]
         return min(found, default=None)
 
     @property
     def reach(self) -> int:
-        """Characters before new text from which a stop string may begin."""
+        """Number of characters before new text in which a stop string may begin."""
         return max(map(len, self.strings), default=1) - 1
 
     def open(self, text: str) -> int:
-        """Characters at the end of `text` that may yet become a stop string, so that they should not be shown."""
+        """Return the number of characters at the end of `text` that may become a stop string and must be held back."""
         sizes = range(min(self.reach, len(text)), 0, -1)
         return next((n for n in sizes if any(string.startswith(text[-n:]) for string in self.strings)), 0)
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The special token with which the chat template closes an answer (`<end_of_turn>`), which need not be the EOS."""
+    """Return the token that closes an answer in the chat template (`<end_of_turn>`), which may differ from EOS, or None."""
     try:
         return Template(tokenizer).closers[0]
     except UserError:  # several templates and no default

@@ -1,4 +1,4 @@
-"""What a person types or pipes in, as text."""
+"""Read text that a user types or pipes in."""
 
 import io
 import os
@@ -9,27 +9,29 @@ from typing import TextIO
 
 from ftjax.errors import UserError
 
-PASTED = 0.05  # seconds within which the next line of a pasted text is there
+PASTED = 0.05  # seconds within which the next line of a pasted text arrives
 
 
 def keep_wrong_bytes(stream: TextIO) -> None:
-    """Let bytes that are no text of the stream's encoding through as lone surrogates, for `checked` to find: whether Python
-    raises at them depends on the locale, and what was read with them would be lost."""
+    """Decode invalid bytes as lone surrogates, for `checked` to find.
+
+    Otherwise it would depend on the locale whether Python raises, and the text read together with them would be lost.
+    """
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="surrogateescape")
 
 
 def read_standard_input() -> str:
-    """All of it. Raises UserError where it is not text."""
+    """Read all of standard input. Raises UserError if it is not valid text."""
     keep_wrong_bytes(sys.stdin)
     return checked(sys.stdin.read(), "the standard input")
 
 
 def checked(text: str, what: str) -> str:
-    """The text itself. Raises UserError where a part of it was no text, naming line and byte.
+    """Return the text unchanged. Raises UserError, naming line and byte, if part of it is not valid text.
 
     Args:
-        what: where it comes from.
+        what: source of the text, for the message.
     """
     try:
         text.encode("utf-8")
@@ -45,15 +47,15 @@ def checked(text: str, what: str) -> str:
 
 
 def read_turn(interactive: bool, alone: Callable[[str], bool]) -> str | None:
-    """One message of a conversation, of one line or several; None at the end of the input.
+    """Read one message of a conversation, of one or more lines; return None at the end of the input.
 
-    Lines that are pasted into a terminal are one message: it marks what is pasted, or else the next line already waits when
-    one is read. A line that ends in a backslash goes on in the next one.
+    Lines pasted into a terminal are one message: the terminal marks pasted text, or else the next line is already waiting
+    when one is read. A line that ends in a backslash continues on the next one.
 
     Args:
-        alone: whether a line is a message by itself, whatever waits behind it.
+        alone: whether a line is a message by itself, even if more input is waiting.
 
-    Raises UserError where it is not text.
+    Raises UserError if the input is not valid text.
     """
     if interactive:
         _edit_lines()
@@ -72,7 +74,7 @@ def read_turn(interactive: bool, alone: Callable[[str], bool]) -> str | None:
 
 
 def _edit_lines() -> None:
-    """Arrow keys and a history; and GNU's readline takes what is pasted as one text, which Python turns off."""
+    """Enable line editing and history, and GNU readline's bracketed paste, which Python turns off."""
     try:
         import readline
     except ImportError:  # not on Windows
@@ -82,5 +84,5 @@ def _edit_lines() -> None:
 
 
 def _waits(stream: TextIO) -> bool:
-    """Whether there is more to be read at once."""
+    """Return whether more input is waiting."""
     return os.name == "posix" and bool(select.select([stream], [], [], PASTED)[0])

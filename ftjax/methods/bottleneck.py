@@ -26,7 +26,7 @@ from ftjax.config import BottleneckConfig, DoubleSeqBnConfig, ParBnConfig, SeqBn
 from ftjax.errors import UserError
 from ftjax.methods.method import Method
 from ftjax.models.context import Context
-from ftjax.models.layers import ACTIVATIONS, AsItIs, project
+from ftjax.models.layers import ACTIVATIONS, IdentityAdapter, project
 from ftjax.models.model import Model
 from ftjax.models.param import Init, param
 from ftjax.models.stack import Stack
@@ -76,7 +76,7 @@ WITHOUT_EFFECT = {key for key in FIXED if "phm" in key.lower()} - {"phm_layer"} 
 
 
 class Bottleneck(nnx.Module):
-    """Replaces `AsItIs` in a block."""
+    """Replaces `IdentityAdapter` in a block."""
 
     def __init__(self, path: str, size: int, count: int | None, kind: Kind, config: BottleneckConfig):
         """`count`: layers stacked in the block; None for a block that is not stacked."""
@@ -95,7 +95,7 @@ class Bottleneck(nnx.Module):
 
     def without_adapter(self) -> nnx.Module:
         """Return the module to put here when the method is removed."""
-        return AsItIs()
+        return IdentityAdapter()
 
     def __call__(self, x: jax.Array, o: jax.Array, ctx: Context) -> jax.Array:
         """Apply the bottleneck, x and o `[B, T, E] -> o' [B, T, E]`."""
@@ -121,7 +121,7 @@ def make_method(name: str, section: type[BottleneckConfig], kind: Kind) -> Metho
         nodes = {path: node for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)}
         size = root.sizes.embed
         for path, node in nodes.items():
-            if isinstance(node, AsItIs) and path[-1] in kind.places:
+            if isinstance(node, IdentityAdapter) and path[-1] in kind.places:
                 above = next((path[:end] for end in range(len(path)) if isinstance(nodes.get(path[:end]), Stack)), None)
                 count = None if above is None else len(nodes[above].layers_of(str(path[len(above)])))
                 setattr(nodes[path[:-1]], str(path[-1]), Bottleneck(".".join(map(str, path)), size, count, kind, config))

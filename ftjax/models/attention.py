@@ -1,7 +1,7 @@
-"""Causal attention over packed rows. Every backend honours segment ids, windows, softcap and sinks, or refuses.
+"""Causal attention over packed rows. Every backend honours segment ids, windows, softcap and sinks, or raises an error.
 
-Order in a row (the slot), not the RoPE position, decides what is causal, so the same code serves packed training rows and the
-KV cache.
+Causality follows the order in a row (the slot), not the RoPE position, so that the same code serves packed training rows and
+the KV cache.
 
 Legend: B batch, T query length, S key length, N heads, K kv heads, G = N / K, H head dim.
 """
@@ -26,12 +26,12 @@ __all__ = ["KERNELS", "MASKED", "Pattern", "attend", "choose", "visible"]
 def visible(
     q_segments: jax.Array, k_segments: jax.Array | None, offset: jax.Array | int, slots: int, window: int | None
 ) -> jax.Array:
-    """`[B, T, S]` bool: key s is of query t's document, not after it, and inside the window.
+    """Return the attention mask `[B, T, S]`: key s is in query t's document, not after it, and inside the window.
 
     Args:
         q_segments: [B, T] int32.
         k_segments: [B, S] int32; None for a KV cache, whose rows are one document each.
-        offset: slot of the first query, of each row [B] or of all.
+        offset: slot of the first query, per row [B] or the same for all.
         slots: S.
     """
     q_slot = jnp.asarray(offset, jnp.int32)[..., None, None] + jnp.arange(q_segments.shape[1], dtype=jnp.int32)[:, None]
@@ -55,7 +55,7 @@ def xla(
     sinks: jax.Array | None = None,
     prefix: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """The reference: scores in full, softmax in float32."""
+    """Compute attention in plain XLA, the reference: the full score matrix, softmax in float32."""
     b, t, n, h = q.shape
     kv = k.shape[2]
     mask = visible(q_segments, k_segments, offset, k.shape[1], pattern.window)
@@ -70,15 +70,15 @@ def xla(
     if pattern.softcap is not None:
         scores = pattern.softcap * jnp.tanh(scores / pattern.softcap)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
-    if sinks is not None:  # one more score in the sum, to which no value belongs
+    if sinks is not None:  # an extra score in the softmax, without a value
         sink = sinks.astype(jnp.float32).reshape(1, kv, n // kv, 1, 1)
         scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
     probabilities = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(q.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", probabilities, v, precision=precision).reshape(b, t, n, v.shape[-1])
 
 
-# Self-attention of packed rows on one device: (q, k, v, segments, sinks, pattern) -> [B, T, N, H]. `splash_interpreted` is the
-# TPU kernel as plain JAX, for tests.
+# Self-attention of packed rows on one device: (q, k, v, segments, sinks, pattern) -> [B, T, N, H]. `splash_interpreted` is
+# the TPU kernel in interpret mode, for tests.
 KERNELS: dict[str, Callable[..., jax.Array]] = {
     "blockwise": blockwise,
     "splash": splash,
@@ -89,13 +89,13 @@ AUTO_CUDNN = "cudnn, or xla where that cannot"
 
 
 def choose(name: str, device: jax.Device, devices: int = 1) -> str:
-    """The backend for `model.attention` on devices of this kind.
+    """Return the backend for `model.attention` on devices of this kind.
 
-    `auto` takes splash on TPUs; cuDNN on GPUs that have it, layer by layer where a layer has something that cuDNN does not;
-    blockwise on a CPU; and the plain XLA one elsewhere: on several CPU devices, which are for trying a mesh and compile faster
-    so, and on other GPUs, with a warning, because its memory grows with the square of the length.
+    `auto` uses splash on TPUs; cuDNN on GPUs that support it, except in layers with features that cuDNN lacks; blockwise on a
+    single CPU device; and plain XLA elsewhere: on several CPU devices, which serve to try out a mesh and compile faster with
+    it, and on other GPUs, with a warning, because its memory grows with the square of the length.
 
-    Raises UserError for a backend that does not exist there.
+    Raises UserError for a backend that is not available on the device.
     """
     if name == "auto":
         if device.platform == "tpu":
@@ -118,23 +118,23 @@ def choose(name: str, device: jax.Device, devices: int = 1) -> str:
 
 
 def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: str, sinks=None, prefix=None):
-    """`[B, T, N, H]`: q `[B, T, N, H]` attends to k and v `[B, S, K, H]`.
+    """Compute attention of q `[B, T, N, H]` over k and v `[B, S, K, H]`; return `[B, T, N, H]`.
 
     Args:
-        q_segments: [B, T] int32. A key is seen by queries of the same segment only.
+        q_segments: [B, T] int32. Queries attend only to keys of the same segment.
         k_segments: [B, S] int32; None for a KV cache, whose rows are one document each.
-        offset: slot of the first query, of each row [B] or of all.
+        offset: slot of the first query, per row [B] or the same for all.
         pattern: scale, window and softcap of this layer.
-        backend: what `choose` gave. A KV cache, whose few queries have few scores, rows behind a prefix, and values of
-            another size than keys go through the plain XLA one.
-        sinks: [N], a learned score of each head that takes its share of the softmax and gives nothing (gpt-oss); or None.
-        prefix: keys and values [V, K, H] that stand before every document, and who sees them: bool [B, T, V]; or None.
+        backend: the result of `choose`. Attention over a KV cache (few queries, so few scores), with a prefix, or with values
+            of another size than keys falls back to plain XLA.
+        sinks: [N], a learned score per head that takes part in the softmax without a value (gpt-oss); or None.
+        prefix: keys and values [V, K, H] that precede every document, and a mask of who sees them, bool [B, T, V]; or None.
     """
     if backend in ("cudnn", AUTO_CUDNN) and (reason := missing_for(pattern, sinks, q.dtype, q.shape[-1])):
         if backend == "cudnn":
-            raise UserError(f"model.attention: cudnn cannot compute this model: {reason}; auto takes xla for such layers")
+            raise UserError(f"model.attention: cudnn cannot compute this model: {reason}; auto uses xla for such layers")
         backend = "xla"
-    other_values = v.shape[-1] != q.shape[-1]  # the kernels know one size of heads
+    other_values = v.shape[-1] != q.shape[-1]  # the kernels support a single head size
     if backend == "xla" or k_segments is not q_segments or prefix is not None or other_values:
         return xla(q, k, v, q_segments, k_segments, offset, pattern, sinks, prefix)
     kernel = KERNELS["cudnn" if backend == AUTO_CUDNN else backend]

@@ -1,10 +1,10 @@
-"""Attention in blocks of queries with its own backward pass: the scores of a block exist at a time, and none are kept.
+"""Blockwise attention with a custom backward pass: only the scores of one block of queries are in memory, and none are saved.
 
-Made for the CPU, where XLA's batched matrix products and the softmax over masked scores cost more than the arithmetic: every
-product here is a plain matrix product of one key head with all query heads of its group, and keys after a block are never
-touched. The backward pass recomputes probabilities from the saved log-sum-exp (Dao et al. 2022, arXiv:2205.14135).
+It is made for the CPU, where XLA's batched matrix products and the softmax over masked scores cost more than the arithmetic:
+here every product is a plain matrix product of one key head with all query heads of its group, and keys after a block are
+skipped. The backward pass recomputes probabilities from the saved log-sum-exp (Dao et al. 2022, arXiv:2205.14135).
 
-Legend: B batch, T length, N heads, K kv heads, G = N / K, H head dim, Q queries of a block, S keys up to its end.
+Legend: B batch, T length, N heads, K kv heads, G = N / K, H head dim, Q queries of a block, S keys up to the block's end.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ BLOCK = 256
 
 
 def blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """(queries of a block, the keys that any of them may see)."""
+    """Yield `(queries, keys)` per block: a slice of queries, and of the keys that any of them may see."""
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         first = 0 if window is None else max(0, start - window + 1)
@@ -29,7 +29,7 @@ def blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
 
 
 def _scores(q, k, segments, rows: slice, keys: slice, pattern: Pattern):
-    """float32 `[G, Q, S]`, masked, and the derivative of the softcap where there is one."""
+    """Return the masked float32 scores `[G, Q, S]`, and the derivative of the softcap, or None without one."""
     g, t, h = q.shape[0], rows.stop - rows.start, q.shape[-1]
     s = _dot(q[:, rows].reshape(g * t, h), k[keys].T).reshape(g, t, -1) * pattern.scale
     slope = None
@@ -48,15 +48,14 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _turned(x: jax.Array) -> jax.Array:
-    """The transpose, written out: XLA would otherwise fold it into the product, whose CPU kernel for a left factor that is
-    summed over its rows takes twice the time."""
+def _transposed(x: jax.Array) -> jax.Array:
+    """Return the transpose, materialised: XLA would fold it into the matrix product, whose CPU kernel is then half as fast."""
     return jax.lax.optimization_barrier(x.T)
 
 
 def _forward_head(pattern: Pattern, segments, sinks, q, k, v):
-    """One key head: q `[G, T, H]`, k and v `[T, H]`, segments `[T]`, sinks `[G]` (-inf: none) -> output `[G, T, H]`,
-    log-sum-exp `[G, T]`."""
+    """Run the forward pass of one key head: q `[G, T, H]`, k and v `[T, H]`, segments `[T]`, sinks `[G]` (-inf: none) ->
+    output `[G, T, H]`, log-sum-exp `[G, T]`."""
     outputs, sums = [], []
     for rows, keys in blocks(q.shape[1], pattern.window):
         s, _ = _scores(q, k, segments, rows, keys, pattern)
@@ -71,7 +70,7 @@ def _forward_head(pattern: Pattern, segments, sinks, q, k, v):
 
 
 def _backward_head(pattern: Pattern, segments, sinks, q, o, d_o, k, v, lse):
-    """The gradients of q `[G, T, H]`, of k and v as `[H, T]`, of the sinks `[G]`."""
+    """Return the gradients of q `[G, T, H]`, of k and v (transposed, `[H, T]`), and of the sinks `[G]`."""
     delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1)
     d_q, d_k, d_v = [], jnp.zeros(k.T.shape, jnp.float32), jnp.zeros(v.T.shape, jnp.float32)
     for rows, keys in blocks(q.shape[1], pattern.window):
@@ -84,37 +83,39 @@ def _backward_head(pattern: Pattern, segments, sinks, q, o, d_o, k, v, lse):
             d_s = d_s * slope
         d_s, p = d_s.reshape(flat).astype(q.dtype), p.reshape(flat).astype(q.dtype)
         d_q.append(_dot(d_s, k[keys]).reshape(q.shape[0], -1, q.shape[-1]))
-        d_k = d_k.at[:, keys].add(_dot(_turned(q_rows), d_s))
-        d_v = d_v.at[:, keys].add(_dot(_turned(d_rows), p))
+        d_k = d_k.at[:, keys].add(_dot(_transposed(q_rows), d_s))
+        d_v = d_v.at[:, keys].add(_dot(_transposed(d_rows), p))
     d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - lse) * delta, axis=1)
     return jnp.concatenate(d_q, axis=1), d_k, d_v, d_sinks
 
 
 def _by_query(x: jax.Array, kv: int) -> jax.Array:
-    """`[B, T, N, H] -> [B, K, G, T, H]`."""
+    """Reshape `[B, T, N, H] -> [B, K, G, T, H]`."""
     b, t, n, h = x.shape
     return x.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4)
 
 
 def _by_key(x: jax.Array) -> jax.Array:
-    """`[B, T, K, H] -> [B, K, T, H]`."""
+    """Transpose `[B, T, K, H] -> [B, K, T, H]`."""
     return x.transpose(0, 2, 1, 3)
 
 
 def _joined(x: jax.Array) -> jax.Array:
-    """The inverse of `_by_query`."""
+    """Invert `_by_query`."""
     b, kv, g, t, h = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(b, t, kv * g, h)
 
 
 def _each_head(run: Callable, segments: jax.Array, sinks: jax.Array | None, queries: tuple, keys: tuple, more: tuple = ()):
-    """`run(segments, sinks, *queries, *keys, *more)` of each key head of each row.
+    """Map `run(segments, sinks, *queries, *keys, *more)` over the key heads of each row.
 
-    Rows are the outer loop, so that a row's segments are an operand of the inner one: XLA's CPU kernels compute the mask of
-    scores many times slower where they also have to find the row.
+    Rows are the outer loop, so that the inner loop gets a row's segments as an operand: XLA's CPU kernels compute the mask
+    many times slower if they also have to index the row.
 
     Args:
-        queries: `[B, T, N, H]`, keys: `[B, T, K, H]`, more: `[B, K, ...]`.
+        queries: arrays [B, T, N, H].
+        keys: arrays [B, T, K, H].
+        more: arrays [B, K, ...].
     """
     kv, heads = keys[0].shape[2], queries[0].shape[2]
     sinks = jnp.full((heads,), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
@@ -132,8 +133,8 @@ def _each_head(run: Callable, segments: jax.Array, sinks: jax.Array | None, quer
 def blockwise(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sinks: jax.Array | None, pattern: Pattern
 ) -> jax.Array:
-    """Self-attention of packed rows: q `[B, T, N, H]`, k and v `[B, T, K, H]`, segments `[B, T]`, sinks `[N]` or None ->
-    `[B, T, N, H]`."""
+    """Compute self-attention of packed rows: q `[B, T, N, H]`, k and v `[B, T, K, H]`, segments `[B, T]`, sinks `[N]` or None
+    -> `[B, T, N, H]`."""
     return _forward(q, k, v, segments, sinks, pattern)[0]
 
 

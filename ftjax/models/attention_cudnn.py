@@ -1,11 +1,11 @@
 """cuDNN's flash attention on NVIDIA GPUs, with packed documents.
 
-jax.nn.dot_product_attention reaches cuDNN but cannot say where documents begin; the function below it can, by offsets and
-lengths of at most `DOCUMENTS` documents a row, on Hopper and later. It is private to JAX, so its absence is an answer here and
-not a crash. Keys and values are repeated for their query heads because JAX before 0.12 steps through packed keys with the
-number of query heads.
+jax.nn.dot_product_attention calls cuDNN but does not support packed documents. The private function that it calls does, with
+offsets and lengths of at most `DOCUMENTS` documents per row, on Hopper and later. As it is private to JAX, it may be missing,
+which is reported and does not crash. Keys and values are repeated for each query head because JAX before 0.12 strides through
+packed keys by the number of query heads.
 
-Legend: B batch, T length, N heads, K kv heads, H head dim, M documents of a row at most.
+Legend: B batch, T length, N heads, K kv heads, H head dim, M maximum number of documents per row.
 """
 
 import inspect
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from ftjax.models.attention_blockwise import blockwise
 from ftjax.models.pattern import Pattern
 
-DOCUMENTS = 64  # more in one row go through `blockwise`; cuDNN's statistics take M x N x T floats a row
+DOCUMENTS = 64  # rows with more fall back to `blockwise`; cuDNN's statistics take M x N x T floats per row
 
 
 def _private():
-    """The module, where this JAX has it and its function takes packed rows."""
+    """Return JAX's private cuDNN module if it exists and supports packed rows, or None."""
     try:
         from jax._src.cudnn import fused_attention_stablehlo as module
 
@@ -32,7 +32,7 @@ def _private():
 
 
 def missing_here(device: jax.Device) -> str | None:
-    """Why cuDNN's attention cannot be used on this device, or None."""
+    """Return the reason why cuDNN's attention cannot be used on this device, or None."""
     if device.platform not in ("gpu", "cuda"):
         return "it needs an NVIDIA GPU"
     capability = float(getattr(device, "compute_capability", 0))
@@ -42,7 +42,7 @@ def missing_here(device: jax.Device) -> str | None:
 
 
 def missing_for(pattern: Pattern, sinks: jax.Array | None, dtype, head_dim: int) -> str | None:
-    """Why it cannot compute this layer, or None."""
+    """Return the reason why cuDNN cannot compute this layer, or None."""
     if pattern.softcap is not None:
         return "it has no softcap"
     if sinks is not None:
@@ -55,15 +55,15 @@ def missing_for(pattern: Pattern, sinks: jax.Array | None, dtype, head_dim: int)
 
 
 def documents(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Where the documents of each row lie, padding counted as one more document.
+    """Return lengths and offsets of the documents in each row, counting padding as one more document.
 
     Args:
-        segments: [B, T] int32; a document is a stretch of equal numbers.
+        segments: [B, T] int32; a document is a run of equal numbers.
         most: M.
 
     Returns:
-        lengths [B, M] and offsets [B, M + 1], int32, -1 where a row has fewer; and how many there are, [B]. Rows with
-        more than M have the first M only.
+        lengths [B, M] and offsets [B, M + 1], int32, filled with -1 in rows with fewer documents; and the number of
+        documents, [B]. For rows with more than M documents, only the first M are returned.
     """
     b, t = segments.shape
     begins = jnp.concatenate([jnp.ones((b, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
@@ -73,7 +73,7 @@ def documents(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax
 
 
 def cudnn(q, k, v, segments, sinks, pattern: Pattern) -> jax.Array:
-    """Self-attention of packed rows: q `[B, T, N, H]`, k and v `[B, T, K, H]`, segments `[B, T]` -> `[B, T, N, H]`."""
+    """Compute self-attention of packed rows: q `[B, T, N, H]`, k and v `[B, T, K, H]`, segments `[B, T]` -> `[B, T, N, H]`."""
     module = _private()
     lengths, offsets, count = documents(segments, DOCUMENTS)
 

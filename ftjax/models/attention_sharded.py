@@ -1,12 +1,12 @@
-"""A kernel that knows nothing of meshes, on each device's part of the batch.
+"""Run a single-device attention kernel on each device's shard of the batch.
 
-Rows lie over `data` and `fsdp`, heads over `tensor`. Along `sequence` it is the tokens of a row that lie on several devices,
-while attention needs them all: an all-to-all turns "all heads of some tokens" into "some heads of all tokens", the kernel runs
-on whole rows, and a second all-to-all turns back (DeepSpeed Ulysses: Jacobs et al. 2023, arXiv:2309.14509).
+Rows are sharded along `data` and `fsdp`, heads along `tensor`. Along `sequence` the tokens of a row are sharded, but attention
+needs all of them: an all-to-all exchanges "all heads of some tokens" for "some heads of all tokens", the kernel runs on whole
+rows, and a second all-to-all reverts the exchange (DeepSpeed Ulysses: Jacobs et al. 2023, arXiv:2309.14509).
 
-Why not a ring of keys and values: here every kernel serves unchanged, with packing, windows, softcap and sinks; causal work is
-the same on all devices, where a ring has to reorder tokens for that; and the traffic a device falls with the number of devices.
-The price is that the heads have to divide by `tensor x sequence`. Key heads that are fewer are repeated until they do.
+Compared with ring attention, every kernel works unchanged, with packing, windows, softcap and sinks; causal work is balanced
+across devices without reordering tokens; and the traffic per device falls with the number of devices. In return, the number of
+heads must be divisible by `tensor x sequence`. If there are fewer key heads, they are repeated until they are.
 
 Legend: B batch, T length, N heads, K kv heads, H head dim.
 """
@@ -28,9 +28,9 @@ Kernel = Callable[..., jax.Array]
 def on_each_device(
     kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sinks: jax.Array | None
 ) -> jax.Array:
-    """`kernel(q, k, v, segments, sinks)` under the mesh that is set; the call itself where there is none.
+    """Run `kernel(q, k, v, segments, sinks)` on each device's shard under the current mesh; call it directly without a mesh.
 
-    Raises UserError where the mesh has a `sequence` axis by which the heads do not divide.
+    Raises UserError if the number of heads is not divisible by the mesh's `sequence` axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -42,8 +42,8 @@ def on_each_device(
         here = n // math.prod(mesh.shape[axis] for axis in heads or ())
         works = ", ".join(str(size) for size in range(1, here + 1) if here % size == 0)
         raise UserError(
-            f"mesh.sequence: {mesh.shape['sequence']} does not divide the {here} attention heads that a device has; "
-            f"sizes that work: {works}"
+            f"mesh.sequence: {mesh.shape['sequence']} does not divide the {here} attention heads of a device; "
+            f"choose one of {works}"
         )
     if more := parts // math.gcd(k.shape[2], parts) - 1:
         k, v = (jnp.repeat(x, more + 1, axis=2) for x in (k, v))
@@ -62,5 +62,5 @@ def on_each_device(
     if sinks is not None:
         specs.append(PartitionSpec((*(heads or ()), *(length or ()))))
         values.append(sinks)
-    # Pallas kernels do not say over which axes their results vary, which JAX would check.
+    # check_vma=False: Pallas kernels do not declare over which mesh axes their results vary.
     return jax.shard_map(shard, mesh=mesh, in_specs=tuple(specs), out_specs=tokens, check_vma=False)(*values)

@@ -1,7 +1,7 @@
-"""Splash attention: the Pallas kernel for TPUs that comes with JAX, with what packed training asks of it.
+"""Splash attention: JAX's Pallas kernel for TPUs, set up for packed training.
 
-Blocks outside of the causal (or windowed) band are never computed, scores stay on the chip, and a key head serves its group of
-query heads without being repeated. The kernel is jax.experimental.pallas.ops.tpu.splash_attention; this file feeds it.
+Blocks outside the causal (or windowed) band are skipped, scores stay on chip, and key heads are not repeated for their query
+heads. The kernel is jax.experimental.pallas.ops.tpu.splash_attention.
 
 Legend: B batch, T length, N heads, K kv heads, H head dim.
 """
@@ -19,21 +19,21 @@ from ftjax.models.gathered import in_order
 from ftjax.models.kept import ATTENTION
 from ftjax.models.pattern import MASKED, Pattern
 
-LANES = 128  # a block is a multiple of so many tokens
-BLOCK = 512  # tokens of a block at most
+LANES = 128  # the size of a block is a multiple of this
+BLOCK = 512  # maximum block size in tokens
 
 
 def splash(q, k, v, segments, sinks, pattern: Pattern, interpret: bool = False) -> jax.Array:
-    """`[B, T, N, H]`: q `[B, T, N, H]` attends to k and v `[B, T, K, H]` of the same rows.
+    """Compute self-attention of packed rows: q `[B, T, N, H]`, k and v `[B, T, K, H]` -> `[B, T, N, H]`.
 
     Args:
         segments: [B, T] int32.
         sinks: [N], or None.
-        interpret: run the kernel as plain JAX, which any backend can.
+        interpret: run the kernel in interpret mode, which works on any backend.
     """
     t = q.shape[1]
     padding = -t % LANES
-    if padding:  # padded queries see padded keys only, and nothing reads them
+    if padding:  # padded queries see only padded keys, and their results are dropped
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         segments = jnp.pad(segments, ((0, 0), (0, padding)))
     kernel = _kernel(t + padding, q.shape[2], pattern.window, pattern.softcap, interpret)
@@ -42,31 +42,31 @@ def splash(q, k, v, segments, sinks, pattern: Pattern, interpret: bool = False) 
     def rows(q, k, v, segments, sinks):
         return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, kernels.SegmentIds(ids, ids), sinks))(q, k, v, segments)
 
-    return _turned(rows, q, k, v, segments, sinks)[:, :t]
+    return _transposed(rows, q, k, v, segments, sinks)[:, :t]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _turned(attend: Callable, *values) -> jax.Array:
-    """`attend(*values)`, [B, N, T, H], as [B, T, N, H]; it keeps less for the backward pass than it would by itself.
+def _transposed(attend: Callable, *values) -> jax.Array:
+    """Return `attend(*values)`, [B, N, T, H], transposed to [B, T, N, H], with less saved for the backward pass.
 
-    The kernel keeps its result, and the product after it keeps the same in an order of its own: here the first is made from the
-    second again. And the kernel gives the log-sum-exp of a query once for each of 128 lanes: XLA would take the one that is
-    kept when the backward pass comes to it, and hold all of them until then.
+    The kernel saves its output, and the output projection saves the same values transposed; here the former is rebuilt from
+    the latter. The kernel also returns the log-sum-exp of a query once per lane, 128 times. XLA would select one of the copies
+    only in the backward pass and hold all of them until then.
     """
     return attend(*values).swapaxes(1, 2)
 
 
-def _turned_forward(attend: Callable, *values):
+def _transposed_forward(attend: Callable, *values):
     out, pull = jax.vjp(attend, *values)
     kept, structure = jax.tree.flatten(pull)
     own = [place for place, leaf in enumerate(kept) if leaf is out]
     floats = {place: leaf for place, leaf in enumerate(kept) if place not in own and jnp.issubdtype(leaf.dtype, jnp.floating)}
     b, n, t, h = out.shape
-    # As the product after it reads it: with heads for a dimension, a TPU's tiles would be of heads by their sizes.
+    # Use the shape that the output projection reads: with a separate dimension for heads, TPU tiles would be heads by head dim.
     y, floats = jax.lax.optimization_barrier((in_order(out.swapaxes(1, 2).reshape(b, t, n * h)), floats))
 
     def backward(y, kept, gradient):
-        y, gradient = jax.lax.optimization_barrier((y, gradient))  # not before the gradient is there
+        y, gradient = jax.lax.optimization_barrier((y, gradient))  # wait for the gradient
         kept = [in_order(y.reshape(b, t, n, h).swapaxes(1, 2)) if place in own else leaf for place, leaf in enumerate(kept)]
         return jax.tree.unflatten(structure, kept)(gradient.swapaxes(1, 2))
 
@@ -74,19 +74,19 @@ def _turned_forward(attend: Callable, *values):
     return y.reshape(b, t, n, h), jax.tree_util.Partial(backward, y, kept)
 
 
-def _turned_backward(attend: Callable, backward: Callable, gradient: jax.Array):
+def _transposed_backward(attend: Callable, backward: Callable, gradient: jax.Array):
     return backward(gradient)
 
 
-_turned.defvjp(_turned_forward, _turned_backward)
+_transposed.defvjp(_transposed_forward, _transposed_backward)
 
 
 @lru_cache
 def _kernel(length: int, heads: int, window: int | None, softcap: float | None, interpret: bool):
-    """The kernel and its tables of blocks, which are numpy arrays.
+    """Return the kernel, with its block tables as numpy arrays.
 
-    JAX makes the tables as arrays of its own. In a thread of their own these belong to no trace and no mesh, whose devices
-    may be described only (a program that is compiled for a machine which is not there).
+    JAX creates the tables as jax arrays. A separate thread keeps them out of the current trace and mesh, whose devices may be
+    abstract (ahead-of-time compilation for another machine).
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_make, length, heads, window, softcap, interpret).result()

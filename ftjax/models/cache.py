@@ -1,4 +1,4 @@
-"""What the layers of a model remember (`ftjax.models.memory`), as arrays: of rows that decode, and in a pass over whole rows.
+"""Caches that hold the memory of a model's layers (`ftjax.models.memory`), for decoding and for passes over whole rows.
 
 Legend: B batch, T query length, S cache slots, K kv heads, D key size, V value size, l layers with the same record.
 """
@@ -15,13 +15,13 @@ from ftjax.models.memory import KeysValues, Memory, Shared, State
 
 @dataclass(frozen=True)
 class Layout:
-    """Which arrays a cache has, one for each distinct record, and where in it each layer finds its own."""
+    """The arrays of a cache, one per distinct record, and the index of each layer in them."""
 
     layers: tuple[tuple[Memory, ...], ...]
 
     @cached_property
     def groups(self) -> dict[KeysValues | State, dict[int, int]]:
-        """Of each record, the layers that use it and their places in its array."""
+        """For each record, the layers that use it and their indices in its array."""
         found: dict[KeysValues | State, dict[int, int]] = {}
         last: dict[str, KeysValues] = {}
         for layer, records in enumerate(self.layers):
@@ -47,11 +47,11 @@ class Layout:
         return tuple(record for record in self.groups if not isinstance(record, KeysValues))
 
     def size(self, record: KeysValues | State) -> int:
-        """Layers that have an own place in the record's array."""
+        """Return the number of layers in the record's array."""
         return max(self.groups[record].values()) + 1
 
     def place(self, record: KeysValues | State, layer: jax.Array | int) -> jax.Array | int:
-        """Where in the record's array a layer finds its own; the layer's number may be traced."""
+        """Return a layer's index in the record's array; the layer number may be traced."""
         assert record in self.groups, f"layer {layer} uses what no layer has declared: {record}"
         places = self.groups[record]
         if all(layer == place for layer, place in places.items()):
@@ -61,7 +61,7 @@ class Layout:
         return jnp.asarray([places.get(number, 0) for number in range(len(self.layers))], jnp.int32)[layer]
 
     def named(self, name: str) -> KeysValues:
-        """The record of the keys and values that layers share under a name."""
+        """Return the record of the keys and values that layers share under this name."""
         found = [record for record in self.keys_values if record.name == name]
         assert len(found) == 1, f"keys and values that are shared have one size, and those named {name!r} have more: {found}"
         return found[0]
@@ -70,16 +70,16 @@ class Layout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """What all layers remember of rows that decode, preallocated. Each row fills its slots from the left, at its own pace.
+    """Preallocated memory of all layers for decoding. Each row fills its slots from the left, at its own pace.
 
-    Token t of a row is in slot t, whatever its neighbours hold, and its keys enter after RoPE. A query sees the slots up to its
-    own. Later slots may hold anything finite: padding of a prompt, or what an earlier text left; each is overwritten before a
-    query can see it. A state is that after exactly the row's tokens, and padding leaves it as it is.
+    Token t of a row is in slot t, independent of other rows, and keys are stored after RoPE. A query attends to the slots up to
+    its own. Later slots may hold any finite values, from padding or from an earlier text; they are overwritten before a query
+    can see them. A state is the one after exactly the row's tokens; padding does not change it.
     """
 
-    keys: tuple[jax.Array, ...]  # [l, B, S, K, D] of each of `layout.keys_values`
+    keys: tuple[jax.Array, ...]  # [l, B, S, K, D] for each of `layout.keys_values`
     values: tuple[jax.Array, ...]  # [l, B, S, K, V]
-    states: tuple[jax.Array, ...]  # [l, B, ...] of each of `layout.states`
+    states: tuple[jax.Array, ...]  # [l, B, ...] for each of `layout.states`
     lengths: jax.Array  # [B] int32: tokens of each row so far
     layout: Layout = field(metadata={"static": True})
 
@@ -95,13 +95,13 @@ class Cache:
         )
         return cls(keys, values, states, jnp.zeros(batch, jnp.int32), layout)
 
-    # ---- what layers call ----
+    # ---- called by layers ----
 
     def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array, name: str = "") -> tuple["Cache", jax.Array, jax.Array]:
-        """Put k `[B, T, K, D]` and v `[B, T, K, V]` into the next T slots of each row of a layer.
+        """Write k `[B, T, K, D]` and v `[B, T, K, V]` to the next T slots of each row of a layer.
 
-        Returns the cache, and the layer's keys and values `[B, S, K, ...]`, slots that are not yet written included. `advance`
-        moves on, once for all layers.
+        Returns the cache, and the layer's keys and values `[B, S, K, ...]`, including unwritten slots. The row lengths do not
+        change; `advance` updates them once for all layers.
         """
         record = KeysValues(*k.shape[2:], v.shape[-1], name)
         place, group = self.layout.place(record, layer), self.layout.keys_values.index(record)
@@ -110,13 +110,13 @@ class Cache:
         return cache, keys[place], values[place]
 
     def shared(self, layer: jax.Array | int, name: str = "") -> tuple[jax.Array, jax.Array]:
-        """Keys and values `[B, S, K, ...]` that the last layer before this one wrote under a name."""
+        """Return the keys and values `[B, S, K, ...]` that the last layer before this one wrote under this name."""
         record = self.layout.named(name)
         place, group = self.layout.place(record, layer), self.layout.keys_values.index(record)
         return self.keys[group][place], self.values[group][place]
 
     def state(self, layer: jax.Array | int, record: State) -> jax.Array:
-        """`[B, ...]` of a layer."""
+        """Return the state `[B, ...]` of a layer."""
         return self.states[self.layout.states.index(record)][self.layout.place(record, layer)]
 
     def with_state(self, layer: jax.Array | int, record: State, new: jax.Array) -> "Cache":
@@ -126,8 +126,10 @@ class Cache:
         return replace(self, states=_with(self.states, group, changed))
 
     def _put(self, slots: jax.Array, place: jax.Array | int, new: jax.Array) -> jax.Array:
-        """One window of each row: with the rows as a batch dimension, a sharded cache is written where it is. A window that
-        does not fit is dropped: it is that of a row that has ended."""
+        """Scatter one window per row, with rows as a batch dimension, so that a sharded cache is written in place.
+
+        A window that does not fit is dropped: it belongs to a row that has ended.
+        """
         at = jnp.stack([jnp.broadcast_to(jnp.int32(place), self.lengths.shape), self.lengths], axis=1)
         dimensions = jax.lax.ScatterDimensionNumbers(
             update_window_dims=(1, 2, 3),
@@ -141,18 +143,17 @@ class Cache:
             mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
         )  # fmt: skip
 
-    # ---- what decoding calls ----
+    # ---- called by decoding ----
 
     def advance(self, counts: jax.Array) -> "Cache":
-        """Keep the first `counts [B]` tokens of each row that were written last."""
+        """Advance the row lengths by `counts [B]`, the number of valid tokens in the last write."""
         return replace(self, lengths=self.lengths + counts)
 
     def take(self, rows: jax.Array, kept: jax.Array) -> "Cache":
-        """A cache of these rows `[R]` alone, with the first `kept [R]` tokens of each and zeros after them: what an answer left
-        there that was not finite would reach the next one through slots that are masked.
+        """Return a cache of only these rows `[R]`, with the first `kept [R]` tokens of each.
 
-        States are zeros: one that has gone on cannot be taken back to an earlier token, so that rows of a layout with states
-        start with none kept.
+        Later slots are zero: values of an earlier answer that are not finite would otherwise leak through masked slots. States
+        are zero too: a state cannot be rewound to an earlier token, so rows of a layout with states start with `kept = 0`.
         """
         slots = max((keys.shape[2] for keys in self.keys), default=0)
         keep = jnp.arange(slots) < kept[:, None]
@@ -166,7 +167,7 @@ class Cache:
         )
 
     def put(self, rows: jax.Array, part: "Cache") -> "Cache":
-        """The cache with these rows `[R]` from another of R rows; numbers beyond the last row are left out."""
+        """Return the cache with rows `[R]` replaced by those of another cache of R rows; indices past the end are dropped."""
 
         def by_layer(whole: jax.Array, new: jax.Array) -> jax.Array:
             return whole.at[:, rows].set(new, mode="drop")
@@ -183,7 +184,7 @@ class Cache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Handed:
-    """Keys and values that layers hand on to later ones (`Shared`) in one pass over whole rows."""
+    """Keys and values that layers pass on to later layers (`Shared`) in a pass over whole rows."""
 
     last: dict[str, tuple[jax.Array, jax.Array]]  # by name, k [B, T, K, D] and v [B, T, K, V]
 
@@ -191,7 +192,7 @@ class Handed:
 
     @classmethod
     def start(cls, layers: tuple[tuple[Memory, ...], ...], batch: int, length: int, dtype) -> "Handed | None":
-        """None where no layer shares."""
+        """Return an instance with zeros for every shared name, or None if no layer shares keys and values."""
         names = {record.name for own in layers for record in own if isinstance(record, Shared)}
         if not names:
             return None
@@ -206,7 +207,7 @@ class Handed:
     def write(
         self, layer: jax.Array | int, k: jax.Array, v: jax.Array, name: str = ""
     ) -> tuple["Handed", jax.Array, jax.Array]:
-        """The layer's own keys and values, which later layers find where its name is shared."""
+        """Return the layer's own keys and values, and store them for later layers if the name is shared."""
         if name not in self.last:
             return self, k, v
         dtype = self.last[name][0].dtype
@@ -216,18 +217,18 @@ class Handed:
         return self.last[name]
 
 
-Memories = Cache | Handed | None  # what a pass goes through the layers with; None where it has nothing to remember
+Memories = Cache | Handed | None  # carried through the layers; None if there is nothing to remember
 
 
 def recall(cache: Memories, layer: jax.Array | int, record: State, batch: int, dtype) -> jax.Array:
-    """A layer's state `[B, ...]`: what the row's tokens before have left, or the zeros that a whole row begins with."""
+    """Return a layer's state `[B, ...]` from the cache, or the zeros that a whole row starts with."""
     if isinstance(cache, Cache):
         return cache.state(layer, record)
     return jnp.zeros((batch, *record.shape), dtype if record.dtype is None else record.dtype)
 
 
 def remember(cache: Memories, layer: jax.Array | int, record: State, new: jax.Array) -> Memories:
-    """With a layer's state after the tokens at hand, where there is anything to come."""
+    """Store a layer's state after the current tokens, if there is a decoding cache."""
     return cache.with_state(layer, record, new) if isinstance(cache, Cache) else cache
 
 

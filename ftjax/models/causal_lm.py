@@ -1,4 +1,4 @@
-"""What a family's root module promises to the rest of ftjax.
+"""The interface of a model family's root module.
 
 Legend: B batch, T query length, E embed, V vocab.
 """
@@ -15,15 +15,15 @@ from ftjax.models.rope import Rope, longest_text
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model, which its family reads off config.json once.
+    """Sizes of a model, as its family reads them from config.json.
 
     Attributes:
-        heads: query heads of a layer.
-        kv_heads: heads of keys and values; where layers differ, the most.
+        heads: number of query heads per layer.
+        kv_heads: number of key and value heads; the maximum if layers differ.
         head_dim: size of a query head.
-        embed: the width of the hidden states.
+        embed: size of the hidden states.
         vocab: rows of the input embedding.
-        positions: tokens of the longest text that the model is made for.
+        positions: maximum length of a text in tokens.
     """
 
     layers: int
@@ -37,16 +37,16 @@ class Sizes:
 
 @runtime_checkable
 class CausalLM(Protocol):
-    """A root module, as `build(facts)` of a family gives it and `ftjax.models.model.build_module` completes it.
+    """A root module, built by a family's `build(facts)` and completed by `ftjax.models.model.build_module`.
 
     Attributes:
-        sizes: of the model; a method that adapts it changes none of them.
+        sizes: sizes of the model; methods that adapt it do not change them.
         embedding: path of the module that holds the input embedding `[V, E]`.
-        output: path of the module that projects hidden states to logits; the embedding itself where the two are tied.
-        ignored: endings of checkpoint tensors that older exports hold and the model does not need.
-        ropes: the rotary embeddings of its layers; none where positions are learned.
-        notes: what the person who trains the model should know about its config.json.
-        max_positions: the longest text that a table of positions has rows for (GPT-2); None without such a table.
+        output: path of the module that projects hidden states to logits; the embedding if the two are tied.
+        ignored: suffixes of tensor names that older exports contain and the model does not need.
+        ropes: rotary embeddings of the layers; empty for learned positions.
+        notes: remarks on config.json for the user.
+        max_positions: number of rows of the table of learned positions (GPT-2); None without such a table.
     """
 
     sizes: Sizes
@@ -58,21 +58,21 @@ class CausalLM(Protocol):
     max_positions: int | None
 
     def hidden(self, tokens: jax.Array, ctx: Context, cache: Any = None) -> tuple[jax.Array, Any, jax.Array]:
-        """`(hidden states [B, T, E], cache, auxiliary loss)` of token ids `[B, T]`, or of virtual tokens `[B, T, E]`."""
+        """Map token ids `[B, T]`, or virtual tokens `[B, T, E]`, to `(hidden states [B, T, E], cache, auxiliary loss)`."""
         ...
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """Hidden states `[..., E]` -> float32 logits `[..., V]`."""
+        """Project hidden states `[..., E]` to float32 logits `[..., V]`."""
         ...
 
 
 def head_size(facts: Facts) -> int:
-    """`head_dim`, which is optional in every config.json with Llama's names."""
+    """Return `head_dim`, which is optional in a config.json with Llama's field names."""
     return facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"]
 
 
 def read_sizes(facts: Facts) -> Sizes:
-    """`Sizes` of a config.json with Llama's names."""
+    """Read `Sizes` from a config.json with Llama's field names."""
     return Sizes(
         layers=facts["num_hidden_layers"],
         heads=facts["num_attention_heads"],

@@ -1,4 +1,4 @@
-"""A few tokens, or a few hidden units, at a time, where the activations of all of them would take too much memory.
+"""Compute layers in chunks of tokens or hidden units to reduce activation memory.
 
 Legend: B batch, T length, C tokens of a chunk, E embed.
 """
@@ -15,16 +15,16 @@ from ftjax.models.context import Context
 from ftjax.models.gathered import gathered, in_order, joined_parts
 from ftjax.models.kept import is_trained, memory_is_short
 
-CHUNK = 2048  # tokens of one device that a feed-forward layer takes at a time
-HIDDEN = 1024  # hidden units of it at a time, where its weights are trained
-PLAIN = {"weight", "bias", "lora_A.weight", "lora_B.weight"}  # parameters whose work is for each token alone
+CHUNK = 2048  # tokens per device and chunk of a feed-forward layer
+HIDDEN = 1024  # maximum hidden units per chunk of a feed-forward layer with trained weights
+PLAIN = {"weight", "bias", "lora_A.weight", "lora_B.weight"}  # parameters that are applied to each token independently
 
 
 def chunks(x: jax.Array, length: int) -> jax.Array:
-    """`[B, T, ...] -> [T / C, B, C, ...]`, padded with zeros at the end, of each device's part of T.
+    """Split `[B, T, ...]` into chunks `[T / C, B, C, ...]`; each device's part of T is padded with zeros at its end.
 
     Args:
-        length: C on one device, where T lies on several.
+        length: C, the tokens of a chunk on all devices that T is sharded over.
     """
     b, t, *rest = x.shape
     devices = _parts(t)
@@ -36,7 +36,7 @@ def chunks(x: jax.Array, length: int) -> jax.Array:
 
 
 def joined(found: jax.Array, t: int) -> jax.Array:
-    """The inverse of `chunks`."""
+    """Invert `chunks`."""
     n, b, c, *rest = found.shape
     devices = _parts(t)
     x = jnp.moveaxis(found.reshape(n, b, devices, c // devices, *rest), 0, 2)
@@ -44,17 +44,17 @@ def joined(found: jax.Array, t: int) -> jax.Array:
 
 
 def _parts(length: int) -> int:
-    """Over how many devices the tokens of a row lie: a chunk takes some tokens of each, so that none has to move."""
+    """Return the number of devices that a row is sharded over; a chunk takes tokens of each, so that no tokens move."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in fitting(mesh, "length", length) or ())
 
 
 def feed_forward(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
-    """`layer.all_at_once(x [B, T, E], ctx)`; in parts where memory is short.
+    """Return `layer.all_at_once(x [B, T, E], ctx)`, computed in chunks if memory is short.
 
-    That is where layers are recomputed (`remat: full`) and their weights are cut over the devices: the hidden activations
-    of the feed-forward layer, wider than any others, are then most of what a layer needs. Nothing is gathered or computed
-    more often than by a layer that is recomputed as a whole. The layer is three products with a hidden dimension between them.
+    That is the case if layers are recomputed (`remat: full`) and their weights are sharded: the hidden activations of the
+    feed-forward layer, the widest of all, then dominate the memory of a layer. Nothing is gathered or computed more often than
+    if the layer is recomputed as a whole. The layer must consist of matrix products with a hidden dimension between them.
     """
     if not memory_is_short(ctx):
         return layer.all_at_once(x, ctx)
@@ -66,7 +66,7 @@ def feed_forward(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
 
 
 def _by_tokens(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
-    """A few tokens at a time, with frozen weights that are gathered once for all of them."""
+    """Compute the layer in chunks of tokens, with frozen weights that are gathered once for all chunks."""
     mesh = jax.sharding.get_abstract_mesh()
     count = x.shape[0] * x.shape[1] // parts(mesh.shape, "batch", "length") // CHUNK
     if count <= 1 or x.shape[1] % (count * _parts(x.shape[1])):
@@ -86,20 +86,20 @@ def _by_tokens(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
 
 
 def _by_hidden(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
-    """A part of the hidden dimension at a time, by each device for its own rows.
+    """Compute the layer in chunks of its hidden dimension, with each device processing its own rows.
 
-    A part's weights are gathered for it, and their gradient is complete with it and goes back to the devices before the next
-    is made; of weights that all chunks of tokens share, whole gradients would be alive until the last chunk. It is written as
-    `shard_map` because the partitioner may turn such products into loops that pass parts of the result around. The parts are
-    summed in the dtype of x, like those of tensor parallelism.
+    The weights of a chunk are gathered for it, and their gradient is complete after it and is reduced before the next chunk;
+    with chunks of tokens, gradients of the whole weights would stay in memory until the last chunk. This uses `shard_map`
+    because the partitioner may turn such products into loops that pass partial results around. Partial results are summed in
+    the dtype of x, as in tensor parallelism.
     """
     structure, state = nnx.split(layer)
     variables, tree = jax.tree.flatten(state, is_leaf=_is_variable)
     values = [variable.get_value() for variable in variables]
     names = [variable.row.axes[-value.ndim :] for variable, value in zip(variables, values, strict=True)]
     mesh = jax.sharding.get_abstract_mesh()
-    alone = mesh.size == parts(mesh.shape, "batch") and x.shape[0] % mesh.size == 0  # a device has rows for itself
-    # A bias of the outputs would be added with each part; an adapter's narrow side does not go in parts.
+    alone = mesh.size == parts(mesh.shape, "batch") and x.shape[0] % mesh.size == 0  # rows are sharded over all devices
+    # An output bias would be added once per chunk, and an adapter's rank dimension cannot be chunked.
     if not alone or not all("mlp" in axes for axes in names):
         return layer.all_at_once(x, ctx)
     hidden = values[0].shape[names[0].index("mlp")]
@@ -119,7 +119,7 @@ def _by_hidden(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
             return nnx.merge(structure, jax.tree.unflatten(tree, held)).all_at_once(x, ctx)
 
         def whole(piece, axes, place):
-            """Gathered, with its dimensions in their order again."""
+            """Return the gathered weight, with its dimensions in their original order."""
             at = axes.index("mlp")
             for dimension, over in enumerate((place[at], *place[:at], *place[at + 1 :])):
                 piece = joined_parts(piece, over, dimension) if over else piece
@@ -128,11 +128,11 @@ def _by_hidden(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
         def body(y, pieces):
             return y + jax.checkpoint(part, prevent_cse=False)(x, pieces), None
 
-        # Hidden units first, so that a gradient is hidden units by outputs: the other way round XLA would hold the gradient
-        # of the layer's outputs in a second layout.
-        turned = [jnp.moveaxis(value, axes.index("mlp"), 0) for value, axes in zip(values, names, strict=True)]
-        turned = [value.astype(x.dtype) if value.ndim > 1 else value for value in turned]
-        pieces = [value.reshape(count, -1, *value.shape[1:]) for value in turned]
+        # Put hidden units first, so that a gradient is hidden units by outputs: otherwise XLA would hold the gradient of the
+        # layer's outputs in a second layout.
+        moved = [jnp.moveaxis(value, axes.index("mlp"), 0) for value, axes in zip(values, names, strict=True)]
+        moved = [value.astype(x.dtype) if value.ndim > 1 else value for value in moved]
+        pieces = [value.reshape(count, -1, *value.shape[1:]) for value in moved]
         return in_order(jax.lax.scan(body, jnp.zeros_like(x), pieces)[0])
 
     return jax.shard_map(local, mesh=mesh, in_specs=(places, rows), out_specs=rows, check_vma=False)(values, x)
@@ -143,9 +143,9 @@ def _is_variable(node) -> bool:
 
 
 def _whole(variable: nnx.Variable, dtype) -> nnx.Variable:
-    """A weight gathered from all devices, for matrix products in `dtype`; vectors as they are.
+    """Gather a weight from all devices, in `dtype`; vectors are returned unchanged.
 
-    A trained one (an adapter's) in float32: its gradient is a sum over chunks.
+    Trained weights (of an adapter) are gathered in float32, because their gradient is summed over chunks.
     """
     value = variable.get_value()
     if not isinstance(variable, nnx.Param) or value.ndim < 2:

@@ -1,5 +1,5 @@
-"""A sequence classifier: a model whose last projection goes to classes, in the layout of Hugging Face's
-`AutoModelForSequenceClassification`. Its scores are read at the last token of a text.
+"""Sequence classifiers: models with a classification head, in the layout of Hugging Face's
+`AutoModelForSequenceClassification`. Scores are read at the last token of a text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,54 +17,57 @@ from ftjax.models.layers import Linear
 
 HEAD = "score"
 ARCHITECTURE = "ForSequenceClassification"
-OTHERS = ("granite",)  # families of which transformers has no such class
+OTHERS = ("granite",)  # families without such a class in transformers
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 
 
 def _unembed(self: Any, x: jax.Array, ctx: Context) -> jax.Array:
-    """Hidden states `[..., E]` -> float32 scores `[..., classes]`."""
+    """Project hidden states `[..., E]` to float32 scores `[..., classes]`."""
     return self.score(x, ctx).astype(jnp.float32)
 
 
 @cache
 def _with_scores(kind: type[nnx.Module]) -> type[nnx.Module]:
-    """The family's model with scores in the place of the projection to the vocabulary."""
+    """Return a subclass of the family's model with a classification head in place of the projection to the vocabulary."""
     return type(f"{kind.__name__}WithScores", (kind,), {"unembed": _unembed})
 
 
 def classes_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The classes of a classifier's config.json, by number; empty for a model that writes text."""
+    """Return the classes in a classifier's config.json, by id; empty for a model that generates text."""
     if not any(name.endswith(ARCHITECTURE) for name in config.get("architectures") or ()):
         return ()
     return tuple(name for _, name in sorted((int(number), name) for number, name in config["id2label"].items()))
 
 
 def problem_of(config: Mapping[str, Any]) -> str | None:
-    """What a classifier's scores mean; None for a model that writes text. One output alone is a number, as in transformers."""
+    """Return a classifier's problem type; None for a model that generates text.
+
+    Without `problem_type`, a single output means regression, as in transformers.
+    """
     classes = classes_of(config)
     return (config.get("problem_type") or (REGRESSION if len(classes) == 1 else SINGLE)) if classes else None
 
 
 def vector_size(config: Mapping[str, Any]) -> int:
-    """Values that the labels of one text are; 0 where they are one class."""
+    """Return the number of label values per text; 0 for single-label classification."""
     return 0 if problem_of(config) in (None, SINGLE) else len(classes_of(config))
 
 
 def classifier_config(
     config: Mapping[str, Any], classes: Sequence[str], pad_token_id: int | None = None, problem_type: str | None = SINGLE
 ) -> dict[str, Any]:
-    """config.json of a classifier over this model.
+    """Return config.json of a classifier based on this model.
 
     Args:
-        pad_token_id: where config.json has none. transformers needs it: it reads the score of the last token that is not it.
+        pad_token_id: used if config.json has none. transformers needs it to find the last token that is not padding.
 
-    Raises UserError for families of which transformers has no classifier.
+    Raises UserError for families without a classifier in transformers.
     """
     kind = config["model_type"]
     if kind in OTHERS:
         raise UserError(
-            f"objective.head: transformers has no {ARCHITECTURE[3:]} of the family {kind}, so that nothing could load the "
-            "result; leave head out, which trains the words of the labels"
+            f"objective.head: transformers has no {ARCHITECTURE[3:]} of the family {kind}, so nothing could load the "
+            "result; leave head out to train the words of the labels instead"
         )
     from transformers import CONFIG_MAPPING
 
@@ -81,10 +84,10 @@ def classifier_config(
 
 
 def to_classifier(root: CausalLM, config: Mapping[str, Any]) -> None:
-    """Replace the projection to the vocabulary by one to the classes of config.json, in place."""
-    if "." not in root.output:  # a module of its own, not the embedding
+    """Replace the projection to the vocabulary with a head for the classes of config.json, in place."""
+    if "." not in root.output:  # a separate module, not the tied embedding
         setattr(root, root.output, None)
-    object.__setattr__(root, "__class__", _with_scores(type(root)))  # not one of its parts, which NNX would note
+    object.__setattr__(root, "__class__", _with_scores(type(root)))  # bypasses NNX, which would register it as an attribute
     root.score = Linear(root.sizes.embed, len(classes_of(config)), ("embed", None))
-    root.score.adaptable = False  # it trains in full
+    root.score.adaptable = False  # the head is trained in full
     root.output = HEAD

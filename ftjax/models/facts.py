@@ -1,7 +1,7 @@
-"""The facts of a checkpoint's config.json: each is honoured, known to be without effect, or refused.
+"""Read a checkpoint's config.json: every field is honoured, known to have no effect, or rejected.
 
-A family takes what it needs from `Facts`; `finish()` then refuses whatever is left over. So a field that changes the
-model can never be dropped in silence.
+A family reads the fields that it needs from `Facts`; `finish()` then rejects all others. So a field that changes the model is
+never silently ignored.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from ftjax.errors import UserError
 
-# Fields that describe the file, the tokenizer, transformers' own generation or its output types: no effect on logits.
+# Fields about the file, the tokenizer, or transformers' generation and output types, without effect on logits.
 INERT = {
     "_model_name_or_path", "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward",
     "decoder_start_token_id",
@@ -21,27 +21,26 @@ INERT = {
     "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
     "use_cache", "use_bfloat16", "prefix", "pruned_heads", "finetuning_task", "_attn_implementation", "name_or_path",
     "cache_implementation", "_num_labels", "gradient_checkpointing", "tie_last_hidden_states",
-    "original_max_position_embeddings",  # except in Phi-3, which takes it: else only transformers 4 looks here
+    "original_max_position_embeddings",  # read by Phi-3; elsewhere only by transformers 4
 }  # fmt: skip
 
-# Fields of every transformers configuration that would change the model if they were set.
+# Fields of every transformers configuration that change the model unless they have these values.
 REFUSED_UNLESS = {
     "add_cross_attention": False, "is_decoder": False, "is_encoder_decoder": False, "cross_attention_hidden_size": None,
     "tie_encoder_decoder": False, "quantization_config": None, "rope_interleaved": False, "is_causal": True,
 }  # fmt: skip
 
 INSTEAD = (
-    "take the checkpoint that it was made from, in bfloat16 or float16, and let model.quantization: nf4 or int8 hold it in few "
-    "bits while it trains"
+    "use the original checkpoint in bfloat16 or float16, and set model.quantization: nf4 or int8 to quantise it for training"
 )
 
 
 class Facts:
-    """A config.json, as transformers completes it with its defaults, that remembers which fields were taken.
+    """A config.json, completed with transformers' defaults, that tracks which fields have been read.
 
     Attributes:
-        notes: what the person who trains the model should know.
-        max_positions: how many positions the model has, where a table holds them; a family with such a table sets it.
+        notes: remarks for the user.
+        max_positions: rows of the table of learned positions; set by families with such a table, otherwise None.
     """
 
     def __init__(self, values: Mapping[str, Any]):
@@ -52,20 +51,20 @@ class Facts:
         self.max_positions: int | None = None
 
     def __getitem__(self, name: str) -> Any:
-        """Take a field that the family honours; UserError where it is missing."""
+        """Read a field that the family honours. Raises UserError if it is missing."""
         self._taken.add(name)
         if name not in self._values:
             raise UserError(f"config.json of this {self.model_type} model lacks {name!r}")
         return self._values[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Take an optional field."""
+        """Read an optional field."""
         self._taken.add(name)
         value = self._values.get(name)
         return default if value is None else value
 
     def only(self, name: str, *allowed: Any, why: str) -> None:
-        """Take a field of which only these values are supported."""
+        """Read a field for which only these values are supported. Raises UserError for others."""
         self._taken.add(name)
         value = self._values.get(name, allowed[0])
         if value not in allowed:
@@ -75,15 +74,15 @@ class Facts:
             )
 
     def inert(self, *names: str) -> None:
-        """These fields of the family have no effect on logits or gradients."""
+        """Mark fields of the family that have no effect on logits or gradients."""
         self._taken.update(names)
 
     def note(self, text: str) -> None:
-        """Something about this config.json that changes nothing here, but may surprise."""
+        """Add a remark about something in this config.json that has no effect here but may surprise the user."""
         self.notes.append(text)
 
     def dropout(self, *names: str) -> None:
-        """Take fields that drop activations at random while transformers trains; here they have no effect."""
+        """Read the dropout rates that transformers applies in training; here they have no effect."""
         on = {name: rate for name in names if (rate := self.get(name))}
         if on:
             self.note(
@@ -93,12 +92,12 @@ class Facts:
             )
 
     def finish(self) -> None:
-        """UserError for fields that were neither taken nor known to be without effect."""
+        """Raise UserError for fields that were neither read nor known to have no effect."""
         if quantised := self._values.get("quantization_config"):
             kind = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
             raise UserError(
                 f"config.json of this {self.model_type} model has weights that are quantised (quantization_config: {kind}), "
-                f"in a way that ftjax does not read; {INSTEAD}. If its tensors are not quantised, remove that field"
+                f"in a format that ftjax cannot read; {INSTEAD}. If its tensors are not quantised, remove that field"
             )
         for name, value in REFUSED_UNLESS.items():
             if self._values.get(name, value) != value and name not in self._taken:
@@ -117,9 +116,9 @@ class Facts:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json, completed and standardised by transformers' own configuration class of its model_type.
+    """Read config.json, completed and standardised by transformers' configuration class for its model_type.
 
-    Raises UserError where the file is missing or broken, or the model_type is unknown to transformers.
+    Raises UserError if the file is missing or malformed, or if ftjax does not support the model_type.
     """
     path = folder / "config.json"
     try:
@@ -133,7 +132,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def complete_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Fill a raw config with the defaults of transformers' class; `rope_theta` and `rope_scaling` of older folders
+    """Complete a raw config with the defaults of transformers' class; `rope_theta` and `rope_scaling` of older checkpoints
     become `rope_parameters`."""
     from ftjax.models.registry import check_supported
 

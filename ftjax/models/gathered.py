@@ -1,8 +1,9 @@
-"""Fully sharded parameters: each weight is gathered where a product needs it, once forward and once backward.
+"""Fully sharded parameters: each weight is gathered for the product that needs it, once forward and once backward.
 
-Left to itself, the partitioner often gathers a weight for each of its uses, moves it in the masters' float32, or turns the
-product into a loop that passes parts around. Here the weight is cast first, then gathered over `fsdp`, and its gradient is
-reduced straight into the shards (Rajbhandari et al. 2020, ZeRO-3, arXiv:1910.02054, section 5.3). Cuts along `tensor` stay.
+By default the partitioner often gathers a weight for each of its uses, transfers it in the float32 of the master weights, or
+turns the product into a loop that passes shards around. Here the weight is cast first, then gathered along `fsdp`, and its
+gradient is reduce-scattered into the shards (Rajbhandari et al. 2020, ZeRO-3, arXiv:1910.02054, section 5.3). Sharding along
+`tensor` is kept.
 """
 
 import math
@@ -19,23 +20,23 @@ Axes = tuple[str | None, ...]
 
 
 def fully_sharded() -> bool:
-    """Whether parameters are cut along `fsdp` (or `expert`) here."""
+    """Return whether the current mesh shards parameters along `fsdp` (or `expert`)."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and any(mesh.shape.get(axis, 1) > 1 for axis in CUT)
 
 
 def in_order(x: jax.Array) -> jax.Array:
-    """With the last dimension contiguous in memory; for use inside `shard_map` (the partitioner would gather it).
+    """Constrain x to a row-major layout; for use inside `shard_map`, as the partitioner would gather x.
 
-    Left to itself, XLA may pick a layout for a whole loop, or for the optimizer's update, that suits one product in it, and
-    copy stacked weights, activations or moments into that layout.
+    Otherwise XLA may choose a layout that suits one product for a whole loop or for the optimizer update, and copy stacked
+    weights, activations or moments into that layout.
     """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gathered(weight: jax.Array, axes: Axes, over: tuple[str, ...] = CUT) -> jax.Array:
-    """A weight (or activations) with these logical axes, whole along `over`; the gradient is reduced into the parts."""
+    """Gather a weight (or activations) with these logical axes along `over`; the gradient is reduce-scattered."""
     return constrain(weight, *axes, without=over)
 
 
@@ -52,7 +53,7 @@ gathered.defvjp(_forward, _backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def joined_parts(part: jax.Array, over: str | tuple[str, ...], dimension: int) -> jax.Array:
-    """`jax.lax.all_gather` of the devices' parts of a dimension, inside `shard_map`; the gradient is reduced into the parts."""
+    """All-gather a dimension inside `shard_map` (`jax.lax.all_gather`); the gradient is reduce-scattered (`reduced_parts`)."""
     return jax.lax.all_gather(part, over, axis=dimension, tiled=True)
 
 
@@ -68,11 +69,11 @@ joined_parts.defvjp(_joined_forward, _joined_backward)
 
 
 def reduced_parts(x: jax.Array, over: str | tuple[str, ...], dimension: int) -> jax.Array:
-    """`jax.lax.psum_scatter`: the sum over the devices, of which each keeps its part of a dimension; inside `shard_map`.
+    """Reduce-scatter a dimension inside `shard_map`, like `jax.lax.psum_scatter`.
 
-    XLA for TPUs makes an all-reduce of it, which moves twice the bytes, wherever the devices are a whole plane or cube of
-    chips. It keeps two reduce-scatters: each half of the dimension among half of the devices, and what they have of both
-    among pairs of devices, one from each half. Together they move as many bytes as the one.
+    XLA for TPUs turns a reduce-scatter over a whole plane or cube of chips into an all-reduce, which transfers twice the bytes.
+    It does not do so with two reduce-scatters, used in that case: each half of the dimension among half of the devices, then
+    both halves among pairs of devices, one from each half. Together they transfer as many bytes as a single one.
     """
     mesh = jax.sharding.get_abstract_mesh()
     over = (over,) if isinstance(over, str) else over
@@ -91,10 +92,10 @@ def reduced_parts(x: jax.Array, over: str | tuple[str, ...], dimension: int) -> 
 
 
 def _by_halves(mesh: jax.sharding.AbstractMesh, size: int, part: int) -> bool:
-    """Whether XLA makes an all-reduce of a reduce-scatter over so many devices, and not of those over half of them.
+    """Return whether XLA turns a reduce-scatter over `size` devices into an all-reduce, but not one over half of them.
 
-    Tried with libtpu 0.0.42. Of a dimension that is contiguous in memory a part is cut in two, for the two directions of a
-    ring, and each has to fill the 128 lanes.
+    Measured with libtpu 0.0.42. A part of a contiguous dimension is divided in two, for the two directions of a ring, and each
+    half has to fill the 128 lanes.
     """
     chip = chip_of(getattr(getattr(mesh, "abstract_device", None), "device_kind", ""))
     if chip is None or not chip.torus or size % 2 or part < 256:

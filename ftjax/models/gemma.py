@@ -15,7 +15,7 @@ from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import Sizes, read_sizes
 from ftjax.models.context import Context
 from ftjax.models.facts import Facts
-from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm, is_virtual
+from ftjax.models.layers import Embedding, IdentityAdapter, Linear, RMSNorm, is_virtual
 from ftjax.models.llama import LlamaAttention, LlamaMLP, attention
 from ftjax.models.rope import Rope, angles, every, make_rope, refuse_partial
 from ftjax.models.stack import Stack
@@ -23,6 +23,7 @@ from ftjax.models.virtual import behind_virtual_tokens
 
 
 def gemma_norm(size: int, eps: float) -> RMSNorm:
+    """Build Gemma's norm, which multiplies by `1 + weight` before rounding."""
     return RMSNorm(size, eps, offset=1.0, round_first=False)
 
 
@@ -32,7 +33,7 @@ class GemmaBlock(nnx.Module):
         self.mlp = mlp
         self.input_layernorm = gemma_norm(embed, eps)
         self.post_attention_layernorm = gemma_norm(embed, eps)
-        self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
+        self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
@@ -42,7 +43,7 @@ class GemmaBlock(nnx.Module):
 
 
 class GemmaModel(nnx.Module):
-    """Blocks find in `ctx.rope` what `rope` gives: the one that there is, or a dict of all by name."""
+    """The model without its output projection. Blocks get the angles of `rope` as `ctx.rope`: of a single RoPE, or by name."""
 
     def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope | dict[str, Rope]):
         self.rope = rope
@@ -56,10 +57,10 @@ class GemmaModel(nnx.Module):
         return every(self.rope)
 
     def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
-        """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
+        """Map tokens `[B, T]` to hidden states `[B, T, E]`; also return the cache and the auxiliary loss."""
         x = self.embed_tokens(tokens, ctx.dtype)
-        if not is_virtual(tokens):  # those are what would come out of here
-            # The scale is rounded to the dtype, as in Google's own code: sqrt(3072) is 55.5 in bfloat16.
+        if not is_virtual(tokens):  # virtual tokens are already scaled
+            # Round the scale to the dtype, as Google's code does: sqrt(3072) is 55.5 in bfloat16.
             x = x * jnp.asarray(self.scale, ctx.dtype)
         x = constrain(x, "batch", "length", None)
         x, cache, aux = self.layers(x, replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids)), cache)
@@ -67,7 +68,7 @@ class GemmaModel(nnx.Module):
 
 
 class GemmaForCausalLM(nnx.Module):
-    """The model and its projection to the vocabulary; `softcap` bounds the logits (Gemma 2)."""
+    """The model with its projection to the vocabulary; `softcap` caps the logits (Gemma 2)."""
 
     def __init__(self, model: GemmaModel, sizes: Sizes, tied: bool, softcap: float | None = None):
         self.sizes, self.ropes = sizes, model.ropes
@@ -82,21 +83,21 @@ class GemmaForCausalLM(nnx.Module):
         return self.model(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """Hidden states `[..., E]` -> float32 logits `[..., V]`."""
+        """Project hidden states `[..., E]` to float32 logits `[..., V]`."""
         logits = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x, ctx)
         logits = logits.astype(jnp.float32)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
 
 def attention_and_mlp(facts: Facts, act: str, **norms: nnx.Module) -> tuple[LlamaAttention, LlamaMLP]:
-    """The parts that every Gemma has; `act` is the config's field of the activation."""
+    """Build the attention and MLP of any Gemma; `act` is the name of the config field with the activation."""
     facts.only("use_bidirectional_attention", None, False, why="it makes an encoder, not a causal language model")
     mlp = LlamaMLP(facts["hidden_size"], facts["intermediate_size"], facts[act], False)
     return attention(facts, bias=facts["attention_bias"], **norms), mlp
 
 
 def build(facts: Facts) -> GemmaForCausalLM:
-    """The abstract model of a `gemma` config.json."""
+    """Build the abstract model of a `gemma` config.json."""
     embed, eps, vocab, head_dim = facts["hidden_size"], facts["rms_norm_eps"], facts["vocab_size"], facts["head_dim"]
     facts.inert("hidden_activation")  # older exports name the activation twice; transformers reads hidden_act
     rope = refuse_partial(facts["rope_parameters"])

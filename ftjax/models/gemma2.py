@@ -1,4 +1,4 @@
-"""Gemma 2: norms before and after each sublayer, bounded scores and logits, every other layer local.
+"""Gemma 2: norms before and after each sublayer, soft-capped scores and logits, sliding windows in every other layer.
 
 Source: Gemma Team 2024 (arXiv:2408.00118).
 """
@@ -15,7 +15,7 @@ from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.gemma import GemmaForCausalLM, GemmaModel, attention_and_mlp, gemma_norm
 from ftjax.models.layer_types import patterns
-from ftjax.models.layers import AsItIs
+from ftjax.models.layers import IdentityAdapter
 from ftjax.models.rope import make_rope, refuse_partial
 from ftjax.models.stack import Stack
 
@@ -28,7 +28,7 @@ class Gemma2Block(nnx.Module):
         self.post_attention_layernorm = gemma_norm(embed, eps)
         self.pre_feedforward_layernorm = gemma_norm(embed, eps)
         self.post_feedforward_layernorm = gemma_norm(embed, eps)
-        self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
+        self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
@@ -40,7 +40,7 @@ class Gemma2Block(nnx.Module):
 
 
 def build(facts: Facts) -> GemmaForCausalLM:
-    """The abstract model of a `gemma2` config.json."""
+    """Build the abstract model of a `gemma2` config.json."""
     embed, eps, vocab, head_dim = facts["hidden_size"], facts["rms_norm_eps"], facts["vocab_size"], facts["head_dim"]
     # Google's exports name the activation and the window twice; transformers reads the other names.
     facts.inert("hidden_act", "sliding_window_size")

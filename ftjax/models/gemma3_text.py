@@ -1,4 +1,4 @@
-"""Gemma 3, text only: Gemma 2 with normed queries and keys, and a RoPE of its own for each type of layer.
+"""Gemma 3, text only: Gemma 2 with normalised queries and keys, and a separate RoPE per layer type.
 
 Source: Gemma Team 2025 (arXiv:2503.19786). The multimodal wrapper is another model type, `gemma3`.
 """
@@ -23,9 +23,9 @@ class Gemma3Block(Gemma2Block):
 
 
 def build(facts: Facts) -> GemmaForCausalLM:
-    """The abstract model of a `gemma3_text` config.json."""
+    """Build the abstract model of a `gemma3_text` config.json."""
     embed, eps, vocab, head_dim = facts["hidden_size"], facts["rms_norm_eps"], facts["vocab_size"], facts["head_dim"]
-    # The pattern has become `layer_types`; transformers' Gemma 3 does not bound its scores, whatever the config says.
+    # transformers has converted the pattern to `layer_types`; its Gemma 3 never caps scores, whatever the config says.
     facts.inert("sliding_window_pattern", "_sliding_window_pattern", "attn_logit_softcapping")
     norms = {"q_norm": gemma_norm(head_dim, eps), "k_norm": gemma_norm(head_dim, eps)}
     block = Gemma3Block(*attention_and_mlp(facts, "hidden_activation", **norms), embed, eps)

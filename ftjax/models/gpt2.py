@@ -1,6 +1,6 @@
 """GPT-2: learned positions, LayerNorm with biases, fused projections stored (in, out) (Radford et al. 2019).
 
-Also what others trained in this shape: DistilGPT-2, DialoGPT, Cerebras-GPT, Stanford's Mistral runs.
+Other models with this architecture: DistilGPT-2, DialoGPT, Cerebras-GPT, Stanford's Mistral runs.
 
 Legend: B batch, T query length, E embed, N heads, H head dim, F mlp, V vocab.
 """
@@ -16,7 +16,7 @@ from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import Sizes
 from ftjax.models.context import Context
 from ftjax.models.facts import Facts
-from ftjax.models.layers import AsItIs, Embedding, LayerNorm, Linear, activation
+from ftjax.models.layers import Embedding, IdentityAdapter, LayerNorm, Linear, activation
 from ftjax.models.memory import KeysValues
 from ftjax.models.self_attention import self_attention
 from ftjax.models.stack import Stack
@@ -33,10 +33,10 @@ class GPT2Attention(nnx.Module):
         self.c_proj = Linear(embed, embed, ("heads", "embed"), bias=True, conv1d=True)
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
-        """`x [B, T, E] -> ([B, T, E], cache)`."""
+        """Map `x [B, T, E]` to `([B, T, E], cache)`."""
         b, t, _ = x.shape
         q, k, v = (y.reshape(b, t, self.heads, self.head_dim) for y in jnp.split(self.c_attn(x, ctx), 3, axis=-1))
-        if self.by_layer:  # the queries', so that all layers have the same static facts and are scanned as one
+        if self.by_layer:  # scale queries, not `pattern.scale`, so that all layers share one scan
             q = (q.astype(jnp.float32) / (layer + 1)).astype(q.dtype)
         y, cache = self_attention(q, k, v, ctx, pattern, layer, cache)
         return self.c_proj(y, ctx), cache
@@ -58,7 +58,7 @@ class GPT2Block(nnx.Module):
         self.mlp = mlp
         self.ln_1 = LayerNorm(embed, eps)
         self.ln_2 = LayerNorm(embed, eps)
-        self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
+        self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.attn(self.ln_1(x), ctx, pattern, layer, cache)
@@ -75,9 +75,9 @@ class GPT2Model(nnx.Module):
         self.ln_f = LayerNorm(embed, eps)
 
     def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
-        """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss.
+        """Map tokens `[B, T]` to hidden states `[B, T, E]`; also return the cache and the auxiliary loss.
 
-        A position past the table gives NaN, never another position's row.
+        A position beyond the table gives NaN, never the row of another position.
         """
         x = self.wte(tokens, ctx.dtype) + self.wpe(ctx.positions, ctx.dtype)
         x, cache, aux = self.h(constrain(x, "batch", "length", None), ctx, cache)
@@ -88,7 +88,7 @@ class GPT2LMHeadModel(nnx.Module):
     def __init__(self, transformer: GPT2Model, sizes: Sizes, tied: bool):
         self.sizes, self.ropes = sizes, ()
         self.embedding = "transformer.wte"
-        # Older exports hold the causal mask of each layer, and the tied head once more.
+        # Older exports also contain the causal mask of each layer, and a copy of the tied head.
         self.ignored = (".attn.bias", ".attn.masked_bias", *(("lm_head.weight",) if tied else ()))
         self.output = self.embedding if tied else "lm_head"
         self.transformer = transformer
@@ -98,18 +98,18 @@ class GPT2LMHeadModel(nnx.Module):
         return self.transformer(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """Hidden states `[..., E]` -> float32 logits `[..., V]`."""
+        """Project hidden states `[..., E]` to float32 logits `[..., V]`."""
         logits = self.transformer.wte.attend(x) if self.lm_head is None else self.lm_head(x, ctx)
         return logits.astype(jnp.float32)
 
 
 def build(facts: Facts) -> GPT2LMHeadModel:
-    """The abstract model of a `gpt2` config.json."""
+    """Build the abstract model of a `gpt2` config.json."""
     embed, heads, eps = facts["n_embd"], facts["n_head"], facts["layer_norm_epsilon"]
     if embed % heads:
         raise UserError(f"config.json of this gpt2 model has n_embd = {embed}, which does not divide by n_head = {heads}")
     facts.dropout("attn_pdrop", "resid_pdrop", "embd_pdrop")
-    # A classification head's fields; the trained length under its oldest name; scores are float32 here in any case.
+    # Fields of a classification head; an old name of the context length; and scores are always float32 here.
     facts.inert(
         "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "n_ctx",
         "reorder_and_upcast_attn",

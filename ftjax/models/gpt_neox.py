@@ -1,5 +1,5 @@
-"""GPT-NeoX, that is Pythia: attention and MLP beside each other, RoPE on a part of each head, queries, keys and values of
-each head in one projection (Black et al. 2022, arXiv:2204.06745; Biderman et al. 2023, arXiv:2304.01373).
+"""GPT-NeoX and Pythia: parallel attention and MLP, partial RoPE, and a fused projection with queries, keys and values of each
+head side by side (Black et al. 2022, arXiv:2204.06745; Biderman et al. 2023, arXiv:2304.01373).
 
 Legend: B batch, T query length, E embed, N heads, H head dim, F mlp, V vocab.
 """
@@ -16,7 +16,7 @@ from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import Sizes
 from ftjax.models.context import Context
 from ftjax.models.facts import Facts
-from ftjax.models.layers import AsItIs, Embedding, LayerNorm, Linear, activation
+from ftjax.models.layers import Embedding, IdentityAdapter, LayerNorm, Linear, activation
 from ftjax.models.memory import KeysValues
 from ftjax.models.param import Layout
 from ftjax.models.rope import Rope, longest_text, make_rope
@@ -33,9 +33,9 @@ class GPTNeoXAttention(nnx.Module):
         self.dense = Linear(embed, embed, ("heads", "embed"), bias=bias)
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
-        """`x [B, T, E] -> ([B, T, E], cache)`."""
+        """Map `x [B, T, E]` to `([B, T, E], cache)`."""
         b, t, _ = x.shape
-        qkv = self.query_key_value(x, ctx).reshape(b, t, self.heads, 3 * self.head_dim)  # by head, so that they split well
+        qkv = self.query_key_value(x, ctx).reshape(b, t, self.heads, 3 * self.head_dim)  # the fused projection is by head
         y, cache = self_attention(*jnp.split(qkv, 3, axis=-1), ctx, pattern, layer, cache)
         return self.dense(y, ctx), cache
 
@@ -51,7 +51,7 @@ class GPTNeoXMLP(nnx.Module):
 
 
 class GPTNeoXBlock(nnx.Module):
-    """`parallel`: the MLP reads the block's input and not the attention's result."""
+    """A block of attention and MLP; with `parallel` the MLP reads the block's input, not the result of attention."""
 
     def __init__(self, attention: GPTNeoXAttention, mlp: GPTNeoXMLP, embed: int, eps: float, parallel: bool):
         self.parallel = parallel
@@ -59,7 +59,7 @@ class GPTNeoXBlock(nnx.Module):
         self.mlp = mlp
         self.input_layernorm = LayerNorm(embed, eps)
         self.post_attention_layernorm = LayerNorm(embed, eps)
-        self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
+        self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.attention(self.input_layernorm(x), ctx, pattern, layer, cache)
@@ -77,7 +77,7 @@ class GPTNeoXModel(nnx.Module):
         self.final_layer_norm = LayerNorm(embed, eps)
 
     def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
-        """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
+        """Map tokens `[B, T]` to hidden states `[B, T, E]`; also return the cache and the auxiliary loss."""
         x = constrain(self.embed_in(tokens, ctx.dtype), "batch", "length", None)
         ctx = dataclasses.replace(ctx, rope=self.rope.angles(ctx.positions, ctx.segment_ids))
         x, cache, aux = self.layers(x, ctx, cache)
@@ -88,7 +88,7 @@ class GPTNeoXForCausalLM(nnx.Module):
     def __init__(self, gpt_neox: GPTNeoXModel, sizes: Sizes, tied: bool):
         self.sizes, self.ropes = sizes, (gpt_neox.rope,)
         self.embedding = "gpt_neox.embed_in"
-        # Older exports hold the causal mask of each layer, RoPE's table, and the tied head once more.
+        # Older exports also contain the causal mask of each layer, the RoPE table, and a copy of the tied head.
         heads = ("lm_head.weight", "embed_out.weight") if tied else ()
         self.ignored = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq", *heads)
         self.output = self.embedding if tied else "lm_head"
@@ -103,15 +103,15 @@ class GPTNeoXForCausalLM(nnx.Module):
         return self.gpt_neox(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """Hidden states `[..., E]` -> float32 logits `[..., V]`."""
+        """Project hidden states `[..., E]` to float32 logits `[..., V]`."""
         logits = self.gpt_neox.embed_in.attend(x) if self.lm_head is None else self.lm_head(x, ctx)
         return logits.astype(jnp.float32)
 
 
 def build(facts: Facts) -> GPTNeoXForCausalLM:
-    """The abstract model of a `gpt_neox` config.json."""
+    """Build the abstract model of a `gpt_neox` config.json."""
     embed, heads, eps, vocab = facts["hidden_size"], facts["num_attention_heads"], facts["layer_norm_eps"], facts["vocab_size"]
-    head_dim = embed // heads  # transformers' configuration class has checked that it divides
+    head_dim = embed // heads  # transformers' configuration class has checked divisibility
     positions = longest_text(facts["rope_parameters"], facts["max_position_embeddings"])
     sizes = Sizes(facts["num_hidden_layers"], heads, heads, head_dim, embed, vocab, positions)
     facts.dropout("attention_dropout", "hidden_dropout")
@@ -124,9 +124,9 @@ def build(facts: Facts) -> GPTNeoXForCausalLM:
         facts["use_parallel_residual"],
     )
     rope_parameters = facts["rope_parameters"]
-    # transformers 4 wrote both names beside those that it and 5 read.
+    # transformers 4 wrote both names in addition to those that transformers 4 and 5 read.
     for name, read in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
-        facts.only(name, rope_parameters[name], None, why=f"transformers reads {read} and not it")
+        facts.only(name, rope_parameters[name], None, why=f"transformers reads {read} instead")
     rope = make_rope(rope_parameters, head_dim, facts["max_position_embeddings"])
     layers = Stack(block, (Pattern(head_dim**-0.5),) * sizes.layers)
     model = GPTNeoXModel(vocab, embed, eps, layers, rope)

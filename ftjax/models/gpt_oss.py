@@ -1,6 +1,6 @@
-"""gpt-oss: attention sinks, every other layer local, experts with biases and a clamped SwiGLU.
+"""gpt-oss: attention sinks, sliding windows in every other layer, experts with biases and a clamped SwiGLU.
 
-Source: OpenAI 2025 (arXiv:2508.10925). MXFP4 checkpoints are dequantised while they are read (`ftjax.hub.mxfp4`).
+Source: OpenAI 2025 (arXiv:2508.10925). MXFP4 checkpoints are dequantised on reading (`ftjax.hub.mxfp4`).
 
 Legend: M tokens, D embed, F mlp, X experts.
 """
@@ -22,7 +22,7 @@ from ftjax.models.stack import Stack
 
 
 class GptOssExperts(nnx.Module):
-    """`down((up + 1) * gate * sigmoid(alpha * gate))` with gate and up clamped; their columns take turns in one matrix."""
+    """`down((up + 1) * gate * sigmoid(alpha * gate))` with gate and up clamped; their columns are interleaved."""
 
     AXES = {  # noqa: RUF012
         "gate_up_proj": ("experts", "embed", "mlp"),
@@ -66,10 +66,10 @@ class GptOssBlock(MoeBlock):
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
-    """The abstract model of a `gpt_oss` config.json."""
+    """Build the abstract model of a `gpt_oss` config.json."""
     embed, head_dim = facts["hidden_size"], head_size(facts)
     eps, vocab, experts = facts["rms_norm_eps"], facts["vocab_size"], facts["num_local_experts"]
-    # OpenAI's file names the experts of a token and the trained length twice; the activation is always the clamped SwiGLU.
+    # OpenAI's file gives experts per token and context length under two names; the activation is always the clamped SwiGLU.
     facts.inert("hidden_act", "experts_per_token", "initial_context_length")
     mlp = SparseMoe(
         Router(embed, experts, facts["num_experts_per_tok"], normalise=True, bias=True),

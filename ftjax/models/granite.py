@@ -1,4 +1,4 @@
-"""Granite 3 and 4 dense: Llama with a multiplier on embeddings, scores, residuals and logits (IBM Granite Team 2024).
+"""Granite 3 and 4 dense: Llama with multipliers on embeddings, scores, residuals and logits (IBM Granite Team 2024).
 
 Legend: B batch, T query length, E embed, V vocab.
 """
@@ -21,12 +21,12 @@ from ftjax.models.stack import Stack
 
 
 def times(x: jax.Array, factor: float) -> jax.Array:
-    """In float32: in bfloat16 the factor itself would be rounded."""
+    """Multiply in float32: in bfloat16 the factor itself would be rounded."""
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 class GraniteBlock(LlamaBlock):
-    """What a sublayer adds to the stream is `residual` times its result."""
+    """Llama's block, with the result of each sublayer multiplied by `residual`."""
 
     def __init__(self, attention: nnx.Module, mlp: nnx.Module, embed: int, eps: float, residual: float):
         super().__init__(attention, mlp, embed, eps)
@@ -42,12 +42,12 @@ class GraniteBlock(LlamaBlock):
 
 class GraniteModel(LlamaModel):
     def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope, multiplier: float):
-        """`multiplier`: of the embeddings."""
+        """`multiplier` scales the embeddings."""
         super().__init__(vocab, embed, eps, layers, rope)
         self.multiplier = multiplier
 
     def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
-        """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
+        """Map tokens `[B, T]` to hidden states `[B, T, E]`; also return the cache and the auxiliary loss."""
         x = constrain(times(self.embed_tokens(tokens, ctx.dtype), self.multiplier), "batch", "length", None)
         ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids))
         x, cache, aux = self.layers(x, ctx, cache)
@@ -56,7 +56,7 @@ class GraniteModel(LlamaModel):
 
 class GraniteForCausalLM(LlamaForCausalLM):
     def __init__(self, model: GraniteModel, sizes: Sizes, tied: bool, scaling: float):
-        """`scaling`: what logits are divided by."""
+        """Logits are divided by `scaling`."""
         super().__init__(model, sizes, tied)
         self.scaling = scaling
 
@@ -65,7 +65,7 @@ class GraniteForCausalLM(LlamaForCausalLM):
 
 
 def build(facts: Facts) -> GraniteForCausalLM:
-    """The abstract model of a `granite` config.json."""
+    """Build the abstract model of a `granite` config.json."""
     embed, eps, vocab = facts["hidden_size"], facts["rms_norm_eps"], facts["vocab_size"]
     parts = attention(facts, bias=facts["attention_bias"]), mlp(facts, bias=facts["mlp_bias"])
     block = GraniteBlock(*parts, embed, eps, facts["residual_multiplier"])

@@ -1,4 +1,4 @@
-"""The names under which remat policies keep values of a layer for its backward pass (`model.remat`)."""
+"""Names of the values that remat policies save for a layer's backward pass (`model.remat`)."""
 
 import jax
 from flax import nnx
@@ -7,34 +7,33 @@ from jax.ad_checkpoint import checkpoint_name
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded
 
-ATTENTION = "attention"  # what attention gave, and its log-sum-exp
-PRODUCT = "product"  # what a layer's weights gave, its adapter's included
+ATTENTION = "attention"  # output of attention, and its log-sum-exp
+PRODUCT = "product"  # output of a linear layer, including its adapter's
 BLOCK_INPUT = "block_input"
-WHOLE = "whole"  # a weight gathered from all devices
+WHOLE = "whole"  # gathered weight
 
 
-def product(y: jax.Array) -> jax.Array:
-    """`y` itself, which `remat: dots` keeps. Of a value made of others that have the name, they need not be kept."""
+def checkpointed(y: jax.Array) -> jax.Array:
+    """Name `y` so that `remat: dots` saves it, and return it; named values used only to compute `y` need not be saved."""
     return checkpoint_name(y, PRODUCT)
 
 
 def memory_is_short(ctx: Context) -> bool:
-    """Whether layers are recomputed and their weights cut over the devices: a layer then is to need little at one time."""
+    """Return whether layers are recomputed and their weights sharded, so that a layer has to use little memory at a time."""
     return ctx.remat in ("full", "offload") and fully_sharded()
 
 
 def is_trained(module: nnx.Module) -> bool:
-    """Whether the module has trained weights of its own, not only adapters."""
+    """Return whether the module has trained weights other than adapters."""
     rows = [variable.row for _, variable in nnx.iter_graph(module) if isinstance(variable, nnx.Param)]
     return any(row.trainable and not row.adapter for row in rows)
 
 
 def projected(norm: nnx.Module, attention: nnx.Module, x: jax.Array, ctx: Context):
-    """`attention.project(norm(x), ctx)`.
+    """Return `attention.project(norm(x), ctx)`, recomputing `norm(x)` in the backward pass if memory is short.
 
-    The gradients of trained weights are made of what `norm` gave. Where memory is short that is made again from x when it is
-    their turn, which is the last of the layer's: until then the gathered weights and the results of the products are kept, and
-    x, which the layer needs as well.
+    The gradients of trained weights need the result of `norm`, and come last in the layer's backward pass. Until then only the
+    gathered weights, the results of the products and x, which the layer needs anyway, are kept.
     """
 
     def project(x: jax.Array):

@@ -1,4 +1,4 @@
-"""`layer_types` of a config.json: which layers see the whole text, which only a window of it, and the RoPE of each."""
+"""Read `layer_types` of a config.json: which layers use full or sliding-window attention, and the RoPE of each type."""
 
 from typing import NamedTuple
 
@@ -9,30 +9,30 @@ from ftjax.models.rope import Rope, make_rope, refuse_partial
 
 
 class Kind(NamedTuple):
-    """What tells layers apart where each type has a RoPE of its own."""
+    """Static properties of a layer in models with a separate RoPE per layer type."""
 
     pattern: Pattern
-    rope: str  # the layer type, under which `rope_parameters` has its RoPE
+    rope: str  # the layer type, which is also its key in `rope_parameters`
 
 
 def window(facts: Facts) -> int | None:
-    """`sliding_window` of a model whose layers are all alike; UserError where it is not a number of tokens."""
+    """Read `sliding_window` of a model without layer types. Raises UserError if it is less than 1."""
     size = facts["sliding_window"]
     if size is not None and size < 1:
         raise UserError(
             f"config.json of this {facts.model_type} model has sliding_window = {size!r}; give the number of tokens that a "
-            "token sees, itself included, or null"
+            "token attends to, including itself, or null"
         )
     return size
 
 
 def patterns(facts: Facts, scale: float, softcap: float | None = None) -> tuple[Pattern, ...]:
-    """One attention pattern for each layer: `full_attention`, or `sliding_attention` over `sliding_window` keys.
+    """Return the attention pattern of each layer: `full_attention`, or `sliding_attention` over `sliding_window` keys.
 
-    Raises UserError for another layer type, and where a sliding layer has no window.
+    Raises UserError for any other layer type, and if there are sliding layers but no window.
     """
     types, window = facts["layer_types"], facts["sliding_window"]
-    assert len(types) == facts["num_hidden_layers"]  # transformers' configuration class has checked it
+    assert len(types) == facts["num_hidden_layers"]  # checked by transformers' configuration class
     other = sorted(set(types) - {"full_attention", "sliding_attention"})
     if other:
         raise UserError(
@@ -42,18 +42,18 @@ def patterns(facts: Facts, scale: float, softcap: float | None = None) -> tuple[
     if "sliding_attention" in types and (window is None or window < 1):
         raise UserError(
             f"config.json of this {facts.model_type} model has sliding_attention layers, but sliding_window = {window!r}; "
-            "give the number of tokens that they see"
+            "give the size of the window in tokens"
         )
     return tuple(Pattern(scale, window if kind == "sliding_attention" else None, softcap) for kind in types)
 
 
 def ropes(facts: Facts, head_dim: int) -> dict[str, Rope]:
-    """The RoPE of each layer type; UserError for parameters that belong to none."""
+    """Build the RoPE of each layer type. Raises UserError for parameters that belong to no layer type."""
     parameters = facts["rope_parameters"]
     other = sorted(key for key in parameters if key not in ("full_attention", "sliding_attention"))
     if other:
         raise UserError(
-            f"config.json of this {facts.model_type} model has rope_parameters {', '.join(other)} beside the two layer types; "
+            f"config.json of this {facts.model_type} model has rope_parameters {', '.join(other)} besides the two layer types; "
             "put them into rope_parameters.full_attention or rope_parameters.sliding_attention"
         )
 

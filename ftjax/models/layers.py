@@ -1,4 +1,4 @@
-"""The layers that families are built from: Linear, Embedding, RMSNorm, LayerNorm and the activations.
+"""Layers shared by all model families: Linear, Embedding, RMSNorm, LayerNorm and activations.
 
 Legend: B batch, T query length, E embed, I in, O out, V vocab.
 """
@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ftjax.errors import UserError
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded, gathered
-from ftjax.models.kept import WHOLE, product
+from ftjax.models.kept import WHOLE, checkpointed
 from ftjax.models.lookup import rows_of
 from ftjax.models.param import Init, param
 
@@ -34,16 +34,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """UserError for a `hidden_act` that is not in ACTIVATIONS."""
+    """Return the activation function of that name. Raises UserError if it is not in ACTIVATIONS."""
     if name not in ACTIVATIONS:
-        raise UserError(f"config.json: hidden_act {name!r} is not supported; those that are: {', '.join(sorted(ACTIVATIONS))}")
+        raise UserError(f"config.json: hidden_act {name!r} is not supported; supported are {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]
 
 
 def project(x: jax.Array, weight: jax.Array, *, conv1d: bool = False) -> jax.Array:
-    """`x[..., I] -> [..., O]` with a weight (O, I), or (I, O) where `conv1d`; in the dtype of x.
+    """Multiply x `[..., I]` by a weight (O, I), or (I, O) with `conv1d`; return `[..., O]` in the dtype of x.
 
-    float32 means float32: accelerators would otherwise round the operands.
+    float32 uses the highest precision: accelerators would otherwise round the operands.
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract = (((x.ndim - 1,), (0 if conv1d else 1,)), ((), ()))
@@ -52,11 +52,11 @@ def project(x: jax.Array, weight: jax.Array, *, conv1d: bool = False) -> jax.Arr
 
 @jax.custom_vjp
 def widen(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`project` with a trained weight that has fewer inputs than outputs (LoRA's B, a feed-forward layer's first products).
+    """Run `project` with a trained weight that has fewer inputs than outputs (LoRA's B, gate and up of a feed-forward layer).
 
-    Its gradient is a product over all tokens, for which a CPU first transposes the left factor. That is the gradient of the
-    outputs by JAX's own rule, and the narrow input here. The barrier keeps XLA from exchanging the two again for the sake of
-    the smaller result, which is then transposed: with LoRA's B that takes an eighth of the time.
+    Its gradient is a product over all tokens, whose left factor CPUs transpose first. JAX's own rule puts the gradient of the
+    outputs on the left; here it is the narrow input, and the small result is transposed instead. The barrier keeps XLA from
+    swapping the two back. With LoRA's B this takes an eighth of the time.
     """
     return project(x, weight)
 
@@ -84,9 +84,9 @@ def project_sharded(
     ctx: Context,
     multiply: Callable[[jax.Array, jax.Array], jax.Array] = project,
 ) -> jax.Array:
-    """`multiply(x, weight)` with a weight whose logical axes are known: where it is cut along `fsdp`, it is gathered before.
+    """Return `multiply(x, weight)` after gathering the weight if it is sharded along `fsdp`; `axes` are its logical axes.
 
-    The output projection is left to the objective, which needs it for every chunk of its loss.
+    The output projection is not gathered here but by the objective, which needs it for every chunk of its loss.
     """
     if "vocab" in axes or ctx.whole_weights or not fully_sharded():
         return multiply(x, weight)
@@ -94,7 +94,7 @@ def project_sharded(
     def whole(x, weight):
         return multiply(x, checkpoint_name(gathered(weight.astype(x.dtype), axes), WHOLE))
 
-    # Where the block around it is not recomputed, the shard is kept for the backward pass all the same, not what it came to.
+    # Even if the block is not recomputed, save the shard for the backward pass and not the gathered weight.
     return jax.checkpoint(whole)(x, weight) if ctx.remat == "none" else whole(x, weight)
 
 
@@ -104,9 +104,13 @@ class Linear(nnx.Module):
     def __init__(
         self, size_in: int, size_out: int, axes: tuple[str | None, str | None], *, bias: bool = False, conv1d: bool = False
     ):
-        """`axes`: the logical axes of input and output. `conv1d`: GPT-2's layer, whose weight is (I, O).
+        """Create abstract weights.
 
-        A family sets `adaptable` to False where PEFT could not load an adapter on the layer.
+        A family sets `adaptable` to False if PEFT could not load an adapter on the layer.
+
+        Args:
+            axes: logical axes of input and output.
+            conv1d: store the weight as (I, O), like GPT-2.
         """
         self.adaptable = True
         self.size_in, self.size_out, self.axes, self.conv1d = size_in, size_out, axes, conv1d
@@ -122,18 +126,18 @@ class Linear(nnx.Module):
         widens = self.size_out > self.size_in and not self.conv1d and self.weight.row.trainable
         multiply = widen if widens else partial(project, conv1d=self.conv1d)
         y = project_sharded(x, self.weight[...], self.weight_axes, ctx, multiply)
-        return product(y if self.bias is None else y + self.bias[...].astype(x.dtype))
+        return checkpointed(y if self.bias is None else y + self.bias[...].astype(x.dtype))
 
 
 def is_virtual(tokens: jax.Array) -> bool:
-    """Whether these are embeddings `[B, T, E]`, not ids `[B, T]`."""
+    """Return whether these are embeddings `[B, T, E]` rather than ids `[B, T]`."""
     return bool(jnp.issubdtype(tokens.dtype, jnp.floating))
 
 
 class Embedding(nnx.Module):
-    """Rows of `weight[V, E]` by token id; `attend` is the tied output projection.
+    """Embedding table `weight[V, E]`; `attend` is the tied output projection.
 
-    Virtual tokens have no id: in their place come their embeddings `[B, T, E]`, and go through.
+    Virtual tokens have no ids; they are passed as embeddings `[B, T, E]`, which are returned unchanged.
     """
 
     def __init__(self, vocab: int, embed: int, vocab_axis: str | None = "vocab"):
@@ -145,15 +149,15 @@ class Embedding(nnx.Module):
         return rows_of(self.weight[...], self.weight.row.axes, tokens, dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """`[..., E] -> [..., V]`."""
+        """Project `[..., E]` to logits `[..., V]`."""
         return project(x, self.weight[...])
 
 
-class AsItIs(nnx.Module):
-    """What a sublayer gives, before anything is done with it: the place of bottleneck adapters.
+class IdentityAdapter(nnx.Module):
+    """Returns a sublayer's output unchanged; bottleneck adapters replace it.
 
-    A block calls it as `attention_adapters(x, o, ctx)` and `output_adapters(x, o, ctx)`, with the stream x that the
-    sublayer's input was taken from and its result o; both [B, T, E].
+    A block calls it as `attention_adapters(x, o, ctx)` and `output_adapters(x, o, ctx)`, with the residual stream x before the
+    sublayer and the sublayer's output o, both [B, T, E].
     """
 
     def __call__(self, x: jax.Array, o: jax.Array, ctx: Context) -> jax.Array:
@@ -163,8 +167,8 @@ class AsItIs(nnx.Module):
 class RMSNorm(nnx.Module):
     """`x / rms(x) * weight` in float32 (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    `offset` is added to the weight (Gemma stores `weight - 1`). Llama multiplies after rounding to the dtype of x,
-    Gemma before: `round_first`.
+    `offset` is added to the weight (Gemma stores `weight - 1`). `round_first`: multiply after rounding to the dtype of x, as in
+    Llama, instead of before, as in Gemma.
     """
 
     def __init__(self, size: int, eps: float, *, offset: float = 0.0, round_first: bool = True, axis: str | None = "norm"):
@@ -181,7 +185,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Mean and variance normalisation with weight and bias, in float32."""
+    """Layer normalisation with weight and bias, computed in float32."""
 
     def __init__(self, size: int, eps: float, *, bias: bool = True):
         self.eps = eps

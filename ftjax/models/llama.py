@@ -1,6 +1,6 @@
-"""Llama: pre-norm decoder with RoPE, grouped queries and a gated MLP (Touvron et al. 2023, arXiv:2307.09288).
+"""Llama: pre-norm decoder with RoPE, grouped-query attention and a gated MLP (Touvron et al. 2023, arXiv:2307.09288).
 
-Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2, TinyLlama: whatever has `model_type: llama`.
+Covers all models with `model_type: llama`: Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2, TinyLlama.
 
 Legend: B batch, T query length, E embed, N heads, K kv heads, H head dim, F mlp, V vocab.
 """
@@ -19,7 +19,7 @@ from ftjax.models.chunks import feed_forward
 from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.kept import projected
-from ftjax.models.layers import AsItIs, Embedding, Linear, RMSNorm, activation
+from ftjax.models.layers import Embedding, IdentityAdapter, Linear, RMSNorm, activation
 from ftjax.models.memory import KeysValues
 from ftjax.models.param import param
 from ftjax.models.rope import Rope, angles, every, make_rope, refuse_partial
@@ -29,10 +29,10 @@ from ftjax.models.virtual import behind_virtual_tokens
 
 
 class LlamaAttention(nnx.Module):
-    """Grouped-query attention with rotary positions.
+    """Grouped-query attention with rotary position embedding.
 
-    `q_norm` and `k_norm` are applied to each head before RoPE (Qwen 3, Gemma 3); `sinks` gives each head a learned score
-    that no key has (gpt-oss); `bias_out` is the output projection's where it differs from `bias` (Qwen 2).
+    `q_norm` and `k_norm` are applied to each head before RoPE (Qwen 3, Gemma 3); `sinks` adds a learned score per head to the
+    softmax (gpt-oss); `bias_out` overrides `bias` for the output projection (Qwen 2).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class LlamaAttention(nnx.Module):
         self.sinks = param((heads,), ("heads",), "sinks") if sinks else None
 
     def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`x [B, T, E]` -> queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, not yet rotated."""
+        """Project `x [B, T, E]` to queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, before RoPE."""
         b, t, _ = x.shape
         q = self.q_proj(x, ctx).reshape(b, t, self.heads, self.head_dim)
         k = self.k_proj(x, ctx).reshape(b, t, self.kv_heads, self.head_dim)
@@ -66,11 +66,11 @@ class LlamaAttention(nnx.Module):
         return q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k), v
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
-        """`x [B, T, E] -> ([B, T, E], cache)`."""
+        """Map `x [B, T, E]` to `([B, T, E], cache)`."""
         return self.attend(self.project(x, ctx), ctx, pattern, layer, cache)
 
     def attend(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: Memories):
-        """What `project` gave -> `([B, T, E], cache)`."""
+        """Map the result of `project` to `([B, T, E], cache)`."""
         sinks = None if self.sinks is None else self.sinks[...]
         y, cache = self_attention(*qkv, ctx, pattern, layer, cache, sinks)
         return self.o_proj(y, ctx), cache
@@ -98,7 +98,7 @@ class LlamaBlock(nnx.Module):
         self.mlp = mlp
         self.input_layernorm = RMSNorm(embed, eps)
         self.post_attention_layernorm = RMSNorm(embed, eps)
-        self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
+        self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         qkv = projected(self.input_layernorm, self.self_attn, x, ctx)
@@ -109,7 +109,7 @@ class LlamaBlock(nnx.Module):
 
 
 class LlamaModel(nnx.Module):
-    """Blocks find in `ctx.rope` what `rope` gives: the one that there is, or a dict of all by name."""
+    """The model without its output projection. Blocks get the angles of `rope` as `ctx.rope`: of a single RoPE, or by name."""
 
     def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope | dict[str, Rope]):
         self.rope = rope
@@ -122,7 +122,7 @@ class LlamaModel(nnx.Module):
         return every(self.rope)
 
     def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
-        """tokens `[B, T]` -> hidden states `[B, T, E]`, cache, auxiliary loss."""
+        """Map tokens `[B, T]` to hidden states `[B, T, E]`; also return the cache and the auxiliary loss."""
         x = constrain(self.embed_tokens(tokens, ctx.dtype), "batch", "length", None)
         ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids))
         x, cache, aux = self.layers(x, ctx, cache)
@@ -130,12 +130,12 @@ class LlamaModel(nnx.Module):
 
 
 class LlamaForCausalLM(nnx.Module):
-    """The model, and its projection to the vocabulary (tied to the embedding where the checkpoint says so)."""
+    """The model with its projection to the vocabulary, which may be tied to the embedding."""
 
     def __init__(self, model: LlamaModel, sizes: Sizes, tied: bool):
         self.sizes, self.ropes = sizes, model.ropes
         self.embedding = "model.embed_tokens"
-        # Older exports hold these beside the weights: RoPE's table, and the tied head once more.
+        # Older exports also contain the RoPE table, and a copy of the tied head.
         self.ignored = (".rotary_emb.inv_freq", *(("lm_head.weight",) if tied else ()))
         self.output = self.embedding if tied else "lm_head"
         self.model = model
@@ -145,13 +145,13 @@ class LlamaForCausalLM(nnx.Module):
         return self.model(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """Hidden states `[..., E]` -> float32 logits `[..., V]`."""
+        """Project hidden states `[..., E]` to float32 logits `[..., V]`."""
         logits = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x, ctx)
         return logits.astype(jnp.float32)
 
 
 def attention(facts: Facts, *, bias: bool, kind: type[LlamaAttention] = LlamaAttention, **options) -> LlamaAttention:
-    """The attention of a config.json with Llama's names."""
+    """Build the attention of a config.json with Llama's field names."""
     facts.dropout("attention_dropout")
     heads, kv_heads = facts["num_attention_heads"], facts["num_key_value_heads"]
     return kind(facts["hidden_size"], heads, kv_heads, head_size(facts), bias, **options)
@@ -162,20 +162,20 @@ def mlp(facts: Facts, *, bias: bool = False) -> LlamaMLP:
 
 
 def whole_rope(facts: Facts) -> Rope:
-    """The RoPE of a model whose heads are rotated as a whole, the same in all layers."""
+    """Build the RoPE of a model that rotates whole heads, in the same way in all layers."""
     return make_rope(refuse_partial(facts["rope_parameters"]), head_size(facts), facts["max_position_embeddings"])
 
 
 def decoder(facts: Facts, block: nnx.Module, kinds: tuple, rope: Rope | dict[str, Rope]) -> LlamaForCausalLM:
-    """The whole model around a block; `kinds` has what tells each layer from the others."""
+    """Build the whole model around a block; `kinds` has the static properties of each layer."""
     sizes = read_sizes(facts)
     model = LlamaModel(sizes.vocab, sizes.embed, facts["rms_norm_eps"], Stack(block, kinds), rope)
     return LlamaForCausalLM(model, sizes, facts["tie_word_embeddings"])
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
-    """The abstract model of a `llama` config.json."""
-    facts.inert("pretraining_tp")  # transformers 5 has no sliced matrix products any more, whatever the config asks
+    """Build the abstract model of a `llama` config.json."""
+    facts.inert("pretraining_tp")  # transformers 5 has dropped sliced matrix products and ignores it
     parts = attention(facts, bias=facts["attention_bias"]), mlp(facts, bias=facts["mlp_bias"])
     block = LlamaBlock(*parts, facts["hidden_size"], facts["rms_norm_eps"])
     kinds = (Pattern(scale=head_size(facts) ** -0.5),) * facts["num_hidden_layers"]

@@ -1,10 +1,10 @@
-"""Rows of a table by id, where the table is cut over a mesh.
+"""Embedding lookup in a sharded table.
 
-Left to itself, the partitioner may send the whole table through the mesh, between slices too, for the few rows that a batch
-needs. Here ids travel, and rows: along `fsdp` and `expert`, where the columns are cut, each device looks up its columns for the
-tokens of all of them, and an all-to-all turns "some columns of all tokens" into "all columns of some tokens"; along `tensor`,
-where the words are cut, the device that has a word gives its row and the others zeros, and the sum is exact. Nothing crosses
-`data` or `sequence` but, backward, the gradient of a table that is trained.
+By default the partitioner may send the whole table through the mesh, even between slices, for the few rows that a batch needs.
+Here only ids and rows are transferred. Along `fsdp` and `expert`, which shard the columns, each device looks up its columns for
+the tokens of all of them, and an all-to-all exchanges "some columns of all tokens" for "all columns of some tokens". Along
+`tensor`, which shards the vocabulary, the device that has a token's row contributes it and the others zeros, so the sum is
+exact. Nothing crosses `data` or `sequence`, except the gradient of a trained table in the backward pass.
 
 Legend: B batch, T length, V vocab, E embed.
 """
@@ -17,17 +17,17 @@ from ftjax.mesh import RULES, fitting, spec
 
 
 def rows_of(table: jax.Array, axes: tuple[str | None, ...], ids: jax.Array, dtype) -> jax.Array:
-    """`table[V, E]` at `ids[B, T]` -> `[B, T, E]` in `dtype`, under the mesh that is set.
+    """Look up `ids [B, T]` in `table [V, E]` under the current mesh; return `[B, T, E]` in `dtype`.
 
     Args:
-        axes: the table's logical axes.
+        axes: logical axes of the table.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes or ids.ndim != 2:
         return jnp.take(table, ids, axis=0).astype(dtype)
     words, columns = (tuple(name for name in RULES.get(axis) or () if mesh.shape[name] > 1) for axis in axes)
     batch, length = fitting(mesh, "batch", ids.shape[0]), fitting(mesh, "length", ids.shape[1])
-    if batch is None or not (words or columns):  # a batch that every device has whole: nothing to exchange
+    if batch is None or not (words or columns):  # the batch or the table is replicated: nothing to exchange
         return jnp.take(table, ids, axis=0).astype(dtype)
 
     def local(table: jax.Array, ids: jax.Array) -> jax.Array:

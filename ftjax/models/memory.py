@@ -1,6 +1,7 @@
-"""What a layer remembers of the tokens before, while it decodes: each says so by records, and the cache is built from them.
+"""Records that declare what a layer remembers of earlier tokens while decoding; the cache is built from them.
 
-A module within a block has the records as its attribute `memory`. A layer with none sees each token by itself.
+A module within a block lists its records in the attribute `memory`. A layer without records processes each token
+independently.
 """
 
 from collections.abc import Iterable
@@ -14,12 +15,12 @@ from ftjax.errors import UserError
 
 @dataclass(frozen=True)
 class KeysValues:
-    """Keys and values of every token: keys `[K, D]`, as they are after RoPE, and values `[K, V]`.
+    """Keys and values of every token: keys `[K, D]` after RoPE, and values `[K, V]`.
 
-    A latent that keys and values are made from (MLA) is one head of its own sizes.
+    A latent from which keys and values are computed (MLA) counts as one head with its own sizes.
 
     Attributes:
-        name: under which later layers may read them (`Shared`).
+        name: name under which later layers may read them (`Shared`).
     """
 
     kv_heads: int
@@ -30,18 +31,18 @@ class KeysValues:
 
 @dataclass(frozen=True)
 class Shared:
-    """Nothing of its own: the layer reads the keys and values that the last layer before it wrote under this name."""
+    """Keys and values of an earlier layer: the last one before this layer that wrote under this name."""
 
     name: str = ""
 
 
 @dataclass(frozen=True)
 class ConvState:
-    """The last `width` inputs of a causal convolution: its kernel's size less one.
+    """The last `width` inputs of a causal convolution; `width` is the kernel size minus one.
 
     Attributes:
-        name: tells apart several of one layer.
-        restarts: the layer starts anew with each document of a packed row; where it does not, rows hold one document each.
+        name: distinguishes several records of one layer.
+        restarts: whether the state is reset at each document of a packed row; if not, rows hold one document each.
     """
 
     channels: int
@@ -49,7 +50,7 @@ class ConvState:
     name: str = ""
     restarts: bool = True
 
-    dtype: ClassVar[None] = None  # that of the activations
+    dtype: ClassVar[None] = None  # the dtype of the activations
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,10 +59,10 @@ class ConvState:
 
 @dataclass(frozen=True)
 class RecurrentState:
-    """A state that each token changes; zeros before the first.
+    """A recurrent state, updated by each token and zero before the first one.
 
     Attributes:
-        name, restarts: as those of `ConvState`.
+        name, restarts: as in `ConvState`.
     """
 
     shape: tuple[int, ...]
@@ -76,26 +77,26 @@ Memory = KeysValues | Shared | State
 
 
 def declared(block: nnx.Module) -> tuple[Memory, ...]:
-    """What the modules of a block say that they remember."""
+    """Return the records that the modules of a block declare."""
     nodes = [node for _, node in nnx.iter_graph(block) if isinstance(node, nnx.Module)]
     return tuple(record for node in nodes for record in getattr(node, "memory", ()))
 
 
 def packs(layers: Iterable[tuple[Memory, ...]]) -> bool:
-    """Whether several documents may be in one row."""
+    """Return whether a row may hold several documents."""
     return all(getattr(record, "restarts", True) for own in layers for record in own)
 
 
 def one_for_all(layers: Iterable[tuple[Memory, ...]]) -> KeysValues:
-    """The keys and values of a model in which every layer has ones of the same size, and nothing else.
+    """Return the one record of a model whose layers all have keys and values of the same size, and nothing else.
 
-    Raises UserError for another model: virtual tokens are keys and values of that size in every layer.
+    Raises UserError for other models, because virtual tokens are keys and values of one size in every layer.
     """
     found = set(layers)
     record = next(iter(found))[0] if len(found) == 1 and len(next(iter(found))) == 1 else None
     if not isinstance(record, KeysValues) or record.key_dim != record.value_dim:
         raise UserError(
-            "method.name: virtual tokens are keys and values of one size in every layer, and the layers of this model remember "
-            "other things; use method.name: lora"
+            "method.name: virtual tokens are keys and values of one size in every layer, and the layers of this model have "
+            "another kind of memory; use method.name: lora"
         )
     return record

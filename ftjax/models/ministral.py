@@ -1,6 +1,6 @@
-"""Ministral: Mistral whose layers see either the whole text or a window of it.
+"""Ministral: Mistral with full attention in some layers and a sliding window in others.
 
-transformers takes a `mistral` config.json with `layer_types` for one of these, and so does ftjax.
+transformers reads a `mistral` config.json with `layer_types` as this model type, and so does ftjax.
 """
 
 from ftjax.models.causal_lm import head_size
@@ -10,6 +10,6 @@ from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder,
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
-    """The abstract model of a `ministral` config.json."""
+    """Build the abstract model of a `ministral` config.json."""
     block = LlamaBlock(attention(facts, bias=False), mlp(facts), facts["hidden_size"], facts["rms_norm_eps"])
     return decoder(facts, block, patterns(facts, head_size(facts) ** -0.5), whole_rope(facts))

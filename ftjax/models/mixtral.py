@@ -10,20 +10,20 @@ from ftjax.models.param import Layout
 from ftjax.models.rope import make_rope, refuse_partial
 from ftjax.models.stack import Stack
 
-STORED = ("mlp", "block_sparse_moe")  # checkpoints keep the module name of older transformers
+STORED = ("mlp", "block_sparse_moe")  # checkpoints use the module name of older transformers versions
 
 
 def router_loss(facts: Facts) -> float:
-    """The coefficient of the balancing loss; transformers adds it only where `output_router_logits` is set."""
+    """Return the coefficient of the load-balancing loss; 0 unless `output_router_logits` is set, as in transformers."""
     coefficient = facts.get("router_aux_loss_coef", 0.0)
     return float(coefficient) if facts.get("output_router_logits", False) else 0.0
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
-    """The abstract model of a `mixtral` config.json."""
+    """Build the abstract model of a `mixtral` config.json."""
     embed, layers, head_dim = facts["hidden_size"], facts["num_hidden_layers"], head_size(facts)
     eps, vocab, experts = facts["rms_norm_eps"], facts["vocab_size"], facts["num_local_experts"]
-    facts.only("router_jitter_noise", 0.0, 0, None, why="noise on what the router sees while training is not implemented")
+    facts.only("router_jitter_noise", 0.0, 0, None, why="noise on the router's inputs in training is not implemented")
     rope = refuse_partial(facts["rope_parameters"])
     gate = Router(embed, experts, facts["num_experts_per_tok"], normalise=True, layout=Layout("weight", module=STORED))
     mlp = SparseMoe(gate, Experts(embed, facts["intermediate_size"], experts, facts["hidden_act"], ("w1", "w3", "w2"), STORED))

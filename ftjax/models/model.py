@@ -1,6 +1,6 @@
-"""A model as the rest of ftjax sees it: structure on one side, a flat dict of arrays on the other.
+"""The interface of a model to the rest of ftjax: a static structure and a flat dict of arrays.
 
-Modules are built abstract and split once; from there on everything is a pure function over `{path: array}`.
+Modules are built abstract and split once; after that everything is a pure function of `{path: array}`.
 """
 
 from collections.abc import Mapping
@@ -27,12 +27,12 @@ class Model:
     """An abstract model, ready to be bound to arrays.
 
     Attributes:
-        config: config.json, as completed by transformers.
-        specs: the row of every parameter, by path.
+        config: config.json, completed by transformers.
+        specs: the spec of every parameter, by path.
         buffers: arrays that are neither loaded nor trained (LoRA scales), by path.
-        sizes, ignored, output, ropes, notes, max_positions: what the root module says (`ftjax.models.causal_lm.CausalLM`).
-        embedding: the row of the input embedding `[V, E]`.
-        memories: what each layer remembers while it decodes.
+        sizes, ignored, output, ropes, notes, max_positions: attributes of the root module (`ftjax.models.causal_lm.CausalLM`).
+        embedding: the spec of the input embedding `[V, E]`.
+        memories: memory records of each layer, for decoding.
     """
 
     config: Mapping[str, Any]
@@ -52,7 +52,7 @@ class Model:
 
     @classmethod
     def of(cls, module: CausalLM, config: Mapping[str, Any]) -> "Model":
-        """Split a module (whose parameters are abstract) into structure and rows."""
+        """Split a module with abstract parameters into structure and specs."""
         graphdef, state = nnx.split(module)
         found = dict(variables(module))
         order = tuple(".".join(map(str, path)) for path, _ in nnx.to_flat_state(state))
@@ -66,7 +66,7 @@ class Model:
         )  # fmt: skip
 
     def bind(self, params: Mapping[str, jax.Array]) -> Any:
-        """The module with these arrays in it; for use inside jit."""
+        """Return the module with these arrays as parameters; for use inside jit."""
         leaves = [self.buffers[path] if path in self.buffers else params[path] for path in self.order]
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, jax.tree.leaves(leaves)))
 
@@ -80,7 +80,7 @@ class Model:
 
 
 def note_unread(facts: Facts) -> None:
-    """A note of each key of RoPE that has no effect."""
+    """Add a note for each RoPE parameter that has no effect."""
     ropes = facts.get("rope_parameters") or {}
     nested = [value for value in ropes.values() if isinstance(value, Mapping)]
     for key in sorted({key for one in nested or [ropes] for key in unread(one)}):
@@ -90,7 +90,7 @@ def note_unread(facts: Facts) -> None:
 
 
 def build_module(config: Mapping[str, Any]) -> CausalLM:
-    """The abstract module of a completed config.json (`ftjax.models.facts`); every field is honoured or refused."""
+    """Build the abstract module of a completed config.json (`ftjax.models.facts`); every field is honoured or rejected."""
     facts = Facts(config)
     module = FAMILIES[facts.model_type].build(facts)
     facts.finish()

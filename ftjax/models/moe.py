@@ -1,11 +1,11 @@
-"""Routed experts: each token goes through the k experts that its router scores highest; none is ever dropped.
+"""Mixture of experts: each token is routed to the k experts with the highest router scores; no token is ever dropped.
 
-Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot_general`: one kernel on TPU and GPU; on
-CPU JAX masks a dense product, which costs as much as all experts). Devices sort the tokens that they hold.
+Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot_general`: one kernel on TPU and GPU; on CPU JAX
+masks a dense product, which costs as much as all experts). Each device sorts its own tokens.
 
-Sources: Shazeer et al. 2017 (arXiv:1701.06538); the balancing loss, Fedus et al. 2021 (arXiv:2101.03961, eq. 4 to 6).
+Sources: Shazeer et al. 2017 (arXiv:1701.06538); load-balancing loss: Fedus et al. 2021 (arXiv:2101.03961, eq. 4 to 6).
 
-Legend: B batch, T length, M tokens on one device, D embed, F mlp, X experts, K experts of a token.
+Legend: B batch, T length, M tokens on one device, D embed, F mlp, X experts, K experts per token.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from ftjax.mesh import constrain, fitting
 from ftjax.models.attention import Pattern
 from ftjax.models.cache import Memories
 from ftjax.models.context import Context
-from ftjax.models.kept import product
+from ftjax.models.kept import checkpointed
 from ftjax.models.layers import activation, project
 from ftjax.models.llama import LlamaBlock, LlamaModel
 from ftjax.models.param import Init, Layout, param
@@ -29,18 +29,18 @@ from ftjax.models.stack import Stack
 
 
 class Router(nnx.Module):
-    """Scores each token for each expert. Not a `Linear`: transformers' router is none, so PEFT's LoRA passes it by."""
+    """Scores each token for each expert. It is not a `Linear`, as in transformers, so that PEFT's LoRA skips it."""
 
     def __init__(
         self, embed: int, experts: int, top_k: int, *, normalise: bool, bias: bool = False, layout: Layout | None = None
     ):
-        """`normalise`: the weights of the chosen experts add up to 1."""
+        """With `normalise`, the weights of the chosen experts sum to 1."""
         self.top_k, self.normalise = top_k, normalise
         self.weight = param((experts, embed), ("experts", "embed"), "weight", layouts=(layout,) if layout else ())
         self.bias = param((experts,), ("experts",), "bias", init=Init("zeros")) if bias else None
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`x [B, T, D]` -> float32 logits `[B, T, X]`, chosen experts `[B, T, K]` int32 and their float32 weights."""
+        """Map `x [B, T, D]` to float32 logits `[B, T, X]`, chosen experts `[B, T, K]` int32, and their float32 weights."""
         logits = project(x, self.weight[...])
         if self.bias is not None:
             logits = logits + self.bias[...].astype(x.dtype)
@@ -52,28 +52,28 @@ class Router(nnx.Module):
 
 
 def grouped(x: jax.Array, weight: jax.Array, sizes: jax.Array, contract: int) -> jax.Array:
-    """`[M, N]`: the rows of `x [M, in]`, sorted by expert, times their expert's matrix.
+    """Multiply the rows of `x [M, in]`, sorted by expert, by the matrix of their expert; return `[M, N]`.
 
     Args:
-        weight: [X, in, N] or [X, N, in]; `contract` says where its input dimension is.
-        sizes: [X] int32, the rows of each expert.
+        weight: [X, in, N] or [X, N, in]; `contract` is the axis of its input dimension.
+        sizes: [X] int32, number of rows per expert.
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = jax.lax.RaggedDotDimensionNumbers(
         (((1,), (contract,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
-    return product(jax.lax.ragged_dot_general(x, weight.astype(x.dtype), sizes, dims, precision=precision))
+    return checkpointed(jax.lax.ragged_dot_general(x, weight.astype(x.dtype), sizes, dims, precision=precision))
 
 
 class Group(NamedTuple):
-    """The rows that one device works on, sorted by expert.
+    """Rows that one device processes, sorted by expert.
 
-    Devices that share the rows, each with a part of the `mlp` dimension, have their results added; so what belongs in the
-    result once is multiplied by `once`: 1 on one of them, 0 on the others.
+    Devices with the same rows and different parts of the `mlp` dimension add up their results. Terms that must be added only
+    once (output biases) are multiplied by `once`: 1 on one of these devices, 0 on the others.
     """
 
     rows: jax.Array  # [M, D]
-    sizes: jax.Array  # [X] int32: rows of each expert
+    sizes: jax.Array  # [X] int32: number of rows per expert
     owner: jax.Array  # [M] int32: the expert of each row
     once: jax.Array | int
 
@@ -90,19 +90,19 @@ def dispatch(
     params: dict[str, jax.Array],
     axes: dict[str, tuple[str | None, ...]],
 ) -> jax.Array:
-    """`[B, T, D]`: the weighted sum of what the chosen experts make of each token.
+    """Return the weighted sum `[B, T, D]` of the chosen experts' outputs for each token.
 
-    Under a mesh each device has its own tokens, whole experts of its own along `expert`, and its part of the experts' `mlp`
-    dimension. Devices along `expert` gather their tokens, each lets its experts work on all of them, and the results are
-    added while they are scattered back; partial sums of `mlp` are added over the devices that share the tokens.
+    Under a mesh, tokens are sharded, whole experts are sharded along `expert`, and the experts' `mlp` dimension may be sharded
+    too. Devices along `expert` all-gather their tokens, each applies its experts to all of them, and the results are
+    reduce-scattered; partial sums over `mlp` are added over the devices with the same tokens.
 
     Args:
-        axes: logical axes of each parameter; `experts` and `mlp` stay distributed, the rest is gathered.
+        axes: logical axes of each parameter; `experts` and `mlp` stay sharded, other axes are gathered.
     """
     experts = next(iter(params.values())).shape[0]
 
     def local(x, chosen, weights, params, once=1, first=0):
-        """With the experts from `first` on that `params` holds; tokens of others get nothing."""
+        """Apply the experts in `params`, the first of which is number `first`; tokens of other experts get zeros."""
         b, t, d = x.shape
         k = chosen.shape[-1]
         here = next(iter(params.values())).shape[0]
@@ -152,16 +152,16 @@ def dispatch(
             y = jax.lax.psum(y, "expert")
         return y.astype(x.dtype)
 
-    # Without JAX's check of what varies over which axis: jax 0.12 cannot type the exact GELU's erf under it.
+    # check_vma=False: with the check, jax 0.12 cannot type the erf of the exact GELU.
     mapped = jax.shard_map(shard, mesh=mesh, in_specs=(token, token, token, places), out_specs=token, check_vma=False)
     return mapped(x, chosen, weights, params)
 
 
 class Experts(nnx.Module):
-    """`down(act(gate(x)) * up(x))`, X of them.
+    """X experts, each `down(act(gate(x)) * up(x))`.
 
-    Checkpoints hold a tensor for each expert and matrix; transformers' modules hold gate and up of all experts in one,
-    gate before up. Here they are two slices of one array, so that either can be distributed over devices.
+    Checkpoints have one tensor per expert and matrix; transformers' modules concatenate gate and up of all experts in one
+    tensor, gate first. Here gate and up are two slices of one array, so that both can be sharded.
     """
 
     AXES = {"gate_up_proj": ("experts", None, "mlp", "embed"), "down_proj": ("experts", "embed", "mlp")}  # noqa: RUF012
@@ -169,7 +169,7 @@ class Experts(nnx.Module):
     def __init__(
         self, embed: int, mlp: int, experts: int, act: str, names: tuple[str, str, str], module: tuple[str, str] | None
     ):
-        """`names`: of gate, up and down in checkpoints. `module`: the part of the module's name that differs there."""
+        """`names` are those of gate, up and down in checkpoints; `module` is the part of the module name that differs there."""
         self.act = activation(act)
         gate, up, down = names
         self.gate_up_proj = param(
@@ -191,8 +191,8 @@ class Experts(nnx.Module):
 
 
 def statistics(logits: jax.Array, chosen: jax.Array, segment_ids: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the real tokens (segment 0 is padding), `[X]` float32 each: how often each expert was chosen, and its
-    probability."""
+    """Return sums over all tokens that are not padding (segment 0): how often each expert was chosen, and its probability,
+    `[X]` float32 each."""
     real = (segment_ids != 0).astype(jnp.float32)[..., None]
     picked = jnp.sum(jax.nn.one_hot(chosen, logits.shape[-1], dtype=jnp.float32), axis=2)
     return {
@@ -202,11 +202,11 @@ def statistics(logits: jax.Array, chosen: jax.Array, segment_ids: jax.Array) -> 
 
 
 def balance_loss(sums: dict[str, jax.Array], layers: int, segment_ids: jax.Array) -> jax.Array:
-    """transformers' `load_balancing_loss_func`: `X * sum(share chosen * mean probability)` over the tokens of all sparse
-    layers together; 1 for each of the K experts of a token where they are used evenly.
+    """Compute the load-balancing loss of transformers (`load_balancing_loss_func`).
 
-    It is a mean over the real tokens of a microbatch (on all devices), so it does depend on how rows are put into
-    microbatches; the train step weighs each by its number of trained tokens.
+    It is `X * sum(fraction chosen * mean probability)` over the tokens of all sparse layers together, and equals K if the
+    experts are used evenly. Because it is a mean over the tokens of a microbatch (on all devices), it depends on how rows are
+    grouped into microbatches; the train step weights each by its number of trained tokens.
     """
     rows = jnp.maximum(layers * jnp.sum(segment_ids != 0), 1).astype(jnp.float32)
     experts = sums["chosen"].shape[0]
@@ -217,19 +217,19 @@ class SparseMoe(nnx.Module):
     """A router and its experts, under transformers' names."""
 
     def __init__(self, router: Router, experts: nnx.Module, name: str = "gate"):
-        """`name`: of the router."""
+        """`name` is the attribute name of the router."""
         self.gate = router if name == "gate" else None
         self.router = router if name == "router" else None
         self.experts = experts
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """`(y [B, T, D], statistics)`."""
+        """Return `(y [B, T, D], statistics)`."""
         logits, chosen, weights = (self.gate or self.router)(x)
         return self.experts(x, chosen, weights), statistics(logits, chosen, ctx.segment_ids)
 
 
 class MoeBlock(LlamaBlock):
-    """Llama's block, whose mlp is sparse or (in some layers of some models) dense."""
+    """Llama's block with a sparse or, in some layers of some models, dense MLP."""
 
     def __init__(self, attention: nnx.Module, mlp: nnx.Module, embed: int, eps: float, experts: int):
         super().__init__(attention, mlp, embed, eps)
@@ -248,10 +248,10 @@ class MoeBlock(LlamaBlock):
 
 
 class MoeModel(LlamaModel):
-    """`router_loss`: coefficient of the balancing loss; zero where the config does not ask for it."""
+    """Llama's model with a load-balancing loss; its coefficient `router_loss` is 0 unless the config sets it."""
 
     def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope, router_loss: float, sparse: int):
-        """`sparse`: number of layers that have a router."""
+        """`sparse` is the number of layers with a router."""
         super().__init__(vocab, embed, eps, layers, rope)
         self.router_loss, self.sparse = router_loss, sparse
 

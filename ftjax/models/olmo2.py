@@ -1,4 +1,5 @@
-"""OLMo 2: norms after each sublayer and not before it, and over all queries and all keys (OLMo Team 2024, arXiv:2501.00656).
+"""OLMo 2: norms after each sublayer instead of before, and over all heads of queries and keys (OLMo Team 2024,
+arXiv:2501.00656).
 
 Legend: B batch, T query length, E embed, N heads, K kv heads, H head dim.
 """
@@ -13,7 +14,7 @@ from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import head_size
 from ftjax.models.context import Context
 from ftjax.models.facts import Facts
-from ftjax.models.layers import AsItIs, RMSNorm
+from ftjax.models.layers import IdentityAdapter, RMSNorm
 from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, attention, decoder, mlp, whole_rope
 
 
@@ -22,7 +23,7 @@ def olmo_norm(size: int, eps: float) -> RMSNorm:
 
 
 class Olmo2Attention(LlamaAttention):
-    """`q_norm` and `k_norm` see all heads of a token at once."""
+    """Llama's attention with `q_norm` and `k_norm` over all heads of a token together."""
 
     def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         b, t, _ = x.shape
@@ -36,7 +37,7 @@ class Olmo2Block(nnx.Module):
         self.mlp = mlp
         self.post_attention_layernorm = olmo_norm(embed, eps)
         self.post_feedforward_layernorm = olmo_norm(embed, eps)
-        self.attention_adapters, self.output_adapters = AsItIs(), AsItIs()
+        self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.self_attn(x, ctx, pattern, layer, cache)
@@ -46,7 +47,7 @@ class Olmo2Block(nnx.Module):
 
 
 def parts(facts: Facts) -> tuple[LlamaAttention, nnx.Module, int, float]:
-    """Attention, MLP, E and epsilon: what a block of OLMo 2 or 3 is made of."""
+    """Return attention, MLP, E and epsilon, the arguments of an OLMo 2 or 3 block."""
     head_dim, eps = head_size(facts), facts["rms_norm_eps"]
     norms = {
         "q_norm": olmo_norm(facts["num_attention_heads"] * head_dim, eps),
@@ -57,7 +58,7 @@ def parts(facts: Facts) -> tuple[LlamaAttention, nnx.Module, int, float]:
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
-    """The abstract model of an `olmo2` config.json."""
+    """Build the abstract model of an `olmo2` config.json."""
     kinds = (Pattern(head_size(facts) ** -0.5),) * facts["num_hidden_layers"]
     model = decoder(facts, Olmo2Block(*parts(facts)), kinds, whole_rope(facts))
     model.model.norm = olmo_norm(facts["hidden_size"], facts["rms_norm_eps"])

@@ -1,4 +1,4 @@
-"""OLMo 3: OLMo 2 with three windowed layers before each that sees the whole text, and a RoPE for each of the two types.
+"""OLMo 3: OLMo 2 with three sliding-window layers to one full-attention layer, and a separate RoPE per layer type.
 
 Source: OLMo Team 2025 (arXiv:2512.13961).
 """
@@ -22,7 +22,7 @@ class Olmo3Block(Olmo2Block):
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
-    """The abstract model of an `olmo3` config.json."""
+    """Build the abstract model of an `olmo3` config.json."""
     head_dim = head_size(facts)
     kinds = tuple(map(Kind, patterns(facts, head_dim**-0.5), facts["layer_types"]))
     model = decoder(facts, Olmo3Block(*parts(facts)), kinds, ropes(facts, head_dim))

@@ -1,14 +1,13 @@
-"""One row per parameter: its shape, logical axes, Hugging Face name and initialiser stand together.
+"""Parameters and their metadata: one row per parameter with logical axes, Hugging Face name and initialiser.
 
-Modules are always built *abstract*: a parameter holds a `jax.ShapeDtypeStruct` until a loader or an initialiser
-materialises it. Sharding, streaming import, export, the memory plan, LoRA targets and PEFT's key names all derive
-from these rows.
+Modules are always built *abstract*: a parameter holds a `jax.ShapeDtypeStruct` until a loader or an initialiser materialises
+it. Sharding, streaming import, export, the memory plan, LoRA targets and PEFT's key names are all derived from these rows.
 
-A module tree mirrors Hugging Face's module names, so that the Hugging Face name of a parameter is its path with two
-exceptions: `block` (or `<name>_block`) under a stack stands for the layer index, and `base` (the layer that a method
-wrapped) is left out. Where checkpoints name or cut a parameter otherwise, its row says how (`Layout`).
-Parameters also keep Hugging Face's shapes -- a linear layer's weight is (out, in) -- so that import and export only
-stack and unstack. Matrix products are as fast either way: forward and backward want opposite orders.
+The module tree mirrors Hugging Face's module names, so that the Hugging Face name of a parameter is its path, with two
+exceptions: `block` (or `<name>_block`) under a stack becomes the layer index, and `base` (the layer that a method wraps) is
+omitted. If checkpoints name or split a parameter differently, its row says how (`Layout`). Parameters also keep Hugging Face's
+shapes -- a linear layer's weight is (out, in) -- so that import and export only stack and unstack. Matrix products are equally
+fast either way: forward and backward pass prefer opposite orders.
 """
 
 import dataclasses
@@ -24,14 +23,14 @@ from flax import nnx
 
 from ftjax.models.quantized import Quantization, Quantized
 
-INDEXED = {"layers"}  # stacked axes: one Hugging Face tensor for each index
+INDEXED = {"layers"}  # stacked axes: one Hugging Face tensor per index
 
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter that is not loaded starts.
+    """Initialiser of a parameter that is not loaded.
 
-    `normal` and `uniform` have standard deviation, respectively half width, `scale`.
+    `scale` is the standard deviation of `normal` and the half width of `uniform`.
     """
 
     kind: Literal["zeros", "ones", "normal", "uniform"]
@@ -47,15 +46,15 @@ class Init:
 
 @dataclass(frozen=True)
 class Layout:
-    """Another way in which checkpoints hold a parameter than under its module's name, one tensor a layer.
+    """Layout of a parameter in checkpoints, if it is not one tensor per layer under its module's name.
 
-    Mixtral's experts, one array `[layers, experts, gate and up, mlp, embed]`, are two tensors for each expert:
-    `Layout("{}.{}.weight", labels=(None, ("w1", "w3")), module=("mlp", "block_sparse_moe"))`.
+    For example, Mixtral's experts are one array `[layers, experts, gate and up, mlp, embed]` in memory and two tensors per
+    expert in checkpoints: `Layout("{}.{}.weight", labels=(None, ("w1", "w3")), module=("mlp", "block_sparse_moe"))`.
 
     Attributes:
-        name: takes the place of the row's name, with `{}` for each further axis that has a tensor for each index.
-        labels: what stands in the name for the indices of each of those axes; None for the number itself.
-        module: a part of the module's name, and what checkpoints have in its place.
+        name: replaces the row's name, with `{}` for each further axis that has one tensor per index.
+        labels: for each of these axes, the names of its indices; None for the numbers themselves.
+        module: a part of the module name, and its replacement in checkpoints.
     """
 
     name: str
@@ -65,20 +64,20 @@ class Layout:
 
 @dataclass(frozen=True)
 class Row:
-    """The metadata of one parameter.
+    """Metadata of one parameter.
 
     Attributes:
-        axes: logical axis of each dimension in memory (the table in `ftjax.mesh` maps them to the mesh).
-        name: the last part of the Hugging Face name, such as `weight`.
-        init: where the parameter starts when it is not loaded.
-        trainable: a method sets this; everything else is frozen.
-        adapter: a method added the parameter; it is initialised, not loaded with the base model.
-        ranks: for each stacked index, how much of the `rank` axis exists (0: that layer has no adapter, whether or not the
-            parameter has that axis). The rest is padding, which neither trains nor is exported.
-        hf_shape: Hugging Face's shape of one layer's tensor, where memory splits one of its dimensions in two.
-        layouts: how checkpoints hold the parameter, where they do it otherwise; the first is what is written. Under
-            its own name it can always be read.
-        quantization: how a frozen weight is held in few bits; its value is then a pytree of arrays.
+        axes: logical axis of each dimension in memory (the table in `ftjax.mesh` maps them to mesh axes).
+        name: last part of the Hugging Face name, such as `weight`.
+        init: initialiser, used if the parameter is not loaded.
+        trainable: set by the fine-tuning method; all other parameters are frozen.
+        adapter: whether a method added the parameter; it is then initialised, not loaded with the base model.
+        ranks: for each stacked index, the used length of the `rank` axis (0: that layer has no adapter, whether or not the
+            parameter has that axis). The rest is padding, which is neither trained nor exported.
+        hf_shape: Hugging Face's shape of one layer's tensor, if one of its dimensions is split in two in memory.
+        layouts: layouts in checkpoints, if different from one tensor per layer; the first is used for writing. The parameter
+            can always be read under its own name.
+        quantization: quantization of a frozen weight, whose value is then a pytree of arrays.
     """
 
     axes: tuple[str | None, ...]
@@ -93,7 +92,7 @@ class Row:
 
 
 def param(shape: tuple[int, ...], axes: tuple[str | None, ...], name: str, dtype=jnp.float32, **row) -> nnx.Param:
-    """An abstract parameter with its row."""
+    """Create an abstract parameter with its row."""
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), row=Row(axes, name, **row))
 
@@ -103,7 +102,7 @@ class Buffer(nnx.Variable):
 
 
 class Piece(NamedTuple):
-    """One Hugging Face tensor: its name, where it lies in the stacked array, and its shape."""
+    """One Hugging Face tensor: its name, its index in the stacked array, and its shape."""
 
     name: str
     index: tuple[int | slice, ...]
@@ -115,22 +114,22 @@ class Stacked(Protocol):
     """A module that holds several layers in one block."""
 
     def layers_of(self, name: str) -> tuple[int, ...]:
-        """Which layers of the model are stacked in the block that is this attribute."""
+        """Return the layers of the model that are stacked in the block with this attribute name."""
         ...
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A parameter as seen from outside the module tree: where it is, and its row.
+    """Description of a parameter outside the module tree: its path, shape, dtype and row.
 
-    Shape and dtype are those of the weight; what stands for a quantised one is `abstract`.
+    Shape and dtype are those of the unquantised weight; `abstract` describes its actual value.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: jnp.dtype
     row: Row
-    layers: tuple[int, ...] | None = None  # which layers are stacked, where they are not all in order
+    layers: tuple[int, ...] | None = None  # the stacked layers; None if these are all layers in order
 
     @property
     def module(self) -> str:
@@ -148,8 +147,8 @@ class Spec:
         return tuple(size for size, axis in zip(self.shape, self.row.axes, strict=True) if axis in INDEXED)
 
     def pieces(self, layout: Layout | None = None) -> Iterator[Piece]:
-        """Every Hugging Face tensor that this parameter is stacked from, under the names that transformers' modules and
-        PEFT have for it; with a layout, under those of a checkpoint."""
+        """Yield every Hugging Face tensor that this parameter is stacked from, named as in transformers' modules and PEFT, or
+        with a layout as in checkpoints."""
         template, labels = self.hf_template, ()
         if layout is not None:
             module = self.module.replace(*layout.module) if layout.module else self.module
@@ -157,15 +156,15 @@ class Spec:
         depth = len(self.stacked) + len(labels)
         own = self.shape[depth:]
         for number, index in enumerate(itertools.product(*map(range, self.shape[:depth]))):
-            cut = tuple(slice(0, size) for size in own)
+            slices = tuple(slice(0, size) for size in own)
             if self.row.ranks is not None:
                 if not self.row.ranks[number]:
                     continue
                 if "rank" in self.row.axes:
                     at = self.row.axes.index("rank") - depth
-                    cut = (*cut[:at], slice(0, self.row.ranks[number]), *cut[at + 1 :])
-            shape = self.row.hf_shape if self.row.hf_shape and layout is None else tuple(c.stop for c in cut)
-            yield Piece(template.format(*self._labels(index, labels)), index + cut, shape)
+                    slices = (*slices[:at], slice(0, self.row.ranks[number]), *slices[at + 1 :])
+            shape = self.row.hf_shape if self.row.hf_shape and layout is None else tuple(s.stop for s in slices)
+            yield Piece(template.format(*self._labels(index, labels)), index + slices, shape)
 
     def _labels(self, index: tuple[int, ...], labels: tuple[tuple[str, ...] | None, ...]) -> Iterator[int | str]:
         stacked = len(self.stacked)
@@ -174,13 +173,13 @@ class Spec:
 
     @property
     def abstract(self) -> jax.ShapeDtypeStruct | Quantized:
-        """What the parameter's value looks like."""
+        """Shape and dtype of the parameter's value, or a pytree of these if it is quantised."""
         if self.row.quantization is not None:
             return self.row.quantization.abstract(self.shape)
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
     def written(self) -> Iterator[Piece]:
-        """The tensors of the checkpoints that are written."""
+        """Yield the tensors that are written to checkpoints."""
         return self.pieces(self.row.layouts[0] if self.row.layouts else None)
 
     def astype(self, dtype) -> "Spec":
@@ -188,19 +187,19 @@ class Spec:
 
     @property
     def size(self) -> int:
-        """Number of weights, padding not counted."""
+        """Number of weights, not counting padding."""
         return sum(math.prod(piece.shape) for piece in self.pieces())
 
 
 def variables(module: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
-    """`(path, variable)` of every parameter and buffer below a module."""
+    """Yield `(path, variable)` of every parameter and buffer in a module."""
     for path, leaf in nnx.iter_graph(module):
         if isinstance(leaf, nnx.Variable):
             yield ".".join(map(str, path)), leaf
 
 
 def specs(module: nnx.Module) -> dict[str, Spec]:
-    """Every parameter of a module by path (buffers are not parameters)."""
+    """Return the spec of every parameter of a module by path; buffers are not included."""
     stacks = {path: node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Module) and isinstance(node, Stacked)}
     found = {}
     for path, leaf in nnx.iter_graph(module):

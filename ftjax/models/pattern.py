@@ -1,18 +1,18 @@
-"""What tells the attention of one layer from another's."""
+"""Static attention settings that may differ between layers."""
 
 from dataclasses import dataclass
 
-MASKED = -1e30  # finite, so that a row without any visible key gives numbers and not NaN
+MASKED = -1e30  # finite, so that a row without any visible key does not give NaN
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Static facts of a layer's attention.
+    """Static attention settings of a layer.
 
     Attributes:
         scale: factor on the scores.
-        window: a query sees this many keys, itself included; None sees all.
-        softcap: `softcap * tanh(scores / softcap)` (Gemma 2), or None.
+        window: number of keys that a query attends to, including its own; None for all.
+        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2); None for no cap.
     """
 
     scale: float

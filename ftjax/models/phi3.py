@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5 mini, Phi-4 and Phi-4-mini: Llama with fused projections, LongRoPE, and RoPE on a part of each head.
+"""Phi-3, Phi-3.5 mini, Phi-4 and Phi-4-mini: Llama with fused projections, LongRoPE, and partial RoPE.
 
 Source: Abdin et al. 2024 (arXiv:2404.14219).
 
@@ -30,23 +30,23 @@ class Phi3Attention(nnx.Module):
         self.o_proj = Linear(heads * head_dim, embed, ("heads", "embed"))
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
-        """`x [B, T, E] -> ([B, T, E], cache)`."""
+        """Map `x [B, T, E]` to `([B, T, E], cache)`."""
         return self.attend(self.project(x, ctx), ctx, pattern, layer, cache)
 
     def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, before RoPE."""
+        """Project `x [B, T, E]` to queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, before RoPE."""
         b, t, _ = x.shape
         qkv = self.qkv_proj(x, ctx).reshape(b, t, -1, self.head_dim)
         return tuple(jnp.split(qkv, (self.heads, self.heads + self.kv_heads), axis=2))
 
     def attend(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: Memories):
-        """What `project` gave -> `([B, T, E], cache)`."""
+        """Map the result of `project` to `([B, T, E], cache)`."""
         y, cache = self_attention(*qkv, ctx, pattern, layer, cache)
         return self.o_proj(y, ctx), cache
 
 
 class Phi3MLP(nnx.Module):
-    """`down(act(gate) * up)`, gate and up from one projection."""
+    """`down(act(gate) * up)`, with gate and up from one projection."""
 
     def __init__(self, embed: int, mlp: int, act: str):
         self.act = activation(act)
@@ -59,12 +59,12 @@ class Phi3MLP(nnx.Module):
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
-    """The abstract model of a `phi3` config.json."""
+    """Build the abstract model of a `phi3` config.json."""
     embed, head_dim = facts["hidden_size"], head_size(facts)
     facts.dropout("attention_dropout", "resid_pdrop", "embd_pdrop")
-    # transformers has put it into rope_parameters.
+    # transformers has moved it to rope_parameters.
     facts.inert("partial_rotary_factor")
-    for name in ("full_attn_mod", "interpolate_factor"):  # Phi-4-mini's file has them; transformers knows neither
+    for name in ("full_attn_mod", "interpolate_factor"):  # in Phi-4-mini's file, but unknown to transformers
         facts.only(name, 1, None, why="it is not known to transformers, which would ignore it")
     attention = Phi3Attention(embed, facts["num_attention_heads"], facts["num_key_value_heads"], head_dim)
     block = LlamaBlock(attention, Phi3MLP(embed, facts["intermediate_size"], facts["hidden_act"]), embed, facts["rms_norm_eps"])

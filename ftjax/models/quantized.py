@@ -1,15 +1,15 @@
-"""Frozen weights in 8 or 4 bits, and their matrix product.
+"""Quantise frozen weights to 8 or 4 bits.
 
-`int8`: one scale for each output channel. `nf4`: NormalFloat4 in blocks of 64 with double quantisation (Dettmers et al.
-2023, arXiv:2305.14314, sections 3 and 4), about 4.14 bits a weight. An array is a pytree of its parts, which are stacked,
-scanned and sharded like any other parameters.
+`int8`: one scale per output channel. `nf4`: NormalFloat4 in blocks of 64 with double quantisation (Dettmers et al. 2023,
+arXiv:2305.14314, sections 3 and 4), about 4.14 bits per weight. A quantised array is a pytree of its parts, which are stacked,
+scanned and sharded like any other parameter.
 
-Two things differ from bitsandbytes, whose blocks run through a flattened matrix, so that any part of a matrix can be made
-and used by itself: blocks end with the row, and the scales of a row's blocks are rounded to 8 bits in groups of 256 that
-end with the row as well. A group keeps the middle of its scales where bitsandbytes subtracts one mean from all.
+Two things differ from bitsandbytes, whose blocks run through the flattened matrix, so that any part of a matrix can be
+quantised and used by itself: blocks do not cross rows, and neither do the groups of 256 in which the scales of a row's blocks
+are rounded to 8 bits. A group stores the midpoint of its scales, where bitsandbytes subtracts one mean from all scales.
 
-qwix's arrays were the first candidate (0.1.8). They have no double quantisation (with bfloat16 scales 4.25 bits a weight,
-which is 100 MB more for an 8B model), and a dimension that does not divide by the block is refused (Llama's 172, 11008).
+qwix's arrays were considered (0.1.8). They have no double quantisation (4.25 bits per weight with bfloat16 scales, 100 MB more
+for an 8B model), and they reject dimensions that are not divisible by the block size (Llama's 172, 11008).
 
 Legend: R rows, C columns of a matrix in memory.
 """
@@ -22,8 +22,8 @@ from typing import Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-BLOCK = 64  # weights that share a scale
-GROUP = 256  # scales that share theirs
+BLOCK = 64  # weights per scale
+GROUP = 256  # scales per group scale
 
 # The quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (Dettmers et al. 2023, appendix E).
 NF4 = (
@@ -34,7 +34,7 @@ NF4 = (
 
 
 class Part(NamedTuple):
-    """One of the arrays that stand for a weight."""
+    """Shape, dtype and axes of one array of a quantised weight."""
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
@@ -44,11 +44,11 @@ class Part(NamedTuple):
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
 @dataclass(frozen=True)
 class Int8:
-    """`values * scale`; rounded to the nearest of 255 steps, so off by at most half of `scale`.
+    """`values * scale`, rounded to the nearest of 255 steps, so that the error is at most half of `scale`.
 
     Attributes:
         values: int8 [..., R, C].
-        scale: float32 [..., R, 1], or [..., 1, C] where columns are the outputs.
+        scale: float32 [..., R, 1], or [..., 1, C] if columns are the outputs.
     """
 
     values: jax.Array
@@ -66,7 +66,7 @@ class Int8:
 
     @staticmethod
     def whole_axis(conv1d: bool) -> int:
-        """The axis of which a part cannot be quantised by itself."""
+        """Return the axis that must be whole for quantization."""
         return -2 if conv1d else -1
 
     @classmethod
@@ -95,7 +95,7 @@ class Nf4:
     """`NF4[code] * s`, where `s = group_middle + group_scale * scales` is about the largest magnitude of the block.
 
     Attributes:
-        codes: uint8 [..., R, C / 2]: two columns a byte, the first in the lower half.
+        codes: uint8 [..., R, C / 2], two columns per byte, the first in the low bits.
         scales: int8 [..., R, blocks].
         group_scale, group_middle: float32 [..., R, groups].
         columns: C.
@@ -134,7 +134,7 @@ class Nf4:
         padding = [(0, 0)] * (weight.ndim - 1) + [(0, blocks * BLOCK - columns)]
         weight = jnp.pad(weight.astype(jnp.float32), padding).reshape(*weight.shape[:-1], blocks, BLOCK)
         scales, group_scale, group_middle = _double(jnp.max(jnp.abs(weight), axis=-1))
-        # What the scale came to is what the weights are divided by, so that its own rounding does not add to theirs.
+        # Divide by the rounded scale, so that its rounding error does not add to that of the weights.
         s = _scales(scales, group_scale, group_middle)[..., None]
         weight = weight / jnp.where(s > 0, s, 1)
         codes = jnp.zeros(weight.shape, jnp.uint8)
@@ -154,7 +154,7 @@ class Nf4:
 
 
 def _double(s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The scales of blocks `[..., blocks]` in 8 bits: int8 steps around the middle of each group."""
+    """Quantise the scales of blocks `[..., blocks]` to 8 bits: int8 steps around the midpoint of each group."""
     blocks = s.shape[-1]
     groups = -(-blocks // GROUP)
     padded = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, groups * GROUP - blocks)], mode="edge")
@@ -166,16 +166,16 @@ def _double(s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _scales(steps: jax.Array, step: jax.Array, middle: jax.Array) -> jax.Array:
-    """float32 `[..., blocks]`."""
+    """Return the dequantised float32 scales `[..., blocks]`."""
     size = min(GROUP, steps.shape[-1])
     step, middle = (jnp.repeat(x, size, axis=-1)[..., : steps.shape[-1]] for x in (step, middle))
     return jnp.maximum(middle + step * steps.astype(jnp.float32), 0)
 
 
 def _look_up(codes: jax.Array) -> jax.Array:
-    """float32 values of uint8 codes, by a tree of selections: a gather from a table of 16 is slow on most devices.
+    """Return float32 values of uint8 codes by a tree of selects: a gather from a table of 16 is slow on most devices.
 
-    The first level is arithmetic, because JAX takes arrays that hold nothing but a constant out of a scan and keeps them.
+    The first level is arithmetic, because JAX hoists constant arrays out of a scan and keeps them in memory.
     """
     bits = [codes >> bit & 1 for bit in range(4)]
     first = bits[0].astype(jnp.float32)
@@ -191,18 +191,18 @@ FORMATS: dict[str, type[Int8] | type[Nf4]] = {"int8": Int8, "nf4": Nf4}
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a parameter is held.
+    """Quantization of a parameter.
 
     Attributes:
         kind: the format.
-        conv1d: columns are the outputs and rows the inputs, as in GPT-2; otherwise it is the other way round.
+        conv1d: whether columns are the outputs and rows the inputs, as in GPT-2, rather than the other way round.
     """
 
     kind: Literal["int8", "nf4"]
     conv1d: bool
 
     def parts(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, Part]:
-        """The arrays that stand for a weight of this shape and with these logical axes."""
+        """Describe the arrays of a quantised weight with this shape and these logical axes."""
         return FORMATS[self.kind].parts(shape, axes, self.conv1d)
 
     def of_parts(self, shape: tuple[int, ...], parts: dict) -> Quantized:
@@ -214,7 +214,7 @@ class Quantization:
 
     @property
     def whole_axis(self) -> int:
-        """The axis of which a part cannot be quantised by itself; -1 or -2."""
+        """Axis that must be whole for quantization, -1 or -2."""
         return FORMATS[self.kind].whole_axis(self.conv1d)
 
     def quantise(self, weight: jax.Array) -> Quantized:

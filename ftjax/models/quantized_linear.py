@@ -1,4 +1,4 @@
-"""A dense layer whose frozen weight is quantised (QLoRA: Dettmers et al. 2023, arXiv:2305.14314, eq. 5).
+"""Dense layer with a quantised frozen weight (QLoRA: Dettmers et al. 2023, arXiv:2305.14314, eq. 5).
 
 Legend: I in, O out.
 """
@@ -11,7 +11,7 @@ from flax import nnx
 
 from ftjax.errors import UserError
 from ftjax.models.context import Context
-from ftjax.models.kept import product
+from ftjax.models.kept import checkpointed
 from ftjax.models.layers import Linear, project
 from ftjax.models.param import specs
 from ftjax.models.quantized import Quantization, Quantized
@@ -19,9 +19,9 @@ from ftjax.models.quantized import Quantization, Quantized
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project_quantized(x: jax.Array, weight: Quantized, conv1d: bool) -> jax.Array:
-    """`project` with a quantised weight, which exists in the dtype of x for the length of this product only.
+    """Run `project` with a quantised weight, dequantised to the dtype of x only for this product.
 
-    The backward pass keeps the quantised weight, not what it was dequantised to, and has a gradient for x alone.
+    The backward pass saves the quantised weight, not the dequantised one, and computes a gradient only for x.
     """
     return project(x, weight.dequantise(x.dtype), conv1d=conv1d)
 
@@ -31,8 +31,8 @@ def _forward(x, weight, conv1d):
 
 
 def _backward(conv1d, weight, gradient):
-    # The barrier keeps XLA from holding the forward pass's dequantised weight for the backward pass, where both are in
-    # the same computation (a layer that runs outside of a scan).
+    # The barrier keeps XLA from reusing the forward pass's dequantised weight in the backward pass, if both are in the same
+    # computation (a layer outside a scan).
     weight, gradient = jax.lax.optimization_barrier((weight, gradient))
     return project(gradient, weight.dequantise(gradient.dtype), conv1d=not conv1d), None
 
@@ -44,7 +44,7 @@ class QuantizedLinear(Linear):
     """`y[..., O] = x[..., I] @ dequantised(weight)[O, I].T + bias[O]`."""
 
     def __init__(self, linear: Linear, kind: str):
-        """Takes the place of `linear`, whose weight is abstract and frozen."""
+        """Replace `linear`, whose weight must be abstract and frozen."""
         for name in ("adaptable", "size_in", "size_out", "axes", "conv1d"):
             setattr(self, name, getattr(linear, name))
         quantization = Quantization(kind, linear.conv1d)
@@ -54,27 +54,29 @@ class QuantizedLinear(Linear):
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         y = project_quantized(x, self.weight.get_value(), self.conv1d)
-        return product(y if self.bias is None else y + self.bias[...].astype(x.dtype))
+        return checkpointed(y if self.bias is None else y + self.bias[...].astype(x.dtype))
 
 
 def quantise(root: nnx.Module, kind: str) -> None:
-    """Quantise every dense layer of an abstract model that a method left frozen, but the output projection; in place.
+    """Quantise every frozen dense layer of an abstract model, except the output projection, in place.
 
-    Embeddings, norms, biases and the router of a mixture of experts stay as they are. Raises UserError for a model whose
-    experts hold their weights in other ways, and where nothing is left to quantise.
+    Embeddings, norms, biases and routers are not quantised. Raises UserError for a mixture of experts, whose expert weights are
+    not in dense layers, and if there is nothing to quantise.
     """
     experts = [spec.hf_template.format(*"*" * 9) for spec in specs(root).values() if "experts" in spec.row.axes[:-2]]
     if experts:
         raise UserError(
-            f"model.quantization: {kind} is for dense layers, and most of this model is in its experts ({experts[0]}); "
+            f"model.quantization: {kind} supports dense layers only, and most of this model is in its experts ({experts[0]}); "
             "leave model.quantization out"
         )
     nodes = {path: node for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)}
     found = False
     for path, node in nodes.items():
-        output = ".".join(map(str, path)).removesuffix(".base") == root.output  # a method may have wrapped it
+        output = ".".join(map(str, path)).removesuffix(".base") == root.output  # may be wrapped by a method
         if isinstance(node, Linear) and not output and not node.weight.row.trainable:
             setattr(nodes[path[:-1]], str(path[-1]), QuantizedLinear(node, kind))
             found = True
     if not found:
-        raise UserError(f"model.quantization: {kind} is for frozen weights, and this method trains them all; leave it out")
+        raise UserError(
+            f"model.quantization: {kind} supports frozen weights only, and this method trains all weights; leave it out"
+        )

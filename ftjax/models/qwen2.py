@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5: Llama with biases on queries, keys and values, and a window in later layers where the config has one.
+"""Qwen 2 and 2.5: Llama with biases on queries, keys and values, and a sliding window in later layers if the config has one.
 
 Source: Qwen Team 2024 (arXiv:2407.10671).
 """
@@ -10,8 +10,8 @@ from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder,
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
-    """The abstract model of a `qwen2` config.json."""
-    # transformers has made `layer_types` and `sliding_window` of these.
+    """Build the abstract model of a `qwen2` config.json."""
+    # transformers has converted these to `layer_types` and `sliding_window`.
     facts.inert("use_sliding_window", "max_window_layers")
     parts = attention(facts, bias=True, bias_out=False), mlp(facts)
     block = LlamaBlock(*parts, facts["hidden_size"], facts["rms_norm_eps"])

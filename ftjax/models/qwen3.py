@@ -1,4 +1,4 @@
-"""Qwen 3: Llama with normed queries and keys, and a window in later layers where the config has one.
+"""Qwen 3: Llama with normalised queries and keys, and a sliding window in later layers if the config has one.
 
 Source: Qwen Team 2025 (arXiv:2505.09388).
 """
@@ -11,8 +11,8 @@ from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder,
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
-    """The abstract model of a `qwen3` config.json."""
-    # transformers has made `layer_types` and `sliding_window` of these.
+    """Build the abstract model of a `qwen3` config.json."""
+    # transformers has converted these to `layer_types` and `sliding_window`.
     facts.inert("use_sliding_window", "max_window_layers")
     head_dim, eps = head_size(facts), facts["rms_norm_eps"]
     norms = {"q_norm": RMSNorm(head_dim, eps), "k_norm": RMSNorm(head_dim, eps)}

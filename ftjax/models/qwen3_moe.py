@@ -1,4 +1,4 @@
-"""Qwen 3 MoE: normed queries and keys, many small experts, and dense layers where the config says so.
+"""Qwen 3 MoE: normalised queries and keys, many small experts, and dense layers where the config says so.
 
 Source: Qwen Team 2025 (arXiv:2505.09388).
 """
@@ -16,16 +16,16 @@ from ftjax.models.stack import Stack
 
 
 def sparse_layers(facts: Facts, layers: int, experts: int) -> tuple[bool, ...]:
-    """Which layers have experts: every `decoder_sparse_step`-th, but for `mlp_only_layers`."""
+    """Return for each layer whether it has experts: every `decoder_sparse_step`-th, except those in `mlp_only_layers`."""
     dense, step = facts["mlp_only_layers"] or (), facts["decoder_sparse_step"]
     return tuple(layer not in dense and experts > 0 and (layer + 1) % step == 0 for layer in range(layers))
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
-    """The abstract model of a `qwen3_moe` config.json."""
+    """Build the abstract model of a `qwen3_moe` config.json."""
     embed, layers, head_dim = facts["hidden_size"], facts["num_hidden_layers"], head_size(facts)
     eps, vocab, experts = facts["rms_norm_eps"], facts["vocab_size"], facts["num_local_experts"]
-    # transformers has set sliding_window to none where use_sliding_window is off, and knows no max_window_layers here.
+    # transformers has set sliding_window to None if use_sliding_window is off, and ignores max_window_layers here.
     facts.inert("use_sliding_window", "max_window_layers")
     rope = refuse_partial(facts["rope_parameters"])
     act, top_k, normalise = facts["hidden_act"], facts["num_experts_per_tok"], facts["norm_topk_prob"]
@@ -40,7 +40,7 @@ def build(facts: Facts) -> LlamaForCausalLM:
             )
         else:
             mlp = LlamaMLP(embed, dense, act, False)
-            # PEFT takes these names for the experts of checkpoints that transformers 4 wrote, wherever they stand.
+            # PEFT treats layers with these names as experts of transformers 4 checkpoints, wherever they are.
             mlp.gate_proj.adaptable = mlp.up_proj.adaptable = mlp.down_proj.adaptable = False
         return MoeBlock(attention(facts, bias=facts["attention_bias"], **norms), mlp, embed, eps, max(experts, 1))
 

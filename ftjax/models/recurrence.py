@@ -1,4 +1,4 @@
-"""Layers that carry a state along the row. Each document of a packed row starts anew, and padding leaves a state as it is, so
+"""Building blocks of recurrent layers. The state is reset at each document of a packed row, and padding does not change it, so
 that the same code serves packed training rows and decoding.
 
 `segment_ids [B, T]` are those of `ftjax.models.context.Context`: the document of each token, 0 for padding.
@@ -14,16 +14,16 @@ import jax.numpy as jnp
 
 
 def causal_conv(x: jax.Array, weight: jax.Array, before: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A depthwise causal convolution of x `[B, T, C]` with weight `[W, C]`, whose last row is the token's own.
+    """Compute a depthwise causal convolution of x `[B, T, C]` with weight `[W, C]`, whose last row applies to the token itself.
 
     Args:
-        before: [B, W - 1, C], the row's inputs before x (`ConvState`); zeros where the row begins with x.
+        before: [B, W - 1, C], the row's inputs before x (`ConvState`); zeros if the row starts with x.
 
-    Returns `(y [B, T, C], the last W - 1 inputs [B, W - 1, C])`, padding on the right not counted among these.
+    Returns `(y [B, T, C], the last W - 1 inputs [B, W - 1, C])`, not counting padding on the right as inputs.
     """
     length, taps = x.shape[1], weight.shape[0]
     inputs = jnp.concatenate([before.astype(x.dtype), x], axis=1)
-    first = segment_ids[:, :1]  # what came before belongs to the document that goes on
+    first = segment_ids[:, :1]  # earlier inputs belong to the document that continues
     segments = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], taps - 1)), segment_ids], axis=1)
     y = jnp.zeros_like(x)
     for tap in range(taps):
@@ -38,16 +38,16 @@ def causal_conv(x: jax.Array, weight: jax.Array, before: jax.Array, segment_ids:
 def recur(
     step: Callable[[jax.Array, Any], tuple[jax.Array, Any]], state: jax.Array, inputs: Any, segment_ids: jax.Array
 ) -> tuple[Any, jax.Array]:
-    """Token after token: `step(state [B, ...], inputs of a token [B, ...]) -> (state, output)`.
+    """Scan `step(state [B, ...], inputs of a token [B, ...]) -> (state, output)` over the tokens.
 
     Args:
-        state: the row's before the first token (`RecurrentState`); zeros where the row begins.
-        inputs: any tree of arrays [B, T, ...].
+        state: the state before the first token (`RecurrentState`); zeros at the start of a row.
+        inputs: a pytree of arrays [B, T, ...].
 
     Returns `(outputs [B, T, ...], the state after the last token that is not padding)`.
     """
     starts = (segment_ids != 0) & (segment_ids != jnp.roll(segment_ids, 1, axis=1))
-    starts = starts.at[:, 0].set(False)  # the row goes on, or its state is zeros already
+    starts = starts.at[:, 0].set(False)  # the row continues, or its state is already zero
 
     def token(state: jax.Array, at: tuple) -> tuple[jax.Array, Any]:
         own, starts, real = at

@@ -1,4 +1,4 @@
-"""Which Hugging Face `model_type` is built by which file."""
+"""Registry of model families by Hugging Face `model_type`."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -10,12 +10,12 @@ from ftjax.errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """One line of the table: `ftjax.models.<module>.build(facts)` makes the model."""
+    """A model family, built by `ftjax.models.<module>.build(facts)`."""
 
     module: str
     example: str  # a Hub id
     notes: str = ""
-    prefix: str = "model"  # the first part of the names that a checkpoint without a head leaves out
+    prefix: str = "model"  # the first part of tensor names, missing in checkpoints without a head
 
     @property
     def build(self) -> Callable[..., Any]:
@@ -45,10 +45,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def check_supported(model_type: str, where: str, text: Any = None) -> None:
-    """UserError with the list of families where a model type is not one of them.
+    """Raise UserError, listing the families, if a model type is not one of them.
 
     Args:
-        text: the `text_config` of a model that reads images or sound too.
+        text: the `text_config` of a multimodal model.
     """
     if model_type in FAMILIES:
         return
@@ -57,9 +57,9 @@ def check_supported(model_type: str, where: str, text: Any = None) -> None:
         known = FAMILIES.get(kind)
         instead = f"take a text model, such as {known.example} ({kind})" if known else "take a text model of these families"
         raise UserError(
-            f"{where}: model_type {model_type!r} wraps a text model ({kind}) with parts for images or sound, and ftjax reads "
-            f"text models only; {instead}. The families: {', '.join(sorted(FAMILIES))}"
+            f"{where}: model_type {model_type!r} wraps a text model ({kind}) with parts for images or sound, but ftjax "
+            f"supports text models only; {instead}. Supported are {', '.join(sorted(FAMILIES))}"
         )
     raise UserError(
-        f"{where}: model_type {model_type!r} is not supported; the families that are: {', '.join(sorted(FAMILIES))}"
+        f"{where}: model_type {model_type!r} is not supported; supported families are {', '.join(sorted(FAMILIES))}"
     )

@@ -32,12 +32,12 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class Rope:
-    """Inverse frequencies of the rotated dimensions, and how they change with a document's length.
+    """Inverse frequencies of the rotated dimensions, and their dependence on a document's length.
 
     Attributes:
-        inv_freq: one float32 for each pair of rotated dimensions, radians a token.
-        scaling: factor on cos and sin (YaRN and LongRoPE's attention factor).
-        base, dim, factor: what `dynamic` recomputes frequencies from.
+        inv_freq: one float32 per pair of rotated dimensions, in radians per token.
+        scaling: factor on cos and sin (attention factor of YaRN and LongRoPE).
+        base, dim, factor: used by `dynamic` to recompute frequencies.
         switch: documents longer than this use `long_inv_freq` (longrope) or a recomputed base (dynamic).
     """
 
@@ -51,20 +51,22 @@ class Rope:
 
     @property
     def by_length(self) -> bool:
-        """Whether frequencies depend on the length of the whole text."""
+        """True if frequencies depend on the length of the whole text."""
         return self.switch is not None
 
     @property
     def recomputed_at(self) -> int | None:
-        """The length from which LongRoPE rotates by other frequencies; a text that outgrows it is computed anew, as
-        transformers does for Phi-3. (With `dynamic` frequencies, transformers keeps the keys as they were.)"""
+        """Length above which LongRoPE uses other frequencies, or None; the cache of a text that exceeds it is rebuilt.
+
+        transformers does the same for Phi-3. (With `dynamic` frequencies, transformers keeps the cached keys.)
+        """
         return None if self.long_inv_freq is None else self.switch
 
     def angles(self, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`(cos, sin)`, each `[B, T, dim / 2]` float32.
+        """Return `(cos, sin)`, each `[B, T, dim / 2]` float32.
 
-        The types that look at the length of the text take the length of each token's own document, so that packed
-        rows are what their documents are alone.
+        Types that depend on the length of the text use the length of each token's own document, so that packed documents give
+        the same results as separate ones.
         """
         inv_freq = jnp.asarray(self.inv_freq, jnp.float32)
         if self.switch is not None:
@@ -80,19 +82,19 @@ class Rope:
 
 
 def angles(rope: "Rope | Mapping[str, Rope]", positions: jax.Array, segment_ids: jax.Array) -> Any:
-    """`(cos, sin)` of one RoPE, or of each of several by name."""
+    """Return `(cos, sin)` of one RoPE, or of several by name."""
     if isinstance(rope, Rope):
         return rope.angles(positions, segment_ids)
     return {name: one.angles(positions, segment_ids) for name, one in rope.items()}
 
 
 def every(rope: "Rope | Mapping[str, Rope]") -> tuple[Rope, ...]:
-    """One RoPE, or each of several, as a tuple."""
+    """Return one or several RoPEs as a tuple."""
     return (rope,) if isinstance(rope, Rope) else tuple(rope.values())
 
 
 def document_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """`[B, T]`: one more than the last position of the document that each token belongs to."""
+    """Return for each token `[B, T]` the last position of its document plus one."""
     index = jnp.arange(positions.shape[1], dtype=jnp.int32)
     last = jnp.concatenate([segment_ids[:, :-1] != segment_ids[:, 1:], jnp.ones_like(segment_ids[:, :1], bool)], axis=1)
     end = jax.lax.cummin(jnp.where(last, index, positions.shape[1] - 1), axis=1, reverse=True)
@@ -100,7 +102,7 @@ def document_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
 
 
 def apply(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the first `2 * cos.shape[-1]` dimensions of each head of x `[B, T, N, H]`; the others pass."""
+    """Rotate the first `2 * cos.shape[-1]` dimensions of each head of x `[B, T, N, H]`; leave the others unchanged."""
     half = cos.shape[-1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
@@ -109,10 +111,10 @@ def apply(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def longest_text(parameters: Mapping[str, Any], max_position_embeddings: int) -> int:
-    """Tokens of the longest text that a model is made for: what config.json says, or what its RoPE stretches that to.
+    """Return the maximum text length in tokens: that of config.json, or a longer one that RoPE scaling extends it to.
 
     Args:
-        parameters: `rope_parameters`: those of one RoPE, or of each of several by name.
+        parameters: `rope_parameters`, of one RoPE or of several by name.
     """
     several = [value for value in parameters.values() if isinstance(value, Mapping)]
 
@@ -125,8 +127,8 @@ def longest_text(parameters: Mapping[str, Any], max_position_embeddings: int) ->
 
 
 def unread(parameters: Mapping[str, Any]) -> list[str]:
-    """The keys of `rope_parameters` that are set and that transformers does not read for their type, such as `finetuned` of
-    YaRN's first models and `short_mscale` of Phi-3.5 MoE."""
+    """Return the keys of `rope_parameters` that are set but not read by transformers for their type, such as `finetuned` of
+    early YaRN models and `short_mscale` of Phi-3.5 MoE."""
     known = _KEYS.get(parameters.get("rope_type", "default"), set()) | {
         "rope_type",
         "type",
@@ -137,7 +139,7 @@ def unread(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def refuse_partial(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The same `rope_parameters`, for a family that rotates whole heads; UserError where a part is asked for."""
+    """Return `rope_parameters` unchanged. Raises UserError for a partial rotary factor, in families that rotate whole heads."""
     factor = parameters.get("partial_rotary_factor")
     if factor not in (None, 1, 1.0):
         raise UserError(
@@ -147,14 +149,13 @@ def refuse_partial(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_rope(parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> Rope:
-    """From a `rope_parameters` dict as transformers 5 standardises it; keys that its type does not know have no effect there
-    (`unread`), nor here.
+    """Build a RoPE from `rope_parameters` as standardised by transformers 5.
 
-    Raises UserError for an unknown type.
+    Keys that do not belong to the type have no effect (`unread`), as in transformers. Raises UserError for an unknown type.
     """
     kind = parameters.get("rope_type", "default")
     if kind not in _KEYS:
-        raise UserError(f"rope_parameters: rope_type {kind!r} is not supported; those that are: {', '.join(sorted(_KEYS))}")
+        raise UserError(f"rope_parameters: rope_type {kind!r} is not supported; supported are {', '.join(sorted(_KEYS))}")
     base = parameters["rope_theta"]
     part = parameters.get("partial_rotary_factor")
     dim = head_dim if part is None else int(head_dim * part)

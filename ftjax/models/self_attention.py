@@ -1,6 +1,6 @@
-"""What the self-attention of all families shares: rotary positions, the KV cache, scores.
+"""Self-attention shared by all families: RoPE, the KV cache and the attention backend.
 
-Legend: B batch, T query length, N heads, K kv heads, D key size, V value size; H head dim, where the two are one.
+Legend: B batch, T query length, N heads, K kv heads, D key size, V value size; H head dim, if the two are equal.
 """
 
 import jax
@@ -24,12 +24,12 @@ def self_attention(
     sinks: jax.Array | None = None,
     name: str = "",
 ) -> tuple[jax.Array, Memories]:
-    """q `[B, T, N, D]`, k `[B, T, K, D]` and v `[B, T, K, V]` of the tokens at hand -> `([B, T, N V], cache)`.
+    """Compute attention of q `[B, T, N, D]` over the cache and the tokens' k `[B, T, K, D]` and v `[B, T, K, V]`.
 
-    Queries and keys are rotated here, unless `ctx.rope` is None: a layer, or a model, that has no rotary positions.
+    Returns `([B, T, N V], cache)`. Queries and keys are rotated here unless `ctx.rope` is None, in layers without RoPE.
 
     Args:
-        k, v: None in a layer that shares those of the last one before it that wrote under `name` (`ftjax.models.memory`).
+        k, v: None in a layer that shares those of the last layer that wrote under `name` (`ftjax.models.memory`).
     """
     b, t = q.shape[:2]
     if ctx.rope is not None:
@@ -48,7 +48,7 @@ def self_attention(
 
 
 def _before(ctx: Context, pattern: Pattern, layer) -> tuple[jax.Array, jax.Array, jax.Array] | None:
-    """This layer's virtual tokens `[V, K, H]`, and which tokens see them: all whose window reaches back so far."""
+    """Return this layer's virtual tokens `[V, K, H]`, and a mask of the tokens whose window reaches them, or None."""
     if ctx.prefix is None:
         return None
     keys, values = ctx.prefix.keys[layer], ctx.prefix.values[layer]

@@ -1,4 +1,4 @@
-"""SmolLM 3: Llama in which some layers have no RoPE (Yang et al. 2025, arXiv:2501.18795; Hugging Face 2025)."""
+"""SmolLM 3: Llama without RoPE in some layers (Yang et al. 2025, arXiv:2501.18795; Hugging Face 2025)."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder,
 
 
 class Kind(NamedTuple):
-    """What tells SmolLM 3's layers apart."""
+    """Static properties of a layer of SmolLM 3."""
 
     pattern: Pattern
     rope: bool
@@ -28,10 +28,10 @@ class SmolLM3Block(LlamaBlock):
 
 
 def build(facts: Facts) -> LlamaForCausalLM:
-    """The abstract model of a `smollm3` config.json."""
-    # transformers has made `layer_types` and `no_rope_layers` of the first three; the released model's file has the others.
+    """Build the abstract model of a `smollm3` config.json."""
+    # transformers has converted the first three to `layer_types` and `no_rope_layers`; the released model's file has the last.
     facts.inert("use_sliding_window", "no_rope_layer_interval", "max_window_layers", "pretraining_tp")
-    layers, with_rope = facts["num_hidden_layers"], facts["no_rope_layers"]  # 1 for a layer that has one
+    layers, with_rope = facts["num_hidden_layers"], facts["no_rope_layers"]  # 1 means with RoPE
     if len(with_rope) < layers:
         raise UserError(
             f"config.json of this smollm3 model has {len(with_rope)} no_rope_layers and num_hidden_layers = {layers}; "

@@ -1,4 +1,4 @@
-"""Layers stacked on axis 0 and run by scans, so that compile time does not grow with depth."""
+"""Stack layers along axis 0 and run them with scans, so that compile time does not grow with depth."""
 
 import dataclasses
 from collections.abc import Hashable, Mapping
@@ -17,8 +17,8 @@ from ftjax.models.kept import ATTENTION, BLOCK_INPUT, PRODUCT
 from ftjax.models.memory import Memory, declared
 from ftjax.models.param import variables
 
-# What a layer keeps for its backward pass: nothing but its input (full), that in the host's memory (offload), what attention
-# gave as well (attention), or what every weight gave too (dots), from which the rest takes elementwise work alone.
+# A layer saves for its backward pass only its input (full), in host memory (offload); or also the output of attention
+# (attention); or also the outputs of all linear layers (dots), so that only elementwise operations are recomputed.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names(ATTENTION, PRODUCT),
@@ -33,7 +33,7 @@ REMAT_POLICIES = {
 
 
 class Segment(NamedTuple):
-    """Layers `start` to `start + width * repeats`, whose kinds repeat with the period `width`."""
+    """Layers `start` to `start + width * repeats`, whose kinds repeat with period `width`."""
 
     start: int
     width: int
@@ -41,9 +41,9 @@ class Segment(NamedTuple):
 
 
 def segments(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
-    """The layers cut into stretches of a short repeating pattern, each as long as it gets.
+    """Split the layers greedily into the longest segments with a repeating pattern.
 
-    Twenty-six layers with a global one after every five local ones are 4 repetitions of six, then 2 of one.
+    For example, 26 layers with a global one after every five local ones become 4 repetitions of six, then 2 of one.
     """
     found, start, total = [], 0, len(kinds)
     while start < total:
@@ -61,14 +61,14 @@ def segments(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
 
 
 class Stack(nnx.Module):
-    """`len(kinds)` layers, whose parameters get a leading `layers` axis.
+    """A stack of `len(kinds)` layers, whose parameters have a leading `layers` axis.
 
-    A kind is whatever static facts tell layers apart (a window, a RoPE base); the block is called as
-    `block(x, ctx, kind, layer, cache) -> (x, cache, aux)`, where aux is what the block adds up over the layers: a scalar,
-    or any tree of arrays (a router's statistics), the same for every layer.
+    A kind holds the static properties that differ between layers (a window, a RoPE base). The block is called as
+    `block(x, ctx, kind, layer, cache) -> (x, cache, aux)`, where aux is summed over the layers: a scalar or a pytree of arrays
+    (a router's statistics) with the same structure in every layer.
 
-    Layers that differ in their parameters are stacked apart: `block` is then a dict of blocks, and `choice` names the
-    block of each layer. Block `name` is the attribute `<name>_block`; a single one is `block`.
+    Layers with different parameters are stacked separately: `block` is then a dict of blocks, and `choice` has the name of each
+    layer's block. Block `name` becomes the attribute `<name>_block`; a single block is `block`.
     """
 
     def __init__(
@@ -92,23 +92,23 @@ class Stack(nnx.Module):
             setattr(self, name, module)
 
     def layers_of(self, name: str) -> tuple[int, ...]:
-        """Which layers of the model are stacked in this block."""
+        """Return the layers of the model that are stacked in this block."""
         return tuple(layer for layer, chosen in enumerate(self.choice) if chosen == name)
 
     @property
     def memories(self) -> tuple[tuple[Memory, ...], ...]:
-        """What each layer remembers while it decodes."""
+        """Memory records of each layer, for decoding."""
         blocks = {name: declared(getattr(self, name)) for name in set(self.choice)}
         return tuple(blocks[name] for name in self.choice)
 
     def part(self, groups: tuple[str, ...]) -> None:
-        """Stack layers of different groups apart, in place, while the model is abstract.
+        """Stack layers of different groups separately, in place; the model must be abstract.
 
-        Where some layers train and others do not, each then is an array of its own, so that the frozen ones have neither
-        gradient nor moments, and those before the first trained one no backward pass.
+        If only some layers are trained, these and the frozen ones are then in separate arrays, so that frozen layers have
+        neither gradients nor moments, and those before the first trained layer have no backward pass.
 
         Args:
-            groups: the name of each layer's group; block `<name>_block` becomes `<name>_<group>_block`.
+            groups: group name of each layer; block `<name>_block` becomes `<name>_<group>_block`.
         """
         choice = list(self.choice)
         for name in sorted(set(self.choice)):
@@ -130,13 +130,13 @@ class Stack(nnx.Module):
         self.choice = tuple(choice)
 
     def __call__(self, x: jax.Array, ctx: Context, cache: Memories = None):
-        """`(x, cache, aux)` after all layers."""
-        cut = segments(tuple(zip(self.choice, self.kinds, strict=True)))
-        # A scan over a part of an array copies that part. So where there are several segments, frozen parameters are
-        # not scanned over but indexed, which costs nothing; unless every activation is kept for the backward pass, which
-        # would then keep what was indexed.
+        """Run all layers and return `(x, cache, aux)`."""
+        found = segments(tuple(zip(self.choice, self.kinds, strict=True)))
+        # A scan over part of an array copies that part. So with several segments, frozen parameters are indexed instead of
+        # scanned over, which needs no copy; unless all activations are saved for the backward pass, which would then save the
+        # indexed parameters too.
         decoding = cache is not None
-        indexing = len(cut) > 1 and (ctx.remat != "none" or decoding)
+        indexing = len(found) > 1 and (ctx.remat != "none" or decoding)
         split = {
             name: nnx.split(getattr(self, name), lambda _, variable: not (indexing and not variable.row.trainable), ...)
             for name in sorted(set(self.choice))
@@ -145,7 +145,7 @@ class Stack(nnx.Module):
             split = {name: (structure, _cast(own, ctx.dtype), whole) for name, (structure, own, whole) in split.items()}
         keys = None if ctx.dropout is None else jax.random.split(ctx.dropout, len(self.kinds))
         carry = (x, cache if decoding else Handed.start(self.memories, *ctx.segment_ids.shape, ctx.dtype), None)
-        for segment in cut:
+        for segment in found:
             carry = self._run(segment, split, keys, ctx, carry)
         x, remembered, aux = carry
         return x, remembered if decoding else None, aux
@@ -157,7 +157,7 @@ class Stack(nnx.Module):
         before = {name: self.choice[:start].count(name) for name in chosen}
 
         def grouped(name: str, leaf: jax.Array) -> jax.Array:
-            """The segment's part of a parameter, as `[repeats, layers of this block in a period, ...]`."""
+            """Return the segment's part of a parameter, as `[repeats, layers of this block per period, ...]`."""
             inside, count = self.choice[start:end].count(name), chosen.count(name)
             leaf = leaf if inside == leaf.shape[0] else leaf[before[name] : before[name] + inside]
             return leaf.reshape(repeats, count, *leaf.shape[1:]) if count > 1 else leaf
@@ -168,8 +168,8 @@ class Stack(nnx.Module):
                 number, count = chosen[:i].count(name), chosen.count(name)
 
                 def run(x, cache, state, whole, keys, i=i, name=name, number=number, count=count):
-                    # Picked inside of what is recomputed: the backward pass then keeps the stacked parameters
-                    # themselves and not a copy of every layer's.
+                    # Index inside the recomputed function: the backward pass then saves the stacked parameters
+                    # themselves, not a copy for every layer.
                     state = jax.tree.map(lambda leaf: leaf[number], state) if count > 1 else state
                     at = before[name] + group * count + number
                     whole = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False), whole)
@@ -181,8 +181,8 @@ class Stack(nnx.Module):
 
                 x, cache, aux = carry
                 if ctx.remat != "none" and not isinstance(cache, Cache):
-                    # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier that
-                    # prevent_cse adds is only needed for layers that run outside of one.
+                    # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier of
+                    # prevent_cse is only needed for layers outside a scan.
                     run = jax.checkpoint(run, policy=REMAT_POLICIES[ctx.remat], prevent_cse=repeats == 1)
                 x, cache, more = run(x, cache, states[name], split[name][2], keys)
                 carry = x, cache, more if aux is None else jax.tree.map(jnp.add, aux, more)
@@ -200,23 +200,23 @@ class Stack(nnx.Module):
 
 
 def memories(root: nnx.Module) -> tuple[tuple[Memory, ...], ...]:
-    """What each layer of a model remembers while it decodes, in the order of the layers."""
+    """Return the memory records of each layer of a model, in order."""
     [stack] = (node for _, node in nnx.iter_graph(root) if isinstance(node, Stack))
     return stack.memories
 
 
 def _cast(state: nnx.State, dtype) -> nnx.State:
-    """With the trained matrices of all layers in the dtype of their products.
+    """Cast the trained matrices of all layers to the dtype of their matrix products.
 
-    XLA would cast them all before the loop in any case; cast here, their gradients are kept in that dtype too until all of
-    them are there, not in the masters'. A layer's gradient is a product in it, so nothing is rounded that was not.
+    XLA would cast them all before the loop anyway. With the cast here, the scan also stacks their gradients in that dtype, not
+    in the dtype of the master weights. A layer's gradient is computed in it, so this adds no rounding.
     """
 
     def cast(variable):
         row = variable.row if isinstance(variable, nnx.Param) else None
         if row is None or row.adapter or not row.trainable:
             return variable
-        if not {"embed"} < {*row.axes} & {"embed", "heads", "kv_heads", "mlp"}:  # all that is left to Linear, and experts
+        if not {"embed"} < {*row.axes} & {"embed", "heads", "kv_heads", "mlp"}:  # cast matrices of Linear and of experts
             return variable
         value = variable.get_value()
         return variable.replace(value.astype(dtype)) if value.dtype.itemsize > jnp.dtype(dtype).itemsize else variable

@@ -1,4 +1,4 @@
-"""`ftjax models`: the families, what each supports, and a model of each to try."""
+"""`ftjax models`: list the model families, their features and an example model."""
 
 import dataclasses
 import json
@@ -9,17 +9,17 @@ from ftjax.models.registry import FAMILIES
 
 @dataclass(frozen=True)
 class Support:
-    """A family, as a person who chooses a model wants to know it.
+    """Features of a model family.
 
     Attributes:
-        model_type: what config.json says.
+        model_type: `model_type` in config.json.
         example: a Hub id.
-        notes: which models these are.
-        packing: several documents in one row, none of which sees another.
-        tensor_parallel: heads and feed-forward layers may be spread over devices (`mesh.tensor`).
-        windows: layers may see a window of the text, if config.json says so.
-        experts: routed experts in place of (some) feed-forward layers.
-        positions: `rotary`, or `learned` in a table as long as the longest text.
+        notes: models of the family.
+        packing: whether rows may hold several documents that do not attend to each other.
+        tensor_parallel: whether heads and feed-forward layers may be sharded (`mesh.tensor`).
+        windows: whether layers may have a sliding window, if config.json has one.
+        experts: whether (some) feed-forward layers have routed experts.
+        positions: `rotary`, or `learned` (a table with one row per position).
     """
 
     model_type: str
@@ -33,8 +33,11 @@ class Support:
 
 
 def families() -> list[Support]:
-    """All families by name. What config.json can ask for is read off transformers' configuration classes; packing and
-    tensor parallelism are laws that every family keeps."""
+    """Return all families by name.
+
+    Features that depend on config.json are read from transformers' configuration classes; every family supports packing and
+    tensor parallelism.
+    """
     from transformers import CONFIG_MAPPING
 
     found = []
@@ -56,7 +59,7 @@ def families() -> list[Support]:
 
 
 def show(*, as_json: bool) -> None:
-    """Print the table, for people or as a JSON list."""
+    """Print the families as a table or as a JSON list."""
     if as_json:
         print(json.dumps([dataclasses.asdict(family) for family in families()], indent=2))
         return

@@ -40,9 +40,7 @@ def test_answers(broken, capsys):
 def test_activations_that_overflow(tiny, tmp_path):
     """Each weight is within float16, and what it gives is not."""
     model = changed(tiny, tmp_path / "model", lambda weight: np.full_like(weight, 6e4))
-    with pytest.raises(
-        NotFinite, match="its weights are finite, so that its activations overflow; take a dtype with more range"
-    ):
+    with pytest.raises(NotFinite, match="its weights are finite, so its activations overflow; use a dtype with more range"):
         generate(str(model), prompt=["abc"], max_new_tokens=4, dtype="float16")
 
 

@@ -89,7 +89,7 @@ def test_a_base_that_is_not_here_is_said(alone, tmp_path):
 
 
 def test_what_cannot_be_meant(run, tiny, alone, changed, tmp_path):
-    with pytest.raises(UserError, match="an adapter itself"):
+    with pytest.raises(UserError, match="this is an adapter, and --adapter"):
         find_named(str(run), adapter=alone)
     folder = changed()
     shutil.rmtree(folder / "final")

@@ -243,7 +243,7 @@ def test_states_are_sharded_by_rows(generator):
 def _decode_program(generator: Generator, batch: Batch) -> str:
     engine = generator.engine
     with jax.set_mesh(engine.mesh):
-        stopped, steps = engine.place(np.zeros(8, bool)), engine.everywhere(np.int32(1))
+        stopped, steps = engine.shard_rows(np.zeros(8, bool)), engine.replicate(np.int32(1))
         return engine.decode.lower(generator.params, batch._state, stopped, steps).compile().as_text()
 
 

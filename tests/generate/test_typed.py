@@ -89,7 +89,7 @@ def test_commands(stories, monkeypatch, capsys, tmp_path):
     first, _, third = (answer.text for answer in ours.generate([asked, *padding[:1], asked], **settings))
     assert out.startswith(first) and third in out and first != third
     assert json.loads(file.read_text()) == {"messages": [*asked, {"role": "assistant", "content": third}]}
-    assert err.count(f"written: {file}") == 2 and "this is there already" in err and "write /save FILE" in err
+    assert err.count(f"written: {file}") == 2 and "already exists" in err and "write /save FILE" in err
     assert "forgotten: no" in err and "forgotten: Once upon" in err and err.count("there is no question yet") == 2
     assert HELP in err and all(word in HELP for word in ("/retry", "/undo", "/save", "/exit"))
     assert len(out.splitlines()) >= 4  # pasted lines that begin with a command are a message

@@ -174,7 +174,7 @@ QUANTISED = {
 @pytest.mark.parametrize("name", QUANTISED)
 def test_quantised_weights(name, folder):
     change(folder, QUANTISED[name])
-    with pytest.raises(UserError, match=r"weights are quantised.*take the checkpoint.*model\.quantization"):
+    with pytest.raises(UserError, match=r"weights are quantised.*use the original checkpoint.*model\.quantization"):
         load(folder)
 
 
@@ -182,7 +182,7 @@ def test_quantised_weights(name, folder):
 def test_quantised_by_its_configuration(kind, folder):
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": kind, "bits": 4}}))
-    with pytest.raises(UserError, match=rf"quantised \(quantization_config: {kind}\).*take the checkpoint.*quantization"):
+    with pytest.raises(UserError, match=rf"quantised \(quantization_config: {kind}\).*original checkpoint.*quantization"):
         load(folder)
 
 

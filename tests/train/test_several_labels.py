@@ -314,7 +314,7 @@ def test_refused(kind, model, over, says, base, heads, data, tmp_path, alone):
 
 
 def test_a_head_writes_nothing(heads, base, data, tmp_path, alone):
-    with pytest.raises(UserError, match="a classification head, which writes no answers"):
+    with pytest.raises(UserError, match="a classification head and generates no text"):
         Generator(str(heads["multi"])).generate(["abc"])
     with pytest.raises(UserError, match="need a head, and this model has none"):
         evaluate(str(base), data=str(data["number"]), task="regression", out=tmp_path)
