@@ -18,7 +18,7 @@ from flax import nnx
 
 from ftjax.methods.walk import Site
 from ftjax.models.context import Context
-from ftjax.models.kept import checkpointed
+from ftjax.models.kept import saved_product
 from ftjax.models.layers import project, project_sharded, widen
 from ftjax.models.model import Model
 from ftjax.models.param import Buffer, Init, Row, param
@@ -67,18 +67,18 @@ class LoraLinear(nnx.Module):
         if self.start_A is not None:  # without dropout, like the rest of the base weight
             update = update - self._product(x, self.start_A[...], self.start_B[...], ctx)
         if self.lora_magnitude_vector is None:
-            return checkpointed(self.base(x, ctx) + update)
+            return saved_product(self.base(x, ctx) + update)
         y = self.base(x, ctx)
         direct = y if dropped is x else self.base(dropped, ctx)  # the scaled output has the same dropout as the update
         if self.base.bias is not None:
             direct = direct - self.base.bias[...].astype(x.dtype)
         adapted = jnp.any(self.scale[...] != 0)
         factor = jnp.where(adapted, self.lora_magnitude_vector[...] / jax.lax.stop_gradient(self._norm()), 1)
-        return checkpointed(y + ((factor - 1) * direct + factor * update).astype(x.dtype))
+        return saved_product(y + ((factor - 1) * direct + factor * update).astype(x.dtype))
 
     def _product(self, x: jax.Array, lora_A: jax.Array, lora_B: jax.Array, ctx: Context) -> jax.Array:
         """Compute `scale * B A x`."""
-        low = checkpointed(project_sharded(x, lora_A, self.axes_A, ctx) * self.scale[...].astype(x.dtype))
+        low = saved_product(project_sharded(x, lora_A, self.axes_A, ctx) * self.scale[...].astype(x.dtype))
         return project_sharded(low, lora_B, self.axes_B, ctx, widen)
 
     def _drop(self, x: jax.Array, ctx: Context) -> jax.Array:

@@ -13,7 +13,7 @@ BLOCK_INPUT = "block_input"
 WHOLE = "whole"  # gathered weight
 
 
-def checkpointed(y: jax.Array) -> jax.Array:
+def saved_product(y: jax.Array) -> jax.Array:
     """Name `y` so that `remat: dots` saves it, and return it; named values used only to compute `y` need not be saved."""
     return checkpoint_name(y, PRODUCT)
 

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ftjax.errors import UserError
 from ftjax.models.context import Context
 from ftjax.models.gathered import fully_sharded, gathered
-from ftjax.models.kept import WHOLE, checkpointed
+from ftjax.models.kept import WHOLE, saved_product
 from ftjax.models.lookup import rows_of
 from ftjax.models.param import Init, param
 
@@ -126,7 +126,7 @@ class Linear(nnx.Module):
         widens = self.size_out > self.size_in and not self.conv1d and self.weight.row.trainable
         multiply = widen if widens else partial(project, conv1d=self.conv1d)
         y = project_sharded(x, self.weight[...], self.weight_axes, ctx, multiply)
-        return checkpointed(y if self.bias is None else y + self.bias[...].astype(x.dtype))
+        return saved_product(y if self.bias is None else y + self.bias[...].astype(x.dtype))
 
 
 def is_virtual(tokens: jax.Array) -> bool:

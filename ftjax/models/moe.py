@@ -20,7 +20,7 @@ from ftjax.mesh import constrain, fitting
 from ftjax.models.attention import Pattern
 from ftjax.models.cache import Memories
 from ftjax.models.context import Context
-from ftjax.models.kept import checkpointed
+from ftjax.models.kept import saved_product
 from ftjax.models.layers import activation, project
 from ftjax.models.llama import LlamaBlock, LlamaModel
 from ftjax.models.param import Init, Layout, param
@@ -62,7 +62,7 @@ def grouped(x: jax.Array, weight: jax.Array, sizes: jax.Array, contract: int) ->
     dims = jax.lax.RaggedDotDimensionNumbers(
         (((1,), (contract,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
-    return checkpointed(jax.lax.ragged_dot_general(x, weight.astype(x.dtype), sizes, dims, precision=precision))
+    return saved_product(jax.lax.ragged_dot_general(x, weight.astype(x.dtype), sizes, dims, precision=precision))
 
 
 class Group(NamedTuple):

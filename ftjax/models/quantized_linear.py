@@ -11,7 +11,7 @@ from flax import nnx
 
 from ftjax.errors import UserError
 from ftjax.models.context import Context
-from ftjax.models.kept import checkpointed
+from ftjax.models.kept import saved_product
 from ftjax.models.layers import Linear, project
 from ftjax.models.param import specs
 from ftjax.models.quantized import Quantization, Quantized
@@ -54,7 +54,7 @@ class QuantizedLinear(Linear):
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         y = project_quantized(x, self.weight.get_value(), self.conv1d)
-        return checkpointed(y if self.bias is None else y + self.bias[...].astype(x.dtype))
+        return saved_product(y if self.bias is None else y + self.bias[...].astype(x.dtype))
 
 
 def quantise(root: nnx.Module, kind: str) -> None:
