@@ -282,7 +282,7 @@ def test_a_stream_asks_for_requests_as_rows_are_free(generator):
     asked, ended = [], 0
 
     def coming():
-        for number, (length, limit) in enumerate([(3, 9), (4, 2), (5, 3), (100, 5), (3, 4)]):
+        for number, (length, limit) in enumerate([(3, 9), (4, 2), (5, 3), (40, 5), (3, 4)]):
             asked.append(ended)
             yield request(tokens(1, length, seed=number)[0].tolist(), limit, number)
 
