@@ -258,4 +258,6 @@ def test_layers_of_all_blocks_are_counted(llama):
     method = {"name": "full", "freeze": ["model.layers.1."]}
     config = Config.model_validate({"model": {"path": "x"}, "data": {"train": "y"}, "method": method})
     model, _ = build(config, llama)
-    assert model.layers == llama["num_hidden_layers"] > max(spec.stacked[0] for spec in model.specs.values() if spec.stacked)
+    assert (
+        model.sizes.layers == llama["num_hidden_layers"] > max(spec.stacked[0] for spec in model.specs.values() if spec.stacked)
+    )

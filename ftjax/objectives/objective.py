@@ -116,7 +116,7 @@ class Objective:
         config: its section of the configuration.
         encoding: `(section)` -> encoding of rows of data into documents, which determines the arrays of a batch.
         loss: loss of one batch. Its totals name the metrics, which are logged as `train/NAME` and `eval/NAME`.
-        derived: `(mean loss)` -> further values that an evaluation reports.
+        derived: `(section, mean loss)` -> further values that an evaluation reports.
         head: `(section)` -> the head that is trained in place of the projection to the vocabulary; None for no head.
         reference: `(section)` -> whether the loss needs the model as it was before training.
         complete: `(config)` -> the configuration with what only the data can tell. Raises UserError.
@@ -126,7 +126,7 @@ class Objective:
     config: type[Section]
     encoding: Callable[[Any], RowEncoding]
     loss: Loss
-    derived: Callable[[float], dict[str, float]] = lambda loss: {}
+    derived: Callable[[Any, float], dict[str, float]] = lambda section, loss: {}
     head: Callable[[Any], Head | None] = lambda section: None
     reference: Callable[[Any], bool] = lambda section: False
     complete: Callable[[Config], Config] = lambda config: config

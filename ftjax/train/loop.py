@@ -244,7 +244,7 @@ class Run:
             totals = self.eval_step(self.state.params, self.setup.frozen, layout.arrays(batch))
             means.add(jax.tree.map(float, {"loss": (totals.loss, totals.weight), **totals.metrics}))
         objective = objective_of(self.config)
-        found = {"loss": means["loss"], **objective.derived(means["loss"]), **means.means()}
+        found = {"loss": means["loss"], **objective.derived(self.config.objective, means["loss"]), **means.means()}
         return {f"eval/{name}": value for name, value in found.items()}
 
     # ---- checkpoints and output ----

@@ -85,7 +85,7 @@ def test_rows_in_trainings_formats(stories, tmp_path):
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": ""}\n', r"a.jsonl:2: the prompt is empty"),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt"}\n', r"a.jsonl:2"),
         ("a.jsonl", '{"colour": "x"}\n', r"a.jsonl:1.*colour"),
-        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', r"a.jsonl:1: only the assistant"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', r"a.jsonl:1: all messages are the assistant"),
         ("a.jsonl", "", "empty"),
     ],
 )
