@@ -1,5 +1,6 @@
 """The part of an objective that turns rows into documents and needs no devices."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from ftjax.data.labels import Labels
 from ftjax.data.truncate import truncate
 
 
-class RowEncoding:
+class RowEncoding(ABC):
     """A way for rows to become documents. Objects are small and are sent to worker processes.
 
     Attributes:
@@ -36,9 +37,9 @@ class RowEncoding:
         """Function that reads a value of the label column, given the location of its row; None: the format reads it."""
         return None
 
+    @abstractmethod
     def encoder(self, tokenizer: Any, config: DataConfig) -> RowEncoder:
         """Return the encoder for this tokenizer."""
-        raise NotImplementedError
 
     def shorten(self, document: Encoded, config: DataConfig, bos: int | None) -> Sequence[Encoded]:
         """Return the pieces of a document longer than `data.max_length`; none if it is dropped."""

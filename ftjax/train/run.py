@@ -73,7 +73,7 @@ def train(
             check_early_stopping(config, evaluates=validation is not None or observer is not None)
             options = config.training
             layout = BatchLayout(setup.mesh, options.global_batch_size, options.gradient_accumulation_steps)
-            source = DatasetBatches(train_split, options, layout)
+            source = DatasetBatches(train_split, options, layout, steps)
             Run(setup, tokenizer, source, layout, validation, checkpoints, documents, steps, command, observer).go()
 
 

@@ -189,7 +189,9 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
 
     Raises UserError for anything in the configuration that does not fit the model.
     """
-    model, config = build(config, objectives_hf_config(config, facts))
+    facts, further = objectives_hf_config(config, facts), starting_adapter(config.method) is not None
+    root, config = _root(config, facts)
+    model = Model.of(root, facts)
     refuse_packing(config, model)
     if model.max_positions is not None and config.data.max_length > model.max_positions:
         raise UserError(
@@ -217,8 +219,7 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
     )
     reference = None
     if objective_of(config).reference(config.objective):
-        keep = getattr(config.method, "adapter_path", None) is not None
-        reference = make_reference(_root(config, facts)[0], model, keep_adapter=keep)
+        reference = make_reference(root, model, keep_adapter=further)
     made = Design(config, mesh, model, runtime, reference)
     shape = rows // spread, max(1, config.data.max_length // mesh.shape["sequence"])
     remat = choose_remat(made.loss_fn, runtime, model.trainable, made.frozen_specs, shape, encoding_of(config).values, memory)

@@ -47,9 +47,10 @@ class BatchSource(Protocol):
 class DatasetBatches:
     """A `BatchSource` of a tokenized data set, shuffled for each epoch."""
 
-    def __init__(self, split: Split, options: TrainingConfig, layout: BatchLayout):
+    def __init__(self, split: Split, options: TrainingConfig, layout: BatchLayout, steps: int):
+        """Args: steps: `steps_of_run`, which may pack every epoch and is computed once per start."""
         self._split = split
-        self.steps: int | None = steps_of_run(split, options)
+        self.steps: int | None = steps
         self.steps_per_epoch: int | None = math.ceil(split.rows_per_epoch(0) / options.global_batch_size)
         self._batches = split.batches(
             options.global_batch_size, seed=options.seed, shuffle=True, epochs=None, rows=layout.own,
