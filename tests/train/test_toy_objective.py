@@ -218,7 +218,7 @@ def test_unknown_to_configurations_that_do_not_register_it(model, pairs, tmp_pat
 @pytest.mark.parametrize("options", [{}, {"packing": False}, {"shuffle": False}, {"mix_epochs": True}, {"streaming": True}])
 def test_pairs_stay_together(pairs, options, tmp_path):
     """Whatever an epoch does with rows, each holds whole pairs, chosen first, and each pair comes once."""
-    data = DataConfig(train=str(pairs / "train.jsonl"), max_length=48, **options)
+    data = DataConfig(train=str(pairs / "train.jsonl"), max_length=96, **options)
     split, _ = load_splits(data, byte_level(), seed=0, encoding=Pairs())
     seen = []
     for batch in split.batches(4, seed=0, shuffle=True, epochs=1):
