@@ -60,17 +60,17 @@ def tokenising(config: DataConfig, tokenizer: Any, times: int) -> dict[str, floa
     examples = list(to_examples(read_rows(source), source))
     chunks = [examples[start : start + CHUNK] for start in range(0, len(examples), CHUNK)]
     encoder = Encoder(tokenizer)
-    texts = [[encoder._plan(example).text for example in chunk] for chunk in chunks]
+    texts = [[plan.text for example in chunk for plan in encoder.plan(example)] for chunk in chunks]
     backend = tokenizer.backend_tokenizer
 
     def bare() -> int:
         return sum(len(e.ids) for chunk in texts for e in backend.encode_batch(chunk, add_special_tokens=False))
 
     def rendered() -> int:
-        return sum(len(encoder._plan(example).text) for chunk in chunks for example in chunk)
+        return sum(len(plan.text) for chunk in chunks for example in chunk for plan in encoder.plan(example))
 
     def ours() -> int:
-        return sum(len(document.tokens) for chunk in encoder.stream(chunks) for document in chunk)
+        return sum(len(document.tokens) for chunk in encoder.stream(chunks) for unit in chunk for document in unit or ())
 
     bare()
     seconds, tokens = best(times, bare)

@@ -212,7 +212,7 @@ def test_what_is_at_its_default(bases, tmp_path):
     [
         ({"r": 0}, "r = 0"),
         ({"bias": "some"}, "bias = 'some'"),
-        ({"target_modules": "*q_proj"}, "no regular expression"),
+        ({"target_modules": "*q_proj"}, "not a regular expression"),
         ({"target_modules": ["query"]}, "matches no linear layer"),
         ({"init_lora_weights": "olora"}, "init_lora_weights = olora"),
     ],
