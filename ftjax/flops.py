@@ -33,12 +33,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.chips import chip_of
-from ftjax.models.layers import Embedding, LayerNorm, RMSNorm
 from ftjax.models.model import Model
-from ftjax.models.moe import SparseMoe
-from ftjax.models.param import Piece, Spec
-from ftjax.models.pattern import Pattern
-from ftjax.models.stack import Stack
+from ftjax.models.nn.experts import SparseMoe
+from ftjax.models.nn.layer_types import Pattern
+from ftjax.models.nn.layers import Embedding, LayerNorm, RMSNorm
+from ftjax.models.nn.param import Piece, Spec
+from ftjax.models.nn.stack import Stack
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from ftjax.hub.load import load_base, open_model
 from ftjax.hub.model_folder import from_params, model_tensors, write_folder
 from ftjax.mesh import make_mesh
 from ftjax.methods import method_of
-from ftjax.models.context import Context
 from ftjax.models.model import Model, build_module
+from ftjax.models.nn.context import Context
 
 
 @dataclass(frozen=True)

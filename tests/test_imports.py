@@ -122,7 +122,7 @@ def test_imports_go_down(path):
         ("objectives/sft.py", "from ftjax.methods.lora import X"),
         ("train/step.py", "from ftjax.generate import sample"),
         ("data/read.py", "import jax.numpy as jnp"),
-        ("data/read.py", "from ftjax.models import layers"),
+        ("data/read.py", "from ftjax.models.nn import layers"),
         ("hub/load.py", "import torch.nn"),
         ("config/load.py", "from ftjax import train"),
         ("generate/cache.py", "from ftjax.evaluate import metrics"),

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.mesh import constrain
-from ftjax.models.cache import Cache, Layout
-from ftjax.models.context import Context
 from ftjax.models.model import Model
+from ftjax.models.nn.cache import Cache, Layout
+from ftjax.models.nn.context import Context
 
 
 def new_cache(model: Model, batch: int, slots: int, dtype) -> Cache:

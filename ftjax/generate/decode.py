@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from ftjax.generate.cache import forward, new_cache
 from ftjax.generate.sample import RowSampling, choose, process
 from ftjax.mesh import constrain
-from ftjax.models.cache import Cache
-from ftjax.models.context import Context
 from ftjax.models.model import Model
+from ftjax.models.nn.cache import Cache
+from ftjax.models.nn.context import Context
 
 CHUNK = 32  # maximum tokens per row and call of `decode`
 

@@ -16,8 +16,8 @@ from ftjax.generate.decode import CHUNK, Runner, Start, State, View
 from ftjax.generate.sample import Sampling, row_sampling
 from ftjax.generate.score import head_step, score_step
 from ftjax.mesh import parts, spec
-from ftjax.models.cache import Layout
 from ftjax.models.model import Model
+from ftjax.models.nn.cache import Layout
 
 ENDS = 8  # the arrays of end ids are padded to a multiple of this, to limit the number of compiled shapes
 

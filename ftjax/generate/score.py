@@ -14,7 +14,7 @@ import numpy as np
 from ftjax.data.template import render_prompt
 from ftjax.generate.cache import bucket
 from ftjax.generate.decode import Runner
-from ftjax.models.context import Context
+from ftjax.models.nn.context import Context
 from ftjax.objectives.logprobs import token_logprobs
 from ftjax.objectives.projection import projection
 

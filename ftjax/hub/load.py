@@ -22,8 +22,8 @@ from ftjax.mesh import sharding
 from ftjax.methods.tied import OUTPUTS, tied_names
 from ftjax.models.facts import INSTEAD, complete_config, read_config
 from ftjax.models.model import Model, build_module
-from ftjax.models.param import Layout, Spec
-from ftjax.models.quantized import Quantized
+from ftjax.models.nn.param import Layout, Spec
+from ftjax.models.nn.quantized import Quantized
 from ftjax.models.registry import FAMILIES
 
 # Tensors that other tools store beside quantised weights: GPTQ and AWQ, bitsandbytes, FP8 and compressed-tensors.

@@ -17,7 +17,7 @@ from ftjax.hub.safetensors import Tensor, write_model
 from ftjax.hub.source import TensorSource
 from ftjax.methods import method_of
 from ftjax.models.model import Model
-from ftjax.models.param import Piece, Spec
+from ftjax.models.nn.param import Piece, Spec
 
 # (parameter, piece of it) -> one Hugging Face tensor of the base model
 ReadWeight = Callable[[Spec, Piece], np.ndarray]

@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from ftjax.mesh import RULES, sharding
 from ftjax.mesh import spec as partition
-from ftjax.models.param import Spec
-from ftjax.models.quantized import Part, Quantization, Quantized
+from ftjax.models.nn.param import Spec
+from ftjax.models.nn.quantized import Part, Quantization, Quantized
 
 
 def quantised_array(spec: Spec, mesh: Mesh, read: Callable[[tuple[slice, ...]], np.ndarray]) -> Quantized:

@@ -21,7 +21,7 @@ from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.source import TensorSource
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.models.model import Model, build_module
-from ftjax.models.param import Spec, specs
+from ftjax.models.nn.param import Spec, specs
 
 CHUNK = 4096  # rows read at a time for their mean
 

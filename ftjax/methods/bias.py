@@ -4,7 +4,7 @@ from collections.abc import Set
 
 from flax import nnx
 
-from ftjax.models.param import specs
+from ftjax.models.nn.param import specs
 
 
 def trained_biases(root: nnx.Module, kind: str, adapted: Set[str]) -> set[str]:

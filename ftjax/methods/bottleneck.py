@@ -25,11 +25,11 @@ from flax import nnx
 from ftjax.config import BottleneckConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
 from ftjax.errors import UserError
 from ftjax.methods.method import Method
-from ftjax.models.context import Context
-from ftjax.models.layers import ACTIVATIONS, IdentityAdapter, project
 from ftjax.models.model import Model
-from ftjax.models.param import Init, param
-from ftjax.models.stack import Stack
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layers import ACTIVATIONS, IdentityAdapter, project
+from ftjax.models.nn.param import Init, param
+from ftjax.models.nn.stack import Stack
 
 
 @dataclass(frozen=True)

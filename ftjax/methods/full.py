@@ -10,8 +10,8 @@ from ftjax.methods.method import Method
 from ftjax.methods.parted import layer_of, part_stacks, stacks
 from ftjax.methods.save import train
 from ftjax.methods.walk import describe
-from ftjax.models.layers import LayerNorm, RMSNorm
-from ftjax.models.param import Piece, Spec, specs, variables
+from ftjax.models.nn.layers import LayerNorm, RMSNorm
+from ftjax.models.nn.param import Piece, Spec, specs, variables
 
 
 def attach(root: nnx.Module, config: FullConfig) -> None:

@@ -18,9 +18,9 @@ from ftjax.methods.method import Method
 from ftjax.methods.parted import part_stacks
 from ftjax.methods.save import names_to_save, refuse_missing, train_names
 from ftjax.methods.walk import Site, describe, linears, matches, refuse_unmatched
-from ftjax.models.context import Context
 from ftjax.models.model import Model
-from ftjax.models.param import Buffer, Init, Row, param
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.param import Buffer, Init, Row, param
 
 # Keys, values (or the projection that contains them) and the second feed-forward layer, by the families' names.
 OUTPUTS = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")

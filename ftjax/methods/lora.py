@@ -26,7 +26,7 @@ from ftjax.methods.token_rows import DELTA, attach_rows, row_sites, with_rows
 from ftjax.methods.walk import embeddings, linears
 from ftjax.models.classifier import HEAD
 from ftjax.models.model import Model
-from ftjax.models.param import Piece, Spec
+from ftjax.models.nn.param import Piece, Spec
 
 
 def attach(root: nnx.Module, config: LoraConfig) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 from flax import nnx
 
 from ftjax.methods.walk import Site
-from ftjax.models.layers import is_virtual, project
-from ftjax.models.lookup import rows_of
 from ftjax.models.model import Model
-from ftjax.models.param import Buffer, Init, Row, param
+from ftjax.models.nn.context import is_virtual
+from ftjax.models.nn.layers import project
+from ftjax.models.nn.lookup import rows_of
+from ftjax.models.nn.param import Buffer, Init, Row, param
 
 
 class LoraEmbedding(nnx.Module):

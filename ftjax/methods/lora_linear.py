@@ -17,12 +17,12 @@ import numpy as np
 from flax import nnx
 
 from ftjax.methods.walk import Site
-from ftjax.models.context import Context
-from ftjax.models.kept import saved_product
-from ftjax.models.layers import project, project_sharded, widen
 from ftjax.models.model import Model
-from ftjax.models.param import Buffer, Init, Row, param
-from ftjax.models.quantized import Quantized
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layers import project, project_sharded, widen
+from ftjax.models.nn.param import Buffer, Init, Row, param
+from ftjax.models.nn.quantized import Quantized
+from ftjax.models.nn.remat import saved_product
 
 
 def _adapter_axis(axis: str | None) -> str | None:

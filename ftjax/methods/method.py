@@ -9,7 +9,7 @@ from flax import nnx
 
 from ftjax.config.base import Section
 from ftjax.models.model import Model
-from ftjax.models.param import Piece, Spec
+from ftjax.models.nn.param import Piece, Spec
 
 # (path of a parameter, index of a part) -> that part on the host
 Fetch = Callable[[str, tuple], np.ndarray]

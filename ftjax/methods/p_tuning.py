@@ -12,10 +12,10 @@ from ftjax.config import PTuningConfig
 from ftjax.methods.method import Method
 from ftjax.methods.prefix_tuning import NO_MERGE, VIRTUAL, dense, file_name, put, stored_by
 from ftjax.methods.prompt_tuning import PromptTokens, virtual_settings
-from ftjax.models.layers import project
-from ftjax.models.memory import KeysValues, one_for_all
 from ftjax.models.model import Model
-from ftjax.models.stack import memories
+from ftjax.models.nn.layers import project
+from ftjax.models.nn.memory import KeysValues, one_for_all
+from ftjax.models.nn.stack import memories
 
 
 class EncodedTokens(PromptTokens):

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Set
 
 from flax import nnx
 
-from ftjax.models.param import Piece, Spec, specs
-from ftjax.models.stack import Stack
+from ftjax.models.nn.param import Piece, Spec, specs
+from ftjax.models.nn.stack import Stack
 
 
 def part_stacks(root: nnx.Module, chosen: Set[str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from ftjax.config import LoraConfig
 from ftjax.methods.method import Fetch, Stored, own_name
 from ftjax.models.model import Model
-from ftjax.models.param import Piece, Spec
+from ftjax.models.nn.param import Piece, Spec
 
 
 def principal(

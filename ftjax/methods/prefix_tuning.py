@@ -17,12 +17,12 @@ from flax import nnx
 
 from ftjax.config import PrefixTuningConfig
 from ftjax.methods.method import Fetch, Method, Stored
-from ftjax.models.context import Context, Prefix
-from ftjax.models.layers import project
-from ftjax.models.memory import KeysValues, one_for_all
 from ftjax.models.model import Model
-from ftjax.models.param import Init, Piece, Spec, param
-from ftjax.models.stack import memories
+from ftjax.models.nn.context import Context, Prefix
+from ftjax.models.nn.layers import project
+from ftjax.models.nn.memory import KeysValues, one_for_all
+from ftjax.models.nn.param import Init, Piece, Spec, param
+from ftjax.models.nn.stack import memories
 
 TENSOR = "prompt_embeddings"
 NO_MERGE = "virtual tokens come before the text and are not part of any weight"

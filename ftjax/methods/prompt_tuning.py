@@ -16,13 +16,13 @@ from ftjax.config import PromptTuningConfig
 from ftjax.errors import UserError
 from ftjax.methods.method import Method, Start
 from ftjax.methods.prefix_tuning import NO_MERGE, VIRTUAL, file_name, own, put
-from ftjax.models.cache import Cache, Layout
-from ftjax.models.context import Context, Prefix
 from ftjax.models.gemma import GemmaModel
-from ftjax.models.memory import KeysValues, one_for_all
 from ftjax.models.model import Model
-from ftjax.models.param import Init
-from ftjax.models.stack import memories
+from ftjax.models.nn.cache import Cache, Layout
+from ftjax.models.nn.context import Context, Prefix
+from ftjax.models.nn.memory import KeysValues, one_for_all
+from ftjax.models.nn.param import Init
+from ftjax.models.nn.stack import memories
 
 
 class PromptTokens(nnx.Module):

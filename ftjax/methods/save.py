@@ -9,7 +9,7 @@ from flax import nnx
 from ftjax.errors import UserError
 from ftjax.methods.tied import tied_names
 from ftjax.methods.walk import describe
-from ftjax.models.param import specs, variables
+from ftjax.models.nn.param import specs, variables
 
 
 def names_to_save(root: nnx.Module, modules: Sequence[str], *, both: bool = False) -> set[str]:

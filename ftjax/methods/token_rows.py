@@ -17,10 +17,10 @@ from flax import nnx
 from ftjax.config import LoraConfig
 from ftjax.methods.method import Start
 from ftjax.methods.walk import Site, describe, embeddings, linears, matches
-from ftjax.models.context import Context
-from ftjax.models.layers import is_virtual, project
 from ftjax.models.model import Model
-from ftjax.models.param import Buffer, Init, Row, param
+from ftjax.models.nn.context import Context, is_virtual
+from ftjax.models.nn.layers import project
+from ftjax.models.nn.param import Buffer, Init, Row, param
 
 DELTA = "trainable_tokens_delta"
 

@@ -8,8 +8,8 @@ from typing import Any
 from flax import nnx
 
 from ftjax.errors import UserError
-from ftjax.models.layers import Embedding, Linear
-from ftjax.models.param import INDEXED, Spec, specs
+from ftjax.models.nn.layers import Embedding, Linear
+from ftjax.models.nn.param import INDEXED, Spec, specs
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from ftjax.models.context import Context
 from ftjax.models.facts import Facts
-from ftjax.models.rope import Rope, longest_text
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.rope import Rope, longest_text
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from flax import nnx
 
 from ftjax.errors import UserError
 from ftjax.models.causal_lm import CausalLM
-from ftjax.models.context import Context
-from ftjax.models.layers import Linear
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layers import Linear
 
 HEAD = "score"
 ARCHITECTURE = "ForSequenceClassification"

@@ -8,16 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.mesh import constrain
-from ftjax.models.attention import Pattern
-from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import read_sizes
-from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.gemma import GemmaForCausalLM, GemmaModel, attention_and_mlp, gemma_norm
-from ftjax.models.layer_types import patterns
-from ftjax.models.layers import IdentityAdapter
-from ftjax.models.rope import make_rope, refuse_partial
-from ftjax.models.stack import Stack
+from ftjax.models.nn.cache import Memories
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layer_types import Pattern, patterns
+from ftjax.models.nn.layers import IdentityAdapter
+from ftjax.models.nn.rope import make_rope, refuse_partial
+from ftjax.models.nn.stack import Stack
 
 
 class Gemma2Block(nnx.Module):

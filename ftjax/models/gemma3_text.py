@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import jax
 
-from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import read_sizes
-from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.gemma import GemmaForCausalLM, GemmaModel, attention_and_mlp, gemma_norm
 from ftjax.models.gemma2 import Gemma2Block
-from ftjax.models.layer_types import Kind, patterns, ropes
-from ftjax.models.stack import Stack
+from ftjax.models.nn.cache import Memories
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layer_types import Kind, patterns, ropes
+from ftjax.models.nn.stack import Stack
 
 
 class Gemma3Block(Gemma2Block):

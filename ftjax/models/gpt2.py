@@ -11,16 +11,15 @@ from flax import nnx
 
 from ftjax.errors import UserError
 from ftjax.mesh import constrain
-from ftjax.models.attention import Pattern
-from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import Sizes
-from ftjax.models.context import Context
 from ftjax.models.facts import Facts
-from ftjax.models.layers import Embedding, IdentityAdapter, LayerNorm, Linear, activation
-from ftjax.models.memory import KeysValues
-from ftjax.models.self_attention import self_attention
-from ftjax.models.stack import Stack
-from ftjax.models.virtual import behind_virtual_tokens
+from ftjax.models.nn.attention import self_attention
+from ftjax.models.nn.cache import Memories
+from ftjax.models.nn.context import Context, after_virtual_tokens
+from ftjax.models.nn.layer_types import Pattern
+from ftjax.models.nn.layers import Embedding, IdentityAdapter, LayerNorm, Linear, activation
+from ftjax.models.nn.memory import KeysValues
+from ftjax.models.nn.stack import Stack
 
 
 class GPT2Attention(nnx.Module):
@@ -95,7 +94,7 @@ class GPT2LMHeadModel(nnx.Module):
         self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
 
     def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
-        return self.transformer(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
+        return self.transformer(tokens, after_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
         """Project hidden states `[..., E]` to float32 logits `[..., V]`."""

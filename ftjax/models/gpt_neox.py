@@ -11,18 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.mesh import constrain
-from ftjax.models.attention import Pattern
-from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import Sizes
-from ftjax.models.context import Context
 from ftjax.models.facts import Facts
-from ftjax.models.layers import Embedding, IdentityAdapter, LayerNorm, Linear, activation
-from ftjax.models.memory import KeysValues
-from ftjax.models.param import Layout
-from ftjax.models.rope import Rope, longest_text, make_rope
-from ftjax.models.self_attention import self_attention
-from ftjax.models.stack import Stack
-from ftjax.models.virtual import behind_virtual_tokens
+from ftjax.models.nn.attention import self_attention
+from ftjax.models.nn.cache import Memories
+from ftjax.models.nn.context import Context, after_virtual_tokens
+from ftjax.models.nn.layer_types import Pattern
+from ftjax.models.nn.layers import Embedding, IdentityAdapter, LayerNorm, Linear, activation
+from ftjax.models.nn.memory import KeysValues
+from ftjax.models.nn.param import Layout
+from ftjax.models.nn.rope import Rope, longest_text, make_rope
+from ftjax.models.nn.stack import Stack
 
 
 class GPTNeoXAttention(nnx.Module):
@@ -100,7 +99,7 @@ class GPTNeoXForCausalLM(nnx.Module):
             weight.set_metadata("row", dataclasses.replace(weight.row, layouts=(layout,)))
 
     def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
-        return self.gpt_neox(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
+        return self.gpt_neox(tokens, after_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
         """Project hidden states `[..., E]` to float32 logits `[..., V]`."""

@@ -11,14 +11,14 @@ from flax import nnx
 
 from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
-from ftjax.models.layer_types import patterns
-from ftjax.models.layers import RMSNorm
 from ftjax.models.llama import LlamaForCausalLM, attention
-from ftjax.models.mixtral import router_loss
-from ftjax.models.moe import Group, MoeBlock, MoeModel, Router, SparseMoe, dispatch, grouped
-from ftjax.models.param import Init, param
-from ftjax.models.rope import make_rope, refuse_partial
-from ftjax.models.stack import Stack
+from ftjax.models.mixtral import MoeBlock, MoeModel, router_loss
+from ftjax.models.nn.experts import Group, Router, SparseMoe, dispatch, grouped
+from ftjax.models.nn.layer_types import patterns
+from ftjax.models.nn.layers import RMSNorm
+from ftjax.models.nn.param import Init, param
+from ftjax.models.nn.rope import make_rope, refuse_partial
+from ftjax.models.nn.stack import Stack
 
 
 class GptOssExperts(nnx.Module):

@@ -3,21 +3,19 @@
 Legend: B batch, T query length, E embed, V vocab.
 """
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.mesh import constrain
-from ftjax.models.attention import Pattern
-from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import Sizes, read_sizes
-from ftjax.models.context import Context
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, LlamaModel, attention, mlp, whole_rope
-from ftjax.models.rope import Rope, angles
-from ftjax.models.stack import Stack
+from ftjax.models.nn.cache import Memories
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layer_types import Pattern
+from ftjax.models.nn.rope import Rope
+from ftjax.models.nn.stack import Stack
 
 
 def times(x: jax.Array, factor: float) -> jax.Array:
@@ -46,12 +44,8 @@ class GraniteModel(LlamaModel):
         super().__init__(vocab, embed, eps, layers, rope)
         self.multiplier = multiplier
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
-        """Map tokens `[B, T]` to hidden states `[B, T, E]`; also return the cache and the auxiliary loss."""
-        x = constrain(times(self.embed_tokens(tokens, ctx.dtype), self.multiplier), "batch", "length", None)
-        ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids))
-        x, cache, aux = self.layers(x, ctx, cache)
-        return self.norm(x), cache, aux
+    def embed(self, tokens: jax.Array, dtype) -> jax.Array:
+        return times(self.embed_tokens(tokens, dtype), self.multiplier)
 
 
 class GraniteForCausalLM(LlamaForCausalLM):

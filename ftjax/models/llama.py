@@ -5,6 +5,7 @@ Covers all models with `model_type: llama`: Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM
 Legend: B batch, T query length, E embed, N heads, K kv heads, H head dim, F mlp, V vocab.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -12,20 +13,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.mesh import constrain
-from ftjax.models.attention import Pattern
-from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import Sizes, head_size, read_sizes
-from ftjax.models.chunks import feed_forward
-from ftjax.models.context import Context
 from ftjax.models.facts import Facts
-from ftjax.models.kept import projected
-from ftjax.models.layers import Embedding, IdentityAdapter, Linear, RMSNorm, activation
-from ftjax.models.memory import KeysValues
-from ftjax.models.param import param
-from ftjax.models.rope import Rope, angles, every, make_rope, refuse_partial
-from ftjax.models.self_attention import self_attention
-from ftjax.models.stack import Stack
-from ftjax.models.virtual import behind_virtual_tokens
+from ftjax.models.nn.attention import self_attention
+from ftjax.models.nn.cache import Memories
+from ftjax.models.nn.chunks import feed_forward
+from ftjax.models.nn.context import Context, after_virtual_tokens
+from ftjax.models.nn.layer_types import Pattern
+from ftjax.models.nn.layers import Embedding, IdentityAdapter, Linear, RMSNorm, activation
+from ftjax.models.nn.memory import KeysValues
+from ftjax.models.nn.param import param
+from ftjax.models.nn.remat import projected
+from ftjax.models.nn.rope import Rope, angles, every, make_rope, refuse_partial
+from ftjax.models.nn.stack import Stack
+
+Norm = Callable[[int, float], nnx.Module]  # (size, eps) -> norm
 
 
 class LlamaAttention(nnx.Module):
@@ -93,11 +95,11 @@ class LlamaMLP(nnx.Module):
 
 
 class LlamaBlock(nnx.Module):
-    def __init__(self, attention: nnx.Module, mlp: nnx.Module, embed: int, eps: float):
+    def __init__(self, attention: nnx.Module, mlp: nnx.Module, embed: int, eps: float, norm: Norm = RMSNorm):
         self.self_attn = attention
         self.mlp = mlp
-        self.input_layernorm = RMSNorm(embed, eps)
-        self.post_attention_layernorm = RMSNorm(embed, eps)
+        self.input_layernorm = norm(embed, eps)
+        self.post_attention_layernorm = norm(embed, eps)
         self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
     def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
@@ -111,19 +113,23 @@ class LlamaBlock(nnx.Module):
 class LlamaModel(nnx.Module):
     """The model without its output projection. Blocks get the angles of `rope` as `ctx.rope`: of a single RoPE, or by name."""
 
-    def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope | dict[str, Rope]):
+    def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope | dict[str, Rope], norm: Norm = RMSNorm):
         self.rope = rope
         self.embed_tokens = Embedding(vocab, embed)
         self.layers = layers
-        self.norm = RMSNorm(embed, eps)
+        self.norm = norm(embed, eps)
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
         return every(self.rope)
 
+    def embed(self, tokens: jax.Array, dtype) -> jax.Array:
+        """Map tokens `[B, T]` to the input of the first layer, `[B, T, E]`."""
+        return self.embed_tokens(tokens, dtype)
+
     def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
         """Map tokens `[B, T]` to hidden states `[B, T, E]`; also return the cache and the auxiliary loss."""
-        x = constrain(self.embed_tokens(tokens, ctx.dtype), "batch", "length", None)
+        x = constrain(self.embed(tokens, ctx.dtype), "batch", "length", None)
         ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids))
         x, cache, aux = self.layers(x, ctx, cache)
         return self.norm(x), cache, aux
@@ -142,7 +148,7 @@ class LlamaForCausalLM(nnx.Module):
         self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
 
     def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
-        return self.model(tokens, behind_virtual_tokens(self, tokens, ctx), cache)
+        return self.model(tokens, after_virtual_tokens(self, tokens, ctx), cache)
 
     def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
         """Project hidden states `[..., E]` to float32 logits `[..., V]`."""

@@ -5,8 +5,8 @@ transformers reads a `mistral` config.json with `layer_types` as this model type
 
 from ftjax.models.causal_lm import head_size
 from ftjax.models.facts import Facts
-from ftjax.models.layer_types import patterns
 from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, mlp, whole_rope
+from ftjax.models.nn.layer_types import patterns
 
 
 def build(facts: Facts) -> LlamaForCausalLM:

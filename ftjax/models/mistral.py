@@ -1,10 +1,9 @@
 """Mistral: Llama with a sliding window in all layers, if the config has one (Jiang et al. 2023, arXiv:2310.06825)."""
 
-from ftjax.models.attention import Pattern
 from ftjax.models.causal_lm import head_size
 from ftjax.models.facts import Facts
-from ftjax.models.layer_types import window
 from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, mlp, whole_rope
+from ftjax.models.nn.layer_types import Pattern, window
 
 
 def build(facts: Facts) -> LlamaForCausalLM:

@@ -1,16 +1,57 @@
 """Mixtral: Llama's block with eight experts in place of its MLP (Jiang et al. 2024, arXiv:2401.04088)."""
 
-from ftjax.models.attention import Pattern
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ftjax.mesh import constrain
 from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
-from ftjax.models.layer_types import window
-from ftjax.models.llama import LlamaForCausalLM, attention
-from ftjax.models.moe import Experts, MoeBlock, MoeModel, Router, SparseMoe
-from ftjax.models.param import Layout
-from ftjax.models.rope import make_rope, refuse_partial
-from ftjax.models.stack import Stack
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, LlamaModel, attention
+from ftjax.models.nn.cache import Memories
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.experts import Experts, Router, SparseMoe, balance_loss
+from ftjax.models.nn.layer_types import Pattern, window
+from ftjax.models.nn.param import Layout
+from ftjax.models.nn.rope import Rope, make_rope, refuse_partial
+from ftjax.models.nn.stack import Stack
 
 STORED = ("mlp", "block_sparse_moe")  # checkpoints use the module name of older transformers versions
+
+
+class MoeBlock(LlamaBlock):
+    """Llama's block with a sparse or, in some layers of some models, dense MLP."""
+
+    def __init__(self, attention: nnx.Module, mlp: nnx.Module, embed: int, eps: float, experts: int):
+        super().__init__(attention, mlp, embed, eps)
+        self.experts = experts
+
+    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer: Any, cache: Memories):
+        y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
+        x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
+        y = self.mlp(self.post_attention_layernorm(x), ctx)
+        if isinstance(y, tuple):
+            y, sums = y
+        else:
+            sums = {"chosen": jnp.zeros(self.experts), "probability": jnp.zeros(self.experts)}
+        y = self.output_adapters(x, y, ctx)
+        return constrain(x + y, "batch", "length", None), cache, sums
+
+
+class MoeModel(LlamaModel):
+    """Llama's model with a load-balancing loss; its coefficient `router_loss` is 0 unless the config sets it."""
+
+    def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope, router_loss: float, sparse: int):
+        """`sparse` is the number of layers with a router."""
+        super().__init__(vocab, embed, eps, layers, rope)
+        self.router_loss, self.sparse = router_loss, sparse
+
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
+        x, cache, sums = super().__call__(tokens, ctx, cache)
+        loss = self.router_loss * balance_loss(sums, self.sparse, ctx.segment_ids) if self.router_loss else jnp.float32(0)
+        return x, cache, loss
 
 
 def router_loss(facts: Facts) -> float:

@@ -15,11 +15,11 @@ from ftjax import tree
 from ftjax.models.causal_lm import CausalLM, Sizes
 from ftjax.models.classifier import classes_of, to_classifier
 from ftjax.models.facts import Facts
-from ftjax.models.memory import Memory
-from ftjax.models.param import Buffer, Spec, specs, variables
+from ftjax.models.nn.memory import Memory
+from ftjax.models.nn.param import Buffer, Spec, specs, variables
+from ftjax.models.nn.rope import Rope, unread
+from ftjax.models.nn.stack import memories
 from ftjax.models.registry import FAMILIES
-from ftjax.models.rope import Rope, unread
-from ftjax.models.stack import memories
 
 
 @dataclass(frozen=True)

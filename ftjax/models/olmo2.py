@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.mesh import constrain
-from ftjax.models.attention import Pattern
-from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import head_size
-from ftjax.models.context import Context
 from ftjax.models.facts import Facts
-from ftjax.models.layers import IdentityAdapter, RMSNorm
 from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, attention, decoder, mlp, whole_rope
+from ftjax.models.nn.cache import Memories
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layer_types import Pattern
+from ftjax.models.nn.layers import IdentityAdapter, RMSNorm
 
 
 def olmo_norm(size: int, eps: float) -> RMSNorm:

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import jax
 
-from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import head_size
-from ftjax.models.context import Context
 from ftjax.models.facts import Facts
-from ftjax.models.layer_types import Kind, patterns, ropes
 from ftjax.models.llama import LlamaForCausalLM, decoder
+from ftjax.models.nn.cache import Memories
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layer_types import Kind, patterns, ropes
 from ftjax.models.olmo2 import Olmo2Block, olmo_norm, parts
 
 

@@ -9,17 +9,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ftjax.models.attention import Pattern
-from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import head_size
-from ftjax.models.context import Context
 from ftjax.models.facts import Facts
-from ftjax.models.layer_types import window
-from ftjax.models.layers import Linear, activation
 from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, decoder
-from ftjax.models.memory import KeysValues
-from ftjax.models.rope import make_rope
-from ftjax.models.self_attention import self_attention
+from ftjax.models.nn.attention import self_attention
+from ftjax.models.nn.cache import Memories
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layer_types import Pattern, window
+from ftjax.models.nn.layers import Linear, activation
+from ftjax.models.nn.memory import KeysValues
+from ftjax.models.nn.rope import make_rope
 
 
 class Phi3Attention(nnx.Module):

@@ -5,9 +5,9 @@ Source: Qwen Team 2025 (arXiv:2505.09388).
 
 from ftjax.models.causal_lm import head_size
 from ftjax.models.facts import Facts
-from ftjax.models.layer_types import patterns
-from ftjax.models.layers import RMSNorm
 from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, mlp, whole_rope
+from ftjax.models.nn.layer_types import patterns
+from ftjax.models.nn.layers import RMSNorm
 
 
 def build(facts: Facts) -> LlamaForCausalLM:

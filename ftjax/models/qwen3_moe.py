@@ -3,16 +3,15 @@
 Source: Qwen Team 2025 (arXiv:2505.09388).
 """
 
-from ftjax.models.attention import Pattern
 from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
-from ftjax.models.layer_types import window
-from ftjax.models.layers import RMSNorm
 from ftjax.models.llama import LlamaForCausalLM, LlamaMLP, attention
-from ftjax.models.mixtral import router_loss
-from ftjax.models.moe import Experts, MoeBlock, MoeModel, Router, SparseMoe
-from ftjax.models.rope import make_rope, refuse_partial
-from ftjax.models.stack import Stack
+from ftjax.models.mixtral import MoeBlock, MoeModel, router_loss
+from ftjax.models.nn.experts import Experts, Router, SparseMoe
+from ftjax.models.nn.layer_types import Pattern, window
+from ftjax.models.nn.layers import RMSNorm
+from ftjax.models.nn.rope import make_rope, refuse_partial
+from ftjax.models.nn.stack import Stack
 
 
 def sparse_layers(facts: Facts, layers: int, experts: int) -> tuple[bool, ...]:

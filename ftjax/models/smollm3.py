@@ -6,13 +6,12 @@ from typing import NamedTuple
 import jax
 
 from ftjax.errors import UserError
-from ftjax.models.attention import Pattern
-from ftjax.models.cache import Memories
 from ftjax.models.causal_lm import head_size
-from ftjax.models.context import Context
 from ftjax.models.facts import Facts
-from ftjax.models.layer_types import patterns
 from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, attention, decoder, mlp, whole_rope
+from ftjax.models.nn.cache import Memories
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layer_types import Pattern, patterns
 
 
 class Kind(NamedTuple):

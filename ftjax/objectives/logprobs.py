@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.mesh import constrain
-from ftjax.models.chunks import chunks, joined
+from ftjax.models.nn.chunks import chunks, joined
 from ftjax.objectives.loss import float32_zeros, reorder, trained_order, unless_idle
 from ftjax.objectives.projection import Projection, one_device
 

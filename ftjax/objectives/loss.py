@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ftjax.models.chunks import chunks, joined
+from ftjax.models.nn.chunks import chunks, joined
 
 # (parameters of the projection, hidden [B, C, E]) -> float32 logits [B, C, V]
 Unembed = Callable[[Any, jax.Array], jax.Array]

@@ -9,8 +9,8 @@ import jax
 
 from ftjax.config import Config, Section
 from ftjax.data.encoding import RowEncoding
-from ftjax.models.context import Context
 from ftjax.models.model import Model
+from ftjax.models.nn.context import Context
 from ftjax.objectives.logprobs import TokenLogprobs, token_logprobs
 from ftjax.objectives.loss import LossTotals, Measure, cross_entropy, token_totals, trained_first
 from ftjax.objectives.projection import one_device, projection

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax
 
 from ftjax.mesh import CUT, RULES, constrain, spec
-from ftjax.models.context import Context
-from ftjax.models.gathered import fully_sharded, gathered, in_order
 from ftjax.models.model import Model
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.gathered import fully_sharded, gathered, in_order
 from ftjax.objectives.loss import Arrange, Unembed, keep_sharding
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ftjax.models.param import Spec
+from ftjax.models.nn.param import Spec
 
 DECAY = 0.8  # the past has weight 1 - t^-0.8 in the second moment
 TINY = 1e-30  # added to squares

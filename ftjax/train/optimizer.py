@@ -14,7 +14,7 @@ import optax
 
 from ftjax.config import OptimizerConfig
 from ftjax.errors import UserError
-from ftjax.models.param import Spec
+from ftjax.models.nn.param import Spec
 from ftjax.train.adafactor import scale_by_adafactor
 from ftjax.train.moments import scale_by_held_adam
 from ftjax.train.offload import on_the_host

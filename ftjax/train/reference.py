@@ -15,7 +15,7 @@ from flax import nnx
 
 from ftjax.methods.walk import remove_adapters
 from ftjax.models.model import Model
-from ftjax.models.param import Spec, variables
+from ftjax.models.nn.param import Spec, variables
 
 PREFIX = "reference."  # of the path of a copy, among the frozen parameters
 

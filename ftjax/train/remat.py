@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax
 
 from ftjax.data.batch import batch_arrays
-from ftjax.models.param import Spec
+from ftjax.models.nn.param import Spec
 from ftjax.train.step import LossFn, Runtime
 
 SHARE = 0.5  # share of the device's memory for activations

@@ -32,11 +32,11 @@ from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.vocabulary import refuse_untrained_rows, tokens_of, with_new_tokens
 from ftjax.mesh import make_mesh, parts, replicated, sharding
 from ftjax.methods import method_of
-from ftjax.models.attention import choose
-from ftjax.models.memory import packs
 from ftjax.models.model import Model, build_module
-from ftjax.models.param import Spec, variables
-from ftjax.models.quantized_linear import quantise
+from ftjax.models.nn.attention import choose
+from ftjax.models.nn.memory import packs
+from ftjax.models.nn.param import Spec, variables
+from ftjax.models.nn.quantized_linear import quantise
 from ftjax.objectives import encoding_of, objective_of
 from ftjax.objectives.objective import Forward, LossInputs
 from ftjax.train.auto_mesh import choose_mesh

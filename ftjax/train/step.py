@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from ftjax.flops import TrainFlops
-from ftjax.models.context import Context
+from ftjax.models.nn.context import Context
 from ftjax.objectives.loss import LossTotals, zeros_of
 from ftjax.train.offload import moved, on_host, sharding_of_state
 from ftjax.train.rounding import to_bfloat16

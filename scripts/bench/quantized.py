@@ -19,7 +19,7 @@ import numpy as np
 from ftjax.config import Config
 from ftjax.data.pipeline import load_splits
 from ftjax.hub.tokenizer.load import load_tokenizer
-from ftjax.models.quantized import Int8, Nf4
+from ftjax.models.nn.quantized import Int8, Nf4
 from ftjax.train.setup import Setup, compile_steps, new_state, prepare
 
 

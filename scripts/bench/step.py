@@ -146,7 +146,7 @@ def write_base(folder: Path, setup: Any, a: argparse.Namespace) -> None:
 
     from ftjax.config import FullConfig
     from ftjax.hub.model_folder import model_tensors, write_folder
-    from ftjax.models.quantized import Quantized
+    from ftjax.models.nn.quantized import Quantized
 
     def read(spec, piece) -> np.ndarray:
         depth = len(spec.stacked)

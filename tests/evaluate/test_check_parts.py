@@ -147,7 +147,7 @@ def test_company_does_not_matter_and_where_it_does_that_is_seen(stories_generato
     alone, gaps = in_company(stories_generator, PROMPTS, 8)
     assert max(*gaps["batch_gap"], *gaps["padding_gap"]) < 1e-3
     assert [one.tokens for one in alone] == [stories_generator.generate([p], max_new_tokens=8)[0].tokens for p in PROMPTS]
-    import ftjax.models.attention as attention
+    import ftjax.models.nn.attention as attention
 
     right = attention.visible
 

@@ -20,8 +20,8 @@ from ftjax.flops import train_flops
 from ftjax.methods import lora
 from ftjax.models.facts import complete_config
 from ftjax.models.model import Model, build_module
-from ftjax.models.quantized import NF4, Int8, Nf4, Quantization
-from ftjax.models.quantized_linear import quantise
+from ftjax.models.nn.quantized import NF4, Int8, Nf4, Quantization
+from ftjax.models.nn.quantized_linear import quantise
 from ftjax.train.optimizer import make_optimizer
 from ftjax.train.run import train
 from ftjax.train.setup import Setup, prepare

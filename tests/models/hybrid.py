@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ftjax.models.attention import Pattern
-from ftjax.models.cache import Memories, recall, remember
 from ftjax.models.causal_lm import Sizes
-from ftjax.models.context import Context
-from ftjax.models.layers import Linear, RMSNorm
 from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, LlamaModel
-from ftjax.models.memory import ConvState, KeysValues, RecurrentState, Shared
 from ftjax.models.model import Model
-from ftjax.models.param import param
-from ftjax.models.recurrence import causal_conv, recur
-from ftjax.models.rope import Rope
-from ftjax.models.self_attention import self_attention
-from ftjax.models.stack import Stack
+from ftjax.models.nn.attention import self_attention
+from ftjax.models.nn.cache import Memories, recall, remember
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layer_types import Pattern
+from ftjax.models.nn.layers import Linear, RMSNorm
+from ftjax.models.nn.memory import ConvState, KeysValues, RecurrentState, Shared
+from ftjax.models.nn.param import param
+from ftjax.models.nn.recurrence import causal_conv, recur
+from ftjax.models.nn.rope import Rope
+from ftjax.models.nn.stack import Stack
 
 V, E, N, H = 96, 24, 4, 8
 

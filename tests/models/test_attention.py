@@ -8,9 +8,10 @@ import pytest
 from ftjax.config import MeshConfig
 from ftjax.errors import UserError
 from ftjax.mesh import make_mesh
-from ftjax.models import attention_blockwise
-from ftjax.models.attention import AUTO_CUDNN, Pattern, attend, choose
-from ftjax.models.attention_cudnn import documents, missing_for
+from ftjax.models.nn import attention_blockwise
+from ftjax.models.nn.attention import AUTO_CUDNN, attend, choose
+from ftjax.models.nn.attention_cudnn import documents, missing_for
+from ftjax.models.nn.layer_types import Pattern
 
 B, T, N, K, H = 2, 37, 4, 2, 8
 PATTERNS = {

@@ -15,7 +15,7 @@ from ftjax.models.causal_lm import CausalLM
 from ftjax.models.classifier import classifier_config
 from ftjax.models.facts import complete_config
 from ftjax.models.model import Model, build_module
-from ftjax.models.rope import longest_text
+from ftjax.models.nn.rope import longest_text
 
 
 def config_of(case: Case) -> dict:

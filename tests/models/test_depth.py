@@ -9,9 +9,9 @@ from oracle import Case, hf_config
 
 from ftjax.config import LoraConfig
 from ftjax.methods import method_of
-from ftjax.models.context import Context
 from ftjax.models.facts import complete_config
 from ftjax.models.model import Model, build_module
+from ftjax.models.nn.context import Context
 from ftjax.models.registry import FAMILIES
 from ftjax.objectives import sft
 from ftjax.objectives.objective import LossInputs

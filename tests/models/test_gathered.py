@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax.models import gathered
+from ftjax.models.nn import gathered
 
 
 @pytest.mark.parametrize("dimension", [0, 1])

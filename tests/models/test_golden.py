@@ -19,7 +19,7 @@ from tiny_run import make_batch, make_config, run_steps
 from ftjax.mesh import sharding
 from ftjax.models.facts import complete_config
 from ftjax.models.model import Model, build_module
-from ftjax.models.param import Spec
+from ftjax.models.nn.param import Spec
 from ftjax.train.setup import Setup
 from ftjax.train.step import Runtime
 

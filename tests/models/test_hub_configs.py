@@ -4,7 +4,7 @@ import pytest
 
 from ftjax.models.facts import complete_config
 from ftjax.models.model import build_module
-from ftjax.models.param import specs
+from ftjax.models.nn.param import specs
 
 COMMON = {
     "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True,

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ftjax.models.attention_splash import splash
-from ftjax.models.context import Context
-from ftjax.models.kept import projected
-from ftjax.models.layers import RMSNorm
 from ftjax.models.llama import LlamaAttention
-from ftjax.models.param import variables
-from ftjax.models.pattern import Pattern
+from ftjax.models.nn.attention_splash import splash
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layer_types import Pattern
+from ftjax.models.nn.layers import RMSNorm
+from ftjax.models.nn.param import variables
+from ftjax.models.nn.remat import projected
 
 
 def kept(f, *values) -> list[tuple[int, ...]]:

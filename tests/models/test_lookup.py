@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from ftjax.config import MeshConfig
 from ftjax.mesh import make_mesh, spec
-from ftjax.models.lookup import rows_of
+from ftjax.models.nn.lookup import rows_of
 
 V, E, B, T = 64, 32, 8, 8
 MESHES = [

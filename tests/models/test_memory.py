@@ -13,8 +13,8 @@ from ftjax.config import Config, PrefixTuningConfig, PromptTuningConfig, PTuning
 from ftjax.errors import UserError
 from ftjax.generate.cache import forward, new_cache
 from ftjax.methods import method_of
-from ftjax.models.cache import Cache, Layout
-from ftjax.models.memory import ConvState, KeysValues, RecurrentState, Shared
+from ftjax.models.nn.cache import Cache, Layout
+from ftjax.models.nn.memory import ConvState, KeysValues, RecurrentState, Shared
 from ftjax.train.setup import refuse_packing
 
 

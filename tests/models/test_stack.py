@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ftjax.models.context import Context
-from ftjax.models.param import param, specs
-from ftjax.models.stack import Stack, segments
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.param import param, specs
+from ftjax.models.nn.stack import Stack, segments
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from oracle import hf_config
 
 from ftjax.models.facts import complete_config
 from ftjax.models.model import build_module
+from ftjax.models.nn.stack import Stack
 from ftjax.models.registry import FAMILIES
-from ftjax.models.stack import Stack
 from ftjax.models.table import families, show
 
 

@@ -12,7 +12,7 @@ from transformers import Adafactor, get_scheduler
 
 from ftjax.config import OptimizerConfig
 from ftjax.errors import UserError
-from ftjax.models.param import Row, Spec
+from ftjax.models.nn.param import Row, Spec
 from ftjax.train.optimizer import frozen_by_groups, make_optimizer, make_schedule
 
 

@@ -74,8 +74,8 @@ def test_feed_forward_layers_in_parts(folder, alone, monkeypatch, mesh, halves):
     """Where a layer is recomputed and weights are cut over devices, its hidden activations are of a few tokens at a time, or
     few of them where the weights are trained (and no two devices share a row). Their gradients may be reduced by halves, which
     only TPUs ask for."""
-    from ftjax.models import chunks, gathered
     from ftjax.models.llama import LlamaMLP
+    from ftjax.models.nn import chunks, gathered
 
     shapes, at_once = set(), LlamaMLP.all_at_once
 

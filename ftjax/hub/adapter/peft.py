@@ -32,8 +32,8 @@ from ftjax.methods.tied import on_embedding
 from ftjax.methods.token_rows import DELTA
 from ftjax.methods.walk import describe
 from ftjax.models.model import Model
-from ftjax.models.param import specs, variables
-from ftjax.models.quantized import Quantized
+from ftjax.models.nn.param import specs, variables
+from ftjax.models.nn.quantized import Quantized
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -9,23 +9,18 @@ Legend: B batch, T length, M tokens on one device, D embed, F mlp, X experts, K 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from ftjax.mesh import constrain, fitting
-from ftjax.models.attention import Pattern
-from ftjax.models.cache import Memories
-from ftjax.models.context import Context
-from ftjax.models.kept import saved_product
-from ftjax.models.layers import activation, project
-from ftjax.models.llama import LlamaBlock, LlamaModel
-from ftjax.models.param import Init, Layout, param
-from ftjax.models.rope import Rope
-from ftjax.models.stack import Stack
+from ftjax.mesh import fitting
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layers import activation, project
+from ftjax.models.nn.param import Init, Layout, param
+from ftjax.models.nn.remat import saved_product
 
 
 class Router(nnx.Module):
@@ -226,36 +221,3 @@ class SparseMoe(nnx.Module):
         """Return `(y [B, T, D], statistics)`."""
         logits, chosen, weights = (self.gate or self.router)(x)
         return self.experts(x, chosen, weights), statistics(logits, chosen, ctx.segment_ids)
-
-
-class MoeBlock(LlamaBlock):
-    """Llama's block with a sparse or, in some layers of some models, dense MLP."""
-
-    def __init__(self, attention: nnx.Module, mlp: nnx.Module, embed: int, eps: float, experts: int):
-        super().__init__(attention, mlp, embed, eps)
-        self.experts = experts
-
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer: Any, cache: Memories):
-        y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
-        x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
-        y = self.mlp(self.post_attention_layernorm(x), ctx)
-        if isinstance(y, tuple):
-            y, sums = y
-        else:
-            sums = {"chosen": jnp.zeros(self.experts), "probability": jnp.zeros(self.experts)}
-        y = self.output_adapters(x, y, ctx)
-        return constrain(x + y, "batch", "length", None), cache, sums
-
-
-class MoeModel(LlamaModel):
-    """Llama's model with a load-balancing loss; its coefficient `router_loss` is 0 unless the config sets it."""
-
-    def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope, router_loss: float, sparse: int):
-        """`sparse` is the number of layers with a router."""
-        super().__init__(vocab, embed, eps, layers, rope)
-        self.router_loss, self.sparse = router_loss, sparse
-
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
-        x, cache, sums = super().__call__(tokens, ctx, cache)
-        loss = self.router_loss * balance_loss(sums, self.sparse, ctx.segment_ids) if self.router_loss else jnp.float32(0)
-        return x, cache, loss

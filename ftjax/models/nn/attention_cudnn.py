@@ -13,8 +13,8 @@ import inspect
 import jax
 import jax.numpy as jnp
 
-from ftjax.models.attention_blockwise import blockwise
-from ftjax.models.pattern import Pattern
+from ftjax.models.nn.attention_blockwise import blockwise
+from ftjax.models.nn.layer_types import Pattern
 
 DOCUMENTS = 64  # rows with more fall back to `blockwise`; cuDNN's statistics take M x N x T floats per row
 

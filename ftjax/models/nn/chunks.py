@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.mesh import constrain, fitting, parts, sharding
-from ftjax.models.context import Context
-from ftjax.models.gathered import gathered, in_order, joined_parts
-from ftjax.models.kept import is_trained, memory_is_short
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.gathered import gathered, in_order, joined_parts
+from ftjax.models.nn.remat import is_trained, memory_is_short
 
 CHUNK = 2048  # tokens per device and chunk of a feed-forward layer
 HIDDEN = 1024  # maximum hidden units per chunk of a feed-forward layer with trained weights

@@ -1,16 +1,30 @@
-"""Names of the values that remat policies save for a layer's backward pass (`model.remat`)."""
+"""What a layer saves for its backward pass (`model.remat`): the names of values, and the policies that save them."""
 
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from ftjax.models.context import Context
-from ftjax.models.gathered import fully_sharded
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.gathered import fully_sharded
 
 ATTENTION = "attention"  # output of attention, and its log-sum-exp
 PRODUCT = "product"  # output of a linear layer, including its adapter's
 BLOCK_INPUT = "block_input"
 WHOLE = "whole"  # gathered weight
+
+# A layer saves for its backward pass only its input (full), in host memory (offload); or also the output of attention
+# (attention); or also the outputs of all linear layers (dots), so that only elementwise operations are recomputed.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(ATTENTION, PRODUCT),
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 def saved_product(y: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Building blocks of recurrent layers. The state is reset at each document of a packed row, and padding does not change it, so
 that the same code serves packed training rows and decoding.
 
-`segment_ids [B, T]` are those of `ftjax.models.context.Context`: the document of each token, 0 for padding.
+`segment_ids [B, T]` are those of `ftjax.models.nn.context.Context`: the document of each token, 0 for padding.
 
 Legend: B batch, T length, C channels, W kernel size.
 """

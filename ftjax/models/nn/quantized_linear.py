@@ -10,11 +10,11 @@ import jax
 from flax import nnx
 
 from ftjax.errors import UserError
-from ftjax.models.context import Context
-from ftjax.models.kept import saved_product
-from ftjax.models.layers import Linear, project
-from ftjax.models.param import specs
-from ftjax.models.quantized import Quantization, Quantized
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.layers import Linear, project
+from ftjax.models.nn.param import specs
+from ftjax.models.nn.quantized import Quantization, Quantized
+from ftjax.models.nn.remat import saved_product
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

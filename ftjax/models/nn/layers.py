@@ -12,11 +12,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.errors import UserError
-from ftjax.models.context import Context
-from ftjax.models.gathered import fully_sharded, gathered
-from ftjax.models.kept import WHOLE, saved_product
-from ftjax.models.lookup import rows_of
-from ftjax.models.param import Init, param
+from ftjax.models.nn.context import Context, is_virtual
+from ftjax.models.nn.gathered import fully_sharded, gathered
+from ftjax.models.nn.lookup import rows_of
+from ftjax.models.nn.param import Init, param
+from ftjax.models.nn.remat import WHOLE, saved_product
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -127,11 +127,6 @@ class Linear(nnx.Module):
         multiply = widen if widens else partial(project, conv1d=self.conv1d)
         y = project_sharded(x, self.weight[...], self.weight_axes, ctx, multiply)
         return saved_product(y if self.bias is None else y + self.bias[...].astype(x.dtype))
-
-
-def is_virtual(tokens: jax.Array) -> bool:
-    """Return whether these are embeddings `[B, T, E]` rather than ids `[B, T]`."""
-    return bool(jnp.issubdtype(tokens.dtype, jnp.floating))
 
 
 class Embedding(nnx.Module):

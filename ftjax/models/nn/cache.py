@@ -1,4 +1,4 @@
-"""Caches that hold the memory of a model's layers (`ftjax.models.memory`), for decoding and for passes over whole rows.
+"""Caches that hold the memory of a model's layers (`ftjax.models.nn.memory`), for decoding and for passes over whole rows.
 
 Legend: B batch, T query length, S cache slots, K kv heads, D key size, V value size, l layers with the same record.
 """
@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from ftjax.models.memory import KeysValues, Memory, Shared, State
+from ftjax.models.nn.memory import KeysValues, Memory, Shared, State
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,26 @@
 """Read `layer_types` of a config.json: which layers use full or sliding-window attention, and the RoPE of each type."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ftjax.errors import UserError
-from ftjax.models.attention import Pattern
 from ftjax.models.facts import Facts
-from ftjax.models.rope import Rope, make_rope, refuse_partial
+from ftjax.models.nn.rope import Rope, make_rope, refuse_partial
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Static attention settings of a layer.
+
+    Attributes:
+        scale: factor on the scores.
+        window: number of keys that a query attends to, including its own; None for all.
+        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2); None for no cap.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
 
 
 class Kind(NamedTuple):

@@ -3,7 +3,7 @@
 Legend: B batch, T query length, K kv heads, H head dim, L layers, V virtual tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,12 +26,12 @@ class Context:
         positions: [B, T] int32, the RoPE position of each token; positions restart with each document.
         segment_ids: [B, T] int32, the document of each token in its row; 0 is padding.
         dtype: dtype of activations and matrix products.
-        attention: the attention backend (`ftjax.models.attention.choose`).
-        remat: what a block saves for its backward pass (`ftjax.models.stack.REMAT_POLICIES`), or `none` to save everything.
+        attention: the attention backend (`ftjax.models.nn.attention.choose`).
+        remat: what a block saves for its backward pass (`ftjax.models.nn.remat.REMAT_POLICIES`), or `none` to save everything.
         dropout: PRNG key of this layer's dropout masks; None outside training.
         rope: the family's position embedding, computed once for all layers.
-        prefix: virtual tokens that precede every document (`ftjax.models.virtual`), or None.
-        whole_weights: whether weights have been gathered already (`ftjax.models.chunks`).
+        prefix: virtual tokens that precede every document (`after_virtual_tokens`), or None.
+        whole_weights: whether weights have been gathered already (`ftjax.models.nn.chunks`).
     """
 
     positions: jax.Array
@@ -43,3 +43,20 @@ class Context:
     rope: Any = None
     prefix: Prefix | None = None
     whole_weights: bool = False
+
+
+def is_virtual(tokens: jax.Array) -> bool:
+    """Return whether these are embeddings `[B, T, E]` rather than ids `[B, T]`."""
+    return bool(jnp.issubdtype(tokens.dtype, jnp.floating))
+
+
+def after_virtual_tokens(root: Any, tokens: jax.Array, ctx: Context) -> Context:
+    """Return the context of tokens that follow the model's virtual tokens, if it has any.
+
+    `root.virtual(root, ctx)` computes their `Prefix`; positions are shifted by their number.
+    """
+    virtual = getattr(root, "virtual", None)
+    if virtual is None or is_virtual(tokens):  # nothing precedes the virtual tokens themselves
+        return ctx
+    prefix = virtual(root, ctx)
+    return replace(ctx, prefix=prefix, positions=ctx.positions + prefix.keys.shape[1])

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from ftjax.models.gathered import in_order
-from ftjax.models.kept import ATTENTION
-from ftjax.models.pattern import MASKED, Pattern
+from ftjax.models.nn.attention_blockwise import MASKED
+from ftjax.models.nn.gathered import in_order
+from ftjax.models.nn.layer_types import Pattern
+from ftjax.models.nn.remat import ATTENTION
 
 LANES = 128  # the size of a block is a multiple of this
 BLOCK = 512  # maximum block size in tokens

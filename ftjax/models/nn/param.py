@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ftjax.models.quantized import Quantization, Quantized
+from ftjax.models.nn.quantized import Quantization, Quantized
 
 INDEXED = {"layers"}  # stacked axes: one Hugging Face tensor per index
 

@@ -10,26 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from ftjax.models.cache import Cache, Handed, Memories
-from ftjax.models.context import Context
-from ftjax.models.gathered import fully_sharded
-from ftjax.models.kept import ATTENTION, BLOCK_INPUT, PRODUCT
-from ftjax.models.memory import Memory, declared
-from ftjax.models.param import variables
-
-# A layer saves for its backward pass only its input (full), in host memory (offload); or also the output of attention
-# (attention); or also the outputs of all linear layers (dots), so that only elementwise operations are recomputed.
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(ATTENTION, PRODUCT),
-    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[BLOCK_INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
+from ftjax.models.nn.cache import Cache, Handed, Memories
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.gathered import fully_sharded
+from ftjax.models.nn.memory import Memory, declared
+from ftjax.models.nn.param import variables
+from ftjax.models.nn.remat import BLOCK_INPUT, REMAT_POLICIES
 
 
 class Segment(NamedTuple):

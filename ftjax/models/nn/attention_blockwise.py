@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ftjax.models.kept import ATTENTION
-from ftjax.models.pattern import MASKED, Pattern
+from ftjax.models.nn.layer_types import Pattern
+from ftjax.models.nn.remat import ATTENTION
 
 BLOCK = 256
+MASKED = -1e30  # score of a masked key: finite, so that a row without any visible key does not give NaN
 
 
 def blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
