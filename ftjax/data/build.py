@@ -26,7 +26,7 @@ from ftjax.data.tokens import Tokens
 from ftjax.data.values import EmptyRow
 from ftjax.errors import UserError
 
-VERSION = 3  # format of the tokens and weights; raise it to rebuild every cache
+VERSION = 4  # format of the tokens and weights; raise it to rebuild every cache
 CHUNK = 1024  # rows that are tokenised together
 OPTIONS = (
     "prompt_format", "max_length", "truncation", "train_on_inputs", "last_turn_only", "special_tokens_in_text", "fold_system",
@@ -132,12 +132,12 @@ class Build:
 
     def run(self, writer: Writer) -> dict[str, Any]:
         """Write every document and return the report."""
-        for chunk, encoded in self.encoded(self.examples()):
+        for chunk, encoded in self.encoded(self.arranged()):
             documents, cut, rows, digests = [], [], [], []
             for (number, mark, _), unit in zip(chunk, encoded, strict=True):
                 pieces = self.fit(unit) if unit is not None else ()
                 documents += pieces
-                cut += [any(len(document.tokens) > self.config.max_length for document in unit or ())] * len(pieces)
+                cut += [sum(len(document.tokens) for document in unit or ()) > self.config.max_length] * len(pieces)
                 rows += [number] * len(pieces)
                 digests += [mark] * len(pieces)
             writer.add(documents, cut, rows, digests)
@@ -198,7 +198,7 @@ class Build:
             except UserError as error:
                 self.faults(error)
                 continue
-            if not example.wanted:
+            if not example.wanted and not self.encoding.unwanted:
                 self.report.dropped[UNWANTED] += 1
                 continue
             text = content(example)
@@ -207,6 +207,10 @@ class Build:
                 self.report.dropped[reason] += 1
                 continue
             yield self.report.rows, mark, example
+
+    def arranged(self) -> Iterator[tuple[int, int, Example]]:
+        """Yield the examples as the objective takes them, such as two unpaired answers as a pair."""
+        return self.encoding.arrange(self.examples(), self.report.dropped)
 
     def _described(self) -> list[str]:
         """Return warnings about the columns."""
@@ -225,7 +229,7 @@ class Build:
                     f"{path}: roles that are not known: {roles}. The chat template gets them as they are, and what they say is "
                     "not trained"
                 )
-            if reader.name == "preference" and self.encoding.sequences == 1:
+            if reader.name == "preference" and not self.encoding.rejected:
                 found.append(
                     f"{path}: the answers in `chosen` are trained; those in `rejected` are checked, and this objective "
                     "has no use for them"
@@ -278,11 +282,13 @@ class Build:
         if config.max_tokens and count > config.max_tokens:
             report.dropped["longer than max_tokens"] += 1
             return ()
+        if reason := self.encoding.refused(unit):
+            report.dropped[reason] += 1
+            return ()
         pieces: Sequence[Encoded] = unit
         if count > config.max_length:
-            if len(unit) == 1:
-                pieces = self.encoding.shorten(unit[0], config, self.encoder.tokens.bos)
-            if len(unit) > 1 or not pieces:
+            pieces = self.encoding.shorten(unit, config, self.encoder.tokens.bos)
+            if not pieces:
                 report.dropped[LONG] += 1
                 return ()
         elif self.encoding.answers:

@@ -25,9 +25,15 @@ def content(example: Example) -> str:
         return json.dumps([example.input_ids, example.labels])
     if example.text is not None:
         return example.text
-    said = [example.prompt, example.completion] if example.prompt is not None else list(map(_plain, example.messages))
-    facts = [said, example.rejected, example.tools, example.template_arguments]
+    rejected = None if example.rejected is None else _said(example.rejected)
+    facts = [_said(example), rejected, example.tools, example.template_arguments]
+    if example.labelled or example.margin is not None:
+        facts += [example.wanted, example.margin]
     return json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _said(example: Example) -> list:
+    return [example.prompt, example.completion] if example.prompt is not None else list(map(_plain, example.messages))
 
 
 def _plain(message: Message) -> Message:

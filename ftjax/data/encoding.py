@@ -1,15 +1,20 @@
 """The part of an objective that turns rows into documents and needs no devices."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ftjax.config.data import DataConfig
 from ftjax.data.encode import Encoder
-from ftjax.data.encoder import Encoded, RowEncoder
+from ftjax.data.encoder import Encoded, RowEncoder, Unit
+from ftjax.data.example import Example
 from ftjax.data.labels import Labels
 from ftjax.data.truncate import truncate
+
+# (row number, digest of its content, example)
+Numbered = tuple[int, int, Example]
 
 
 class RowEncoding(ABC):
@@ -18,10 +23,14 @@ class RowEncoding(ABC):
     Attributes:
         sequences: documents per row of data. All of them stay together in one row of a batch, in order.
         answers: whether documents end with an answer that should end with an end token.
+        unwanted: whether rows whose label is false become documents, too.
+        rejected: whether rejected answers become documents, too.
     """
 
-    sequences: ClassVar[int] = 1
+    sequences: int = 1
     answers: ClassVar[bool] = True
+    unwanted: ClassVar[bool] = False
+    rejected: ClassVar[bool] = False
 
     @property
     def values(self) -> int:
@@ -41,9 +50,17 @@ class RowEncoding(ABC):
     def encoder(self, tokenizer: Any, config: DataConfig) -> RowEncoder:
         """Return the encoder for this tokenizer."""
 
-    def shorten(self, document: Encoded, config: DataConfig, bos: int | None) -> Sequence[Encoded]:
-        """Return the pieces of a document longer than `data.max_length`; none if it is dropped."""
-        return truncate(document, config.max_length, config.truncation, bos)
+    def arrange(self, rows: Iterable[Numbered], dropped: Counter[str]) -> Iterator[Numbered]:
+        """Return the rows to encode: the same by default. Args: dropped: counts rows that are left out, by reason."""
+        return iter(rows)
+
+    def refused(self, unit: Unit) -> str | None:
+        """Return the reason for which the documents of a row are dropped; None if they are kept."""
+        return None
+
+    def shorten(self, unit: Unit, config: DataConfig, bos: int | None) -> Sequence[Encoded]:
+        """Return the documents of a row whose documents are longer than `data.max_length` together; none to drop the row."""
+        return truncate(unit[0], config.max_length, config.truncation, bos) if len(unit) == 1 else ()
 
     def label_text(self, document: Encoded) -> str | None:
         """Return the document's labels as text for display; None if it has none."""

@@ -91,16 +91,21 @@ def _of_texts(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
     return chosen[:same], chosen[same:], rejected[same:]
 
 
-def transcripts(chosen: Any, rejected: Any) -> tuple[list[dict[str, str]], int, int] | None:
-    """Return `(chosen's messages, number of prompt messages, offset of the answer in its text)` for two of Anthropic's
-    transcripts with a common beginning; None for anything else."""
+# messages of a transcript, and the offset of the answer in its text
+Transcript = tuple[list[dict[str, str]], int]
+
+
+def transcripts(chosen: Any, rejected: Any) -> tuple[int, Transcript, Transcript] | None:
+    """Return `(number of prompt messages, chosen, rejected)` for two of Anthropic's transcripts with a common beginning; None
+    for anything else."""
     one, other = (_transcript(text) if isinstance(text, str) else [] for text in (chosen, rejected))
     same = 0
     for (turn, _), (its, _) in zip(one[:-1], other[:-1], strict=False):
         if turn != its:
             break
         same += 1
-    return ([turn for turn, _ in one], same, one[same][1]) if same else None
+    chosen, rejected = (([turn for turn, _ in turns], turns[same][1] if same else 0) for turns in (one, other))
+    return (same, chosen, rejected) if same else None
 
 
 def _transcript(text: str) -> list[tuple[dict[str, str], int]]:

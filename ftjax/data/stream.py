@@ -184,7 +184,7 @@ class StreamSplit:
     def windows(self, build: Build, epoch: int, start: int, *, shuffle: bool, seed: int | None = None) -> Iterator[Window]:
         """Yield the windows of an epoch, from number `start` on."""
         build.epoch = epoch
-        examples = build.examples()
+        examples = build.arranged()
         for _ in islice(examples, start * self.window_rows):
             pass
         number, waiting = start, list(islice(examples, self.window_rows))

@@ -39,7 +39,7 @@ def encode(examples: Sequence[Example], tokenizer, config: DataConfig, encoding:
     for document in encoder(examples):
         pieces = [document]
         if len(document.tokens) > config.max_length:
-            pieces = encoding.shorten(document, config, encoder.tokens.bos)
+            pieces = encoding.shorten((document,), config, encoder.tokens.bos)
         found.append([piece for piece in pieces if piece.weights[1:].any()])
     return found
 

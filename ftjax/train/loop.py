@@ -35,7 +35,7 @@ from ftjax.train.setup import Setup, compile_steps
 from ftjax.train.source import BatchSource
 from ftjax.train.step import abstract_state, init_state
 from ftjax.train.track import Tracker
-from ftjax.train.watch import BestMetric, Diverged, LossWatch, OverfitWatch, why_skipped
+from ftjax.train.watch import BestMetric, Diverged, LossWatch, MetricWatch, OverfitWatch, why_skipped
 
 
 class Run:
@@ -62,8 +62,10 @@ class Run:
             options.early_stopping_patience,
             options.early_stopping_threshold,
         )
-        self.overfit = OverfitWatch()
-        self.log = Log(setup.mesh, setup.train_flops, self.total, source.steps_per_epoch, options.logging_steps, self.schedule)
+        self.overfit, self.metric_watch = OverfitWatch(), MetricWatch()
+        self.log = Log(
+            setup.mesh, setup.train_flops, self.total, source.steps_per_epoch, options.logging_steps, self.schedule, self.config
+        )
         self.key = jax.random.key(options.seed)
         self.interrupted: str | None = None
         self.compiled: set[tuple[int, ...]] = set()  # batch shapes that all processes have compiled
@@ -205,6 +207,9 @@ class Run:
         progress.update(step, read.loss, read.tokens, update.ended)
         if self.log.is_time(step):
             row = self.log.row(step, read, self.watch.skipped, progress.rate())
+            if warning := self.metric_watch.see(self.log.warning(row)):
+                say(f"warning: {warning}")
+                self.tracker.warn(step, warning)
             self.tracker.log(step, row)
             progress.report(step, row)
 
@@ -243,8 +248,9 @@ class Run:
         for batch in batches:
             totals = self.eval_step(self.state.params, self.setup.frozen, layout.arrays(batch))
             means.add(jax.tree.map(float, {"loss": (totals.loss, totals.weight), **totals.metrics}))
-        objective = objective_of(self.config)
-        found = {"loss": means["loss"], **objective.derived(self.config.objective, means["loss"]), **means.means()}
+        found = {"loss": means["loss"], **means.means()}
+        derived = objective_of(self.config).derived(self.config.objective, found)
+        found = {"loss": found.pop("loss")} | derived | {name: value for name, value in found.items() if name not in derived}
         return {f"eval/{name}": value for name, value in found.items()}
 
     # ---- checkpoints and output ----
@@ -265,6 +271,7 @@ class Run:
             "watch": self.watch.state(),
             "log": self.log.state(),
             "overfit": self.overfit.state(),
+            "metric_watch": self.metric_watch.state(),
             "documents": self.documents,
         }
         self.checkpoints.save(step, self.state, meta)
@@ -289,6 +296,7 @@ class Run:
         self.watch.load(meta["watch"])
         self.log.load(meta["log"])
         self.overfit.load(meta["overfit"])
+        self.metric_watch.load(meta.get("metric_watch", 0))
         return meta["step"]
 
     def write(self, name: str, step: int, metrics: Mapping[str, float]) -> None:

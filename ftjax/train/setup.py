@@ -43,7 +43,16 @@ from ftjax.train.auto_mesh import choose_mesh
 from ftjax.train.optimizer import frozen_by_groups, make_optimizer, make_schedule
 from ftjax.train.reference import Reference, make_reference
 from ftjax.train.remat import choose_remat, device_memory
-from ftjax.train.step import LossFn, Runtime, TrainState, abstract_state, init_state, make_eval_step, make_train_step
+from ftjax.train.step import (
+    LossFn,
+    Runtime,
+    StatisticsFn,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 
 
 @dataclass
@@ -63,7 +72,15 @@ class Design:
 
     @property
     def loss_fn(self) -> LossFn:
-        return partial(_loss, self.model, self.reference, self.config, self.shards)
+        return partial(_loss, self)
+
+    @property
+    def statistics_fn(self) -> StatisticsFn | None:
+        """Return what the loss needs of every microbatch; None if it needs nothing."""
+        found = objective_of(self.config).statistics
+        if found is None:
+            return None
+        return lambda *inputs: jax.lax.stop_gradient(found(_loss_inputs(self, *inputs)))
 
     @property
     def frozen_specs(self) -> dict[str, Spec]:
@@ -126,13 +143,20 @@ class Setup(Design):
     mesh_reason: str | None = None  # set by `mesh: auto`
 
 
-def _loss(model, reference, config, shards, trainable, frozen, batch, ctx):
-    """Compute the loss. `loss_chunk` counts tokens per device, and a batch is on several devices."""
-    chunk, before = config.objective.loss_chunk * shards, None
-    if reference is not None:
+def _loss(design: Design, trainable, frozen, batch, ctx, statistics=None, number=0):
+    """Compute the loss of a microbatch: see `LossFn`."""
+    inputs = _loss_inputs(design, trainable, frozen, batch, ctx, statistics, number)
+    return objective_of(design.config).loss(inputs)
+
+
+def _loss_inputs(design: Design, trainable, frozen, batch, ctx, statistics=None, number=0) -> LossInputs:
+    """Gather what a loss reads. `loss_chunk` counts tokens per device, and a batch is on several devices."""
+    config, chunk, before = design.config, design.config.objective.loss_chunk * design.shards, None
+    if (reference := design.reference) is not None:
         params = jax.lax.stop_gradient(reference.params(frozen))
         before = Forward(reference.model, {}, params, batch, dataclasses.replace(ctx, dropout=None), chunk)
-    return objective_of(config).loss(LossInputs(model, trainable, frozen, batch, ctx, chunk, config, before))
+    own = objective_of(config).statistics
+    return LossInputs(design.model, trainable, frozen, batch, ctx, chunk, config, before, own, statistics, number)
 
 
 def build(config: Config, facts: Mapping[str, Any]) -> tuple[Model, Config]:
@@ -289,7 +313,7 @@ def compile_steps(setup: Design, steps: int) -> tuple[Any, Any, optax.GradientTr
     """Build `(train step, evaluation step, optimizer, schedule)` for `steps` updates; the train step donates its state."""
     optimizer = make_optimizer(setup.config.optimizer, setup.model.trainable, steps)
     loss = setup.loss_fn if objective_of(setup.config).train_metrics else _without_metrics(setup.loss_fn)
-    train = jax.jit(make_train_step(loss, optimizer, setup.runtime, setup.train_flops), donate_argnums=0)
+    train = jax.jit(make_train_step(loss, optimizer, setup.runtime, setup.train_flops, setup.statistics_fn), donate_argnums=0)
     evaluate = jax.jit(make_eval_step(setup.loss_fn, dataclasses.replace(setup.runtime, remat="none")))
     return train, evaluate, optimizer, make_schedule(setup.config.optimizer, steps)
 

@@ -87,7 +87,7 @@ def step(state, frozen, batch, key, limit):
     number = int(batch["tokens"])
     loss = math.nan if number in BAD else 1.0 + number / 7
     good = loss <= limit
-    values = (loss, 4.0 + number, 10.0, 100.0, 1.0, 0.1, good)
+    values = (loss, 4.0 + number, 4.0 + number, 10.0, 100.0, 1.0, 0.1, good)
     state = SimpleNamespace(step=state.step + good, params={"sum": state.params["sum"] * 3 + number} if good else state.params)
     return state, StepMetrics(*map(jnp.asarray, values), {"token_accuracy": (jnp.float32(number), jnp.float32(2.0))})
 
