@@ -13,6 +13,7 @@ DpoLoss = Literal[
     "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+PAIRWISE = ("dpo", "simpo", "cpo", "orpo", "reward")  # objectives whose rows are pairs
 LOSS_CHUNK = "tokens whose logits are in memory at a time, per device"
 
 

@@ -350,12 +350,13 @@ class PackedBatches(Iterator[Batch]):
         self._epoch = self._row = 0
         self._grain: Any = None
 
-    def _plan(self, epoch: int) -> Plan:
+    def plan(self, epoch: int) -> Plan:
+        """Return the rows of an epoch."""
         return self._split.plan(epoch, self._shuffle, self._seed, 0 if self._split.packing else self._batch_size)
 
     def _build(self, epoch: int, row: int) -> Batch:
         """Build this process's rows of the batch that begins with `row` of `epoch`."""
-        split, plan, numbers = self._split, self._plan(epoch), row + self._rows
+        split, plan, numbers = self._split, self.plan(epoch), row + self._rows
         if not split.packing:  # the whole batch decides, so that all processes use the same width
             documents = plan.documents[plan.starts[row] : plan.starts[min(row + self._batch_size, len(plan))]]
             longest = split.widths(documents).max()
@@ -364,7 +365,7 @@ class PackedBatches(Iterator[Batch]):
             return split.rows(plan, numbers, split.max_length)
         parts = []
         while len(numbers) and (self._epochs is None or epoch < self._epochs):
-            plan = self._plan(epoch)
+            plan = self.plan(epoch)
             inside = numbers < len(plan)
             parts.append(split.rows(plan, numbers[inside], split.max_length))
             numbers, epoch = numbers[~inside] - len(plan), epoch + 1
@@ -373,14 +374,14 @@ class PackedBatches(Iterator[Batch]):
 
     def _open(self) -> None:
         epoch, start = self._epoch, self._row
-        count = max(0, -(-(len(self._plan(epoch)) - start) // self._batch_size))
+        count = max(0, -(-(len(self.plan(epoch)) - start) // self._batch_size))
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
         build = grain.MapDataset.range(count).map(lambda number: self._build(epoch, start + number * self._batch_size))
         self._grain = iter(build.to_iter_dataset(options))
 
     def __next__(self) -> Batch:
         while self._epochs is None or self._epoch < self._epochs:
-            rows = len(self._plan(self._epoch))
+            rows = len(self.plan(self._epoch))
             if self._row >= rows:
                 ahead = self._row - rows if self._split.mix_epochs else 0
                 self._epoch, self._row, self._grain = self._epoch + 1, ahead, None

@@ -22,6 +22,7 @@ from ftjax.evaluate.result import PREDICTIONS, RESULTS, print_results, write_pre
 from ftjax.evaluate.rows import read_items, sources, splits_off
 from ftjax.evaluate.statistic import compare, intervals
 from ftjax.evaluate.target import Target, find_target
+from ftjax.evaluate.tasks.preference import implicit_rewards
 from ftjax.hub.same_model import model_facts
 from ftjax.objectives import head_of
 
@@ -78,6 +79,9 @@ def evaluate(
     numbers = {"confidence": settings.confidence, "resamples": settings.resamples, "seed": settings.seed}
     if base:
         results["base"] = {"model": base.name, **_summary(measured["base"], settings)}
+        if measured["tuned"].pairs is not None:
+            rewards = implicit_rewards(measured["tuned"].pairs, measured["base"].pairs)
+            results["implicit_rewards"] = intervals(rewards, **numbers)
         results["difference"] = compare(measured["base"].scores, measured["tuned"].scores, **numbers)
     results |= {
         "settings": settings.model_dump(mode="json"), "version": __version__,

@@ -10,6 +10,7 @@ Legend: B batch, P pairs of a row, A microbatches.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from ftjax.config.preference import DpoConfig
 from ftjax.data.pairs import Pairs
 from ftjax.objectives.loss import LossTotals
-from ftjax.objectives.objective import LossInputs, Objective
+from ftjax.objectives.objective import Forward, LossInputs, Objective
 from ftjax.objectives.preference import (
     Both,
     answer_lengths,
@@ -113,6 +114,12 @@ def _logprobs(inputs: LossInputs) -> tuple[Both, Both]:
     if inputs.reference is None:
         return logps, Both(*map(jnp.zeros_like, logps))
     return logps, Both(*jax.lax.stop_gradient(answer_logprobs(inputs.reference, section.ld_alpha)))
+
+
+def _documents(section: DpoConfig, forward: Forward) -> jax.Array:
+    """Return the log-probability of the answer of each document `[B, documents]`."""
+    pairs = answer_logprobs(forward, section.ld_alpha)
+    return jnp.stack(pairs, axis=-1).reshape(pairs.chosen.shape[0], -1)
 
 
 def _part(name: str, term: jax.Array, lengths: Both) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -293,6 +300,7 @@ OBJECTIVE = Objective(
     lambda section: Pairs(1 if section.precompute_ref_log_probs else 0),
     loss,
     _derived,
+    precomputed=lambda section: partial(_documents, section) if section.precompute_ref_log_probs else None,
     reference=lambda section: not (section.reference_free or section.precompute_ref_log_probs),
     statistics=statistics,
     warning=warning,

@@ -75,14 +75,18 @@ def _answers(inputs: LossInputs) -> _Answers:
     def sums(values: jax.Array) -> jax.Array:
         return segment_sums(values, segments, documents)
 
-    def logps(forward: Forward) -> jax.Array:
-        return sums(forward.token_logprobs().logprobs * inputs.batch["weights"])
-
     labels = inputs.batch["labels"].reshape(*segments.shape, -1)
     known = section.precompute_ref_log_probs
-    reference = sums(labels[..., 1]) if known else jax.lax.stop_gradient(logps(inputs.reference))
+    reference = sums(labels[..., 1]) if known else jax.lax.stop_gradient(_logprobs(inputs.reference))
     there = sums((inputs.batch["weights"] != 0).astype(jnp.float32)) > 0
-    return _Answers(sums(labels[..., 0]), logps(inputs), reference, there)
+    return _Answers(sums(labels[..., 0]), _logprobs(inputs), reference, there)
+
+
+def _logprobs(forward: Forward) -> jax.Array:
+    """Sum the log-probabilities of the answer of each document: `[B, documents]`."""
+    segments = forward.batch["segment_ids"]
+    values = forward.token_logprobs().logprobs * forward.batch["weights"]
+    return segment_sums(values, segments, documents_per_row(segments.shape[1]))
 
 
 def _derived(section: KtoConfig, means: Mapping[str, float]) -> dict[str, float]:
@@ -98,6 +102,7 @@ OBJECTIVE = Objective(
     lambda section: Unpaired(1 if section.precompute_ref_log_probs else 0, section.loss_type == "kto"),
     loss,
     _derived,
+    precomputed=lambda section: _logprobs if section.precompute_ref_log_probs else None,
     reference=lambda section: not section.precompute_ref_log_probs,
     statistics=statistics,
 )

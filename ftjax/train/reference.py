@@ -38,6 +38,16 @@ class Reference:
         """Return the reference's parameters, from the frozen ones of the run."""
         return {path: frozen[held] for path, held in self.held.items()}
 
+    def initial(
+        self, params: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array], model: Model, dtype: Any
+    ) -> dict[str, jax.Array]:
+        """Return the reference's parameters before training, when the trained ones need no copy; for use inside jit."""
+        specs = self.copy_specs(model, dtype)
+        return {
+            path: params[self.copied[held]].astype(specs[held].dtype) if held in self.copied else frozen[held]
+            for path, held in self.held.items()
+        }
+
     def copy_specs(self, model: Model, dtype: Any) -> dict[str, Spec]:
         """Return the specs of the copies by path.
 

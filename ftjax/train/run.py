@@ -23,6 +23,7 @@ from ftjax.train.layout import BatchLayout
 from ftjax.train.lock import alone_in
 from ftjax.train.loop import Run
 from ftjax.train.observer import Observer
+from ftjax.train.precompute import with_reference_values
 from ftjax.train.same_run import facts_to_agree, fingerprints, refuse_other_documents
 from ftjax.train.setup import Setup, prepare
 from ftjax.train.source import DatasetBatches, steps_of_run
@@ -71,6 +72,7 @@ def train(
             observer = make_observer(setup, tokenizer, validation) if make_observer else None
             agree("what is evaluated while training", observer.facts if observer is not None else {})
             check_early_stopping(config, evaluates=validation is not None or observer is not None)
+            train_split, validation = (with_reference_values(setup, split) for split in (train_split, validation))
             options = config.training
             layout = BatchLayout(setup.mesh, options.global_batch_size, options.gradient_accumulation_steps)
             source = DatasetBatches(train_split, options, layout, steps)

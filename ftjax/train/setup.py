@@ -63,7 +63,8 @@ class Design:
     mesh: Mesh
     model: Model
     runtime: Runtime
-    reference: Reference | None = None  # if the objective compares with the initial model
+    reference: Reference | None = None  # if the objective compares with the initial model in every update
+    before_training: Reference | None = None  # if it does so once, before training
 
     @property
     def shards(self) -> int:
@@ -241,10 +242,12 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
         choose(config.model.attention, mesh.devices.flat[0], mesh.size),
         config.model.remat,
     )
-    reference = None
-    if objective_of(config).reference(config.objective):
+    objective, reference, once = objective_of(config), None, None
+    if objective.reference(config.objective):
         reference = make_reference(root, model, keep_adapter=further)
-    made = Design(config, mesh, model, runtime, reference)
+    elif objective.precomputed(config.objective):
+        once = make_reference(root, model, keep_adapter=further)
+    made = Design(config, mesh, model, runtime, reference, once)
     shape = rows // spread, max(1, config.data.max_length // mesh.shape["sequence"])
     remat = choose_remat(made.loss_fn, runtime, model.trainable, made.frozen_specs, shape, encoding_of(config).values, memory)
     made.runtime = dataclasses.replace(runtime, remat=remat)
@@ -286,7 +289,7 @@ def prepare(config: Config) -> Setup:
         _refuse_beyond_float16(model, params)
     if made.reference is not None:
         frozen |= made.reference.copies(model, params, jnp.dtype(config.model.dtype))
-    return Setup(config, mesh, model, made.runtime, made.reference, path, params, frozen, why)
+    return Setup(config, mesh, model, made.runtime, made.reference, made.before_training, path, params, frozen, why)
 
 
 def _refuse_beyond_float16(model: Model, params: Mapping[str, jax.Array]) -> None:
