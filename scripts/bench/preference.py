@@ -4,8 +4,8 @@
     python scripts/bench/preference.py --model DIR --data FILE [--pairs 8] [--updates 6] [--length 1024] [--micro 2] [--r 16]
                                        [--lr 1e-4] [--trl-batch 2] [--checkpointing] [--dtype float32] [--json FILE]
 
-FILE has one pair a line: prompt, chosen and rejected, as text or messages. An update takes the next `--pairs` pairs, of those
-that fit into a row of `--length` tokens together. ftjax packs them into rows, in microbatches of `--micro` rows; TRL pads them in
+FILE has one pair a line: prompt, chosen and rejected, as text or messages. An update takes the next `--pairs` pairs of those
+that fit into a row of `--length` tokens together. ftjax packs them, in microbatches of `--micro` rows; TRL pads them, in
 microbatches of `--trl-batch` pairs, with gradient checkpointing if `--checkpointing` is set. Each side runs in a process of its
 own, one after the other. Prints for each
 - pairs a second (by the median of the updates after the first), and ftjax's over TRL's;
