@@ -302,6 +302,7 @@ OBJECTIVE = Objective(
     _derived,
     precomputed=lambda section: partial(_documents, section) if section.precompute_ref_log_probs else None,
     reference=lambda section: not (section.reference_free or section.precompute_ref_log_probs),
+    moving=lambda section: (section.ref_model_sync_steps, section.ref_model_mixup_alpha) if section.sync_ref_model else None,
     statistics=statistics,
     warning=warning,
 )

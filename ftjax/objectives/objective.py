@@ -156,6 +156,8 @@ class Objective:
         reference: `(section)` -> whether the loss needs the model as it was before training.
         precomputed: `(section)` -> function of the reference model's forward pass that returns a value for each document of a
             batch, `[B, documents]`, computed once before training and carried by the documents; None: no such value.
+        moving: `(section)` -> (updates, share): every so many updates the reference model moves by that share towards the
+            model; None: it stays.
         complete: `(config)` -> the configuration with what only the data can tell. Raises UserError.
         statistics: what the loss of an update depends on besides its own microbatch, such as a mean over all rows. Computed for
             every microbatch before the losses, without gradients; None if the loss is a sum over rows.
@@ -170,6 +172,7 @@ class Objective:
     head: Callable[[Any], Head | None] = lambda section: None
     reference: Callable[[Any], bool] = lambda section: False
     precomputed: Callable[[Any], Callable[[Forward], jax.Array] | None] = lambda section: None
+    moving: Callable[[Any], tuple[int, float] | None] = lambda section: None
     complete: Callable[[Config], Config] = lambda config: config
     statistics: Statistics | None = None
     warning: Callable[[Any, Mapping[str, float]], str | None] = lambda section, means: None

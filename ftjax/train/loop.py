@@ -30,6 +30,7 @@ from ftjax.train.observer import Observer
 from ftjax.train.profile import Profile
 from ftjax.train.progress import Progress, say
 from ftjax.train.record import finished_at, split_record, write_finished, write_record
+from ftjax.train.reference import MovingReference
 from ftjax.train.same_run import Documents
 from ftjax.train.setup import Setup, compile_steps
 from ftjax.train.source import BatchSource
@@ -67,6 +68,8 @@ class Run:
             setup.mesh, setup.train_flops, self.total, source.steps_per_epoch, options.logging_steps, self.schedule, self.config
         )
         self.key = jax.random.key(options.seed)
+        moving = objective_of(self.config).moving(self.config.objective)
+        self.moving = None if moving is None else MovingReference(setup.reference, *moving)
         self.interrupted: str | None = None
         self.compiled: set[tuple[int, ...]] = set()  # batch shapes that all processes have compiled
 
@@ -112,6 +115,8 @@ class Run:
                 with self.profile.step(step + 1):
                     self.state, metrics = self.train_step(self.state, self.setup.frozen, batch, self.key, limit)
                 step += 1
+                if self.moving is not None:
+                    self.setup.frozen = self.moving.after(step, self.state.params, self.setup.frozen)
                 self.profile.dispatched(step, metrics)
                 self.pending.append(Update(step, metrics, float(limit)))
                 if jax.process_count() > 1 and asked_to_stop(step):
@@ -274,7 +279,8 @@ class Run:
             "metric_watch": self.metric_watch.state(),
             "documents": self.documents,
         }
-        self.checkpoints.save(step, self.state, meta)
+        copies = None if self.moving is None else self.moving.copies(self.setup.frozen)
+        self.checkpoints.save(step, self.state, meta, copies)
 
     def restore(self) -> int:
         """Restore the newest checkpoint, which replaces the loaded parameters."""
@@ -282,7 +288,9 @@ class Run:
         for leaf in self.setup.params.values():
             leaf.delete()
         self.setup.params = {}
-        self.state, meta = self.checkpoints.restore(like)
+        shapes = {} if self.moving is None else self.moving.shapes(self.setup.frozen)
+        self.state, meta, copies = self.checkpoints.restore(like, shapes)
+        self.setup.frozen |= copies
         if meta["step"] > self.total:
             raise UserError(
                 f"{self.checkpoints.folder} has {meta['step']} updates, and with these documents the run is over after "

@@ -137,7 +137,7 @@ for step in (3, 4):
     checkpoints.save(step, state, {"step": step})
 checkpoints.close()
 assert [path.name for path in checkpoint_path(folder).glob("[0-9]*")] == ["4"]
-again, meta = Checkpoints(folder, 2).restore(state)
+again, meta, _ = Checkpoints(folder, 2).restore(state)
 assert meta == {"step": 4} and (np.asarray(again.params["a"]) == np.arange(8)).all()
 print("went through the bucket")
 """

@@ -52,7 +52,7 @@ class Kept:
     def latest(self):
         return max(self.saved, default=None)
 
-    def save(self, step, state, meta):
+    def save(self, step, state, meta, reference=None):
         assert step not in self.saved
         seen = meta["watch"]["seen"]
         assert not seen or seen[-1][0] == step, "what is saved has been read"
@@ -61,8 +61,8 @@ class Kept:
     def wait(self):
         pass
 
-    def restore(self, like):
-        return self.saved[self.latest]
+    def restore(self, like, reference=None):
+        return (*self.saved[self.latest], {})
 
 
 class Rows:
