@@ -48,16 +48,6 @@ def stories(shared) -> Path:
 
 
 @pytest.fixture
-def on_one_device(monkeypatch):
-    """Runs see one device, as most users' machines have."""
-    from oracle import one_device
-
-    import ftjax.train.setup as setup
-
-    monkeypatch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
-
-
-@pytest.fixture
 def lowered():
     """How many programs JAX has made so far, whether or not the compilation cache had them."""
     made = []

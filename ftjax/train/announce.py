@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from ftjax.config import Config
 from ftjax.data.pipeline import Split
 from ftjax.data.preview import render_example
@@ -29,12 +27,12 @@ def announce(setup: Setup, data: Sequence[str], flops: TrainFlops, *, steps: int
         data: lines that describe the data.
         first: the step that this start resumes from.
     """
-    config, options, devices = setup.config, setup.config.training, jax.devices()
+    config, options, device = setup.config, setup.config.training, setup.mesh.devices.flat[0]
     say(
-        f"devices: {len(devices)} {devices[0].platform} ({devices[0].device_kind}); mesh: {describe(setup.mesh)}",
+        f"devices: {setup.mesh.size} {device.platform} ({device.device_kind}); mesh: {describe(setup.mesh)}",
         *([f"mesh: auto, because {setup.mesh_reason}"] if setup.mesh_reason else []),
         *(f"mesh: {note}" for note in notes(setup.mesh)),
-        *([f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', 'none')}"] if devices[0].platform == "gpu" else []),
+        *([f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', 'none')}"] if device.platform == "gpu" else []),
         setup.trained_line(),
         flops.formula(config.data.max_length),
         *(f"note: {note}" for note in setup.model.notes),

@@ -90,7 +90,7 @@ class Log:
         if read.good:
             row |= {"train/grad_norm": read.grad_norm, "train/update_norm": read.update_norm}
         row |= {"train/trained_tokens": read.trained, "train/skipped_updates": skipped, **self._speed(tokens_per_second)}
-        row["train/peak_memory_gib"] = peak_memory_gib()
+        row["train/peak_memory_gib"] = peak_memory_gib(self._mesh.local_devices)
         if self._steps_per_epoch is not None:
             row["train/epoch"] = step / self._steps_per_epoch
         self._window.clear()

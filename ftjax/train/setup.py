@@ -30,7 +30,7 @@ from ftjax.hub.open import open_base
 from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.vocabulary import refuse_untrained_rows, tokens_of, with_new_tokens
-from ftjax.mesh import make_mesh, parts, replicated, sharding
+from ftjax.mesh import devices_or_all, make_mesh, parts, replicated, sharding
 from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
 from ftjax.models.nn.attention import choose
@@ -195,13 +195,13 @@ def mesh_of(
     """Return the configured mesh, and the reason if `mesh: auto` chose it.
 
     Args:
-        devices: devices to use in place of this process's.
-        memory: bytes per device.
+        devices: devices to use; None uses all.
+        memory: bytes per device; None asks the devices.
     """
+    devices = devices_or_all(devices)
     if not config.mesh.auto:
         return make_mesh(config.mesh, devices), None
-    devices = jax.devices() if devices is None else devices
-    chosen, why = choose_mesh(config, build(config, facts)[0], devices, memory or device_memory())
+    chosen, why = choose_mesh(config, build(config, facts)[0], devices, memory or device_memory(devices))
     return make_mesh(chosen, devices), why
 
 
@@ -210,7 +210,7 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
 
     Args:
         facts: config.json as `ftjax.models.facts` completes it.
-        memory: bytes per device of the mesh, if these are not this process's devices.
+        memory: bytes per device of the mesh; None asks the devices.
 
     Raises UserError for anything in the configuration that does not fit the model.
     """
@@ -249,7 +249,8 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
         once = make_reference(root, model, keep_adapter=further)
     made = Design(config, mesh, model, runtime, reference, once)
     shape = rows // spread, max(1, config.data.max_length // mesh.shape["sequence"])
-    remat = choose_remat(made.loss_fn, runtime, model.trainable, made.frozen_specs, shape, encoding_of(config).values, memory)
+    memory = memory or device_memory(list(mesh.devices.flat))
+    remat = choose_remat(made.loss_fn, runtime, model.trainable, made.frozen_specs, shape, memory, encoding_of(config).values)
     made.runtime = dataclasses.replace(runtime, remat=remat)
     return made
 
@@ -263,14 +264,20 @@ def refuse_packing(config: Config, model: Model) -> None:
         )
 
 
-def prepare(config: Config) -> Setup:
-    """Build, shard and load the model. Raises UserError for anything wrong in the configuration or the files."""
+def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup:
+    """Build, shard and load the model.
+
+    Args:
+        devices: devices to use, of all processes; None uses all.
+
+    Raises UserError for anything wrong in the configuration or the files, or if the mesh does not fit the devices.
+    """
     adapter = starting_adapter(config.method)
     path, facts, source = open_base(config.model.path, config.model.revision, adapter)
     had = facts["vocab_size"]
     facts, source = with_new_tokens(config.model, facts, source)
     facts, source = with_objectives_head(config, facts, source)
-    mesh, why = mesh_of(config, facts)
+    mesh, why = mesh_of(config, facts, devices)
     made = design(config, facts, mesh)
     config, model = made.config, made.model
     if config.model.adds_tokens:
