@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ftjax.config import Config, MeshConfig
 from ftjax.config.load import config_of, load_config, print_note
 from ftjax.errors import UserError
-from ftjax.hub.adapter.own_base import base_of
+from ftjax.hub.adapter.own_base import base_of, publish_base
 from ftjax.hub.adapter.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config
 from ftjax.hub.adapter.plain_lora import read_updates, targets, write_plain
 from ftjax.hub.fetch import resolve_model
@@ -63,6 +63,8 @@ def export(
             write_portable(result, folder)
         else:
             shutil.copytree(result, folder, dirs_exist_ok=True)
+            if holds_adapter:
+                publish_base(folder)
         for extra in ("README.md",):
             if (result / extra).exists() and not (folder / extra).exists():
                 shutil.copyfile(result / extra, folder / extra)

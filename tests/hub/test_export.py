@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ftjax.config import Config, LoraConfig
 from ftjax.config.load import save_config
 from ftjax.errors import UserError
+from ftjax.hub.adapter.own_base import base_of
 from ftjax.hub.adapter.peft import write_adapter
 from ftjax.hub.export import export
 from ftjax.hub.load import init_params
@@ -73,6 +74,25 @@ def test_portable(run, tmp_path):
     assert not {"exclude_modules", "trainable_token_indices", "ensure_weight_tying"} & set(saved)  # older PEFT has no such keys
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "portable")
     np.testing.assert_allclose(hf_logits(theirs, tokens(2, 20)), want, atol=1e-4)
+
+
+def test_a_copy_names_no_path(tmp_path, monkeypatch):
+    """Exports an adapter of an older version as it is: the base's path becomes its name, which resolves by a digest."""
+    monkeypatch.setenv("FTJAX_CACHE", str(tmp_path / "cache"))
+    folder, base, _ = make_run(tmp_path, MIXED)
+    before = (folder / "final" / "adapter_config.json").read_text()
+    assert str(base) in before
+    export(folder, tmp_path / "out")
+    assert (folder / "final" / "adapter_config.json").read_text() == before
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved == {**json.loads(before), "base_model_name_or_path": "base"}
+    assert base_of(tmp_path / "out", saved) == str(base)
+    export(tmp_path / "out", tmp_path / "again")
+    for file in (tmp_path / "out").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    base.rename(tmp_path / "elsewhere")
+    export(folder, tmp_path / "gone")
+    assert json.loads((tmp_path / "gone" / "adapter_config.json").read_text()) == saved
 
 
 def test_merge_rounds_once(tmp_path):
