@@ -89,7 +89,7 @@ def find_result(run: Path) -> tuple[Path, Config | None]:
         found = ", ".join(sorted(p.name for p in run.iterdir())[:10]) if run.is_dir() else "no such folder"
         raise UserError(f"{run}: expected a run folder (config.yaml, final/); found {found}")
     if (home / "config.yaml").is_file():
-        return result, load_config(home / "config.yaml")
+        return result, load_config(home / "config.yaml", asked=False)
     if not (result / CONFIG).is_file():
         raise UserError(f"{home}: expected the run's config.yaml beside {result.name}/, to find the base model")
     return result, None

@@ -1,18 +1,22 @@
-"""Python that only the folder of a run names is not run: the folder may be somebody else's."""
+"""Folders of runs may be somebody else's: they neither run Python here nor read the environment."""
 
+import json
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from verbs import generate
 
-from ftjax.config.load import load_config
+from ftjax.config.load import config_of, load_config
 from ftjax.errors import UserError
 from ftjax.evaluate.check.command import check
 from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.lm_eval.command import evaluate_harness
 from ftjax.evaluate.observe import make_observer
 from ftjax.evaluate.target import find_target
+from ftjax.hub.export import export
 from ftjax.report.command import report
 
 
@@ -91,6 +95,42 @@ def test_tasks_of_lm_eval(theirs):
     assert not ran.exists()
     found = find_target(str(run), ["check.lm_eval_tasks=[x.yaml]", "evaluate.lm_eval={include_path: here}"])
     assert found.config.unasked == {"evaluate.task"}
+
+
+@pytest.mark.parametrize("reference", ["${oc.env:FTJAX_TEST_SECRET}", "${oc.${x}:FTJAX_TEST_SECRET}", "\\\\${oc.env:HOME}"])
+def test_the_environment(changed, tmp_path, monkeypatch, reference):
+    """A model's name is sent to the Hub, so a run's file may not put a variable into it; the command line may."""
+    monkeypatch.setenv("FTJAX_TEST_SECRET", "secret")
+    run = changed(model={"path": f"someone/{reference}"})
+    odd = shutil.copytree(run / "final", tmp_path / "odd" / "model")
+    shutil.copyfile(run / "config.yaml", odd.parent / "config.yaml")
+    for command in (evaluate, check, lambda given: export(given, tmp_path / "out"), lambda given: report(Path(given))):
+        for given in (run, odd):
+            with pytest.raises(
+                UserError, match=r"config.yaml:\d+:\d+: model.path: .*oc.*on the command line: model.path="
+            ):
+                command(str(given))
+    with pytest.raises(UserError, match="somebody else's"):
+        load_config(run / "config.yaml")
+    assert load_config(run / "config.yaml", ["model.path=${oc.env:FTJAX_TEST_SECRET}"]).model.path == "secret"
+
+
+def test_references_that_read_nothing_else(changed, tmp_path):
+    run = changed(model={"revision": "${.path}", "tokenizer": "\\${oc.env:HOME}"})
+    found = load_config(run / "config.yaml").model
+    assert found.revision == found.path and found.tokenizer == "${oc.env:HOME}"
+
+
+def test_the_environment_in_an_adapters_folder(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FTJAX_TEST_SECRET", "secret")
+    adapter = shutil.copytree(run / "final", tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    named = "someone/${oc.env:FTJAX_TEST_SECRET}"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": named}))
+    for command in (evaluate, lambda given: export(given, tmp_path / "out", merge=True)):
+        with pytest.raises(UserError, match=re.escape(named)):
+            command(str(adapter))
+    assert config_of({"model": {"path": named}, "data": {"train": "-"}}).model.path == named
 
 
 def test_what_is_refused_follows_the_schema(theirs):
