@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""ROUGE of a summary that costs nothing: the first sentence of the document.
+"""Computes ROUGE of a baseline without a model: the first sentence of the document as its summary.
 
     python scripts/lead_sentence.py configs/summarization.yaml [key=value ...]
 
-Scores the rows that `ftjax evaluate` of the same configuration takes (`evaluate.data`, `evaluate.limit`) by the same metrics
+Scores the rows that `ftjax evaluate` of the same configuration takes (`evaluate.data`, `evaluate.limit`) with the same metrics
 and intervals, so that base model, tuned model and this baseline can be compared. No model is loaded.
 """
 
@@ -25,7 +25,7 @@ def first_sentence(text: str) -> str:
 
 
 def document(item: Item) -> str:
-    """UserError where the row has none."""
+    """Return the row's document. Raises UserError if it has none."""
     found = item.values.get("document")
     if not isinstance(found, str):
         raise UserError(f"{item.where}: expected a column 'document', found {', '.join(item.values)}")
@@ -33,7 +33,7 @@ def document(item: Item) -> str:
 
 
 def lead_rouge(config_file: str, overrides: Sequence[str] = ()) -> tuple[int, dict[str, Interval]]:
-    """`(rows, the intervals of rouge1, rouge2 and so on)`."""
+    """Return `(rows, the intervals of rouge1, rouge2 and so on)`."""
     config = load_config(config_file, overrides)
     settings = config.evaluate
     items, _ = read_items(config, settings.limit)

@@ -1,4 +1,4 @@
-"""The command line: exit codes, messages without a traceback, doctor."""
+"""Tests the command line: exit codes, messages without a traceback, doctor."""
 
 import importlib
 import inspect
@@ -17,7 +17,7 @@ from ftjax.generate.request import Request
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `ftjax ARGUMENTS`."""
+    """Return exit code, stdout and stderr of `ftjax ARGUMENTS`."""
     monkeypatch.setattr(sys, "argv", ["ftjax", *arguments])
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -83,7 +83,7 @@ def test_models_lists_the_registry(monkeypatch, capsys):
 
 @pytest.fixture
 def run_file(tmp_path, stories):
-    """A configuration of a real small model and three rows of data."""
+    """Write a configuration of a real small model and three rows of data; return its path."""
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"say {n}:", "completion": f" number {n}"}) + "\n" for n in range(3)))
     path = tmp_path / "run.yaml"
@@ -99,7 +99,8 @@ def test_preview(monkeypatch, capsys, run_file):
 
 
 def test_keys_as_flags(monkeypatch, capsys, run_file):
-    """As other tools' command lines have them, beside the verb's own, of which `_` is as good as `-`."""
+    """Keys may be flags, as on other tools' command lines, next to a command's own flags; `_` and `-` are equivalent in
+    them."""
     given = "preview --max_length 32 CONFIG --seed=3 --examples 1 --packing --json".replace("CONFIG", str(run_file)).split()
     code, out, err = run(monkeypatch, capsys, *given)
     assert code == 0 and json.loads(out)["train"]["max_length"] == 32 and "max_length is read as data.max_length" in err
@@ -125,7 +126,7 @@ GENERATE_ONLY = {"prompt": ["p", "-"], "prompts": "f.txt", "raw": True, "batch_s
 
 @pytest.mark.parametrize("verb, options", [("generate", OPTIONS | GENERATE_ONLY), ("chat", OPTIONS)])
 def test_options_of_generation_arrive(monkeypatch, capsys, verb, options):
-    """Every option reaches the function behind the verb, and no setting is without an option."""
+    """Every option reaches the command's function, and every setting has an option."""
     module = importlib.import_module("ftjax.generate.command" if verb == "generate" else "ftjax.generate.chat")
     signature = inspect.signature(getattr(module, verb))
     called = {}
@@ -143,7 +144,7 @@ def test_options_of_generation_arrive(monkeypatch, capsys, verb, options):
     assert {key: str(value) if isinstance(value, Path) else value for key, value in arrived.items()} == {
         "model": "some/model", **{name: tuple(value) if name == "stop" else value for name, value in options.items()}
     }  # fmt: skip
-    # and what is not given is what the records have by default
+    # options that are not given have the records' defaults
     called.clear()
     run(monkeypatch, capsys, verb, "some/model")
     longest = Request(max_new_tokens=512) if verb == "chat" else Request()
@@ -154,7 +155,7 @@ def test_options_of_generation_arrive(monkeypatch, capsys, verb, options):
 
 
 def flat(called: dict) -> dict:
-    """What arrived, by the names of the options; what is decided later (`number`, `chat`, `tools`, the prompt) is not one."""
+    """Return the received values by option name, without those decided later (`number`, `chat`, `tools`, the prompt)."""
     given = dict(called)
     request, options = given.pop("request"), given.pop("options")
     sampling = given.pop("sampling", None) or vars(request.sampling)

@@ -1,4 +1,4 @@
-"""`ftjax generate` and `ftjax chat` by the names of their options."""
+"""Calls `ftjax generate` and `ftjax chat` by the names of their options."""
 
 from dataclasses import fields
 

@@ -1,4 +1,4 @@
-"""What the tests of evaluation share."""
+"""Fixtures for the tests of evaluation: a tiny model, data and a trained run."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ WORDS = ["abc", "bad", "cab", "dab", "fed", "ace", "beef", "cafe", "deaf", "face
 
 @pytest.fixture(autouse=True)
 def one_device_here(monkeypatch):
-    """Models are loaded on one device, as on most users' machines."""
+    """Load models on one device, as on most users' machines."""
     import ftjax.evaluate.target as target
 
     monkeypatch.setattr(target, "make_mesh", lambda config, devices=None: one_device())
@@ -24,7 +24,7 @@ def one_device_here(monkeypatch):
 
 @pytest.fixture
 def written(tmp_path):
-    """`written("a.jsonl", {...}, {...})` is the path of a file with these rows."""
+    """Return `written("a.jsonl", {...}, {...})`, which writes a file with these rows and returns its path."""
 
     def write(name, *rows):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -35,7 +35,7 @@ def written(tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A random Llama of two layers whose tokens are characters."""
+    """Return the folder of a random Llama with two layers whose tokens are characters."""
     folder = tmp_path_factory.mktemp("tiny")
     make_hf(Case("llama", "llama"), folder)
     save_tokenizer(folder)
@@ -44,7 +44,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory):
-    """Words, and whether they begin with one of the first three letters."""
+    """Write words, and whether they begin with one of the first three letters."""
     path = tmp_path_factory.mktemp("rows") / "words.jsonl"
     rows = [{"prompt": f"{word}:", "completion": "yes" if word[0] in "abc" else "no"} for word in WORDS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -53,7 +53,7 @@ def rows_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(tiny, rows_file, tmp_path_factory):
-    """A LoRA run that has learned the words."""
+    """Return the folder of a LoRA run that has learned the words."""
     from _pytest.monkeypatch import MonkeyPatch
 
     import ftjax.train.setup as setup
@@ -75,7 +75,7 @@ def run(tiny, rows_file, tmp_path_factory):
 
 @pytest.fixture
 def changed(run, tmp_path):
-    """`changed(section={...})`: a copy of the run with other settings in its config.yaml."""
+    """Return `changed(section={...})`, which copies the run and changes settings in its config.yaml."""
 
     def change(**sections):
         folder = tmp_path / "changed"

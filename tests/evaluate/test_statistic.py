@@ -1,4 +1,4 @@
-"""Intervals and paired tests against scipy and sacrebleu."""
+"""Tests intervals and paired tests against scipy and sacrebleu."""
 
 import numpy as np
 import pytest
@@ -68,6 +68,6 @@ def test_a_share_of_none_or_all_is_not_certain(yes, rows):
 
 
 def test_what_is_no_share_keeps_its_interval():
-    """Nats, or numbers of a metric of one's own, may all be 0 or 1, too."""
+    """Values in nats or of a custom metric may all be 0 or 1 without being shares."""
     found = intervals(means([{"x": 0.0}] * 4, shares=False), **OPTIONS)["x"]
     assert (found.low, found.high) == (0, 0)

@@ -1,4 +1,4 @@
-"""Exports of a run: merged, portable, and what is refused (T14, T19)."""
+"""Tests exports of a run: merged, portable, as it is, and what is refused (T14, T19)."""
 
 import json
 import warnings
@@ -30,7 +30,7 @@ MIXED = LoraConfig(
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def run(request, tmp_path):
-    """A finished run's folder with a LoRA whose layers differ in rank and scale."""
+    """Return the folder of a finished run with a LoRA whose layers differ in rank and scale."""
     return make_run(tmp_path, MIXED, request.param)
 
 
@@ -65,7 +65,7 @@ def test_merged(run, tmp_path):
 
 
 def test_portable(run, tmp_path):
-    """One rank, alpha equal to it, plain keys, and still the same logits."""
+    """The portable adapter has one rank, alpha equal to it, plain keys, and the same logits."""
     folder, base, want = run
     export(folder, tmp_path / "portable", portable=True)
     saved = json.loads((tmp_path / "portable" / "adapter_config.json").read_text())
@@ -77,7 +77,7 @@ def test_portable(run, tmp_path):
 
 
 def test_a_copy_names_no_path(tmp_path, monkeypatch):
-    """Exports an adapter of an older version as it is: the base's path becomes its name, which resolves by a digest."""
+    """In a copy of an older adapter the base's path is replaced by its name, which resolves by a digest."""
     monkeypatch.setenv("FTJAX_CACHE", str(tmp_path / "cache"))
     folder, base, _ = make_run(tmp_path, MIXED)
     before = (folder / "final" / "adapter_config.json").read_text()
@@ -113,7 +113,7 @@ def test_merge_rounds_once(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_an_adapter_that_was_made_elsewhere(tmp_path, tied):
-    """On the base that is given, or on the one that it names; in the base's dtype, with the tokenizer that it brings."""
+    """It merges into the given base or the one that it names, in the base's dtype, with its own tokenizer."""
     import torch
 
     base, folder, adapter = tmp_path / "base", tmp_path / "out", tmp_path / "elsewhere" / "adapter"
@@ -163,7 +163,7 @@ def test_refusals(tmp_path):
 
 
 def test_it_says_what_it_wrote(tmp_path, capsys):
-    """Files with their sizes, and what loads them: the whole model, the adapter, and the portable one."""
+    """The output lists files with sizes, and what loads them, for each kind of export."""
     folder, _, _ = make_run(tmp_path, MIXED)
     said = {}
     for name, settings in {"merged": {"merge": True}, "portable": {"portable": True}, "as-it-is": {}}.items():

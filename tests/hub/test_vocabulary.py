@@ -1,4 +1,4 @@
-"""New tokens: rows of the embeddings, what trains them, and who loads the result."""
+"""Tests new tokens: their rows in the embeddings, what trains them, and which tools load the result."""
 
 import json
 
@@ -60,7 +60,8 @@ def fresh(folder, rows=None):
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2", "neox"])
 def test_rows_are_those_of_transformers(bases, name):
-    """Its mean, but for the noise of 1e-9 of the covariance; and a part of the rows is that part."""
+    """New rows are the mean, as in transformers but for noise of 1e-9 of the covariance; a part of the rows can be made
+    alone."""
     folder = bases(name)
     facts, source = with_new_tokens(ModelConfig(path=str(folder), **NEW), *open_model(folder))
     assert facts["vocab_size"] == SIZE + 3
@@ -118,7 +119,7 @@ def probe():
 
 
 def test_full(bases, tmp_path, on_one_device):
-    """A run over a tied model; transformers loads weights, sizes and tokenizer."""
+    """After a run on a tied model, transformers loads weights, sizes and tokenizer."""
     train(run_config(bases("tied"), tmp_path, {"name": "full", "train": ["embed_tokens"]}, pad_vocab_to_multiple_of=64))
     theirs, tokenizer = fresh(tmp_path / "final"), AutoTokenizer.from_pretrained(tmp_path / "final")
     assert theirs.config.vocab_size == theirs.get_input_embeddings().weight.shape[0] == 128
@@ -130,7 +131,7 @@ def test_full(bases, tmp_path, on_one_device):
 
 
 def test_lora(bases, tmp_path, on_one_device):
-    """The adapter holds both embeddings; PEFT loads it on the resized base, and the merged folder needs nothing."""
+    """The adapter has both embeddings; PEFT loads it on the resized base, and the merged folder alone."""
     method = {"name": "lora", "r": 4, "modules_to_save": ["embed_tokens", "lm_head"]}
     train(run_config(bases("llama"), tmp_path / "run", method))
     final = tmp_path / "run" / "final"
@@ -147,7 +148,7 @@ def test_lora(bases, tmp_path, on_one_device):
 
 @pytest.mark.parametrize("name", ["llama", "tied"])
 def test_rows_of_the_new_tokens(bases, name, tmp_path, on_one_device):
-    """Only these train and are saved, on both sides of a tied model; padding beyond them stays. PEFT and merging agree."""
+    """Only these rows train and are saved, on both sides of a tied model; padding stays. PEFT and merging agree."""
     ids = list(range(SIZE, SIZE + 3))
     rows = ids if name == "tied" else {"embed_tokens": ids, "lm_head": ids}
     method = {"name": "lora", "r": 2, "target_modules": ["q_proj"], "trainable_token_indices": rows}
@@ -163,7 +164,7 @@ def test_rows_of_the_new_tokens(bases, name, tmp_path, on_one_device):
 
 @pytest.mark.parametrize("name", ["llama", "tied"])
 def test_embeddings_that_peft_saves_unasked(bases, name, tmp_path):
-    """After resizing, PEFT writes them beside the adapter; of a tied model both sides."""
+    """After resizing, PEFT saves the embeddings with the adapter, for a tied model both."""
     base = fresh(bases(name), SIZE + 3)
     theirs = get_peft_model(base, PeftLoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a run folder goes through: results that are replaced, two runs at once, the run's name at W&B, a disk that fills."""
+"""Tests what can happen to a run folder: results replaced, two runs at once, the run's name at W&B, a full disk."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def write(folder, text):
 
 @pytest.mark.parametrize("step", range(1, 6))
 def test_a_crash_while_a_folder_is_replaced(tmp_path, monkeypatch, step):
-    """At each call that moves or removes something: a whole folder, old or new, is there when it is looked for again."""
+    """After a crash at any call that moves or removes something, a complete folder is found, old or new."""
     folder = tmp_path / "final"
     write(folder, "old")
     left = [step]
@@ -41,7 +41,7 @@ def test_a_crash_while_a_folder_is_replaced(tmp_path, monkeypatch, step):
     def counted(original):
         def call(*args, **options):
             left[0] -= 1
-            if left[0] <= 0:  # a process that is gone does nothing more
+            if left[0] <= 0:  # a dead process does nothing more
                 raise Crash
             return original(*args, **options)
 
@@ -98,7 +98,7 @@ with alone_in(config):
 
 
 def test_two_runs_in_one_folder(model, data, tmp_path, on_one_device):
-    """The second is refused before it writes anything, and names the first; a run that was killed holds nothing."""
+    """The second run is refused before it writes anything, and the error names the first; a killed run holds no lock."""
     one = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert one.stdout.readline() == "held\n"
@@ -125,7 +125,7 @@ def test_a_file_system_without_locks(model, data, tmp_path, monkeypatch):
 
 
 class Wandb(ModuleType):
-    """As much of the package as a run uses."""
+    """Stands in for the part of the package that a run uses."""
 
     class Error(Exception):
         pass
@@ -147,7 +147,7 @@ class Wandb(ModuleType):
 
 
 def test_a_runs_name_at_wandb(model, data, tmp_path, on_one_device, monkeypatch):
-    """Starts that go on share it; another run at the same path does not, nor does one that begins anew."""
+    """Resumed starts share the id; another run at the same path does not, nor does one that begins anew."""
     wandb = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     over = {"training__report_to": ["wandb"], "training__eval_steps": None, "training__max_steps": 2}
@@ -160,7 +160,7 @@ def test_a_runs_name_at_wandb(model, data, tmp_path, on_one_device, monkeypatch)
     assert first == again == moved != other and len(first) >= 8
 
     bucket = str(tmp_path / "shared")
-    for disk in ("one", "two"):  # a new host, whose disk is empty
+    for disk in ("one", "two"):  # a new host with an empty disk
         train(config(model, data, tmp_path / disk, training__checkpoint_dir=bucket, **over))
     assert wandb.ids[-1] == wandb.ids[-2]
 
@@ -173,7 +173,7 @@ def test_a_runs_name_at_wandb(model, data, tmp_path, on_one_device, monkeypatch)
 
 
 def test_without_wandb(data, tmp_path, monkeypatch):
-    """Said before anything is loaded."""
+    """The missing package is reported before anything is loaded."""
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     with pytest.raises(UserError, match=r"report_to: wandb is not installed; pip install"):
@@ -181,7 +181,8 @@ def test_without_wandb(data, tmp_path, monkeypatch):
 
 
 def test_speed_right_after_an_evaluation(model, data, tmp_path, on_one_device, monkeypatch):
-    """Batches that take 50 ms to come: no more tokens a second than that allows, wherever evaluations and saves are."""
+    """With batches that take 50 ms, no more tokens per second are reported than that allows, wherever evaluations and saves
+    are."""
     import time
 
     original = BatchLayout.arrays
@@ -200,7 +201,7 @@ def test_speed_right_after_an_evaluation(model, data, tmp_path, on_one_device, m
 
 
 def test_a_disk_that_fills(model, data, tmp_path):
-    """What Orbax writes does not fit: one message with the step that is whole, and no traceback of whatever thread."""
+    """If Orbax's files do not fit, one message names the step that is complete, without a traceback from any thread."""
     settings = config(model, data, tmp_path / "run", method={"name": "full"}, training__save_steps=1, training__eval_steps=None)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: what they leave, how they stop, and that going on is as if they had never stopped (T8)."""
+"""Tests whole runs of a tiny model: their files, how they stop, and that resuming equals never having stopped (T8)."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def stop_after(monkeypatch, step):
 
 @pytest.fixture(scope="module")
 def whole(model, data, tmp_path_factory):
-    """A run that was never stopped."""
+    """Return the folder of a run that was never stopped."""
     from oracle import one_device
 
     import ftjax.train.setup as setup
@@ -56,7 +56,7 @@ def whole(model, data, tmp_path_factory):
 
 
 def test_run_folder(whole):
-    """What the documentation promises is there; losses fall; best/ is the evaluation with the lowest loss."""
+    """The folder has what the documentation promises; losses fall; best/ is the evaluation with the lowest loss."""
     for name in ("config.yaml", "metrics.jsonl", "checkpoints/12", "final/adapter_config.json", "final/README.md"):
         assert (whole / name).exists(), name
     assert (whole / "final" / "adapter_model.safetensors").exists() and (whole / "best" / "tokenizer.json").exists()
@@ -77,13 +77,13 @@ def test_run_folder(whole):
 
 @pytest.mark.parametrize("stop", [5, 10])
 def test_resume_is_uninterrupted(model, data, whole, stop, tmp_path, monkeypatch, on_one_device):
-    """Weights bit for bit, the metrics line for line: dropout, data order, optimizer, averaging window."""
+    """Weights are equal bit for bit, and metrics line for line: dropout, data order, optimizer, averaging window."""
     with monkeypatch.context() as patch:
         stop_after(patch, stop)
         with pytest.raises(Stop):
             train(config(model, data, tmp_path))
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 99, "train/lo')  # a kill cuts a line
+        file.write('{"step": 99, "train/lo')  # a kill truncates a line
     train(config(model, data, tmp_path))
     same_adapter(whole, tmp_path)
 
@@ -96,7 +96,7 @@ def test_resume_is_uninterrupted(model, data, whole, stop, tmp_path, monkeypatch
 
 
 def test_checkpoints_elsewhere(model, data, whole, tmp_path, monkeypatch, on_one_device, capsys):
-    """A new host, whose disk is empty, goes on from a folder that all hosts share; another configuration is refused there."""
+    """A new host with an empty disk resumes from a folder that all hosts share; another configuration is refused."""
     shared = str(tmp_path / "bucket" / "run")
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
@@ -110,7 +110,7 @@ def test_checkpoints_elsewhere(model, data, whole, tmp_path, monkeypatch, on_one
     shutil.copytree(shared, third)
     shutil.rmtree(third / "best")
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "evaluate", lambda *_: None)  # nothing is better later
+        patch.setattr(Run, "evaluate", lambda *_: None)  # no later evaluation is better
         for name, folder in (("second", shared), ("third", third)):
             train(config(model, data, tmp_path / name, training__checkpoint_dir=str(folder)))
             assert min(losses(tmp_path / name)) == 8
@@ -144,7 +144,7 @@ print("went through the bucket")
 
 
 def test_checkpoints_in_a_bucket():
-    """`gs://` through epath, gcsfs and tensorstore, against a service that refuses one request of nine."""
+    """`gs://` works through epath, gcsfs and tensorstore, with a service that refuses one request of nine."""
     with bucket(refuse_every=9) as (variables, refused):
         done = subprocess.run(
             [sys.executable, "-c", BUCKET], env={**os.environ, **variables}, capture_output=True, text=True, timeout=400
@@ -154,14 +154,14 @@ def test_checkpoints_in_a_bucket():
 
 
 def test_bucket_that_cannot_be_opened(model, data, tmp_path, monkeypatch):
-    """Without gcsfs, or without rights: said at the start."""
+    """Missing gcsfs or missing rights are reported at the start."""
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"checkpoint_dir.*gs://nowhere/run.*gcsfs"):
         train(config(model, data, tmp_path / "run", training__checkpoint_dir="gs://nowhere/run"))
 
 
 def test_resume_on_other_devices(model, data, whole, tmp_path, monkeypatch):
-    """A checkpoint of one device goes on on eight: the same batches, losses within 1e-5."""
+    """A checkpoint of one device resumes on eight: the same batches, losses within 1e-5."""
     from oracle import one_device
 
     import ftjax.train.setup as setup
@@ -181,7 +181,7 @@ def test_resume_on_other_devices(model, data, whole, tmp_path, monkeypatch):
 
 
 def test_arithmetic(model, data, tmp_path, monkeypatch, on_one_device, capsys):
-    """The metrics agree with each other and with the formula that is printed; a chip that is known gives an MFU."""
+    """The metrics agree with each other and with the printed formula; a known chip gives an MFU."""
     import ftjax.train.log as log
 
     monkeypatch.setattr(log, "peak_of", lambda devices: 1e12 * len(devices))
@@ -191,11 +191,11 @@ def test_arithmetic(model, data, tmp_path, monkeypatch, on_one_device, capsys):
     assert row["train/tokens_per_second"] == row["train/tokens_per_second_per_device"] > 0
     per_token = row["train/tflops_per_second_per_device"] * 1e12 / row["train/tokens_per_second"]
     full = float(next(line for line in capsys.readouterr().out.splitlines() if "FLOPs per token" in line).split()[0])
-    assert 0.7 * full < per_token < full  # the rows are many short documents, the line is for long ones
+    assert 0.7 * full < per_token < full  # the rows have many short documents; the printed line assumes long ones
 
 
 def test_later_updates_and_evaluations_compile_nothing(model, data, tmp_path, on_one_device, monkeypatch, lowered):
-    """Twelve rows in batches of four and of what is left over: one shape all the same."""
+    """Twelve rows in batches of four, and a smaller last batch, use one shape."""
     made = []
     original = Run.evaluate
 
@@ -209,7 +209,7 @@ def test_later_updates_and_evaluations_compile_nothing(model, data, tmp_path, on
 
 
 def test_profile(model, data, tmp_path, on_one_device):
-    """The trace holds those updates and no others, by their numbers."""
+    """The trace has exactly the requested updates, by number."""
     from jax.profiler import ProfileData
 
     train(config(model, data, tmp_path, training__max_steps=6, training__eval_steps=None, training__profile_steps=[3, 5]))
@@ -235,7 +235,7 @@ def test_finished_run_is_left_alone(model, data, whole, capsys, on_one_device):
 
 
 def test_early_stopping(model, data, tmp_path, on_one_device):
-    """A learning rate of zero never improves: the run stops after the patience, and best/ is the first."""
+    """With a learning rate of zero nothing improves: the run stops after the patience, and best/ is the first evaluation."""
     over = {"optimizer": {"learning_rate": 0.0}, "training__early_stopping_patience": 2, "training__eval_steps": 1}
     train(config(model, data, tmp_path, **over))
     assert [row["step"] for row in rows(tmp_path) if "eval/loss" in row] == [1, 2, 3]
@@ -243,7 +243,7 @@ def test_early_stopping(model, data, tmp_path, on_one_device):
 
 
 def test_the_same_command_after_an_early_stop(model, data, tmp_path, on_one_device, capsys):
-    """It trains nothing more, and leaves the result and whatever else lies in its folder; a lost result is written anew."""
+    """It trains nothing more, and leaves results and other files alone; a lost result is written again."""
     over = {"optimizer": {"learning_rate": 1e-2}, "training__early_stopping_patience": 1, "training__eval_steps": 1}
     over["training__early_stopping_threshold"] = 100.0
     train(config(model, data, tmp_path, **over))
@@ -260,7 +260,7 @@ def test_the_same_command_after_an_early_stop(model, data, tmp_path, on_one_devi
 
 
 def spoil(monkeypatch, first: int, last: int) -> None:
-    """Losses that are not numbers, in the updates from `first` to `last`."""
+    """Make losses NaN in the updates from `first` to `last`."""
     original, seen = BatchLayout.arrays, []
 
     def arrays(self, batch):
@@ -273,7 +273,7 @@ def spoil(monkeypatch, first: int, last: int) -> None:
 
 
 def test_bad_updates_are_skipped(model, data, tmp_path, on_one_device, monkeypatch, capsys):
-    """NaN in updates 5 and 6: the run goes on without them, says and counts it, and its numbers are numbers."""
+    """NaN in updates 5 and 6 is skipped, reported and counted, and the logged metrics are finite."""
     spoil(monkeypatch, 5, 6)
     train(config(model, data, tmp_path))
     logged = {row["step"]: row for row in rows(tmp_path) if "train/skipped_updates" in row}
@@ -283,13 +283,13 @@ def test_bad_updates_are_skipped(model, data, tmp_path, on_one_device, monkeypat
     assert [row["step"] for row in rows(tmp_path) if "warning" in row] == [5, 6]
     said = capsys.readouterr().out
     assert "update 5 is not applied: loss nan" in said and "2 skipped so far" in said
-    # The schedule counts the updates that were applied.
+    # The schedule counts applied updates.
     assert logged[12]["train/learning_rate"] > 0 and (tmp_path / "final" / "adapter_model.safetensors").exists()
 
 
 def test_divergence_gives_up(model, data, tmp_path, on_one_device, monkeypatch):
-    """NaN from update 6 on: after so many in a row the run ends; the checkpoint is where the message says, with the state of
-    update 5, and another start goes on behind the bad rows."""
+    """With NaN from update 6 on, the run ends after the limit; the checkpoint that the message names has the state of update 5,
+    and another start continues after the bad rows."""
     over = {"training__eval_steps": None, "training__max_skipped_updates": 2}
     with monkeypatch.context() as patch:
         spoil(patch, 6, 99)
@@ -313,7 +313,7 @@ def test_divergence_gives_up(model, data, tmp_path, on_one_device, monkeypatch):
 
 
 def test_nothing_but_bad_updates(model, data, tmp_path, on_one_device, monkeypatch):
-    """A run that is shorter than the patience does not end well without a single update."""
+    """A run shorter than the limit does not end successfully without a single update."""
     spoil(monkeypatch, 1, 99)
     with pytest.raises(UserError, match="diverged at step 2"):
         train(config(model, data, tmp_path, training__max_steps=2))
@@ -331,7 +331,7 @@ def test_full_run_loads_in_transformers(model, data, tmp_path, on_one_device):
 
 
 def test_killed_from_outside(model, data, whole, tmp_path, on_one_device):
-    """SIGKILL in the middle of a save: going on gives the result as if nothing had been."""
+    """After SIGKILL in the middle of a save, resuming gives the result of an uninterrupted run."""
     path = tmp_path / "config.yaml"
     settings = config(model, data, tmp_path / "run", training__save_steps=1, evaluate={"training_examples": 0})
     path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
@@ -343,7 +343,7 @@ def test_killed_from_outside(model, data, whole, tmp_path, on_one_device):
     deadline = time.monotonic() + 240
     checkpoints = tmp_path / "run" / "checkpoints"
     while time.monotonic() < deadline and process.poll() is None:
-        if any("tmp" in p.name for p in checkpoints.glob("*")):  # a temporary folder is a save under way
+        if any("tmp" in p.name for p in checkpoints.glob("*")):  # a temporary folder means that a save is running
             break
         time.sleep(0.002)
     process.kill()
@@ -354,7 +354,8 @@ def test_killed_from_outside(model, data, whole, tmp_path, on_one_device):
 
 
 def test_told_to_stop(model, data, whole, tmp_path, capsys, monkeypatch, on_one_device):
-    """SIGTERM: the update under way is saved, and the whole command to go on is said; the result is as if nothing had been."""
+    """On SIGTERM the current update is saved and the command to resume is printed; the result is that of an uninterrupted
+    run."""
     from ftjax.cli import app
 
     path, out = tmp_path / "config.yaml", tmp_path / "my run"
@@ -389,7 +390,7 @@ def test_folder_that_cannot_be_written(model, data, tmp_path):
 
 
 def test_disk_that_fills(model, data, tmp_path, on_one_device, monkeypatch):
-    """A save that fails says which checkpoint is whole, and how to go on."""
+    """The error of a failed save names the complete checkpoint, and how to resume."""
     import ftjax.train.checkpoint as checkpoint
 
     def full(*_, **__):

@@ -1,4 +1,4 @@
-"""A run that is told to stop at any line of its loop loses nothing: no metrics, no evaluation, no count."""
+"""Tests that a run which is told to stop at any line of its loop loses no metrics, no evaluation and no count."""
 
 import copy
 import itertools
@@ -66,7 +66,7 @@ class Kept:
 
 
 class Rows:
-    """What is logged."""
+    """Collects what is logged."""
 
     def __init__(self):
         self.rows = []
@@ -83,7 +83,7 @@ class Rows:
 
 
 def step(state, frozen, batch, key, limit):
-    """An update by number: its state is a sum over what was applied, so that the order shows."""
+    """Apply an update by number: the state is a sum that depends on the order of updates."""
     number = int(batch["tokens"])
     loss = math.nan if number in BAD else 1.0 + number / 7
     good = loss <= limit
@@ -94,7 +94,7 @@ def step(state, frozen, batch, key, limit):
 
 @pytest.fixture(scope="module")
 def make(model, data, tmp_path_factory):
-    """`make(checkpoints)`: a run whose updates are numbers, at its beginning or where the checkpoints say."""
+    """Return `make(checkpoints)`: a run whose updates are numbers, new or resumed from the checkpoints."""
     from oracle import one_device
 
     import ftjax.train.setup as setup
@@ -128,7 +128,7 @@ def make(model, data, tmp_path_factory):
 
 
 def stop_at(run, line: int):
-    """A tracer that tells the run to stop at so many lines of the loop's functions; and how many lines there were."""
+    """Return a tracer that tells the run to stop after this many lines of the loop's functions, and a counter of the lines."""
     seen = itertools.count(1)
     lines = []
 
@@ -176,7 +176,7 @@ def test_stopped_at_every_line(make):
 
 
 def test_giving_up_loses_nothing(make, monkeypatch):
-    """The checkpoint has every update in it, read and counted; the next start goes on behind the bad ones."""
+    """The checkpoint has counted every update; the next start continues after the bad ones."""
     monkeypatch.setattr(sys.modules[__name__], "BAD", tuple(range(4, 10)))
     kept = Kept()
     run, first = make(kept)

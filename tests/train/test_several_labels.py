@@ -1,4 +1,4 @@
-"""Heads for several labels a row and for numbers: transformers' losses, gradients, folders and answers."""
+"""Tests heads for several labels per row and for numbers: transformers' losses, gradients, folders and predictions."""
 
 import json
 
@@ -47,7 +47,7 @@ def alone(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A file of each kind."""
+    """Write a data file of each kind."""
     folder, found = tmp_path_factory.mktemp("data"), {}
     for kind, truth in TRUTH.items():
         rows = truth.tolist()
@@ -74,7 +74,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def heads(base, tmp_path_factory):
-    """Classifiers that transformers made, by kind."""
+    """Write classifiers of each kind with transformers."""
     found = {}
     for kind, labels in LABELS.items():
         torch.manual_seed(0)
@@ -104,7 +104,7 @@ def make_config(model, rows, out, kind, *, method="full", **over) -> Config:
 
 
 def packed(config: Config, rows: int) -> dict[str, np.ndarray]:
-    """All texts in one batch of so many rows, several in a row."""
+    """Return all texts in one batch with this many rows, several texts in a row."""
     split, _ = load_splits(config.data, load_tokenizer(config.model), seed=0, encoding=encoding_of(config))
     (batch,) = split.batches(rows, seed=0, shuffle=False, epochs=1)
     assert (batch["segment_ids"].max(1) > 1).any() and batch["weights"].sum() == len(WORDS)
@@ -125,12 +125,12 @@ def predictions(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
-# ---- the loss is transformers' ----
+# ---- the loss of transformers ----
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients(kind, heads, data, tmp_path, alone):
-    """Of every weight, on the same texts, packed here and padded there."""
+    """All gradients agree on the same texts, packed in ftjax and padded in transformers."""
     config = with_labels(make_config(heads[kind], data[kind], tmp_path, kind))
     made = setup.prepare(config)
     batch = packed(config, 4)
@@ -154,7 +154,7 @@ def test_loss_and_gradients(kind, heads, data, tmp_path, alone):
 
 @pytest.mark.parametrize("kind", ["multi", "numbers"])
 def test_any_split(kind, heads, data, tmp_path, monkeypatch):
-    """Microbatches and meshes give the loss and the gradient of one device; a row of padding is among the rows."""
+    """Microbatches and meshes give the loss and gradient of one device, with a row of padding among the rows."""
     want = None
     for mesh, microbatches, packing in (
         (None, 1, True), (None, 4, True), ({"data": 2, "fsdp": 4}, 1, True), ({"fsdp": 2, "sequence": 2, "tensor": 2}, 2, True),
@@ -167,7 +167,7 @@ def test_any_split(kind, heads, data, tmp_path, monkeypatch):
                 patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
             batch = packed(config, 8) if packing else unpacked(config)
             made = setup.prepare(config)
-            if packing:  # what a plan counts is what comes
+            if packing:  # the plan counts the actual FLOPs
                 assert {name: one.shape[1:] for name, one in made.abstract_batch().items()} == {
                     name: rows.shape for name, rows in batch.items()
                 }
@@ -183,12 +183,13 @@ def unpacked(config: Config) -> dict[str, np.ndarray]:
     return batch
 
 
-# ---- runs: what they write, measure and say ----
+# ---- runs: files, metrics and messages ----
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_full(kind, base, data, tmp_path, alone, capsys):
-    """final/ is transformers' classifier of this kind, has learned, and evaluates there as here; the run measured it too."""
+    """transformers loads final/ with the right head; the model has learned, and both tools evaluate it alike, as did the
+    run."""
     metric = "micro_f1" if kind == "multi" else "mae"
     config = make_config(
         base, data[kind], tmp_path / "run", kind, evaluate={"training_rows": 12},
@@ -230,7 +231,7 @@ def test_full(kind, base, data, tmp_path, alone, capsys):
 
 @pytest.mark.parametrize("kind", ["multi", "number"])
 def test_lora(kind, base, data, tmp_path, alone):
-    """A PEFT folder with the head; merged, the same; a folder that PEFT wrote."""
+    """The head is saved in the PEFT folder and in the merged model, and is read from a folder that PEFT wrote."""
     train(make_config(base, data[kind], tmp_path / "run", kind, method="lora"), make_observer=make_observer)
     final = tmp_path / "run" / "final"
     assert json.loads((final / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
@@ -254,7 +255,7 @@ def test_lora(kind, base, data, tmp_path, alone):
 
 
 def said(folder, kind) -> list[list[float]]:
-    """The scores behind the predictions."""
+    """Return the scores behind the predictions."""
     rows = predictions(folder)
     if kind != "multi":
         return [json.loads(row["prediction"]) for row in rows]
@@ -264,7 +265,7 @@ def said(folder, kind) -> list[list[float]]:
 
 @pytest.mark.parametrize("kind", ["multi", "numbers"])
 def test_what_transformers_wrote(kind, heads, data, tmp_path, alone):
-    """A folder says itself what its head is for; thresholds move what is said."""
+    """A folder's configuration says what its head is for; thresholds change the predicted labels."""
     wanted = hf_scores(AutoModelForSequenceClassification.from_pretrained(heads[kind]), heads[kind])
     results = evaluate(str(heads[kind]), data=str(data[kind]), out=tmp_path / "here")
     rows = predictions(tmp_path / "here")
@@ -284,7 +285,7 @@ def test_what_transformers_wrote(kind, heads, data, tmp_path, alone):
 
 
 def test_a_head_whose_labels_have_other_numbers(heads, data, tmp_path, alone):
-    """Its rows follow the order that is asked for, so that names keep their scores."""
+    """The head's rows are reordered to the requested labels, so that names keep their scores."""
     turned = ["has c", "has a", "has b"]
     made = setup.prepare(make_config(heads["multi"], data["multi"], tmp_path, "multi", objective={"labels": turned}))
     head = AutoModelForSequenceClassification.from_pretrained(heads["multi"]).score.weight.detach().numpy()

@@ -1,4 +1,4 @@
-"""One update is the same however it is split (T1), on every mesh, and is what PyTorch + PEFT do."""
+"""Tests that one update is the same however it is split (T1), on every mesh, and as in PyTorch + PEFT."""
 
 import numpy as np
 import pytest
@@ -19,10 +19,11 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_any_split_is_the_same(folder, method, on_one_device):
-    """Loss, gradient norm and weights after two updates, for one, two and eight microbatches; a row of padding included.
+    """Loss, gradient norm and weights agree after two updates with one, two and eight microbatches, one row of padding
+    included.
 
-    Epsilon is large, so that an update depends on the gradient smoothly: where a gradient is almost zero, Adam's first steps
-    make of its rounding errors a change of the size of the learning rate.
+    Epsilon is large, so that an update depends smoothly on the gradient: if a gradient is almost zero, Adam's first steps turn
+    its rounding errors into changes of the size of the learning rate.
     """
     batches = [make_batch(8, 32, 96, seed) for seed in (0, 1)]
     want = None
@@ -37,12 +38,12 @@ def test_any_split_is_the_same(folder, method, on_one_device):
 
 
 MESHES = [{"data": 8, "fsdp": 1}, {"data": 1, "fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
-SEQUENCE = {"fsdp": 2, "tensor": 2, "sequence": 2}  # with a kernel: heads and tokens change places
+SEQUENCE = {"fsdp": 2, "tensor": 2, "sequence": 2}  # with a kernel, for which heads and tokens are exchanged
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def alone(request, folder):
-    """A method, batches, and their losses and the norms of their gradients on one device."""
+    """Return a method, batches, and their losses and gradient norms on one device."""
     from oracle import one_device
 
     import ftjax.train.setup as module
@@ -71,9 +72,8 @@ def test_every_mesh_is_one_device(folder, alone, mesh):
     ids=["tensor, sequence", "fsdp", "fsdp, by halves"],
 )
 def test_feed_forward_layers_in_parts(folder, alone, monkeypatch, mesh, halves):
-    """Where a layer is recomputed and weights are cut over devices, its hidden activations are of a few tokens at a time, or
-    few of them where the weights are trained (and no two devices share a row). Their gradients may be reduced by halves, which
-    only TPUs ask for."""
+    """With remat and sharded weights, hidden activations exist for a few tokens at a time, or for few hidden units where
+    weights train (and no two devices share a row). Gradients may be reduced by halves, which only TPUs ask for."""
     from ftjax.models.llama import LlamaMLP
     from ftjax.models.nn import chunks, gathered
 
@@ -100,7 +100,7 @@ def test_feed_forward_layers_in_parts(folder, alone, monkeypatch, mesh, halves):
 
 
 def test_masters_are_cast_for_all_layers_at_once(folder, request):
-    """Weights in float32, products in bfloat16: what is sharded learns as on one device, and stays in float32."""
+    """Sharded float32 weights with bfloat16 products learn as on one device, and stay in float32."""
     batches = [make_batch(8, 32, 96, seed) for seed in range(3)]
     config = make_config(folder, method=METHODS["full"], mesh={"data": 2, "fsdp": 4})
     config = config.model_copy(update={"model": config.model.model_copy(update={"remat": "full", "compute_dtype": "bfloat16"})})
@@ -113,7 +113,7 @@ def test_masters_are_cast_for_all_layers_at_once(folder, request):
 
 
 def step_with(folder, remat: str):
-    """Metrics of one update of all weights, and the weights after it."""
+    """Return the metrics of one update of all weights, and the weights after it."""
     config = make_config(folder, method=METHODS["full"])
     config = config.model_copy(update={"model": config.model.model_copy(update={"remat": remat})})
     return run_steps(prepare(config), [make_batch(8, 32, 96)])
@@ -129,7 +129,7 @@ def test_remat_changes_memory_only(folder, on_one_device):
 
 
 def test_remat_keeps_less(folder, on_one_device):
-    """In the order in which `auto` tries them; attention's output is what `attention` keeps beside a layer's input."""
+    """Policies keep less in the order in which `auto` tries them; `attention` keeps attention's output and a layer's input."""
 
     from ftjax.train.remat import saved_bytes
 
@@ -154,14 +154,14 @@ FAST = {"learning_rate": 3e-3, "lr_scheduler_type": "constant"}
 
 @pytest.fixture(scope="module")
 def plain_adamw(folder):
-    """Metrics of AdamW in float32."""
+    """Return the metrics of AdamW in float32."""
     batches = [make_batch(8, 32, 96)] * 12
     return run_steps(prepare(make_config(folder, method=METHODS["full"], optimizer=FAST, mesh=MESH)), batches)[0]
 
 
 @pytest.mark.parametrize("options", SAVING, ids=lambda o: "-".join(map(str, o.values())))
 def test_optimizers_that_save_memory(folder, options, plain_adamw):
-    """Sharded, they learn like AdamW in float32; the state lies where and as it is meant to."""
+    """Sharded, they learn like AdamW in float32; the state has the intended sharding and memory."""
     import jax
     import jax.numpy as jnp
 
@@ -191,7 +191,7 @@ def test_optimizers_that_save_memory(folder, options, plain_adamw):
 
 
 def test_bad_update_is_not_applied(folder, on_one_device):
-    """A loss that is not finite, or over the limit, leaves the state as it was (T21)."""
+    """A loss that is not finite, or over the limit, leaves the state unchanged (T21)."""
     import jax
     import jax.numpy as jnp
 
@@ -211,7 +211,7 @@ def test_bad_update_is_not_applied(folder, on_one_device):
 
 
 def test_frozen_gets_no_gradient(folder, on_one_device):
-    """Optimizer state exists for the adapter alone, and the compiled step has no room for the base model's gradients."""
+    """Optimizer state exists for the adapter only, and the compiled step has no room for the base model's gradients."""
     import jax
 
     from ftjax.train.setup import compile_steps
@@ -227,7 +227,7 @@ def test_frozen_gets_no_gradient(folder, on_one_device):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ten_steps_of_the_peer(shared, stories, method, tmp_path, on_one_device):
-    """transformers + PEFT, from the same weights on the same batches: losses within 1e-4."""
+    """Losses agree with transformers + PEFT within 1e-4, from the same weights on the same batches."""
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 512, (10, 4, 48))
     labels = np.where(rng.random(ids.shape) < 0.6, ids, -100)

@@ -1,7 +1,7 @@
-"""An objective of its own in one file and one line: pairs of answers, compared with the model as it was before training.
+"""Tests a custom objective in one file with one line to register it: pairs of answers, compared with the model before training.
 
-It trains the difference of the log-probabilities of `chosen` and `rejected`, which is no sum over tokens, so that all that
-an objective can ask for is used: units of two documents, a reference model, metrics.
+It trains the difference of the log-probabilities of `chosen` and `rejected`, which is not a sum over tokens, and uses
+everything that an objective can ask for: units of two documents, a reference model, metrics.
 """
 
 import json
@@ -35,7 +35,7 @@ from ftjax.train.setup import prepare
 
 
 class ToyPairsConfig(Section):
-    """Prefers one answer to another."""
+    """Settings of the objective, which prefers one answer to another."""
 
     name: Literal["toy_pairs"] = "toy_pairs"
     beta: float = 0.5
@@ -60,7 +60,7 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
     most = segments.shape[1] // 2  # a document has two tokens at least
 
     def answers(forward):
-        """Log-probabilities of the answers `[B, pairs]`, chosen and rejected."""
+        """Return log-probabilities of the answers `[B, pairs]`, chosen and rejected."""
         sums = segment_sums(forward.token_logprobs().logprobs, segments, 2 * (most // 2))
         return sums[:, ::2], sums[:, 1::2]
 
@@ -82,7 +82,7 @@ def registered():
     del OBJECTIVES["toy_pairs"]
 
 
-# ---- and what it does ----
+# ---- its tests ----
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_it_trains(whole, capsys):
 
 
 def test_it_is_resumed(whole, model, pairs, tmp_path, on_one_device):
-    """The reference is made anew of the base model, not of what the checkpoint holds."""
+    """The reference is computed again from the base model, not from the checkpoint."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     for step in (out / "checkpoints").iterdir():
@@ -153,9 +153,9 @@ def test_it_is_resumed(whole, model, pairs, tmp_path, on_one_device):
     ids=lambda method: "-".join(map(str, method.values()))[:30],
 )
 def test_the_reference_is_the_start(method, model, pairs, tmp_path, on_one_device):
-    """The first loss is that of a model that prefers nothing; later ones are measured from there.
+    """The first loss is that of a model without preferences; later ones are measured against it.
 
-    A bottleneck starts as a little, and the reference has none.
+    A bottleneck starts with small values, and the reference is without it.
     """
     nothing = 5e-3 if method["name"] == "double_seq_bn" else 2e-5
     settings = toy(model, pairs, tmp_path, method=method, training__max_steps=4, training__eval_steps=None)
@@ -165,14 +165,14 @@ def test_the_reference_is_the_start(method, model, pairs, tmp_path, on_one_devic
 
 
 def test_the_reference_of_an_adapter_that_is_trained_further(whole, model, pairs, tmp_path, on_one_device):
-    """It is the model with that adapter."""
+    """The reference is the model with the adapter it starts from."""
     further = {"name": "lora", "adapter_path": str(whole / "final")}
     train(toy(model, pairs, tmp_path, method=further, training__max_steps=2, training__eval_steps=None))
     assert losses(tmp_path)[1] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_an_adapter_shares_the_frozen_arrays(model, pairs, on_one_device, tmp_path):
-    """Nothing is copied for LoRA; for what trains besides, that alone."""
+    """LoRA copies nothing; other trained weights are copied alone."""
     lora = {"name": "lora", "r": 4, "lora_alpha": 8}
     for method, copied in ((lora, 0), (lora | {"modules_to_save": ["lm_head"]}, 1)):
         setup = prepare(toy(model, pairs, tmp_path, method=method))
@@ -184,7 +184,7 @@ def test_an_adapter_shares_the_frozen_arrays(model, pairs, on_one_device, tmp_pa
 
 
 def test_its_pass_is_counted(model, pairs, on_one_device, tmp_path):
-    """Forward only: 2 FLOPs a weight beside the 4 of a frozen weight that gradients go through."""
+    """The reference costs a forward pass: 2 FLOPs per weight, beside 4 for a frozen weight in the gradient's path."""
     sft = prepare(toy(model, pairs, tmp_path, objective={"name": "sft"})).train_flops
     toys = prepare(toy(model, pairs, tmp_path)).train_flops
     assert toys.per_token(32) > 1.3 * sft.per_token(32)
@@ -194,7 +194,7 @@ def test_its_pass_is_counted(model, pairs, on_one_device, tmp_path):
 
 
 def test_rows_that_are_not_packed(whole, model, pairs, tmp_path, on_one_device):
-    """A row is a pair; the first loss over all rows is the same."""
+    """A row is a pair; the first loss over all rows is the same as packed."""
     out = tmp_path / "run"
     train(toy(model, pairs, out, data__packing=False, training__max_steps=2))
     assert losses(out)[1] == pytest.approx(math.log(2), abs=1e-6)
@@ -217,7 +217,7 @@ def test_unknown_to_configurations_that_do_not_register_it(model, pairs, tmp_pat
 
 @pytest.mark.parametrize("options", [{}, {"packing": False}, {"shuffle": False}, {"mix_epochs": True}, {"streaming": True}])
 def test_pairs_stay_together(pairs, options, tmp_path):
-    """Whatever an epoch does with rows, each holds whole pairs, chosen first, and each pair comes once."""
+    """In any epoch each row has whole pairs, chosen first, and each pair occurs once."""
     data = DataConfig(train=str(pairs / "train.jsonl"), max_length=96, **options)
     split, _ = load_splits(data, byte_level(), seed=0, encoding=Pairs())
     seen = []

@@ -1,4 +1,4 @@
-"""Checks what TensorBoard is given of a run."""
+"""Tests what TensorBoard receives from a run."""
 
 import time
 
