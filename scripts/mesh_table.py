@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from ftjax.compile_cache import nothing_kept
 from ftjax.config import Config, MeshConfig
-from ftjax.mesh import CUT, crossings, describe, make_mesh, nearness
+from ftjax.mesh import WEIGHT_AXES, crossings, describe, make_mesh, nearness
 from ftjax.plan.hlo import Program
 from ftjax.plan.plan import design_for, trace_step
 from ftjax.plan.roofline import Traffic, traffic
@@ -93,8 +93,8 @@ def faults(rows: Sequence[Traffic], gradients: float) -> list[str]:
         if row.dcn_bytes and not sums:
             wrong.append(f"{kind} of {row.dcn_bytes / 1e6:.3f} MB between slices")
         if not (
-            (kind != "all-reduce" and axes <= {*CUT})
-            or (sums and axes <= {*CUT, "tensor"})
+            (kind != "all-reduce" and axes <= {*WEIGHT_AXES})
+            or (sums and axes <= {*WEIGHT_AXES, "tensor"})
             or (kind in ("all-gather", "all-to-all") and axes == {"tensor"})
             or (kind == "all-to-all" and axes == {"sequence"})
         ):
