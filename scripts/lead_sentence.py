@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ftjax.config.load import load_config
 from ftjax.errors import UserError
 from ftjax.evaluate.rows import Item, read_items
-from ftjax.evaluate.statistic import Interval, intervals
+from ftjax.evaluate.statistic import Interval, format_interval, intervals
 from ftjax.evaluate.tasks.overlap import rouge
 
 END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")  # an abbreviation before a capital ends a sentence too
@@ -53,7 +53,7 @@ def main() -> int:
         return 2
     print(f"the first sentence of {rows} documents")
     for name, one in metrics.items():
-        print(f"{name}  {one.value:.4f} ({one.low:.4f} to {one.high:.4f})")
+        print(f"{name}  {format_interval(one)}")
     return 0
 
 
