@@ -32,7 +32,7 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "norm": None,
     "rank": None,
 }
-CUT = ("fsdp", "expert")  # mesh axes that dense weights are sharded along to save memory
+WEIGHT_AXES = ("fsdp", "expert")  # mesh axes that dense weights are sharded along to save memory
 
 
 def devices_or_all(devices: Sequence[Any] | None) -> list[Any]:
@@ -192,7 +192,7 @@ def _rules(
     for number, axis in enumerate(axes):
         rule = tuple(name for name in (RULES.get(axis) or () if axis else ()) if name not in used)
         if axis == "wide" and shape and shape[number] % math.prod(sizes[name] for name in rule):
-            rule = tuple(name for name in rule if name not in CUT)
+            rule = tuple(name for name in rule if name not in WEIGHT_AXES)
         used.update(rule)
         found.append(rule)
     return found

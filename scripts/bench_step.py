@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""`scripts/bench/step.py`, the train step beside transformers + PEFT, under its short name; the same options."""
+"""Runs `scripts/bench/step.py`, the train step compared with transformers + PEFT, under a short name; same options."""
 
 import runpy
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""`make demo`: fine-tunes a small model on this machine and shows what it learned.
+"""Runs `make demo`: fine-tunes a small model on this machine and shows what it learned.
 
     python scripts/demo.py
 
-Fetches SmolLM2-135M-Instruct, asks it to turn 50 messages it will not be trained on into JSON, fine-tunes it with LoRA on
-configs/demo/demo.yaml, asks again, and exports a merged Hugging Face folder. Everything lands in demo/; a second call goes
-on where the first one stopped. The figures are written to demo/result.json.
+Downloads SmolLM2-135M-Instruct, asks it to turn 50 messages that it will not be trained on into JSON, fine-tunes it with LoRA
+on configs/demo/demo.yaml, asks again, and exports a merged Hugging Face folder. All files go to demo/; a second call continues
+where the first one stopped. The figures are written to demo/result.json.
 """
 
 import json
@@ -30,7 +30,7 @@ console = Console(highlight=False)
 
 
 def ftjax(*arguments: str | Path) -> None:
-    """Runs one `ftjax` command in a process of its own, which gives its memory back."""
+    """Run one `ftjax` command in a separate process, which frees its memory at the end."""
     console.print(f"\n[bold]$ ftjax {' '.join(map(str, arguments))}[/]", soft_wrap=True)
     done = subprocess.run([sys.executable, "-m", "ftjax.cli", *map(str, arguments)], check=False)
     if done.returncode:
@@ -38,13 +38,13 @@ def ftjax(*arguments: str | Path) -> None:
 
 
 def read_test() -> tuple[list[list[dict]], list[dict]]:
-    """The prompts (system and user turns) and the forms that are expected for them."""
+    """Return the prompts (system and user turns) and the expected forms."""
     rows = [json.loads(line)["messages"] for line in TEST.read_text(encoding="utf-8").splitlines()]
     return [row[:-1] for row in rows], [json.loads(row[-1]["content"]) for row in rows]
 
 
 def answers(who: str, model: Path, adapter: Path | None, prompts: list[list[dict]]) -> list[str]:
-    """Greedy answers to all prompts, in one batch."""
+    """Return greedy answers to all prompts, in one batch."""
     from ftjax.generate.session import Generator
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -61,7 +61,7 @@ def answers(who: str, model: Path, adapter: Path | None, prompts: list[list[dict
 
 
 def exact(answer: str, form: dict) -> bool:
-    """The same JSON object: the same keys with the same values, and nothing around it."""
+    """Return whether the answer is the form's JSON object: the same keys with the same values, and nothing else."""
     try:
         return json.dumps(json.loads(answer), sort_keys=True) == json.dumps(form, sort_keys=True)
     except json.JSONDecodeError:
@@ -86,7 +86,7 @@ def main() -> None:
     phase("training")
     after = answers("the tuned model", model, RUN / "final", prompts)
     phase("tuned answers")
-    shutil.rmtree(MERGED, ignore_errors=True)  # of an earlier demo; `export` writes into no folder that holds something
+    shutil.rmtree(MERGED, ignore_errors=True)  # left by an earlier demo; `export` refuses a folder that is not empty
     ftjax("export", RUN, "--out", MERGED, "--merge")
     phase("export")
 
@@ -116,7 +116,7 @@ def rate(given: list[str], forms: list[dict]) -> str:
 
 
 def show(prompts: list[list[dict]], forms: list[dict], before: list[str], after: list[str]) -> None:
-    """Three messages side by side."""
+    """Print three messages with the answers before and after."""
     table = Table(show_lines=True, title=f"three of the {len(forms)} held-out messages", title_justify="left")
     for heading in ("message", "before", "after"):
         table.add_column(heading, overflow="fold", ratio=1)
@@ -124,7 +124,7 @@ def show(prompts: list[list[dict]], forms: list[dict], before: list[str], after:
         mark = "exact" if exact(after[number], forms[number]) else f"expected {json.dumps(forms[number])}"
         wrapped = after[number].strip().replace(",", ", ")  # for reading; the answer itself is compact
         cells = (prompts[number][-1]["content"], before[number].strip(), f"{wrapped}\n({mark})")
-        table.add_row(*map(Text, cells))  # as they are: an answer may hold what rich takes for markup
+        table.add_row(*map(Text, cells))  # unformatted: answers may contain rich markup
     console.print()
     console.print(table)
 

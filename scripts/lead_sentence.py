@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""ROUGE of a summary that costs nothing: the first sentence of the document.
+"""Computes ROUGE of a baseline without a model: the first sentence of the document as its summary.
 
     python scripts/lead_sentence.py configs/summarization.yaml [key=value ...]
 
-Scores the rows that `ftjax evaluate` of the same configuration takes (`evaluate.data`, `evaluate.limit`) by the same metrics
+Scores the rows that `ftjax evaluate` of the same configuration takes (`evaluate.data`, `evaluate.limit`) with the same metrics
 and intervals, so that base model, tuned model and this baseline can be compared. No model is loaded.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ftjax.config.load import load_config
 from ftjax.errors import UserError
 from ftjax.evaluate.rows import Item, read_items
-from ftjax.evaluate.statistic import Interval, intervals
+from ftjax.evaluate.statistic import Interval, format_interval, intervals
 from ftjax.evaluate.tasks.overlap import rouge
 
 END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")  # an abbreviation before a capital ends a sentence too
@@ -25,7 +25,7 @@ def first_sentence(text: str) -> str:
 
 
 def document(item: Item) -> str:
-    """UserError where the row has none."""
+    """Return the row's document. Raises UserError if it has none."""
     found = item.values.get("document")
     if not isinstance(found, str):
         raise UserError(f"{item.where}: expected a column 'document', found {', '.join(item.values)}")
@@ -33,7 +33,7 @@ def document(item: Item) -> str:
 
 
 def lead_rouge(config_file: str, overrides: Sequence[str] = ()) -> tuple[int, dict[str, Interval]]:
-    """`(rows, the intervals of rouge1, rouge2 and so on)`."""
+    """Return `(rows, the intervals of rouge1, rouge2 and so on)`."""
     config = load_config(config_file, overrides)
     settings = config.evaluate
     items, _ = read_items(config, settings.limit)
@@ -53,7 +53,7 @@ def main() -> int:
         return 2
     print(f"the first sentence of {rows} documents")
     for name, one in metrics.items():
-        print(f"{name}  {one.value:.4f} ({one.low:.4f} to {one.high:.4f})")
+        print(f"{name}  {format_interval(one)}")
     return 0
 
 

@@ -7,9 +7,9 @@ Every run writes the same bytes. One row, as an example:
     user       hi there, can I order three red desk lamps by Friday? thanks, Anna Keller
     assistant  {"action":"order","item":"desk lamp","quantity":3,"color":"red","day":"friday","name":"Anna Keller"}
 
-The rules of the form: `action` is order, return, exchange or cancel; `item` is singular; `quantity` is a number however it
-was written; `color`, `day` and `name` are null where the message does not tell. No filled form of validation or test occurs
-in train, so neither does any message; a part of their items and names occurs nowhere in train.
+The rules of the form: `action` is order, return, exchange or cancel; `item` is singular; `quantity` is a number, even if it was
+written as a word; `color`, `day` and `name` are null if the message does not say. No filled form of validation or test occurs
+in train, so no message does either; some of their items and names never occur in train.
 """
 
 import argparse
@@ -94,7 +94,7 @@ TYPOS = {
 
 @dataclass(frozen=True)
 class Form:
-    """The object that a message is turned into; the order of the fields is the order in the JSON."""
+    """The object that a message is turned into; its fields have the order of the JSON."""
 
     action: str
     item: str
@@ -108,7 +108,8 @@ class Form:
 
 
 class Writer:
-    """Draws forms and words them. Only `Random.random` is used: its sequence is the same in every version of Python."""
+    """Draws forms and writes messages for them. Only `Random.random` is used: its sequence is the same in all versions of
+    Python."""
 
     def __init__(self, seed: int):
         self._random = random.Random(seed)
@@ -120,7 +121,7 @@ class Writer:
         return pool[int(self._random.random() * len(pool))]
 
     def form(self, new: bool) -> Form:
-        """A filled form; with `new` some items and names are those that train never shows."""
+        """Return a filled form; with `new`, some items and names are not in train."""
         item = self.one(NEW_ITEMS) if new and self.chance(0.2) else self.one(ITEMS)
         last = self.one(NEW_LAST) if new and self.chance(0.3) else self.one(LAST)
         return Form(
@@ -133,7 +134,7 @@ class Writer:
         )
 
     def message(self, form: Form) -> str:
-        """An ordinary message from which the form can be filled."""
+        """Return an ordinary message from which the form can be filled."""
         request = self.one(REQUESTS[form.action]).format(things=self._things(form))
         parts = [self.one(GREETINGS), request]
         when = self.one(WHEN[form.action]).format(day=form.day.capitalize()) if form.day else ""
@@ -152,7 +153,7 @@ class Writer:
         return f"{self.one(words)} {noun}s"
 
     def _punctuated(self, parts: list[str]) -> str:
-        """Joins the parts with full stops, commas or line breaks, in sentence case or all small, with a typo here and there."""
+        """Join the parts with full stops, commas or line breaks, in sentence case or lower case, with a few typos."""
         small = self.chance(0.35)
         stop = self.one((". ", ". ", ", ", "\n"))
         text = ""
@@ -166,7 +167,7 @@ class Writer:
 
 
 def rows(seed: int = 20) -> dict[str, list[dict]]:
-    """The three splits, test first so that its size does not depend on the others."""
+    """Return the three splits; test is drawn first, so that its size does not depend on the others."""
     writer = Writer(seed)
     taken: set[str] = set()
     splits: dict[str, list[dict]] = {}
@@ -184,7 +185,7 @@ def rows(seed: int = 20) -> dict[str, list[dict]]:
 
 
 def write(folder: Path) -> None:
-    """Writes train.jsonl, validation.jsonl and test.jsonl."""
+    """Write train.jsonl, validation.jsonl and test.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, examples in rows().items():
         text = "".join(json.dumps(row) + "\n" for row in examples)

@@ -1,9 +1,9 @@
-"""Fill in the table of meshes in docs/devices.md, and compile a step for each of them to see that nothing leaves its axis.
+"""Fills in the table of meshes in docs/devices.md, and compiles a step on each mesh to check its collectives.
 
     python scripts/mesh_table.py [--kept DIR] [--have]
 
-For every mesh on one slice and on two the LoRA step of a small Llama is compiled as `ftjax plan` compiles it, and its
-collectives are held against `faults`. What DIR already holds is not compiled again; `--have` compiles nothing.
+For every mesh on one slice and on two, the LoRA step of a small Llama is compiled as `ftjax plan` does, and its collectives are
+checked by `faults`. Results in DIR are reused; `--have` compiles nothing.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from ftjax.compile_cache import nothing_kept
 from ftjax.config import Config, MeshConfig
-from ftjax.mesh import CUT, crossings, describe, make_mesh, nearness
+from ftjax.mesh import WEIGHT_AXES, crossings, describe, make_mesh, nearness
 from ftjax.plan.hlo import Program
 from ftjax.plan.plan import design_for, trace_step
 from ftjax.plan.roofline import Traffic, traffic
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "devices.md"
 START, END = "<!-- table: scripts/mesh_table.py -->", "<!-- end of table -->"
 SLICES = ("v5e-16", "v6e-16", "v5e-64", "v5p-64")
-HEADS = 16  # which tensor x sequence divides
+HEADS = 16  # tensor x sequence must divide it
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "intermediate_size": 1024,
     "num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": 128, "vocab_size": 8192,
@@ -44,8 +44,8 @@ Sizes = Mapping[str, int]
 
 
 def meshes(devices: int) -> Iterator[dict[str, int]]:
-    """Of a slice: those by whose tensor x sequence the heads divide, fsdp taking what they leave; and some with two places of
-    data or expert."""
+    """Yield meshes of a slice: all tensor x sequence that divide the heads, with fsdp for the rest; and some with data=2 or
+    expert=2."""
     powers = [2**k for k in range(HEADS.bit_length())]
     for tensor, sequence in itertools.product(powers, powers):
         if tensor * sequence <= min(HEADS, devices):
@@ -55,7 +55,7 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def config_of(folder: Path, mesh: Sizes, slices: int, method: Mapping | None = None) -> Config:
-    """A row of 256 tokens for each device, or for each that has rows."""
+    """Return a configuration with rows of 256 tokens, two for each device that has its own rows."""
     mesh = {**mesh, "data": slices * mesh.get("data", 1), "slices": slices}
     return Config.model_validate({
         "model": {"path": str(folder), "remat": "full"}, "method": method or {"name": "lora", "r": 4}, "mesh": mesh,
@@ -67,7 +67,7 @@ def config_of(folder: Path, mesh: Sizes, slices: int, method: Mapping | None = N
 def compiled(
     folder: Path, topology: str, slices: int, mesh: Sizes, method: Mapping | None = None
 ) -> tuple[list[Traffic], float]:
-    """`(what the step moves, bytes of its gradients in float32)`."""
+    """Return `(the traffic of the step, the bytes of its gradients in float32)`."""
     where = parse(topology, slices=slices)
     made = design_for(config_of(folder, mesh, slices, method), where)
     traced, _ = trace_step(made)
@@ -78,14 +78,14 @@ def compiled(
 
 
 def faults(rows: Sequence[Traffic], gradients: float) -> list[str]:
-    """Collectives that are where they should not be.
+    """Return the collectives that are on the wrong axes.
 
-    Along fsdp and expert weights are gathered, and rows of the embedding and of the loss change places; along tensor results
-    are added, and the loss adds its words' over fsdp too; along sequence attention exchanges heads for tokens. What moves along
-    other axes may be no more than gradients, which are added over all of them, and nothing but sums may cross slices.
+    Along fsdp and expert, weights are gathered, and rows of the embedding and of the loss are exchanged. Along tensor, results
+    are added; the loss adds its parts of the vocabulary over fsdp too. Along sequence, attention exchanges heads for tokens.
+    Traffic along other axes must not exceed the gradients, which are added over all of them, and only sums may cross slices.
 
     Args:
-        gradients: bytes of them all.
+        gradients: bytes of all gradients.
     """
     wrong, inside, between = [], 0.0, 0.0
     for row in rows:
@@ -95,8 +95,8 @@ def faults(rows: Sequence[Traffic], gradients: float) -> list[str]:
         if row.dcn_bytes and not sums:
             wrong.append(f"{kind} of {row.dcn_bytes / 1e6:.3f} MB between slices")
         if not (
-            (kind != "all-reduce" and axes <= {*CUT})
-            or (sums and axes <= {*CUT, "tensor"})
+            (kind != "all-reduce" and axes <= {*WEIGHT_AXES})
+            or (sums and axes <= {*WEIGHT_AXES, "tensor"})
             or (kind in ("all-gather", "all-to-all") and axes == {"tensor"})
             or (kind == "all-to-all" and axes == {"sequence"})
         ):
@@ -142,7 +142,8 @@ def result(kept: Path, name: str, slices: int, mesh: Sizes) -> Path:
 
 
 def table(kept: Path) -> list[str]:
-    """A line for all meshes of a slice that are alike; slices with the same lines share them. Below, what was compiled."""
+    """Return the table: one line for all meshes of a slice with equal properties; slices with equal lines share them. Below it,
+    how many steps were compiled."""
     found: dict[tuple[str, ...], list[str]] = {}
     for name in SLICES:
         found.setdefault(tuple(lines(name)), []).append(name)
@@ -175,7 +176,7 @@ def cost(mesh: Mesh) -> str:
 
 
 def outcome(kept: Path) -> list[str]:
-    """What the compiled steps were like: how many were as they should be, and what was wrong with the others."""
+    """Return how many of the compiled steps had no faults, and the faults of the others."""
     found = {
         f"{name}, {slices} slice(s), {mesh}": result(kept, name, slices, mesh)
         for name, slices in itertools.product(SLICES, (1, 2))

@@ -1,8 +1,8 @@
-"""Fill in the table of docs/pods.md: one `ftjax plan` for each line, one at a time.
+"""Fills in the table of docs/pods.md with one `ftjax plan` per line, one at a time.
 
     python scripts/pods_table.py [--plans DIR] [--have]
 
-A plan that DIR already holds is not made again; `--have` makes none, and lines without a plan say so.
+Plans in DIR are reused; `--have` makes no new ones, and lines without a plan say so.
 """
 
 import argparse
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "pods.md"
 START, END = "<!-- table: scripts/pods_table.py -->", "<!-- end of table -->"
 BFLOAT16 = "optimizer.param_dtype=bfloat16", "optimizer.state_dtype=bfloat16"
-CASES = [  # what, configuration, slice, rows, what else is said
+CASES = [  # label, configuration, slice, rows, overrides
     ("Llama-3.1-8B, LoRA", "8b-lora", "v5e-8", 16, ()),
     ("Llama-3.1-8B, LoRA", "8b-lora", "v5e-16", 32, ()),
     ("Llama-3.1-8B, LoRA", "8b-lora", "v5e-256", 512, ()),

@@ -1,15 +1,14 @@
-"""What the `adapters` library makes of bottleneck adapters, for tests/methods/test_bottleneck.py.
+"""Computes with the `adapters` library the reference figures of tests/methods/test_bottleneck.py.
 
-The library needs an older transformers, so this file is run in an environment of its own:
+The library needs an older transformers, so this file runs in a separate environment:
 
     python3.11 -m venv DIR && DIR/bin/pip install adapters==1.3.0 torch==2.13.0
     DIR/bin/python tests/adapterhub_reference.py golden > tests/adapterhub_golden.json
     FTJAX_ADAPTERS_PYTHON=DIR/bin/python pytest tests/methods/test_bottleneck.py     # with the live comparison
 
-`golden` prints, for each family and architecture, the adapter's configuration, its tensors' names and shapes,
-logits and norms of gradients.
-`logits FAMILY FOLDER` loads an adapter that ftjax wrote and prints logits. `fill` gives all weights from their names, so that
-none need be stored.
+`golden` prints, for each family and architecture, the adapter's configuration, the names and shapes of its tensors, logits, and
+norms of gradients. `logits FAMILY FOLDER` loads an adapter written by ftjax and prints logits. Weights are derived from their
+names (`fill`), so that none need be stored.
 """
 
 import json
@@ -34,14 +33,14 @@ NAME = "default"
 
 
 def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The weight of this name, float32; norms are about one."""
+    """Return a float32 weight derived from its name; its norm is about one."""
     value = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape) * 0.2
     norm = ("norm" in name or ".ln_" in name) and name.endswith("weight")
     return (value + norm).astype(np.float32)
 
 
 def fill_model(model) -> None:
-    """Every parameter of a PyTorch model, by its name."""
+    """Set every parameter of a PyTorch model from its name."""
     import torch
 
     with torch.no_grad():
@@ -50,7 +49,7 @@ def fill_model(model) -> None:
 
 
 def ids() -> np.ndarray:
-    """[2, 12]"""
+    """Return token ids `[2, 12]`."""
     return (np.arange(24).reshape(2, 12) * 37 + 11) % 93 + 3
 
 
@@ -62,7 +61,7 @@ def _base(family: str):
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family]), torch_dtype=torch.float32)
     fill_model(model)
-    if family == "qwen3":  # the library has no code of its own for it, but takes a description of any model
+    if family == "qwen3":  # the library has no code for this family, but accepts a description of any model
         interface = AdapterModelInterface(
             adapter_methods=["bottleneck"], model_embeddings="embed_tokens", model_layers="layers",
             layer_self_attn="self_attn", layer_cross_attn=None, attn_q_proj="q_proj", attn_k_proj="k_proj",
@@ -84,7 +83,7 @@ def _logits(model) -> list:
 
 
 def _norms(model) -> dict[str, float]:
-    """The norm of the gradient of the mean cross-entropy of the next token, for each tensor of the adapter."""
+    """Return, for each tensor of the adapter, the norm of the gradient of the mean next-token cross-entropy."""
     import torch
 
     for parameter in model.parameters():

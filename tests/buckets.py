@@ -1,4 +1,4 @@
-"""A Cloud Storage bucket on this machine, `gs://bucket`, that may refuse a request now and then as the real one does."""
+"""Runs a Cloud Storage bucket on this machine, `gs://bucket`; it can refuse some requests, as the real service does."""
 
 import itertools
 import threading
@@ -11,10 +11,10 @@ import pytest
 
 @contextmanager
 def bucket(refuse_every: int) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """`(environment variables for those who use it, requests that were refused so far)`.
+    """Yield `(environment variables for its users, the requests refused so far)`.
 
     Args:
-        refuse_every: one of so many requests is answered by 503, `try again`.
+        refuse_every: refuse one request in this many, with 503 "try again".
     """
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     pytest.importorskip("gcsfs")

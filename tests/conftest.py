@@ -1,4 +1,4 @@
-"""The whole suite runs on the CPU, which pretends to be eight devices; warnings are errors."""
+"""Runs the whole suite on a CPU that pretends to be eight devices; warnings are errors."""
 
 import os
 
@@ -18,13 +18,13 @@ import pytest
 
 from ftjax.cpu_threads import set_threads
 
-set_threads()  # JAX makes its devices when they are first asked for
+set_threads()  # JAX creates its devices on first use
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 os.environ.setdefault("FTJAX_CACHE", str(ROOT / ".cache" / "ftjax-tests"))
 
-# The same examples in every run: a red run says what a change broke. `--hypothesis-profile default` explores.
+# Every run tries the same examples, so a failure is due to a change. `--hypothesis-profile default` tries new ones.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
@@ -35,7 +35,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data and models that stands beside the project."""
+    """Return the folder with real data and models, next to the project."""
     if not SHARED.is_dir():
         pytest.skip("the shared folder with real data and models is not beside the project")
     return SHARED
@@ -43,13 +43,13 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def stories(shared) -> Path:
-    """A real pretrained Llama of 260 thousand parameters."""
+    """Return the folder of a real pretrained Llama with 260,000 parameters."""
     return shared / "models" / "stories260k"
 
 
 @pytest.fixture
 def lowered():
-    """How many programs JAX has made so far, whether or not the compilation cache had them."""
+    """Return a counter of the programs that JAX has lowered so far, whether or not the compilation cache had them."""
     made = []
 
     def heard(event: str, *_, **__) -> None:

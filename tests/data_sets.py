@@ -1,4 +1,4 @@
-"""Small sets on disk, and what is in batches."""
+"""Writes small data sets and inspects batches, for tests."""
 
 import json
 from collections import Counter
@@ -31,7 +31,7 @@ WORDS = [
 
 
 def write_rows(path: Path, count: int, seed: int = 0, longest: int = 12) -> Path:
-    """`count` rows that differ, of unlike lengths."""
+    """Write `count` distinct rows of various lengths."""
     rng = np.random.default_rng(seed)
     rows = [
         {"prompt": f"{n} {' '.join(rng.choice(WORDS, rng.integers(1, longest)))}", "completion": f" {rng.choice(WORDS)} {n}"}
@@ -42,14 +42,14 @@ def write_rows(path: Path, count: int, seed: int = 0, longest: int = 12) -> Path
 
 
 def load(path, *, seed: int = 0, tokenizer=None, **options):
-    """The training set."""
+    """Load the training set."""
     return load_splits(
         DataConfig(train=str(path) if isinstance(path, Path) else path, **options), tokenizer or byte_level(), seed=seed
     )[0]
 
 
 def documents_in(batch) -> list[tuple[int, ...]]:
-    """The token ids of every document of a batch."""
+    """Return the token ids of every document in a batch."""
     found = []
     for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
         found += [tuple(tokens[segments == segment].tolist()) for segment in range(1, segments.max() + 1)]
@@ -61,7 +61,7 @@ def counted(batches) -> Counter:
 
 
 def whole(split) -> Counter:
-    """Every document of a set once."""
+    """Return every document of a data set once."""
     return Counter(tuple(split.documents.document(number).tokens.tolist()) for number in split.chosen)
 
 

@@ -1,5 +1,5 @@
-"""Tokenizers that merge, made here: byte-level BPE as GPT-2's family has it, and one that opens every text with a space, as
-Llama 2's does. Chat templates of the shapes that are found in the wild."""
+"""Builds tokenizers with merges for tests: byte-level BPE like GPT-2's, and one that puts a space before every text, like Llama
+2's; with chat templates like those of published models."""
 
 import json
 from functools import cache
@@ -28,7 +28,7 @@ WITH_BOS = "{{ bos_token }}" + CHATML
 WITHOUT_ENDS = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
-FORGETFUL = (  # as the templates that leave out what the assistant thought in earlier turns
+FORGETFUL = (  # like templates that omit the assistant's reasoning in earlier turns
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}{{ m.content[:2] }}"
     "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -62,14 +62,14 @@ def _spaced() -> str:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    # The bytes are ordinary tokens of the vocabulary, and only the others are special.
+    # The bytes are ordinary tokens of the vocabulary; only the others are special.
     made = json.loads(tokenizer.to_str())
     made["added_tokens"] = [token for token in made["added_tokens"] if not token["content"].startswith("<0x")]
     return json.dumps(made)
 
 
 def byte_level(template: str | None = None) -> PreTrainedTokenizerFast:
-    """No BOS is added; EOS is also the padding."""
+    """Return a tokenizer that adds no BOS; EOS is also the padding token."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_byte_level()), eos_token="<|endoftext|>", pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
@@ -79,7 +79,7 @@ def byte_level(template: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def spaced(template: str | None = None) -> PreTrainedTokenizerFast:
-    """A BOS and a space open every text; EOS is also the padding."""
+    """Return a tokenizer that puts BOS and a space before every text; EOS is also the padding token."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_spaced()), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],

@@ -1,4 +1,4 @@
-"""GGUF files for the tests, written with the gguf package in the way llama.cpp's converter writes them."""
+"""Writes GGUF files for tests, with the gguf package, as llama.cpp's converter does."""
 
 import json
 import os
@@ -29,7 +29,7 @@ HUB_TO_GGUF = [
     (".mlp.up_proj", ".ffn_up"),
     (".mlp.down_proj", ".ffn_down"),
 ]
-# Where a block holds float16 scales, as byte offsets: random bytes there would be infinities.
+# Byte offsets of a block's float16 scales: random bytes there could be infinities.
 SCALES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2),
     "Q5_K": (0, 2), "Q6_K": (208,),
@@ -43,14 +43,14 @@ def gguf_name(name: str) -> str:
 
 
 def permuted(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """The order in which llama.cpp keeps the rows of q_proj and k_proj (`LlamaModel.permute` of its converter)."""
+    """Return the order in which llama.cpp stores the rows of q_proj and k_proj (`LlamaModel.permute` of its converter)."""
     return tensor.reshape(heads, 2, len(tensor) // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 
 
 def random_blocks(shape: tuple[int, ...], kind: GGMLType, rng: np.random.Generator) -> np.ndarray:
-    """`[..., stored width]` uint8: blocks of random content with finite scales."""
+    """Return uint8 `[..., stored width]`: blocks of random content with finite scales."""
     block, size = GGML_QUANT_SIZES[kind]
-    high = 256 if kind.name in SCALES else 60  # a float16 whose bytes are below 60 is finite, wherever it stands
+    high = 256 if kind.name in SCALES else 60  # a float16 whose bytes are below 60 is finite
     blocks = rng.integers(0, high, (*shape[:-1], shape[-1] // block, size), dtype=np.uint8)
     for offset in SCALES.get(kind.name, ()):
         blocks[..., offset + 1] &= 0x1F  # exponent: below 1/64
@@ -68,14 +68,14 @@ def write_llama(
     tokenizer=None,
     architecture: str = "llama",
 ) -> Path:
-    """A Llama as GGUF.
+    """Write a Llama as GGUF.
 
     Args:
         config: config.json.
         tensors: by Hugging Face name, float32 or float16.
         stored: raw data and its type, instead of `tensors`, by Hugging Face name.
         extra: more tensors, by their GGUF name.
-        settings: GGUF keys and values, beside or instead of the usual ones; None leaves the key out.
+        settings: GGUF keys and values, added to or replacing the usual ones; None leaves the key out.
         tokenizer: called with the writer.
     """
     writer = GGUFWriter(path, architecture)
@@ -116,7 +116,7 @@ def write_llama(
 
 
 def add(writer: GGUFWriter, key: str, value: Any) -> None:
-    """One key, with the type that its value has."""
+    """Add a key with the type of its value."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -130,7 +130,7 @@ def add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 
 def vocabulary(path: Path, write, architecture: str = "llama") -> Path:
-    """A GGUF file without tensors."""
+    """Write a GGUF file without tensors."""
     writer = GGUFWriter(path, architecture)
     writer.add_context_length(512)
     write(writer)
@@ -141,12 +141,12 @@ def vocabulary(path: Path, write, architecture: str = "llama") -> Path:
 
 
 def hub_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """`(config.json, tensors)` of a folder with one safetensors file."""
+    """Return `(config.json, tensors)` of a folder with one safetensors file."""
     return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
 
 
 def sentencepiece_keys(file: Path, **ids: int):
-    """The tokenizer of a SentencePiece model, as the converter's `_set_vocab_sentencepiece` writes it."""
+    """Write the tokenizer of a SentencePiece model as the converter's `_set_vocab_sentencepiece` does."""
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(str(file))
@@ -172,7 +172,7 @@ def sentencepiece_keys(file: Path, **ids: int):
 
 
 def demo_model() -> Path:
-    """SmolLM2-135M-Instruct as GGUF, where it was fetched (`scripts/get_demo_model.py`); the test skips where it was not."""
+    """Return SmolLM2-135M-Instruct as GGUF; skip the test if `scripts/get_demo_model.py` has not downloaded it."""
     place = Path(os.environ.get("FTJAX_DEMO_MODEL") or Path(__file__).resolve().parents[1] / "demo" / "model")
     found = [place] if place.is_file() else sorted(place.glob("*.gguf"))
     if not found or not re.search("smollm2", found[0].name, re.IGNORECASE):

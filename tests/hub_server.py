@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face Hub on this machine: the few requests that huggingface_hub makes to push and to download.
+"""Stands in for the Hugging Face Hub on this machine: the requests with which huggingface_hub pushes and downloads.
 
-The token `hf_test` is the user `me`, who may write under `me/`; what is `gated` wants terms accepted. `processes` of the
-tests reach it through HF_ENDPOINT.
+The token `hf_test` is that of the user `me`, who may write under `me/`. Repositories in `gated` require accepted terms.
+Processes that tests start reach it through HF_ENDPOINT.
 """
 
 import base64
@@ -35,21 +35,21 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server knows, and what it was asked."""
+    """The repositories of the server, and the requests that it received."""
 
     endpoint: str
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # by SHA-256, before a commit names them
-    uploads: list[str] = field(default_factory=list)  # SHA-256 of each object that was sent
+    uploads: list[str] = field(default_factory=list)  # SHA-256 of each uploaded object
     downloads: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
-    hang_after: int | None = None  # so many objects are taken; the next one is never answered
+    hang_after: int | None = None  # this many objects are accepted; the next request is never answered
     hanging: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
     processes: list[subprocess.Popen] = field(default_factory=list)
 
     def run(self, code: str, home: Path, **environment: str) -> subprocess.Popen:
-        """Python in a process of its own that takes this server for the Hub; `home` holds its cache."""
+        """Run Python code in a process that uses this server as the Hub; its cache is in `home`."""
         known = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         wanted = {
             "HF_ENDPOINT": self.endpoint,
@@ -70,7 +70,7 @@ class Hub:
         return process
 
 
-PATIENCE = 600  # seconds that a test waits for an event: what never comes fails, and a busy machine does not
+PATIENCE = 600  # seconds that a test waits for an event: long enough for a busy machine
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def serving() -> Iterator[Hub]:
     try:
         yield server.hub
     finally:
-        for process in server.hub.processes:  # whatever became of the test
+        for process in server.hub.processes:  # even if the test failed
             process.kill()
             process.communicate()
         server.hub.released.set()
@@ -96,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments) -> None:
-        """The suite stays quiet."""
+        """Print nothing."""
 
     def answer(self, status: int, body: dict | list | bytes = b"", **headers: str) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

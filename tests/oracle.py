@@ -1,4 +1,4 @@
-"""transformers' models beside ours: make a tiny one, load it here, compare."""
+"""Compares ftjax with transformers: makes a tiny model, loads it in both, and computes logits."""
 
 import dataclasses
 import json
@@ -29,13 +29,13 @@ from ftjax.models.nn.context import Context
 
 @dataclass(frozen=True)
 class Case:
-    """One tiny configuration of a family.
+    """A tiny configuration of a family.
 
     Attributes:
         name: shown in the test's name.
-        model_type: of transformers.
+        model_type: that of transformers.
         values: fields of its config.json that differ from TINY.
-        tensor: the widest `tensor` axis that the sizes divide by.
+        tensor: the largest `tensor` axis that divides the sizes.
     """
 
     name: str
@@ -65,13 +65,15 @@ def hf_config(case: Case) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[case.model_type]
-    known = {field.name for field in dataclasses.fields(kind)}  # GPT-2 has names of its own
+    known = {field.name for field in dataclasses.fields(kind)}  # GPT-2 has its own names
     return kind(**{**{name: value for name, value in TINY.items() if name in known}, **case.values})
 
 
 def make_hf(case: Case, folder: Path, seed: int = 0, **save) -> Any:
-    """A randomly initialised float32 model of transformers, saved to `folder`. Vectors get random values too: a norm of
-    ones or a bias of zeros would hide that it is not read."""
+    """Make a float32 model of transformers with random weights, and save it to `folder`.
+
+    Vectors get random values too: norms of ones and biases of zeros would hide that they are not read.
+    """
     torch.manual_seed(seed)
     config = hf_config(case)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -85,7 +87,7 @@ def make_hf(case: Case, folder: Path, seed: int = 0, **save) -> Any:
 
 
 def folders(cases: Mapping[str, Case], tmp_path_factory) -> Callable[[str], Path]:
-    """The folder of a case by its name, made when it is first asked for."""
+    """Return a function from a case's name to its folder, which is made on first use."""
     made = {}
 
     def of(name: str) -> Path:
@@ -98,7 +100,7 @@ def folders(cases: Mapping[str, Case], tmp_path_factory) -> Callable[[str], Path
 
 
 def load(folder: Path, attach: Callable | None = None, mesh=None, dtype=jnp.float32) -> tuple[Model, dict[str, jax.Array]]:
-    """Our model and its parameters; `attach(root)` may put a method in."""
+    """Load a model and its parameters with ftjax; `attach(root)` may add a method."""
     config, source = open_model(folder)
     root = build_module(config)
     if attach:
@@ -123,7 +125,7 @@ def context(ids: np.ndarray, segments: np.ndarray | None = None, positions: np.n
 
 
 def logits(model: Model, params: dict, ids: np.ndarray, **inputs) -> np.ndarray:
-    """float32 `[B, T, V]`, uncached."""
+    """Return float32 logits `[B, T, V]`, computed without a cache."""
     ctx = context(ids, **inputs)
     return np.asarray(compiled(model)(params, jnp.asarray(ids), ctx.positions, ctx.segment_ids))
 
@@ -132,7 +134,7 @@ COMPILED: deque[tuple[Any, Callable]] = deque(maxlen=16)
 
 
 def compiled(model: Model) -> Callable:
-    """`(params, ids, positions, segment_ids) -> logits`, jitted; models of the same structure share it."""
+    """Return the jitted `(params, ids, positions, segment_ids) -> logits`; models of the same structure share it."""
     buffers = tuple((path, value.dtype.str, value.shape, value.tobytes()) for path, value in model.buffers.items())
     structure = (model.order, buffers, model.treedef, model.graphdef)  # compared, not hashed: Gemma 3's graphdef has a dict
     for known, function in COMPILED:
@@ -151,7 +153,7 @@ def compiled(model: Model) -> Callable:
 
 
 def hf_logits(hf: Any, ids: np.ndarray, mask: np.ndarray | None = None, positions: np.ndarray | None = None) -> np.ndarray:
-    for module in hf.modules():  # dynamic RoPE remembers the longest text that it has seen; each call here stands alone
+    for module in hf.modules():  # dynamic RoPE remembers the longest text it has seen; calls here are independent
         if hasattr(module, "original_inv_freq"):
             module.inv_freq.copy_(module.original_inv_freq)
             module.max_seq_len_cached = module.original_max_seq_len
@@ -169,7 +171,8 @@ def hf_logits(hf: Any, ids: np.ndarray, mask: np.ndarray | None = None, position
 
 
 def peer_training(shared: Path, folder: Path, *arguments: str) -> dict[str, Any]:
-    """What the script that trains with transformers and PEFT writes; it runs in this process, which has PyTorch loaded."""
+    """Return what the script that trains with transformers and PEFT writes; it runs in this process, which has loaded
+    PyTorch."""
     out = folder / "peer.json"
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
         patch.setattr(sys, "argv", ["peft_reference.py", *arguments, "--out", str(out)])
@@ -178,5 +181,5 @@ def peer_training(shared: Path, folder: Path, *arguments: str) -> dict[str, Any]
 
 
 def write_merged(folder: Path, model: Model, params: dict, config, source: Path) -> None:
-    """The model, with what its method trained, as a float32 Hugging Face folder."""
+    """Write the model, with its method's update merged, as a float32 Hugging Face folder."""
     write_folder(folder, model, model_tensors(model, from_params(params), params, config, np.float32), "float32", source)

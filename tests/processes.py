@@ -1,4 +1,4 @@
-"""Runs of `ftjax` as several real processes on CPUs, each with devices of its own, joined by `--coordinator`."""
+"""Starts runs of `ftjax` as several processes on CPUs, each with its own devices, joined by `--coordinator`."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from oracle import Case, make_hf
 from quick_compile import QUICK
 from tiny_tokenizer import save_tokenizer
 
-# What `ftjax` runs. PyTorch, which only the tests have installed, would be a third of what a process imports: transformers and
-# datasets look for it when they are imported.
+# The command `ftjax` without PyTorch, which only tests have installed and which would take a third of the import time:
+# transformers and datasets look for it when they are imported.
 COMMAND = """import sys
 sys.modules['torch'] = None
 import transformers, datasets
@@ -29,7 +29,7 @@ main()
 
 
 def make_settings(folder: Path, family: str = "llama", **values) -> dict:
-    """A tiny model with data in `folder`, and the configuration of a run without its output_dir.
+    """Write a tiny model and data to `folder`; return the configuration of a run without its output_dir.
 
     Args:
         values: fields of the model's config.json.
@@ -54,7 +54,7 @@ def make_settings(folder: Path, family: str = "llama", **values) -> dict:
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    """Of a process with so many CPU devices."""
+    """Return the environment of a process with this many CPU devices."""
     flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu", **more}
 
@@ -66,7 +66,7 @@ def address() -> str:
 
 
 def start(command: Sequence[str], code: str = COMMAND, **options) -> subprocess.Popen:
-    """`ftjax` with these arguments."""
+    """Start `ftjax` with these arguments."""
     whole = [sys.executable, "-c", code, *map(str, command)]
     return subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
@@ -75,14 +75,14 @@ def launch(
     count: int, settings: dict, out: Path, *, devices: int | Sequence[int] = 1, own: Mapping[int, Sequence[str]] | None = None,
     wait: Mapping[int, float] | None = None, more: Mapping[str, str] | None = None, code: Mapping[int, str] | None = None,
 ) -> list[subprocess.Popen]:  # fmt: skip
-    """`count` processes that train, as a person starts them.
+    """Start `count` training processes, as a user would.
 
     Args:
-        devices: of each process, or of all.
-        own: further arguments of single processes, by their numbers.
-        wait: seconds before single processes are started.
+        devices: per process, as a list or one number for all.
+        own: further arguments of single processes, by index.
+        wait: seconds to wait before starting single processes.
         more: environment variables.
-        code: what single processes run instead of `ftjax`, with the same arguments.
+        code: Python code that single processes run instead of `ftjax`, with the same arguments.
     """
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**settings, "output_dir": str(out)}))
@@ -100,10 +100,10 @@ def launch_verb(
     count: int, arguments: Sequence[str], folder: Path, own: Mapping[int, Sequence[str]] | None = None,
     instead: Mapping[int, Sequence[str]] | None = None,
 ) -> list[subprocess.Popen]:  # fmt: skip
-    """`count` processes of any verb, joined by JAX's variables, in `folder`.
+    """Start `count` processes of any command, joined by JAX's environment variables, in `folder`.
 
     Args:
-        own: further arguments of single processes, by their numbers.
+        own: further arguments of single processes, by index.
         instead: all arguments of single processes.
     """
     joined = {"JAX_COORDINATOR_ADDRESS": address(), "JAX_NUM_PROCESSES": str(count)}
@@ -118,14 +118,14 @@ def launch_verb(
 
 
 def rows(out: Path, name: str = "train/loss") -> dict[int, dict]:
-    """What was logged with a metric of that name, by update; a line that is being written is left out."""
+    """Return the logged values of a metric by update, without a line that is still being written."""
     path = out / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return {row["step"]: row for row in map(json.loads, lines) if name in row}
 
 
 def wait_for_step(running: list[subprocess.Popen], out: Path, step: int) -> None:
-    """Until that update is logged, or a process has ended."""
+    """Wait until this update is logged or a process has ended."""
     deadline = time.monotonic() + 900
     while step not in rows(out) and all(process.poll() is None for process in running):
         assert time.monotonic() < deadline, end(running, kill=True)
@@ -133,7 +133,7 @@ def wait_for_step(running: list[subprocess.Popen], out: Path, step: int) -> None
 
 
 def end(running: list[subprocess.Popen], kill: bool = False, timeout: float = 900) -> list[str]:
-    """What each has said, once all have ended."""
+    """Wait for all processes; return the output of each."""
     if kill:
         for process in running:
             process.kill()
@@ -143,9 +143,10 @@ def end(running: list[subprocess.Popen], kill: bool = False, timeout: float = 90
 def run(
     count: int, settings: dict, out: Path, then: Callable[[list[subprocess.Popen]], None] = lambda running: None, **options
 ) -> tuple[list[subprocess.Popen], list[str]]:
-    """Launch, do something with the running processes, wait: `(processes, what they said)`.
+    """Launch processes, act on them while they run, and wait; return `(processes, their outputs)`.
 
-    Gloo, which joins CPUs, gives a process 30 seconds to come after the first; where the machine is too busy for that, again.
+    Gloo, which connects CPUs, gives each process 30 seconds after the first; on a machine too busy for that, the launch is
+    repeated.
     """
     before = out.with_name(f"before-{out.name}")
     shutil.rmtree(before, ignore_errors=True)
@@ -177,7 +178,7 @@ def whole_run(settings: dict, out: Path, devices: int) -> None:
 
 
 def same_losses(got: dict[int, dict], want: dict[int, dict], tolerance: float = 1e-6) -> None:
-    """The number of trained tokens tells which rows an update had."""
+    """Assert equal losses and equal numbers of trained tokens, which tell which rows an update had."""
     assert [got[step]["train/trained_tokens"] for step in got] == [want[step]["train/trained_tokens"] for step in got]
     np.testing.assert_allclose(
         [got[step]["train/loss"] for step in got], [want[step]["train/loss"] for step in got], rtol=0, atol=tolerance

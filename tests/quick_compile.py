@@ -1,13 +1,13 @@
-"""XLA's flags for tests: programs of a few thousand numbers run once or twice, so that compiling them is most of the work.
+"""Sets XLA flags for tests: programs on a few thousand numbers run once or twice, so compiling takes most of their time.
 
-LLVM does not optimise, and elementwise fusions take the older way to machine code, which is several times as quick to take.
-What XLA makes of a program before that, where a change of ours can go wrong, is as users have it. Processes that tests start
-get the same flags: where a result is compared to the bit, both sides are compiled alike.
+LLVM does not optimise, and fusions of elementwise operations use the older emitters, which compile several times as fast. XLA's
+own passes, in which a change of ours can go wrong, are those of users. Processes started by tests get the same flags, so
+bitwise comparisons use the same compiler settings on both sides.
 """
 
 from importlib.metadata import version
 
-# Later versions have the newer way alone, and end the process at a flag that they do not know.
+# Later versions have only the newer emitters, and end the process at an unknown flag.
 OLDER_WAY = ["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []
 
 QUICK = " ".join([

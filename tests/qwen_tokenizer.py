@@ -1,4 +1,4 @@
-"""A tokenizer folder as transformers 4 wrote it: a class, and files that 5 writes otherwise or not at all."""
+"""Writes a tokenizer folder as transformers 4 did: a class, and files that transformers 5 writes differently or not at all."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>")
 
 
 def qwen(folder: Path, **changes: object) -> Path:
-    """Qwen's, of 304 tokens; `changes` are of tokenizer_config.json, where "left out" leaves a key out."""
+    """Write Qwen's tokenizer with 304 tokens; `changes` apply to tokenizer_config.json, where "left out" removes a key."""
     folder.mkdir()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

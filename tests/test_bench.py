@@ -1,6 +1,6 @@
-"""The benchmarks, each on the smallest model: that both sides do the same work, and that what is printed is what was measured.
+"""Runs each benchmark on the smallest model: both sides do the same work, and the printed figures are the measured ones.
 
-No figure is asserted but those that do not depend on the machine.
+Only figures that do not depend on the machine are asserted.
 """
 
 import json
@@ -56,7 +56,7 @@ def test_step(model, tmp_path):
 
 
 def test_step_on_random_weights_and_quantised(tmp_path):
-    """As on a GPU without downloads: a config.json alone. Rows of 64 are one block of nf4, as in bitsandbytes."""
+    """A config.json is enough, as on a GPU without downloads. Rows of 64 are one block of nf4, as in bitsandbytes."""
     folder = tmp_path / "model"
     folder.mkdir()
     hf_config(Case("tiny", "llama", {"hidden_size": 64, "intermediate_size": 128})).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The command line: exit codes, messages without a traceback, doctor."""
+"""Tests the command line: exit codes, messages without a traceback, doctor."""
 
 import importlib
 import inspect
@@ -80,7 +80,7 @@ def test_models_lists_the_registry(capsys):
 
 @pytest.fixture
 def run_file(tmp_path, stories):
-    """A configuration of a real small model and three rows of data."""
+    """Write a configuration of a real small model and three rows of data; return its path."""
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"say {n}:", "completion": f" number {n}"}) + "\n" for n in range(3)))
     path = tmp_path / "run.yaml"
@@ -122,7 +122,7 @@ GENERATE_ONLY = {"prompt": ["p", "-"], "prompts": "f.txt", "raw": True, "batch_s
 
 @pytest.mark.parametrize("verb, options", [("generate", OPTIONS | GENERATE_ONLY), ("chat", OPTIONS)])
 def test_options_of_generation_arrive(monkeypatch, capsys, verb, options):
-    """Every option reaches the function behind the verb, and no setting is without an option."""
+    """Every option reaches the command's function, and every setting has an option."""
     module = importlib.import_module("ftjax.generate.command" if verb == "generate" else "ftjax.generate.chat")
     signature = inspect.signature(getattr(module, verb))
     called = {}
@@ -140,7 +140,7 @@ def test_options_of_generation_arrive(monkeypatch, capsys, verb, options):
     assert {key: str(value) if isinstance(value, Path) else value for key, value in arrived.items()} == {
         "model": "some/model", **{name: tuple(value) if name == "stop" else value for name, value in options.items()}
     }  # fmt: skip
-    # and what is not given is what the records have by default
+    # options that are not given have the records' defaults
     called.clear()
     run(capsys, verb, "some/model")
     longest = Request(max_new_tokens=512) if verb == "chat" else Request()
@@ -151,7 +151,7 @@ def test_options_of_generation_arrive(monkeypatch, capsys, verb, options):
 
 
 def flat(called: dict) -> dict:
-    """What arrived, by the names of the options; what is decided later (`number`, `chat`, `tools`, the prompt) is not one."""
+    """Return the received values by option name, without those decided later (`number`, `chat`, `tools`, the prompt)."""
     given = dict(called)
     request, options = given.pop("request"), given.pop("options")
     sampling = given.pop("sampling", None) or vars(request.sampling)

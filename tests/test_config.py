@@ -1,4 +1,4 @@
-"""Configuration files: values, places of errors, aliases, overrides, round trips."""
+"""Tests configuration files: values, positions of errors, aliases, overrides, round trips."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def write(tmp_path: Path):
 
 @pytest.fixture
 def load(write):
-    """Loads MINIMAL + text with overrides; what was noted is in `load.notes`."""
+    """Return a function that loads MINIMAL + text with overrides; notes are collected in `load.notes`."""
 
     def load(text: str = "", *overrides: str) -> Config:
         load.notes = []
@@ -173,7 +173,7 @@ def test_what_is_said(load, text, said):
         ("model.path.x=3", "model.path is a single value and has no key x"),
         ("optimizer.groups.0.freeze=true", "optimizer.groups.0"),
         ("method.target_modules=[q", "not valid YAML"),
-        ("data.revision=x", "it belongs at model.revision"),  # a source's is meant
+        ("data.revision=x", "it belongs at model.revision"),  # the source's key is meant
     ],
 )
 def test_wrong_overrides(load, override, said):
@@ -250,7 +250,7 @@ def test_every_alias_stands_for_a_key_and_hides_none():
         assert not any(name in model.model_fields for model in models), f"{name} is a key of {section}"
         assert name not in Config.model_fields
     assert not set(EXPLAINED) & set(ALIASES)
-    assert set(EXPLAINED) & set(homes()) == {"fsdp", "batch_size"}  # of mesh: and of evaluate:, and another tool's
+    assert set(EXPLAINED) & set(homes()) == {"fsdp", "batch_size"}  # a key of mesh: and of evaluate:, and another tool's name
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_every_alias_stands_for_a_key_and_hides_none():
         ("load_in_8bit: false\n", "model.quantization", None),
         ("quantization_bit: 4\n", "model.quantization", "nf4"),
         ("training: {fp16: true}\n", "model.compute_dtype", "float16"),
-        # ftjax's own keys where somebody else would put them
+        # ftjax's own keys in the sections where other tools have them
         ("learning_rate: 1e-3\n", "optimizer.learning_rate", 1e-3),
         ("training: {learning_rate: 1e-3}\n", "optimizer.learning_rate", 1e-3),
         ("training: {Learning-Rate: 1e-3}\n", "optimizer.learning_rate", 1e-3),
@@ -321,7 +321,7 @@ def test_what_a_value_means_and_what_is_given_must_agree(load):
 
 
 def test_switches(load):
-    """What is off and would not be on says nothing; what is on may be switched off."""
+    """A switch that is off prints nothing if its target is off anyway; one that is on may be turned off."""
     config = load("bf16: false\nload_in_8bit: false\nload_in_4bit: true\nfp16: true\n")
     assert (config.model.quantization, config.model.compute_dtype) == ("nf4", "float16")
     assert sum("changes nothing" in note for note in load.notes) == 2
@@ -361,7 +361,7 @@ OWN = ("--examples", "--html", "--help", "-h")
         (["--packing", "method.r=8", "--bf16", "--seed", "-1"], ["method.r=8", "packing=true", "bf16=true", "seed=-1"]),
         (["--load_in_4bit", "True", "--max_steps", "None"], ["load_in_4bit=true", "max_steps=null"]),
         (["--training.max_steps", "5", "--chat_template", "a=b"], ["training.max_steps=5", "chat_template=a=b"]),
-        (["--learning_rat", "1"], ["learning_rat=1"]),  # and the key is said to be wrong
+        (["--learning_rat", "1"], ["learning_rat=1"]),  # and the key is reported as wrong
         (["--examples", "3", "--html", "x", "-h"], ["--examples", "3", "--html", "x", "-h"]),
         (["--exampels", "3"], ["--exampels", "3"]),
         (["--nonsense", "3"], ["--nonsense", "3"]),
@@ -377,7 +377,7 @@ def test_rows_per_device_are_converted_by_accumulation_and_mesh(load, name):
     text = f"{name}: 3\ntraining: {{gradient_accumulation_steps: 2}}\nmesh: {{data: 4, fsdp: 2, tensor: 2, slices: 2}}\n"
     assert load(text).training.global_batch_size == 3 * 2 * 4 * 2 * 2
     assert "3 rows x 2 accumulation steps x 16 devices" in load.notes[0]
-    # the accumulation that counts is the final one, and an override of the real key is not multiplied
+    # the final accumulation counts, and an override of the real key is not multiplied
     assert load(text, "training.gradient_accumulation_steps=5").training.global_batch_size == 3 * 5 * 16
     assert load(text, "training.global_batch_size=4").training.global_batch_size == 4
     assert load("", f"{name}=3").training.global_batch_size == 3

@@ -1,4 +1,4 @@
-"""What commands print: lines that break at words, tables that fit, nothing cut off, in terminals of any width and in pipes."""
+"""Tests printed output: lines break at words, tables fit and nothing is cut off, in terminals of any width and in pipes."""
 
 import ast
 import io
@@ -109,7 +109,7 @@ def test_only_one_module_makes_consoles_and_tables():
 
 
 def in_terminal(width, *arguments):
-    """What a command writes to a terminal of that width, without colours."""
+    """Return what a command writes to a terminal of this width, without colours."""
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "FORCE_COLOR")}

@@ -1,4 +1,4 @@
-"""Threads enough for collectives on several CPU devices."""
+"""Tests that there are enough threads for collectives on several CPU devices."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def test_asked_for_where_devices_wait_for_each_other():
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
 def test_the_pool_of_xla_follows():
-    """In a process of its own: devices are made once, with the variable as it is then."""
+    """XLA's thread pool follows the variable; this needs a new process, as devices are made once."""
     code = (
         "from ftjax.cpu_threads import set_threads; {}; import jax, os; jax.jit(lambda x: x + 1)(1.0); "
         "print(len(os.listdir('/proc/self/task')))"

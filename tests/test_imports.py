@@ -1,6 +1,7 @@
-"""Imports go one way: cli -> {train.run, evaluate, generate, plan, hub} -> {train, methods, objectives} -> models -> the rest.
+"""Tests that imports go one way: cli -> {train.run, evaluate, generate, plan, hub} -> {train, methods, objectives} -> models ->
+the rest.
 
-The files are parsed, not run, so that imports inside functions count too.
+Files are parsed, not run, so that imports inside functions count too.
 """
 
 import ast
@@ -10,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ftjax"
 
-# A room may import itself, what it names here, and what those may import.
+# A package may import itself, the packages listed here, and what those may import.
 BELOW = {
     "errors": set(),
     "console": {"errors"},
@@ -79,7 +80,7 @@ def room_of(path: Path) -> str:
 
 
 def imported(tree: ast.AST, path: Path) -> list[tuple[int, str]]:
-    """Line and dotted name of every import, `from a import b` as `a.b`, relative ones made absolute."""
+    """Yield line and dotted name of every import, `from a import b` as `a.b`, with relative ones made absolute."""
     package = ("ftjax", *path.relative_to(PACKAGE).with_suffix("").parts[:-1])
     names = []
     for node in ast.walk(tree):
@@ -140,7 +141,7 @@ def test_the_command_line_imports_its_rooms_inside_functions():
 
 
 def test_no_permission_is_unused():
-    """What a room may import, some file of it does."""
+    """Every import that a package is allowed occurs in one of its files."""
     used = {room: set() for room in BELOW}
     for path in files():
         for _, name in imported(ast.parse(path.read_text(encoding="utf-8")), path):
@@ -149,7 +150,7 @@ def test_no_permission_is_unused():
 
 
 def test_no_circles_of_files():
-    """Not within a room, and not by imports inside functions."""
+    """No files import each other in a circle, within a package or by imports inside functions."""
     named = {path: ".".join(("ftjax", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in files()}
     modules = {name.removesuffix(".__init__"): path for path, name in named.items()}
     left: dict[str, set[str]] = {}

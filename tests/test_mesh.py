@@ -1,4 +1,4 @@
-"""Meshes, and sizes that do not divide."""
+"""Tests meshes, and sizes that the axes do not divide."""
 
 import os
 import re
@@ -75,14 +75,14 @@ def test_uneven_size_names_parameter_axis_and_what_works():
 
 
 def test_two_dimensions_along_one_axis():
-    """Whole experts along `expert`; every other weight has its embedding dimension there."""
+    """Whole experts are sharded over `expert`; every other weight has its embedding dimension there."""
     assert spec(("experts", "mlp", "embed")) == PartitionSpec(("expert",), ("tensor",), ("fsdp",))
     assert spec(("mlp", "embed")) == PartitionSpec(("tensor",), ("fsdp", "expert"))
 
 
 @pytest.mark.parametrize("size, cut", [(64, ("tensor", "fsdp", "expert")), (12, ("tensor",))])
 def test_wide_sides_of_adapters(size, cut):
-    """They are cut over `fsdp` too, where they divide; otherwise as their layers are."""
+    """Wide sides of adapters are sharded over `fsdp` too if it divides them, else like their layers."""
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices())
     assert sharding(mesh, "lora_B", (5, size, 4), ("layers", "wide", "rank")).spec == PartitionSpec(None, cut, None)
 
@@ -102,7 +102,7 @@ def test_rows_that_do_not_divide(llama, training, said, multiple):
 
 
 def devices(platform: str, *counts: int, slices: int | None = None) -> list:
-    """Stand-ins for the devices of as many processes, shuffled; with `slices`, each process has a `slice_index`."""
+    """Return stand-ins for the devices of these processes, shuffled; with `slices`, each process has a `slice_index`."""
     found = []
     for process, count in enumerate(counts):
         more = {} if slices is None else {"slice_index": process * slices // len(counts)}
@@ -134,7 +134,7 @@ def test_slices():
 @pytest.mark.parametrize("counts", [(8,), (4, 4), (2, 2, 2, 2), (1,) * 8, (3, 3, 2)])
 @pytest.mark.parametrize("slices", [1, 2, 4])
 def test_a_configuration_means_the_same_places_on_any_number_of_cpu_processes(counts, slices):
-    """CPU devices say that they are of slice 0, all of them; processes that follow on each other stand for a slice."""
+    """All CPU devices claim slice 0; consecutive processes stand for a slice."""
     given = devices("cpu", *counts)
     for device in given:
         device.slice_index = 0
@@ -146,7 +146,7 @@ def test_a_configuration_means_the_same_places_on_any_number_of_cpu_processes(co
 
 
 def test_real_processes(tmp_path):
-    """Two processes of two devices, in two slices: JAX alone finds one slice, because all CPUs say that they are of slice 0."""
+    """Two processes of two devices in two slices work, although JAX finds one slice: all CPUs claim slice 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -168,7 +168,7 @@ def test_real_processes(tmp_path):
 
 
 def test_slices_of_gpus():
-    """Where GPUs lie in as many NVLink domains as slices are asked for, those are the slices; else processes are."""
+    """If there are as many NVLink domains as slices, those are the slices; else processes are."""
     sizes = {"data": 2, "fsdp": 1, "expert": 1, "tensor": 2, "sequence": 1}
     domains = arrange(sizes, devices("gpu", 1, 1, 1, 1, slices=2), 2)
     assert ids(domains) == [0, 1000, 2000, 3000]
@@ -202,7 +202,7 @@ def test_axes_of_gpus_stay_in_a_process_where_they_can(sizes, inside):
 
 
 def test_gpus_in_groups_that_do_not_divide():
-    """Three of four GPUs cannot be a group; four of three processes can be."""
+    """Three of four GPUs cannot form a group; four of three processes can."""
     sizes = {"data": 1, "fsdp": 4, "expert": 1, "tensor": 3, "sequence": 1}
     grid = arrange(sizes, devices("gpu", 4, 4, 4))
     for row in grid[0, :, 0, :, 0].T:
@@ -221,7 +221,7 @@ GB = 10**9
 @pytest.mark.parametrize(
     "devices, memory, training, length, want",
     [
-        (8, 16 * GB, {"global_batch_size": 16}, 128, {"data": 8, "fsdp": 1}),  # fits everywhere: no weight is ever gathered
+        (8, 16 * GB, {"global_batch_size": 16}, 128, {"data": 8, "fsdp": 1}),  # fits: no weight is ever gathered
         (8, 200_000, {"global_batch_size": 16}, 128, {"data": 2, "fsdp": 4}),
         (8, 16 * GB, {"global_batch_size": 2}, 128, {"data": 2, "fsdp": 1, "sequence": 4}),  # too few rows
         (4, 16 * GB, {"global_batch_size": 8, "gradient_accumulation_steps": 8}, 102, {"fsdp": 1, "tensor": 2, "sequence": 2}),
@@ -263,7 +263,7 @@ def test_auto_beside_sizes():
         ({}, 16),  # weight, gradient and two moments in float32
         ({"state_dtype": "bfloat16", "param_dtype": "bfloat16"}, 8),
         ({"offload": True}, 8),
-        ({"name": "adafactor"}, 8.25),  # no first moment, and of the second a row and a column of each small matrix
+        ({"name": "adafactor"}, 8.25),  # no first moment; of the second, a row and a column of each small matrix
     ],
 )
 def test_auto_counts_what_the_optimizer_holds(llama, optimizer, bytes_each):

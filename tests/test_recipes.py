@@ -1,4 +1,4 @@
-"""The recipes of docs/recipes.md: every file and every documented variant is a valid configuration that builds."""
+"""Tests the recipes of docs/recipes.md: every file and every documented variant is a valid configuration that builds."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ from ftjax.train.announce import next_commands
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*.yaml"))
-# Parameters of the checkpoints of which configs/plan has the config.json, as their authors publish them.
+# Published parameter counts of the checkpoints whose config.json is in configs/plan.
 SIZES = {
     "configs/plan/llama-3.2-1b": 1_235_814_400,
     "configs/plan/llama-3.1-8b": 8_030_261_248,
@@ -28,14 +28,14 @@ SIZES = {
 
 
 def commands(verb: str) -> list[list[str]]:
-    """The words of every `ftjax VERB configs/...` in the page's code blocks, up to a comment."""
+    """Return the words of every `ftjax COMMAND configs/...` in the page's code blocks, up to a comment."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith(f"ftjax {verb} configs/")]
     return [shlex.split(line, comments=True)[2:] for line in lines]
 
 
 def parts(words: list[str]) -> tuple[str, list[str], str]:
-    """`(configuration, key=value ..., topology)`."""
+    """Return `(configuration, overrides, topology)` of a command."""
     topology = words[words.index("--topology") + 1]
     return words[0], [word for word in words if "=" in word], topology
 
@@ -45,7 +45,7 @@ PLANS = {" ".join(words): parts(words) for words in commands("plan")}
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
-    """Paths of configurations are relative to the repository."""
+    """Change to the repository's root: paths in configurations are relative to it."""
     monkeypatch.chdir(ROOT)
 
 
@@ -59,12 +59,12 @@ def test_a_recipe_opens_with_what_it_takes_and_gives(recipe):
     assert f"ftjax train {recipe}" in PAGE
     config = load_config(recipe)
     assert config.output_dir == f"runs/{Path(recipe).stem}"
-    assert [source.path for source in sources(config)]  # what `ftjax evaluate` measures is named
+    assert [source.path for source in sources(config)]  # the data of `ftjax evaluate` is named
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_data_of_a_recipe_is_read(recipe, shared):
-    """All of its columns are there: the first row of what is trained and of what is evaluated becomes an example."""
+    """The columns exist: the first row of training and evaluation data becomes an example."""
     from ftjax.data.find import find
     from ftjax.data.read import read_rows
     from ftjax.data.reader import to_examples
@@ -76,7 +76,7 @@ def test_the_data_of_a_recipe_is_read(recipe, shared):
 
 
 def test_a_finished_run_is_tried_by_its_folder():
-    """The run knows its base model, its tokenizer and the form of its prompts."""
+    """A run's folder is enough: it knows base model, tokenizer and prompt format."""
     config = load_config(RECIPES[0])
     [line] = [line for line in next_commands(Path(config.output_dir), config) if "ftjax generate" in line]
     assert line.endswith(f"ftjax generate {config.output_dir} --prompt '...'")
@@ -90,7 +90,7 @@ def test_every_recipe_and_every_larger_model_is_planned():
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_documented_plans_build(plan):
-    """The model has the published size, and every array has a place on the chips; compiling for them is left to users."""
+    """The model has the published size and every array has a sharding; compilation is left to users."""
     config, values, topology = PLANS[plan]
     parse(topology)
     made = design_for(load_config(config, values), parse("cpu:8"))

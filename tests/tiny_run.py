@@ -1,4 +1,4 @@
-"""A tiny run without files: a model with a method, a batch, and the step that joins them."""
+"""Builds a tiny run without files: a model with a method, a batch, and the training step."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def make_config(folder, *, method=None, optimizer=None, mesh=None, **training) -
 
 
 def make_batch(rows: int, length: int, vocab: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Packed rows with several documents, prompts of weight zero, padding, and one row that is nothing but padding."""
+    """Return packed rows with several documents, prompts of weight zero, padding, and one row of padding only."""
     rng = np.random.default_rng(seed)
     shape = (rows, length)
     batch = {"tokens": rng.integers(3, vocab, shape), "targets": rng.integers(3, vocab, shape)}
@@ -37,7 +37,7 @@ def make_batch(rows: int, length: int, vocab: int, seed: int = 0) -> dict[str, n
 
 
 def run_steps(setup: Setup, batches: list[dict], microbatches: int = 1, steps: int = 100) -> tuple[list, dict]:
-    """Metrics of each update, and the trained parameters at the end."""
+    """Return the metrics of each update, and the trained parameters at the end."""
     from jax.sharding import NamedSharding
 
     from ftjax.mesh import spec

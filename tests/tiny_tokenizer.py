@@ -1,4 +1,4 @@
-"""A tokenizer of 96 tokens: letters, digits and punctuation, one character each, with BOS and EOS."""
+"""Builds a tokenizer of 96 tokens: letters, digits and punctuation, one character each, with BOS and EOS."""
 
 import string
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The configuration of a tiny run, and what such a run leaves."""
+"""Configures a tiny run, and compares the results of such runs."""
 
 import json
 
@@ -38,7 +38,7 @@ def losses(folder):
 
 
 def same_adapter(one, other):
-    """To the bit."""
+    """Assert that two adapters are equal bit for bit."""
     want, got = (load_file(folder / "final" / "adapter_model.safetensors") for folder in (one, other))
     assert want.keys() == got.keys()
     for name in want:

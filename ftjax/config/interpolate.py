@@ -11,6 +11,7 @@ from typing import Any
 from ftjax.config.yaml_text import Path
 
 _REFERENCE = re.compile(r"(\\*)\$\{")
+_TO_KEY = re.compile(r"\$\{[\w.\[\]]+\}")  # without a resolver such as `oc.env:`, and without a reference inside
 
 
 def escape(value: Any) -> Any:
@@ -20,6 +21,15 @@ def escape(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: escape(item) for key, item in value.items()}
     return [escape(item) for item in value] if isinstance(value, list) else value
+
+
+def resolvers(tree: dict[str, Any]) -> list[tuple[Path, str]]:
+    """Return `(path, value)` of the values whose references may read more than the keys of `tree`."""
+    return [
+        (path, text)
+        for path, text in _strings(tree, ())
+        if any(len(m[1]) % 2 == 0 and not _TO_KEY.match(text, m.end(1)) for m in _REFERENCE.finditer(text))
+    ]
 
 
 def interpolate(tree: dict[str, Any], defaults: dict[str, Any], report: Callable[[Path, str], None]) -> dict[str, Any]:

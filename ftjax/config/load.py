@@ -17,7 +17,7 @@ from ftjax.config import Config
 from ftjax.config.alias import CASELESS, VALUES, Alias, plain_name
 from ftjax.config.code import LEADS_TO_CODE, is_recorded
 from ftjax.config.explain import explain
-from ftjax.config.interpolate import escape, interpolate
+from ftjax.config.interpolate import escape, interpolate, resolvers
 from ftjax.config.moved import alias_at, switched
 from ftjax.config.schema import defaults, section_fields, variants, with_default_tag
 from ftjax.config.unusual import unusual
@@ -44,7 +44,8 @@ def load_config(
         overrides: `dotted.key=value` with the value in YAML (`method.r=16`, `method.target_modules=[q_proj, v_proj]`,
             `method={name: full}` to replace a section).
         note: called with one line for each accepted alias.
-        asked: False if the user named a run and not this file, which then may not run code (`ftjax.config.code`).
+        asked: False if the user named a run and not this file, which then may not run code (`ftjax.config.code`) or read the
+            environment.
 
     Raises:
         UserError: names every mistake found, each with file, line and column or with the override's text.
@@ -54,8 +55,11 @@ def load_config(
     loading.move_aliases()
     for override in overrides:
         loading.override(override)
+    recorded = not asked or is_recorded(FilePath(path))
+    if recorded:
+        loading.refuse_resolvers()
     config = loading.finish()
-    if not asked or is_recorded(FilePath(path)):
+    if recorded:
         config._unasked = loading.not_overridden(LEADS_TO_CODE)
     return config
 
@@ -67,13 +71,13 @@ def config_of(
     source: str = "the command line",
     note: Callable[[str], None] = print_note,
 ) -> Config:
-    """Build a configuration from plain values with overrides, as `load_config` does from a file.
+    """Build a configuration from plain values, in which `${` is no reference, with overrides as in `load_config`.
 
     Raises:
         UserError: names every mistake found.
     """
     loading = _Loading(source, note)
-    loading.tree = tree
+    loading.tree = escape(tree)
     for override in overrides:
         loading.override(override)
     return loading.finish()
@@ -253,6 +257,17 @@ class _Loading:
                     self.keys[here] = self.values[here] = place
                 container = container[piece]
         return None
+
+    def refuse_resolvers(self) -> None:
+        """Report the values of a run's file that read the environment: somebody else's file could send it elsewhere."""
+        for path, text in resolvers(self.tree):
+            if self._place(path).source not in self.override_sources:
+                self._report_value(
+                    path,
+                    f"{text!r} is resolved in configurations of your own only: this file is a run's, which may be somebody "
+                    f"else's, and its references may only name keys. Write the value, or set it on the command line: "
+                    f"{_dotted(path)}=...",
+                )
 
     def finish(self) -> Config:
         for name, field in section_fields().items():

@@ -15,7 +15,7 @@ from ftjax.console import make_console, say
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
-from ftjax.evaluate.fit import misfits
+from ftjax.evaluate.fit import misfits, named_classes
 from ftjax.evaluate.held_out import held_out_places
 from ftjax.evaluate.measure import Measured, check, measure
 from ftjax.evaluate.result import PREDICTIONS, RESULTS, print_results, write_predictions, write_results
@@ -54,8 +54,7 @@ def evaluate(
     check(found.config, allow_code_execution)
     base = found.base() if compare_base else None
     items, left_out = read_items(found.config, settings.limit, held_out_places(found))
-    head = head_of(found.config)
-    warnings = misfits(settings.task, items, (head and head.classes) or settings.labels)
+    warnings = misfits(settings.task, items, named_classes(found.config))
     for text in warnings:
         console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
     if store.several():

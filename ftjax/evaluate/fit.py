@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
+from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.evaluate.rows import Item
+from ftjax.objectives import head_of
 
 TEXTS = "exact_match, f1, rouge, chrf and bleu compare texts, loss needs no choice"
 LONG_LABEL = 60  # characters; a class has a name, not a paragraph
@@ -39,6 +41,12 @@ def _refuse(what: str) -> None:
         f"evaluate.task classification: the answers are texts, not classes: {what}. Choose another task ({TEXTS}), or name the "
         "classes in evaluate.labels"
     )
+
+
+def named_classes(config: Config) -> Sequence[str] | None:
+    """Return the classes that a configuration names; None if it names none."""
+    head = head_of(config)
+    return (head and head.classes) or config.evaluate.labels
 
 
 def misfits(task: str, items: Sequence[Item], labels: Sequence[str] | None) -> list[str]:

@@ -1,13 +1,13 @@
-"""The held-out rows of a run: those that it split off its training data (`data.validation_split`) and did not train on."""
+"""Finds the rows that a run trained on, and those that it split off (`data.validation_split`) and did not train on."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftjax.config import Config
 from ftjax.config.code import setting
 from ftjax.config.load import load_config
-from ftjax.data.pipeline import load_splits
+from ftjax.data.pipeline import PackedSplit, Split, load_splits
 from ftjax.errors import UserError
 from ftjax.evaluate.rows import Places, splits_off
 from ftjax.evaluate.target import Target
@@ -16,7 +16,7 @@ from ftjax.objectives import encoding_of
 from ftjax.train.record import RECORD
 from ftjax.train.same_run import fingerprints
 
-DECIDE = ("data.train", "data.validation_split", "training.seed")  # which rows are split off
+DECIDE = ("data.validation_split", "training.seed")  # with the data itself: which rows are split off
 
 
 def held_out_places(found: Target) -> Places | None:
@@ -26,37 +26,49 @@ def held_out_places(found: Target) -> Places | None:
 
     Raises UserError if the command asks for another split than the run's, or the data has changed since the run.
     """
-    config = found.config
-    if not splits_off(config):
+    if not splits_off(found.config):
         return None
-    record: Mapping[str, Any] = {}
-    if found.run is not None and (found.run / "config.yaml").is_file():
-        trained = load_config(found.run / "config.yaml", note=lambda text: None, asked=False)
-        _refuse_another(trained, config)
-        config, record = trained, _record(found)
-    train, validation = load_splits(
-        config.data, load_tokenizer(config.model), seed=config.training.seed, encoding=encoding_of(config)
-    )
+    config = trained_config(found, ("data.train", *DECIDE), "name data with --data FILE")
+    train, validation = training_splits(config, load_tokenizer(config.model))
     assert validation is not None
-    saved, now = record.get("documents", {}), fingerprints(train, validation)
-    for name in saved:
-        if saved[name].get("digest") != now.get(name, {}).get("digest"):
-            raise UserError(
-                f"{found.run}: data.validation_split: the rows of {now[name]['files']} (or the tokenizer, or its chat "
-                "template) have changed since this run trained on them, so the rows that it held out "
-                "are not known; name other data with --data FILE"
-            )
+    if changed := changed_documents(found, train, validation):
+        raise UserError(f"{changed}, so the rows that it held out are not known; name other data with --data FILE")
     return validation.places()
 
 
-def _refuse_another(trained: Config, asked: Config) -> None:
-    for key in DECIDE:
-        before, now = setting(trained, key), setting(asked, key)
+def trained_config(found: Target, decide: Sequence[str], advice: str) -> Config:
+    """Return the configuration that a run was trained with; without a run, the command's.
+
+    Raises UserError if the command sets one of the keys in `decide` to another value; `advice` says what to do instead.
+    """
+    if found.run is None or not (found.run / "config.yaml").is_file():
+        return found.config
+    trained = load_config(found.run / "config.yaml", note=lambda text: None, asked=False)
+    for key in decide:
+        before, now = setting(trained, key), setting(found.config, key)
         if before != now:
             raise UserError(
                 f"{key}: {now} is asked for, and the run has {before}: which rows it has not trained on is decided by its own "
-                "setting. Leave this one out, or name data with --data FILE"
+                f"setting. Leave this one out, or {advice}"
             )
+    return trained
+
+
+def training_splits(config: Config, tokenizer: Any) -> tuple[Split, PackedSplit | None]:
+    """Load a run's training and validation data. Raises UserError if it no longer exists."""
+    return load_splits(config.data, tokenizer, seed=config.training.seed, encoding=encoding_of(config))
+
+
+def changed_documents(found: Target, train: Split, validation: PackedSplit | None) -> str | None:
+    """Return a message if these are not the training documents of the run; None if they are, or nothing is recorded."""
+    saved = _record(found).get("documents", {}) if found.run is not None else {}
+    for name, now in fingerprints(train, validation).items():
+        if name in saved and saved[name].get("digest") != now["digest"]:
+            return (
+                f"{found.run}: {name}: the rows of {now['files']} (or the tokenizer, or its chat template) have changed since "
+                "this run trained on them"
+            )
+    return None
 
 
 def _record(found: Target) -> Mapping[str, Any]:

@@ -12,8 +12,9 @@ from ftjax.data.encoder import Encoded
 from ftjax.data.pipeline import PackedSplit
 from ftjax.distributed.agree import digest
 from ftjax.errors import UserError
+from ftjax.evaluate.fit import misfits, named_classes
 from ftjax.evaluate.measure import check, measure
-from ftjax.evaluate.rows import read_items, splits_off
+from ftjax.evaluate.rows import Item, read_items, splits_off
 from ftjax.generate.finite import NotFinite
 from ftjax.generate.session import Generator
 from ftjax.generate.text import TextStream
@@ -62,13 +63,19 @@ class Observer:
             if len(prompt) < self.generator.context:
                 self.prompts.append(prompt)
                 self.shown.append({"prompt": self._text(prompt), "reference": self._answer(prompt, answer)})
-        self.items = []
-        if self.settings.training_rows:
-            if self.settings.task == "code":
-                raise UserError("evaluate.training_rows: the task code does not run while training; use ftjax evaluate later")
-            check(self.config, False)
-            only = validation.places() if validation is not None and splits_off(self.config) else None
-            self.items, _ = read_items(self.config, self.settings.training_rows, only)
+        self.items = self._rows(validation) if self.settings.training_rows else []
+
+    def _rows(self, validation: PackedSplit | None) -> list[Item]:
+        """Return the rows of the task. Prints a warning, or raises UserError, if its metrics do not suit their references."""
+        if self.settings.task == "code":
+            raise UserError("evaluate.training_rows: the task code does not run while training; use ftjax evaluate later")
+        check(self.config, False)
+        only = validation.places() if validation is not None and splits_off(self.config) else None
+        items, _ = read_items(self.config, self.settings.training_rows, only)
+        for text in misfits(self.settings.task, items, named_classes(self.config)):
+            if jax.process_index() == 0:
+                print_note(f"warning: {text}")
+        return items
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ftjax.evaluate.measure import Measured, prompt_text
 from ftjax.evaluate.rows import Item
-from ftjax.evaluate.statistic import Difference, Interval
+from ftjax.evaluate.statistic import Difference, Interval, format_interval, interval_name
 
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 LOWER_IS_BETTER = ("loss", "perplexity")
@@ -56,13 +56,14 @@ def print_results(results: Mapping[str, Any], console: Any) -> None:
 
     head = f"{results['task']} on {results['rows']:,} rows of {results['data']}"
     say(console, f"{results['model']}: {head}")
-    names = ["metric", "n", f"value ({share(results)})", *(("base", "difference", "p") if "base" in results else ())]
+    value = f"value ({interval_name(results['confidence'])})"
+    names = ["metric", "n", value, *(("base", "difference", "p") if "base" in results else ())]
     rows = []
     for name, found in results["metrics"].items():
-        cells = [name, f"{found.rows:,}", _cell(found)]
+        cells = [name, f"{found.rows:,}", format_interval(found)]
         if "base" in results:
-            difference = results["difference"][name]
-            cells += [_cell(results["base"]["metrics"][name]), _cell(difference, "+"), f"{difference.p_value:.3g}"]
+            base, difference = results["base"]["metrics"][name], results["difference"][name]
+            cells += [format_interval(base), format_interval(difference, "+"), f"{difference.p_value:.3g}"]
         rows.append(cells)
     print_table(console, names, rows)
     if found := results.get("implicit_rewards"):
@@ -77,11 +78,3 @@ def print_results(results: Mapping[str, Any], console: Any) -> None:
             each = found["table"]
             rows = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in each["rows"]]
             print_table(console, each["head"], rows, title=f"{name}each {each['head'][0]}")
-
-
-def share(results: Mapping[str, Any]) -> str:
-    return f"{100 * results['confidence']:g} % interval"
-
-
-def _cell(found: Interval | Difference, sign: str = "") -> str:
-    return f"{found.value:{sign}.4g} ({found.low:{sign}.4g} to {found.high:{sign}.4g})"

@@ -6,6 +6,7 @@ confusion matrix. So a resample is a matrix product, and a corpus metric is resa
 Legend: N rows, R resamples, K statistics.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +92,27 @@ class Difference:
     low: float
     high: float
     p_value: float
+
+
+def format_interval(found: Interval | Difference | Mapping[str, Any] | None, sign: str = "", share: bool = False) -> str:
+    """Format as `0.42 (0.38 to 0.46)`, or a share as `42.0 % (38.0 to 46.0)`; without bounds that say nothing.
+
+    Args:
+        found: also as in a results.json. A dash stands for no value.
+        sign: "+" for differences.
+    """
+    values = found if isinstance(found, Mapping) else {} if found is None else vars(found)
+    numbers = [math.nan if values.get(key) is None else float(values[key]) for key in ("value", "low", "high")]
+    if math.isnan(numbers[0]):
+        return "-"
+    shown = [format(100 * x, f"{sign}.1f") if share else format(x, f"{sign}.4g") for x in numbers]
+    around = "" if any(map(math.isnan, numbers)) or len(set(shown)) == 1 else f" ({shown[1]} to {shown[2]})"
+    return f"{shown[0]}{' %' if share else ''}{around}"
+
+
+def interval_name(confidence: float) -> str:
+    """Return `95 % interval`."""
+    return f"{100 * confidence:g} % interval"
 
 
 FEW = 30  # rows

@@ -73,7 +73,7 @@ def _settings(found: Named, overrides: Sequence[str], note: Callable[[str], None
         return config
     if not (found.run / "config.yaml").is_file():
         return config
-    saved = load_config(found.run / "config.yaml", note=note).objective
+    saved = load_config(found.run / "config.yaml", note=note, asked=False).objective
     if saved.name != "classification":
         return config
     labels = {"labels": saved.labels, "label_format": saved.label_format}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ftjax.config import Config, MeshConfig
 from ftjax.config.load import config_of, load_config, print_note
 from ftjax.errors import UserError
-from ftjax.hub.adapter.own_base import base_of
+from ftjax.hub.adapter.own_base import base_of, publish_base
 from ftjax.hub.adapter.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config
 from ftjax.hub.adapter.plain_lora import read_updates, targets, write_plain
 from ftjax.hub.fetch import resolve_model
@@ -63,6 +63,8 @@ def export(
             write_portable(result, folder)
         else:
             shutil.copytree(result, folder, dirs_exist_ok=True)
+            if holds_adapter:
+                publish_base(folder)
         for extra in ("README.md",):
             if (result / extra).exists() and not (folder / extra).exists():
                 shutil.copyfile(result / extra, folder / extra)
@@ -87,7 +89,7 @@ def find_result(run: Path) -> tuple[Path, Config | None]:
         found = ", ".join(sorted(p.name for p in run.iterdir())[:10]) if run.is_dir() else "no such folder"
         raise UserError(f"{run}: expected a run folder (config.yaml, final/); found {found}")
     if (home / "config.yaml").is_file():
-        return result, load_config(home / "config.yaml")
+        return result, load_config(home / "config.yaml", asked=False)
     if not (result / CONFIG).is_file():
         raise UserError(f"{home}: expected the run's config.yaml beside {result.name}/, to find the base model")
     return result, None

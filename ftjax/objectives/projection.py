@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from ftjax.mesh import CUT, RULES, constrain, spec
+from ftjax.mesh import RULES, WEIGHT_AXES, constrain, spec
 from ftjax.models.model import Model
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.gathered import fully_sharded, gathered, in_order
@@ -69,7 +69,7 @@ def _sharded_output(model: Model, params: Mapping[str, jax.Array]) -> tuple[dict
 
     def arrange(hidden, targets, weights):
         rows = "batch", "length"
-        return gathered(hidden, (*rows, None)), *(constrain(x, *rows, without=CUT) for x in (targets, weights))
+        return gathered(hidden, (*rows, None)), *(constrain(x, *rows, without=WEIGHT_AXES) for x in (targets, weights))
 
     return {path: lay_out(path) for path in own}, arrange if divides else keep_sharding
 
@@ -78,7 +78,7 @@ def _from_embed_to_vocab(weight: jax.Array) -> jax.Array:
     """Reshard `[V, E]` from E to V along `fsdp` and `expert`; its gradient is resharded back."""
 
     def local(weight: jax.Array) -> jax.Array:
-        return in_order(jax.lax.all_to_all(in_order(weight), CUT, 0, 1, tiled=True))
+        return in_order(jax.lax.all_to_all(in_order(weight), WEIGHT_AXES, 0, 1, tiled=True))
 
     before, after = spec(("vocab", "embed")), spec(("loss_vocab", None))
     mesh = jax.sharding.get_abstract_mesh()

@@ -78,7 +78,7 @@ def read_run(folder: Path) -> Run:
             raise UserError(f"{folder}: there is no such run (runs in {folder.parent}: {beside})")
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "a file"
         raise UserError(f"{folder}: expected a run folder with config.yaml and metrics.jsonl; found {found}")
-    config = load_config(folder / "config.yaml", note=lambda text: None)
+    config = load_config(folder / "config.yaml", note=lambda text: None, asked=False)
     metrics, generations, warnings = [], [], []
     for row in _lines(folder / "metrics.jsonl"):
         step = row.get("step")

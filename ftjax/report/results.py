@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from ftjax.evaluate.lm_eval.scores import harness_scores
-from ftjax.evaluate.statistic import on_few
+from ftjax.evaluate.statistic import format_interval, interval_name, on_few
 from ftjax.page.chart import interval_chart
 from ftjax.page.document import details, table, text
 from ftjax.report.read import Measured, Run
@@ -15,7 +15,6 @@ SAMPLES = 6  # per evaluation
 SHOWN_STEPS = 4  # of the answers during training; the others are collapsed
 FLAGS = ("empty", "repeating", "cut_off", "wrong_language")
 COLOURS = {"passed": "good", "failed": "bad", "not judged": "soft", "not measured": "off"}
-Numbers = Mapping[str, Any] | None
 
 
 def evaluations(run: Run) -> Iterable[str]:
@@ -43,9 +42,9 @@ def harness_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         row = [f"{one.task}: {one.metric}", count(one.rows)]
         for found in (one, base.get((one.task, one.metric))):
             bounds = (None, None) if found is None else found.bounds
-            row.append(cell({"value": found.value, "low": bounds[0], "high": bounds[1]} if found else None))
+            row.append(format_interval({"value": found.value, "low": bounds[0], "high": bounds[1]} if found else None))
         rows.append(row if base else row[:3])
-    return ["metric", "n", "value (95 % interval)", *(("base",) if base else ())], rows
+    return ["metric", "n", f"value ({interval_name(0.95)})", *(("base",) if base else ())], rows
 
 
 def _harness(one: Measured) -> Iterable[str]:
@@ -60,24 +59,12 @@ def rows_of(results: Mapping[str, Any]) -> list[list[str]]:
     base, difference = results.get("base", {}).get("metrics", {}), results.get("difference", {})
     found = []
     for name, value in results.get("metrics", {}).items():
-        row = [name, count(value.get("rows", results.get("rows"))), cell(value)]
+        row = [name, count(value.get("rows", results.get("rows"))), format_interval(value)]
         if "base" in results:
-            row += [cell(base.get(name)), cell(difference.get(name), "+"), number((difference.get(name) or {}).get("p_value"))]
+            change = difference.get(name)
+            row += [format_interval(base.get(name)), format_interval(change, "+"), number((change or {}).get("p_value"))]
         found.append(row)
     return found
-
-
-def cell(value: Numbers, sign: str = "", share: bool = False) -> str:
-    """Format as `0.42 (0.38 to 0.46)`, or a share as `42 % (38 to 46)`; without bounds if there are none."""
-    if not value or value.get("value") is None:
-        return "-"
-    numbers = [
-        None if value.get(key) is None else float(value[key]) * (100 if share else 1) for key in ("value", "low", "high")
-    ]
-    form = f"{sign}.1f" if share else f"{sign}.4g"
-    shown = ["" if x is None else format(x, form) for x in numbers]
-    around = f" ({shown[1]} to {shown[2]})" if shown[1] and shown[2] and not shown[1] == shown[2] == shown[0] else ""
-    return f"{shown[0]}{' %' if share else ''}{around}"
 
 
 def count(value: int | None) -> str:
@@ -97,8 +84,8 @@ def _pictures(results: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _metrics(results: Mapping[str, Any]) -> str:
-    share = f"{100 * results.get('confidence', 0.95):g} % interval"
-    head = ["metric", "n", f"value ({share})", *(("base", "difference", "p") if "base" in results else ())]
+    value = f"value ({interval_name(results.get('confidence', 0.95))})"
+    head = ["metric", "n", value, *(("base", "difference", "p") if "base" in results else ())]
     parts = [table(head, rows_of(results))]
     for who, found in (("", results), ("base: ", results.get("base", {}))):
         if "confusion_matrix" in found:
@@ -187,7 +174,7 @@ def checks(run: Run) -> Iterable[str]:
             if found["verdict"] == "not measured":
                 continue
             cells = [count(found.get("rows"))]
-            cells += [cell(found.get(key), share=bool(found.get("share"))) for key in ("value", "base")]
+            cells += [format_interval(found.get(key), share=bool(found.get("share"))) for key in ("value", "base")]
             words = "".join(f'<td class="n">{escape(value)}</td>' for value in cells)
             said = escape(on_few(found["verdict"], found.get("rows")))
             verdict = f'<td class="v {COLOURS.get(found["verdict"], "soft")}">{said}</td>'
@@ -219,7 +206,7 @@ def _flagged(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 def _share(value: Any) -> str:
     """Format a share with its bounds; older checks wrote none."""
-    return cell(value if isinstance(value, Mapping) or value is None else {"value": value}, share=True)
+    return format_interval(value if isinstance(value, Mapping) or value is None else {"value": value}, share=True)
 
 
 def _float(value: Any) -> float:

@@ -128,7 +128,7 @@ def _read(path: epath.Path) -> Config:
     with tempfile.TemporaryDirectory() as here:
         local = Path(here) / CONFIG
         local.write_text(path.read_text(), encoding="utf-8")
-        return load_config(local)
+        return load_config(local, asked=False)
 
 
 # ---- best/, where the run folder is on a disk that may be lost ----

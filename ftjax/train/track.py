@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -53,7 +54,12 @@ class Tracker:
             self._quiet_board()
             # With a queue that a row of metrics fills, logging would wait forever for a writer that has failed.
             purge = resume_from + 1 if resume_from else None
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, max_queue=10_000)
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"),
+                purge_step=purge,
+                max_queue=10_000,
+                filename_suffix=f".{time.time_ns()}",  # the rest of the name has only the second
+            )
             # add_hparams would create a separate run for them.
             for summary in hparams(flat(config), dict.fromkeys(COMPARED))[:2]:
                 self._board.file_writer.add_summary(summary)

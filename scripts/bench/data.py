@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""How fast data becomes tokens, and tokens become batches.
+"""Measures how fast data is tokenised and batched.
 
     python scripts/bench/data.py --model MODEL --train FILE [--columns prompt=text,completion=label] [--max-length 2048]
                                  [--json FILE]
 
-MODEL is whatever has a tokenizer: a folder, a .gguf file, a Hub id. Prints
+MODEL is anything with a tokenizer: a folder, a .gguf file, a Hub id. Prints
 - tokenising: the bare batch call of `tokenizers` on the texts that the model sees, and ftjax's encoder on the same examples
   in the same chunks (template, spans, boundaries, weights, BOS and EOS included), and the ratio of the two;
-- a first start, which also reads, checks, packs and writes the cache, and a second one, which reads it;
-- packed tokens a second from the cache, as batches on the host.
-Each is the best of `--times` runs, in an empty cache folder of its own. Nothing else should run on the machine.
+- a first start, which also reads, checks, packs and writes the cache, and a second start, which reads it;
+- packed tokens per second from the cache, as batches on the host.
+Each figure is the best of `--times` runs, in a new cache folder. Nothing else should run on the machine.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
 
 
 def best(times: int, run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of the quickest run, and what it gave."""
+    """Return the seconds of the fastest run, and its result."""
     quickest, value = float("inf"), None
     for _ in range(times):
         start = time.perf_counter()
@@ -85,7 +85,7 @@ def tokenising(config: DataConfig, tokenizer: Any, times: int) -> dict[str, floa
 
 
 def starting(config: DataConfig, tokenizer: Any, times: int) -> Iterator[tuple[Split, dict[str, float]]]:
-    """The packed rows, while the folder that caches them is there, and the seconds of both starts."""
+    """Yield the packed rows while their cache folder exists, and the seconds of both starts."""
 
     def first() -> Any:
         os.environ["FTJAX_CACHE"] = tempfile.mkdtemp(dir=root)

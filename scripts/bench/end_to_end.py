@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""From files to a saved adapter: ftjax beside TRL's SFTTrainer, same data, same method, same number of updates.
+"""Compares ftjax with TRL's SFTTrainer from files to a saved adapter: same data, same method, same number of updates.
 
     python scripts/bench/end_to_end.py --model DIR --data FOLDER [--updates 100] [--rows 2] [--length 512] [--r 16]
                                        [--lr 5e-4] [--dtype float32] [--json FILE]
 
 FOLDER has train.jsonl and validation.jsonl with `instruction`, `input` and `output` (Dolly). Both sides are whole processes:
 they import, tokenise, pack rows of `--length` tokens, train LoRA on all linear layers and save. TRL runs with packing and with
-the loss on the answer alone, as ftjax does; its loss never has all logits at once either. ftjax compiles within its time: its
-compilation cache is an empty folder.
+the loss on the answer only, like ftjax; its loss never has all logits at once either. ftjax's time includes compilation: its
+compilation cache starts empty.
 
 Prints wall time, trained tokens and their ratio (a packer that fills rows better trains more of them in the same number of
 updates), and the loss on the first `--validation` rows of validation.jsonl, which transformers and PEFT compute for both.
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
 
 
 def messages_of(row: dict) -> tuple[list[dict], list[dict]]:
-    """Prompt and answer, as ftjax reads a row of this format."""
+    """Return prompt and answer as messages, as ftjax reads a row of this format."""
     question = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
     return [{"role": "user", "content": question}], [{"role": "assistant", "content": row["output"]}]
 
@@ -50,7 +50,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def trl(a: argparse.Namespace, work: Path) -> None:
-    """TRL's side, in a process of its own: an adapter in `work`, and the number of tokens that it trained."""
+    """Train with TRL, in a separate process: write an adapter to `work`, and the number of trained tokens."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -83,7 +83,7 @@ def trl(a: argparse.Namespace, work: Path) -> None:
 
 
 def ftjax(a: argparse.Namespace, work: Path) -> int:
-    """ftjax's side; the number of tokens that it trained."""
+    """Train with ftjax; return the number of trained tokens."""
     (work / "config.yaml").write_text(
         json.dumps({
             "model": {"path": a.model, "dtype": a.dtype, "compute_dtype": a.dtype},
@@ -100,7 +100,7 @@ def ftjax(a: argparse.Namespace, work: Path) -> int:
 
 
 def validation_loss(a: argparse.Namespace, adapter: Path) -> float:
-    """Mean over the answers' tokens, by transformers and PEFT."""
+    """Return the mean loss over the answers' tokens, computed by transformers and PEFT."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Generation of ftjax beside transformers' `generate`: same weights, same prompts, greedy, one run.
+"""Compares ftjax's generation with transformers' `generate`: same weights, same prompts, greedy, one run.
 
     python scripts/bench/generate.py --model DIR [--rows 4] [--prompt 256] [--new 64] [--times 5]
                                      [--dtype float32] [--json FILE]
 
-Each side runs in a process of its own, one after the other. An answer of one token is the prefill; what the other tokens of an
-answer take beyond it is the decoding. Prints tokens a second of both (medians after a first call that compiles), their ratios,
-and how many of the generated tokens are the same: where that is not all of them, the comparison is void and the exit code 1.
+Each side runs in a separate process, one after the other. An answer of one token measures the prefill; the rest of the time of
+a long answer is decoding. Prints tokens per second of both (medians after a first call that compiles), their ratios, and how
+many of the generated tokens are the same: if not all are, the comparison is void and the exit code 1.
 """
 
 import argparse
@@ -36,13 +36,13 @@ def arguments() -> argparse.Namespace:
 
 
 def prompts_of(a: argparse.Namespace) -> list[list[int]]:
-    """Random words; the ids of special tokens lie below them in most vocabularies."""
+    """Return random prompts; in most vocabularies the ids of special tokens are below them."""
     vocab = json.loads((Path(a.model) / "config.json").read_text())["vocab_size"]
     return np.random.default_rng(0).integers(vocab // 10, vocab, (a.rows, a.prompt)).tolist()
 
 
 def measure(a: argparse.Namespace, answer: Callable[[int], list[list[int]]]) -> dict:
-    """Times of `answer(tokens)`, which gives the ids of each row's answer."""
+    """Measure `answer(tokens)`, which returns the ids of each row's answer."""
     found = {}
     for name, new in (("prefill", 1), ("whole", a.new)):
         tokens, seconds = answer(new), []  # compiles
@@ -59,7 +59,7 @@ def ours(a: argparse.Namespace) -> dict:
     from ftjax.generate.session import Generator
 
     generator = Generator(a.model, dtype=a.dtype)
-    generator.ends = frozenset()  # every answer has its full length, as on the other side
+    generator.ends = frozenset()  # answers have their full length, as on the other side
     prompts = prompts_of(a)
     return measure(a, lambda new: [list(x.tokens) for x in generator.generate(prompts, max_new_tokens=new)])
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""How fast a model folder is loaded and written, beside reading the same bytes plainly, and the host's memory for it.
+"""Measures how fast a model folder is loaded and written, compared with reading the same bytes, and the host memory needed.
 
     python scripts/bench/load.py [--model FOLDER] [--times 5] [--json FILE]
 
 Without a folder, one with the shapes of Llama 3.2 1B in bfloat16 (2.5 GB of random weights) is made in a temporary folder.
-Prints, each as the median of `--times` runs that take turns,
-- plain: every tensor read through `safetensors` slices (`safe_open(...).get_slice(name)[:]`) into an array of numpy's;
+Prints, as medians of `--times` runs that take turns,
+- plain: every tensor read through `safetensors` slices (`safe_open(...).get_slice(name)[:]`) into a NumPy array;
 - load: ftjax, from the open folder to arrays on the devices, in the dtype of the files;
 - write: the same arrays into a new model folder;
-and the peak of the host's memory (maximum resident set beyond that after the imports) of a process that does only that; on a
-CPU the loaded arrays are in it. The file is read once before, so that all find it in the page cache: what is compared is the
-program, not the disk.
+and the peak host memory (maximum resident set beyond that after the imports) of a process that does only that; on a CPU it
+includes the loaded arrays. The file is read once before, so that all runs find it in the page cache: the programs are compared,
+not the disk.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
 
 
 def plain(folder: Path) -> int:
-    """Bytes of every tensor, each read into an array of its own and kept until all are there."""
+    """Read every tensor into its own array and keep all of them; return their bytes."""
     kept = []
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as opened:
@@ -80,13 +80,13 @@ def write(model: Model, params: dict[str, jax.Array], dtype: np.dtype) -> None:
 
 
 def resident() -> int:
-    """Bytes, the most that this process has had. (getrusage would give the parent's, where that had more.)"""
+    """Return the peak resident set of this process in bytes. (getrusage would give the parent's if that was larger.)"""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def peak_of(what: str, folder: Path, model: Model) -> int:
-    """Bytes of the host's memory that `what` takes, for a process that has done nothing else."""
+    """Return the host memory in bytes that `what` takes in a process that has done nothing else."""
     jax.devices()
     params = load(folder, model) if what == "write" else {}
     before = resident()

@@ -1,11 +1,11 @@
-"""Every method on one model in one run: what it trains, the memory of its step, and its speed beside LoRA's.
+"""Compares all methods on one model in one run: trained parameters, memory of the step, and speed relative to LoRA.
 
     python scripts/bench/methods.py MODEL [--rows 1] [--length 128] [--steps 5] [--only lora,full]
                                     [--json FILE]
 
 MODEL is a Hub id, a folder or a .gguf file. Prints a Markdown table: trained parameters and their share; the bytes that the
-compiled step needs (arguments and temporaries) over LoRA's; tokens a second, by the quickest of the steps, over LoRA's, which
-is timed before and after the others so that the drift of a busy machine shows.
+compiled step needs (arguments and temporaries) relative to LoRA; tokens per second of the fastest step relative to LoRA, which
+is timed before and after the others to show the drift of a busy machine.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from ftjax.config import Config
 from ftjax.methods import METHODS
 from ftjax.train.setup import compile_steps, new_state, prepare
 
-# Beyond the defaults of each registered method: the settings that people choose between.
+# Settings that users choose between, besides each method's defaults.
 VARIANTS = {
     "lora, DoRA": {"name": "lora", "use_dora": True},
     "lora, PiSSA": {"name": "lora", "init_lora_weights": "pissa_niter_16"},
@@ -46,12 +46,12 @@ def config_of(options: argparse.Namespace, method: dict) -> Config:
     values["model"]["quantization"] = method.pop("quantization", None)
     try:
         return Config.model_validate({**values, "method": method})
-    except ValidationError:  # what has no default in PEFT
+    except ValidationError:  # methods with a setting that has no default in PEFT
         return Config.model_validate({**values, "method": {**method, "num_virtual_tokens": 20}})
 
 
 def measure(options: argparse.Namespace, method: dict) -> tuple[int, float, int, float]:
-    """`(trained parameters, their share of all, bytes of the step, seconds of the quickest step)`."""
+    """Return `(trained parameters, their share of all, bytes of the step, seconds of the fastest step)`."""
     setup = prepare(config_of(options, method))
     step, _, optimizer, _ = compile_steps(setup, 100)
     state, rng = new_state(setup, optimizer), np.random.default_rng(0)

@@ -1,11 +1,11 @@
-"""The other side of step.py: transformers + PEFT on PyTorch, on exactly the batches and from the adapter that ftjax has.
+"""The other side of step.py: transformers + PEFT on PyTorch, on ftjax's batches and from ftjax's adapter.
 
     python scripts/bench/peft_step.py --model DIR --batches FILE.npz --out FILE.json
                                       (--adapter FOLDER [--quantize] | --method full)
 
-AdamW as ftjax's: 0.9, 0.999, 1e-8, no weight decay, gradients clipped to norm 1,
-constant learning rate. `--quantize` loads the base in nf4 (bitsandbytes), whose scales stay in float32: DIR then has the
-weights that ftjax's nf4 stands for, and rounding their scales once more would change them.
+AdamW has ftjax's settings: 0.9, 0.999, 1e-8, no weight decay, gradients clipped to norm 1, constant learning rate. `--quantize`
+loads the base in nf4 (bitsandbytes) with scales in float32: DIR then has the values of ftjax's nf4 weights, which rounding the
+scales again would change.
 """
 
 import argparse

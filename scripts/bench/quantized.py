@@ -1,11 +1,11 @@
-"""What int8 and nf4 cost: the error of the forward pass against float32, and the loss after LoRA steps on each base.
+"""Measures what int8 and nf4 cost: the error of the forward pass against float32, and the loss after LoRA steps on each base.
 
     python scripts/bench/quantized.py MODEL DATA [--steps 100] [--rows 2] [--length 64] [--json FILE]
 
-MODEL is a Hub id, a folder or a .gguf file; DATA any file that `ftjax train` takes. A table with a line each for float32, int8
-and nf4: `bits` a weight of the quantised layers, `weight_error` (mean |error| over mean |weight|), `logit_error` (the same of
-logits), `agree` (share of tokens whose likeliest next one is the same), `loss_before` and `loss_after` (of the last tenth of
-the steps), all on the same rows. `--steps 0` leaves out the losses.
+MODEL is a Hub id, a folder or a .gguf file; DATA any file that `ftjax train` takes. Prints a table with a line each for
+float32, int8 and nf4: `bits` per weight of the quantised layers, `weight_error` (mean |error| over mean |weight|),
+`logit_error` (the same for logits), `agree` (share of tokens whose likeliest next token is the same), `loss_before` and
+`loss_after` (of the last tenth of the steps), all on the same rows. `--steps 0` leaves out the losses.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def config_of(options: argparse.Namespace, quantization: str | None) -> Config:
 
 
 def logits_of(setup: Setup, batch: dict) -> np.ndarray:
-    """float32 [B, T, V] of the rows, and the places that are no padding."""
+    """Return float32 logits `[N, V]` of the tokens that are not padding."""
 
     def forward(params, batch):
         ctx = setup.runtime.context(batch)
@@ -46,7 +46,7 @@ def logits_of(setup: Setup, batch: dict) -> np.ndarray:
 
 
 def measure(options: argparse.Namespace, quantization: str | None, exact: dict) -> dict:
-    """One line of the output; `exact` is filled by the first, unquantised one."""
+    """Return one line of the output; the first, unquantised one fills `exact`."""
     config = config_of(options, quantization)
     setup = prepare(config)
     split, _ = load_splits(config.data, load_tokenizer(config.model), seed=0)

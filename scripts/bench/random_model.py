@@ -1,4 +1,4 @@
-"""A model folder with the shapes of a config.json and weights that nobody trained, to measure without a download.
+"""Makes a model folder with the shapes of a config.json and random weights, to measure without a download.
 
 python scripts/bench/random_model.py CONFIG_FOLDER OUT [--dtype bfloat16]
 """
@@ -17,13 +17,13 @@ from ftjax.hub.safetensors import Tensor, write_file
 from ftjax.models.facts import read_config
 from ftjax.models.model import Model, build_module
 
-POOL = 2**22  # normals that are drawn; every tensor repeats them from a place of its own, which is quick for any size
+POOL = 2**22  # random normals; every tensor repeats them from its own offset, which is fast for any size
 
 
 def make_model(config: Path, folder: Path, dtype: str = "bfloat16") -> Path:
-    """Write `folder` with the model of the folder `config`: normals of deviation 0.02, ones for the norms' weights.
+    """Write the model of the folder `config` to `folder`: normal weights of deviation 0.02, ones for the norms.
 
-    Disk: the whole model in `dtype`. Memory of the host: one layer's largest tensor.
+    Disk: the whole model in `dtype`. Host memory: one layer's largest tensor.
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts = read_config(config)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What a user waits for before anything happens: `ftjax --help`, and the first update of a first and of a second run.
+"""Measures how long a user waits at the start: `ftjax --help`, and the first update of a first and of a second run.
 
     python scripts/bench/startup.py --model MODEL [--times 5] [--length 128] [--json FILE]
 
 `ftjax --help` is the median of `--times` new processes. The two runs train one update with the same configuration, on a few
-rows that the script writes, with an empty folder as JAX's compilation cache; the second finds there what the first compiled. A
-run's figure is the time from the start of its process to the last change of its metrics.jsonl: its update is done.
+rows that the script writes, and share a JAX compilation cache that starts empty, so the second run finds what the first one
+compiled. A run's figure is the time from the start of its process to the last change of its metrics.jsonl, after its update.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
 
 
 def seconds_of_help(times: int) -> float:
-    """Median seconds of `ftjax --help`."""
+    """Return the median seconds of `ftjax --help`."""
     found = []
     for _ in range(times):
         start = time.perf_counter()
@@ -39,7 +39,7 @@ def seconds_of_help(times: int) -> float:
 
 
 def seconds_to_first_update(a: argparse.Namespace, work: Path, name: str) -> float:
-    """Of one run, from the start of the process to the update in its metrics."""
+    """Return the seconds of one run from the start of the process to the update in its metrics."""
     data = work / "rows.jsonl"
     rows = ({"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(64))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))

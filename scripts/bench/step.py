@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Train step of ftjax beside transformers + PEFT: same weights, same adapter, same batches, one run.
+"""Compares ftjax's train step with transformers + PEFT: same weights, same adapter, same batches, one run.
 
     python scripts/bench/step.py --model DIR [--method lora full qlora] [--rows 2] [--length 512] [--steps 6] [--r 16]
                                  [--dtype float32] [--compile] [--peer peft_step.py] [--json FILE]
 
-DIR is a Hugging Face folder; one without weights (configs/plan/llama-3.2-1b) gets random ones. Each side runs in a process of
-its own, one after the other; `--compile` adds a run of the peer under torch.compile. Where the peer's memory does not suffice,
-it runs again with gradient checkpointing. Prints for each method
-- tokens a second (by the median of the steps after the first), and ftjax's over the peer's;
-- peak memory: the maximum resident set on a CPU, what the device counts elsewhere;
-- the seconds until a step can run: ftjax's compilation, the peer's first step beyond the others;
-- the largest relative difference of the losses: one over 1e-3 makes the comparison void and the exit code 1;
-- how much of the machine's own rate of matrix products ftjax's step reaches, counted by `ftjax/flops.py`, and on a GPU how
-  many of cuDNN's attention kernels are in its program.
+DIR is a Hugging Face folder; one without weights (configs/plan/llama-3.2-1b) gets random ones. Each side runs in a separate
+process, one after the other; `--compile` adds a run of the peer under torch.compile. If the peer runs out of memory, it runs
+again with gradient checkpointing. Prints for each method
+- tokens per second (by the median of the steps after the first), and ftjax's over the peer's;
+- peak memory: the maximum resident set on a CPU, the device's own count elsewhere;
+- seconds until a step can run: ftjax's compilation, or the peer's first step minus a later one;
+- the largest relative difference of the losses: above 1e-3 the comparison is void and the exit code 1;
+- the share of the machine's rate of matrix products that ftjax's step reaches, by `ftjax/flops.py`, and on a GPU the number of
+  cuDNN attention kernels in its program.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def make_batches(path: Path, vocab: int, rows: int, length: int, steps: int) -> 
 
 
 def product_rate(dtype: str) -> float:
-    """FLOP/s of large matrix products in `dtype` on the first device, the best of five."""
+    """Return the FLOP/s of large matrix products in `dtype` on the first device, the best of five runs."""
     import jax
     import jax.numpy as jnp
 
@@ -77,10 +77,10 @@ def product_rate(dtype: str) -> float:
 
 
 def ours(a: argparse.Namespace, method: str, work: Path) -> None:
-    """The ftjax side, in a process of its own: writes `ours.json`, and first the adapter that both sides start from."""
+    """Run ftjax's side, in a separate process: write the adapter that both sides start from, then `ours.json`."""
     from ftjax.gpu import set_flags
 
-    set_flags()  # as `ftjax train`; before JAX looks for devices
+    set_flags()  # as `ftjax train` does, before JAX looks for devices
     import jax
     import jax.numpy as jnp
 
@@ -134,13 +134,14 @@ def ours(a: argparse.Namespace, method: str, work: Path) -> None:
     }  # fmt: skip
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     result |= {"peak_bytes": peak} if peak else {}
-    if method == "qlora":  # not before, where its memory would count as the step's
+    if method == "qlora":  # not earlier: its memory would count as the step's
         write_base(work / "base", setup, a)
     (work / "ours.json").write_text(json.dumps({**result, "product_rate": product_rate(a.dtype)}))
 
 
 def write_base(folder: Path, setup: Any, a: argparse.Namespace) -> None:
-    """The base as its nf4 weights say it is: rounded again by the peer, in the same blocks, it stays what it is."""
+    """Write the base model with the values of its nf4 weights: if the peer rounds them again in the same blocks, nothing
+    changes."""
     import jax
     import jax.numpy as jnp
 
@@ -160,7 +161,7 @@ def write_base(folder: Path, setup: Any, a: argparse.Namespace) -> None:
 
 
 def run(command: list[str], out: Path) -> dict:
-    """The figures that a side wrote to `out`, with its maximum resident set where it counted no memory of a device."""
+    """Return the figures that a side wrote to `out`, with its maximum resident set if it has no figure of device memory."""
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
@@ -189,7 +190,7 @@ def theirs(a: argparse.Namespace, method: str, work: Path, compiled: bool) -> di
 
 
 def compare(a: argparse.Namespace, method: str, work: Path) -> dict:
-    """One method's figures, each side's by its name."""
+    """Return the figures of one method, by side."""
     command = [sys.executable, __file__, *sys.argv[1:], "--model", str(a.model), "--method", method, "--worker", str(work)]
     mine = run(command, work / "ours.json")
     sides = {"ftjax": mine}
@@ -235,7 +236,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         if not any(a.model.glob("*.safetensors")):
-            # In a process of its own: the maximum resident set of a child begins with its parent's.
+            # In a separate process: a child's maximum resident set starts from its parent's.
             subprocess.run([sys.executable, RANDOM_MODEL, a.model, work / "model", "--dtype", a.dtype], check=True)
             a.model = work / "model"
         vocab = json.loads((a.model / "config.json").read_text())["vocab_size"]

@@ -1,4 +1,4 @@
-"""The cache, cleaning and counting: nothing goes unseen, and a second start reads what the first made."""
+"""Tests the cache, cleaning and counting: every row is accounted for, and a second start reads what the first one built."""
 
 import json
 
@@ -38,7 +38,7 @@ def balanced(report):
 
 @pytest.fixture
 def builds(monkeypatch):
-    """Counts how often data is tokenised."""
+    """Count how often data is tokenised."""
     count, run = [], room.Build.run
     monkeypatch.setattr(room.Build, "run", lambda self, writer: (count.append(1), run(self, writer))[1])
     return count
@@ -155,7 +155,7 @@ def test_a_template_that_refuses_a_row_is_a_broken_row(tmp_path):
     with pytest.raises(UserError, match=r"a.jsonl:2: the chat template refuses these messages: no"):
         load(path, max_length=64, tokenizer=byte_level(template))
     assert balanced(load(path, max_length=64, tokenizer=byte_level(template), on_error="skip").report).kept == 1
-    with pytest.raises(UserError, match="this tokenizer has no chat template"):  # no row's fault
+    with pytest.raises(UserError, match="this tokenizer has no chat template"):  # not the fault of a row
         load(path, max_length=64, on_error="skip")
 
 

@@ -1,4 +1,4 @@
-"""Which format the rows of a source have, whichever of them is odd, and what is advised where none fits."""
+"""Tests which format the rows of a source get, even if some rows are unusual, and the advice if no format fits."""
 
 import re
 

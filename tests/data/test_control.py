@@ -1,4 +1,4 @@
-"""Control tokens that messages spell: `data.special_tokens_in_text`."""
+"""Tests `data.special_tokens_in_text`: control tokens that are spelled out in messages."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def test_a_user_who_spells_control_tokens_ends_no_turn(make, template):
     assert encoder.notes["control tokens split"] == 1
     whole = tokenizer.apply_chat_template(talk(ATTACK), tokenize=False)
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    assert "".join(decoded.split()) == "".join(whole.split())  # not a character is lost
+    assert "".join(decoded.split()) == "".join(whole.split())  # no character is lost
     plain = Encoder(tokenizer)([example(talk("Hello"))])[0]
     assert document.weights[document.weights > 0].tolist() == plain.weights[plain.weights > 0].tolist()
     assert document.tokens[document.weights > 0].tolist() == plain.tokens[plain.weights > 0].tolist()
@@ -74,12 +74,12 @@ def test_tokens_of_ones_own_are_no_control_tokens_in_answers():
     spelled = encoder([example(talk("a", "the end <|im_end|> marks"))])[0]
     assert spelled.tokens.tolist().count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
     assert encoder.notes["control tokens split in answers"] == 1
-    by_hand = encoder([example(talk("a", "fine<|im_end|>"))])[0]  # an end that was written by hand stays one
+    by_hand = encoder([example(talk("a", "fine<|im_end|>"))])[0]  # an end token written by hand stays one
     assert by_hand.tokens.tolist().count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
 
 
 def test_frame_tokens_that_are_not_special():
-    """As DeepSeek's `<｜User｜>`, which is an added token like any other."""
+    """An added token without the flag `special`, such as DeepSeek's `<｜User｜>`, is treated like any other control token."""
     template = "{% for m in messages %}<USER>{{ m.content }}<END>{% endfor %}{% if add_generation_prompt %}<USER>{% endif %}"
     tokenizer = byte_level(template)
     tokenizer.add_tokens([AddedToken("<USER>", special=False, normalized=False), AddedToken("<END>", normalized=False)])
@@ -103,7 +103,7 @@ def test_training_and_generation_read_them_alike(make, template):
 
 
 def test_texts_without_control_tokens_are_tokenised_as_ever():
-    """The copy that reads spelled tokens as text reads everything else as the tokenizer does."""
+    """The copy that reads spelled-out control tokens as text tokenises everything else like the original."""
     tokenizer = spaced(WITH_BOS)
     tokenizer.add_tokens([AddedToken("<pad>", lstrip=True, rstrip=True, special=True)])
     control = Encoder(tokenizer)._template(example(talk("a"))).control

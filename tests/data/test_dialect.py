@@ -1,4 +1,4 @@
-"""Messages in the form that a chat template takes, and what it leaves out."""
+"""Tests messages in the form that a chat template expects, and what the template leaves out."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ from ftjax.errors import UserError
 
 
 def frame(content: str) -> str:
-    """ChatML with this in place of the content."""
+    """Return a ChatML conversation with this in place of the content."""
     return CHATML.replace("{{ m.content }}", content)
 
 
@@ -95,7 +95,7 @@ def test_generation_gives_the_template_the_same():
 
 
 def test_an_absent_content_is_left_out_where_the_template_asks_whether_it_is_there():
-    """As `apply_chat_template` does with every null."""
+    """A null content is dropped, as `apply_chat_template` drops every null."""
     template = frame(
         "{% if m.content is defined %}said {{ m.content }}{% endif %}" + CALLS + "{{ c.function.name }}{% endfor %}"
     )

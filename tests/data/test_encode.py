@@ -1,4 +1,4 @@
-"""Which tokens are trained: BOS, EOS, boundaries and turns (traps 3, 4, 5 and 7)."""
+"""Tests which tokens are trained: BOS, EOS, boundaries and turns (traps 3, 4, 5 and 7)."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ def encode(tokenizer, given, **options):
 
 
 def trained(tokenizer, document) -> str:
-    """The text of what is trained, runs between bars."""
+    """Return the trained text, with a bar between runs."""
     texts, run = [], []
     for token, weight in zip(document.tokens.tolist(), document.weights, strict=True):
         if weight:
@@ -183,7 +183,7 @@ def test_a_template_that_writes_no_end_gets_an_eos():
     document = encoder([example(messages=TALK)])[0]
     assert document.tokens[-1] == tokenizer.eos_token_id and document.weights[-1] == 1
     assert encoder.notes["end added"] == 1
-    asked = encoder([example(messages=TALK[:-1])])[0]  # no answer at the end, so nothing ends
+    asked = encoder([example(messages=TALK[:-1])])[0]  # without an answer at the end there is no end token
     assert asked.tokens[-1] != tokenizer.eos_token_id
 
 
@@ -287,7 +287,7 @@ def test_training_sees_the_prompt_that_generation_makes(turns, which):
     assert document.weights[len(prompt) :].all()
 
 
-# Tokens that are given
+# Given tokens
 
 
 def test_input_ids_and_labels():

@@ -1,4 +1,4 @@
-"""Which files of a folder are read, and that the others are named."""
+"""Tests which files of a folder are read, and that the others are named."""
 
 import json
 
@@ -18,7 +18,7 @@ def make(folder, *names):
 
 
 def read(folder, split="train"):
-    """`(names of the files that were read, what was said of the others)`."""
+    """Return `(names of the files that were read, the message about the others)`."""
     faults = Faults()
     rows = read_rows(SourceConfig(path=str(folder), split=split), faults)
     names = dict.fromkeys(
@@ -84,7 +84,7 @@ def test_a_set_that_datasets_saved(tmp_path):
         assert got == rows[:count]
     made.save_to_disk(str(tmp_path / "one"), num_shards=2)
     shard = next((tmp_path / "one").glob("data-*.arrow"))
-    (tmp_path / "one" / "cache-1234.arrow").write_bytes(shard.read_bytes())  # what `map` leaves in the folder
+    (tmp_path / "one" / "cache-1234.arrow").write_bytes(shard.read_bytes())  # a cache file of `map`
     faults = Faults()
     assert [row.values for row in read_rows(SourceConfig(path=str(tmp_path / "one"), split="train"), faults)] == rows
     assert "cache-1234.arrow (not named in state.json)" in " ".join(faults.notes)

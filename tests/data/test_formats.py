@@ -1,4 +1,4 @@
-"""What each shape of row becomes, and what is said of one that is wrong."""
+"""Tests what each format turns a row into, and the messages for rows that are wrong."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Label columns: what is read as one class, several labels or numbers, and what is refused with its place."""
+"""Tests label columns: one class, several labels or numbers, and what is refused with file and line."""
 
 import json
 
@@ -19,7 +19,7 @@ ONE = {"name": "classification", "head": True}
 
 
 def config_of(tmp_path, values, objective, column="label", **data) -> Config:
-    """A row for each value."""
+    """Return a configuration whose data has one row per value."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {n}", column: one}) + "\n" for n, one in enumerate(values)))
     return Config.model_validate({
@@ -44,7 +44,7 @@ def labels_and_rows(config: Config) -> tuple[list[str], list[list[float]]]:
         ([[2, 0], [1], []], {}, ["LABEL_0", "LABEL_1", "LABEL_2"], [[1, 0, 1], [0, 1, 0], [0, 0, 0]]),
         ([[1], [0]], {"labels": ["x", "y"]}, ["x", "y"], [[0, 1], [1, 0]]),
         ([[0, 1], [1], []], {"labels": ["x", "y"]}, ["x", "y"], [[1, 1], [0, 1], [0, 0]]),
-        ([[0, 1], [1, 0]], {}, ["LABEL_0", "LABEL_1"], [[0, 1], [1, 0]]),  # two ids of two would be both labels everywhere
+        ([[0, 1], [1, 0]], {}, ["LABEL_0", "LABEL_1"], [[0, 1], [1, 0]]),  # two ids of two would mean both labels in every row
         ([[0, 1, 1], [0.0, 1.0, 0.0], [True, False, False]], {"labels": ["x", "y", "z"]}, ["x", "y", "z"],
          [[0, 1, 1], [0, 1, 0], [1, 0, 0]]),
         (["2 0", "1"], {"label_separator": " ", "label_format": "ids", "labels": ["x", "y", "z"]}, ["x", "y", "z"],
@@ -72,7 +72,7 @@ def test_numbers(values, more, labels, rows, tmp_path):
 
 
 def test_tables(tmp_path):
-    """Cells are texts; another column is mapped; several columns can be joined."""
+    """Cells of a table are texts; another column can be mapped, and several columns can be joined."""
     (tmp_path / "a.csv").write_text("text,score,tags\nx,0.5,joy|love\ny,-1e3,\nz,2,love\n")
     data = {"train": str(tmp_path / "a.csv"), "max_length": 64}
     base = {"model": {"path": "none"}, "method": {"name": "full"}}
@@ -138,7 +138,7 @@ def test_a_class_may_look_like_several_where_it_is_named(tmp_path):
 
 
 def test_labels_are_part_of_the_documents(tmp_path):
-    """Other labels of the same texts are other documents for a run that goes on, and another content."""
+    """Other labels for the same texts count as other documents on resuming, and as other content."""
     found = []
     for values in ([["a"], ["b"]], [["b"], ["a"]]):
         config = with_labels(config_of(tmp_path, values, MULTI))

@@ -1,4 +1,5 @@
-"""`data.shuffle: false` keeps the order of the data, and what makes rows equal is all that the model sees of them."""
+"""Tests that `data.shuffle: false` keeps the order of the data, and that two rows are equal if the model sees the same of
+them."""
 
 import json
 
@@ -91,7 +92,7 @@ def test_an_unwanted_answer_is_dropped_and_said(tmp_path):
 
 
 def test_a_number_of_rows_for_validation(tmp_path):
-    path = write(tmp_path / "a.jsonl", *({"text": f"row {n % 20}"} for n in range(25)))  # rows 0 to 4 stand there twice
+    path = write(tmp_path / "a.jsonl", *({"text": f"row {n % 20}"} for n in range(25)))  # rows 0 to 4 occur twice
     for count in (1, 5, 24):
         train, validation = load_splits(DataConfig(train=str(path), validation_split=count), byte_level(), seed=0)
         assert validation.report.kept in (count, count - 1) and train.report.kept == 25 - validation.report.kept
@@ -130,7 +131,7 @@ def test_nothing_of_the_data_steers_the_terminal(tmp_path, capsys):
     for text in (said, str(caught.value)):
         assert not set(map(chr, [*range(9), *range(11, 32), *range(127, 160)])) & set(text)
     assert "␛[2J" in said and "é 中" in said
-    assert show_examples(split, byte_level())[0].texts  # what a page or JSON shows is as it is
+    assert show_examples(split, byte_level())[0].texts  # pages and JSON show it unchanged
     assert printable("a\tb\nc") == "a\tb\nc"
 
 

@@ -1,4 +1,5 @@
-"""Packing: every document once, no row too long, well filled, the same for the same seed."""
+"""Tests packing: every document is packed once, no row is too long, rows are well filled, and a seed gives the same rows
+again."""
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from ftjax.data.pack import pack
 
 
 def naive(lengths, capacity):
-    """Best fit decreasing, one document at a time: the number of rows."""
+    """Return the number of rows by best fit decreasing, one document at a time."""
     rows = []
     for size in sorted(lengths, reverse=True):
         holding = [number for number, left in enumerate(rows) if left >= size]

@@ -1,4 +1,4 @@
-"""Packed and unpacked rows of a real set train the same (trap 2)."""
+"""Tests that packed and unpacked rows of a real data set train the same (trap 2)."""
 
 from itertools import islice
 
@@ -20,7 +20,7 @@ TEMPLATE = (
 
 
 def summed(setup, split, rows):
-    """Loss, weight and gradients, summed over all batches of an epoch."""
+    """Return loss, weight and gradients, summed over all batches of an epoch."""
 
     def total(params, frozen, batch):
         sums, _ = setup.loss_fn(params, frozen, batch, setup.runtime.context(batch))
@@ -39,7 +39,7 @@ def summed(setup, split, rows):
 
 @pytest.fixture
 def talks(shared, tmp_path):
-    """The first conversations of a real set."""
+    """Return the first conversations of a real data set."""
     path = tmp_path / "talks.jsonl"
     with (shared / "data" / "chat_messages" / "train.jsonl").open() as file:
         path.write_text("".join(islice(file, 30)))
@@ -67,7 +67,7 @@ def test_packed_is_unpacked(stories, talks, truncation):
 
 
 def test_byte_level_rows_are_shifted_within_documents_only(talks):
-    """What the loss sees of a real set: each document's own tokens, in order, once."""
+    """On real data, the loss sees the tokens of each document in order, each once."""
     tokenizer = byte_level(TEMPLATE.replace("{{ bos_token }}", ""))
     split, _ = load_splits(DataConfig(train=str(talks), max_length=512, truncation="split"), tokenizer, seed=0)
     total = 0.0

@@ -1,4 +1,4 @@
-"""Batches: what is in them, that every row is seen once, and that a position means the same everywhere (trap 8)."""
+"""Tests batches: their contents, that every row occurs once, and that a position means the same for any processes (trap 8)."""
 
 import json
 
@@ -180,7 +180,7 @@ def test_packed_rows_go_on_with_another_batch_size(split):
 
 @pytest.mark.parametrize("options", [{}, {"packing": False}, {"mix_epochs": True}, {"streaming": True}])
 def test_any_rows_of_a_batch(tmp_path, options):
-    """Processes may share rows, and a process may hold rows that do not follow each other."""
+    """Processes may share rows, and a process may hold rows that are not adjacent."""
     split = load(write_rows(tmp_path / "a.jsonl", 150), max_length=64, **options)
     reference = every(split, 8, epochs=2)
     for rows in ([0, 1, 4, 5], [3], [6, 7], list(range(8))):
@@ -195,7 +195,7 @@ def test_rows_that_are_none_of_the_batch(split, rows):
 
 
 def test_rows_that_are_not_packed_have_lengths_that_the_mesh_divides(tmp_path):
-    """72 tokens of a row can lie on 8 devices; the shorter width of 36 cannot."""
+    """Rows of 72 tokens can be sharded over 8 devices; the narrower width of 36 cannot."""
     split = load(write_rows(tmp_path / "a.jsonl", 40), max_length=72, packing=False)
     assert {batch["tokens"].shape[1] for batch in every(split, 4)} == {36}
     batches = every(split, 4, width_multiple=8)

@@ -1,4 +1,4 @@
-"""Preferences: the common beginning is the prompt, and an answer is trained without it."""
+"""Tests preferences: the common beginning is the prompt, and only the answer after it is trained."""
 
 import pytest
 

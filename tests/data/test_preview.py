@@ -1,4 +1,4 @@
-"""`ftjax preview`: what it prints, writes and warns about; the real sets go through it."""
+"""Tests what `ftjax preview` prints, writes and warns about, on real data sets too."""
 
 import io
 import json
@@ -74,7 +74,7 @@ def test_the_page(tmp_path):
     assert 'class="t" tabindex="0" title="token' in text and 'class="c" tabindex="0" title="token 0, id' in text
     assert text.count('tabindex="0" title="token') == text.count('<th scope="row">') - 7, "each token has a row of the table"
     assert "span:focus::after { content: attr(title)" in text, "what hovering shows is shown to fingers and keys, too"
-    assert text.count("<title>") == 1 + 2  # the page's, the histogram's, and that of its one bar
+    assert text.count("<title>") == 1 + 2  # the titles of the page, the histogram and its bar
     with pytest.raises(UserError, match=r"page.html: cannot be written"):
         run({"train": str(path), "max_length": 64}, byte_level(), tmp_path, html=tmp_path / "no" / "page.html")
 
@@ -117,7 +117,7 @@ SETS = {
 
 @pytest.mark.parametrize("name", SETS)
 def test_real_sets_preview_cleanly(name, shared, stories, tmp_path, capsys):
-    """With a real tokenizer, with and without a chat template; nothing is lost and the packing is what was asked for."""
+    """With a real tokenizer, with and without a chat template, no row is lost and packing is what the configuration says."""
     from transformers import AutoTokenizer
 
     data = {

@@ -1,4 +1,5 @@
-"""Real processes under `jax.distributed`: a position saved by four goes on with two, and every row is seen once."""
+"""Tests with real processes under `jax.distributed` that a position saved by four resumes on two, and that every row is seen
+once."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-"""The law of prompts: before an answer training sees the ids that generation makes of the same prompt, or the row is counted.
+"""Tests that, before an answer, training sees the ids that generation makes of the same prompt; other rows are counted.
 
-And of spans: what is trained is found in what the template renders, whatever words the messages and the frame share.
+Also tests spans: the trained text is found in the rendered template, whatever words messages and template have in common.
 """
 
 import json
@@ -26,7 +26,7 @@ SYSTEM_ALWAYS = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are A helpful assistant<|im_end|>\n{% endif %}" + CHATML
 )
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-THINKS = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")  # in the generation prompt alone
+THINKS = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")  # in the generation prompt only
 TEMPLATES = {
     "chatml": CHATML, "marked": MARKED, "bos": WITH_BOS, "plain": WITHOUT_ENDS, "blank line": BLANK_LINE, "pairs": PAIRS,
     "system always": SYSTEM_ALWAYS, "no system": NO_SYSTEM, "thinks": THINKS,
@@ -56,7 +56,7 @@ COUNTED = ("prompt ids differ", "prompt differs")
 
 
 def blank_lines(template=None):
-    """As GPT-2: `\\n\\n` is one token at the end of a text, and two before a word."""
+    """Return a tokenizer that, like GPT-2's, makes one token of `\\n\\n` at the end of a text, and two before a word."""
     tokenizer = byte_level(template)
     made = json.loads(tokenizer.backend_tokenizer.to_str())
     made["model"]["vocab"]["ĊĊ"] = len(made["model"]["vocab"])
@@ -118,13 +118,13 @@ def test_the_prompt_of_every_row_is_what_generation_makes(make, template):
             counted = any(encoder.notes[note] for note in COUNTED)
             assert ids[: len(prompt)] == prompt or counted, (name, example)
             kept += not counted
-            if name != "talk" and template != "thinks":  # one answer: nothing that could differ
+            if name != "talk" and template != "thinks":  # one answer, so no earlier turn can differ
                 assert not counted, (name, example)
     assert kept or template == "thinks"
 
 
 def test_every_answer_of_a_conversation_follows_its_own_prompt():
-    """Not the last one alone."""
+    """Every answer follows its prompt's ids, not only the last one."""
     talk = [user("Hello"), assistant("fine"), user("you"), assistant("round"), user("a"), assistant("little")]
     for make in (byte_level, spaced):
         tokenizer = make(WITH_BOS)
@@ -193,7 +193,7 @@ def test_an_answer_that_speaks_first_in_words_of_the_frame(template, said):
 
 
 def test_an_eos_behind_the_whole_conversation():
-    """As Phi-3's template has it: it is no part of an earlier turn."""
+    """An EOS after the whole conversation, as in Phi-3's template, is not part of an earlier turn."""
     tokenizer = byte_level(CHATML.replace("{% if add", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if add"))
     document = Encoder(tokenizer)([row(messages=[user("a"), assistant("fine"), user("a"), assistant("round")])])[0]
     runs = [run for run in trained(tokenizer, document).split("|im_end|") if run]
@@ -211,7 +211,7 @@ def test_a_beginning_that_generation_alone_writes():
 
 
 def test_marks_that_begin_within_the_prompt():
-    """The template's marks say what is trained, and the prompt's ids are generation's all the same."""
+    """The template's generation marks say what is trained; the prompt still has the ids of generation."""
     tokenizer = blank_lines(
         MARKED.replace("{{ m.role }}\n{% if", "{% if").replace("{% generation %}", "{% generation %}{{ m.role }}\n")
     )
@@ -235,7 +235,7 @@ def test_only_an_end_ends_an_answer(template, said):
 
 
 def test_the_line_behind_an_end_is_trained_as_trl_marks_it():
-    """`docs/data.md` says so: ChatML writes a newline behind the end token, and it belongs to the turn."""
+    """The newline that ChatML writes after the end token belongs to the turn, as docs/data.md says."""
     tokenizer = byte_level(CHATML)
     document = Encoder(tokenizer)([row(messages=[user("a"), assistant("fine")])])[0]
     assert trained(tokenizer, document) == "fine<|im_end|>\n"

@@ -1,4 +1,4 @@
-"""Every kind of file gives the same rows, and whatever is wrong with one is said with its place."""
+"""Tests that every kind of file gives the same rows, and that each fault is reported with file and line."""
 
 import bz2
 import gzip
@@ -227,7 +227,7 @@ def test_a_line_of_megabytes(tmp_path):
     assert [len(row.values["text"]) for row in read_rows(str(path))] == [5_000_000, 1]
 
 
-# Fuzz: any bytes give rows or a message with a place, never another exception, and no row is lost unseen.
+# Fuzzing: any bytes give rows or a message with a position, never another exception, and every lost row is counted.
 
 junk = st.binary(max_size=60)
 values = st.recursive(
@@ -281,7 +281,7 @@ def test_any_values_are_examples_or_faults(rows):
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_quote_that_never_closes_takes_no_rows_along(tmp_path, skip):
-    """Also where broken rows are left out: the rows behind it would go with it, as one."""
+    """An unclosed quote is an error even if broken rows are skipped: it would swallow the rows after it."""
     path = tmp_path / "a.csv"
     path.write_text('prompt,completion\na,b\n"c\nd","e\n' + "f,g\n" * 50)
     with pytest.raises(UserError, match=r"a\.csv:4: a quote opens here .* the lines up to 54 would be one field"):

@@ -1,4 +1,4 @@
-"""Sets that are read as they come: every row once, shuffled, packed, and the same position for any processes."""
+"""Tests streamed data: every row once, shuffled, packed, and the same position for any number of processes."""
 
 import json
 

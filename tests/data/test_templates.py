@@ -1,4 +1,4 @@
-"""Masks under chat templates of the shapes that published models have: what is trained is the answers and their ends."""
+"""Tests masks under chat templates like those of published models: the answers and their end tokens are trained."""
 
 import pytest
 from data_tokenizers import byte_level, spaced
@@ -20,18 +20,18 @@ SHAPES = {
         f"{BEGIN}system\n\nToday is Monday.\n{{{{ system }}}}{END}"
         "{% for m in messages %}" + BEGIN + "{{ m.role }}\n\n{{ m.content | trim }}" + END + "{% endfor %}" + GENERATION
     ),
-    # A BOS and an EOS around every pair, and nothing that asks for an answer.
+    # A BOS and an EOS around every pair, and no generation prompt.
     "llama2": (
         "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
         "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
     ),
-    # A system message of its own where none is given, as SmolLM2 and Qwen 2.5 have it.
+    # A default system message, as in SmolLM2 and Qwen 2.5.
     "default_system": (
         "{% for m in messages %}{% if loop.first and m.role != 'system' %}" + BEGIN + "system\nBe kind." + END + "\n{% endif %}"
         + BEGIN + "{{ m.role }}\n{{ m.content }}" + END + "\n{% endfor %}"
         "{% if add_generation_prompt %}" + BEGIN + "assistant\n{% endif %}"
     ),
-    # The assistant goes by another name.
+    # The assistant's role has another name.
     "gemma": (
         "{{ bos_token }}{% for m in messages %}" + BEGIN + "{{ 'model' if m.role == 'assistant' else m.role }}\n"
         "{{ m.content | trim }}" + END + "\n{% endfor %}{% if add_generation_prompt %}" + BEGIN + "model\n{% endif %}"
@@ -43,7 +43,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 ENDS = {"llama3": END, "llama2": " EOS", "default_system": f"{END}\n", "gemma": f"{END}\n", "zephyr": "EOS\n"}
-THINKING = (  # the last answer alone is written with what was thought
+THINKING = (  # only the last answer keeps its reasoning
     "{% for m in messages %}" + BEGIN + "{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}(thought) {% endif %}"
     "{{ m.content }}" + END + "\n{% endfor %}{% if add_generation_prompt %}" + BEGIN + "assistant\n{% endif %}"
 )
@@ -60,7 +60,7 @@ def talk(messages) -> Example:
 
 
 def runs(tokenizer, document) -> list[str]:
-    """The texts of what is trained, one of each run, with EOS as `EOS` and without the spaces that decoding puts."""
+    """Return the text of each trained run, with EOS as `EOS` and without spaces added by decoding."""
     found, inside = [], False
     for token, weight in zip(document.tokens.tolist(), document.weights, strict=True):
         if weight:
@@ -121,7 +121,7 @@ def test_a_template_that_writes_the_last_answer_otherwise():
 
 
 def test_the_template_of_smollm2():
-    """From the model that `scripts/get_demo_model.py` fetches."""
+    """Reads the template from the model that `scripts/get_demo_model.py` downloads."""
     from pathlib import Path
 
     from ftjax.hub.gguf.tokenizer import gguf_tokenizer

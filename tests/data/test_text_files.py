@@ -1,4 +1,4 @@
-"""CSV of any delimiter and encoding, JSON of any shape, plain text, and what tables hold beside text."""
+"""Tests CSV of any delimiter and encoding, JSON of any shape, plain text, and values in tables that are not text."""
 
 import datetime
 import decimal
@@ -119,7 +119,7 @@ CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
         ({"text": ["one", "two"]}, [{"text": "one"}, {"text": "two"}]),
         ({"messages": [CHAT, CHAT]}, [{"messages": CHAT}] * 2),
         ({"input_ids": [[1, 2], [3]]}, [{"input_ids": [1, 2]}, {"input_ids": [3]}]),
-        # one example by itself
+        # a single example
         ({"messages": CHAT}, [{"messages": CHAT}]),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, [{"prompt": CHAT[:1], "completion": CHAT[1:]}]),
         ({"input_ids": [1, 2], "labels": [1, 2]}, [{"input_ids": [1, 2], "labels": [1, 2]}]),
@@ -201,7 +201,7 @@ def test_bytes_that_are_no_text_are_refused_by_name(tmp_path):
 
 
 def test_nulls_that_a_table_pads_with_are_not_those_of_json(tmp_path):
-    """Parquet gives each struct the keys of all others; in JSONL a null is the author's own."""
+    """Parquet pads each struct with the keys of all others; in JSONL the author wrote the null."""
     calls = [{"function": {"name": name, "arguments": {key: "x"}}} for name, key in (("f", "city"), ("g", "expr"))]
     rows = [
         {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "tool_calls": [call]}],

@@ -1,4 +1,4 @@
-"""Messages as other tools write them say what they say there: who speaks, what is called, and what is trained."""
+"""Tests that messages in other tools' formats keep their meaning: roles, calls, and what is trained."""
 
 import json
 
@@ -20,7 +20,7 @@ def said(example):
 
 
 def chat(*turns, **flags):
-    """A row of messages; the flags are those of the last one."""
+    """Return a row of messages; the flags apply to the last one."""
     messages = [{"role": role, "content": text} for role, text in turns]
     messages[-1] |= flags
     return {"messages": messages}

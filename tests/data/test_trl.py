@@ -1,4 +1,4 @@
-"""Token ids and labels against TRL's own preprocessing (`SFTTrainer._prepare_dataset`), format by format."""
+"""Tests token ids and labels against TRL's preprocessing (`SFTTrainer._prepare_dataset`), format by format."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from ftjax.data.read import read_rows
 from ftjax.data.reader import to_examples
 from ftjax.data.row import Row
 
-# TRL sets a field of transformers that was renamed; TRL's and transformers' affair.
+# TRL sets a field that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
 TALKS = [
@@ -29,7 +29,7 @@ TALKS = [
 
 
 def trl(rows, tokenizer, tmp_path, **options):
-    """`(input_ids, labels)` of each row as SFTTrainer prepares them."""
+    """Return `(input_ids, labels)` of each row as SFTTrainer prepares them."""
     import trl
     from datasets import Dataset
     from trl.trainer.sft_trainer import SFTTrainer
@@ -41,14 +41,14 @@ def trl(rows, tokenizer, tmp_path, **options):
     if completion_only is None:
         completion_only = "prompt" in rows[0] and "completion" in rows[0]
     trainer = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=completion_only)
-    # TRL writes roles and contents into the rows that it is given.
+    # TRL changes the given rows in place.
     data = Dataset.from_list(copy.deepcopy(rows))
     prepared = SFTTrainer._prepare_dataset(trainer, data, tokenizer, args, False, None, "train")
     return [(row["input_ids"], row["labels"]) for row in prepared]
 
 
 def ours(rows, tokenizer, *, raw=False, **options):
-    """The same, of ftjax."""
+    """Return `(input_ids, labels)` of each row as ftjax prepares them."""
     examples = [
         e.with_source(0, "raw" if raw else "auto") for e in to_examples([Row(row, f"a:{n}") for n, row in enumerate(rows)])
     ]
@@ -62,13 +62,13 @@ def ours(rows, tokenizer, *, raw=False, **options):
 def test_text(make, tmp_path):
     rows = [{"text": "Hello world, how are you?"}, {"text": "Once upon a time\n"}]
     for (ids, labels), (their_ids, their_labels) in zip(ours(rows, make()), trl(rows, make(), tmp_path), strict=True):
-        assert ids == their_ids and labels[1:] == their_labels[1:]  # TRL labels a BOS, which nothing predicts
+        assert ids == their_ids and labels[1:] == their_labels[1:]  # TRL labels BOS, which is never predicted
 
 
 @pytest.mark.parametrize("make", [byte_level, spaced])
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_prompt_and_completion_as_text(make, template, tmp_path):
-    """As TRL has it where `prompt_format: raw`, and by default where the tokenizer has no chat template."""
+    """ftjax gives TRL's result with `prompt_format: raw`, and by default if the tokenizer has no chat template."""
     rows = [
         {"prompt": "Question: What is two plus two?\nAnswer:", "completion": " four"},
         {"prompt": "Hello", "completion": " world, how are you"},
@@ -102,7 +102,7 @@ def test_messages_with_marks(make, template, tmp_path):
 
 @pytest.mark.parametrize("make, template", [(byte_level, CHATML), (byte_level, MARKED), (spaced, WITH_BOS)])
 def test_messages_of_which_all_is_trained(make, template, tmp_path):
-    """TRL trains all of a conversation unless `assistant_only_loss`; ftjax does with `train_on_inputs`."""
+    """TRL trains whole conversations unless `assistant_only_loss` is set; ftjax does with `train_on_inputs`."""
     rows = [{"messages": talk} for talk in TALKS]
     theirs = trl(rows, make(template), tmp_path)
     for (ids, labels), (their_ids, their_labels) in zip(ours(rows, make(template), train_on_inputs=True), theirs, strict=True):
@@ -127,7 +127,7 @@ def test_a_boundary_that_merges_is_where_ftjax_differs(tmp_path):
 
 @pytest.mark.parametrize("name", ["chat_messages", "code_completion"])
 def test_real_data(name, shared, tmp_path):
-    """The first rows of the real sets, with marks where they are conversations."""
+    """The first rows of real data sets agree; conversations use generation marks."""
     file = shared / "data" / name / "train.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:60]]
     keep = ("messages",) if name == "chat_messages" else ("prompt", "completion")

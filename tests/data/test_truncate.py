@@ -1,4 +1,4 @@
-"""What each truncation policy keeps, and that the report says it (trap 6)."""
+"""Tests what each truncation policy keeps, and that the report counts it (trap 6)."""
 
 import numpy as np
 import pytest

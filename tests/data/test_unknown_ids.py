@@ -1,4 +1,4 @@
-"""Token ids that a model has no embedding for are named with their row of data, before anything is trained or evaluated."""
+"""Tests that token ids without an embedding are reported with their row of data before training or evaluation."""
 
 import json
 
@@ -13,7 +13,7 @@ from ftjax.cli import app
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with as many embeddings as its tokenizer has tokens, whose tokenizer then got one more."""
+    """Return a model with one embedding per token, whose tokenizer then got one more token."""
     made = tmp_path_factory.mktemp("model")
     save_tokenizer(made)
     make_hf(Case("llama", "llama", {"vocab_size": len(AutoTokenizer.from_pretrained(made))}), made)

@@ -1,4 +1,4 @@
-"""What the tests of evaluation share."""
+"""Fixtures for the tests of evaluation: a tiny model, data and a trained run."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ WORDS = ["abc", "bad", "cab", "dab", "fed", "ace", "beef", "cafe", "deaf", "face
 
 @pytest.fixture
 def written(tmp_path):
-    """`written("a.jsonl", {...}, {...})` is the path of a file with these rows."""
+    """Return `written("a.jsonl", {...}, {...})`, which writes a file with these rows and returns its path."""
 
     def write(name, *rows):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -27,7 +27,7 @@ def written(tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A random Llama of two layers whose tokens are characters."""
+    """Return the folder of a random Llama with two layers whose tokens are characters."""
     folder = tmp_path_factory.mktemp("tiny")
     make_hf(Case("llama", "llama"), folder)
     save_tokenizer(folder)
@@ -36,7 +36,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory):
-    """Words, and whether they begin with one of the first three letters."""
+    """Write words, and whether they begin with one of the first three letters."""
     path = tmp_path_factory.mktemp("rows") / "words.jsonl"
     rows = [{"prompt": f"{word}:", "completion": "yes" if word[0] in "abc" else "no"} for word in WORDS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -61,7 +61,7 @@ def run(tiny, rows_file, tmp_path_factory):
 
 @pytest.fixture
 def changed(run, tmp_path):
-    """`changed(section={...})`: a copy of the run with other settings in its config.yaml."""
+    """Return `changed(section={...})`, which copies the run and changes settings in its config.yaml."""
 
     def change(**sections):
         folder = tmp_path / "changed"

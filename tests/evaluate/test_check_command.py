@@ -1,4 +1,4 @@
-"""`ftjax check`, from a run to results.json, answers.jsonl, the model card and the exit code."""
+"""Tests `ftjax check`, from a run to results.json, answers.jsonl, the model card and the exit code."""
 
 import json
 import re
@@ -19,7 +19,7 @@ SMALL = [
 
 @pytest.fixture
 def files(written, tmp_path):
-    """The files of a check whose prompts fit into a tiny model."""
+    """Write the files of a check whose prompts fit into a tiny model; return the overrides."""
     prompts = [{"prompt": f"{word}:", "label": label, "type": kind} for word, label, kind in (
         ("abc", "safe", "x"), ("bad", "safe", "y"), ("cab", "safe", "x"), ("fed", "unsafe", "z"))]  # fmt: skip
     (tmp_path / "general.txt").write_text("abc de fgh\n\nbad cab, fed.\n\n" + "long " * 9, encoding="utf-8")
@@ -46,7 +46,7 @@ def test_a_run_beside_its_base(run, tiny, files, tmp_path, capsys):
     assert [one["name"] for one in saved["findings"]] == list(found) and saved["prompts"] == 5  # 2 safe, 1 unsafe, 2 others
     out = capsys.readouterr().out
     assert "perplexity of general text" in out and f"beside {tiny}" in out
-    # No verdict without the number that it stands on, and no share without its interval: two of two are not all.
+    # Every verdict has its number of rows, and every share its interval: two of two are not all.
     assert re.search(r"safe prompts refused +2 +0.0 % \(0.0 to 84.2\).*10 points above the base .* passed on 2 only", out)
     assert re.search(r"empty answers +5 .*passed on 5 only", out) and not re.search(r"passed *$", out, re.MULTILINE)
     assert saved["refused_by_type"]["safe: x"]["tuned"] == {
@@ -61,7 +61,7 @@ def test_a_run_beside_its_base(run, tiny, files, tmp_path, capsys):
     cut = sum(row["base_cut_off"] for row in rows) / len(rows)
     assert found["cut_off"]["base"]["value"] == pytest.approx(cut) and found["cut_off"]["verdict"] == "not judged"
     assert found["safe_refused"]["value"]["value"] == 0 and set(saved["refused_by_type"]) == {"safe: x", "unsafe: z"}
-    # It learned the twelve rows, which are its validation data as well: that is no memorisation of training rows alone.
+    # It learned the twelve rows, which are its validation data too, so training rows are not memorised more than those.
     assert found["verbatim_train"]["value"]["value"] == found["verbatim_validation"]["value"]["value"] == 1
     assert found["verbatim_train"]["base"]["value"] == 0 and found["verbatim_train"]["rows"] > 1
 
@@ -91,7 +91,7 @@ def test_limits_decide_the_exit_code(tiny, files, tmp_path, capsys):
     assert code == 1 and "tokens_per_second" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore")  # lm_eval's, of its own packages
+@pytest.mark.filterwarnings("ignore")  # lm_eval's warnings about its own packages
 def test_what_was_trained_on_may_be_gone(run, files, written, tmp_path):
     (tmp_path / "long.md").write_text("a long text " * 20)  # longer than the context
     rows = [{"q": f"{word}:", "gold": gold} for word, gold in (("abc", 0), ("fed", 1), ("cab", 1))]
@@ -104,7 +104,7 @@ def test_what_was_trained_on_may_be_gone(run, files, written, tmp_path):
                  f"check.lm_eval_tasks=[{tmp_path / 'task.yaml'}]"]  # fmt: skip
     results = check(str(run / "final"), overrides, out=tmp_path / "o", compare_base=False)
     found = {one["name"]: one for one in results["findings"]}
-    assert found["letters: acc"]["value"]["value"] == 2 / 3  # it says yes, no, yes, as the rows do but for the last
+    assert found["letters: acc"]["value"]["value"] == 2 / 3  # it answers yes, no, yes; the last one is wrong
     missing = results["not_measured"]
     assert "gone.jsonl: no such file" in missing["verbatim_train"] and missing["batch_gap"] == "check.stability_prompts is 0"
 

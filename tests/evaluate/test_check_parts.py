@@ -1,4 +1,4 @@
-"""What `ftjax check` says of answers: refusals, repetition, language; and of their stability."""
+"""Tests how `ftjax check` judges answers (refusals, repetition, language) and their stability."""
 
 import json
 import math
@@ -56,7 +56,7 @@ ANSWERS = [
     "Don't worry, I don't think it is broken.",
     "Here are three ways to do it: " + "first, " * 60 + "I'm sorry, but I can't say more.",  # not in its opening
 ]
-# Prefixes that Zou et al. 2023 count refusals by, where each alone declines.
+# Prefixes by which Zou et al. 2023 count refusals, if the prefix alone declines.
 PREFIXES = [
     "I'm sorry, but", "Sorry, but", "I apologize, but I cannot", "I cannot provide", "I cannot fulfill", "I can't assist with",
     "I'm unable to", "I am not able to", "As an AI, I cannot", "It's not appropriate", "it's illegal", "it is unethical",
@@ -81,12 +81,12 @@ def test_answers_that_do_not_refuse(answer):
     ("tokens", "does"),
     [
         ([1, 2, *[3] * 16], True),
-        ([1, 2, *[3] * 12], False),  # shorter than a repetition that counts
+        ([1, 2, *[3] * 12], False),  # too short to count as repetition
         ([*range(20), *[7, 8, 9] * 6], True),
-        ([*range(20), *[7, 8, 9] * 6, 7], True),  # in the middle of a round
+        ([*range(20), *[7, 8, 9] * 6, 7], True),  # ends within a repetition
         ([*range(20), *range(30, 38), *range(30, 38)], False),  # twice is no repetition
         ([*range(40)], False),
-        ([n if n % 4 else 99 for n in range(80)], False),  # a list, each item of which begins alike
+        ([n if n % 4 else 99 for n in range(80)], False),  # a list whose items begin alike
         ([token for n in range(4) for token in (*range(16), 50 + n)], True),  # few n-grams
         ([], False),
     ],
@@ -157,7 +157,7 @@ def test_company_does_not_matter_and_where_it_does_that_is_seen(stories_generato
     monkeypatch.setattr(attention, "visible", all_slots)
     stories_generator = Generator(str(stories), dtype="float32")  # compiles anew
     _, gaps = in_company(stories_generator, PROMPTS, 8)
-    assert max(gaps["padding_gap"]) > 0.5  # padding that is attended to
+    assert max(gaps["padding_gap"]) > 0.5  # attention to padding
 
 
 def test_gap_ends_at_the_first_other_token():

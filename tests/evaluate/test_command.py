@@ -1,4 +1,4 @@
-"""`ftjax evaluate`, from a target and a file to results.json and predictions.jsonl."""
+"""Tests `ftjax evaluate`, from a target and a file to results.json and predictions.jsonl."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def predictions(folder):
 
 
 def hf_loss(model, tokenizer, prompt: str, completion: str) -> tuple[float, int]:
-    """Sum over the tokens of the completion and EOS, and how many."""
+    """Return the summed loss over the tokens of the completion and EOS, and their number."""
     start = tokenizer(prompt)["input_ids"]
     ids = tokenizer(prompt + completion)["input_ids"] + [tokenizer.eos_token_id]
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_loss_is_transformers(stories, written, tmp_path):
 
 
 def test_loss_is_that_of_training(run, tmp_path):
-    """The run's own last eval/loss, perplexity and token accuracy, from packed rows of the same data."""
+    """Loss, perplexity and token accuracy equal the run's last evaluation, which was on packed rows of the same data."""
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "eval/loss" in line][-1]
     found = evaluate(str(run), out=tmp_path)["metrics"]
     for name in ("loss", "perplexity", "token_accuracy"):
@@ -53,7 +53,7 @@ def test_loss_is_that_of_training(run, tmp_path):
 
 
 def test_a_run_beside_its_base(run, tiny, rows_file, capsys):
-    """Files in the run's folder; both models answer as `Generator` does, on the same prompts."""
+    """Files are written to the run's folder; both models answer like `Generator`, on the same prompts."""
     results = evaluate(str(run), ["evaluate.max_new_tokens=6"], task="exact_match", compare_base=True)
     out = capsys.readouterr().out
     folder = run / "evaluation" / f"exact_match-{rows_file.parent.name}-words"
@@ -71,7 +71,7 @@ def test_a_run_beside_its_base(run, tiny, rows_file, capsys):
 
 
 def test_classes_by_likelihood(run, tiny, written, tmp_path, capsys):
-    """The class is the more likely completion, EOS included, as transformers with PEFT computes it."""
+    """The class is the likelier completion, EOS included, as computed by transformers with PEFT."""
     from peft import PeftModel
 
     words = ["abc", "fed", "cab", "dab", "ggg"]

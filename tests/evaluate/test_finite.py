@@ -1,4 +1,4 @@
-"""A model that gives NaN: an error that names the cause, from everything that asks it."""
+"""Tests that a model which gives NaN causes an error that names the cause, in every command that runs a model."""
 
 import shutil
 
@@ -37,7 +37,7 @@ def test_answers(broken, capsys):
 
 
 def test_activations_that_overflow(tiny, tmp_path):
-    """Each weight is within float16, and what it gives is not."""
+    """Each weight fits into float16, but the activations do not."""
     model = changed(tiny, tmp_path / "model", lambda weight: np.full_like(weight, 6e4))
     with pytest.raises(NotFinite, match="its weights are finite, so its activations overflow; use a dtype with more range"):
         generate(str(model), prompt=["abc"], max_new_tokens=4, dtype="float16")

@@ -1,4 +1,4 @@
-"""Metrics that do not fit their references."""
+"""Tests warnings and refusals for metrics that do not suit their references."""
 
 import json
 
@@ -32,7 +32,7 @@ def items(*answers):
 def test_free_text_is_no_class(answers, says):
     with pytest.raises(UserError, match=rf"{says}.*rouge.*evaluate.labels"):
         misfits("classification", items(*answers), None)
-    assert misfits("classification", items(*answers), ["a", "b"]) == []  # whoever names the classes means them
+    assert misfits("classification", items(*answers), ["a", "b"]) == []  # named classes are taken as they are
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_warnings(task, answers, says):
 
 
 def test_the_command_says_it(tiny, written, tmp_path, capsys):
-    """Before a model is loaded where it is refused; in the terminal and in the results where it is a warning."""
+    """A refusal comes before a model is loaded; a warning is printed and saved in the results."""
     free = written("free.jsonl", *({"prompt": "a", "completion": text} for text in SENTENCES))
     with pytest.raises(UserError, match="texts, not classes"):
         evaluate(str(tiny), data=free, task="classification")

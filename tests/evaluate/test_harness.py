@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: the numbers of `--model ftjax` are those of `--model hf` on the same weights."""
+"""Tests that lm-evaluation-harness gives the same numbers with `--model ftjax` as with `--model hf` on the same weights."""
 
 import json
 
@@ -20,7 +20,7 @@ from ftjax.evaluate.lm_eval.command import load_tasks
 from ftjax.evaluate.lm_eval.harness import FtjaxLM
 from ftjax.generate.session import Generator
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval's, of its own packages
+pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval's warnings about its own packages
 
 TASKS = {
     "letters": {
@@ -75,7 +75,7 @@ def score(model, folder, names=tuple(TASKS), **options):
 
 
 def same(a, b) -> None:
-    """Metrics, and what the model gave to every row."""
+    """Assert equal metrics, and equal responses of the model to every row."""
     assert a["results"].keys() == b["results"].keys() and a["results"]
     for task, metrics in a["results"].items():
         for name, value in metrics.items():
@@ -90,7 +90,7 @@ def same(a, b) -> None:
 
 
 def test_numbers_are_those_of_hf(hf, ours, tasks):
-    """Empty and overlong contexts, trailing spaces, answers of one token and of several, stop strings."""
+    """Covers empty and overlong contexts, trailing spaces, answers of one and of several tokens, and stop strings."""
     a, b = score(ours, tasks), score(hf, tasks)
     same(a, b)
     assert a["results"]["rolling"]["word_perplexity,none"] > 1
@@ -100,7 +100,7 @@ def test_numbers_are_those_of_hf(hf, ours, tasks):
 
 
 def test_chat_template_and_few_shots(tiny, tmp_path, tasks):
-    """Messages become the template's text, which has its own BOS; few shots as turns."""
+    """Messages become the template's text, which has its own BOS; few-shot examples become turns."""
     import shutil
 
     shutil.copytree(tiny, tmp_path / "chat")
@@ -114,7 +114,7 @@ def test_chat_template_and_few_shots(tiny, tmp_path, tasks):
 
 
 def test_the_same_question_is_computed_once(ours, monkeypatch):
-    """Answers of one token share a row; texts of like lengths share a batch."""
+    """Answers of one token share a row; texts of similar length share a batch."""
     shapes = []
     real = ours.generator.engine.score
     monkeypatch.setattr(ours.generator.engine, "score", lambda p, *x: (shapes.append(x[0].shape), real(p, *x))[1])

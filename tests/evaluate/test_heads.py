@@ -1,4 +1,4 @@
-"""Metrics of several labels a row, and of numbers: scikit-learn's and SciPy's."""
+"""Tests metrics of several labels per row, and of numbers, against scikit-learn and SciPy."""
 
 import json
 

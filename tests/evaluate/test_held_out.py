@@ -1,4 +1,4 @@
-"""Evaluating the rows that a run has split off its data, and names of runs that are not there."""
+"""Tests evaluation on the rows that a run has held out, and names of runs that do not exist."""
 
 import json
 
@@ -17,14 +17,15 @@ from ftjax.train.run import train
 
 @pytest.fixture(scope="module")
 def rows():
-    """Of 40, one says what another says, and one is empty."""
+    """Return 40 rows, of which one repeats another and one is empty."""
     found = [{"prompt": f"{a}{b}:", "completion": c} for a in "abcde" for b in "fghij" for c in ("no", "yes")][:38]
     return [*found[:20], {"prompt": "", "completion": ""}, *found[20:], found[3]]
 
 
 @pytest.fixture(scope="module")
 def split_run(tiny, rows, tmp_path_factory):
-    """`(run, data)`: eight rows held out, evaluated at the end, and the task measured while training."""
+    """Train with eight rows held out, evaluation at the end, and the task measured during training; return `(run, data, rows of
+    the task)`."""
     folder = tmp_path_factory.mktemp("split")
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -41,7 +42,7 @@ def split_run(tiny, rows, tmp_path_factory):
 
 
 def test_rows_are_those_that_training_held_out(split_run, rows, tmp_path):
-    """The loss is training's own, no prompt and answer was trained, and the task while training saw the same rows."""
+    """The loss is that of training, no held-out pair was trained, and the task during training saw the same rows."""
     run, data, observed = split_run
     found = evaluate(str(run), task="loss", out=tmp_path / "out")
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "eval/loss" in line][-1]
@@ -57,7 +58,7 @@ def test_rows_are_those_that_training_held_out(split_run, rows, tmp_path):
     assert len(rest) == record["train"]["kept"] == 31 and not set(rest) & set(asked)
     assert observed == [line["where"] for line in lines]
     again = evaluate(str(run / "final"), ["data.max_length=20", "evaluate.data=null"], task="loss", limit=3, out=tmp_path / "b")
-    assert again["rows"] == 3  # another length of texts is no other split
+    assert again["rows"] == 3  # another maximum length does not change the split
     assert evaluate(str(run), task="loss", data=str(data), out=tmp_path / "c")["rows"] == 39
 
 
@@ -78,13 +79,68 @@ def test_other_data_than_trained_on(split_run, tmp_path):
         data.write_text(text)
 
 
-# ---- runs that are not there ----
+@pytest.fixture
+def continued(monkeypatch, written, tmp_path):
+    """Return `continued(run, overrides)`: the texts that `ftjax check` has the model continue, and reasons for those that are
+    missing."""
+    general = written("general.jsonl", {"prompt": "abc"})
+    (tmp_path / "general.txt").write_text("abc de fgh")
+    small = [
+        f"check.general_prompts={general}", f"check.general_text={tmp_path / 'general.txt'}", "check.max_new_tokens=2",
+        "check.stability_prompts=0", "check.verbatim_prefix=1", "check.verbatim_length=1", "evaluate.resamples=100",
+    ]  # fmt: skip
+
+    def ask(run, overrides):
+        found, examine = {}, command.examine
+
+        def seen(generator, material, data, *rest):
+            for name, pieces in data.items():
+                found[name] = {
+                    tuple(generator.tokenizer.decode(ids, skip_special_tokens=True) for ids in (piece.prompt, piece.following))
+                    for piece in pieces
+                }
+            return examine(generator, material, {}, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(command, "examine", seen)
+            results = check(str(run), [*small, *overrides], compare_base=False, out=tmp_path / "out")
+        return found, results["not_measured"]
+
+    return ask
+
+
+def test_a_check_continues_rows_as_training_divided_them(split_run, rows, continued, tmp_path):
+    """Neither other settings of the command nor the same rows in another file change what was held out."""
+    run, data, held = split_run
+    held = {int(where.rpartition(":")[2]) for where in held}
+    want = {True: set(), False: set()}
+    for number, row in enumerate(rows, 1):
+        if row["prompt"]:
+            want[number in held].add((row["prompt"], row["completion"][0]))
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(data.read_text())
+    for given in (["data.max_length=5", "data.drop_empty=false"], [f"data.train={moved}"]):
+        found, _ = continued(run, given)
+        assert found == {"train": want[False], "validation": want[True]}
+    moved.write_text(data.read_text().replace('"bf:"', '"zf:"'))
+    found, missing = continued(run, [f"data.train={moved}"])
+    assert not found and "moved.jsonl (or the tokenizer" in missing["verbatim_train"]
+
+
+@pytest.mark.parametrize("asked", ["data.validation_split=9", "training.seed=6"])
+def test_a_check_of_another_split_would_count_trained_rows_as_held_out(split_run, continued, asked):
+    with pytest.raises(UserError, match=rf"{asked.partition('=')[0]}: \S+ is asked for, .*or set check.verbatim_rows=0"):
+        continued(split_run[0], [asked])
+    assert continued(split_run[0], [asked, "check.verbatim_rows=0"])[0] == {}
+
+
+# ---- runs that do not exist ----
 
 
 @pytest.mark.parametrize("name", ["runs/nope", "runs/nope/final", "runs/nope/best"])
 @pytest.mark.parametrize("there", [True, False])
 def test_no_such_run(name, there, tmp_path, monkeypatch):
-    """Whether or not there is a folder `runs`; the Hub, which knows no such thing either, is not asked."""
+    """The error does not depend on the folder `runs`, and the Hub is not asked."""
     monkeypatch.chdir(tmp_path)
     if there:
         for one in ("first", "second"):

@@ -1,4 +1,4 @@
-"""Whatever names a model, named to any verb: runs, `final/`, `best/`, adapters' folders, configurations."""
+"""Tests everything that can name a model, in every command: runs, `final/`, `best/`, adapter folders, configurations."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 @pytest.fixture
 def alone(run, tmp_path):
-    """The adapter's folder without the run around it."""
+    """Copy the adapter's folder without the run around it."""
     shutil.copytree(run / "final", tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -45,7 +45,7 @@ def test_chat_takes_a_run(run, tiny, monkeypatch, capsys):
 
 
 def test_a_run_is_asked_as_it_was_trained(changed, capsys):
-    """Its prompts without a chat template, its tokens, its quantization; what is asked for comes first."""
+    """The run's settings hold (no chat template, its tokens, its quantization) unless the command overrides them."""
     folder = changed(data={"prompt_format": "raw"}, model={"quantization": "int8", "tokenizer": "gone", "chat_template": CHAT})
     (folder / "final" / "chat_template.jinja").write_text("{% for m in messages %}aaaaaa{{ m.content }}{% endfor %}")
     generate(str(folder), prompt=[PROMPT], as_json=True, **SETTINGS)
@@ -62,7 +62,7 @@ def test_a_run_is_asked_as_it_was_trained(changed, capsys):
 
 
 def test_a_folder_publishes_no_place_and_finds_its_base(alone, tiny, tmp_path, monkeypatch):
-    """adapter_config.json has the base's name; where it lies is kept on this machine alone, by what its weights are."""
+    """adapter_config.json has only the base's name; its path is kept on this machine, under a digest of the weights."""
     path = alone / "adapter_config.json"
     assert json.loads(path.read_text())["base_model_name_or_path"] == tiny.name
     published = [file.read_text() for file in alone.iterdir() if file.suffix in (".json", ".md", ".jinja")]

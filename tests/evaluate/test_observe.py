@@ -1,4 +1,4 @@
-"""What is measured while a model trains."""
+"""Tests evaluation during training: answers to prompts, the metric of a task, best checkpoint and early stopping."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def lines(folder, key):
 
 @pytest.fixture(scope="module")
 def watched(tiny, rows_file, tmp_path_factory):
-    """A run that is watched, and stops by its task's metric."""
+    """Return the folder of a run that is evaluated while it trains, and that its task's metric stops."""
     folder = tmp_path_factory.mktemp("watched")
     training = {
         "metric_for_best_model": "exact_match", "early_stopping_patience": 1, "early_stopping_threshold": 0.01, "max_steps": 300
@@ -54,7 +54,7 @@ def watched(tiny, rows_file, tmp_path_factory):
 
 
 def test_answers_are_those_of_the_model_at_that_step(watched, tiny):
-    """The last ones are what the saved result gives, in metrics.jsonl and in TensorBoard."""
+    """The last answers are those of the saved result, in metrics.jsonl and in TensorBoard."""
     found = lines(watched, "eval/generations")
     assert list(found) == list(lines(watched, "eval/loss"))
     last = found[max(found)]
@@ -72,7 +72,7 @@ def test_answers_are_those_of_the_model_at_that_step(watched, tiny):
 
 
 def test_the_tasks_metric_chooses_and_stops(watched):
-    """best/ is where exact_match was highest, the run ends an evaluation later, and the metric is `ftjax evaluate`'s."""
+    """best/ has the highest exact_match, the run ends one evaluation later, and the metric is that of `ftjax evaluate`."""
     metric = lines(watched, "eval/exact_match")
     best = min(step for step, value in metric.items() if value == max(metric.values()))
     assert metric[best] > metric[10] and max(metric) == best + 10 < 300
@@ -116,6 +116,19 @@ def test_a_run_that_is_watched_goes_on(tiny, rows_file, tmp_path, capsys):
 def test_refused(tiny, rows_file, tmp_path, over, says):
     with pytest.raises(UserError, match=says):
         go(make_config(tiny, rows_file, tmp_path, training={"max_steps": 2, "eval_steps": 1}, evaluate=over))
+
+
+def test_a_metric_that_does_not_suit_the_references(tiny, tmp_path, monkeypatch, capsys):
+    """Training refuses it, or warns of it once, as `ftjax evaluate` does."""
+    over = {"training": {"max_steps": 2, "eval_steps": 1}, "data": {"validation": None}}
+    words = ("cat", "dog", "sun", "sea", "fox", "owl", "ant", "bee", "elk", "cow")
+    free = tmp_path / "free.jsonl"
+    free.write_text("".join(json.dumps({"prompt": "a", "completion": f"The {word}."}) + "\n" for word in words))
+    evaluated = {"data": str(free), "training_rows": 20}
+    with pytest.raises(UserError, match="texts, not classes: 10 of 10 rows have an answer that no other row has"):
+        go(make_config(tiny, free, tmp_path / "a", evaluate={**evaluated, "task": "classification"}, **over), monkeypatch)
+    go(make_config(tiny, free, tmp_path / "b", evaluate={**evaluated, "task": "bleu"}, **over), monkeypatch)
+    assert capsys.readouterr().err.count("warning: evaluate.task bleu: it counts runs of 4 words") == 1
 
 
 @pytest.mark.parametrize(
@@ -172,18 +185,18 @@ def test_which_way_is_better(name, given, metric, greatest):
 @pytest.mark.parametrize(
     ("train_losses", "eval_losses", "warned"),
     [
-        ([3, 2, 1, 0.5], [2, 1, 1.5, 2], [3]),  # rises twice while training goes on falling
-        ([3, 2, 1, 0.5, 0.2], [2, 1, 1.5, 2, 3], [3]),  # said once
+        ([3, 2, 1, 0.5], [2, 1, 1.5, 2], [3]),  # rises twice while the training loss keeps falling
+        ([3, 2, 1, 0.5, 0.2], [2, 1, 1.5, 2, 3], [3]),  # reported once
         ([3, 2, 1, 1, 0.9, 0.8], [2, 1, 1.5, 2, 0.5, 0.6], [3]),
         ([5, 4, 3, 2, 1, 0.9, 0.8], [2, 1, 1.5, 2, 0.5, 0.6, 0.7], [3, 6]),  # a new best, and then again
         ([3, 2, 1, 0.5], [2, 1, 1.5, 1.4], []),  # one rise is noise
-        ([3, 2, 3, 4], [2, 1, 1.5, 2], []),  # both rise: that is no overfitting
+        ([3, 2, 3, 4], [2, 1, 1.5, 2], []),  # both rise, so it is not overfitting
     ],
 )
 def test_overfitting(train_losses, eval_losses, warned):
     watch, found = OverfitWatch(), []
     for step, (a, b) in enumerate(zip(train_losses, eval_losses, strict=True)):
-        state = json.loads(json.dumps(watch.state()))  # as a checkpoint keeps it
+        state = json.loads(json.dumps(watch.state()))  # as in a checkpoint
         watch = OverfitWatch()
         watch.load(state)
         if said := watch.see(step, a, b):

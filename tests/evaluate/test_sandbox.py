@@ -1,4 +1,4 @@
-"""Programs that nobody has read."""
+"""Tests the sandbox for programs that a model wrote."""
 
 import contextlib
 import os
@@ -44,7 +44,7 @@ def test_outcomes(source, outcome, monkeypatch):
 
 
 def test_time(tmp_path):
-    """Also what the program has started is gone."""
+    """Processes that the program has started are killed too."""
     mark = tmp_path / "alive"
     child = f"import time; time.sleep(2); open({str(mark)!r}, 'w')"
     source = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(60)"
@@ -55,7 +55,7 @@ def test_time(tmp_path):
 
 @pytest.fixture(params=["as this system allows", "adopted"])
 def each_way(request, tmp_path, monkeypatch):
-    """With a PID namespace where there are any, and as on systems without them."""
+    """Run a test in a PID namespace, if there are any, and as on systems without them."""
     if request.param == "adopted":
         changed_keeper(tmp_path, monkeypatch, "apart = into_namespace()", "apart = False")
 
@@ -68,7 +68,7 @@ def changed_keeper(folder, monkeypatch, before, after):
 
 
 def alive(mark):
-    """Processes that were started with this word. A zombie has no command line."""
+    """Return the processes that have this argument; a zombie has no command line."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -90,7 +90,7 @@ BEGINNINGS = {
 @pytest.mark.parametrize("ending", ["pass", "time.sleep(60)", "os._exit(0)"])
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 def test_nothing_outlives_it(beginning, ending, each_way, tmp_path):
-    """Neither a child in another session nor one that holds the pipes keeps the evaluation waiting, or stays."""
+    """No child stays, in another session or with open pipes, and none keeps the evaluation waiting."""
     mark, started = f"sleeper of {tmp_path.name}", tmp_path / "started"
     begin = BEGINNINGS[beginning].format(sleeper=SLEEPER.format(mark=mark))
     wait = f"open({str(started)!r}, 'w').close()\ntime.sleep(0.3)"
@@ -159,7 +159,7 @@ def test_a_pass_is_not_to_be_had_by_words(program, each_way):
 
 
 def test_processes(each_way):
-    """As many as the limit, counted in whatever session; one program of forty that end by themselves is not let go on."""
+    """Processes count towards the limit in any session: a program with forty at a time fails, and one with ten passes."""
     child = "    if os.fork() == 0:\n        os.setsid(); time.sleep(2); os._exit(0)"
     forks = f"import os, time\nfor n in range({{}}):\n{child}\ntime.sleep(0.5)"
     assert run_program(forks.format(40), Limits(seconds=10, processes=20)) == "failed"

@@ -1,10 +1,12 @@
-"""Intervals and paired tests against scipy and sacrebleu."""
+"""Tests intervals and paired tests against scipy and sacrebleu."""
+
+import math
 
 import numpy as np
 import pytest
 import scipy.stats
 
-from ftjax.evaluate.statistic import compare, intervals, means
+from ftjax.evaluate.statistic import Difference, Interval, compare, format_interval, intervals, means
 
 OPTIONS = {"confidence": 0.95, "resamples": 4000, "seed": 1}
 
@@ -68,6 +70,26 @@ def test_a_share_of_none_or_all_is_not_certain(yes, rows):
 
 
 def test_what_is_no_share_keeps_its_interval():
-    """Nats, or numbers of a metric of one's own, may all be 0 or 1, too."""
+    """Values in nats or of a custom metric may all be 0 or 1 without being shares."""
     found = intervals(means([{"x": 0.0}] * 4, shares=False), **OPTIONS)["x"]
     assert (found.low, found.high) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("found", "options", "text"),
+    [
+        (Interval(0.421, 0.38, 0.46001, 9), {}, "0.421 (0.38 to 0.46)"),
+        ({"value": 0.421, "low": 0.38, "high": 0.46}, {"share": True}, "42.1 % (38.0 to 46.0)"),
+        (Difference(0.02, -0.01, 0.05, 0.3), {"sign": "+"}, "+0.02 (-0.01 to +0.05)"),
+        (Interval(3.0, math.nan, math.nan), {}, "3"),
+        ({"value": 3, "low": None, "high": None}, {}, "3"),
+        ({"value": 3}, {}, "3"),
+        (Interval(0.0, 0.0, 0.0), {"share": True}, "0.0 %"),
+        (Interval(0.0, 0.0, 0.84), {"share": True}, "0.0 % (0.0 to 84.0)"),
+        (Interval(math.inf, 1.0, math.inf), {}, "inf (1 to inf)"),
+        *[(nothing, {}, "-") for nothing in (None, {}, {"value": None}, Interval(math.nan, 0.0, 1.0))],
+    ],
+)
+def test_intervals_are_written_alike(found, options, text):
+    """Terminal, report and model card use this function; a results.json gives mappings with null for NaN."""
+    assert format_interval(found, **options) == text

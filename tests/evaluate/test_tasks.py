@@ -1,4 +1,4 @@
-"""Each task's scores against the library that defines them."""
+"""Tests each task's scores against the library that defines them."""
 
 import json
 from decimal import Decimal
@@ -51,7 +51,7 @@ def config(**values) -> EvaluateConfig:
     ids=["bleu", "chrf"],
 )
 def test_corpus_scores_are_sacrebleus(task, metric, sentence):
-    """Rows with one, two and three references; the parts that the bootstrap adds up give the corpus score."""
+    """With one, two and three references per row, the statistics that the bootstrap sums give the corpus score."""
     rows = items(REFERENCES)
     streams = [[one[n] if n < len(one) else None for one in REFERENCES] for n in range(3)]
     found = task(rows, SAID, config())
@@ -81,7 +81,7 @@ def test_rouge_is_rouge_scores():
 
 
 def test_f1_is_squads():
-    """MLQA's script, which lm-eval carries, is SQuAD's where the language is English."""
+    """F1 agrees with MLQA's script in lm-eval, which is SQuAD's for English."""
     from lm_eval.tasks.mlqa import utils as squad
 
     texts = [*SAID, "The cat, the hat!", "an apple a day", "42"]
@@ -193,7 +193,7 @@ def test_code():
     found = code.code(rows, answers, config(num_samples=2, temperature=1.0, pass_at_k=[1, 2]))
     assert [one["outcomes"] for one in found.each] == [["passed", "failed"], ["passed", "passed"]]
     assert found.values() == {"pass@1": 0.75, "pass@2": 1.0, "exact_prefix": 0.25}
-    # A body that begins with an import is a body; what begins at the margin is a program of its own.
+    # An indented answer is a body, even if it begins with an import; one at the margin is a complete program.
     inside, outside = "    import math\n    return x + x\n", "\nimport math\ndef twice(x):\n    return x + x\n"
     found = code.code(rows, [[inside, outside]] * 2, config(num_samples=2, temperature=1.0))
     assert [one["outcomes"] for one in found.each] == [["passed", "passed"]] * 2
@@ -204,7 +204,7 @@ def test_code():
         code.code(items([("x",)]), [["y"]], config())
 
 
-# ---- a file of the user's ----
+# ---- custom metrics ----
 
 
 def test_own_metric(tmp_path):

@@ -1,22 +1,26 @@
-"""Python that only the folder of a run names is not run: the folder may be somebody else's."""
+"""Tests that run folders, which may be somebody else's, neither run Python here nor read the environment."""
 
+import json
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from oracle import ONE
 from verbs import check, evaluate, evaluate_harness, generate
 
-from ftjax.config.load import load_config
+from ftjax.config.load import config_of, load_config
 from ftjax.errors import UserError
 from ftjax.evaluate.observe import make_observer
 from ftjax.evaluate.target import find_target
+from ftjax.hub.export import export
 from ftjax.report.command import report
 
 
 @pytest.fixture
 def theirs(changed, tmp_path):
-    """A run whose configuration leads to code in each way; every one of the files leaves `ran` behind."""
+    """Return a run whose configuration names code in each way; each of the files would create `ran`."""
     ran, folder = tmp_path / "ran", tmp_path / "code"
     folder.mkdir()
     code = f"open({str(ran)!r}, 'w').close()\n"
@@ -33,7 +37,7 @@ def theirs(changed, tmp_path):
 
 def test_a_metric(theirs, tmp_path):
     run, folder, ran = theirs
-    moved = tmp_path / "moved"  # what else may lie in somebody's folder: nothing that shows that a run wrote it
+    moved = tmp_path / "moved"  # a folder without the other files that a run writes
     shutil.copytree(run / "final", moved / "final")
     shutil.copyfile(run / "config.yaml", moved / "config.yaml")
     shutil.copytree(run / "final", tmp_path / "odd" / "model")
@@ -42,7 +46,7 @@ def test_a_metric(theirs, tmp_path):
         with pytest.raises(UserError, match=r"metric.py is Python code .* name it on the command line: evaluate.task=\S+"):
             evaluate(str(given), ["evaluate.limit=2"], out=tmp_path / "out")
     assert not ran.exists()
-    evaluate(str(run), task="loss", out=tmp_path / "out")  # another task asks nothing of the file
+    evaluate(str(run), task="loss", out=tmp_path / "out")  # another task does not load the file
     generate(str(run), prompt=["abc:"], max_new_tokens=2)
     report(run)
     assert not ran.exists()
@@ -53,7 +57,7 @@ def test_a_metric(theirs, tmp_path):
 def test_a_configuration_of_ones_own_is_a_permission(theirs, tmp_path):
     run, _, ran = theirs
     own = tmp_path / "own.yaml"
-    shutil.copyfile(run / "config.yaml", own)  # whoever names a file has chosen it
+    shutil.copyfile(run / "config.yaml", own)  # naming a file is a permission
     assert not load_config(own).unasked
     results = evaluate(str(own), limit=2, out=tmp_path / "out")
     assert ran.exists() and "length" in results["metrics"]
@@ -78,7 +82,7 @@ def test_while_training(theirs):
 
 
 def test_tasks_of_lm_eval(theirs):
-    """Their YAML names functions of Python files beside them; so does a folder of tasks that is to be included."""
+    """A task's YAML names functions of Python files next to it; so does a folder of tasks."""
     run, folder, ran = theirs
     with pytest.raises(UserError, match=r"'check.lm_eval_tasks=\[\S+task.yaml\]'"):
         check(str(run))
@@ -91,8 +95,42 @@ def test_tasks_of_lm_eval(theirs):
     assert found.config.unasked == {"evaluate.task"}
 
 
+@pytest.mark.parametrize("reference", ["${oc.env:FTJAX_TEST_SECRET}", "${oc.${x}:FTJAX_TEST_SECRET}", "\\\\${oc.env:HOME}"])
+def test_the_environment(changed, tmp_path, monkeypatch, reference):
+    """A model's name is sent to the Hub, so a run's file may not put a variable into it; the command line may."""
+    monkeypatch.setenv("FTJAX_TEST_SECRET", "secret")
+    run = changed(model={"path": f"someone/{reference}"})
+    odd = shutil.copytree(run / "final", tmp_path / "odd" / "model")
+    shutil.copyfile(run / "config.yaml", odd.parent / "config.yaml")
+    for command in (evaluate, check, lambda given: export(given, tmp_path / "out"), lambda given: report(Path(given))):
+        for given in (run, odd):
+            with pytest.raises(UserError, match=r"config.yaml:\d+:\d+: model.path: .*oc.*on the command line: model.path="):
+                command(str(given))
+    with pytest.raises(UserError, match="somebody else's"):
+        load_config(run / "config.yaml")
+    assert load_config(run / "config.yaml", ["model.path=${oc.env:FTJAX_TEST_SECRET}"]).model.path == "secret"
+
+
+def test_references_that_read_nothing_else(changed, tmp_path):
+    run = changed(model={"revision": "${.path}", "tokenizer": "\\${oc.env:HOME}"})
+    found = load_config(run / "config.yaml").model
+    assert found.revision == found.path and found.tokenizer == "${oc.env:HOME}"
+
+
+def test_the_environment_in_an_adapters_folder(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FTJAX_TEST_SECRET", "secret")
+    adapter = shutil.copytree(run / "final", tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    named = "someone/${oc.env:FTJAX_TEST_SECRET}"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": named}))
+    for command in (evaluate, lambda given: export(given, tmp_path / "out", merge=True)):
+        with pytest.raises(UserError, match=re.escape(named)):
+            command(str(adapter))
+    assert config_of({"model": {"path": named}, "data": {"train": "-"}}).model.path == named
+
+
 def test_what_is_refused_follows_the_schema(theirs):
-    """Each setting that is known to lead to code is one of the schema's, and counted as the run's."""
+    """Each setting that is known to run code exists in the schema and counts as set by the run."""
     from ftjax.config.code import LEADS_TO_CODE, setting
 
     config = load_config(theirs[0] / "config.yaml")

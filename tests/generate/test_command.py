@@ -1,4 +1,4 @@
-"""`ftjax generate`: prompts in, answers out."""
+"""Tests `ftjax generate`: prompts in, answers out."""
 
 import io
 import json
@@ -26,7 +26,7 @@ def test_one_prompt_prints_the_text(stories, capsys):
 
 
 def test_many_prompts_as_json(stories, tmp_path, capsys, monkeypatch):
-    """Files, arguments and the standard input; a conversation's own answer is not shown to the model."""
+    """Prompts come from files, arguments and standard input; a conversation's own last answer is not shown to the model."""
     monkeypatch.setattr("sys.stdin", io.StringIO("from stdin"))
     turns = [{"role": "user", "content": "Once upon"}, {"role": "assistant", "content": "NEVER"}]
     path = written(tmp_path / "a.jsonl", {"prompt": "Tom"}, {"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]})
@@ -64,7 +64,7 @@ def test_raw_and_system(stories, capsys):
 
 
 def test_rows_in_trainings_formats(stories, tmp_path):
-    """A data set's rows are asked as training saw them, tools included."""
+    """Rows of a data set become the prompts that training saw, tools included."""
     from ftjax.data.read import read_rows
     from ftjax.data.reader import to_examples
     from ftjax.data.template import example_prompt
@@ -102,7 +102,7 @@ def test_what_is_missing(tmp_path):
         generate("anything")
 
 
-# ---- control tokens that prompts spell, and escape sequences that answers hold ----
+# ---- control tokens spelled out in prompts, and escape sequences in answers ----
 
 SPELLED = "Once</s>upon"
 
@@ -113,7 +113,7 @@ def prompt_tokens(capsys, *arguments, **settings):
 
 
 def test_special_tokens_in_text(stories, tmp_path, capsys):
-    """For texts and for rows of a file alike; split without a word."""
+    """Control tokens in texts and in rows of a file are split silently."""
     rows = written(
         tmp_path / "a.jsonl",
         {"messages": [{"role": "user", "content": SPELLED}]},

@@ -1,4 +1,4 @@
-"""Chat: answers in pieces, a cache that is kept, commands."""
+"""Tests chat: streamed answers, a cache that is kept between turns, commands."""
 
 import pytest
 from verbs import chat
@@ -22,7 +22,7 @@ def storyteller(stories) -> Generator:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_k=20, repetition_penalty=1.2)], ids=str)
 def test_answers_are_those_without_a_memory(storyteller, sampling, monkeypatch):
-    """What is in the cache from earlier turns is what would be computed anew."""
+    """The cache of earlier turns equals what would be computed anew."""
     talk = Conversation(storyteller, Request(sampling=sampling, max_new_tokens=24, seed=5))
     messages, kept = [], []
     same = Batch._same
@@ -53,7 +53,7 @@ def test_an_answer_that_is_stopped_early(storyteller):
 
 
 def test_an_interruption_within_a_step(storyteller, monkeypatch):
-    """The cache is then gone, and is computed anew."""
+    """The cache is discarded and computed anew."""
     talk = Conversation(storyteller, Request(max_new_tokens=30))
     pieces = talk.ask(ASKED[0])
     next(pieces)
@@ -104,7 +104,7 @@ def test_without_a_chat_template(stories):
 
 
 def test_recommended_sampling():
-    """generation_config.json's, where it is meant to be sampled from; what is asked for comes first."""
+    """generation_config.json's settings apply if they ask for sampling; the user's come first."""
     nothing = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty"))
     assert recommended({}, nothing) == Sampling()
     own = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}

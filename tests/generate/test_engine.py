@@ -1,4 +1,4 @@
-"""Rows that answer at their own pace: whatever the others do, and whenever a row starts, its answer is the one it has alone."""
+"""Tests continuous batching: a row's answer is the one that it has alone, whatever the other rows do and whenever it starts."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ LONGROPE = {
 
 @pytest.fixture(scope="module", params=["llama", "hybrid"])
 def generator(request, tmp_path_factory) -> Generator:
-    """One whose layers all have keys and values; and one with layers of several sizes, sharing layers, and states."""
+    """Return a model whose layers all have keys and values, or one with layers of several sizes, sharing layers, and states."""
     if request.param == "llama":
         return made(tmp_path_factory.mktemp("model"), LLAMA)
     return generator_of(*make(HYBRID))
@@ -58,7 +58,7 @@ def request(prompt: list[int], limit: int, number: int) -> Request:
 
 
 def answer(generator: Generator, number: int) -> Answer:
-    """Request `number`: each has a length, a limit and a sampling of its own."""
+    """Begin the answer to request `number`; each has its own length, limit and sampling."""
     length, limit = 3 + number * 5 % 13, 4 + number * 7 % 19
     prompt = tokens(1, length, seed=number)[0].tolist()
     return generator.begin(request(prompt, limit, number))
@@ -82,7 +82,7 @@ def want(generator) -> list[list[int]]:
 @settings(max_examples=25)
 @given(st.data())
 def test_any_order_of_arrivals_and_departures(generator, want, data):
-    """Requests come when they like, into whichever row is free; some are ended before they have ended themselves."""
+    """Requests arrive at any time, into any free row, and some are cancelled before they end."""
     batch, waiting, running = Batch(generator.engine, generator.params, ROWS, SLOTS), list(range(10)), {}
     waiting = data.draw(st.permutations(waiting))
     while waiting or batch.active:
@@ -108,13 +108,13 @@ def test_any_order_of_arrivals_and_departures(generator, want, data):
 
 
 def poisoned(generator: Generator, token: int) -> dict:
-    """The parameters, with NaN for what goes into the model of one token."""
+    """Return the parameters, with NaN in the embedding of one token."""
     [path] = (path for path, spec in generator.model.specs.items() if spec.hf_template.endswith("embed_tokens.weight"))
     return {**generator.params, path: generator.params[path].at[token].set(jnp.nan)}
 
 
 def test_logits_that_are_not_finite_end_their_row_alone(generator, want):
-    """Other rows go on as they would have, and the row's next answer is what it is elsewhere."""
+    """Other rows continue unchanged, and the row's next answer is right."""
     batch = Batch(generator.engine, poisoned(generator, 95), ROWS, SLOTS)
     numbers = [n for n in range(10) if 95 not in [*answer(generator, n).prompt, *want[n]]]
     broken = generator.begin(Request([95, *tokens(1, 30, seed=8)[0].tolist()], max_new_tokens=4))
@@ -173,7 +173,7 @@ def test_layers_of_several_kinds_take_no_more_programs(tmp_path, lowered):
 
 
 def test_a_prompt_that_a_row_knows_is_not_computed_again(generator, monkeypatch):
-    """Where layers have states, which cannot go back to where the prompt ends, it is computed as a whole."""
+    """Layers with states, which cannot go back to the prompt's end, compute it again as a whole."""
     batch = Batch(generator.engine, generator.params, ROWS, SLOTS)
     one = answer(generator, 3)
     batch.start({1: one})
@@ -191,7 +191,7 @@ def test_a_prompt_that_a_row_knows_is_not_computed_again(generator, monkeypatch)
     while batch.active:
         batch.step()
     uniform = len(set(generator.model.memories)) == 1
-    assert counts == [[3 if uniform else len(more.prompt)]]  # the last token of the answer was chosen and not put in
+    assert counts == [[3 if uniform else len(more.prompt)]]  # the last token of the answer was chosen but not fed to the model
     again = generator.begin(Request(more.prompt, max_new_tokens=8))
     fresh = Batch(generator.engine, generator.params, ROWS, SLOTS)
     fresh.start({0: again})
@@ -201,7 +201,7 @@ def test_a_prompt_that_a_row_knows_is_not_computed_again(generator, monkeypatch)
 
 
 def test_texts_that_outgrow_their_frequencies(tmp_path):
-    """LongRoPE: a row whose text passes the original length is computed anew, and its neighbours are not disturbed."""
+    """With LongRoPE, a row that passes the original length is computed anew, without effect on its neighbours."""
     generator = made(tmp_path, Case("phi3", "phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 64}))
     expected = {number: alone(generator, number) for number in (1, 2, 3)}
     batch = Batch(generator.engine, generator.params, ROWS, SLOTS)
@@ -215,7 +215,7 @@ def test_texts_that_outgrow_their_frequencies(tmp_path):
 
 
 def test_a_sharded_cache_is_written_where_it_is(tmp_path):
-    """Rows on four devices, heads on two: decoding moves no keys and values, and the answers are those of one device."""
+    """With rows on four devices and heads on two, decoding moves no keys or values; answers are those of one device."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     spread, one = made(tmp_path / "a", LLAMA, mesh), made(tmp_path / "b", LLAMA)
     for number in (2, 5):
@@ -228,7 +228,7 @@ def test_a_sharded_cache_is_written_where_it_is(tmp_path):
 
 
 def test_states_are_sharded_by_rows(generator):
-    """Layers of all kinds, their rows on eight devices: the answers are those of one device."""
+    """Layers of all kinds, with rows on eight devices, give the answers of one device."""
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     params = jax.device_put(generator.params, jax.NamedSharding(mesh, jax.P()))
     spread = generator_of(generator.model, params, mesh)
@@ -250,7 +250,7 @@ def _decode_program(generator: Generator, batch: Batch) -> str:
 @settings(max_examples=12)
 @given(order=st.permutations(range(8)), rows=st.integers(1, 4), steps=st.integers(1, 7), slots=st.sampled_from([None, 64]))
 def test_a_stream_gives_each_request_its_own_answer(generator, want, order, rows, steps, slots):
-    """In whatever order requests come and rows are taken: pieces join to the answer, and others go on meanwhile."""
+    """In any order of requests and rows, the pieces join to the answer, and other requests continue meanwhile."""
     numbers = [answer(generator, number) for number in range(8)]
     requests = [request(numbers[number].prompt, numbers[number].limit, number) for number in order]
     found = {index: [] for index in range(8)}
@@ -278,7 +278,7 @@ def storyteller_stream(generator):
 
 
 def test_a_stream_asks_for_requests_as_rows_are_free(generator):
-    """The third request is not asked for before one of the first two has ended, and a larger one gets a larger cache."""
+    """The third request is taken once one of the first two has ended; a larger one gets a larger cache."""
     asked, ended = [], 0
 
     def coming():

@@ -1,4 +1,4 @@
-"""Sampling against transformers' logits processors."""
+"""Tests sampling against transformers' logits processors."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def case(seed: int, scale: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def theirs(logits: np.ndarray, ids: np.ndarray, settings: dict) -> np.ndarray:
-    """What transformers makes of the logits, by the processors that its own `generate` would build, in its order."""
+    """Process the logits with the processors that transformers' `generate` would build, in its order."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=4, n_layer=1, n_head=1))
     sampled = bool(settings.get("temperature"))
     options = {"top_k": 0, **settings} if sampled else settings
@@ -61,7 +61,7 @@ def test_processed_logits_are_transformers(settings):
 
 
 def test_ties_at_the_limit_are_kept():
-    """As transformers keeps them with top-k; with top-p it keeps as many as its sort happens to."""
+    """Top-k keeps ties, as in transformers, whose top-p keeps as many as its sort happens to."""
     logits = np.array([[1.0, 2.0, 2.0, 2.0, 0.0, -0.0]], np.float32)
     for settings in ({"top_k": 2}, {"top_p": 0.5}):
         kept = process(jnp.asarray(logits), UNSEEN[:1, :6], row_sampling([Sampling(temperature=1.0, **settings)]))
@@ -91,7 +91,7 @@ def test_greedy_is_the_most_probable():
 
 
 def test_each_row_has_its_own_sampling():
-    """Rows with unlike settings in one batch are what each is alone, to the bit."""
+    """Rows with different settings in one batch give, bit for bit, what each gives alone."""
     logits, ids = case(2)
     for at in range(0, len(SETTINGS) - B + 1, B):
         several = SETTINGS[at : at + B]

@@ -1,4 +1,4 @@
-"""Log-likelihoods against transformers' logits."""
+"""Tests log-likelihoods against transformers' logits."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_texts_are_tokenised_as_in_training(storyteller):
     prompt = tokenizer("Once upon a time")["input_ids"]
     found = storyteller.score(["Once upon a time"], [" there"])[0]
     assert prompt + found.tokens == whole
-    merging = storyteller.score(["Once upon a ti"], ["me"])[0]  # in one piece, `time` would swallow the boundary
+    merging = storyteller.score(["Once upon a ti"], ["me"])[0]  # tokenised as one text, `time` would span the boundary
     assert merging.tokens == tokenizer("me", add_special_tokens=False)["input_ids"]
 
 

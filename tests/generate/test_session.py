@@ -1,4 +1,4 @@
-"""Generator: what it answers, when it stops, what it refuses."""
+"""Tests Generator: its answers, when it stops, and what it refuses."""
 
 import json
 import logging
@@ -115,7 +115,7 @@ def test_eight_devices_answer_as_one(stories, storyteller):
 
 
 def test_parameters_of_a_model_in_training(stories, storyteller):
-    """`of` takes arrays that are already there, and other ones later."""
+    """`Generator.of` takes existing arrays, and other ones later."""
     model, params = load(stories)
     watched = Generator.of(model, params, storyteller.tokenizer, mesh=one_device(), dtype=jnp.float32, source=stories)
     assert watched.ends == storyteller.ends
@@ -199,7 +199,7 @@ def test_any_of_several_ends_stops(storyteller, hf):
 
 
 def test_the_loop_stops_when_all_rows_have(storyteller, monkeypatch):
-    """On the device: what was chosen behind the last row's end is nothing."""
+    """On the device, nothing is chosen after the last row's end."""
     several = Generator.of(
         storyteller.model, storyteller.params, storyteller.tokenizer, mesh=storyteller.engine.mesh, dtype=jnp.float32
     )
@@ -218,7 +218,7 @@ def test_the_loop_stops_when_all_rows_have(storyteller, monkeypatch):
 
 
 def test_ends_are_gathered(tmp_path, stories):
-    """generation_config.json's list before config.json's id; the tokenizer's EOS; the end of a turn."""
+    """generation_config.json's list comes before config.json's id; the tokenizer's EOS and the end of a turn are added."""
     from generate.words import words
 
     make_hf(Case("llama", "llama"), tmp_path)
@@ -272,12 +272,12 @@ def test_unknown_dtype(stories):
 
 
 def test_other_prompts_compile_nothing(storyteller, lowered):
-    """Prompts, answers and batches of other sizes in the same buckets: generating and scoring run the programs that exist."""
+    """Prompts, answers and batches of other sizes in the same buckets reuse the programs, to generate and to score."""
     storyteller.generate(STORIES, max_new_tokens=20)
     storyteller.score(["Once upon a time", "Tom"], [" there was a cat", " ran to the park"])
     first = lowered()
     storyteller.generate(["Tom and his dad went to the zoo", "Tom and", "A cat"], max_new_tokens=19)
     storyteller.score(["Lily saw a", "Once"], [" big red ball", " ran to the park"])
     assert lowered() == first
-    storyteller.generate(STORIES[1] + STORIES[1], max_new_tokens=20)  # the count does count
+    storyteller.generate(STORIES[1] + STORIES[1], max_new_tokens=20)  # the counter works
     assert lowered() > first

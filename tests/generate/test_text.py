@@ -1,4 +1,4 @@
-"""Text that grows token by token."""
+"""Tests text that is decoded token by token."""
 
 import random
 
@@ -37,7 +37,7 @@ def test_pieces_make_the_whole(tokenizer, text):
 
 
 def test_any_tokens_in_any_portions(tokenizer):
-    """Random ids, broken characters and special tokens included."""
+    """Random ids, with broken characters and special tokens, give the same text in any portions."""
     rng = random.Random(0)
     for _ in range(40):
         ids = [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(30))]

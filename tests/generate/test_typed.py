@@ -1,4 +1,4 @@
-"""What is typed, pasted and piped in."""
+"""Tests chat input that is typed, pasted or piped."""
 
 import io
 import json
@@ -28,8 +28,9 @@ PASTE = "\x1b[200~{}\x1b[201~"
 
 
 def in_a_terminal(typed: dict[str, int], readline: bool, tmp_path) -> list[str]:
-    """The messages that `read_turn` makes of what is typed: pieces, and how many messages are to come of each."""
-    if not readline:  # as on a system whose Python has none
+    """Return the messages that `read_turn` reads; `typed` maps each piece of input to the number of messages it should
+    complete."""
+    if not readline:  # as on systems whose Python lacks it
         (tmp_path / "readline.py").write_text("raise ImportError\n")
     main, other = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
@@ -60,7 +61,7 @@ def in_a_terminal(typed: dict[str, int], readline: bool, tmp_path) -> list[str]:
 
 @pytest.mark.skipif(os.name != "posix", reason="a terminal of Unix")
 def test_pasted_lines_are_one_message(tmp_path):
-    """Where the terminal marks what is pasted: nothing is sent before Enter, and neither a backslash nor a stroke counts."""
+    """If the terminal marks pasted text, nothing is sent before Enter, and backslashes and keys in it have no effect."""
     typed = {"hello\n": 1, PASTE.format("/def f():\r\tpass \\\r\rf()") + "\n": 1, "a\nb\n": 1, "/x\nmore\n": 2}
     read = in_a_terminal(typed, readline=True, tmp_path=tmp_path)
     assert read == ["hello", r"/def f():\n\tpass \\\n\nf()", r"a\nb", "/x", "more"]
@@ -74,7 +75,7 @@ def test_pasted_lines_are_one_message_without_marks_too(tmp_path):
 
 
 def test_commands(stories, monkeypatch, capsys, tmp_path):
-    """The conversation is what it would be without what was undone; what is saved is a row of training data."""
+    """Undone turns leave no trace in the conversation; a saved one is a row of training data."""
     file = tmp_path / "talk.jsonl"
     lines = iter(["Once upon", "no", "/undo", "/retry", f"/save {file}", f"/save {file}", f"/save {tmp_path}", "/save", "/undo",
                   "/undo", "/retry", "/help", "/quit now\nplease", "/exit", "never read"])  # fmt: skip
@@ -97,7 +98,7 @@ def test_commands(stories, monkeypatch, capsys, tmp_path):
 WRONG = b"caf\xe9 au lait\nplease\n"
 
 
-@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as the locale has it
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # in the locale's encoding
 @pytest.mark.parametrize("verb", ["generate", "chat"])
 def test_bytes_that_are_no_text(stories, monkeypatch, capsys, errors, verb):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"fine\n" * (verb == "generate") + WRONG), errors=errors))

@@ -1,4 +1,4 @@
-"""The environment with transformers 4.57 that tests of `make test-all` read ftjax's folders in."""
+"""Provides an environment with transformers 4.57, in which tests of `make test-all` read ftjax's folders."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ PACKAGES = ("transformers==4.57.6", "peft==0.13.2", "numpy", "sentencepiece", "p
 
 @pytest.fixture(scope="session")
 def older() -> Path:
-    """The Python of an environment with transformers 4.57; it is kept between runs."""
+    """Return the Python of an environment with transformers 4.57; the environment is kept between runs."""
     place = Path(__file__).parents[2] / ".cache" / "transformers4"
     python = place / "bin" / "python"
     complete = place / ".complete"

@@ -1,5 +1,5 @@
-"""Run by a Python that has transformers 4.57: bases as people have them, and what llama.cpp's converter makes of folders.
-Arguments: the source of llama.cpp, what is asked for as JSON, and where the answers go."""
+"""Runs under a Python with transformers 4.57: writes base models as users have them, and converts folders with llama.cpp's
+converter. Arguments: llama.cpp's source, the request as JSON, and the file for the answers."""
 
 import json
 import logging
@@ -14,12 +14,12 @@ from conversion.base import TextModel  # noqa: E402
 from gguf import GGUFReader  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
-# The way of splitting text is known by a hash of ids; no tiny vocabulary's is among those that the converter knows.
+# The converter recognises pre-tokenizers by a hash of ids, and does not know those of tiny vocabularies.
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 
 
 def write_config(folder: str, model_type: str, values: dict) -> None:
-    """config.json as this transformers writes it, for weights that are there."""
+    """Write config.json as this version of transformers does, for existing weights."""
     architectures = json.loads((Path(folder) / "config.json").read_text())["architectures"]
     rope = values.pop("rope_parameters", {})
     local = rope.get("sliding_attention")
@@ -38,7 +38,7 @@ def write_config(folder: str, model_type: str, values: dict) -> None:
 
 
 def convert(folder: Path) -> str | None:
-    """What went wrong; None where `model.gguf` was written."""
+    """Convert a folder to `model.gguf`; return the error, or None."""
     sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outfile", str(folder / "model.gguf"), "--outtype", "f32"]
     sys.argv += ["--model-name", "tiny"]
     logged = []
@@ -61,7 +61,7 @@ def contents(file: Path) -> dict:
 
 
 def with_defaults(found: dict) -> dict:
-    """What llama.cpp takes where a file says nothing, said."""
+    """Write out the defaults that llama.cpp uses for missing keys."""
     kind = found["general.architecture"]
     size = found[f"{kind}.embedding_length"] // found[f"{kind}.attention.head_count"]
     defaults = {f"{kind}.attention.key_length": size, f"{kind}.attention.value_length": size}
@@ -96,6 +96,6 @@ answers = []
 for one in json.loads(asked.read_text()):
     try:
         answers.append(answer(one))
-    except Exception as error:  # the test says which of them are refused
+    except Exception as error:  # the test lists those that are refused
         answers.append({"error": f"{type(error).__name__}: {error}"})
 out.write_text(json.dumps(answers))

@@ -1,4 +1,4 @@
-"""Adapters that PEFT made, as PEFT loads them: grown vocabularies, tied outputs, names, and options that name nothing."""
+"""Tests that adapters made by PEFT load as in PEFT: grown vocabularies, tied outputs, names, and options that match nothing."""
 
 import json
 import warnings
@@ -25,7 +25,7 @@ CASES = {
     "gpt2": Case("gpt2", "gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64}),
     "neox": Case("neox", "gpt_neox", {"tie_word_embeddings": True}),
 }
-NEW = [96, 97]  # ids of tokens that a vocabulary of 98 has more than its base
+NEW = [96, 97]  # ids of the tokens that a vocabulary of 98 adds to its base
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def fresh(base, rows=None):
 
 
 def adapter(base, folder, rows=None, **settings):
-    """A folder that PEFT wrote, all that trains moved, and the logits of PEFT's model."""
+    """Write an adapter folder with PEFT, with noise on all trained weights; return it with the logits of PEFT's model."""
     values = {"target_modules": ["q_proj"], "r": 2, "task_type": "CAUSAL_LM", **settings}
-    warnings.simplefilter("ignore")  # PEFT warns of most of what is tried here
+    warnings.simplefilter("ignore")  # PEFT warns about most of these options
     model = get_peft_model(fresh(base, rows), PeftLoraConfig(**values)).eval()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -95,7 +95,7 @@ GROWN = {
 @pytest.mark.parametrize("rows", [None, 98], ids=["as-it-was", "grown"])
 @pytest.mark.parametrize("name", GROWN)
 def test_embeddings_and_outputs(bases, name, rows, tmp_path):
-    """What PEFT's own model computes, apart and merged, whichever of its two or three copies of a module the file holds."""
+    """Logits equal those of PEFT's model, unmerged and merged, whichever copies of a module the file has."""
     kind, settings = GROWN[name]
     if rows is None:
         settings = json.loads(json.dumps(settings).replace("96", "7").replace("97", "9"))
@@ -119,7 +119,7 @@ def test_other_names_of_tied_outputs(bases, kind, settings, tmp_path):
 
 
 def test_new_rows_without_the_table(bases, tmp_path):
-    """A file of the new rows alone; PEFT writes it where it cannot look up its base's configuration."""
+    """PEFT writes a file of the new rows alone if it cannot look up the base's configuration."""
     model = get_peft_model(fresh(bases("tied"), 98), PeftLoraConfig(
         target_modules=["q_proj"], trainable_token_indices=NEW, task_type="CAUSAL_LM"
     )).eval()  # fmt: skip
@@ -145,7 +145,7 @@ AS_PEFT = {
 
 @pytest.mark.parametrize("name", AS_PEFT)
 def test_options_as_peft_reads_them(bases, name, tmp_path, capsys):
-    """With a note of what has no effect."""
+    """Options without effect cause a note."""
     settings, note = AS_PEFT[name]
     theirs, ids = adapter(bases("llama"), tmp_path, **settings), tokens(2, 20)
     np.testing.assert_allclose(ours(bases("llama"), tmp_path, ids), hf_logits(theirs, ids), atol=1e-4, rtol=0)
@@ -155,7 +155,7 @@ def test_options_as_peft_reads_them(bases, name, tmp_path, capsys):
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "o_proj"], None])
 def test_fewer_updates_than_targets(bases, targets, tmp_path, capsys):
-    """PEFT lets what the file lacks start at zero."""
+    """As in PEFT, updates that the file lacks start at zero."""
     theirs, ids = adapter(bases("llama"), tmp_path), tokens(2, 20)
     edit(tmp_path, target_modules=targets)
     np.testing.assert_allclose(ours(bases("llama"), tmp_path, ids), hf_logits(theirs, ids), atol=1e-4, rtol=0)
@@ -188,7 +188,7 @@ SET = {
 
 @pytest.mark.parametrize("key", SET)
 def test_what_is_set_and_not_understood(bases, key, tmp_path):
-    """By name, since silence would mean another model."""
+    """The option is refused by name: ignoring it would give another model."""
     adapter(bases("llama"), tmp_path)
     edit(tmp_path, **{key: SET[key]})
     with pytest.raises(UserError, match=rf"adapter_config\.json asks for {key} = ") as error:
@@ -237,7 +237,7 @@ def test_single_experts(tmp_path):
 
 
 def test_training_goes_on_from_a_copy_of_the_output(bases, tmp_path):
-    """What is written from it is again what PEFT reads: an output of its own, beside the embedding that the base ties to it."""
+    """The result is what PEFT reads: an output of its own, beside the embedding to which the base ties it."""
     first, second = tmp_path / "first", tmp_path / "second"
     theirs, ids = adapter(bases("tied"), first, modules_to_save=[HEAD]), tokens(2, 20)
     loaded = load(str(bases("tied")), first, one_device(), jnp.dtype(jnp.float32), merge=False)

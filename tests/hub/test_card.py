@@ -1,4 +1,4 @@
-"""Model cards: front matter that the Hub reads, and what a reader needs."""
+"""Tests model cards: front matter that the Hub reads, and the contents."""
 
 import re
 from dataclasses import replace
@@ -75,7 +75,7 @@ def test_a_local_base_is_no_hub_id(base):
 
 
 def test_what_other_tools_would_pass_over_is_said():
-    """llama.cpp's converter looks up an adapter's base, and finds no config.json of a GGUF file; vLLM reads no patterns."""
+    """llama.cpp's converter needs the base's config.json, which a GGUF file lacks; vLLM ignores patterns."""
     wants = "`convert_lora_to_gguf.py`: it wants that folder as `--base`"
     assert wants in model_card(CardFacts("base.Q8_0.gguf", "lora", "sft", "adapter"))
     assert wants not in model_card(CardFacts("base", "lora", "sft", "adapter")) and wants not in model_card(FACTS)
@@ -128,7 +128,7 @@ def test_no_path_of_this_machine_is_published(tmp_path):
 
 @pytest.mark.parametrize("given", ["{home}/my data/train.jsonl", "{home}/my data", "~/my data/train.jsonl", "rows/train.jsonl"])
 def test_lines_about_the_data_have_names_alone(tmp_path, monkeypatch, given):
-    """Places of broken rows, of rows that are in the validation data too, and of checkpoints; Hub ids and counts stay."""
+    """Paths of broken rows, of contaminated rows and of checkpoints are shortened; Hub ids and counts stay."""
     home = tmp_path / "some home"
     monkeypatch.setenv("HOME", str(home))
     data = {"train": [given.format(home=home), "org/data"], "validation": str(home / "held out" / "val.jsonl")}

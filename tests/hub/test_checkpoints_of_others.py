@@ -1,4 +1,4 @@
-"""Checkpoint folders as they are found: damaged or hostile headers, indices, two models in one folder, quantised weights."""
+"""Tests checkpoint folders from elsewhere: damaged or hostile headers, indices, two models in one folder, quantised weights."""
 
 import json
 import struct
@@ -80,7 +80,7 @@ def test_what_is_no_index(text, tmp_path):
 
 
 def both(folder, change=lambda tensors: tensors):
-    """The same tensors in one file and in shards; `change` is of the file's."""
+    """Write the same tensors as one file and as shards; `change` applies to the file."""
     first = {"a": np.arange(12, dtype=np.float32).reshape(4, 3), "b": np.ones(2, np.float32)}
     save_file({"a": first["a"]}, folder / "model-00001-of-00002.safetensors")
     save_file({"b": first["b"]}, folder / "model-00002-of-00002.safetensors")
@@ -105,14 +105,14 @@ def test_two_models_in_one_folder(name, tmp_path):
 
 
 def test_one_model_twice(tmp_path, capsys):
-    """Also where one of them was rounded."""
+    """Two copies of a model in one folder are accepted, even if one was rounded."""
     both(tmp_path, lambda t: {**t, "a": t["a"].astype(ml_dtypes.bfloat16)})
     assert SafetensorsFolder(tmp_path).dtype("a") == ml_dtypes.bfloat16
     assert not capsys.readouterr().err
 
 
 def test_an_index_whose_shards_are_gone(tmp_path, capsys):
-    """As transformers does it: the file is the model."""
+    """The single file is the model, as in transformers."""
     both(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     assert SafetensorsFolder(tmp_path).read("a")[3, 2] == 11
@@ -131,7 +131,7 @@ def test_an_index_of_the_file_itself(tmp_path):
     ("gpt_neox", "gpt_neox.embed_in.weight", "embed_out.weight"),
 ])  # fmt: skip
 def test_a_tied_table_that_is_saved_as_the_output(kind, table, head, tmp_path):
-    """transformers ties the embedding to it; without the tie each needs a tensor of its own."""
+    """transformers ties the embedding to the output; without the tie each needs its own tensor."""
     values = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64} if kind == "gpt2" else {}
     theirs = make_hf(Case(kind, kind, {**values, "tie_word_embeddings": True}), tmp_path)
     file = tmp_path / "model.safetensors"
@@ -152,7 +152,7 @@ def folder(tmp_path):
 
 
 def change(folder, make):
-    """Each projection as `make(name, value)` has it."""
+    """Replace each projection by `make(name, value)`."""
     tensors = load_file(folder / "model.safetensors")
     changed = {}
     for name, value in tensors.items():

@@ -1,4 +1,4 @@
-"""ftjax merge-adapters: the weighted sum of updates, in ftjax and in PEFT."""
+"""Tests `ftjax merge-adapters`: the weighted sum of updates, in ftjax and in PEFT."""
 
 import json
 
@@ -24,7 +24,7 @@ PARTS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A base model and adapters that PEFT wrote."""
+    """Write a base model and adapters with PEFT."""
     home = tmp_path_factory.mktemp("adapters")
     make_hf(Case("llama", "llama"), home / "base")
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def merge(home, *arguments):
 
 
 def test_the_sum_of_updates(made, tmp_path):
-    """Against weights that PEFT merged: W + 0.7 (Wa - W) - 0.3 (Wb - W) + 2 (Wc - W), and each tool's reading of the folder."""
+    """The sum agrees with weights merged by PEFT, W + 0.7 (Wa - W) - 0.3 (Wb - W) + 2 (Wc - W), and in both tools' reading."""
     weights = {"a": 0.7, "b": -0.3, "c": 2.0}
     done = merge(made, *(f"{made / name}={weight}" for name, weight in weights.items()), "--out", str(tmp_path / "sum"))
     assert done.exit_code == 0, done.output
@@ -71,7 +71,7 @@ def test_the_sum_of_updates(made, tmp_path):
 
 
 def test_as_peft_adds_them_up(made, tmp_path):
-    """`add_weighted_adapter` with `cat`: the same products of B and A."""
+    """The products of B and A are those of `add_weighted_adapter` with `cat`."""
     done = merge(made, f"{made / 'c'}=0.25", f"{made / 'c'}=0.5", "--out", str(tmp_path / "sum"))
     assert done.exit_code == 0, done.output
     theirs = PeftModel.from_pretrained(fresh(made), made / "c", adapter_name="c")

@@ -1,4 +1,4 @@
-"""Exports of a run: merged, portable, and what is refused (T14, T19)."""
+"""Tests exports of a run: merged, portable, as it is, and what is refused (T14, T19)."""
 
 import json
 import warnings
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ftjax.config import Config, LoraConfig
 from ftjax.config.load import save_config
 from ftjax.errors import UserError
+from ftjax.hub.adapter.own_base import base_of
 from ftjax.hub.adapter.peft import write_adapter
 from ftjax.hub.export import export
 from ftjax.hub.load import init_params
@@ -29,7 +30,7 @@ MIXED = LoraConfig(
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def run(request, tmp_path):
-    """A finished run's folder with a LoRA whose layers differ in rank and scale."""
+    """Return the folder of a finished run with a LoRA whose layers differ in rank and scale."""
     return make_run(tmp_path, MIXED, request.param)
 
 
@@ -64,7 +65,7 @@ def test_merged(run, tmp_path):
 
 
 def test_portable(run, tmp_path):
-    """One rank, alpha equal to it, plain keys, and still the same logits."""
+    """The portable adapter has one rank, alpha equal to it, plain keys, and the same logits."""
     folder, base, want = run
     export(folder, tmp_path / "portable", portable=True)
     saved = json.loads((tmp_path / "portable" / "adapter_config.json").read_text())
@@ -73,6 +74,25 @@ def test_portable(run, tmp_path):
     assert not {"exclude_modules", "trainable_token_indices", "ensure_weight_tying"} & set(saved)  # older PEFT has no such keys
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "portable")
     np.testing.assert_allclose(hf_logits(theirs, tokens(2, 20)), want, atol=1e-4)
+
+
+def test_a_copy_names_no_path(tmp_path, monkeypatch):
+    """In a copy of an older adapter the base's path is replaced by its name, which resolves by a digest."""
+    monkeypatch.setenv("FTJAX_CACHE", str(tmp_path / "cache"))
+    folder, base, _ = make_run(tmp_path, MIXED)
+    before = (folder / "final" / "adapter_config.json").read_text()
+    assert str(base) in before
+    export(folder, tmp_path / "out")
+    assert (folder / "final" / "adapter_config.json").read_text() == before
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved == {**json.loads(before), "base_model_name_or_path": "base"}
+    assert base_of(tmp_path / "out", saved) == str(base)
+    export(tmp_path / "out", tmp_path / "again")
+    for file in (tmp_path / "out").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    base.rename(tmp_path / "elsewhere")
+    export(folder, tmp_path / "gone")
+    assert json.loads((tmp_path / "gone" / "adapter_config.json").read_text()) == saved
 
 
 def test_merge_rounds_once(tmp_path):
@@ -93,7 +113,7 @@ def test_merge_rounds_once(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_an_adapter_that_was_made_elsewhere(tmp_path, tied):
-    """On the base that is given, or on the one that it names; in the base's dtype, with the tokenizer that it brings."""
+    """It merges into the given base or the one that it names, in the base's dtype, with its own tokenizer."""
     import torch
 
     base, folder, adapter = tmp_path / "base", tmp_path / "out", tmp_path / "elsewhere" / "adapter"
@@ -143,7 +163,7 @@ def test_refusals(tmp_path):
 
 
 def test_it_says_what_it_wrote(tmp_path, capsys):
-    """Files with their sizes, and what loads them: the whole model, the adapter, and the portable one."""
+    """The output lists files with sizes, and what loads them, for each kind of export."""
     folder, _, _ = make_run(tmp_path, MIXED)
     said = {}
     for name, settings in {"merged": {"merge": True}, "portable": {"portable": True}, "as-it-is": {}}.items():

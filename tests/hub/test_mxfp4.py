@@ -1,4 +1,4 @@
-"""MXFP4 checkpoints: our reader against transformers' own dequantisation, and a whole model against transformers."""
+"""Tests MXFP4 checkpoints against transformers: dequantisation, and the logits of a whole model."""
 
 import json
 
@@ -23,7 +23,7 @@ CASE = Case("gpt-oss", "gpt_oss", {
 
 
 def pack(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (X, I, N) -> blocks and scales; each value becomes the nearest that its block's scale allows."""
+    """Quantise float32 (X, I, N) to blocks and scales: each value becomes the nearest that its block's scale allows."""
     x = np.ascontiguousarray(weight.swapaxes(1, 2))
     x = x.reshape(*x.shape[:2], -1, 32)
     exponent = np.ceil(np.log2(np.abs(x).max(axis=-1) / 6.0)).astype(np.int32)
@@ -33,7 +33,7 @@ def pack(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """`(transformers' model with dequantised weights, the MXFP4 folder)`."""
+    """Return `(transformers' model with dequantised weights, the MXFP4 folder)`."""
     plain, packed = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("packed")
     hf = make_hf(CASE, plain)
     tensors = load_file(plain / "model.safetensors")
@@ -52,7 +52,7 @@ def folders(tmp_path_factory):
 
 
 def test_every_byte_and_scale():
-    """All 256 pairs under small, middle and large scales: bit for bit what transformers makes of them."""
+    """All 256 pairs under small, medium and large scales equal transformers' values bit for bit."""
     blocks = np.arange(256, dtype=np.uint8).reshape(1, 4, 4, 16)
     for exponent in (1, 100, 127, 140, 250):
         scales = np.full((1, 4, 4), exponent, np.uint8)

@@ -1,4 +1,4 @@
-"""What float16 cannot hold is refused, and named, before infinities are written or computed with."""
+"""Tests that values too large for float16 are refused by name, before infinities are written or computed with."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +40,7 @@ def config(base, dtype, **method):
 
 
 def test_a_whole_model(base, tmp_path):
-    """Nothing takes the place of the folder; in bfloat16 the same is written."""
+    """The folder is not created for float16; in bfloat16 the same model is written."""
     model, params = load(base, lambda root: method_of(FullConfig()).attach(root, FullConfig()))
     tokenizer = load_tokenizer(config(base, "float16", name="full").model)
     with pytest.raises(UserError, match=SAYS):

@@ -1,4 +1,4 @@
-"""Reading models and tokenizers works where PyTorch is not installed."""
+"""Tests that models and tokenizers are read without PyTorch."""
 
 import os
 import shutil

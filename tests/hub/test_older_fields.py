@@ -1,4 +1,4 @@
-"""config.json also says what it says in the words of transformers 4; the values here are those of published folders."""
+"""Tests that config.json also has the fields of transformers 4, with the values of published folders."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ WANT = {
     "mixtral": {"rope_theta": 1e6, "rope_scaling": None, "num_local_experts": 4},
     "qwen3-moe": {**NONE, "num_experts": 6},
     "gpt-oss": {"rope_theta": 500.0, "rope_scaling": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}},
-    "gpt-oss-plain": {"rope_theta": 500.0, "rope_scaling": None},  # without the field, 4 takes the published YaRN
+    "gpt-oss-plain": {"rope_theta": 500.0, "rope_scaling": None},  # without the field, transformers 4 uses the published YaRN
     "mistral": NONE,
     "ministral": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "qwen2": {"rope_theta": 500.0, "rope_scaling": {**YARN, "truncate": False}},
@@ -58,11 +58,11 @@ LONG_LLAMA = Case("llama-longrope", "llama", {"rope_parameters": {
 
 
 def written(case: Case, folder: Path) -> tuple[dict, dict, dict]:
-    """`(config as transformers 5 completes it, config.json as we write it, the same as transformers 5 completes that)`."""
+    """Return `(config completed by transformers 5, config.json as ftjax writes it, that one completed by transformers 5)`."""
     config = complete_config(json.loads(hf_config(case).to_json_string()), case.name)
     write_config(folder, config, "bfloat16", folder / "nothing")
     text = (folder / "config.json").read_text()
-    return config, json.loads(text), complete_config(json.loads(text), case.name)  # which changes what it is given
+    return config, json.loads(text), complete_config(json.loads(text), case.name)  # it changes its argument
 
 
 @pytest.mark.parametrize("name", WANT)
@@ -83,7 +83,7 @@ def test_nothing_changes_for_transformers_5(case, tmp_path):
     config, _, again = written(case, tmp_path)
     for one in (config, again):
         one.pop("dtype")
-        one["partial_rotary_factor"] = None  # of Phi-3: beside rope_parameters, which holds it too
+        one["partial_rotary_factor"] = None  # a field of Phi-3, also in rope_parameters
         for rope in (one.get("rope_parameters") or {}, *(one.get("rope_parameters") or {}).values()):
             if isinstance(rope, dict):
                 rope.pop("type", None)  # the older name of rope_type

@@ -1,4 +1,4 @@
-"""An adapter on a model that is not its own is told of."""
+"""Tests warnings about an adapter on a model that is not its base."""
 
 import json
 
@@ -20,7 +20,7 @@ from ftjax.methods import lora
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A model, an adapter that ftjax wrote on it, and one without a digest."""
+    """Write a model, an adapter with a digest of it, and one without."""
     home = tmp_path_factory.mktemp("home")
     make_hf(Case("llama", "llama"), home / "base")
     save_tokenizer(home / "base")
@@ -42,7 +42,7 @@ def said(base, adapter, capsys):
 
 
 def test_its_own(home, tmp_path, capsys):
-    """Under its name and another, in other shards, and rounded."""
+    """The base is recognised under another name, in other shards, and rounded."""
     model = AutoModelForCausalLM.from_pretrained(home / "base")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     model.bfloat16().save_pretrained(tmp_path / "half")

@@ -1,4 +1,4 @@
-"""A folder pushed to a stand-in of the Hub by a process of its own, as `ftjax export --push-to-hub` would."""
+"""Tests `ftjax export --push-to-hub` from a separate process, with a stand-in for the Hub."""
 
 import pytest
 from hub_server import PATIENCE, Hub, Repository, serving
@@ -45,7 +45,7 @@ def start(hub: Hub, folder, home, repo="me/tuned", settings="", **environment):
 
 
 def push(hub: Hub, folder, home, repo="me/tuned", settings="", **environment) -> str:
-    """What the process prints; anything but the address and UserError fails the test."""
+    """Return what the process prints; any error but UserError fails the test."""
     output, errors = (process := start(hub, folder, home, repo, settings, **environment)).communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return output.strip()
@@ -82,7 +82,7 @@ def test_a_second_push_replaces_the_files(hub, folder, tmp_path):
 
 
 def test_an_interrupted_push_is_taken_up_again(hub, folder, tmp_path):
-    """Killed while the second file is on its way; the first is not sent again."""
+    """A push killed during the second file does not send the first again."""
     hub.hang_after = 1
     process = start(hub, folder, tmp_path)
     assert hub.hanging.wait(PATIENCE)

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors: against the library, damaged files, and how much memory loading takes."""
+"""Tests safetensors: against the library, with damaged files, and the memory that loading takes."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def as_tensors(tensors):
 
 @pytest.mark.parametrize("limit", [1 << 30, 100])
 def test_both_directions(tmp_path, limit):
-    """What we write the library reads, and what it writes we read, in one file and in shards."""
+    """The library reads ftjax's files and ftjax the library's, in one file and in shards."""
     files = write_model(tmp_path, as_tensors(TENSORS), limit)
     assert len(files) == (1 if limit > 100 else 2)
     theirs = {name: value for file in files for name, value in load_file(file).items()}
@@ -76,7 +76,7 @@ def test_index_without_its_shard(tmp_path):
 
 
 def test_keys_that_do_not_fit(folder):
-    """Missing, unused and misshapen tensors are named together (T18)."""
+    """One error names missing, unused and misshapen tensors (T18)."""
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.extra.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].copy()
@@ -134,7 +134,7 @@ print(json.dumps({"added": peak[0] - before, "size": size, "largest": max(s.size
 
 
 def test_loading_holds_one_copy(tmp_path):
-    """The process grows by at most 1.15 times the model and its largest tensor."""
+    """The process grows by at most 1.15 times the model plus its largest tensor."""
     values = {"vocab_size": 4096, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "head_dim": 64}
     make_hf(Case("big", "llama", values), tmp_path)
     run = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True,

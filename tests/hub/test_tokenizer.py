@@ -1,4 +1,4 @@
-"""Tokenizers from folders, GGUF files and SentencePiece models."""
+"""Tests tokenizers from folders, GGUF files and SentencePiece models."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ TEXTS = [
 
 @pytest.fixture
 def mistral(shared, tmp_path):
-    """A folder with nothing but a SentencePiece model."""
+    """Return a folder with nothing but a SentencePiece model."""
     folder = tmp_path / "mistral"
     folder.mkdir()
     shutil.copyfile(shared / "models" / "tokenizer_mistral_v1" / "tokenizer.model", folder / "tokenizer.model")
@@ -44,7 +44,7 @@ def test_a_folder_is_what_autotokenizer_loads(stories):
 
 
 def test_nothing_is_added_to_it(stories, tmp_path):
-    """No pad token, no template, no new id: what is saved is what was loaded."""
+    """The saved tokenizer is the loaded one, without a new pad token, template or id."""
     folder = shutil.copytree(stories, tmp_path / "bare")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["pad_token"]
@@ -80,7 +80,7 @@ def test_a_sentencepiece_model_alone_has_its_own_ids(mistral, tmp_path):
 
 
 def test_a_sentencepiece_model_that_joins_spaces(stories, tmp_path):
-    """Its `remove_extra_whitespaces` is honoured."""
+    """The model's `remove_extra_whitespaces` has its effect."""
     (tmp_path / "spm").mkdir()
     shutil.copyfile(stories / "tokenizer.model", tmp_path / "spm" / "tokenizer.model")
     original = SentencePieceProcessor(str(stories / "tokenizer.model"))

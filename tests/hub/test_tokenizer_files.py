@@ -1,4 +1,4 @@
-"""What outputs hold of the tokenizer: the base's own files, or ones that transformers 4 and 5 read alike."""
+"""Tests the tokenizer files of outputs: the base's own, or files that transformers 4 and 5 read alike."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ TEXTS = ["once upon a  time", "héllo<|im_end|> <tool_call>\n\n x"]
 
 
 def written(tmp_path, base, whole=True, **settings):
-    """`(the folder, what transformers 5 loads from it, what the run used)`."""
+    """Return `(the folder, what transformers 5 loads from it, what the run used)`."""
     out = tmp_path / "out"
     out.mkdir()
     if whole:
@@ -55,7 +55,7 @@ def same_bytes(base, out):
 @pytest.mark.parametrize("whole", [True, False], ids=["model", "adapter"])
 @pytest.mark.parametrize("settings", [{}, {"add_tokens": [SPECIAL[3]]}, {"chat_template": CHAT.replace("bos_token", "''")}])
 def test_nothing_was_added(tmp_path, whole, settings):
-    """The base's files, byte for byte, and no others."""
+    """The folder has exactly the base's files, byte for byte."""
     base = qwen(tmp_path / "base")
     (base / "added_tokens.json").write_text("{}")
     (base / "other.py").write_text("")
@@ -64,7 +64,7 @@ def test_nothing_was_added(tmp_path, whole, settings):
 
 
 def test_another_chat_template(tmp_path):
-    """It is written where readers look for it; the rest stays as it was."""
+    """The template is written to the file that readers use; the rest stays."""
     base = qwen(tmp_path / "base")
     out, config, _ = written(tmp_path, base, chat_template=OTHER)
     assert config["chat_template"] == (out / "chat_template.jinja").read_text() == OTHER
@@ -87,7 +87,7 @@ def test_a_template_in_a_file_of_its_own(tmp_path):
 
 
 def test_tokens_were_added(tmp_path):
-    """One class for all, and the tokens where older readers look for them, their kinds included."""
+    """The files name one class for all versions, and list the tokens with their kinds for older readers."""
     base = qwen(tmp_path / "base")
     out, config, tokenizer = written(tmp_path, base, add_tokens=["kilogram"], add_special_tokens=["<call>"])
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -115,7 +115,7 @@ def test_a_token_becomes_special(tmp_path):
     ids=["class", "list", "place"],
 )
 def test_what_transformers_5_has_saved(tmp_path, changes):
-    """tokenizer.json stays; its configuration is put into words that 4 has."""
+    """tokenizer.json stays; the configuration gets names that transformers 4 knows."""
     base = tmp_path / "base"
     AutoTokenizer.from_pretrained(qwen(tmp_path / "older")).save_pretrained(base)
     saved = {**json.loads((base / "tokenizer_config.json").read_text()), **changes}
@@ -125,7 +125,7 @@ def test_what_transformers_5_has_saved(tmp_path, changes):
 
 
 def test_an_adapter_names_the_class(tmp_path):
-    """A configuration without one means the class of config.json, which an adapter's folder does not have."""
+    """If the configuration names no class, that of config.json is written, which an adapter's folder lacks."""
     base = qwen(tmp_path / "base", tokenizer_class="left out")
     (base / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     out, config, _ = written(tmp_path, base, whole=False)
@@ -152,7 +152,7 @@ def test_of_a_sentencepiece_model(shared, tmp_path):
 
 @pytest.mark.parametrize("added", [[], ["<call>"]], ids=["alone", "added"])
 def test_the_sentencepiece_model_beside_it(stories, tmp_path, added):
-    """llama.cpp's converter reads it, and the tokens that are not in it from the configuration."""
+    """llama.cpp's converter reads the model, and other tokens from the configuration."""
     out, config, tokenizer = written(tmp_path, stories, add_special_tokens=added)
     assert "tokenizer.model" in same_bytes(stories, out)
     assert ("tokenizer.json" in same_bytes(stories, out)) == (not added)
@@ -160,14 +160,14 @@ def test_the_sentencepiece_model_beside_it(stories, tmp_path, added):
 
 
 def test_a_sentencepiece_model_of_another_tokenizer(stories, tmp_path):
-    """It would make other tokens of a text."""
+    """It is not copied, as it would tokenise texts differently."""
     make_tokenizer().save_pretrained(tmp_path / "other")
     out, _, _ = written(tmp_path, stories, tokenizer=str(tmp_path / "other"))
     assert "tokenizer.model" not in names(out)
 
 
 def test_the_base_has_what_an_adapters_tokenizer_lacks(stories, tmp_path):
-    """A folder that transformers 5 saved lost its SentencePiece model."""
+    """A folder saved by transformers 5 lacks the SentencePiece model, so the base's is copied."""
     tokenizer = AutoTokenizer.from_pretrained(stories)
     tokenizer.add_tokens(["<call>"])
     tokenizer.save_pretrained(tmp_path / "adapter")

@@ -1,5 +1,5 @@
-"""Folders that ftjax writes, read by transformers 4.57 and PEFT 0.13 in an environment of their own. They have other model code
-and other rules for config.json, tokenizers and adapters. `make test-all` only: the environment is made with pip."""
+"""Tests ftjax's folders under transformers 4.57 and PEFT 0.13, whose model code differs, as do their rules for config.json,
+tokenizers and adapters. `make test-all` only: the environment is made with pip."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ from ftjax.methods import method_of
 
 pytestmark = pytest.mark.skipif(not ALL, reason="makes an environment with pip; FTJAX_TEST_ALL=1 runs it")
 HERE = Path(__file__).parent
-REFUSED = {"olmo2-tied", "phi3-whole-heads"}  # scalings for which transformers 4 has no words
+REFUSED = {"olmo2-tied", "phi3-whole-heads"}  # scalings that transformers 4 cannot express
 ONE_BASE = {"olmo3"}  # transformers 4 has one rope_theta for all types of layers of this family
 
 
@@ -38,7 +38,7 @@ def ask(python: Path, folder: Path, asked: list[dict]) -> list[dict]:
 
 def test_every_family_has_the_same_logits(older, tmp_path):
     ids, asked, want = tokens(2, 24), [], []
-    # transformers 4 takes gpt-oss's clamp and slope for constants, which they are in all that is published.
+    # In transformers 4, gpt-oss's clamp and slope are constants, as in all published models.
     cases = [replace(case, values={k: v for k, v in case.values.items() if not k.startswith("swiglu")}) for case in CASES]
     for case in cases:
         base, written = tmp_path / case.name, tmp_path / f"{case.name}-written"
@@ -57,7 +57,7 @@ def test_every_family_has_the_same_logits(older, tmp_path):
 
 
 def test_tokenizers_have_the_same_ids(older, stories, shared, tmp_path):
-    """Carried over and written anew, from folders, GGUF and SentencePiece; beside a model and in an adapter's folder."""
+    """Tokenizers copied and written anew (folder, GGUF, SentencePiece; with a model or an adapter) give the same ids."""
     base = qwen(tmp_path / "qwen")
     config, tensors = hub_folder(stories)
     keys = sentencepiece_keys(stories / "tokenizer.model", bos=1, eos=2, unknown=0)
@@ -101,7 +101,7 @@ ADAPTERS = [
 
 
 def test_adapters_have_the_same_logits_in_an_older_peft(older, tmp_path):
-    """As it loads them, and as exported for other tools."""
+    """Adapters as written by a run and as exported for other tools give the same logits."""
     base, ids, asked, want = tmp_path / "base", tokens(2, 20), [], []
     make_hf(Case("llama", "llama", {"attention_bias": True}), base)
     for number, config in enumerate(ADAPTERS):

@@ -1,4 +1,4 @@
-"""New tokens: rows of the embeddings, what trains them, and who loads the result."""
+"""Tests new tokens: their rows in the embeddings, what trains them, and which tools load the result."""
 
 import json
 
@@ -60,7 +60,8 @@ def fresh(folder, rows=None):
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2", "neox"])
 def test_rows_are_those_of_transformers(bases, name):
-    """Its mean, but for the noise of 1e-9 of the covariance; and a part of the rows is that part."""
+    """New rows are the mean, as in transformers but for noise of 1e-9 of the covariance; a part of the rows can be made
+    alone."""
     folder = bases(name)
     facts, source = with_new_tokens(ModelConfig(path=str(folder), **NEW), *open_model(folder))
     assert facts["vocab_size"] == SIZE + 3
@@ -164,7 +165,7 @@ def test_rows_of_the_new_tokens(bases, name, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "tied"])
 def test_embeddings_that_peft_saves_unasked(bases, name, tmp_path):
-    """After resizing, PEFT writes them beside the adapter; of a tied model both sides."""
+    """After resizing, PEFT saves the embeddings with the adapter, for a tied model both."""
     base = fresh(bases(name), SIZE + 3)
     theirs = get_peft_model(base, PeftLoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])).eval()
     with torch.no_grad():

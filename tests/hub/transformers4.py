@@ -1,5 +1,5 @@
-"""Run by a Python that has transformers 4.57 and PEFT 0.13: what they make of folders. Arguments: a list of folders and of
-texts, as JSON, and where the answers go."""
+"""Runs under a Python with transformers 4.57 and PEFT 0.13, and reports what they read from folders. Arguments: a list of
+folders and of texts, as JSON, and the file for the answers."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def main(asked: str, out: str) -> None:
     for one in json.loads(Path(asked).read_text()):
         try:
             answers.append(read(**one))
-        except Exception as error:  # the test says which of them are refused
+        except Exception as error:  # the test lists those that are refused
             answers.append({"error": f"{type(error).__name__}: {error}"})
     Path(out).write_text(json.dumps(answers))
 

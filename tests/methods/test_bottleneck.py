@@ -1,4 +1,5 @@
-"""Bottleneck adapters against the `adapters` library: its figures are committed, and it is asked itself where it is there."""
+"""Tests bottleneck adapters against committed figures of the `adapters` library, and against the library itself if
+installed."""
 
 import json
 import os
@@ -30,7 +31,7 @@ PYTHON = os.environ.get("FTJAX_ADAPTERS_PYTHON")
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """The models of the reference, as folders."""
+    """Write the models of the reference as folders."""
     made = {}
 
     def of(family):
@@ -45,7 +46,7 @@ def bases(tmp_path_factory):
 
 
 def ours(folder, kind):
-    """Our model with the adapter of the reference."""
+    """Return ftjax's model with the adapter of the reference."""
     method = method_named(kind)
     config = method.config()
     model, params = load(folder, lambda root: method.attach(root, config))
@@ -60,7 +61,7 @@ def ours(folder, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_library_gives_the_same(bases, family, kind, tmp_path):
-    """Logits, gradients, and every word of what is saved; and the folder is read again."""
+    """Logits, gradients and every key of the saved files agree; the folder loads again."""
     want, base = GOLDEN[family][kind], GOLDEN[family]["base"]
     model, params, config = ours(bases(family), kind)
     got = logits(model, params, ids().astype(np.int32))[:, -1]
@@ -119,7 +120,7 @@ OWN_BLOCKS = ("gemma", "gemma2", "gpt_neox", "granite", "mixtral", "olmo2")  # t
 
 @pytest.mark.parametrize("case", [case for case in ONE_OF_EACH if case.model_type in OWN_BLOCKS], ids=str)
 def test_every_block_has_the_places(case, tmp_path):
-    """Two bottlenecks in each layer, of which each moves the result."""
+    """Each layer gets two bottlenecks, and each changes the result."""
     make_hf(case, tmp_path)
     method = method_named("double_seq_bn")
     model, params = load(tmp_path, lambda root: method.attach(root, method.config()))

@@ -1,4 +1,4 @@
-"""Dropout of LoRA and DoRA in PEFT's places: the same masks in both give the same logits and gradients."""
+"""Tests that LoRA and DoRA apply dropout in PEFT's places: with the same masks, logits and gradients are equal."""
 
 import math
 
@@ -17,7 +17,7 @@ from ftjax.methods import lora
 
 
 def kept(shape) -> np.ndarray:
-    """A mask that its shape decides, so that both sides have the same; about two thirds of it are true."""
+    """Return a mask determined by its shape, so that both sides use the same; about two thirds are true."""
     return (np.arange(math.prod(shape)) * 7919 % 1009 < 680).reshape(shape)
 
 

@@ -1,6 +1,6 @@
-"""What every method keeps, on three families: a method that is registered is tried here by itself.
+"""Tests properties of every registered method on three families.
 
-The oracle is PEFT, for methods whose files it reads. A method that is not in VARIANTS is tried with its defaults.
+The reference is PEFT, for methods whose files it reads. A method that is not in VARIANTS is tried with its defaults.
 """
 
 import json
@@ -57,7 +57,7 @@ def in_peft(name: str) -> bool:
 PEFT = [name for name in ADAPTERS if in_peft(name)]
 
 
-ONLY_LLAMA = {"projected", "text", "p_tuning"}  # on the other families they differ from `prefix` and `prompt` in nothing
+ONLY_LLAMA = {"projected", "text", "p_tuning"}  # on the other families they equal `prefix` and `prompt`
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def base(request, tmp_path_factory):
 
 
 def their_logits(hf, ids):
-    """Those of the text: PEFT gives virtual tokens logits too."""
+    """Return PEFT's logits of the text, without those of virtual tokens."""
     return hf_logits(hf, ids)[:, -ids.shape[1] :]
 
 
@@ -84,7 +84,7 @@ def config_of(folder, name: str):
 
 
 def started(folder, name: str, noise: float = 0.0, seed: int = 0):
-    """`(config, model, parameters)` with the method's own start, or with noise on what trains."""
+    """Return `(config, model, parameters)` with the method's own initial values, or with noise on what trains."""
     config = config_of(folder, name)
     method = method_of(config)
     model, params = load(folder, lambda root: method.attach(root, config))
@@ -133,7 +133,7 @@ def test_only_its_own_moves(base, name):
 
 @pytest.mark.parametrize("name", PEFT)
 def test_ours_in_peft(base, name, tmp_path):
-    """A folder that ftjax writes: PEFT gives the same logits, and counts as many weights; read again it is the same."""
+    """PEFT loads ftjax's folder with the same logits and number of weights, and ftjax reads it back unchanged."""
     hf, folder = base
     config, model, params = started(folder, name, 0.3)
     write_adapter(tmp_path, model, params, config, str(folder))
@@ -146,7 +146,7 @@ def test_ours_in_peft(base, name, tmp_path):
     np.testing.assert_allclose(logits(again, values, ids), got, atol=1e-5, rtol=0)
 
 
-# The fields of PEFT 0.13.2 that its configurations of these methods have in common, and their own
+# Fields that the configurations of these methods share in PEFT 0.13.2, and their own fields
 OLDER = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "revision", "task_type"}
 VIRTUAL_OLDER = {"num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "token_dim"}
 OWN_OLDER = {
@@ -168,7 +168,7 @@ OWN_OLDER = {
 
 @pytest.mark.parametrize("name", PEFT)
 def test_older_peft_knows_every_key(base, name, tmp_path):
-    """It refuses a folder for a key that it does not have, even at its default."""
+    """An older PEFT would refuse a folder for an unknown key, even at its default."""
     config, model, params = started(base[1], name)
     write_adapter(tmp_path, model, params, config, "base")
     assert set(json.loads((tmp_path / "adapter_config.json").read_text())) <= OLDER | OWN_OLDER[NAMES[name]["name"]]
@@ -176,7 +176,7 @@ def test_older_peft_knows_every_key(base, name, tmp_path):
 
 @pytest.mark.parametrize("name", PEFT)
 def test_theirs_in_ours(base, name, tmp_path):
-    """A folder that PEFT writes, from the configuration that ftjax writes: the same logits and count."""
+    """A folder that PEFT writes from ftjax's configuration gives the same logits and number of weights."""
     from peft import PeftConfig, get_peft_model
 
     _, folder = base
@@ -216,7 +216,7 @@ def test_merged_or_refused(base, name, tmp_path):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_packed_is_unpacked(base, name):
-    """What a method adds keeps documents apart: two in a row give what each gives alone."""
+    """The method keeps documents of a row apart: two in a row give what each gives alone."""
     _, folder = base
     _, model, params = started(folder, name, 0.3)
     one, two = tokens(1, 8, seed=1), tokens(1, 8, seed=2)
@@ -230,7 +230,7 @@ def test_packed_is_unpacked(base, name):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_cached_is_uncached(base, name):
-    """Several tokens at a time through the KV cache, with padding behind some: the logits of the whole text at once."""
+    """Several tokens at a time through the KV cache, with padding after some, give the logits of the whole text at once."""
     from ftjax.generate.cache import forward, new_cache
 
     _, folder = base
@@ -249,8 +249,8 @@ def test_cached_is_uncached(base, name):
 
 
 def peer_losses(stories, setup, name: str, batches, adapter, shared) -> tuple[list[float], int]:
-    """Losses before each update and the number of trained weights: by the script that stands beside the project; for virtual
-    tokens, which PEFT trains from no file, by its steps here."""
+    """Return losses before each update and the number of trained weights, from the script next to the project; from PEFT's
+    steps here for virtual tokens, which it does not train from a file."""
     if name not in VIRTUAL:
         files = ["--model", str(stories), "--batches", str(batches), "--adapter", str(adapter)]
         want = peer_training(shared, adapter, *files, "--lr", "1e-2")
@@ -285,7 +285,7 @@ def test_ten_steps_of_the_peer(shared, stories, name, tmp_path):
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 512, (2, 4, 32))[np.arange(10) % 2]
     labels = np.where(rng.random(ids.shape[1:]) < 0.6, ids, -100)
-    labels[..., 0] = -100  # where virtual tokens are embeddings, PEFT would have the last of them predict it
+    labels[..., 0] = -100  # with virtual tokens as embeddings, PEFT's last one would predict it
     np.savez(tmp_path / "batches.npz", input_ids=ids, labels=labels)
     config = make_config(stories, method=NAMES[name], optimizer={"learning_rate": 1e-2}, global_batch_size=4)
     setup = prepare(config, ONE)

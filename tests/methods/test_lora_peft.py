@@ -1,4 +1,4 @@
-"""LoRA against PEFT, both ways."""
+"""Tests LoRA against PEFT, in both directions."""
 
 import json
 
@@ -66,7 +66,7 @@ def fresh(folder):
 
 
 def ours(folder, config, seed=0, noise=0.3):
-    """Our model with an adapter whose B matrices are random instead of zero."""
+    """Return ftjax's model with an adapter whose B matrices are random instead of zero."""
     model, params = load(folder, lambda root: lora.attach(root, config))
     new = start_adapter(model, params, config, one_device(), seed, lambda text: [])
     rng = np.random.default_rng(seed)
@@ -80,7 +80,7 @@ def ours(folder, config, seed=0, noise=0.3):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ours_in_peft(base, tied, name, tmp_path, recwarn):
-    """A folder that ftjax writes: PEFT gives the same logits and misses nothing, and so does the merged model."""
+    """PEFT loads ftjax's folder with the same logits and no missing keys, and so does the merged model."""
     hf, folder = tied if name.startswith("tied") else base
     config = LoraConfig(**VARIANTS[name])
     model, params = ours(folder, config)
@@ -100,7 +100,7 @@ def test_ours_in_peft(base, tied, name, tmp_path, recwarn):
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_theirs_in_ours(base, tied, name, tmp_path):
-    """A folder that PEFT writes: ftjax gives the same logits, and trains as many weights."""
+    """ftjax loads PEFT's folder with the same logits, and trains as many weights."""
     _, folder = tied if name.startswith("tied") else base
     values = {"target_modules": "all-linear", **VARIANTS[name]}
     theirs = get_peft_model(fresh(folder), PeftLoraConfig(task_type="CAUSAL_LM", **values)).eval()
@@ -114,12 +114,12 @@ def test_theirs_in_ours(base, tied, name, tmp_path):
     model, params = load(folder, lambda root: attach_adapter(root, tmp_path))
     params |= load_adapter(model, tmp_path, one_device())
     np.testing.assert_allclose(logits(model, params, ids), hf_logits(theirs, ids), atol=1e-4, rtol=0)
-    trained = {p.data_ptr(): p.numel() for p in theirs.parameters() if p.requires_grad}  # what is tied is there twice
+    trained = {p.data_ptr(): p.numel() for p in theirs.parameters() if p.requires_grad}  # tied weights occur twice
     assert sum(spec.size for spec in model.trainable.values()) == sum(trained.values())
 
 
 def test_written_config_is_peft(base, tmp_path):
-    """Sorted keys, indent 2, inference mode; the file is what PEFT itself would write for these settings."""
+    """adapter_config.json is what PEFT writes for these settings: sorted keys, indent 2, inference mode."""
     _, folder = base
     config = LoraConfig(**VARIANTS["patterns"])
     model, params = ours(folder, config)
@@ -136,7 +136,7 @@ def test_written_config_is_peft(base, tmp_path):
 
 
 def test_step_zero_is_the_base(base):
-    """B starts at zero."""
+    """The start is the base model, as B is zero."""
     hf, folder = base
     config = LoraConfig(r=4)
     model, params = load(folder, lambda root: lora.attach(root, config))
@@ -150,7 +150,7 @@ def test_step_zero_is_the_base(base):
 
 @pytest.mark.parametrize("kind", ["gaussian", "orthogonal"])
 def test_other_beginnings(base, kind):
-    """Spread as PEFT's are, and still the base model; layers of other ranks too, and another seed draws others."""
+    """Other initial values are distributed like PEFT's and keep the base model, for all ranks; another seed draws others."""
     hf, folder = base
     config = LoraConfig(r=16, rank_pattern={"k_proj": 4}, target_modules=["q_proj", "k_proj"], init_lora_weights=kind)
     model, params = load(folder, lambda root: lora.attach(root, config))
@@ -172,7 +172,7 @@ def test_other_beginnings(base, kind):
 
 
 def test_adapters_that_changed_their_base(base, tmp_path):
-    """PEFT would change the base again before it adds such an adapter; alone its tensors mean nothing."""
+    """They are refused: PEFT changes the base again before adding them; alone, their tensors mean nothing."""
     config = PeftLoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
     get_peft_model(fresh(base[1]), config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"pissa, which changed the base model as well.*path_initial_model"):
@@ -255,7 +255,7 @@ def test_tied_embedding_is_one(tied, option, says):
     ],
 )
 def test_not_portable(base, tmp_path, name, says):
-    """vLLM and llama.cpp have no place for it."""
+    """Adapters with parts that vLLM and llama.cpp cannot read are refused."""
     config = LoraConfig(**VARIANTS[name])
     model, params = ours(base[1], config)
     write_adapter(tmp_path, model, params, config, str(base[1]))
@@ -264,7 +264,7 @@ def test_not_portable(base, tmp_path, name, says):
 
 
 def test_frozen_embedding_of_the_file(base, tmp_path):
-    """PEFT writes the embedding that an update lies beside; what the file holds counts, as there."""
+    """PEFT writes a frozen embedding next to its update; as in PEFT, the file's values count."""
     config = PeftLoraConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
     theirs = get_peft_model(fresh(base[1]), config).eval()
     with torch.no_grad():

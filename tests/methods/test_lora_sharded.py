@@ -1,4 +1,4 @@
-"""What LoRA puts beside dense layers, on several devices: the losses of one."""
+"""Tests that LoRA on several devices gives the losses of one device."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What does not train has neither gradient nor moments: the plan of the compiled step."""
+"""Tests in the compiled step that frozen weights have neither gradients nor moments."""
 
 import jax
 import pytest
@@ -7,7 +7,7 @@ from tiny_run import make_config
 
 from ftjax.train.setup import compile_steps, prepare
 
-# Weights are nearly all of the memory: the activations of a row of eight tokens are small beside any one of them.
+# Nearly all memory is weights: the activations of a row of eight tokens are smaller than any one of them.
 SIZES = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
 
 
@@ -27,7 +27,7 @@ METHODS = {
 
 
 def plan(base, method):
-    """`(bytes of what is frozen, of what trains, arguments, temporaries)` of the step."""
+    """Return `(bytes of frozen weights, of trained ones, arguments, temporaries)` of the step."""
     config = make_config(base, method=method, global_batch_size=1)
     setup = prepare(config.model_copy(update={"data": config.data.model_copy(update={"max_length": 8})}), ONE)
     step, _, optimizer, _ = compile_steps(setup, 10)
@@ -41,7 +41,7 @@ def plan(base, method):
 def test_frozen_weights_have_no_gradient_and_no_moments(base, name):
     frozen, trained, arguments, temporaries = plan(base, METHODS[name])
     assert arguments < frozen + 3 * trained + 20_000, "beside weights, masters and two moments there is a batch"
-    made_of_trained = 3 * trained  # its gradient, and what the optimizer makes of it
+    made_of_trained = 3 * trained  # its gradient, and the optimizer's update
     assert temporaries < made_of_trained + frozen / 4, "a gradient of what is frozen would take as much as it does"
 
 

@@ -1,4 +1,4 @@
-"""Training a part of the model: by pattern, the last layers, norms and biases."""
+"""Tests training a part of the model: by pattern, the last layers, norms and biases."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def hf_names(folder) -> list[str]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_trains(bases, name):
-    """Named as transformers names it; experts of all families are one tensor a layer."""
+    """Names are those of transformers; the experts of all families are one tensor per layer."""
     folder, layers = bases(name), LAYERS_OF[name]
     every = set(hf_names(folder))
     assert trained_names(folder) == every
@@ -96,7 +96,7 @@ def test_training_is_full_training_whose_other_updates_are_left_out(bases, name,
 
 
 def after(setup, batches) -> dict[str, np.ndarray]:
-    """All weights by Hugging Face's names, when the batches have been trained on."""
+    """Return all weights by Hugging Face name after training on the batches."""
     params = {**setup.frozen, **jax.tree.map(jax.numpy.copy, setup.params)}
     if batches:
         params |= run_steps(dataclasses.replace(setup, params=tree.split(params, setup.params.__contains__)[0]), batches)[1]
@@ -106,7 +106,7 @@ def after(setup, batches) -> dict[str, np.ndarray]:
 
 
 def test_written_as_the_same_model(bases, tmp_path):
-    """Layers that were stacked apart go back to their places."""
+    """Layers that were stacked separately are written in their order."""
     model, params = attach(bases("qwen3_moe"), train=[r"layers\.[02]\.", "norms"])
     rng = np.random.default_rng(0)
     for path, spec in model.trainable.items():
@@ -120,7 +120,7 @@ def test_written_as_the_same_model(bases, tmp_path):
 
 
 def test_layers_before_the_first_trained_one_keep_nothing(tmp_path):
-    """What the backward pass needs does not grow with the frozen layers below, nor do moments."""
+    """Frozen layers at the bottom need no memory for a backward pass, nor moments."""
     kept = {}
     for depth in (2, 6):
         folder = tmp_path / str(depth)

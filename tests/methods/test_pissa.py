@@ -1,4 +1,4 @@
-"""PiSSA against PEFT: its start, what it trains, and the plain LoRA that it leaves."""
+"""Tests PiSSA against PEFT: initial values, what it trains, and the plain LoRA that it is saved as."""
 
 import json
 
@@ -27,7 +27,7 @@ CASES = {
     "llama": Case("llama", "llama"),
     "gpt2": Case("gpt2", "gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}),
 }
-TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}  # GPT-2's weights lie the other way
+TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}  # GPT-2's weights are transposed
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def started(folder, config, dtype=jnp.float32):
 
 
 def moved(model, params):
-    """With noise on what trains."""
+    """Add noise to what trains."""
     rng = np.random.default_rng(1)
     new = {}
     for path, spec in model.trainable.items():
@@ -54,7 +54,7 @@ def moved(model, params):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_starts_from_the_base_to_the_last_bit(bases, dtype):
-    """In bfloat16 too, where a base model without its largest singular values would be rounded anew."""
+    """The start is the base bit for bit, even in bfloat16, where base minus singular values would be rounded again."""
     folder = bases("llama")
     model, params = started(folder, LoraConfig(init_lora_weights="pissa", target_modules=TARGETS["llama"]), dtype)
     plain, weights = load(folder, dtype=dtype)
@@ -65,8 +65,8 @@ def test_starts_from_the_base_to_the_last_bit(bases, dtype):
 @pytest.mark.filterwarnings("ignore:PiSSA changes the base weights", "ignore:fan_in_fan_out is set to")
 @pytest.mark.parametrize(("family", "name"), [*(("llama", name) for name in VARIANTS), ("gpt2", "patterns")])
 def test_is_peft(bases, family, name, tmp_path):
-    """From the same start and after the same change: PEFT's live model, whose base it changed, gives our logits; so does our
-    folder on the untouched base, and it is the folder to which PEFT converts."""
+    """From the same start and after the same change, PEFT's live model, whose base it changed, gives ftjax's logits; so does
+    ftjax's folder on the untouched base, and it equals PEFT's conversion."""
     folder = bases(family)
     values = {"target_modules": TARGETS[family], "init_lora_weights": "pissa", **VARIANTS[name]}
     config = LoraConfig(**values)
@@ -74,7 +74,7 @@ def test_is_peft(bases, family, name, tmp_path):
     theirs = get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder), PeftLoraConfig(task_type="CAUSAL_LM", **values)
     ).eval()
-    theirs.peft_config["default"].init_lora_weights = True  # or the start would be read back as a PiSSA of its own
+    theirs.peft_config["default"].init_lora_weights = True  # else the folder would be read back as a PiSSA
     theirs.save_pretrained(tmp_path / "start")
     theirs.peft_config["default"].init_lora_weights = "pissa"
     after = moved(model, params)
@@ -83,7 +83,7 @@ def test_is_peft(bases, family, name, tmp_path):
         for piece in spec.pieces():
             weight = held[f"base_model.model.{piece.name}".replace(".weight", ".default.weight")]
             first, value = (np.asarray(found[path][piece.index]) for found in (params, after))
-            # Each singular vector has either sign; where PEFT's differs, so does its part of what is trained.
+            # The sign of a singular vector is arbitrary; if PEFT's differs, so does its part of the trained weights.
             axis = spec.shape[-1] == first.shape[-1] and path.endswith("lora_A")
             sign = np.sign((weight.detach().numpy() * first).sum(axis=1 if axis else 0))
             sign = sign[:, None] if axis else sign[None]
@@ -119,7 +119,7 @@ def test_is_peft(bases, family, name, tmp_path):
 
 
 def test_subspace_iterations():
-    """They find what torch's find: of a weight whose singular values fall slowly, all but a thousandth of the largest four."""
+    """They find the subspace that torch finds, up to a thousandth, even if singular values fall slowly."""
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.normal(size=(size, 40)))[0] for size in (64, 48))
     weight = ((u * 0.9 ** np.arange(40)) @ v.T).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Quantised bases: the formats by themselves, every kind of layer, memory, sharding, resume and merging."""
+"""Tests quantised base models: the formats, every kind of layer, memory, sharding, resuming and merging."""
 
 import dataclasses
 import json
@@ -42,7 +42,8 @@ def back(how: Quantization, weight) -> np.ndarray:
 
 
 def test_the_code_book_is_the_papers():
-    """Dettmers et al. 2023, eq. 4 and appendix E: quantiles of the normal distribution, an exact zero, scaled to [-1, 1]."""
+    """The code book follows Dettmers et al. 2023, eq. 4 and appendix E: quantiles of the normal distribution, an exact zero,
+    scaled to [-1, 1]."""
     from scipy.special import ndtri
 
     edge = (31 / 32 + 29 / 30) / 2
@@ -52,8 +53,8 @@ def test_the_code_book_is_the_papers():
 
 
 def test_errors_are_those_of_bitsandbytes():
-    """Its own tests hold mean |error| below 0.1 and the mean relative error below 0.28 for normal weights in blocks of 64;
-    its kernels come to 0.0728 and 0.2033."""
+    """Errors are those of its kernels, 0.0728 and 0.2033; its own tests require mean |error| below 0.1 and mean relative error
+    below 0.28, for normal weights in blocks of 64."""
     weight = normal(1024, 1024)
     error = np.abs(back(Quantization("nf4", False), weight) - weight)
     assert abs(error.mean() - 0.0728) < 3e-4
@@ -61,7 +62,7 @@ def test_errors_are_those_of_bitsandbytes():
 
 
 def test_double_quantisation_costs_a_hundredth_of_the_error():
-    """Against scales in float32, which the blocks of a row give by themselves."""
+    """Compares with float32 scales, which blocks of a single row have."""
     weight = normal(256, 1024)
     scale = np.abs(weight.reshape(256, -1, 64)).max(-1, keepdims=True)
     book = np.array(NF4, np.float32)
@@ -73,21 +74,21 @@ def test_double_quantisation_costs_a_hundredth_of_the_error():
 @pytest.mark.parametrize("shape", [(3, 64), (5, 7), (2, 172), (4, 130), (2, 64 * 300)], ids=str)
 @pytest.mark.parametrize("conv1d", [False, True])
 def test_every_size(shape, conv1d):
-    """Rows that end in the middle of a block, or of a byte, and several groups; the bounds that the formats promise."""
+    """The formats' error bounds hold for rows that end within a block or byte, and for several groups."""
     weight = normal(*shape, seed=1)
     int8 = back(Quantization("int8", conv1d), weight)
     step = np.abs(weight).max(axis=0 if conv1d else 1, keepdims=True) / 127
     assert (np.abs(int8 - weight) <= step * 0.5001).all()
     padded = np.pad(weight, ((0, 0), (0, -shape[1] % 64)))
     largest = np.abs(padded.reshape(shape[0], -1, 64)).max(-1)
-    # Half of the widest gap in the code book (1 - 0.696), and what the scale may be off: half a step of its group.
+    # Half of the widest gap in the code book (1 - 0.696), plus the error of the scale: half a step of its group.
     spread = (largest.max(1) - largest.min(1)) / 254
     bound = np.repeat(largest * 0.152 + spread[:, None], 64, axis=1)[:, : shape[1]]
     assert (np.abs(back(Quantization("nf4", conv1d), weight) - weight) <= bound * 1.001).all()
 
 
 def test_extremes():
-    """A weight of zeros stays one; the largest weight of a block whose scale is exact stays as it is."""
+    """Zeros stay zeros; the largest weight of a block with an exact scale is unchanged."""
     zeros = np.zeros((4, 128), np.float32)
     for kind in KINDS:
         np.testing.assert_array_equal(back(Quantization(kind, False), zeros), zeros)
@@ -98,7 +99,7 @@ def test_extremes():
 
 
 def test_bits():
-    """4 for the code, 8 in 64 for the scale, 64 in 64 x 256 for the group; rows of 14336 hold 224 blocks."""
+    """A weight takes 4 bits, plus 8 in 64 for the scale, plus 64 in 64 x 256 for the group; rows of 14336 have 224 blocks."""
     bits = {kind: 8 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract(kind))) / 14336**2 for kind in KINDS}
     assert 4.12 < bits["nf4"] < 4.13 and 8 < bits["int8"] < 8.003
 
@@ -142,7 +143,7 @@ def quantised(kind, method=None):
 
 
 def dense(params):
-    """What the quantised weights stand for, as plain arrays."""
+    """Return the dequantised weights as plain arrays."""
     return {path: leaf.dequantise(jnp.float32) if isinstance(leaf, Int8 | Nf4) else leaf for path, leaf in params.items()}
 
 
@@ -178,7 +179,7 @@ def lora_model(facts, kind):
 
 
 def compiled_step(model, remat, length, dtype):
-    """The compiled training step of one row; from shapes alone."""
+    """Compile the training step of one row, from shapes alone."""
     frozen = {p: s.abstract if s.row.quantization else jax.ShapeDtypeStruct(s.shape, dtype) for p, s in model.frozen.items()}
     params = {path: spec.abstract for path, spec in model.trainable.items()}
     optimizer = make_optimizer(OptimizerConfig(), model.trainable, 10)
@@ -194,17 +195,17 @@ def compiled_step(model, remat, length, dtype):
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_full_copy_of_the_weights(kind, remat):
-    """Twelve more layers need no more memory than their activations and gradients: not a hundredth of their weights."""
+    """Twelve more layers need memory for activations and gradients only: less than a hundredth of their weights."""
     models = {layers: small_llama(kind, layers) for layers in (4, 16)}
     temp = {layers: compiled_step(model, remat, 8, jnp.float32).temp_size_in_bytes for layers, model in models.items()}
     weights = {n: sum(4 * s.size for s in model.frozen.values() if s.row.quantization) for n, model in models.items()}
     trained = {n: sum(4 * s.size for s in model.trainable.values()) for n, model in models.items()}
-    more = temp[16] - temp[4] - 2 * (trained[16] - trained[4])  # gradients, and the new parameters before the old ones go
+    more = temp[16] - temp[4] - 2 * (trained[16] - trained[4])  # gradients, and new parameters before the old ones are freed
     assert more < 0.1 * (weights[16] - weights[4])
 
 
 def test_an_8b_step_fits():
-    """Llama 3.1 8B with nf4 and LoRA on every layer: at most 6 GB of arguments."""
+    """Llama 3.1 8B with nf4 and LoRA on every layer has at most 6 GB of arguments."""
     facts = complete_config({
         "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_parameters": {
@@ -216,14 +217,14 @@ def test_an_8b_step_fits():
     assert sum(spec.size for spec in model.frozen.values()) == 8_030_261_248
     memory = compiled_step(model, "full", 32, jnp.bfloat16)
     assert memory.argument_size_in_bytes < 6e9
-    # The output layer in float32, which is how the CPU multiplies bfloat16, and nothing of the blocks' 28 GB.
+    # The output layer in float32, as the CPU multiplies bfloat16, and none of the blocks' 28 GB.
     assert memory.temp_size_in_bytes < 3.5e9
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_training_is_that_of_what_the_weights_stand_for(bases, name, kind):
-    """Gradients pass through: losses, norms and adapters after three steps."""
+    """Gradients pass through dequantisation: losses, norms and adapters agree after three steps."""
     folder = bases(next(case for case in CASES if case.name == name))
     batches = [make_batch(4, 16, 96, seed) for seed in range(3)]
     config = make_config(folder, method={"name": "lora", "r": 4, "lora_alpha": 8}, optimizer={"adam_epsilon": 1e-3})
@@ -245,7 +246,7 @@ def with_model(config, **values):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded_is_one_device(bases, kind, tmp_path):
-    """The same bits in the weights, and the same training."""
+    """On several devices the weights have the same bits, and training is the same."""
     case = Case("wide", "llama", {"intermediate_size": 96, "hidden_size": 64, "tie_word_embeddings": True})
     folder = bases(case)
     batches = [make_batch(8, 16, 96, seed) for seed in range(3)]
@@ -393,7 +394,7 @@ def test_an_unknown_format_is_refused(tiny):
 
 
 def test_what_trains_is_not_quantised(bases):
-    """modules_to_save are trained in float32 beside the adapter."""
+    """modules_to_save train in float32 next to the adapter."""
     model, _ = load(bases(CASES[0]), quantised("nf4", LoraConfig(target_modules=["q_proj"], modules_to_save=["down_proj"])))
     kinds = {path: spec.row.quantization for path, spec in model.specs.items()}
     assert kinds["model.layers.block.mlp.down_proj.weight"] is None

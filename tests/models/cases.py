@@ -1,4 +1,4 @@
-"""The tiny configurations that every law is tried on: each optional feature of a family is on in at least one."""
+"""Lists tiny configurations, on which every law is tried; each optional feature of a family is on in at least one."""
 
 from oracle import Case
 

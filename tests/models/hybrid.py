@@ -1,4 +1,4 @@
-"""A tiny model whose layers remember different things, made of the parts that families are made of.
+"""Builds a tiny model whose layers remember different things, from the parts of real families.
 
 Legend: B batch, T query length, E embed, N heads, K kv heads, H head dim, C channels.
 """
@@ -28,7 +28,7 @@ V, E, N, H = 96, 24, 4, 8
 
 
 class Mixer(nnx.Module):
-    """`x + mix(norm(x))`; a layer's own part is `mix`."""
+    """Computes `x + mix(norm(x))`; subclasses define `mix`."""
 
     def __init__(self, mix: nnx.Module):
         self.norm, self.mix = RMSNorm(E, 1e-5), mix
@@ -39,7 +39,7 @@ class Mixer(nnx.Module):
 
 
 class OtherSizes(nnx.Module):
-    """Attention with values of another size than keys, which later layers may share."""
+    """Attention whose values have another size than its keys; later layers may share both."""
 
     def __init__(self, kv_heads: int, key_dim: int, value_dim: int, name: str = ""):
         self.memory = (KeysValues(kv_heads, key_dim, value_dim, name),)
@@ -57,7 +57,7 @@ class OtherSizes(nnx.Module):
 
 
 class Sharing(nnx.Module):
-    """Attention with queries of its own, to the keys and values of a layer before it."""
+    """Attention with its own queries, on the keys and values of an earlier layer."""
 
     def __init__(self, key_dim: int, value_dim: int, name: str):
         self.memory = (Shared(name),)
@@ -71,7 +71,7 @@ class Sharing(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """A causal convolution of `width + 1` tokens, gated."""
+    """A gated causal convolution of `width + 1` tokens."""
 
     def __init__(self, width: int):
         self.memory = (ConvState(E, width),)
@@ -86,7 +86,7 @@ class Conv(nnx.Module):
 
 
 class Recurrence(nnx.Module):
-    """Gated linear attention behind a convolution: `S = decay * S + k v^T`, `y = q S`. It remembers two things."""
+    """Gated linear attention after a convolution: `S = decay * S + k v^T`, `y = q S`. It remembers two things."""
 
     def __init__(self):
         self.memory = (ConvState(E, 1, "inputs"), RecurrentState((N, H, H)))
@@ -125,7 +125,7 @@ SHARING = ("wide", "plain", "reader", "plain", "reader", "wide", "reader")
 
 
 def make(choice: tuple[str, ...], *, trainable: bool = False, seed: int = 0) -> tuple[Model, dict[str, jax.Array]]:
-    """A model of these layers, and random parameters."""
+    """Return a model of these layers, and random parameters."""
     blocks = {name: Mixer(BLOCKS[name]()) for name in sorted(set(choice))}
     stack = Stack(blocks, (Pattern(H**-0.5),) * len(choice), choice)
     sizes = Sizes(len(choice), N, 2, H, E, V, positions=256)

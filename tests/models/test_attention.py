@@ -1,4 +1,4 @@
-"""Every attention backend is the reference, values and gradients, packed and windowed (T2)."""
+"""Tests every attention backend against the reference: values and gradients, packed and windowed (T2)."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ PATTERNS = {
 }
 
 
-HERE = ["blockwise", "splash_interpreted"]  # what a CPU can run
+HERE = ["blockwise", "splash_interpreted"]  # backends that a CPU can run
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_backend_is_the_reference(inputs, backend, pattern, sinks, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["xla", *HERE])
 def test_documents_do_not_see_each_other(inputs, backend):
-    """Changing document 1 leaves document 2's outputs as they were, to the bit."""
+    """Changing document 1 does not change the outputs of document 2 by a bit."""
     q, k, v, segments = inputs
     other = (segments == 1)[:, :, None, None]
     changed = [jnp.where(other, x + 1, x) for x in (q, k, v)]
@@ -72,7 +72,7 @@ def test_documents_do_not_see_each_other(inputs, backend):
 )
 @pytest.mark.parametrize("backend", HERE)
 def test_kernel_under_a_mesh(backend, sizes):
-    """Tokens of a row, or its heads, on several devices; with four devices for two key heads."""
+    """The tokens of a row, or its heads, are sharded over devices; with four devices for two key heads."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 64, heads, H)), jnp.float32) for heads in (8, 2, 2))
     segments = jnp.asarray([np.repeat([1, 2, 0], [30, 30, 4]), np.repeat([1, 2], [50, 14])], jnp.int32)
@@ -104,11 +104,11 @@ def test_heads_that_do_not_divide(inputs):
         attend(*qkv, segments, segments, 0, PATTERNS["causal"], "blockwise")
 
 
-# ---- what the other machines get ----
+# ---- backends of other devices ----
 
 
 class Device:
-    """What is asked of a device."""
+    """The attributes of a device that are read."""
 
     def __init__(self, platform, compute_capability="0"):
         self.platform, self.compute_capability = platform, compute_capability
@@ -127,7 +127,7 @@ def test_choice_by_device():
 
 
 def test_documents_for_cudnn():
-    """As its function wants them: lengths and beginnings, -1 where a row has fewer documents than others may have."""
+    """Documents are given as cuDNN wants them: lengths and starts, -1 for rows with fewer documents than the maximum."""
     segments = jnp.asarray([[1, 1, 1, 2, 2, 0, 0, 0], [1] * 8, [1, 2, 3, 4, 5, 5, 5, 5]], jnp.int32)
     lengths, offsets, count = documents(segments, 4)
     assert lengths.tolist() == [[3, 2, 3, -1], [8, -1, -1, -1], [1, 1, 1, 1]]
@@ -151,7 +151,8 @@ def test_what_cudnn_cannot(pattern, sinks, dtype, head_dim, said):
 
 
 def test_cudnn_is_called(monkeypatch):
-    """Lowered for an NVIDIA GPU, forward and backward, windowed: the kernel's custom calls, with offsets of packed rows."""
+    """Lowered for an NVIDIA GPU, forward and backward with a window, the program has the kernel's custom calls with offsets of
+    packed rows."""
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     monkeypatch.setattr(private, "check_cudnn_version", lambda: 91000)

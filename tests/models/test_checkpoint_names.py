@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors have other names than transformers' modules: all of them load, or say what is missing."""
+"""Tests checkpoints whose tensor names differ from transformers' modules: they load, or the error names what is missing."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied-biases", "gpt-neox-serial"])
 def test_model_without_a_head(name, tmp_path):
-    """`GPT2Model.save_pretrained` writes `h.0...`, as the Hub's gpt2 does, where GPT2LMHeadModel has `transformer.h.0...`."""
+    """`GPT2Model.save_pretrained` writes `h.0...`, like the Hub's gpt2; GPT2LMHeadModel has `transformer.h.0...`."""
     hf = make_hf(BY_NAME[name], tmp_path / "whole")
     hf.base_model.save_pretrained(tmp_path / "base")
     assert not any(key.startswith(hf.base_model_prefix) for key in load_file(tmp_path / "base" / "model.safetensors"))
@@ -23,7 +23,7 @@ def test_model_without_a_head(name, tmp_path):
 
 
 def test_a_missing_head_is_missing(tmp_path):
-    """transformers would start it at random; a model that is not tied needs it."""
+    """An untied model needs its head; transformers would initialise it at random."""
     make_hf(BY_NAME["gpt2-untied"], tmp_path).base_model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"missing: lm_head\.weight"):
         load(tmp_path)
@@ -53,13 +53,13 @@ def test_tables_of_older_exports_are_passed_by(name, add, tmp_path):
 
 
 def test_the_head_of_gpt_neox_has_two_names(tmp_path):
-    """transformers 4 called it `embed_out`, transformers 5 calls it `lm_head`."""
+    """transformers 4 calls it `embed_out`, transformers 5 `lm_head`."""
     make_hf(BY_NAME["gpt-neox"], tmp_path)
     ids = tokens(1, 9)
     want = logits(*load(tmp_path), ids)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
-    assert "embed_out.weight" in tensors  # what it writes, so that older versions can read it
+    assert "embed_out.weight" in tensors  # the name it writes, for older versions
     tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
     save_file(tensors, file)
     np.testing.assert_array_equal(logits(*load(tmp_path), ids), want)

@@ -1,4 +1,4 @@
-"""What a root module promises (`ftjax.models.causal_lm.CausalLM`), of every family, beside transformers' model."""
+"""Tests the promises of a root module (`ftjax.models.causal_lm.CausalLM`) for every family, against transformers' model."""
 
 import inspect
 from typing import get_type_hints
@@ -75,7 +75,7 @@ def test_positions_are_read_without_weights(tmp_path):
 
 
 def test_yarn_stretches_a_length_that_config_json_left_as_it_was():
-    """Qwen 2.5's advice for long texts adds `rope_parameters` and leaves `max_position_embeddings`."""
+    """Qwen 2.5's advice for long texts adds `rope_parameters` and leaves `max_position_embeddings` unchanged."""
     yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
     assert longest_text(yarn, 32768) == 131072
     assert longest_text({"full_attention": yarn, "sliding_attention": {"rope_type": "default"}}, 32768) == 131072

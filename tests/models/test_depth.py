@@ -1,4 +1,4 @@
-"""A program does not grow with the number of layers, so neither does the time that compiling takes."""
+"""Tests that a program does not grow with the number of layers, and so neither does compile time."""
 
 import functools
 
@@ -20,7 +20,7 @@ DEPTHS = (12, 36)  # whole periods of every family: the longest is six layers
 
 
 def operations(family: str, layers: int) -> int:
-    """Lines of the lowered gradient of a LoRA step."""
+    """Return the number of lines of the lowered gradient of a LoRA step."""
     values = {"n_layer" if family == "gpt2" else "num_hidden_layers": layers}
     values |= (
         {"num_experts": 4, "num_experts_per_tok": 2}

@@ -1,4 +1,4 @@
-"""Routed experts: the balancing loss, both layouts of checkpoints, and devices that sort their own tokens."""
+"""Tests routed experts: the balancing loss, both layouts of checkpoints, and routing on several devices."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def aux_of(model, params, ids, segments):
 
 @pytest.mark.parametrize("case", MOE, ids=str)
 def test_balance_loss_and_its_gradient(case, tmp_path):
-    """transformers' `aux_loss` with padding, and what it gives to the routers."""
+    """The loss is transformers' `aux_loss` with padding, and so is its gradient for the routers."""
     hf = make_hf(with_router_loss(case), tmp_path)
     model, params = load(tmp_path, attach_full)
     ids = tokens(3, 12)
@@ -60,7 +60,7 @@ def test_balance_loss_is_added_only_where_the_config_asks_for_it(tmp_path):
 
 @pytest.mark.parametrize("case", FUSED, ids=str)
 def test_fused_checkpoints_are_read_and_written_per_expert(case, tmp_path):
-    """What transformers 5 holds in memory, and writes with `save_original_format=False`."""
+    """Reads the layout of transformers 5 in memory, which `save_original_format=False` writes."""
     hf = make_hf(case, tmp_path / "each")
     hf.save_pretrained(tmp_path / "fused", save_original_format=False)
     fused = load_file(tmp_path / "fused" / "model.safetensors")
@@ -84,7 +84,7 @@ def test_fused_checkpoints_are_read_and_written_per_expert(case, tmp_path):
 
 @pytest.mark.parametrize("case", MOE, ids=str)
 def test_gradients_on_eight_devices(case, tmp_path):
-    """Each device sorts its own tokens, or those of all for the experts that it has; the gradients add up to the same."""
+    """Each device sorts its own tokens, or those of all for its own experts; gradients add up to the same."""
     make_hf(case, tmp_path)
     ids = tokens(8, 10)
     weights = np.random.default_rng(1).normal(size=(8, 10, 96)).astype(np.float32)
@@ -116,7 +116,7 @@ def test_gradients_on_eight_devices(case, tmp_path):
 
 
 def test_experts_that_nobody_chose(tmp_path):
-    """However uneven the routing is, every token is served."""
+    """Every token is computed, however uneven the routing is."""
     hf = make_hf(Case("uneven", "mixtral", {"num_local_experts": 6}), tmp_path)
     with torch.no_grad():
         for layer in hf.model.layers:  # a token's logits are these multiples of one number: experts 2 and 3 never win

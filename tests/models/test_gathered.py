@@ -1,4 +1,4 @@
-"""Reductions into the devices' parts."""
+"""Tests reductions of gradients into each device's shard."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from ftjax.models.nn import gathered
 
 @pytest.mark.parametrize("dimension", [0, 1])
 def test_a_reduction_by_halves_is_the_reduction(monkeypatch, dimension):
-    """Of whole numbers, so that no order of additions differs; the gradient of what is gathered is that reduction."""
+    """With whole numbers, for which the order of additions does not matter, both give the same gradient."""
     mesh = jax.make_mesh((1, 8), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     x = np.random.default_rng(0).integers(-9, 9, (8, 16, 32)).astype(np.float32)  # one array for each device
     part = jnp.zeros((8, *[size // 8 if axis == dimension else size for axis, size in enumerate(x.shape[1:])]))
@@ -43,6 +43,6 @@ def test_a_reduction_by_halves_is_the_reduction(monkeypatch, dimension):
     ],
 )
 def test_where_reductions_go_by_halves(kind, size, part, halves):
-    """Where libtpu was seen to make all-reduces: squares of chips, and cubes; never on other devices."""
+    """They are used where libtpu was seen to emit all-reduces: squares and cubes of chips, never on other devices."""
     mesh = SimpleNamespace(abstract_device=SimpleNamespace(device_kind=kind))
     assert gathered._by_halves(mesh, size, part) == halves

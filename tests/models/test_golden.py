@@ -1,7 +1,7 @@
-"""Two training steps of each family, pinned: what they come to must not move unless somebody means it.
+"""Pins the loss and gradients of two training steps of each family: they change only on purpose.
 
-The weights are made by numpy from the names of Hugging Face's tensors, so that neither PyTorch nor the way in which ftjax
-stacks parameters has a part in them.
+NumPy makes the weights from Hugging Face's tensor names, independently of PyTorch and of the way in which ftjax stacks
+parameters.
 """
 
 import json
@@ -52,7 +52,7 @@ def two_steps(case) -> dict[str, list[float]]:
         path: jax.device_put(weights(spec), sharding(mesh, path, spec.shape, spec.row.axes))
         for path, spec in model.specs.items()
     }
-    # A large epsilon: where a gradient is zero but for rounding, Adam would make a full step of it.
+    # A large epsilon: otherwise Adam would turn a gradient of rounding errors into a full step.
     settings = make_config(case.name, method={"name": "full"}, optimizer={"learning_rate": 1e-2, "adam_epsilon": 1e-3})
     setup = Setup(settings, mesh, model, Runtime(), source=Path(case.name), params=params)
     batches = [make_batch(4, 32, TINY["vocab_size"], seed) for seed in (0, 1)]

@@ -1,4 +1,4 @@
-"""The config.json of well-known checkpoints, as their authors published them: accepted, and as large as the real model."""
+"""Tests config.json files of well-known checkpoints as published: they are accepted, and give the real model's size."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the parts of a layer keep for its backward pass."""
+"""Tests which values a layer keeps for its backward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from ftjax.models.nn.remat import projected
 
 
 def kept(f, *values) -> list[tuple[int, ...]]:
-    """The shapes of what `f` keeps for its gradient."""
+    """Return the shapes of the values that `f` keeps for its gradient."""
     found = []
 
     def run(*values):
@@ -29,7 +29,7 @@ def kept(f, *values) -> list[tuple[int, ...]]:
 
 
 def test_attention_keeps_its_result_as_the_next_product_reads_it():
-    """Once, by tokens, and one log-sum-exp for each query."""
+    """It is kept once, by tokens, with one log-sum-exp per query."""
     b, t, n, h = 2, 256, 4, 16
     x = jnp.zeros((b, t, n, h), jnp.bfloat16)
     segments = jnp.ones((b, t), jnp.int32)
@@ -41,8 +41,7 @@ def test_attention_keeps_its_result_as_the_next_product_reads_it():
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_inputs_of_trained_projections_are_made_again(trained):
-    """x is kept, and not what the norm made of it, in a layer that is recomputed and whose weights are cut; the gradients are
-    those of a layer that keeps both."""
+    """A recomputed layer with sharded weights keeps x but not its norm; the gradients are those of a layer that keeps both."""
     embed, heads, kv_heads, head_dim = 16, 4, 2, 6
     attention, norm = LlamaAttention(embed, heads, kv_heads, head_dim, bias=False), RMSNorm(embed, 1e-6)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What every family must prove against transformers. A new family joins by its cases in cases.py."""
+"""Tests every family against transformers. A new family joins through its cases in cases.py."""
 
 from functools import partial
 
@@ -17,12 +17,12 @@ from ftjax.mesh import make_mesh
 from ftjax.models.registry import FAMILIES
 
 LOGITS = 1e-4  # absolute, float32
-T = 40  # past every window and original length of the cases; most tests have rows of it, which share a program
+T = 40  # longer than every window and original length of the cases; most tests use this length, to share a program
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def pair(request, tmp_path_factory):
-    """(case, transformers' model, our model, our parameters, folder) of one case."""
+    """Return (case, transformers' model, ftjax's model, ftjax's parameters, folder) of one case."""
     folder = tmp_path_factory.mktemp("hf")
     hf = make_hf(request.param, folder)
     return request.param, hf, *load(folder), folder
@@ -40,7 +40,7 @@ def test_logits(pair, length):
 
 
 def test_logits_left_padded(pair):
-    """Padding changes nothing for the tokens behind it."""
+    """Padding does not change the logits of the tokens after it."""
     _, hf, model, params, _ = pair
     ids = tokens(1, T - 5)
     padded = np.concatenate([np.zeros((1, 5), np.int32), ids], axis=1)
@@ -51,7 +51,7 @@ def test_logits_left_padded(pair):
 
 
 def test_packed_is_unpacked(pair):
-    """Documents in one row give the logits that they give alone."""
+    """Documents in one row have the logits that they have alone."""
     _, hf, model, params, _ = pair
     lengths = [21, T - 26, 3]
     documents = [tokens(1, n, seed=n) for n in lengths]
@@ -67,7 +67,7 @@ def test_packed_is_unpacked(pair):
 
 
 def test_documents_of_a_row_do_not_meet(pair):
-    """Another first document changes neither what the second gives nor the gradients of its loss."""
+    """Another first document changes neither the logits of the second nor the gradients of its loss."""
     _, _, _, _, folder = pair
     documents_do_not_meet(*load(folder, attach_full))
 
@@ -103,7 +103,7 @@ def documents_do_not_meet(model, params):
 
 
 def test_gradients(pair):
-    """d loss / d embedding rows and every other weight, within 1e-3 relative."""
+    """The gradients of all weights, embedding rows included, agree within 1e-3 relative."""
     _, hf, _, _, folder = pair
     model, params = load(folder, attach_full)
     ids = tokens(2, 12)
@@ -119,7 +119,7 @@ def test_gradients(pair):
     (hf(torch.tensor(ids).long()).logits * torch.tensor(weights)).sum().backward()
     theirs = {name: parameter.grad for name, parameter in hf.named_parameters()}
     hf.zero_grad()
-    # Some are zero but for rounding: a bias of the keys shifts all scores of a query alike where there is no RoPE.
+    # Some are zero up to rounding: without RoPE, a bias of the keys shifts all scores of a query alike.
     rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in theirs.values())
     checked = 0
     for path, spec in model.specs.items():
@@ -139,7 +139,7 @@ def test_gradients(pair):
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 def test_round_trip_is_bit_identical(pair, tmp_path, shard):
-    """Hugging Face -> ftjax -> Hugging Face, from one file and from many."""
+    """Hugging Face -> ftjax -> Hugging Face keeps every bit, from one file and from several."""
     _, hf, _, _, _ = pair
     hf.save_pretrained(tmp_path / "in", max_shard_size=shard)
     model, params = load(tmp_path / "in")
@@ -158,7 +158,7 @@ def test_round_trip_is_bit_identical(pair, tmp_path, shard):
 
 
 def said(config) -> dict:
-    """What a config means: older fields leave `rope_parameters` with its `rope_type` under the older name, too."""
+    """Return what a configuration means: with older fields, `rope_parameters` has the `rope_type` under its older name, too."""
     values = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "dtype", "architectures")}
     rope = values.get("rope_parameters")
     return values | ({"rope_parameters": {key: value for key, value in rope.items() if key != "type"}} if rope else {})

@@ -1,6 +1,6 @@
-"""Every field of a config.json means what it means in transformers, or is refused (T22).
+"""Tests that every field of a config.json has the effect it has in transformers, or is refused (T22).
 
-The fields come from transformers' own configuration classes, so that a new one is tried by itself.
+The fields come from transformers' own configuration classes, so new ones are tried by themselves.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ from ftjax.models.facts import complete_config
 from ftjax.models.model import build_module
 from ftjax.models.registry import FAMILIES
 
-# What every configuration class has: names, labels, what a call returns. They say nothing about the model.
+# Fields of every configuration class (names, labels, outputs of a call) that do not affect the model.
 COMMON = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"model_type"}
 
-# Fields of a class that change no logits in transformers, in any family ...
+# Fields that change no logits in transformers, in any family ...
 NO_EFFECT = {
     "attention_dropout", "bos_token_id", "eos_token_id", "initializer_range", "output_attentions", "pad_token_id", "use_cache",
 }  # fmt: skip
-# ... and in one: `max_position_embeddings` matters to some types of RoPE alone, what a model with layer types is told of
-# windows has become `layer_types`, and the rest is dropout, a classification head, or a loss that is no logit.
+# ... and in one family: `max_position_embeddings` matters to some types of RoPE only; with layer types, windows are set by
+# `layer_types`; the rest concerns dropout, a classification head, or the loss.
 NO_EFFECT_IN = {
     "gemma": {"max_position_embeddings"},
     "gemma2": {"max_position_embeddings"},
@@ -54,8 +54,8 @@ NO_EFFECT_IN = {
 }  # fmt: skip
 
 
-# Fields that have a default in transformers' modules too, that must be off in any case, or of which transformers' class
-# has made another field.
+# Fields that have a default in transformers' modules too, that must be off, or that transformers' class turns
+# into another field.
 MAY_BE_MISSING = {
     "add_cross_attention", "head_dim", "router_jitter_noise", "use_bidirectional_attention", "use_sliding_window",
 }  # fmt: skip
@@ -63,7 +63,7 @@ OTHER_WORD = {"full_attention": "sliding_attention", "sliding_attention": "full_
 
 
 def others(name, value):
-    """Other values for a field, legal ones where there are any."""
+    """Return other values for a field, legal ones if there are any."""
     if name in ("hidden_act", "hidden_activation", "activation_function"):
         return ["relu", "quick_gelu"]
     if isinstance(value, bool):
@@ -81,7 +81,7 @@ def others(name, value):
 
 
 def changes(stored):
-    """`(what is changed, config.json with that change)`; the fields inside of a dict one by one."""
+    """Yield `(what is changed, config.json with that change)`; fields inside a dict one by one."""
     for name in sorted(set(stored) - COMMON - {"_name_or_path"}):
         for label, value in inner_changes(name, stored[name]):
             yield label, {**stored, name: value}
@@ -96,7 +96,7 @@ def inner_changes(name, value):
         yield from ((f"{name}.{label}", {**value, key: other}) for label, other in inner_changes(key, inner))
 
 
-# The case that has most of its family's features on: its first one, if nothing is said here.
+# The case with most of its family's features on, if it is not the first one.
 RICHEST = {"qwen3_moe": "qwen3-moe-dense-first"}
 TRIED = [next((c for c in CASES if c.name == RICHEST.get(case.model_type)), case) for case in ONE_OF_EACH]
 
@@ -110,13 +110,13 @@ def family(request, tmp_path_factory):
 
 
 def fields_of(model_type):
-    """The fields of a configuration class, as config.json has them."""
+    """Return the fields of a configuration class as in config.json."""
     kind = CONFIG_MAPPING[model_type]
     return {kind.attribute_map.get(field.name, field.name) for field in dataclasses.fields(kind)}
 
 
 def test_every_field_means_what_it_means_in_transformers(family, tmp_path):
-    """With any one field changed, a model is refused, or gives the logits that transformers gives with that change."""
+    """With any one field changed, the model is refused or gives transformers' logits."""
     folder, hf, ids, base = family
     stored = hf.config.to_dict()
     declared = fields_of(stored["model_type"])
@@ -132,7 +132,7 @@ def test_every_field_means_what_it_means_in_transformers(family, tmp_path):
         except UserError:
             refused.add(name)
             continue
-        alike = model.graphdef == same.graphdef and model.specs == same.specs  # then it need not be run
+        alike = model.graphdef == same.graphdef and model.specs == same.specs  # then there is nothing to run
         ours = base if alike else logits(model, params, ids)
         theirs = hf_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), ids)
         if not np.abs(ours - theirs).max() <= 1e-4:
@@ -147,7 +147,7 @@ def test_every_field_means_what_it_means_in_transformers(family, tmp_path):
 
 
 def test_facts_have_no_defaults(family):
-    """A field that changes the model cannot be missing from a completed config.json."""
+    """A field that changes the model must not be missing from a completed config.json."""
     folder, hf, _, _ = family
     stored = hf.config.to_dict()
     config = complete_config(stored, str(folder))
@@ -180,7 +180,7 @@ def test_unsupported_type_lists_the_families(tmp_path):
 
 
 def test_old_folders_keep_their_rope(tmp_path):
-    """`rope_theta` and `rope_scaling`, as transformers 4 wrote them, mean what `rope_parameters` means."""
+    """`rope_theta` and `rope_scaling`, as transformers 4 wrote them, mean the same as `rope_parameters`."""
     from cases import LLAMA3_ROPE
     from oracle import Case
 

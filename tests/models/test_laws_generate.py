@@ -1,4 +1,4 @@
-"""What every family must prove when it generates: it answers as transformers does, and the cache changes nothing."""
+"""Tests generation of every family: it answers as transformers does, and the cache does not change the logits."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ LENGTHS = (7, 24, 16)  # shorter and longer than the windows of the cases; 24 + 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def pair(request, tmp_path_factory):
-    """(case, transformers' model, our model, our parameters) of one case."""
+    """Return (case, transformers' model, ftjax's model, ftjax's parameters) of one case."""
     folder = tmp_path_factory.mktemp("hf")
     hf = make_hf(request.param, folder)
     return request.param, hf, *load(folder)
@@ -28,7 +28,7 @@ def pair(request, tmp_path_factory):
 
 def generator(model, params, mesh=None) -> Generator:
     made = Generator.of(model, params, words(), mesh=mesh or one_device(), dtype=jnp.float32)
-    made.ends = frozenset()  # the models are random, so that their EOS means nothing
+    made.ends = frozenset()  # random models have no meaningful EOS
     return made
 
 
@@ -37,7 +37,7 @@ def prompts() -> list[list[int]]:
 
 
 def hf_generate(hf, prompt: list[int], **options) -> list[int]:
-    hf_logits(hf, np.array([prompt]))  # forgets what dynamic RoPE remembers
+    hf_logits(hf, np.array([prompt]))  # resets what dynamic RoPE remembers
     hf.generation_config.eos_token_id = None
     hf.generation_config.pad_token_id = 0
     ids = torch.tensor([prompt])
@@ -47,7 +47,7 @@ def hf_generate(hf, prompt: list[int], **options) -> list[int]:
 
 
 def test_greedy_text_is_transformers(pair):
-    """Token for token: one batch here, one by one there."""
+    """The tokens of one batch are those of transformers, prompt by prompt."""
     _, hf, model, params = pair
     want = [hf_generate(hf, prompt) for prompt in prompts()]
     answers = generator(model, params).generate(prompts(), max_new_tokens=NEW)
@@ -55,10 +55,10 @@ def test_greedy_text_is_transformers(pair):
 
 
 def test_cached_is_uncached(pair):
-    """Several tokens at once and one by one, each row at its own pace: the logits of one uncached pass."""
+    """Several tokens at once and one by one, each row at its own pace, give the logits of one uncached pass."""
     _, _, model, params = pair
     rope = str(model.config.get("rope_parameters"))
-    part = 7 if "longrope" in rope or "dynamic" in rope else 19  # such a cache is only good up to their switch, 16
+    part = 7 if "longrope" in rope or "dynamic" in rope else 19  # their cache is valid only up to the switch at 16
     ids = tokens(2, 40)[:, : 2 * part + 2]
     want = logits(model, params, ids)
 

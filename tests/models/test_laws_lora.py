@@ -1,4 +1,4 @@
-"""LoRA on every family: PEFT loads what is written, and the merged folder is the same model."""
+"""Tests LoRA on every family: PEFT loads the adapter, and the merged folder is the same model."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Rows of a table that is cut over a mesh: the same values and gradients, and the table stays where it is."""
+"""Tests lookups in a table that is sharded over a mesh: the same values and gradients, without gathering the table."""
 
 import re
 
@@ -43,7 +43,7 @@ def test_rows(sizes, axes):
 
 
 def test_a_batch_that_does_not_divide():
-    """Of one row, as where a prompt is answered."""
+    """A batch may have one row, such as a prompt to answer."""
     table = jax.random.normal(jax.random.key(0), (V, E))
     ids = jnp.arange(5, dtype=jnp.int32)[None]
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2))):

@@ -1,4 +1,4 @@
-"""What layers remember: models of which each layer remembers something else decode as they read whole texts."""
+"""Tests what layers remember: models in which each layer remembers something else decode as they read whole texts."""
 
 from dataclasses import replace
 
@@ -59,7 +59,7 @@ def test_records_that_would_be_mistaken_for_one_another_are_refused():
 
 @pytest.mark.parametrize("choice", [HYBRID, SHARING], ids=["hybrid", "sharing"])
 def test_cached_is_uncached(choice):
-    """Several tokens at once and one by one, with padding behind some, each row at its own pace."""
+    """Several tokens at once and one by one, with padding after some, each row at its own pace."""
     model, params = make(choice)
     ids = tokens(2, 40)
     want = logits(model, params, ids)
@@ -83,7 +83,7 @@ def test_cached_is_uncached(choice):
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_layers_that_share_train_as_they_are(remat):
-    """What is handed from layer to layer goes through recomputation as through memory."""
+    """Values passed between layers survive recomputation, with the same gradients."""
     model, params = make(SHARING, trainable=True)
     ids = tokens(2, 12)
     weights = np.random.default_rng(1).normal(size=(2, 12, 96)).astype(np.float32)
@@ -103,7 +103,7 @@ def test_layers_that_share_train_as_they_are(remat):
 
 
 def test_a_row_that_starts_anew_begins_with_nothing():
-    """Of the rows that it replaces, no state and no slot is left, finite or not."""
+    """A row that is reused keeps no state or slot of its predecessor, finite or not."""
     cache = new_cache(make(HYBRID)[0], 3, 8, jnp.float32)
     cache = jax.tree.map(lambda x: x if x.dtype == jnp.int32 else jnp.full_like(x, jnp.nan), cache)
     part = cache.take(jnp.array([2, 9]), jnp.zeros(2, jnp.int32))

@@ -1,4 +1,4 @@
-"""RoPE's parameters that published folders have and transformers does not read: no effect here either, and a note."""
+"""Tests RoPE parameters in published folders that transformers ignores: they have no effect here either, and cause a note."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_as_transformers(name, tmp_path):
 
 
 def test_what_transformers_4_wrote_of_gpt_neox(tmp_path):
-    """`rope_theta` and `partial_rotary_factor` beside the names that transformers reads, and refused where they differ."""
+    """`rope_theta` and `partial_rotary_factor` are accepted next to the names that transformers reads, unless they differ."""
     make_hf(Case("gpt-neox", "gpt_neox"), tmp_path)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())

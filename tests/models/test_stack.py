@@ -1,4 +1,4 @@
-"""Stacked layers against the same layers one by one."""
+"""Tests stacked layers against the same layers one by one."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def test_segments(kinds, cut):
 
 
 class Block(nnx.Module):
-    """`x -> tanh(x * weight + kind)`, and a statistic."""
+    """Computes `x -> tanh(x * weight + kind)`, and a statistic."""
 
     def __init__(self, trainable: bool, extra: bool):
         self.weight = param((3,), (None,), "weight", trainable=trainable)

@@ -1,4 +1,4 @@
-"""`ftjax models` says of each family what its models are."""
+"""Tests what `ftjax models` says of each family."""
 
 import json
 
@@ -16,7 +16,7 @@ from ftjax.models.table import families, show
 
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.model_type)
 def test_the_table_is_true(family):
-    """Over the family's cases, each of which has every feature on at least once."""
+    """The table agrees with the family's cases, in which each feature is on at least once."""
     windows, experts, learned = set(), set(), set()
     for case in CASES:
         if case.model_type != family.model_type:

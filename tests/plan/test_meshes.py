@@ -1,4 +1,4 @@
-"""Meshes on slices that are not there: every one can be made, axes lie where they are said to, and collectives stay on them."""
+"""Tests meshes on slices that are not there: all can be made, axes have the stated neighbours, and collectives stay on them."""
 
 import importlib
 import itertools
@@ -35,7 +35,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "mesh_table.py"
 
 
 def script():
-    """scripts/mesh_table.py, which is of no package."""
+    """Import scripts/mesh_table.py, which is not in a package."""
     sys.path.insert(0, str(SCRIPT.parent))
     try:
         return importlib.import_module(SCRIPT.stem)
@@ -61,7 +61,8 @@ LARGE = [
 
 @pytest.mark.parametrize("name, slices", TOPOLOGIES + LARGE)
 def test_every_division_can_be_made(name, slices):
-    """Every device has one place, only `data` crosses slices, and what it costs can be said. Of large ones, some divisions."""
+    """Every device has one position, only `data` crosses slices, and the cost is stated; on large slices, for some
+    divisions."""
     devices = parse(name, slices=slices).devices()
     found = [sizes for sizes in divisions(len(devices), len(AXES)) if sizes[0] % slices == 0]
     for sizes in found[:: max(1, len(found) // 20)] if (name, slices) in LARGE else found:
@@ -79,7 +80,7 @@ def test_every_division_can_be_made(name, slices):
 
 @pytest.mark.parametrize("name", ["v5e-16", "v5p-32", "v5p-64", "v6e-256", "v7x:4x4x4"])
 def test_the_first_axis_has_the_nearest_devices(name):
-    """`tensor` is on neighbours, whatever the other axes are."""
+    """`tensor` connects neighbours, whatever the other axes are."""
     devices = parse(name).devices()
     for tensor, sequence in itertools.product((2, 4, 8), (1, 2)):
         mesh = make_mesh(MeshConfig(fsdp=-1, tensor=tensor, sequence=sequence), devices)
@@ -87,7 +88,7 @@ def test_the_first_axis_has_the_nearest_devices(name):
 
 
 def test_jax_decides_where_it_keeps_axes_on_neighbours():
-    """Whole dimensions of the torus: the same places as `create_device_mesh` gives."""
+    """For whole dimensions of the torus, the mesh is that of `create_device_mesh`."""
     from jax.experimental import mesh_utils
 
     for name, sizes in (("v5e-16", (4, 4)), ("v5p-64", (8, 4)), ("v6e-256", (16, 16)), ("v5e-16", (16, 1)), ("v7x-16", (8, 2))):
@@ -104,7 +105,7 @@ def test_jax_decides_where_it_keeps_axes_on_neighbours():
         # A square of 4 is a ring, a row of 4 is not; tensor comes first.
         ("v5e-16", {"fsdp": 2, "tensor": 4, "sequence": 2}, {"tensor": 1, "sequence": 2}, {"tensor": 2, "sequence": 0.5}),
         ("v5e-16", {"fsdp": 4, "tensor": 4}, {"fsdp": 1, "tensor": 1}, {"fsdp": 1, "tensor": 1}),
-        # 2 x 4 chips, of which JAX's ring would leave fsdp 2 hops apart.
+        # 2 x 4 chips: with JAX's ring, fsdp would be 2 hops apart.
         ("v5e-8", {"fsdp": 4, "tensor": 2}, {"fsdp": 1, "tensor": 1}, {"fsdp": 1, "tensor": 1}),
         # 16 x 16 with rings: half of a ring is a line, and every second chip of one is a ring whose links two groups share.
         ("v5e-256", {"fsdp": 32, "tensor": 8}, {"fsdp": 4, "tensor": 1}, {"tensor": 2, "fsdp": 1.5}),
@@ -116,7 +117,7 @@ def test_jax_decides_where_it_keeps_axes_on_neighbours():
             {"tensor": 1, "sequence": 1, "fsdp": 2},
             {"tensor": 2, "fsdp": 0.5},
         ),
-        # Two devices a chip: the nearest to a core is the other.
+        # Two devices per chip: a core's nearest neighbour is the other core.
         ("v7x:4x4x4", {"fsdp": 64, "tensor": 2}, {"tensor": 1, "fsdp": 1}, {"tensor": 6, "fsdp": 6}),
     ],
 )
@@ -127,7 +128,7 @@ def test_where_axes_lie(name, sizes, hops, links):
 
 
 def test_a_pair_is_a_pair_of_neighbours():
-    """The coordinates themselves: on v5e-16, tensor=2 could not be made at all."""
+    """The coordinates are adjacent; on v5e-16, JAX alone cannot make tensor=2."""
     for pair in mesh_on("v5e-16", fsdp=8, tensor=2).devices.reshape(8, 2):
         assert np.abs(np.subtract(pair[0].coords, pair[1].coords)).sum() == 1
     for pair in mesh_on("v7x:4x4x4", fsdp=64, tensor=2).devices.reshape(64, 2):
@@ -196,7 +197,7 @@ def test_slices_of_unlike_sizes():
 
 @pytest.mark.parametrize("asked", ["auto", {"auto": True, "slices": 2}])
 def test_auto_knows_the_slices(asked):
-    """All of what it may choose can be made, and it is asked for no number that the devices know."""
+    """All meshes that it may choose can be made, and nothing that the devices know is asked for."""
     facts = complete_config(hf_config(Case("llama", "llama", {})).to_dict(), "llama")
     devices = parse("v5e-4", slices=2).devices()
     for rows in (2, 4, 8, 16):
@@ -206,13 +207,13 @@ def test_auto_knows_the_slices(asked):
         chosen, _ = choose_mesh(config, build(config, facts)[0], devices, 2**30)
         assert chosen.slices == 2 and chosen.data % 2 == 0
         assert make_mesh(chosen, devices).size == 8
-    assert make_mesh(config.mesh, devices).shape["data"] == 2  # without a batch, as where a model is evaluated
+    assert make_mesh(config.mesh, devices).shape["data"] == 2  # without a batch, as in an evaluation
     with pytest.raises(UserError, match="are in 1 slice"):
         choose_mesh(config.model_copy(update={"mesh": MeshConfig(auto=True, slices=2)}), None, devices[:4], 2**30)
 
 
 def test_a_torus_closes_where_it_is_whole():
-    """Half of a dimension that closes to a ring is a line; the way round is the nearer one."""
+    """Half of a wrapped dimension is a line; the shorter way around counts."""
     torus = Torus((16, 4, 1, 1), (True, False, False, False), (0, 0, 0, 0))
     row = [(x, 0, 0, 0) for x in range(16)]
     assert torus.near(row) == (1, 2.0, True)
@@ -235,7 +236,7 @@ RECV = (
 
 
 def test_what_crosses_slices_is_read():
-    """XLA's text of a send and a receive: as often as the loop around it runs, in its groups, by the factor of its kind."""
+    """A send and receive in XLA's text count once per loop iteration, in their groups, by the factor of their kind."""
     ids = [100000, 100001, 200000, 200001]
 
     def received(target, type_, times=1):
@@ -247,7 +248,7 @@ def test_what_crosses_slices_is_read():
     size = 2 * 8 * 128 * 2
     summed = received('"{1,2}x{0:1}"', "ALL_REDUCE")
     assert (summed.kind, summed.bytes, summed.groups) == ("all-reduce", size, ((0, 2), (1, 3)))
-    assert received('"{1,2}x{0:1}"', "ALL_GATHER").bytes == size / 2  # of what comes, half is its own
+    assert received('"{1,2}x{0:1}"', "ALL_GATHER").bytes == size / 2  # half of the received data is its own
     passed = received("{{200000->100001},{100001->200000}}", "ONE_TO_ONE")
     assert (passed.kind, passed.bytes, passed.groups) == ("collective-permute", size, ((2, 1), (1, 2)))
     four = {100000 * s + i: 8 * (s - 1) + i for s in range(1, 5) for i in range(8)}
@@ -304,7 +305,7 @@ def test_what_leaves_its_axis_is_seen(kind, axes, ici, dcn, said):
 
 
 def test_a_plan_of_two_slices(tmp_path, capsys):
-    """The whole of `ftjax plan --slices 2`: what crosses slices has its time, and what the mesh costs is said."""
+    """`ftjax plan --slices 2` gives the time of traffic between slices, and the cost of the mesh."""
     (tmp_path / "config.json").write_text(json.dumps(hf_config(Case("llama", "llama", {"intermediate_size": 64})).to_dict()))
     config = make_config(tmp_path, mesh={"data": 2, "fsdp": 4, "tensor": 2, "slices": 2})
     where = parse("v5e-8", slices=2)
@@ -322,7 +323,7 @@ def test_a_plan_of_two_slices(tmp_path, capsys):
 @pytest.mark.skipif(not ALL, reason="compiles for some minutes each; FTJAX_TEST_ALL=1 runs it")
 @pytest.mark.parametrize("name, slices", list(itertools.product(script().SLICES, (1, 2))))
 def test_all_meshes_of_the_table(name, slices, tmp_path):
-    """In a process of its own, because a process compiles for one kind of device."""
+    """The table is checked in a separate process, because a process compiles for one kind of device."""
     subprocess.run([sys.executable, SCRIPT, "--kept", tmp_path, "--only", name, str(slices)], check=True, cwd=SCRIPT.parents[1])
     found = {path.name: json.loads(path.read_text())["faults"] for path in tmp_path.iterdir()}
     assert len(found) == len(list(script().meshes(parse(name).chips))) and not any(found.values()), found

@@ -1,4 +1,4 @@
-"""The planned step is the step that runs, and what is said of it is what it does."""
+"""Tests that a plan describes the step that will run, and that its figures are right."""
 
 import json
 import math
@@ -42,14 +42,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bare(folder, tmp_path_factory):
-    """The same model's config.json and nothing else."""
+    """Return a folder with nothing but the same model's config.json."""
     bare = tmp_path_factory.mktemp("bare")
     (bare / "config.json").write_bytes((folder / "config.json").read_bytes())
     return bare
 
 
 def sized(folder, **values):
-    """config.json with other sizes."""
+    """Return config.json with other sizes."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **values}))
     return folder
@@ -57,7 +57,7 @@ def sized(folder, **values):
 
 @pytest.fixture
 def wide(bare, tmp_path):
-    """A model in which matrix products are nearly all of the arithmetic."""
+    """Return a model whose arithmetic is nearly all matrix products."""
     (tmp_path / "config.json").write_bytes((bare / "config.json").read_bytes())
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1, "vocab_size": 512, "head_dim": 128}
     return sized(tmp_path, **sizes)
@@ -65,7 +65,7 @@ def wide(bare, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_planned_step_is_the_one_that_runs(folder, bare, method):
-    """The arguments are the same to the last shape, dtype and place, adapters included, and so are the programs' FLOPs."""
+    """Arguments agree in shape, dtype and sharding, adapters included, and so do the programs' FLOPs."""
     options = {
         "method": METHODS[method],
         "mesh": {"data": 2, "fsdp": 4},
@@ -91,13 +91,13 @@ def test_the_planned_step_is_the_one_that_runs(folder, bare, method):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("named", ["run", "run/final", "run/best", "alone"])
 def test_an_adapter_brings_its_rows_and_its_output(tmp_path, tied, named):
-    """`method.adapter_path` is a run or a PEFT folder, and the plan has the arrays that the run has: 98 rows, not 96, and of a
-    tied model the output that the adapter trains apart."""
+    """With `method.adapter_path` (a run or a PEFT folder) the plan has the run's arrays: 98 rows, not 96, and for a tied model
+    the output that the adapter trains separately."""
     base = tmp_path / "base"
     make_hf(Case("llama", "llama", {"intermediate_size": 64, "tie_word_embeddings": tied}), base)
     model = AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(98, mean_resizing=False)
-    warnings.simplefilter("ignore")  # PEFT warns of tied weights that part
+    warnings.simplefilter("ignore")  # PEFT warns about untying weights
     lora = PeftLoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
     result = tmp_path / ("alone" if named == "alone" else "run/best" if named == "run/best" else "run/final")
     get_peft_model(model, lora).save_pretrained(result)
@@ -128,8 +128,8 @@ def test_added_rows_are_counted(bare):
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("method", METHODS)
 def test_flops_are_those_that_xla_counts(wide, method, remat):
-    """XLA counts each loop's body once; with one layer and one chunk that is all there is. What it counts besides are
-    element-wise operations."""
+    """XLA counts each loop body once; with one layer and one chunk that is everything. It also counts elementwise
+    operations."""
     config = make_config(wide, method=METHODS[method], global_batch_size=1)
     model = config.model.model_copy(update={"remat": remat, "attention": "xla"})
     config = config.model_copy(update={"model": model, "data": config.data.model_copy(update={"max_length": 512})})
@@ -139,9 +139,10 @@ def test_flops_are_those_that_xla_counts(wide, method, remat):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_flops_are_those_of_the_closed_form(wide, method):
-    """6 N a token where all is trained and 4 N where adapters are, and attention to every key: `xla` computes masked ones too.
+    """FLOPs are 6 N per token if everything trains and 4 N for adapters, plus attention to every key: `xla` computes masked
+    ones too.
 
-    Between sixteen layers the gradient of the first one's input, which adapters do not need, is little.
+    With sixteen layers, the gradient of the first one's input, which adapters do not need, is small.
     """
     config = make_config(sized(wide, num_hidden_layers=16), method=METHODS[method])
     config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "xla"})})
@@ -153,7 +154,7 @@ def test_flops_are_those_of_the_closed_form(wide, method):
 
 
 def test_flops_of_loops(wide):
-    """Layers, chunks of the loss, and microbatches count as often as they run."""
+    """Layers, chunks of the loss and microbatches count once per iteration."""
 
     def flops(layers: int, micro: int = 1, chunk: int = 1024):
         config = make_config(sized(wide, num_hidden_layers=layers), gradient_accumulation_steps=micro)
@@ -181,8 +182,8 @@ def test_flops_of_branches_and_shards():
 
 
 def test_collectives_of_fully_sharded_parameters(wide):
-    """Each weight is gathered twice, once forward and once backward, adapters too; only adapters have gradients, which are
-    reduced; the loss moves hidden states and the projection once. All by the closed forms, within 5 %."""
+    """Each weight is gathered twice, once forward and once backward, adapters included; only gradients of adapters are reduced;
+    the loss moves hidden states and the projection once. All agree with closed forms within 5 %."""
     config = make_config(sized(wide, num_hidden_layers=3, vocab_size=256), mesh={"fsdp": 8}, global_batch_size=8)
     config = config.model_copy(update={"model": config.model.model_copy(update={"remat": "full"})})
     made = design_for(config, CPUS)
@@ -201,9 +202,9 @@ def test_collectives_of_fully_sharded_parameters(wide):
 
 
 def test_collectives_of_experts(tmp_path):
-    """Along `expert` each layer gathers the tokens of its group with what the router chose, and adds up what experts make of
-    them while scattering it; backward the same the other way round. Dense weights, cut there too, are gathered twice. The loss
-    gathers the tokens once, because the projection to the vocabulary is cut by words; the embedding gathers ids."""
+    """Along `expert` each layer gathers its group's tokens and routing, and reduce-scatters the experts' outputs; backward the
+    reverse. Dense weights, sharded there too, are gathered twice. The loss gathers the tokens once, because the projection is
+    sharded over the vocabulary; the embedding gathers ids."""
     make_hf(Case("mixtral", "mixtral", {"num_local_experts": 4}), tmp_path)
     method = {"name": "lora", "r": 4, "target_modules": ["q_proj"]}
     config = make_config(tmp_path, method=method, mesh={"data": 2, "fsdp": 1, "expert": 4})
@@ -215,15 +216,15 @@ def test_collectives_of_experts(tmp_path):
     facts, specs = made.model.config, made.model.specs
     layers, group = facts["num_hidden_layers"], 4 * 256  # a row on each of the four devices of a group
     hidden = 4 * group * facts["hidden_size"]
-    choice = 4 * group * facts["num_experts_per_tok"]  # which experts, or their weights
-    dense = sum(4 * math.prod(spec.shape) for path, spec in specs.items() if "self_attn" in path)  # cut along `expert` too
+    choice = 4 * group * facts["num_experts_per_tok"]  # the chosen experts, or their weights
+    dense = sum(4 * math.prod(spec.shape) for path, spec in specs.items() if "self_attn" in path)  # sharded along `expert` too
     loss = hidden + 3 * 4 * group  # with targets and weights; and the ids
     assert found["all-gather"] == pytest.approx(3 / 4 * (layers * (2 * hidden + 2 * choice) + 2 * dense + loss), rel=0.02)
     assert found["reduce-scatter"] == pytest.approx(3 / 4 * layers * (2 * hidden + choice), rel=0.05)
 
 
 def test_loops_whose_counter_goes_by_more_than_one():
-    """Of eight rounds, two in each run of the body, as the partitioner writes its loops of permutes."""
+    """Eight iterations run two at a time, as the partitioner writes its loops of permutes."""
     text = """
 %condition (p: (u32[], f32[8])) -> pred[] {
   %p = (u32[], f32[8]{0}) parameter(0)
@@ -254,7 +255,7 @@ ENTRY %main (start: (u32[], f32[8])) -> (u32[], f32[8]) {
 
 
 def test_a_fusion_inside_of_another_reads_what_it_slices():
-    """A part of a stack that a product reads by way of a second fusion; and the whole of what only changes its shape."""
+    """A nested fusion that slices a stack reads the slice; one that only reshapes reads everything."""
     text = """
 %sliced (stack: f32[32,64], at: s32[]) -> f32[1,64] {
   %stack = f32[32,64]{1,0} parameter(0)
@@ -288,10 +289,10 @@ ENTRY %main (stack.2: f32[32,64], at.2: s32[], flat.2: f32[64]) -> f32[1,1] {
 
 
 def test_a_plan_of_the_host(bare):
-    """All of a plan's parts, from config.json alone, and back from JSON."""
+    """A plan from config.json alone has all parts, and survives JSON."""
     plan = make_plan(make_config(bare, mesh={"fsdp": 8}), CPUS)
     assert plan.memory["total"] == sum(bytes for kind, bytes in plan.memory.items() if kind != "total")
-    assert plan.fits is None and plan.seconds == {}  # nothing is known of the host's peak
+    assert plan.fits is None and plan.seconds == {}  # the host's peak is unknown
     assert plan.hbm_bytes > plan.memory["weights"]
     assert from_json(json.loads(json.dumps(as_json(plan)))) == plan
 
@@ -312,7 +313,7 @@ def test_shardings_name_every_array(bare):
 
 
 def test_a_plan_for_chips_that_are_not_there(bare):
-    """Compiled by libtpu; a slice is as many devices as its name says, and ICI carries what fsdp gathers."""
+    """libtpu compiles it; a slice has as many devices as its name says, and ICI carries what fsdp gathers."""
     pytest.importorskip("libtpu", reason="planning for TPUs needs libtpu")
     config = make_config(bare, mesh={"fsdp": -1}, global_batch_size=4)
     model = config.model.model_copy(update={"dtype": "bfloat16", "compute_dtype": "bfloat16", "remat": "full"})
@@ -328,7 +329,8 @@ def test_a_plan_for_chips_that_are_not_there(bare):
 
 
 def test_gradients_of_parts_are_reduce_scatters(wide):
-    """Over a square of chips XLA makes all-reduces of reduce-scatters, with twice the bytes; not of what it is given here."""
+    """On a square of chips XLA turns reduce-scatters into all-reduces, with twice the bytes; not those that it is given
+    here."""
     pytest.importorskip("libtpu", reason="planning for TPUs needs libtpu")
     folder = sized(wide, hidden_size=4096, intermediate_size=2048, num_attention_heads=2, num_key_value_heads=1)
     config = make_config(folder, method=METHODS["full"], mesh={"fsdp": -1}, global_batch_size=16, optimizer=BFLOAT16)
@@ -341,7 +343,7 @@ def test_gradients_of_parts_are_reduce_scatters(wide):
 
 
 def test_what_does_not_fit_is_said(bare):
-    """XLA refuses the program; the plan says how much it wanted, and what to change."""
+    """If XLA refuses the program, the plan says how much memory it wanted, and what to change."""
     pytest.importorskip("libtpu", reason="planning for TPUs needs libtpu")
     config = make_config(bare, mesh={"fsdp": -1}, global_batch_size=2**18)
     config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": 1024})})
@@ -351,7 +353,7 @@ def test_what_does_not_fit_is_said(bare):
 
 
 def test_xla_that_cannot_compile_names_the_versions(bare, monkeypatch):
-    """As happens where libtpu is older than jax."""
+    """The error names both versions, for example if libtpu is older than jax."""
     import ftjax.plan.plan as module
 
     class Traced:
@@ -368,8 +370,8 @@ def test_xla_that_cannot_compile_names_the_versions(bare, monkeypatch):
 
 @pytest.mark.parametrize("window, share", [(None, 10 / 16), (512, 7 / 16)])
 def test_flops_of_a_kernel_that_skips_blocks(window, share):
-    """Splash attention with blocks of 512 in 2048 tokens: of 16 blocks a causal mask leaves 10, and a window of 512 leaves 7.
-    Forward there are two products in each, backward three for the queries and four for keys and values."""
+    """Splash attention has blocks of 512 in 2048 tokens: of 16 blocks a causal mask leaves 10, and a window of 512 leaves 7.
+    Each has two products forward; backward three for the queries and four for keys and values."""
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     shape, (b, n, t, h) = (2048, 2048), (2, 4, 2048, 128)

@@ -1,4 +1,4 @@
-"""The table of several slices, from plans that are kept, with measured runs beside them."""
+"""Tests the table of several slices, made from saved plans and with measured runs."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from ftjax.plan.sweep import find_knee, sweep
 
 @pytest.fixture
 def planned(monkeypatch, tmp_path):
-    """Child processes answer at once: 100 tokens/s a chip up to 16 chips, half beyond."""
+    """Let child processes answer at once: 100 tokens/s per chip up to 16 chips, half beyond."""
     asked = []
 
     class Done:
@@ -66,7 +66,7 @@ def test_table_plot_and_knee(config, planned, tmp_path):
     assert len(planned) == 3  # the second time, all came from the cache
     _, rows = go(config, tmp_path / "strong", weak=False)
     assert [row["rows"] for row in rows] == ["8", "8", "8"]
-    assert len(planned) == 5  # eight chips with eight rows were known
+    assert len(planned) == 5  # eight chips with eight rows were planned before
 
 
 def test_measured_runs_stand_beside(config, planned, tmp_path):

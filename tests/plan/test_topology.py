@@ -1,4 +1,4 @@
-"""Names of slices: what they mean, and what is said of those that are none."""
+"""Tests the names of slices, and the messages for unknown ones."""
 
 import pytest
 
@@ -48,7 +48,7 @@ def test_names_that_are_none(name, options, message):
 
 
 def test_rings():
-    """Links close to rings in a full pod of v5e, and in slices of whole cubes."""
+    """Links form rings in a full pod of v5e, and in slices of whole cubes."""
     assert [parse("v5e-256").wraps(i) for i in (0, 1)] == [True, True]
     assert not parse("v5e-128").wraps(0) and parse("v5e-128").wraps(1)
     assert parse("v5p-128").wraps(0) and not parse("v5p-64").wraps(1)

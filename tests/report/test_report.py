@@ -1,4 +1,4 @@
-"""`ftjax report`: everything is on the page, nothing comes from elsewhere, and hostile texts stay texts."""
+"""Tests `ftjax report`: the page is complete, loads nothing from elsewhere, and keeps hostile texts as texts."""
 
 import json
 import math
@@ -22,7 +22,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, the texts of cells and of everything, and whether each tag that opens also closes."""
+    """Collects tags with attributes, the texts of cells and of the page, and tags that are not closed."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -52,7 +52,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run as `ftjax train`, `evaluate` and `check` leave one, with hostile texts wherever a text may stand."""
+    """Write a run like `ftjax train`, `evaluate` and `check` do, with hostile texts wherever a text can be."""
     run = tmp_path / "run <b>1"
     (run / "final").mkdir(parents=True)
     config = {"model": {"path": "gpt2"}, "data": {"train": HOSTILE}, "training": {"max_steps": 40}}
@@ -139,7 +139,7 @@ def test_nothing_comes_from_elsewhere_and_texts_stay_texts(folder):
     for tag, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on") or name in ("src", "href", "srcset", "data")], tag
     assert "url(" not in text and "@import" not in text and "expression(" not in text
-    assert any(HOSTILE.split(" &")[0] in one for one in page.texts)  # as text it is there
+    assert any(HOSTILE.split(" &")[0] in one for one in page.texts)  # it is there as text
     assert page.count("h1") == 1 and "run <b>1" in page.texts
 
 
@@ -209,7 +209,7 @@ def test_lines_lie_where_the_numbers_are():
     ],
 )
 def test_axes_say_where_the_numbers_lie(values, expected):
-    """A constant stands beside zero, noise of rounding is no curve, and no two lines have the same number."""
+    """The axis of a constant includes zero, rounding noise is not drawn as a curve, and no two ticks have the same label."""
     picture = line_chart("t", {"a": list(enumerate(values))})
     assert re.findall(r'text-anchor="end">([^<]+)<', picture) == expected
 
@@ -257,7 +257,7 @@ def test_sparkline():
 
 
 def test_in_a_browser(folder, tmp_path):
-    """Chromium runs no script of the texts, asks for nothing, and the page is no wider than a narrow screen."""
+    """Chromium runs no script from the texts, requests nothing, and the page fits a narrow screen."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium is installed")

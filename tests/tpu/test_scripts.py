@@ -1,4 +1,4 @@
-"""The scripts for Cloud TPU: a stand-in for gcloud records what they run; manifests have the form that they need."""
+"""Tests the scripts for Cloud TPU with a stand-in for gcloud, and the form of the manifests."""
 
 import json
 import os
@@ -29,7 +29,7 @@ with open(os.environ["RECORD"], "a") as file:
 
 @pytest.fixture
 def call(tmp_path):
-    """Run a script; `(process, the gcloud and git commands that it ran)`."""
+    """Run a script; return `(process, the gcloud and git commands that it ran)`."""
     for name in ("gcloud", "git"):
         (tmp_path / name).write_text(STAND_IN.format(python=sys.executable))
         (tmp_path / name).chmod(0o755)
@@ -47,7 +47,7 @@ def call(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_dry_run_prints_what_would_run(call, script):
-    """To the letter, quotes and all; and runs nothing."""
+    """A dry run prints the exact commands, quoted, and runs nothing."""
     dry, nothing = call(script, *SCRIPTS[script], "--dry-run")
     real, ran = call(script, *SCRIPTS[script])
     assert dry.returncode == real.returncode == 0, dry.stderr + real.stderr
@@ -79,7 +79,7 @@ def test_create(call):
 
 
 def test_train(call):
-    """What the workers' shell gets is one ftjax command with its arguments whole; a token is not shown in a dry run."""
+    """The workers' shell gets one ftjax command with its arguments intact; a dry run hides tokens."""
     done, ran = call("train.sh", "conf/run.yaml", "output_dir=runs/a b", FILES="x.jsonl y.jsonl", HF_TOKEN="secret")
     assert [command[5] for command in ran[:3]] == ["conf/run.yaml", "x.jsonl", "y.jsonl"], done.stderr
     assert ran[0][6] == "ft:run.yaml" and all({"--node=all", "--worker=all"} <= set(command) for command in ran)
@@ -124,7 +124,7 @@ def test_shellcheck():
 
 
 def test_jobset():
-    """As many pods as hosts, all chips asked for, keys where the JobSet and Job schemas have them."""
+    """There are as many pods as hosts, all chips are requested, and keys are where the JobSet and Job schemas have them."""
     jobset = yaml.safe_load((TPU / "gke-jobset.yaml").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (replicated,) = jobset["spec"]["replicatedJobs"]

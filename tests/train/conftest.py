@@ -1,4 +1,4 @@
-"""A tiny model and its data, for whole runs."""
+"""Fixtures for whole runs: a tiny model and its data."""
 
 import json
 

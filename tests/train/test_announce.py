@@ -1,4 +1,4 @@
-"""What a run advises when it has ended."""
+"""Tests the advice that a run prints at its end."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_none_where_it_is_not_needed_or_would_be_refused(tmp_path, more):
 
 
 def test_patterns_of_the_folder_that_a_run_starts_from(tmp_path):
-    """They replace those of the configuration, and stand in the adapter that the run has written."""
+    """They replace those of the configuration, and are in the adapter that the run writes."""
     (tmp_path / "final").mkdir()
     saved = {"peft_type": "LORA", "r": 4, "alpha_pattern": {"q_proj": 3}, "rank_pattern": {"q_proj": 3}}
     (tmp_path / "final" / "adapter_config.json").write_text(json.dumps(saved))

@@ -1,4 +1,4 @@
-"""The objective `classification`: label words, and a classification head that transformers and PEFT load."""
+"""Tests the objective `classification`: label words, and a classification head that transformers and PEFT load."""
 
 import json
 
@@ -65,10 +65,10 @@ def make_config(model, rows, out, *, method="full", head=True, labels=None, **ov
 
 
 def hf_logits(model, tokenizer, side: str) -> np.ndarray:
-    """Of all rows in one padded batch."""
+    """Return the logits of all rows in one padded batch."""
     tokenizer.padding_side = side
     batch = tokenizer([row["text"] for row in ROWS], return_tensors="pt", padding=True)
-    # Left padding moves no position: transformers' classifier itself does not correct them.
+    # Positions are absolute under left padding: transformers' classifier does not correct them.
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         return model(batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions).logits.numpy()
@@ -83,11 +83,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return torch.softmax(torch.tensor(logits), -1).numpy()
 
 
-# ---- what comes out is what transformers and PEFT load ----
+# ---- transformers and PEFT load the result ----
 
 
 def test_full(tied, data, tmp_path, capsys):
-    """Labels are found; final/ loads with its classes' names and, padded left or right, the same logits; it has learned."""
+    """Labels are found; final/ loads with their names and, padded left or right, the same logits; the model has learned."""
     config = make_config(tied, data, tmp_path / "run")
     train(config, make_observer=make_observer, devices=ONE)
     final = tmp_path / "run" / "final"
@@ -153,7 +153,7 @@ def test_what_peft_wrote(tied, data, tmp_path):
     [("gpt2", {}), ("gpt_neox", {}), ("gemma2", {}), ("llama", {})],
 )
 def test_families(kind, values, data, tmp_path):
-    """A classifier of transformers' own: the same loss over packed rows, which are pooled at each text's last token."""
+    """A classifier of transformers has the same loss as packed rows, which are pooled at each text's last token."""
     path = folder(tmp_path, kind, **values)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(path, id2label=dict(enumerate(LABELS)), pad_token_id=0)
@@ -196,7 +196,7 @@ def test_long_texts_keep_their_class(tied, tmp_path):
 
 
 def test_label_words(tied, data, tmp_path):
-    """An ordinary causal language model comes out, and it is measured by its classes."""
+    """The result is an ordinary causal language model, evaluated by its classes."""
     train(
         make_config(tied, data, tmp_path / "run", head=False, training={"max_steps": 60}, evaluate={"training_examples": 0}),
         make_observer=make_observer,

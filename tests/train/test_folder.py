@@ -1,4 +1,4 @@
-"""The run folder: whether what lies there is this run."""
+"""Tests the run folder: whether its contents belong to this run."""
 
 import pytest
 from tiny_run import make_config
@@ -9,7 +9,7 @@ from ftjax.train.folder import open_run_folder
 
 
 def begun(folder, **changes):
-    """A folder with a checkpoint of this configuration, and the configuration with changes."""
+    """Return a folder with a checkpoint of this configuration, and the configuration with changes."""
     config = make_config(folder)
     data = folder / "a.jsonl"
     data.write_text('{"text": "a"}\n')

@@ -1,4 +1,4 @@
-"""What a run folder goes through: results that are replaced, two runs at once, the run's name at W&B, a disk that fills."""
+"""Tests what can happen to a run folder: results replaced, two runs at once, the run's name at W&B, a full disk."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def write(folder, text):
 
 @pytest.mark.parametrize("step", range(1, 6))
 def test_a_crash_while_a_folder_is_replaced(tmp_path, monkeypatch, step):
-    """At each call that moves or removes something: a whole folder, old or new, is there when it is looked for again."""
+    """After a crash at any call that moves or removes something, a complete folder is found, old or new."""
     folder = tmp_path / "final"
     write(folder, "old")
     left = [step]
@@ -42,7 +42,7 @@ def test_a_crash_while_a_folder_is_replaced(tmp_path, monkeypatch, step):
     def counted(original):
         def call(*args, **options):
             left[0] -= 1
-            if left[0] <= 0:  # a process that is gone does nothing more
+            if left[0] <= 0:  # a dead process does nothing more
                 raise Crash
             return original(*args, **options)
 
@@ -126,7 +126,7 @@ def test_a_file_system_without_locks(model, data, tmp_path, monkeypatch):
 
 
 class Wandb(ModuleType):
-    """As much of the package as a run uses."""
+    """Stands in for the part of the package that a run uses."""
 
     class Error(Exception):
         pass
@@ -174,7 +174,7 @@ def test_a_runs_name_at_wandb(model, data, tmp_path, monkeypatch):
 
 
 def test_without_wandb(data, tmp_path, monkeypatch):
-    """Said before anything is loaded."""
+    """The missing package is reported before anything is loaded."""
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     with pytest.raises(UserError, match=r"report_to: wandb is not installed; pip install"):
@@ -201,7 +201,7 @@ def test_speed_right_after_an_evaluation(model, data, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills(model, data, tmp_path):
-    """What Orbax writes does not fit: one message with the step that is whole, and no traceback of whatever thread."""
+    """If Orbax's files do not fit, one message names the step that is complete, without a traceback from any thread."""
     settings = config(model, data, tmp_path / "run", method={"name": "full"}, training__save_steps=1, training__eval_steps=None)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))

@@ -1,4 +1,4 @@
-"""Which rows of a global batch a process holds, for meshes inside and across processes; and the arrays made of them."""
+"""Tests which rows of a global batch a process holds, for meshes within and across processes, and the arrays made of them."""
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from ftjax.train.layout import BatchLayout
 )
 @pytest.mark.parametrize("microbatches", [None, 1, 2])
 def test_arrays_are_the_rows_in_their_order(sizes, rows, microbatches):
-    """The same as putting the whole batch on the devices."""
+    """The arrays equal the whole batch put on the devices."""
     layout = BatchLayout(make_mesh(MeshConfig(**sizes)), rows, microbatches)
     assert layout.own.tolist() == list(range(rows))
     batch = {"tokens": np.arange(rows * 16, dtype=np.int32).reshape(rows, 16)}
@@ -48,7 +48,7 @@ SHARING = [  # slice, mesh, processes that share each row
 @pytest.mark.parametrize("name, sizes, sharing", SHARING, ids=str)
 @pytest.mark.parametrize("microbatches", [None, 2])
 def test_every_device_of_a_slice_finds_its_rows(name, sizes, sharing, microbatches):
-    """Each process builds the rows of its devices and no others, however hosts and mesh lie to each other."""
+    """Each process builds exactly the rows of its devices, however hosts are arranged in the mesh."""
     mesh = make_mesh(MeshConfig(**sizes), parse(name).devices())
     rows = 32
     held: dict[int, set[int]] = {}
@@ -66,7 +66,7 @@ def test_every_device_of_a_slice_finds_its_rows(name, sizes, sharing, microbatch
 
 
 def test_rows_that_do_not_follow_each_other():
-    """A process whose devices stand at both ends of the mesh: its rows are put where they belong."""
+    """A process whose devices are at both ends of the mesh gets its rows in the right places."""
     mesh = make_mesh(MeshConfig(fsdp=8))
 
     class Ends(BatchLayout):

@@ -1,4 +1,4 @@
-"""Log-probabilities in chunks are those of the full logits: values and gradients, whatever the loss made of them."""
+"""Tests log-probabilities in chunks against the full logits: values and gradients, for any loss."""
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +33,15 @@ def unembed(params, hidden):
 
 
 def full(params, hidden, problem):
-    """Log-probabilities and entropy `[B, T]` from all logits at once."""
+    """Return log-probabilities and entropy `[B, T]` from all logits at once."""
     logp = jax.nn.log_softmax(unembed(params, hidden))
     own = jnp.take_along_axis(logp, problem["targets"][..., None], -1)[..., 0]
     return own * problem["wanted"], -jnp.sum(jnp.exp(logp) * logp, -1) * problem["wanted"]
 
 
 def curved(logprobs, entropy, problem):
-    """No weighted sum of tokens: a product over documents, as preference losses have, and an entropy bonus."""
+    """Return a loss that is not a weighted sum over tokens: a product over documents, as in preference losses, and an entropy
+    bonus."""
     sums = segment_sums(logprobs, problem["segments"], 3)
     return -jnp.sum(jax.nn.log_sigmoid(sums[:, 0] - 0.3 * sums[:, 1])) + 0.1 * jnp.sum(entropy**2)
 
@@ -78,7 +79,7 @@ def test_most_likely_tokens(problem):
 
 
 def test_logits_of_minus_infinity():
-    """A vocabulary with words that cannot come: their part of the entropy, and of its gradient, is nothing."""
+    """Impossible words contribute nothing to the entropy or its gradient."""
     logits = jnp.array([[[0.0, 1.0, -jnp.inf]]])
 
     def entropy(logits):
@@ -104,7 +105,7 @@ def test_full_logits_never_exist(problem):
 
 
 def test_sharded(problem):
-    """Rows over four devices, the length over two."""
+    """Rows are sharded over four devices, the length over two."""
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
 

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: what they leave, how they stop, and that going on is as if they had never stopped (T8)."""
+"""Tests whole runs of a tiny model: their files, how they stop, and that resuming equals never having stopped (T8)."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def whole(model, data, tmp_path_factory):
 
 
 def test_run_folder(whole):
-    """What the documentation promises is there; losses fall; best/ is the evaluation with the lowest loss."""
+    """The folder has what the documentation promises; losses fall; best/ is the evaluation with the lowest loss."""
     for name in ("config.yaml", "metrics.jsonl", "checkpoints/12", "final/adapter_config.json", "final/README.md"):
         assert (whole / name).exists(), name
     assert (whole / "final" / "adapter_model.safetensors").exists() and (whole / "best" / "tokenizer.json").exists()
@@ -113,7 +113,7 @@ def test_checkpoints_elsewhere(model, data, whole, tmp_path, monkeypatch, capsys
     shutil.copytree(shared, third)
     shutil.rmtree(third / "best")
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "evaluate", lambda *_: None)  # nothing is better later
+        patch.setattr(Run, "evaluate", lambda *_: None)  # no later evaluation is better
         for name, folder in (("second", shared), ("third", third)):
             train(config(model, data, tmp_path / name, training__checkpoint_dir=str(folder)), devices=ONE)
             assert min(losses(tmp_path / name)) == 8
@@ -147,7 +147,7 @@ print("went through the bucket")
 
 
 def test_checkpoints_in_a_bucket():
-    """`gs://` through epath, gcsfs and tensorstore, against a service that refuses one request of nine."""
+    """`gs://` works through epath, gcsfs and tensorstore, with a service that refuses one request of nine."""
     with bucket(refuse_every=9) as (variables, refused):
         done = subprocess.run(
             [sys.executable, "-c", BUCKET], env={**os.environ, **variables}, capture_output=True, text=True, timeout=400
@@ -157,7 +157,7 @@ def test_checkpoints_in_a_bucket():
 
 
 def test_bucket_that_cannot_be_opened(model, data, tmp_path, monkeypatch):
-    """Without gcsfs, or without rights: said at the start."""
+    """Missing gcsfs or missing rights are reported at the start."""
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"checkpoint_dir.*gs://nowhere/run.*gcsfs"):
         train(config(model, data, tmp_path / "run", training__checkpoint_dir="gs://nowhere/run"))
@@ -209,7 +209,7 @@ def test_arithmetic(model, data, tmp_path, monkeypatch, capsys):
     assert row["train/tokens_per_second"] == row["train/tokens_per_second_per_device"] > 0
     per_token = row["train/tflops_per_second_per_device"] * 1e12 / row["train/tokens_per_second"]
     full = float(next(line for line in capsys.readouterr().out.splitlines() if "FLOPs per token" in line).split()[0])
-    assert 0.7 * full < per_token < full  # the rows are many short documents, the line is for long ones
+    assert 0.7 * full < per_token < full  # the rows have many short documents; the printed line assumes long ones
 
 
 def test_later_updates_and_evaluations_compile_nothing(model, data, tmp_path, monkeypatch, lowered):
@@ -279,7 +279,7 @@ def test_the_same_command_after_an_early_stop(model, data, tmp_path, capsys):
 
 
 def spoil(monkeypatch, first: int, last: int) -> None:
-    """Losses that are not numbers, in the updates from `first` to `last`."""
+    """Make losses NaN in the updates from `first` to `last`."""
     original, seen = BatchLayout.arrays, []
 
     def arrays(self, batch):
@@ -302,7 +302,7 @@ def test_bad_updates_are_skipped(model, data, tmp_path, monkeypatch, capsys):
     assert [row["step"] for row in rows(tmp_path) if "warning" in row] == [5, 6]
     said = capsys.readouterr().out
     assert "update 5 is not applied: loss nan" in said and "2 skipped so far" in said
-    # The schedule counts the updates that were applied.
+    # The schedule counts applied updates.
     assert logged[12]["train/learning_rate"] > 0 and (tmp_path / "final" / "adapter_model.safetensors").exists()
 
 
@@ -358,7 +358,7 @@ def test_killed_from_outside(model, data, whole, tmp_path):
     deadline = time.monotonic() + 240
     checkpoints = tmp_path / "run" / "checkpoints"
     while time.monotonic() < deadline and process.poll() is None:
-        if any("tmp" in p.name for p in checkpoints.glob("*")):  # a temporary folder is a save under way
+        if any("tmp" in p.name for p in checkpoints.glob("*")):  # a temporary folder means that a save is running
             break
         time.sleep(0.002)
     process.kill()

@@ -1,4 +1,4 @@
-"""The chunked loss is the full loss: values and gradients (T17)."""
+"""Tests the chunked loss against the full loss: values and gradients (T17)."""
 
 from functools import partial
 
@@ -49,7 +49,7 @@ def test_chunked_is_full(problem, length):
 
 @pytest.mark.parametrize("differentiated", [True, False])
 def test_idle_chunks_are_not_computed(problem, differentiated):
-    """With what is trained in front, only chunks that hold some of it are computed; values and gradients stay."""
+    """With trained tokens first, only chunks that have some are computed; values and gradients stay the same."""
     ran = []
 
     def counting(params, hidden):
@@ -81,7 +81,7 @@ def test_sums(problem):
 
 
 def test_ties(problem):
-    """Of tokens that are as likely as each other the first counts, which is what greedy decoding writes; NaN counts nothing."""
+    """Among equally likely tokens the first counts, as in greedy decoding; NaN counts nothing."""
     levels = jnp.asarray([[[1.0, 3.0, 3.0, 0.0]] * 4])
     logits = jnp.concatenate([levels, levels * jnp.nan], axis=1)
     targets = jnp.asarray([[0, 1, 2, 3] * 2])
@@ -90,7 +90,7 @@ def test_ties(problem):
 
 
 def test_gradients_are_summed_in_float32():
-    """A weight in bfloat16 has the gradient that it has in float32, up to one rounding, however many chunks there are."""
+    """A bfloat16 weight has its float32 gradient up to one rounding, for any number of chunks."""
     rng = np.random.default_rng(1)
     weight = jnp.asarray(rng.normal(size=(V, E)), jnp.bfloat16)
     hidden = jnp.asarray(rng.normal(size=(1, 1024, E)), jnp.float32)
@@ -111,7 +111,7 @@ def test_gradients_are_summed_in_float32():
 
 
 def test_padding_has_no_effect(problem):
-    """A target under weight zero may be anything, and its hidden state gets no gradient."""
+    """A target of weight zero may be anything, and its hidden state gets no gradient."""
     dead = problem["weights"] == 0
     other = jnp.where(dead, (problem["targets"] + 7) % V, problem["targets"])
 

@@ -1,8 +1,8 @@
-"""Several processes give the numbers of one: losses, evaluations, trained tokens and final weights, on every kind of mesh.
+"""Tests that several processes give the results of one, on every kind of mesh: losses, evaluations, trained tokens, weights.
 
-Each line is a mesh, a configuration that joins several features, and how many processes with how many devices each. The lines
-are chosen so that every kind of mesh meets every configuration, and each of both processes x devices. `make test-all` runs all
-of them, `make test` those of SLICE.
+Each case is a mesh, a configuration that combines several features, and a number of processes and devices. Together they pair
+every kind of mesh with every configuration, and each of both with every processes x devices. `make test-all` runs all of them,
+`make test` those in SLICE.
 """
 
 import json
@@ -33,15 +33,15 @@ CLASSES = {"name": "classification", "labels": ["short", "long"], "head": True}
 
 @dataclass(frozen=True)
 class Features:
-    """What a run has besides its mesh: changes of the settings, section by section."""
+    """The features of a run besides its mesh: changes of the settings by section."""
 
     sections: dict = field(default_factory=dict)
     microbatches: int = 1
-    sparse: bool = True  # goes with a mixture of experts
+    sparse: bool = True  # requires a mixture of experts
 
 
 FEATURES = {
-    # dropout and a router's loss see microbatches; 13 rows do not divide; answers are written while training
+    # dropout and a router's loss depend on microbatches; 13 rows do not divide; answers are generated during training
     "lora": Features(
         {
             "method": {**LORA, "lora_dropout": 0.3},
@@ -82,7 +82,7 @@ FEATURES = {
         sparse=False,
     ),
 }
-LAYOUTS = ((2, 2), (4, 1))  # processes and devices of each
+LAYOUTS = ((2, 2), (4, 1))  # processes x devices of each
 LINES = [
     (mesh, name, LAYOUTS[(number + place) % 2])
     for number, mesh in enumerate(MESHES)
@@ -104,7 +104,7 @@ def test_every_mesh_meets_all_features():
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """The settings for a dense model or a mixture of experts, made once."""
+    """Return the settings for a dense model or a mixture of experts, written once."""
     made = {}
 
     def of(sparse: bool) -> dict:
@@ -126,7 +126,7 @@ def folder_of(tmp_path_factory):
 
 
 def settings_of(folder, settings: dict, features: Features, mesh: dict) -> dict:
-    """A run of four updates."""
+    """Return the settings of a run of four updates."""
     found = {**settings, "mesh": mesh}
     found["training"] = {
         **settings["training"], "max_steps": 4, "gradient_accumulation_steps": features.microbatches, "save_steps": 100,
@@ -157,7 +157,7 @@ def test_processes_are_one(mesh, name, layout, folder_of, tmp_path):
             assert ours[step][metric] == pytest.approx(theirs[step][metric], abs=1e-5), (metric, step)
     ours, theirs = rows(many, "eval/generations"), rows(one, "eval/generations")
     assert [row["eval/generations"] for row in ours.values()] == [row["eval/generations"] for row in theirs.values()]
-    assert bool(theirs) == (name not in ("classes", "labels"))  # a head writes nothing
+    assert bool(theirs) == (name not in ("classes", "labels"))  # a head generates no text
     compared = 0
     for file in (one / "final").glob("*.safetensors"):
         ours, theirs = (load_file(path) for path in (many / "final" / file.name, file))

@@ -1,4 +1,4 @@
-"""Schedules against transformers, updates against torch.optim.AdamW, groups by path."""
+"""Tests schedules against transformers, updates against torch.optim.AdamW, and parameter groups by path."""
 
 import math
 
@@ -67,7 +67,7 @@ def run(config, params, gradients):
 
 
 def run_torch(groups, params, gradients, clip):
-    """`groups`: path -> (learning rate, weight decay)."""
+    """Train with torch. Args: groups: path -> (learning rate, weight decay)."""
     tensors = {path: torch.nn.Parameter(torch.tensor(value)) for path, value in params.items()}
     optimizer = torch.optim.AdamW([{"params": [tensors[p]], "lr": lr, "weight_decay": wd} for p, (lr, wd) in groups.items()])
     for grads in gradients:
@@ -107,7 +107,7 @@ def test_updates_are_those_of_torch(settings, groups):
 
 
 def test_a_group_may_be_one_layer():
-    """Layers are stacked in one array, and still have learning rates of their own."""
+    """Layers that are stacked in one array can have different learning rates."""
     group = {"pattern": r"layers\.1\.", "learning_rate": 0.0, "weight_decay": 0.0}
     config = OptimizerConfig(learning_rate=0.1, lr_scheduler_type="constant", groups=[group])
     start = values(0)
@@ -130,7 +130,7 @@ def test_groups_that_are_wrong(pattern, says):
 
 
 STACKS = {
-    # as many layers as a matrix has rows, and more experts than either: neither is an axis of a matrix
+    # layers equal rows, and there are more experts: neither axis may be taken for one of the matrix
     "layers.block.q": spec("layers.block.q", (40, 24, 32), ("layers", "heads", "embed"), "weight"),
     "layers.block.experts.gate_up_proj": Spec(
         "layers.block.experts.gate_up_proj", (2, 50, 2, 6, 8), jnp.dtype("float32"),
@@ -150,7 +150,7 @@ STACKS = {
 
 
 def of_stacks(seed):
-    """Values of every layer, of sizes that differ much from layer to layer; what is padding is zero."""
+    """Return values whose size differs much from layer to layer; padding is zero."""
     rng, found = np.random.default_rng(seed), {}
     for path, one in STACKS.items():
         found[path] = np.zeros(one.shape, np.float32)
@@ -160,7 +160,7 @@ def of_stacks(seed):
 
 
 def test_adafactor_is_that_of_transformers():
-    """Of each tensor by itself, as its module holds it: rows, columns and the clipped root mean square."""
+    """Each tensor is treated separately, in its module's shape: rows, columns, clipped root mean square."""
     config = OptimizerConfig(
         name="adafactor", learning_rate=0.1, lr_scheduler_type="constant", weight_decay=0.05, max_grad_norm=None
     )

@@ -1,4 +1,4 @@
-"""Real processes on CPUs, joined by `ftjax train --coordinator`: how they stop and go on. Their numbers: test_matrix.py."""
+"""Tests how real processes on CPUs, joined by `ftjax train --coordinator`, stop and resume. Their results: test_matrix.py."""
 
 import json
 import shutil
@@ -26,19 +26,19 @@ from processes import (
 )
 from safetensors.numpy import load_file, save_file
 
-STEPS = 60  # so many that a signal sent after some of them comes before the last on a busy machine too
+STEPS = 60  # enough that a signal sent after the first few arrives before the last, even on a busy machine
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """A configuration without its output_dir; an epoch is 10 updates, so that stops are in the middle of one."""
+    """Return a configuration without its output_dir; an epoch has 10 updates, so that runs stop within one."""
     made = make_settings(tmp_path_factory.mktemp("model"))
     return {**made, "training": {**made["training"], "max_steps": STEPS, "save_steps": STEPS}}
 
 
 @pytest.fixture(scope="module")
 def whole(settings, tmp_path_factory):
-    """One process and one device, never stopped."""
+    """Return the folder of one process on one device, never stopped."""
     out = tmp_path_factory.mktemp("whole")
     whole_run(settings, out, devices=1)
     assert len(rows(out)) == STEPS
@@ -47,7 +47,8 @@ def whole(settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(settings, whole, tmp_path_factory):
-    """Four processes, of which the third got SIGTERM: all have saved the same step and ended; what they said, too."""
+    """Send SIGTERM to the third of four processes; return the folder and the outputs after all have saved the same step and
+    ended."""
     out = tmp_path_factory.mktemp("four") / "run"
 
     def then(running):
@@ -68,12 +69,12 @@ def test_four_processes(stopped, whole):
     step = saved_step(out)
     assert step < STEPS and list(rows(out)) == list(range(1, step + 1))
     assert f"SIGTERM: saved step {step} of {STEPS}" in said[0]
-    assert not any("saved step" in text or "trainable params" in text for text in said[1:])  # only the first one speaks
+    assert not any("saved step" in text or "trainable params" in text for text in said[1:])  # only the first one prints
     same_losses(rows(out), rows(whole))
 
 
 def test_two_go_on_then_one_then_four(stopped, whole, settings, tmp_path):
-    """4 -> 2 -> 1 -> 4 processes, each stopped in the middle of an epoch, but the last."""
+    """Runs of 4, 2, 1 and 4 processes follow each other; all but the last stop within an epoch."""
     out = tmp_path / "run"
     shutil.copytree(stopped[0], out)
     for count in (2, 1):
@@ -98,7 +99,7 @@ def test_two_go_on_then_one_then_four(stopped, whole, settings, tmp_path):
 
 
 def test_one_is_killed(settings, tmp_path):
-    """The other does not wait for it for ever, and says why it ends."""
+    """The other process does not wait for ever, and says why it ends."""
     out = tmp_path / "run"
     longer = {**settings, "training": {**settings["training"], "max_steps": 100_000}}
     took = []
@@ -116,7 +117,7 @@ def test_one_is_killed(settings, tmp_path):
 
 
 def test_one_comes_late(settings, whole, tmp_path):
-    """The others wait for it; nothing of the run depends on it."""
+    """The others wait for it, and the run's results do not change."""
     out = tmp_path / "run"
     short = {
         **settings,
@@ -173,7 +174,7 @@ DIFFERENCES = {
 
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_hosts_that_differ(settings, whole, tmp_path, name):
-    """Refused before the first update, on both, with exit code 2 and the difference."""
+    """All processes are refused before the first update, with exit code 2 and the difference."""
     lines = Path(settings["data"]["train"]).read_text().splitlines(keepends=True)
     (tmp_path / "reversed.jsonl").write_text("".join(lines[::-1]))
     (tmp_path / "fewer.jsonl").write_text("".join(lines[:90]))
@@ -199,7 +200,7 @@ def test_hosts_that_differ(settings, whole, tmp_path, name):
 
 
 def test_other_documents_are_refused(settings, stopped, tmp_path):
-    """A checkpoint goes on with its own documents; which differ is said."""
+    """A checkpoint resumes with its own documents only; the error names those that differ."""
     out, path = tmp_path / "run", tmp_path / "train.jsonl"
     shutil.copytree(stopped[0], out)
     text = (out / "config.yaml").read_text().replace(settings["data"]["train"], str(path))
@@ -217,7 +218,7 @@ def test_other_documents_are_refused(settings, stopped, tmp_path):
     path.write_text("".join([*lines[:-1], json.dumps({"prompt": "abc", "completion": "cba"}) + "\n"]))
     with pytest.raises(UserError, match=r"data.train: .*train\.jsonl"):
         whole_run(changed, out, devices=1)
-    path.write_text("".join(lines) + "\n")  # a line without anything changes no document
+    path.write_text("".join(lines) + "\n")  # an empty line changes no document
     allowed = {**changed, "training": {**changed["training"], "allow_changed_data": True}}
     first = saved_step(out)
     for data, one in (("".join(lines) + "\n", changed), ("".join(lines[:200]), allowed)):
@@ -230,7 +231,7 @@ def test_other_documents_are_refused(settings, stopped, tmp_path):
 
 @pytest.mark.skipif(not ALL, reason="`make test-all` runs it; test_loop.py has a short one")
 def test_checkpoints_in_a_bucket_that_refuses_now_and_then(settings, whole, tmp_path):
-    """Two hosts with disks of their own; one request of seven is refused, and nothing is lost. `best/` is kept there too."""
+    """Two hosts with separate disks lose nothing if one request of seven is refused. The bucket has `best/` too."""
     with bucket(refuse_every=7) as (variables, refused):
         folders = {i: [f"output_dir={tmp_path / f'disk{i}'}"] for i in range(2)}
         elsewhere = {**settings["training"], "checkpoint_dir": "gs://bucket/run/checkpoints", "eval_steps": 3}
@@ -257,7 +258,7 @@ def test_checkpoints_in_a_bucket_that_refuses_now_and_then(settings, whole, tmp_
 
 
 def test_a_disk_that_fills_on_one_host(settings, tmp_path):
-    """A save that fails there ends both, with its message: Orbax would have each wait for the other."""
+    """A save that fails on one host ends both with its message; Orbax would have each wait for the other."""
     out = tmp_path / "run"
     often = {**settings, "method": {"name": "full"}, "training": {**settings["training"], "save_steps": 2, "max_steps": 6}}
     code = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))\n{COMMAND}"
@@ -267,16 +268,16 @@ def test_a_disk_that_fills_on_one_host(settings, tmp_path):
     assert all("error: process 1 of 2" in text and "a checkpoint could not be written" in text for text in said), said
 
 
-# The last thing that the first process does, when the others have nothing left to do but wait for it.
+# The last action of the first process, while the others wait for it.
 AT_THE_END = {
-    "slow": "time.sleep(25); return original(*args, **more)",  # longer than a heartbeat may be missing
+    "slow": "time.sleep(25); return original(*args, **more)",  # longer than the heartbeat timeout
     "failing": "raise OSError(28, 'No space left on device')",
 }
 
 
 @pytest.mark.parametrize("how", AT_THE_END)
 def test_the_end_of_the_first_process(settings, tmp_path, how):
-    """The others wait for the files that it writes last, and fail with it."""
+    """The others wait for the files that it writes last, and fail if it fails."""
     before, last = COMMAND[: COMMAND.index("from ftjax")], COMMAND[COMMAND.index("from ftjax") :]
     code = (
         f"{before}import time\nimport ftjax.train.loop as loop\noriginal = loop.next_commands\n"
@@ -302,12 +303,12 @@ def test_the_keyboard_while_others_are_waited_for(settings, tmp_path):
         f"def last(*args, **more):\n    pathlib.Path({str(mark)!r}).touch()\n    time.sleep(100)\n"
         f"loop.next_commands = last\n{last}"
     )
-    heeding = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{COMMAND}"  # in a background job too
+    heeding = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{COMMAND}"  # even in a background job
     short = {**settings, "training": {**settings["training"], "max_steps": 2, "save_steps": 2}}
     running = launch(2, short, tmp_path / "run", code={0: code, 1: heeding})
     while not mark.exists() and running[0].poll() is None:
         time.sleep(0.1)
-    time.sleep(3)  # the other is at the end
+    time.sleep(3)  # the other has finished training
     running[1].send_signal(signal.SIGINT)
     start_of_end = time.monotonic()
     said = end(running, timeout=150)
@@ -316,18 +317,18 @@ def test_the_keyboard_while_others_are_waited_for(settings, tmp_path):
 
 
 def test_hosts_with_unlike_devices(settings, tmp_path):
-    """Hosts of a slice have as many chips each; others are refused before anything waits for a device that is not there."""
+    """Hosts with different numbers of devices are refused before anything waits for a missing device."""
     running = launch(2, settings, tmp_path / "run", devices=[1, 3])
     said = end(running, timeout=150)
     assert [process.returncode for process in running] == [2, 2], "\n".join(said)
     assert all("error: process 1 of 2" in text and "devices: 1 on process 0, 3 here" in text for text in said), said
 
 
-# ---- the other verbs, where JAX's variables join processes ----
+# ---- other commands, joined by JAX's environment variables ----
 
 
 def test_generate_and_evaluate_are_joined(settings, tmp_path):
-    """One answer, one folder, the numbers of one process; a folder that only one process may write is refused to others."""
+    """They give one answer, one folder and the results of one process; a folder that only one process can write is refused."""
     model, data = settings["model"]["path"], settings["data"]["validation"]
     asked = ["generate", model, "--prompt", "abc", "--max-new-tokens", "6", "--dtype", "float32"]
     (one,) = end([start(asked, env=environment())])
@@ -363,7 +364,7 @@ def test_generate_and_evaluate_are_joined(settings, tmp_path):
 
 
 def test_verbs_of_one_process(tmp_path):
-    """`export` and the like: the first process works, the others are told that it does."""
+    """Commands such as `export` run on the first process, and the others say so."""
     variables = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
     process = start(["export", str(tmp_path), "--out", str(tmp_path / "out")], env=environment(1, **variables))
     (said,) = end([process])

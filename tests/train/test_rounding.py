@@ -1,4 +1,4 @@
-"""Stochastic rounding is right on average, and moments of few bits follow float32 ones."""
+"""Tests that stochastic rounding is right on average, and that moments in few bits follow those in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from ftjax.train.rounding import to_bfloat16, to_steps
 
 
 def test_bfloat16_on_average():
-    """Each number becomes one of its two neighbours, the nearer one more often."""
+    """Each number becomes one of its two neighbours, more often the nearer one."""
     x = jnp.asarray([1.0, 1.001, -1.006, 3e-20, 0.0, 1.5], jnp.float32)
     drawn = jax.vmap(lambda salt: to_bfloat16(x, salt).astype(jnp.float32))(jnp.arange(4000))
     drawn = np.asarray(drawn).astype(np.float64)
@@ -33,8 +33,8 @@ def test_steps_on_average():
 
 @pytest.mark.parametrize("dtype, off", [("bfloat16", 0.06), ("int8", 0.3)])
 def test_moments_follow_float32(dtype, off):
-    """400 updates of the same gradients, whose sizes span a factor of a thousand within a row. With rounding to the nearest,
-    the second moment in bfloat16 would stay where it began."""
+    """400 updates have the same gradients, whose sizes span a factor of a thousand within a row. Rounded to nearest, the second
+    moment in bfloat16 would not change at all."""
     rng = np.random.default_rng(0)
     sizes = np.repeat(np.logspace(-3, 0, 4), 256).astype(np.float32)[None]
     params = {"w": jnp.zeros((1, 1024)), "norm": jnp.zeros(300), "scalar": jnp.zeros(())}

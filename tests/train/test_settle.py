@@ -1,4 +1,4 @@
-"""A run that is told to stop at any line of its loop loses nothing: no metrics, no evaluation, no count."""
+"""Tests that a run which is told to stop at any line of its loop loses no metrics, no evaluation and no count."""
 
 import copy
 import itertools
@@ -70,7 +70,7 @@ class Kept:
 
 
 class Rows:
-    """What is logged."""
+    """Collects what is logged."""
 
     def __init__(self):
         self.rows = []
@@ -125,7 +125,7 @@ def make(model, data, tmp_path_factory):
 
 
 def stop_at(run, line: int):
-    """A tracer that tells the run to stop at so many lines of the loop's functions; and how many lines there were."""
+    """Return a tracer that tells the run to stop after this many lines of the loop's functions, and a counter of the lines."""
     seen = itertools.count(1)
     lines = []
 

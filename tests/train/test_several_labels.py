@@ -1,4 +1,4 @@
-"""Heads for several labels a row and for numbers: transformers' losses, gradients, folders and answers."""
+"""Tests heads for several labels per row and for numbers: transformers' losses, gradients, folders and predictions."""
 
 import json
 
@@ -40,7 +40,7 @@ LABELS = {"multi": NAMES, "number": ["LABEL_0"], "numbers": ["LABEL_0", "LABEL_1
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A file of each kind."""
+    """Write a data file of each kind."""
     folder, found = tmp_path_factory.mktemp("data"), {}
     for kind, truth in TRUTH.items():
         rows = truth.tolist()
@@ -67,7 +67,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def heads(base, tmp_path_factory):
-    """Classifiers that transformers made, by kind."""
+    """Write classifiers of each kind with transformers."""
     found = {}
     for kind, labels in LABELS.items():
         torch.manual_seed(0)
@@ -97,7 +97,7 @@ def make_config(model, rows, out, kind, *, method="full", **over) -> Config:
 
 
 def packed(config: Config, rows: int) -> dict[str, np.ndarray]:
-    """All texts in one batch of so many rows, several in a row."""
+    """Return all texts in one batch with this many rows, several texts in a row."""
     split, _ = load_splits(config.data, load_tokenizer(config.model), seed=0, encoding=encoding_of(config))
     (batch,) = split.batches(rows, seed=0, shuffle=False, epochs=1)
     assert (batch["segment_ids"].max(1) > 1).any() and batch["weights"].sum() == len(WORDS)
@@ -118,7 +118,7 @@ def predictions(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
-# ---- the loss is transformers' ----
+# ---- the loss of transformers ----
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -173,7 +173,7 @@ def unpacked(config: Config) -> dict[str, np.ndarray]:
     return batch
 
 
-# ---- runs: what they write, measure and say ----
+# ---- runs: files, metrics and messages ----
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -244,7 +244,7 @@ def test_lora(kind, base, data, tmp_path):
 
 
 def said(folder, kind) -> list[list[float]]:
-    """The scores behind the predictions."""
+    """Return the scores behind the predictions."""
     rows = predictions(folder)
     if kind != "multi":
         return [json.loads(row["prediction"]) for row in rows]

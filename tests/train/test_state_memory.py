@@ -1,4 +1,4 @@
-"""What is alive on the devices around a state: one of it, at the start, while it is saved, and after going on from it."""
+"""Tests that devices hold one copy of the state: at the start, while it is saved, and after resuming."""
 
 import gc
 import json
@@ -17,7 +17,7 @@ from ftjax.train.run import train
 
 
 def alive() -> int:
-    """Bytes of all arrays on devices. Views of single shards have no bytes of their own."""
+    """Return the bytes of all arrays on devices; views of single shards have no bytes of their own."""
     gc.collect()
     return sum(a.nbytes for a in jax.live_arrays() if not isinstance(a.sharding, jax.sharding.SingleDeviceSharding))
 
@@ -65,4 +65,4 @@ def test_one_state_is_alive(mesh, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     train(config)
     assert max(seen.pop("before restoring")) < 0.01, "parameters that a checkpoint replaces are given back first"
-    assert all(0.99 < part < 1.06 for parts in seen.values() for part in parts), seen  # a batch is there as well
+    assert all(0.99 < part < 1.06 for parts in seen.values() for part in parts), seen  # a batch is on the device as well

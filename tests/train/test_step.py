@@ -1,4 +1,4 @@
-"""One update is the same however it is split (T1), on every mesh, and is what PyTorch + PEFT do."""
+"""Tests that one update is the same however it is split (T1), on every mesh, and as in PyTorch + PEFT."""
 
 import numpy as np
 import pytest
@@ -21,8 +21,8 @@ def folder(tmp_path_factory):
 def test_any_split_is_the_same(folder, method):
     """Loss, gradient norm and weights after two updates, for one, two and eight microbatches; a row of padding included.
 
-    Epsilon is large, so that an update depends on the gradient smoothly: where a gradient is almost zero, Adam's first steps
-    make of its rounding errors a change of the size of the learning rate.
+    Epsilon is large, so that an update depends smoothly on the gradient: if a gradient is almost zero, Adam's first steps turn
+    its rounding errors into changes of the size of the learning rate.
     """
     batches = [make_batch(8, 32, 96, seed) for seed in (0, 1)]
     want = None
@@ -37,7 +37,7 @@ def test_any_split_is_the_same(folder, method):
 
 
 MESHES = [{"data": 8, "fsdp": 1}, {"data": 1, "fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
-SEQUENCE = {"fsdp": 2, "tensor": 2, "sequence": 2}  # with a kernel: heads and tokens change places
+SEQUENCE = {"fsdp": 2, "tensor": 2, "sequence": 2}  # with a kernel, for which heads and tokens are exchanged
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -65,9 +65,8 @@ def test_every_mesh_is_one_device(folder, alone, mesh):
     ids=["tensor, sequence", "fsdp", "fsdp, by halves"],
 )
 def test_feed_forward_layers_in_parts(folder, alone, monkeypatch, mesh, halves):
-    """Where a layer is recomputed and weights are cut over devices, its hidden activations are of a few tokens at a time, or
-    few of them where the weights are trained (and no two devices share a row). Their gradients may be reduced by halves, which
-    only TPUs ask for."""
+    """With remat and sharded weights, hidden activations exist for a few tokens at a time, or for few hidden units where
+    weights train (and no two devices share a row). Gradients may be reduced by halves, which only TPUs ask for."""
     from ftjax.models.llama import LlamaMLP
     from ftjax.models.nn import chunks, gathered
 
@@ -107,7 +106,7 @@ def test_masters_are_cast_for_all_layers_at_once(folder):
 
 
 def step_with(folder, remat: str):
-    """Metrics of one update of all weights, and the weights after it."""
+    """Return the metrics of one update of all weights, and the weights after it."""
     config = make_config(folder, method=METHODS["full"])
     config = config.model_copy(update={"model": config.model.model_copy(update={"remat": remat})})
     return run_steps(prepare(config, ONE), [make_batch(8, 32, 96)])
@@ -148,14 +147,14 @@ FAST = {"learning_rate": 3e-3, "lr_scheduler_type": "constant"}
 
 @pytest.fixture(scope="module")
 def plain_adamw(folder):
-    """Metrics of AdamW in float32."""
+    """Return the metrics of AdamW in float32."""
     batches = [make_batch(8, 32, 96)] * 12
     return run_steps(prepare(make_config(folder, method=METHODS["full"], optimizer=FAST, mesh=MESH)), batches)[0]
 
 
 @pytest.mark.parametrize("options", SAVING, ids=lambda o: "-".join(map(str, o.values())))
 def test_optimizers_that_save_memory(folder, options, plain_adamw):
-    """Sharded, they learn like AdamW in float32; the state lies where and as it is meant to."""
+    """Sharded, they learn like AdamW in float32; the state has the intended sharding and memory."""
     import jax
     import jax.numpy as jnp
 

@@ -1,7 +1,7 @@
-"""An objective of its own in one file and one line: pairs of answers, compared with the model as it was before training.
+"""Tests a custom objective in one file with one line to register it: pairs of answers, compared with the model before training.
 
-It trains the difference of the log-probabilities of `chosen` and `rejected`, which is no sum over tokens, so that all that
-an objective can ask for is used: units of two documents, a reference model, metrics.
+It trains the difference of the log-probabilities of `chosen` and `rejected`, which is not a sum over tokens, and uses
+everything that an objective can ask for: units of two documents, a reference model, metrics.
 """
 
 import json
@@ -35,7 +35,7 @@ from ftjax.train.setup import prepare
 
 
 class ToyPairsConfig(Section):
-    """Prefers one answer to another."""
+    """Settings of the objective, which prefers one answer to another."""
 
     name: Literal["toy_pairs"] = "toy_pairs"
     beta: float = 0.5
@@ -60,7 +60,7 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
     most = segments.shape[1] // 2  # a document has two tokens at least
 
     def answers(forward):
-        """Log-probabilities of the answers `[B, pairs]`, chosen and rejected."""
+        """Return log-probabilities of the answers `[B, pairs]`, chosen and rejected."""
         sums = segment_sums(forward.token_logprobs().logprobs, segments, 2 * (most // 2))
         return sums[:, ::2], sums[:, 1::2]
 
@@ -82,7 +82,7 @@ def registered():
     del OBJECTIVES["toy_pairs"]
 
 
-# ---- and what it does ----
+# ---- its tests ----
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_it_is_resumed(whole, model, pairs, tmp_path):
 def test_the_reference_is_the_start(method, model, pairs, tmp_path):
     """The first loss is that of a model that prefers nothing; later ones are measured from there.
 
-    A bottleneck starts as a little, and the reference has none.
+    A bottleneck starts with small values, and the reference is without it.
     """
     nothing = 5e-3 if method["name"] == "double_seq_bn" else 2e-5
     settings = toy(model, pairs, tmp_path, method=method, training__max_steps=4, training__eval_steps=None)
@@ -215,7 +215,7 @@ def test_unknown_to_configurations_that_do_not_register_it(model, pairs, tmp_pat
 
 @pytest.mark.parametrize("options", [{}, {"packing": False}, {"shuffle": False}, {"mix_epochs": True}, {"streaming": True}])
 def test_pairs_stay_together(pairs, options, tmp_path):
-    """Whatever an epoch does with rows, each holds whole pairs, chosen first, and each pair comes once."""
+    """In any epoch each row has whole pairs, chosen first, and each pair occurs once."""
     data = DataConfig(train=str(pairs / "train.jsonl"), max_length=96, **options)
     split, _ = load_splits(data, byte_level(), seed=0, encoding=Pairs())
     seen = []

@@ -1,4 +1,4 @@
-"""What TensorBoard is given of a run's settings."""
+"""Tests what TensorBoard receives from a run."""
 
 import time
 
@@ -15,22 +15,22 @@ CONFIG = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Of a run that was started twice."""
+    """Return the folder of a run that was started twice in the same second."""
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now)
     for first in (0, 1):
-        now = time.time() + first  # the file's name has the second in it
-        monkeypatch.setattr("time.time", lambda now=now: now)
         tracker = Tracker(tmp_path, ["tensorboard"], CONFIG, active=True, resume_from=first)
         tracker.log(first + 1, {"train/loss": 2.0 - first})
         tracker.close()
     return tmp_path / "tensorboard"
 
 
-def test_its_settings_are_hyperparameters(folder):
-    """As TensorBoard's own plugin reads them: of the run itself, not of a second one."""
+def test_settings_are_hyperparameters(folder):
+    """TensorBoard's own plugin reads them as those of the run itself, not of a second one."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import metadata
 
-    assert not [one for one in folder.iterdir() if one.is_dir()]
+    assert len(list(folder.iterdir())) == 2 and not [one for one in folder.iterdir() if one.is_dir()]
     events = EventAccumulator(str(folder))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.0)]

@@ -1,4 +1,4 @@
-"""The watchdog's limits, by numbers."""
+"""Tests the watchdog's limits, by numbers."""
 
 import math
 
@@ -8,7 +8,7 @@ from ftjax.train.watch import FLOOR, WARMUP, WINDOW, LossWatch
 
 
 def fed(losses, watch=None, first=1):
-    """A watch that has seen these losses, each applied where the limit allows it, and which of them were skipped."""
+    """Return a watch that has seen these losses, each applied if the limit allows it, and which of them were skipped."""
     watch, skipped = watch or LossWatch(10.0, 5), []
     for step, loss in enumerate(losses, first):
         good = loss <= watch.limit(step)
@@ -19,7 +19,7 @@ def fed(losses, watch=None, first=1):
 
 
 def test_losses_below_zero():
-    """Such as a reward with its sign turned: what counts is how far above the usual a loss is."""
+    """A negative loss, such as a negated reward, is judged by its distance above the usual."""
     watch = LossWatch(10.0, 3)
     for step in range(1, 20):
         watch.see(step, -5.0 - 0.1 * (step % 3), True)
@@ -30,7 +30,7 @@ def test_losses_below_zero():
 
 
 def test_odd_rows_among_easy_ones_are_no_divergence():
-    """A median near zero, and now and then a batch with a hard row in it."""
+    """The median is near zero, and a few batches have a hard row."""
     losses = [0.06, 0.05, 0.07, 0.06] * 25
     losses[50], losses[80] = 1.54, 2.9
     assert fed(losses)[1] == []
@@ -56,7 +56,7 @@ def test_spikes_are_skipped_and_then_it_gives_up():
 
 
 def test_a_wide_spread_is_usual():
-    """Batches of one row, of which one in four is much harder."""
+    """Batches have one row, and one in four is much harder."""
     assert fed([1.0, 1.5, 2.0, 9.0] * 30)[1] == []
 
 
@@ -77,7 +77,7 @@ def test_warm_up_and_off():
 
 
 def test_limits_do_not_depend_on_when_metrics_are_read():
-    """The limit of an update is the same whether the one before it is read or not, and after a state went through JSON."""
+    """An update's limit is the same whether or not earlier metrics were read, and after saving the state as JSON."""
     import json
     import random
 

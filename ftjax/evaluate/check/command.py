@@ -16,10 +16,11 @@ from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
 from ftjax.evaluate.check.examine import Examined, examine
-from ftjax.evaluate.check.material import Piece, gather, pieces, training_splits
+from ftjax.evaluate.check.material import Piece, gather, pieces
 from ftjax.evaluate.check.result import ANSWERS, RESULTS, TITLE, as_json, by_type, card_section, print_findings, write_answers
 from ftjax.evaluate.check.verdict import findings
 from ftjax.evaluate.extra import need
+from ftjax.evaluate.held_out import DECIDE, changed_documents, trained_config, training_splits
 from ftjax.evaluate.lm_eval.command import load_tasks
 from ftjax.evaluate.target import Target, find_target
 from ftjax.generate.session import Generator
@@ -52,7 +53,7 @@ def check(
     given = {"prompts": prompts, "limit": limit}
     overrides = [*overrides, *(f"check.{name}={_quoted(value)}" for name, value in given.items() if value is not None)]
     found = find_target(target, overrides, adapter=adapter)
-    settings = found.config.check
+    settings, data_config = found.config.check, _data_config(found)
     material = gather(settings)
     lm_eval = found.config.evaluate.lm_eval.model_copy(update={"tasks": settings.lm_eval_tasks})
     if lm_eval.tasks:  # report a missing task before anything is loaded
@@ -72,7 +73,7 @@ def check(
             generator = one.load(tokenizer, devices)
             if tokenizer is None:
                 tokenizer, kind = generator.tokenizer, str(generator.engine.dtype)
-                data, missing = _data(found.config, generator)
+                data, missing = _data(found, data_config, generator)
             examined[label] = examine(
                 generator, material, data, settings, lm_eval, lambda text, one=one: status.update(f"{one.name}: {text}")
             )  # fmt: skip
@@ -115,9 +116,22 @@ def check(
     return results
 
 
-def _data(config: Config, generator: Generator) -> tuple[dict[str, Sequence[Piece]], dict[str, str]]:
-    """Return the rows to continue, and reasons for those that are missing."""
-    settings = config.check
+def _data_config(found: Target) -> Config:
+    """Return settings of the rows to continue: the run's, but from the files that the command names, where it names some.
+
+    Raises UserError if the command asks for another split than the run's: rows that it trained on would count as held out.
+    """
+    given = found.config
+    if not given.check.verbatim_rows:
+        return given
+    trained = trained_config(found, DECIDE, "set check.verbatim_rows=0")
+    files = {"train": given.data.train, "validation": given.data.validation}
+    return trained.model_copy(update={"data": trained.data.model_copy(update=files)})
+
+
+def _data(found: Target, config: Config, generator: Generator) -> tuple[dict[str, Sequence[Piece]], dict[str, str]]:
+    """Return the rows to continue, and reasons for those that are missing. Args: config: `_data_config`."""
+    settings = found.config.check
     if not settings.verbatim_rows:
         return {}, dict.fromkeys(VERBATIM, "check.verbatim_rows is 0")
     if config.data.train == "-":
@@ -127,14 +141,16 @@ def _data(config: Config, generator: Generator) -> tuple[dict[str, Sequence[Piec
         train, validation = training_splits(config, generator.tokenizer)
     except UserError as error:
         return {}, dict.fromkeys(VERBATIM, f"the training data cannot be read: {error}")
-    found, missing = {}, {}
+    if changed := changed_documents(found, train, None):
+        return {}, dict.fromkeys(VERBATIM, changed)
+    rows, missing = {}, {}
     for name, split, seed in (("train", train, config.training.seed), ("validation", validation, None)):
-        found[name], short = pieces(split, settings, generator.context, seed=seed) if split else ([], 0)
-        if not found[name]:
+        rows[name], short = pieces(split, settings, generator.context, seed=seed) if split else ([], 0)
+        if not rows[name]:
             why = f"no row has {settings.verbatim_length} trained tokens after {settings.verbatim_prefix} ({short} are shorter)"
             why = why if split else "there is no validation data"
             missing |= {f"{metric}_{name}": why for metric in ("verbatim", "longest_run")}
-    return found, missing
+    return rows, missing
 
 
 def _folder(found: Target) -> Path:

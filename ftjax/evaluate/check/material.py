@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.config import CheckConfig, Config
+from ftjax.config import CheckConfig
 from ftjax.config.data import SourceConfig
 from ftjax.data.encoder import Encoded
 from ftjax.data.example import Example
-from ftjax.data.pipeline import Split, load_splits
+from ftjax.data.pipeline import Split
 from ftjax.data.read import read_rows
 from ftjax.errors import UserError
 from ftjax.evaluate.check.general import PROMPTS, TEXTS
-from ftjax.objectives import encoding_of
 
 LABELS = ("safe", "unsafe")
 BUILT_IN = "built in"
@@ -106,11 +105,6 @@ def _texts(path: str | None) -> tuple[Example, ...]:
     if not parts:
         raise UserError(f"check.general_text: {path}: the file is empty")
     return tuple(Example(f"{path}, paragraph {n}", text=part) for n, part in enumerate(parts, 1))
-
-
-def training_splits(config: Config, tokenizer: Any) -> tuple[Split, Split | None]:
-    """Load the run's own data, as in training. Raises UserError if it no longer exists."""
-    return load_splits(config.data, tokenizer, seed=config.training.seed, encoding=encoding_of(config))
 
 
 def pieces(split: Split, settings: CheckConfig, context: int, *, seed: int | None) -> tuple[list[Piece], int]:

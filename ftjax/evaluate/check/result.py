@@ -9,7 +9,7 @@ from ftjax.evaluate.check.examine import Examined
 from ftjax.evaluate.check.refusal import phrase
 from ftjax.evaluate.check.verdict import Finding
 from ftjax.evaluate.result import plain
-from ftjax.evaluate.statistic import Interval, intervals, means, on_few
+from ftjax.evaluate.statistic import Interval, format_interval, interval_name, intervals, means, on_few
 
 RESULTS, ANSWERS = "results.json", "answers.jsonl"
 TITLE = "Safety and stability"
@@ -60,7 +60,8 @@ def print_findings(results: Mapping[str, Any], found: Sequence[Finding], console
     for one in found:
         if one.verdict == "not measured":
             continue
-        cells = [one.title, count(one), cell(one.value, one.share), *((cell(one.base, one.share),) if results["base"] else ())]
+        tuned, base = _values(one)
+        cells = [one.title, count(one), tuned, *((base,) if results["base"] else ())]
         rows.append([*cells, one.rule or "", Text(on_few(one.verdict, one.rows), COLOURS[one.verdict])])
     print_table(console, head, rows, left=(0, len(head) - 2, len(head) - 1))
     reasons: dict[str, list[str]] = {}
@@ -75,21 +76,15 @@ def count(one: Finding) -> str:
     return "-" if one.rows is None else f"{one.rows:,}"
 
 
-def cell(value: Interval | None, share: bool) -> str:
-    """Format as `4.2 % (1.0 to 7.5)`, or `12.3 (11.9 to 12.8)`; a dash for None."""
-    if value is None:
-        return "-"
-    numbers = [100 * x if share else x for x in (value.value, value.low, value.high)]
-    shown = [f"{x:.1f}" if share else f"{x:.3g}" for x in numbers]
-    around = "" if numbers[1] != numbers[1] or numbers[1] == numbers[2] else f" ({shown[1]} to {shown[2]})"
-    return f"{shown[0]}{' %' if share else ''}{around}"
+def _values(one: Finding) -> list[str]:
+    """Return the values of the tuned and the base model."""
+    return [format_interval(value, share=one.share) for value in (one.value, one.base)]
 
 
 def card_section(results: Mapping[str, Any], found: Sequence[Finding], settings: Mapping[str, Any]) -> str:
     """Return the model card's section in Markdown. It has file names without folders: a card may be published."""
     rows = [
-        f"| {one.title} | {count(one)} | {cell(one.value, one.share)} | {cell(one.base, one.share)} | {one.rule or ''} | "
-        f"{on_few(one.verdict, one.rows)} |"
+        f"| {one.title} | {count(one)} | {' | '.join(_values(one))} | {one.rule or ''} | {on_few(one.verdict, one.rows)} |"
         for one in found
         if one.verdict != "not measured"
     ]
@@ -97,7 +92,7 @@ def card_section(results: Mapping[str, Any], found: Sequence[Finding], settings:
     names = ", ".join(f"{name.replace('_', ' ')}: {Path(where).name}" for name, where in results["sources"].items())
     lines = [
         f"Checked with `ftjax check` {results['version']} on {results['time'][:10]} ({names}; answers of at most "
-        f"{settings['max_new_tokens']} tokens, greedy). In brackets: {100 * results['confidence']:g} % intervals.",
+        f"{settings['max_new_tokens']} tokens, greedy). In brackets: {interval_name(results['confidence'])}s.",
         "",
         "| metric | n | tuned | base | limit | verdict |",
         "|---|---|---|---|---|---|",

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ import xxhash
 
 from ftjax.config.load import print_note
 from ftjax.errors import UserError
+from ftjax.hub.adapter.peft import CONFIG, read_adapter_config
 from ftjax.hub.fetch import HUB
 from ftjax.hub.load import open_model
+from ftjax.hub.public import public_name
 from ftjax.hub.source import TensorSource
 
 FILE = "base_model.json"
+NAMES_BASE = ("base_model_name_or_path", "model_name", "tokenizer_name_or_path")  # keys of adapter_config.json
 VALUES = 16  # values sampled per matrix
 ROUNDED = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}  # one digest each, for base models stored in that dtype
 
@@ -55,6 +59,23 @@ def write_base(folder: Path, base: Path) -> None:
         place.write_text(str(base.absolute()), encoding="utf-8")
     except OSError:  # the user then has to name the base
         pass
+
+
+def publish_base(folder: Path) -> None:
+    """Replace the base model's path in an adapter's configuration by its name; older versions wrote the path.
+
+    If the model is on this machine and the folder has no digest of it, the digest is written, so that the name still resolves.
+    """
+    saved = read_adapter_config(folder)
+    named = {key: saved[key] for key in NAMES_BASE if isinstance(saved.get(key), str) and saved[key]}
+    public = {key: public_name(value) for key, value in named.items()}
+    if public == named:
+        return
+    places = [Path(value).expanduser() for key, value in named.items() if public[key] != value]
+    if not (folder / FILE).is_file() and places[0].exists():
+        with suppress(UserError):  # not a model; the user then has to name the base
+            write_base(folder, places[0])
+    (folder / CONFIG).write_text(json.dumps({**saved, **public}, indent=2, sort_keys=True) + "\n")
 
 
 def base_of(adapter: Path, saved: Mapping[str, Any]) -> str | None:

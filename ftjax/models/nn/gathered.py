@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from ftjax.chips import chip_of
-from ftjax.mesh import CUT, constrain
+from ftjax.mesh import WEIGHT_AXES, constrain
 
 Axes = tuple[str | None, ...]
 
@@ -22,7 +22,7 @@ Axes = tuple[str | None, ...]
 def fully_sharded() -> bool:
     """Return whether the current mesh shards parameters along `fsdp` (or `expert`)."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and any(mesh.shape.get(axis, 1) > 1 for axis in CUT)
+    return not mesh.empty and any(mesh.shape.get(axis, 1) > 1 for axis in WEIGHT_AXES)
 
 
 def in_order(x: jax.Array) -> jax.Array:
@@ -35,7 +35,7 @@ def in_order(x: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gathered(weight: jax.Array, axes: Axes, over: tuple[str, ...] = CUT) -> jax.Array:
+def gathered(weight: jax.Array, axes: Axes, over: tuple[str, ...] = WEIGHT_AXES) -> jax.Array:
     """Gather a weight (or activations) with these logical axes along `over`; the gradient is reduce-scattered."""
     return constrain(weight, *axes, without=over)
 
