@@ -25,7 +25,6 @@ from ftjax.evaluate.target import Target, find_target
 from ftjax.evaluate.tasks.preference import implicit_rewards
 from ftjax.hub.same_model import model_facts
 from ftjax.mesh import devices_or_all
-from ftjax.objectives import head_of
 
 
 def evaluate(

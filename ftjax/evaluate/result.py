@@ -67,8 +67,8 @@ def print_results(results: Mapping[str, Any], console: Any) -> None:
         rows.append(cells)
     print_table(console, names, rows)
     if found := results.get("implicit_rewards"):
-        shown = [[name, f"{one.rows:,}", _cell(one)] for name, one in found.items()]
-        print_table(console, ["implicit reward", "n", f"value ({share(results)})"], shown, title="relative to the base model")
+        shown = [[name, f"{one.rows:,}", format_interval(one)] for name, one in found.items()]
+        print_table(console, ["implicit reward", "n", value], shown, title="relative to the base model")
     for name, found in (("", results), ("base: ", results.get("base", {}))):
         if "confusion_matrix" in found:
             labels = found["labels"]

@@ -6,6 +6,7 @@ import pytest
 from oracle import ONE
 from verbs import check, evaluate, generate
 
+import ftjax.evaluate.check.command as command
 from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.evaluate.observe import make_observer
