@@ -54,6 +54,8 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); was the download cut off?") from None
     except UnicodeDecodeError:
         raise UserError(f"{file}: not a text file; was the download cut off?") from None
+    except (ValueError, RecursionError) as error:  # nested too deeply, or a number with too many digits
+        raise UserError(f"{file}: not valid JSON: {str(error).partition(';')[0]}") from None
 
 
 def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
