@@ -1,5 +1,6 @@
 """Tests configuration files: values, positions of errors, aliases, overrides, round trips."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,32 @@ def test_minimal_file_takes_the_defaults(load):
 def test_json_is_yaml(write):
     path = write('{"model": {"path": "gpt2"}, "data": {"train": "a.jsonl"}, "optimizer": {"learning_rate": 1e-3}}', "run.json")
     assert load_config(path).optimizer.learning_rate == 1e-3
+
+
+def test_json_as_other_tools_write_it(write):
+    """Indented with tabs, and with every character beyond ASCII escaped."""
+    tree = {"model": {"path": "gpt2"}, "data": {"train": "a.jsonl", "template": "\t😀 {question}"}}
+    for name, text in (("tabs.json", json.dumps(tree, indent="\t")), ("one.json", json.dumps(tree).replace(": ", ":\t"))):
+        assert load_config(write(text, name)).data.template == "\t😀 {question}"
+    path = write(json.dumps({**tree, "output_dir": "\ud83d"}), "half.json")
+    with pytest.raises(UserError, match=r"half.json:1:\d+: .*lone surrogate"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("{a: " * 2000 + "1" + "}" * 2000, "nested too deeply"),
+        (
+            "a0: &a0 [x, x, x, x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(12)),
+            "more than",
+        ),
+    ],
+)
+def test_texts_that_would_never_end(write, text, said):
+    with pytest.raises(UserError, match=said):
+        load_config(write(MINIMAL + text if text.startswith("a") else text))
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: expected a model folder with config.json; found {found}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     return complete_config(raw, str(path))
 

@@ -1,6 +1,7 @@
 """Loads an older tokenizer folder: SentencePiece's `tokenizer.model` and JSON files beside it, without `tokenizer.json`."""
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ftjax.hub.tokenizer.sentencepiece_bpe import template
 
 SENTENCEPIECE = "tokenizer.model"
 ATTRIBUTES = ("lstrip", "rstrip", "single_word", "normalized", "special")
+MORE = ("additional_special_tokens", "extra_special_tokens")  # lists of further special tokens
 
 
 def read_proto(file: Path) -> Any:
@@ -27,6 +29,14 @@ def read_proto(file: Path) -> Any:
     if not proto.pieces:
         raise UserError(f"{file}: not a SentencePiece model, or cut off ({file.stat().st_size:,} bytes); download it again")
     return proto
+
+
+def read_pieces(file: Path) -> list[str] | None:
+    """Return the pieces of a SentencePiece model; None for another file of that name, such as tiktoken's."""
+    try:
+        return [piece.piece for piece in read_proto(file).pieces]
+    except UserError:
+        return None
 
 
 def is_bpe(file: Path) -> bool:
@@ -44,12 +54,16 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); was the download cut off?") from None
     except UnicodeDecodeError:
         raise UserError(f"{file}: not a text file; was the download cut off?") from None
+    except (ValueError, RecursionError) as error:  # nested too deeply, or a number with too many digits
+        raise UserError(f"{file}: not valid JSON: {str(error).partition(';')[0]}") from None
 
 
 def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer; its ids are SentencePiece's, with BOS before a text unless the folder says otherwise."""
     proto = read_proto(folder / SENTENCEPIECE)
     config = read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # older folders name their special tokens in a file of its own, which comes first
+        config |= read_json(folder / "special_tokens_map.json")
     normalizer = proto.normalizer_spec
     tokenizer = sentencepiece_bpe.build(
         [piece.piece for piece in proto.pieces],
@@ -59,7 +73,6 @@ def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
         charsmap=normalizer.precompiled_charsmap,
     )
-    _add_tokens(folder, tokenizer, config)
     trainer = proto.trainer_spec
     special = {
         "bos_token": trainer.bos_piece if trainer.bos_id >= 0 else None,
@@ -67,9 +80,9 @@ def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         "unk_token": trainer.unk_piece,
         "pad_token": trainer.pad_piece if trainer.pad_id >= 0 else None,
     }
-    for name in special:
-        given = config.get(name, special[name])
-        special[name] = given["content"] if isinstance(given, dict) else given
+    special = {name: _content(config.get(name, own)) for name, own in special.items()}
+    more = [_content(token) for name in MORE if isinstance(config.get(name), list) for token in config[name]]
+    _add_tokens(folder, tokenizer, config, {*special.values(), *more})
     bos = special["bos_token"] if config.get("add_bos_token", True) else None
     eos = special["eos_token"] if config.get("add_eos_token", False) else None
     if bos or eos:
@@ -79,17 +92,26 @@ def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
+        extra_special_tokens=list(dict.fromkeys(more)),
         **{name: token for name, token in special.items() if token is not None},
         **{name: value for name in ("model_max_length", "padding_side") if (value := config.get(name)) is not None},
         **({"chat_template": chat_template} if chat_template else {}),
     )
 
 
-def _add_tokens(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-    """Add tokens that were added after the SentencePiece model was trained, each with its id."""
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _add_tokens(folder: Path, tokenizer: Tokenizer, config: dict[str, Any], special: Container[str | None]) -> None:
+    """Add tokens that were added after the SentencePiece model was trained, each with its id.
+
+    Args:
+        special: the special tokens, which added_tokens.json does not tell from others.
+    """
     added = {int(index): entry for index, entry in config.get("added_tokens_decoder", {}).items()}
     added |= {
-        index: {"content": token, "special": False}
+        index: {"content": token, "special": token in special}
         for token, index in read_json(folder / "added_tokens.json").items()
         if index not in added
     }
