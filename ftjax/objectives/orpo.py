@@ -13,7 +13,7 @@ from ftjax.config.preference import OrpoConfig
 from ftjax.data.pairs import Pairs
 from ftjax.objectives.loss import LossTotals
 from ftjax.objectives.objective import LossInputs, Objective
-from ftjax.objectives.preference import Both, answer_lengths, answer_sums, mean_over_tokens, pair_totals, total
+from ftjax.objectives.preference import answer_lengths, answer_sums, mean_over_tokens, pair_totals, total
 
 
 def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
@@ -24,7 +24,6 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
     logprobs = inputs.token_logprobs(jnp.maximum(everything, trained.astype(jnp.float32))).logprobs
     logps = answer_sums(logprobs * batch["weights"], batch).divided_by(lengths)
     there = lengths.chosen > 0
-    logps = Both(*(jnp.where(there, value, -1.0) for value in logps))  # log(1 - e^0) would be infinite
     log_odds = logps.chosen - logps.rejected - (_log1mexp(logps.chosen) - _log1mexp(logps.rejected))
     ratio = jax.nn.log_sigmoid(log_odds)
     losses, count = -answer_sums(logprobs * everything, batch).chosen, jnp.sum(there, dtype=jnp.float32)
@@ -50,8 +49,12 @@ def _chosen_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
     return ((segments == following) & (segments % 2 == 1)).astype(jnp.float32)
 
 
+CERTAIN = -1e-6  # float32 can hardly tell a mean log-probability above it from 0, whose odds are infinite
+
+
 def _log1mexp(x: jax.Array) -> jax.Array:
-    """Return log(1 - e^x) for x < 0, accurately (Maechler 2012)."""
+    """Return log(1 - e^x) for x <= 0, accurately (Maechler 2012); x above `CERTAIN` counts as that."""
+    x = jnp.minimum(x, CERTAIN)
     return jnp.where(x > -0.6931472, jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
 
 
