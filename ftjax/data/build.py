@@ -260,19 +260,19 @@ class Build:
         if config.max_tokens and count > config.max_tokens:
             report.dropped["longer than max_tokens"] += 1
             return ()
+        if reason := self.encoding.refused(unit):
+            report.dropped[reason] += 1
+            return ()
         pieces: Sequence[Encoded] = unit
-        reason = self.encoding.refused(unit)
-        if not reason and sum(len(document.tokens) for document in unit) > config.max_length:
+        if sum(len(document.tokens) for document in unit) > config.max_length:
             pieces = self.encoding.shorten(unit, config, self.encoder.tokens.bos)
-            reason = self.encoding.refused(pieces) if pieces else LONG
-            report.notes["partner shortened"] += bool(pieces) and self.encoding.size(pieces) == count
-        elif not reason and self.encoding.answers:
+            if not pieces:
+                report.dropped[LONG] += 1
+                return ()
+        elif self.encoding.answers:
             for document in unit:
                 last = document.tokens[1:][document.weights[1:] > 0][-3:].tolist()
                 report.notes["no end trained"] += bool(last) and not self.ends.intersection(last)
-        if reason:
-            report.dropped[reason] += 1
-            return ()
         kept = [piece for piece in pieces if piece.weights[1:].any()]
         if len(unit) > 1 and len(kept) < len(unit):
             kept = []
@@ -282,6 +282,11 @@ class Build:
             if len(self.masked_where) < 3:
                 self.masked_where.append(unit[0].where)
             return ()
+        if pieces is not unit:
+            if reason := self.encoding.refused(kept):
+                report.dropped[reason] += 1
+                return ()
+            report.notes["partner shortened"] += self.encoding.size(pieces) == count
         report.kept += 1
         report.documents += len(kept)
         return kept
