@@ -197,7 +197,8 @@ class Ours:
         def rows(known):
             return [self._totals(setup, slice(at, at + 1), known[at : at + 1]) for at in range(len(known))]
 
-        assert len(found := rows(logprobs)) > 1
+        found = rows(logprobs)
+        assert len(found) > 1
         return self._found(setup, found, None)
 
     def _totals(self, setup: Setup, rows: slice, known: jax.Array) -> LossTotals:

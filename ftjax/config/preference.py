@@ -8,6 +8,7 @@ from ftjax.config.base import Section
 
 # Losses of `dpo`; those in DIFFERENCES depend on the difference of the two scores alone, and so take any f-divergence.
 DIFFERENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # those that label_smoothing changes
 DpoLoss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
     "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -65,6 +66,11 @@ class DpoConfig(Section):
                 f"f_divergence_type {self.f_divergence_type}: loss_type {', '.join(other)} is defined for reverse_kl alone; "
                 f"{', '.join(DIFFERENCES)} take others"
             )
+        if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED):
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing} changes nothing in loss_type {', '.join(self.loss_type)}; "
+                f"{', '.join(SMOOTHED)} use it"
+            )
         if "robust" in self.loss_type and self.label_smoothing >= 0.5:
             raise ValueError(f"label_smoothing {self.label_smoothing}: robust needs a share of flipped pairs below 0.5")
         if "exo_pair" in self.loss_type and self.label_smoothing == 0:
@@ -93,11 +99,17 @@ class CpoConfig(Section):
     name: Literal["cpo"] = "cpo"
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"] = "sigmoid"
     beta: float = Field(0.1, gt=0, description="factor on the difference of the log-probabilities")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of pairs taken as flipped (sigmoid and simpo)")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of pairs taken as flipped (sigmoid, simpo, alphapo)")
     cpo_alpha: float = Field(1.0, ge=0, description="factor on the loss of the chosen answer")
     simpo_gamma: float = Field(0.5, ge=0, description="target margin of simpo and alphapo")
     alpha: float = Field(0.0, description="shape of the reward (AlphaPO); 0: the log-probability")
     loss_chunk: int = Field(512, ge=1, description=LOSS_CHUNK)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "CpoConfig":
+        if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
+            raise ValueError(f"label_smoothing {self.label_smoothing} changes nothing in loss_type {self.loss_type}")
+        return self
 
 
 class OrpoConfig(Section):

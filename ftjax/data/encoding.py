@@ -1,7 +1,6 @@
 """The part of an objective that turns rows into documents and needs no devices."""
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ from ftjax.data.encode import Encoder
 from ftjax.data.encoder import Encoded, RowEncoder, Unit
 from ftjax.data.example import Example
 from ftjax.data.labels import Labels
+from ftjax.data.report import DataReport
 from ftjax.data.truncate import truncate
 
 # (row number, digest of its content, example)
@@ -50,11 +50,19 @@ class RowEncoding(ABC):
     def encoder(self, tokenizer: Any, config: DataConfig) -> RowEncoder:
         """Return the encoder for this tokenizer."""
 
-    def arrange(self, rows: Iterable[Numbered], dropped: Counter[str]) -> Iterator[Numbered]:
-        """Return the rows to encode: the same by default. Args: dropped: counts rows that are left out, by reason."""
+    def arrange(self, rows: Iterable[Numbered], report: DataReport) -> Iterator[Numbered]:
+        """Return the examples to encode, each with a number of its own: the rows themselves by default.
+
+        Examples with one digest stay on one side of a validation split. `report` counts rows that are left out, joined and
+        divided.
+        """
         return iter(rows)
 
-    def refused(self, unit: Unit) -> str | None:
+    def size(self, unit: Sequence[Encoded]) -> int:
+        """Return the tokens of a row that `data.min_tokens` and `data.max_tokens` count."""
+        return sum(len(document.tokens) for document in unit)
+
+    def refused(self, unit: Sequence[Encoded]) -> str | None:
         """Return the reason for which the documents of a row are dropped; None if they are kept."""
         return None
 
@@ -63,8 +71,12 @@ class RowEncoding(ABC):
         return truncate(unit[0], config.max_length, config.truncation, bos) if len(unit) == 1 else ()
 
     def label_text(self, document: Encoded) -> str | None:
-        """Return the document's labels as text for display; None if it has none."""
+        """Return what the last token of a document stands for, for display; None if it is one of the text."""
         return None
+
+    def captions(self, unit: Unit) -> Sequence[str]:
+        """Return what each document of a row is, for display; empty if there is nothing to tell."""
+        return [""] * len(unit)
 
 
 @dataclass(frozen=True)

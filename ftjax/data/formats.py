@@ -88,7 +88,8 @@ def _preference(v: Values, where: str) -> Example:
 
         chosen, rejected = (of_transcript(name, *one) for name, one in zip(("chosen", "rejected"), both, strict=True))
     else:
-        prompt, *answers = split_preference(v.get("prompt"), v["chosen"], v["rejected"], where)
+        given = (string(v, name, where) if isinstance(v[name], int | float) else v[name] for name in ("chosen", "rejected"))
+        prompt, *answers = split_preference(v.get("prompt"), *given, where)
         chosen, rejected = (_prompt_completion({**v, "prompt": prompt, "completion": answer}, where) for answer in answers)
     return replace(chosen, rejected=rejected, margin=finite(v, "margin", where))
 

@@ -18,7 +18,7 @@ from ftjax.config.data import DataConfig
 from ftjax.data.batch import Batch, BatchIterator, fill, own_rows
 from ftjax.data.build import build_documents
 from ftjax.data.clean import held_out
-from ftjax.data.encoder import Encoded
+from ftjax.data.encoder import Unit
 from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.pack import Plan, in_order, pack
 from ftjax.data.report import DataReport
@@ -46,9 +46,8 @@ class Split(Protocol):
         embeddings."""
 
     def rows_per_epoch(self, epoch: int) -> int: ...
-    def example(self) -> Encoded: ...
-    def first(self, count: int) -> list[tuple[Encoded, tuple[int | None, int | None]]]:
-        """Return the first documents, each with its row and segment in the first epoch."""
+    def first(self, count: int) -> list[tuple[Unit, tuple[int | None, int | None]]]:
+        """Return the documents of the first rows of data, with the row and segment of the first document in the first epoch."""
 
     def batches(
         self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, rows: Sequence[int] | None = None,
@@ -301,18 +300,14 @@ class PackedSplit:
 
     # ---- rows ----
 
-    def example(self) -> Encoded:
-        """Return the first document, for display."""
-        return self.documents.document(self.chosen[0])
-
-    def first(self, count: int) -> list[tuple[Encoded, tuple[int | None, int | None]]]:
-        """Return the first documents, each with its row and segment (from 1) in the first epoch."""
+    def first(self, count: int) -> list[tuple[Unit, tuple[int | None, int | None]]]:
+        """See `Split.first`; segments count from 1."""
         plan, found = self.plan(0, True, self.seed), []
-        for number in self.chosen[:count]:
-            at = np.flatnonzero(plan.documents == number)[:1]
+        for unit in self.chosen.reshape(-1, self.sequences)[:count]:
+            at = np.flatnonzero(plan.documents == unit[0])[:1]
             row = np.searchsorted(plan.starts, at, side="right") - 1
             place = (int(row[0]), int(at[0] - plan.starts[row[0]]) + 1) if len(at) else (None, None)
-            found.append((self.documents.document(number), place))
+            found.append((tuple(map(self.documents.document, unit)), place))
         return found
 
     def rows(self, plan: Plan, numbers: np.ndarray, width: int) -> Batch:

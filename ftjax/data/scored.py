@@ -15,11 +15,20 @@ import numpy as np
 
 from ftjax.config.data import DataConfig
 from ftjax.data.encoder import Encoded, TextPlan, Unit
-from ftjax.data.pairs import PairEncoder, Pairs, refuse_trained_prompts
+from ftjax.data.example import Example
+from ftjax.data.pairs import PairEncoder, Pairs, refuse_long, refuse_options, shorten_pair
 
 
 class ScoredEncoder(PairEncoder):
-    """Encodes a row as two conversations whose last tokens are scored, each with the margin of the row."""
+    """Encodes a row as two conversations whose last tokens are scored, each with the margin of the row.
+
+    A text is tokenised as a whole, as whoever has it scored does: nothing is generated from its prompt. A conversation ends as
+    the chat template writes it.
+    """
+
+    def plan(self, example: Example) -> Sequence[TextPlan | Encoded]:
+        """Plan the chosen and the rejected document of an example; see `RowEncoder.plan`."""
+        return [replace(plan, cuts=[], answered=False) for plan in super().plan(example)]
 
     def encode(self, plan: TextPlan, encodings: list[Any]) -> Encoded:
         """Return the document of a text, with one more token and the row's margin, 0 if it has none."""
@@ -41,17 +50,21 @@ class Scored(Pairs):
         return "scored"
 
     def encoder(self, tokenizer: Any, config: DataConfig) -> ScoredEncoder:
-        refuse_trained_prompts(config)
+        refuse_options(config)
         return ScoredEncoder(tokenizer)
 
     def shorten(self, unit: Unit, config: DataConfig, bos: int | None) -> Sequence[Encoded]:
-        """Shorten the conversations as `Pairs.shorten` does; the last token that remains is scored."""
-        bare = tuple(replace(one, tokens=one.tokens[:-1], weights=np.ones(len(one.tokens) - 1, np.float32)) for one in unit)
-        room = config.model_copy(update={"max_length": config.max_length - len(unit)})
-        return [_scored(document) for document in super().shorten(bare, room, bos)]
+        """Shorten the conversations as `shorten_pair` does; the last token that remains is scored."""
+        refuse_long(unit, config)
+        bare = tuple(replace(one, tokens=one.tokens[:-1], weights=one.weights[:-1]) for one in unit)
+        return list(map(_scored, shorten_pair(bare, config.max_length - len(unit), config.truncation, bos)))
 
-    def label_text(self, document: Encoded) -> str | None:
-        return f"margin {document.labels[0]:g}" if document.labels[0] else None
+    def label_text(self, document: Encoded) -> str:
+        return "score"
+
+    def captions(self, unit: Unit) -> Sequence[str]:
+        margin = float(unit[0].labels[0])
+        return f"chosen (margin {margin:g})" if margin else "chosen", "rejected"
 
 
 def _scored(document: Encoded) -> Encoded:

@@ -1,7 +1,7 @@
 """Answers that are wanted or not, one at a time: the documents of KTO.
 
 Each has a label, 1 or -1, among its values. To estimate how far the model has moved from its reference on any answer (its KL
-divergence), a row also has a second document with label 0: the same prompt with the answer of another row.
+divergence), a row also has a second document with label 0: the same prompt with the answer to another prompt.
 
     {"prompt": "Hi", "completion": " there", "label": true}      <s> Hi _there </s>  <s> Hi _3.14 </s>
     {"prompt": "Pi?", "completion": " 3.14", "label": false}     <s> Pi? _3.14 </s>  <s> Pi? _there </s>
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from ftjax.config.data import DataConfig
-from ftjax.data.clean import digest
 from ftjax.data.encode import Encoder
 from ftjax.data.encoder import Encoded, TextPlan, Unit
 from ftjax.data.encoding import Numbered
 from ftjax.data.example import Example
-from ftjax.data.pairs import Pairs, refuse_trained_prompts
+from ftjax.data.pairs import Pairs, answer_turn, prompt_digest, refuse_options, rooms
+from ftjax.data.report import DataReport
 from ftjax.data.truncate import truncate
 from ftjax.errors import UserError
 
@@ -69,55 +69,98 @@ class Unpaired(Pairs):
         return ["unpaired", self.kl]
 
     def encoder(self, tokenizer: Any, config: DataConfig) -> UnpairedEncoder:
-        refuse_trained_prompts(config)
-        return UnpairedEncoder(tokenizer)
+        refuse_options(config)
+        return UnpairedEncoder(tokenizer, last_turn_only=config.last_turn_only)
 
-    def arrange(self, rows: Iterable[Numbered], dropped: Counter[str]) -> Iterator[Numbered]:
-        """Split pairs into a wanted and an unwanted answer, and exchange the answers of neighbouring rows."""
-        single = (one for row in rows for one in _single(row))
+    def arrange(self, rows: Iterable[Numbered], report: DataReport) -> Iterator[Numbered]:
+        """Make a pair a wanted and an unwanted answer, and give each row an answer to another prompt of its group."""
+        single = (one for row in rows for one in _single(row, report))
         if not self.kl:
             yield from single
             return
-        last: Numbered | None = None  # of the group before, for a group of one row
+        last: Example | None = None  # of the group before
         while group := list(islice(single, GROUP)):
-            before = [group[-1] if len(group) > 1 or last is None else last, *group[:-1]]
-            for (number, mark, example), (_, _, other) in zip(group, before, strict=True):
-                labelled = example.labelled
-                yield number, mark, replace(example, rejected=_exchanged(example, other)) if labelled else example
-            last = group[-1]
+            labelled = [example for _, _, example in group if example.labelled]
+            others = iter(_others(labelled, last))
+            for number, mark, example in group:
+                yield number, mark, _with_other(example, next(others)) if example.labelled else example
+            last = labelled[-1] if labelled else last
 
-    def refused(self, unit: Unit) -> str | None:
+    def size(self, unit: Sequence[Encoded]) -> int:
+        """Return the tokens of the row's own answer and its prompt."""
+        return len(unit[0].tokens)
+
+    def refused(self, unit: Sequence[Encoded]) -> str | None:
         return None
 
     def shorten(self, unit: Unit, config: DataConfig, bos: int | None) -> Sequence[Encoded]:
-        """Shorten the documents of a row to fit into one row of a batch; see `Pairs.shorten`."""
-        return super().shorten(unit, config, bos) if self.kl else truncate(unit[0], config.max_length, config.truncation, bos)
+        """Shorten the documents of a row to fit into one row of a batch.
 
-    def label_text(self, document: Encoded) -> str:
-        return {1.0: "wanted", -1.0: "unwanted"}.get(float(document.labels[0]), "for the KL divergence")
+        The answer may take half of it, and what the document for the KL divergence leaves. That document loses its end, so
+        that no row is dropped because the answer to another is long.
+        """
+        if not self.kl:
+            return truncate(unit[0], config.max_length, config.truncation, bos)
+        own, other = unit
+        room = rooms([len(own.tokens), len(other.tokens)], config.max_length)[0]
+        if len(own.tokens) > room:
+            if config.truncation == "error":
+                raise UserError(
+                    f"{own.where}: {len(own.tokens)} tokens are more than half of data.max_length {config.max_length}, and "
+                    "the row must also hold a document for the KL divergence; raise it, or choose data.truncation: drop, "
+                    "right, left or middle"
+                )
+            own = next(iter(truncate(own, room, config.truncation, bos)), None)
+            if own is None:
+                return ()
+        left = config.max_length - len(own.tokens)
+        return own, other if len(other.tokens) <= left else truncate(other, left, "right", bos)[0]
+
+    def captions(self, unit: Unit) -> Sequence[str]:
+        label = "wanted" if unit[0].labels[0] > 0 else "unwanted"
+        return (label, "for the KL divergence") if self.kl else (label,)
 
 
-def _single(row: Numbered) -> list[Numbered]:
-    """Return a row with one answer as it is, and a pair as two rows."""
+def _single(row: Numbered, report: DataReport) -> Sequence[Numbered]:
+    """Return a row with one answer as it is, and a pair as two rows of one digest."""
     number, mark, example = row
     if example.rejected is None:
-        return [row]
+        return [(2 * number, mark, example)]
+    report.divided += 1
     halves = (replace(example, rejected=None), True), (example.rejected, False)
     return [
-        (number, digest(f"{mark} {wanted}"), replace(half, wanted=wanted, labelled=True, margin=None))
-        for half, wanted in halves
+        (2 * number + (not wanted), mark, replace(half, wanted=wanted, labelled=True, margin=None)) for half, wanted in halves
     ]
 
 
-def _exchanged(example: Example, other: Example) -> Example:
-    """Return the prompt of one example with the answer of another."""
-    answer = () if other.messages is None else other.messages[other.prompt_turns :]
+def _others(examples: Sequence[Example], before: Example | None) -> list[Example]:
+    """Return for each example the one whose answer it gets: to another prompt as far as there is one, each of them once.
+
+    With the examples in order of their prompts, that is the one so many places before as the most frequent prompt has rows;
+    if all prompts differ, the neighbour.
+
+    Args:
+        before: for an example alone.
+    """
+    if len(examples) < 2:
+        return [example if before is None else before for example in examples]
+    prompts = [prompt_digest(example) for example in examples]
+    first = {prompt: number for number, prompt in reversed([*enumerate(prompts)])}
+    order = sorted(range(len(examples)), key=lambda number: first[prompts[number]])
+    most = max(Counter(prompts).values())
+    shift = most if most < len(examples) else 1
+    found = {number: examples[order[place - shift]] for place, number in enumerate(order)}
+    return [found[number] for number in range(len(examples))]
+
+
+def _with_other(example: Example, other: Example) -> Example:
+    """Return an example whose second document has the answer of another."""
+    answer = () if other.messages is None else other.messages[answer_turn(other) :]
     completion = other.completion
     if completion is None:
         completion = next((turn["content"] for turn in answer if isinstance(turn.get("content"), str)), "")
     if other.messages is None:
         answer = ({"role": "assistant", "content": completion},)
-    messages = None if example.messages is None else (*example.messages[: example.prompt_turns], *answer)
-    return replace(
-        example, completion=None if example.prompt is None else completion, messages=messages, labelled=False, rejected=None
-    )
+    messages = None if example.messages is None else (*example.messages[: answer_turn(example)], *answer)
+    completion = None if example.prompt is None else completion
+    return replace(example, rejected=replace(example, completion=completion, messages=messages, labelled=False))

@@ -18,7 +18,7 @@ from ftjax.evaluate.rows import Item, read_items, splits_off
 from ftjax.generate.finite import NotFinite
 from ftjax.generate.session import Generator
 from ftjax.generate.text import TextStream
-from ftjax.objectives import encoding_of, head_of
+from ftjax.objectives import head_of
 from ftjax.train.observer import Observation
 from ftjax.train.setup import Setup
 
@@ -34,10 +34,9 @@ def make_observer(setup: Setup, tokenizer: Any, validation: PackedSplit | None) 
     head = head_of(setup.config) is not None
     if head and settings.training_prompts:
         raise UserError("evaluate.training_prompts: a classification head generates no answers; use evaluate.training_rows")
-    documents = []
-    if validation and not head:  # the first document of a row: the chosen answer of a pair
-        each = encoding_of(setup.config).sequences
-        documents = [document for document, _ in validation.first(settings.training_examples * each)][::each]
+    # The first document of a row: the chosen answer of a pair.
+    first = validation.first(settings.training_examples) if validation and not head else []
+    documents = [unit[0] for unit, _ in first]
     if not documents and not settings.training_prompts and not settings.training_rows:
         return None
     return Observer(setup, tokenizer, documents, validation)

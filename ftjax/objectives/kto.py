@@ -70,7 +70,7 @@ def _kl(inputs: LossInputs) -> jax.Array:
 
 def _answers(inputs: LossInputs) -> _Answers:
     section, segments = inputs.config.objective, inputs.batch["segment_ids"]
-    documents = segments.shape[1] // 2  # each has two tokens at least
+    documents = _documents_per_row(segments)
 
     def sums(values: jax.Array) -> jax.Array:
         return segment_sums(values, segments, documents)
@@ -82,11 +82,16 @@ def _answers(inputs: LossInputs) -> _Answers:
     return _Answers(sums(labels[..., 0]), _logprobs(inputs), reference, there)
 
 
+def _documents_per_row(segments: jax.Array) -> int:
+    """Return the most documents that a row may have: each has two tokens at least."""
+    return segments.shape[1] // 2
+
+
 def _logprobs(forward: Forward) -> jax.Array:
     """Sum the log-probabilities of the answer of each document: `[B, documents]`."""
     segments = forward.batch["segment_ids"]
     values = forward.token_logprobs().logprobs * forward.batch["weights"]
-    return segment_sums(values, segments, documents_per_row(segments.shape[1]))
+    return segment_sums(values, segments, _documents_per_row(segments))
 
 
 def _derived(section: KtoConfig, means: Mapping[str, float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ftjax.config import Config
 from ftjax.data.pipeline import Split
-from ftjax.data.preview import render_example
+from ftjax.data.shown import render, show_unit
 from ftjax.flops import TrainFlops
 from ftjax.hub.adapter.peft import CONFIG as ADAPTER
 from ftjax.hub.adapter.peft import read_adapter_config
@@ -43,12 +43,18 @@ def announce(setup: Setup, data: Sequence[str], flops: TrainFlops, *, steps: int
 
 
 def example_lines(config: Config, split: Split, tokenizer: Any) -> list[str]:
-    """Return one row as the model sees it, with the trained tokens marked."""
-    document, head = split.example(), head_of(config)
-    if (words := encoding_of(config).label_text(document)) is not None:
+    """Return the first row of data as the model sees it, with the trained tokens marked."""
+    [(unit, _)], encoding, head = split.first(1), encoding_of(config), head_of(config)
+    first, *others = show_unit(unit, tokenizer, encoding)
+    if others or first.caption:
+        return [
+            f"an example (trained tokens are marked), {first.caption}:", render(first),
+            *(line for item in others for line in (f"and {item.caption}, where they part:", render(item, item.parts_at))),
+        ]  # fmt: skip
+    if (words := encoding.label_text(unit[0])) is not None:
         what = {SINGLE: "class", MULTI: "labels"}.get(head and head.problem_type, "value")
-        return ["an example:", tokenizer.decode(document.tokens[:-1].tolist()), f"its {what}: {words}"]
-    return ["an example (trained tokens are marked):", render_example(document, tokenizer)]
+        return ["an example:", tokenizer.decode(unit[0].tokens[:-1].tolist()), f"its {what}: {words}"]
+    return ["an example (trained tokens are marked):", render(first)]
 
 
 def next_commands(folder: Path, config: Config) -> list[str]:

@@ -44,7 +44,7 @@ class ToyPairsConfig(Section):
 
 class PairEncoder(Encoder):
     def plan(self, example):
-        answers = example.completion, example.rejected
+        answers = example.completion, example.rejected.completion
         return [plan for answer in answers for plan in super(PairEncoder, self).plan(replace(example, completion=answer))]
 
 
