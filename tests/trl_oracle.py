@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from oracle import Case, make_hf
+from oracle import ONE, Case, make_hf
 from peft import LoraConfig
 from tiny_tokenizer import save_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -117,7 +117,7 @@ class Known(LossInputs):
 
 
 class Ours:
-    """A model with its method that has moved away from its start, and one batch of all rows.
+    """A model with its method on one device that has moved away from its start, and one batch of all rows.
 
     Args:
         objective: that of the data; others that take the same documents may be asked for.
@@ -133,7 +133,7 @@ class Ours:
             "data": {"train": str(path), "max_length": 128, **data},
         }  # fmt: skip
         config = Config.model_validate(self._values)
-        self.setup = prepare(config)
+        self.setup = prepare(config, ONE)
         self.split, _ = load_splits(config.data, load_tokenizer(config.model), seed=0, encoding=encoding_of(config))
         (self.batch,) = self.split.batches(len(rows), seed=0, shuffle=True, epochs=1)
         rng = np.random.default_rng(1)

@@ -1,7 +1,6 @@
 """Objectives on pairs without a reference model are what TRL's CPOTrainer and ORPOTrainer compute."""
 
 import pytest
-from oracle import one_device
 from processes import ALL
 from trl_oracle import FULL, PAIRS, Ours, Theirs, compare, make_model
 
@@ -35,9 +34,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(model):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ftjax.train.setup.make_mesh", lambda config, devices=None: one_device())
-        return Ours(model, PAIRS, {"name": "cpo"}, FULL, 0.1)
+    return Ours(model, PAIRS, {"name": "cpo"}, FULL, 0.1)
 
 
 @pytest.fixture(scope="module")

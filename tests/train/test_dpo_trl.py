@@ -6,7 +6,6 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from oracle import one_device
 from processes import ALL
 from tiny_run import run_steps
 from trl_oracle import FULL, LORA, PAIRS, Ours, Theirs, compare, make_model, messages
@@ -35,13 +34,6 @@ CASES = {
     "ld_alpha": {"ld_alpha": 0.3},
     "ld_alpha-0": {"ld_alpha": 0.0, "loss_type": ["ipo"]},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ftjax.train.setup.make_mesh", lambda config, devices=None: one_device())
-        yield
 
 
 @pytest.fixture(scope="module")

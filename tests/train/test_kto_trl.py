@@ -1,7 +1,6 @@
 """`objective: {name: kto}` is what TRL's KTOTrainer computes, its pairs for the KL divergence included."""
 
 import pytest
-from oracle import one_device
 from processes import ALL
 from trl_oracle import FULL, LORA, PAIRS, Ours, Theirs, compare, make_model
 
@@ -12,13 +11,6 @@ ROWS = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} fo
 ROWS += [{"prompt": row["prompt"], "completion": row["rejected"], "label": False} for row in PAIRS[:4]]
 METRICS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"}
 WEIGHTS = {"beta": 0.3, "desirable_weight": 0.7, "undesirable_weight": 1.6}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ftjax.train.setup.make_mesh", lambda config, devices=None: one_device())
-        yield
 
 
 @pytest.fixture(scope="module")

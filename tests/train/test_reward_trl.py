@@ -16,7 +16,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_reward(name, tmp_path, on_one_device):
+def test_reward(name, tmp_path):
     family, method, step, rows, settings = MODELS[name]
     folder = make_model(tmp_path / "model", family, chat=name == "full")
     ours = Ours(folder, rows, {"name": "reward"}, method, step)
