@@ -90,8 +90,8 @@ LINES = [
     if features.sparse or "expert" not in mesh
 ]
 SLICE = {
-    ("tensor", "lora"), ("sequence", "full"), ("fsdp x tensor", "classes"), ("fsdp x expert", "lora"), ("slices", "int8"),
-    ("fsdp x sequence", "prefix"), ("sequence", "labels"),
+    ("tensor", "lora"), ("sequence", "full"), ("fsdp x expert", "lora"), ("slices", "int8"), ("fsdp x sequence", "prefix"),
+    ("sequence", "labels"),
 }  # fmt: skip
 
 
