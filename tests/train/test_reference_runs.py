@@ -39,9 +39,7 @@ def pair_config(model, pairs, out, *, method=LORA, name="dpo", steps=8, **object
 @pytest.mark.parametrize(
     ("method", "name"), [(LORA, "dpo"), ({"name": "full"}, "dpo"), (LORA, "kto")], ids=["lora", "full", "kto"]
 )
-def test_a_reference_computed_before_training_gives_the_same_run(
-    method, name, model, pairs, tmp_path, monkeypatch
-):
+def test_a_reference_computed_before_training_gives_the_same_run(method, name, model, pairs, tmp_path, monkeypatch):
     """The numbers are those of a reference in every update; the second start reads them from the cache."""
     monkeypatch.setenv("FTJAX_CACHE", str(tmp_path / "cache"))
     each, once = tmp_path / "each", tmp_path / "once"
