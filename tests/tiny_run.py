@@ -9,11 +9,12 @@ from ftjax.train.setup import Setup, compile_steps
 from ftjax.train.step import init_state
 
 
-def make_config(folder, *, method=None, optimizer=None, mesh=None, **training) -> Config:
+def make_config(folder, *, method=None, optimizer=None, mesh=None, objective=None, **training) -> Config:
     return Config.model_validate({
         "model": {"path": str(folder), "dtype": "float32", "compute_dtype": "float32", "remat": "none"},
         "method": method or {"name": "lora", "r": 4, "lora_alpha": 8},
         "data": {"train": "unused.jsonl", "max_length": 32},
+        "objective": objective or {"name": "sft"},
         "optimizer": {"learning_rate": 1e-2, "lr_scheduler_type": "constant", **(optimizer or {})},
         "training": {"global_batch_size": 8, **training},
         "mesh": mesh or {"fsdp": 1, "data": 1},

@@ -197,9 +197,8 @@ class Ours:
         def rows(known):
             return [self._totals(setup, slice(at, at + 1), known[at : at + 1]) for at in range(len(known))]
 
-        found = rows(logprobs)
-        assert len(found) > 1
-        return self._found(setup, found, None)
+        assert len(logprobs) > 1
+        return self._found(setup, rows(logprobs), None)
 
     def _totals(self, setup: Setup, rows: slice, known: jax.Array) -> LossTotals:
         record, batch = objective_of(setup.config), {name: values[rows] for name, values in self.batch.items()}

@@ -26,9 +26,10 @@ METHODS = {
 }
 
 
-def plan(base, method):
+def plan(base, method, objective=None, microbatches=1):
     """Return `(bytes of frozen weights, of trained ones, arguments, temporaries)` of the step."""
-    config = make_config(base, method=method, global_batch_size=1)
+    steps = {"global_batch_size": microbatches, "gradient_accumulation_steps": microbatches}
+    config = make_config(base, method=method, objective=objective, **steps)
     setup = prepare(config.model_copy(update={"data": config.data.model_copy(update={"max_length": 8})}), ONE)
     step, _, optimizer, _ = compile_steps(setup, 10)
     with jax.set_mesh(setup.mesh):
@@ -49,3 +50,22 @@ def test_what_trains_has_them(base):
     """The same figures do show gradients and moments, where there are any."""
     frozen, trained, arguments, temporaries = plan(base, {"name": "full"})
     assert frozen == 0 and arguments > 3 * trained and temporaries > trained
+
+
+@pytest.mark.parametrize("loss_type, microbatches", [("sigmoid", 1), ("aot", 2)])
+def test_an_adapters_reference_is_the_base(base, loss_type, microbatches, on_one_device):
+    """Beside next-token training, a comparison with the model before training has no other array of the size of the base."""
+    method = METHODS["lora"]
+    frozen, _, arguments, temporaries = plan(base, method, {"name": "dpo", "loss_type": loss_type}, microbatches)
+    same, _, fewest, least = plan(base, method, microbatches=microbatches)
+    assert frozen == same and arguments < fewest + frozen / 100
+    assert temporaries < least + frozen / 4
+
+
+def test_a_whole_models_reference_is_a_copy(base, on_one_device):
+    """Which the same figures do show; it has neither gradient nor moments."""
+    method = {"name": "full"}
+    frozen, trained, arguments, temporaries = plan(base, method, {"name": "dpo"})
+    _, _, fewest, least = plan(base, method)
+    assert frozen == trained and fewest + 0.99 * trained < arguments < fewest + 1.01 * trained
+    assert temporaries < least + trained / 4

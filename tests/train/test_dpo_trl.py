@@ -99,7 +99,9 @@ def test_models(name, tmp_path):
     ours = Ours(folder, rows, {"name": "dpo"}, method, step)
     theirs = Theirs(folder, rows, ours, tmp_path / "out", "dpo")
     assert ours.documents() == theirs.documents()
-    settings = {"beta": 0.3} if name.endswith("lora") else {"beta": 0.3, "loss_type": ["ipo", "sft"], "loss_weights": [2, 0.5]}
+    settings = (
+        {"beta": 0.3} if name.endswith("lora") else {"beta": 0.3, "loss_type": ["sigmoid", "sft"], "loss_weights": [2, 0.5]}
+    )
     compare(ours.whole(**settings), theirs(**settings), METRICS)
 
 

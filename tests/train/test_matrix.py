@@ -81,7 +81,31 @@ FEATURES = {
         microbatches=2,
         sparse=False,
     ),
+    # compares the pairs of a whole update in order
+    "dpo": Features(
+        {
+            "method": {**LORA, "lora_dropout": 0.3},
+            "objective": {"name": "dpo", "loss_type": ["sigmoid", "aot_unpaired", "sft"]},
+            "data": {"train": "{folder}/pairs.jsonl", "validation": "{folder}/pairs.jsonl", "contamination": "ignore"},
+            "training": {"eval_steps": 2},
+        },
+        microbatches=2,
+    ),
+    # has a mean over the whole update
+    "kto": Features(
+        {
+            "method": {"name": "full"},
+            "objective": {"name": "kto"},
+            "data": {"train": "{folder}/wanted.jsonl", "validation": "{folder}/wanted.jsonl", "contamination": "ignore"},
+            "training": {"eval_steps": 2},
+        },
+        microbatches=2,
+    ),
 }
+EVALUATED = (
+    "eval/loss", "eval/token_accuracy", "eval/accuracy", "eval/subset_accuracy", "eval/micro_f1", "eval/rewards/margins",
+    "eval/logps/rejected", "eval/nll_loss", "eval/kl",
+)  # fmt: skip
 LAYOUTS = ((2, 2), (4, 1))  # processes x devices of each
 LINES = [
     (mesh, name, LAYOUTS[(number + place) % 2])
@@ -91,7 +115,7 @@ LINES = [
 ]
 SLICE = {
     ("tensor", "lora"), ("sequence", "full"), ("fsdp x expert", "lora"), ("slices", "int8"), ("fsdp x sequence", "prefix"),
-    ("sequence", "labels"),
+    ("sequence", "labels"), ("tensor outside", "dpo"), ("fsdp x sequence", "kto"),
 }  # fmt: skip
 
 
@@ -119,6 +143,13 @@ def folder_of(tmp_path_factory):
             (folder / "classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
             several = [{"text": word, "label": [letter for letter in "abc" if letter in word]} for word in words]
             (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in several))
+            pairs = [{"prompt": word, "chosen": word[::-1], "rejected": word.upper()} for word in words]
+            (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+            wanted = [
+                {"prompt": word, "completion": word[::-1] if n % 3 else word.upper(), "label": n % 3 > 0}
+                for n, word in enumerate(words)
+            ]
+            (folder / "wanted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wanted))
             made[sparse] = folder, settings
         return made[sparse]
 
@@ -150,7 +181,7 @@ def test_processes_are_one(mesh, name, layout, folder_of, tmp_path):
     got, want = rows(many), rows(one)
     assert list(got) == list(want) and len(want) == (2 if name == "full" else 4)
     same_losses(got, want, 1e-5)
-    for metric in ("eval/loss", "eval/token_accuracy", "eval/accuracy", "eval/subset_accuracy", "eval/micro_f1"):
+    for metric in EVALUATED:
         ours, theirs = rows(many, metric), rows(one, metric)
         assert list(ours) == list(theirs)
         for step in theirs:
