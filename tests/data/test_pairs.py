@@ -221,7 +221,10 @@ def test_a_prompt_that_is_longer_than_a_row(tmp_path):
         {"prompt": "P", "chosen": " a", "rejected": " b"},
         {"prompt": "ab " * 90, "chosen": " a", "rejected": " b"},
     )
-    assert dict(balanced(load(path, max_length=64).report).dropped) == {"longer than max_length": 1}
+    dropped = balanced(load(path, max_length=64).report)
+    assert dict(dropped.dropped) == {"longer than max_length": 1}
+    total = sum(len(document.tokens) for document in units(load(path, max_length=1024))[1])
+    assert any(f"those of 1 examples have up to {total} tokens: raise it" in warning for warning in dropped.warnings)
     cut = balanced(load(path, max_length=64, truncation="right").report)
     assert dict(cut.dropped) == {"without a trained token": 1}
     assert any("no trained token in one of their documents" in w and "a.jsonl:2" in w for w in cut.warnings)
