@@ -127,7 +127,7 @@ class Build:
             source, streaming = self.sources[number], self.config.streaming
             for reader, row in read_source(
                 source, self.unread, found=self.found[number], streaming=streaming, normalize=normalize,
-                label=self.encoding.label_reader,
+                label=self.encoding.label_reader, prefers=self.encoding.formats,
             ):  # fmt: skip
                 self.readers.setdefault(number, reader)
                 self.report.formats[source.path] = reader.name
