@@ -10,7 +10,7 @@ from ftjax.config.base import Section
 
 _SYNONYMS = {
     "alpaca": "instruction", "sharegpt": "conversations", "chatml": "messages", "tokenized": "input_ids",
-    "kto": "unpaired_preference",
+    "kto": "unpaired_preference", "dpo": "preference",
 }  # fmt: skip
 Format = Annotated[
     Literal[

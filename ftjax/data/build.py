@@ -19,7 +19,7 @@ from ftjax.data.example import Example
 from ftjax.data.faults import SHOWN, Faults
 from ftjax.data.find import Files, HubSet, find
 from ftjax.data.reader import Reader, read_source
-from ftjax.data.remarks import BROKEN, EMPTY, MASKED, UNWANTED, warnings_of
+from ftjax.data.remarks import BROKEN, EMPTY, LONG, MASKED, UNWANTED, warnings_of
 from ftjax.data.report import DataReport
 from ftjax.data.row import Row
 from ftjax.data.store import Documents, Writer, cached
@@ -33,7 +33,6 @@ OPTIONS = (
     "prompt_format", "max_length", "truncation", "train_on_inputs", "last_turn_only", "special_tokens_in_text", "fold_system",
     "on_error", "drop_empty", "min_tokens", "max_tokens", "deduplicate", "near_duplicate_threshold", "unicode_normalization",
 )  # fmt: skip
-LONG = "longer than max_length"
 
 
 def build_documents(
@@ -128,7 +127,7 @@ class Build:
             source, streaming = self.sources[number], self.config.streaming
             for reader, row in read_source(
                 source, self.unread, found=self.found[number], streaming=streaming, normalize=normalize,
-                label=self.encoding.label_reader,
+                label=self.encoding.label_reader, prefers=self.encoding.formats,
             ):  # fmt: skip
                 self.readers.setdefault(number, reader)
                 self.report.formats[source.path] = reader.name
@@ -268,6 +267,7 @@ class Build:
             pieces = self.encoding.shorten(unit, config, self.encoder.tokens.bos)
             if not pieces:
                 report.dropped[LONG] += 1
+                report.notes["longest"] = max(report.notes["longest"], sum(len(document.tokens) for document in unit))
                 return ()
         elif self.encoding.answers:
             for document in unit:

@@ -25,12 +25,14 @@ class RowEncoding(ABC):
         answers: whether documents end with an answer that should end with an end token.
         unwanted: whether rows whose label is false become documents, too.
         rejected: whether rejected answers become documents, too.
+        formats: formats of data that it takes before all others.
     """
 
     sequences: int = 1
     answers: ClassVar[bool] = True
     unwanted: ClassVar[bool] = False
     rejected: ClassVar[bool] = False
+    formats: ClassVar[tuple[str, ...]] = ()
 
     @property
     def values(self) -> int:

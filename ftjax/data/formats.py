@@ -78,7 +78,11 @@ def _unpaired_preference(v: Values, where: str) -> Example:
 
 
 def _preference(v: Values, where: str) -> Example:
-    found = None if v.get("prompt") else transcripts(v["chosen"], v["rejected"])
+    asked = v.get("prompt")
+    if not asked and not isinstance(by_row(v["chosen"]), list):  # answers alone: a conversation beside them is the prompt
+        name = next((name for name in TALKS if v.get(name)), None)
+        asked = name and _listed(v[name], name, where)
+    found = None if asked else transcripts(v["chosen"], v["rejected"])
     if found:
         count, *both = found
 
@@ -89,7 +93,7 @@ def _preference(v: Values, where: str) -> Example:
         chosen, rejected = (of_transcript(name, *one) for name, one in zip(("chosen", "rejected"), both, strict=True))
     else:
         given = (string(v, name, where) if isinstance(v[name], int | float) else v[name] for name in ("chosen", "rejected"))
-        prompt, *answers = split_preference(v.get("prompt"), *given, where)
+        prompt, *answers = split_preference(asked, *given, where)
         chosen, rejected = (_prompt_completion({**v, "prompt": prompt, "completion": answer}, where) for answer in answers)
     return replace(chosen, rejected=rejected, margin=finite(v, "margin", where))
 
@@ -168,6 +172,7 @@ def _input_ids(v: Values, where: str) -> Example:
     return Example(where, input_ids=ids, labels=labels)
 
 
+TALKS = "messages", "conversations"
 CHAT = ("system", "tools", "chat_template_kwargs", "references")
 FORMATS: dict[str, Format] = {
     "input_ids": Format(("input_ids",), _input_ids, ("labels", "attention_mask", *MASKS), whole=True),
@@ -177,7 +182,7 @@ FORMATS: dict[str, Format] = {
         ("prompt", "completion", "label"), _unpaired_preference, CHAT, "completion", fits=lambda v: _verdict(v) is not None
     ),
     "prompt_completion": Format(("prompt", "completion"), _prompt_completion, CHAT, "completion"),
-    "preference": Format(("chosen", "rejected"), _preference, ("prompt", "margin", *CHAT), whole=True),
+    "preference": Format(("chosen", "rejected"), _preference, ("prompt", "margin", *TALKS, *CHAT), whole=True),
     "instruction": Format(("instruction", "output"), _instruction, ("input", "system", "history", "references"), "output"),
     "question_answer": Format(("question", "answer"), _question, CHAT, "answer"),
     "document_summary": Format(("document", "summary"), _document, CHAT, "summary"),

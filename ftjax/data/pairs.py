@@ -56,6 +56,7 @@ class Pairs(RowEncoding):
 
     sequences = 2
     unwanted = rejected = True
+    formats = ("preference", "unpaired_preference")
 
     @property
     def values(self) -> int:

@@ -20,9 +20,12 @@ SPOKEN = {"Human": "user", "Assistant": "assistant"}
 def split_preference(prompt: Any, chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
     """Return `(prompt, chosen, rejected)`; the last two are answers alone: text, or messages that follow the prompt's.
 
+    An answer may be one message by itself.
+
     Raises EmptyRow if nothing is left of an answer, and UserError if there is no prompt.
     """
     chosen, rejected, prompt = (by_row(value) for value in (chosen, rejected, prompt))
+    chosen, rejected = ([answer] if _is_message(answer) else answer for answer in (chosen, rejected))
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer is None or answer == [] or (isinstance(answer, str) and not answer.strip()):
             raise EmptyRow(f"{where}: {name!r} is empty, so there is nothing to compare in this row; fill or remove it")
@@ -120,6 +123,10 @@ def _transcript(text: str) -> list[tuple[dict[str, str], int]]:
         ({"role": SPOKEN[mark[1]], "content": text[mark.end() : stop].strip()}, mark.end())
         for mark, stop in zip(marks, stops, strict=True)
     ]
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool({"role", "from"} & value.keys())
 
 
 def _said(turn: Any, where: str) -> tuple[Any, Any]:

@@ -28,13 +28,13 @@ AHEAD = 1024  # rows that determine the format
 
 def read_source(
     source: SourceConfig, faults: Faults | None = None, *, found: Files | HubSet | None = None, streaming: bool = False,
-    normalize: Callable[[str], str] | None = None, label: Callable[[Any, str], Any] | None = None,
+    normalize: Callable[[str], str] | None = None, label: Callable[[Any, str], Any] | None = None, prefers: Sequence[str] = (),
 ) -> Iterator[tuple["Reader", Row]]:  # fmt: skip
     """Yield every row of a source with its reader; see `read_rows` and `Reader` for the arguments.
 
     Raises UserError, with file and line, for rows that cannot be read or that fit no format.
     """
-    yield from _with_reader(source, read_rows(source, faults, found=found, streaming=streaming), normalize, label)
+    yield from _with_reader(source, read_rows(source, faults, found=found, streaming=streaming), normalize, label, prefers)
 
 
 def to_examples(rows: Iterable[Row], source: SourceConfig | None = None, faults: Faults | None = None) -> Iterator[Example]:
@@ -55,6 +55,7 @@ def _with_reader(
     rows: Iterator[Row],
     normalize: Callable[[str], str] | None = None,
     label: Callable[[Any, str], Any] | None = None,
+    prefers: Sequence[str] = (),
 ) -> Iterator[tuple["Reader", Row]]:
     first, error = [], None
     try:
@@ -62,7 +63,7 @@ def _with_reader(
             first.append(row)
     except UserError as caught:  # raised in its place, after the rows before it
         error = caught
-    reader = Reader(source, first, normalize, label=label) if first else None
+    reader = Reader(source, first, normalize, label=label, prefers=prefers) if first else None
     for row in first:
         yield reader, row
     if error is not None:
@@ -80,14 +81,16 @@ class Reader:
         rows: the first rows, which determine the format.
         normalize: applied to each text.
         label: turns a label column's value and its location into what the format reads (`ftjax.data.labels`).
+        prefers: formats that are taken before all others if the rows fit them.
         advising: whether messages suggest `data.columns`.
     """
 
     def __init__(
         self, source: SourceConfig, rows: Sequence[Row], normalize: Callable[[str], str] | None = None, *,
-        label: Callable[[Any, str], Any] | None = None, advising: bool = True,
+        label: Callable[[Any, str], Any] | None = None, prefers: Sequence[str] = (), advising: bool = True,
     ):  # fmt: skip
         self.source = source
+        self.order = dict.fromkeys((*prefers, *FORMATS))
         self.advising = advising
         self.columns = source.columns or {}
         self.normalize, self.label = normalize, label
@@ -197,7 +200,7 @@ class Reader:
         for nulls in (False, True):
             fits, some = self._fits(nulls)
             if some:
-                return next((name for name in FORMATS if 2 * fits[name] >= some), None) or fits.most_common(1)[0][0]
+                return next((name for name in self.order if 2 * fits[name] >= some), None) or fits.most_common(1)[0][0]
         raise UserError(self._nothing_fits())
 
     def _fits(self, nulls: bool) -> tuple[Counter[str], int]:

@@ -5,6 +5,7 @@ from ftjax.data.report import DataReport
 
 # reasons for which rows are dropped
 BROKEN, EMPTY, MASKED, UNWANTED = "broken (on_error: skip)", "empty", "without a trained token", "with label false"
+LONG = "longer than max_length"
 COUNTED = {  # encoder notes and their warnings: "in 3 rows ...", or documents where a row has several
     "prompt differs": "the chat template's generation prompt is not what it writes before the answer (some begin it with "
     "<think>): they are trained on the text without that beginning, and generation adds it. Set model.chat_template to a "
@@ -44,6 +45,12 @@ def warnings_of(report: DataReport, broken: list[str], masked: list[str], encodi
             f"{report.dropped[UNWANTED]:,} rows have label false (an unpaired preference, as for KTO): their completions are "
             "not wanted, and this objective has no use for them (objective.name: kto has); data.format: prompt_completion "
             "trains them as if they were"
+        )
+    if several and report.dropped[LONG]:
+        found.append(
+            f"data.max_length {report.max_length:,} must hold all documents of a row of data, and those of "
+            f"{report.dropped[LONG]:,} examples have up to {notes['longest']:,} tokens: raise it, or shorten them with "
+            "data.truncation"
         )
     if report.dropped[MASKED]:
         found.append(

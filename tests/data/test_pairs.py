@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pair_sets import answer, balanced, both, labelled, load, parts, talk, units, write
 
+from ftjax.data.encoding import ANSWERS
 from ftjax.data.pairs import Pairs, rooms
 from ftjax.data.scored import Scored
 from ftjax.data.unpaired import Unpaired
@@ -84,6 +85,16 @@ def test_turns_of_an_answer_that_are_not_trained(tmp_path):
     row["chosen"] = LONGER
     last = load(write(tmp_path / "b.jsonl", row), tokenizer=tokenizer, last_turn_only=True)
     assert [parts(document, tokenizer)[1] for document in units(last)[0]] == [f"too{END}", f"you{END}"]
+
+
+def test_pairs_are_read_though_the_rows_have_messages_too(tmp_path):
+    """As UltraFeedback has; an objective that imitates takes the messages."""
+    tokenizer = byte_level(CHATML)
+    row = {"prompt": "Hello", "chosen": talk("Hello", "a"), "rejected": talk("Hello", "b"), "messages": talk("Hello", "c")}
+    path = write(tmp_path / "a.jsonl", row)
+    assert [parts(document, tokenizer)[1] for document in units(load(path, tokenizer=tokenizer))[0]] == [f"a{END}", f"b{END}"]
+    [[document]] = units(load(path, ANSWERS, tokenizer))
+    assert parts(document, tokenizer)[1] == f"c{END}"
 
 
 def test_tools_stand_in_both_halves(tmp_path):
@@ -221,7 +232,10 @@ def test_a_prompt_that_is_longer_than_a_row(tmp_path):
         {"prompt": "P", "chosen": " a", "rejected": " b"},
         {"prompt": "ab " * 90, "chosen": " a", "rejected": " b"},
     )
-    assert dict(balanced(load(path, max_length=64).report).dropped) == {"longer than max_length": 1}
+    dropped = balanced(load(path, max_length=64).report)
+    assert dict(dropped.dropped) == {"longer than max_length": 1}
+    total = sum(len(document.tokens) for document in units(load(path, max_length=1024))[1])
+    assert any(f"those of 1 examples have up to {total} tokens: raise it" in warning for warning in dropped.warnings)
     cut = balanced(load(path, max_length=64, truncation="right").report)
     assert dict(cut.dropped) == {"without a trained token": 1}
     assert any("no trained token in one of their documents" in w and "a.jsonl:2" in w for w in cut.warnings)

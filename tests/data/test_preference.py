@@ -35,10 +35,16 @@ SYSTEM = {"role": "system", "content": "S"}
         ({"prompt": "Q", "completion": turns("Q", "A")}, ["Q"], ["A"]),
         ({"chosen": {"role": ["user", "assistant"], "content": ["Q", "A"]},
           "rejected": {"role": ["user", "assistant"], "content": ["Q", "B"]}}, ["Q"], ["A"]),
+        # as LLaMA-Factory and axolotl have them: the conversation so far, and one message each
+        ({"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "A"},
+          "rejected": {"from": "gpt", "value": "B"}}, ["Q"], ["A"]),
+        ({"messages": turns("Q"), "chosen": ANSWER[0], "rejected": {**ANSWER[0], "content": "B"}}, ["Q"], ["A"]),
+        ({"messages": turns("Q"), "chosen": "A", "rejected": "B"}, ["Q"], ["A"]),
+        ({"messages": turns("other", "talk"), "chosen": turns("Q", "A"), "rejected": turns("Q", "B")}, ["Q"], ["A"]),
     ],
 )  # fmt: skip
 def test_what_messages_have_in_common_is_the_prompt(row, asked, answer):
-    example = read(row)
+    example = read(row, format="prompt_completion" if "completion" in row else "preference")
     texts = [message["content"] for message in example.messages]
     assert (texts[: example.prompt_turns], texts[example.prompt_turns :]) == (asked, answer)
 
@@ -83,6 +89,7 @@ def test_a_prompt_of_some_words_that_both_texts_repeat():
             "a message of role user that is not the prompt's",
         ),
         ({"prompt": "P", "chosen": ANSWER, "rejected": "B"}, "expected both alike"),
+        ({"prompt": "P", "chosen": {"text": "A"}, "rejected": "B"}, "'chosen' is an object, expected an answer as text"),
     ],
 )
 def test_what_cannot_be_split_is_refused(row, message):

@@ -13,7 +13,6 @@ from ftjax.data.encode import Encoder
 from ftjax.data.pairs import Pairs
 from ftjax.data.reader import to_examples
 from ftjax.data.row import Row
-from ftjax.data.scored import Scored
 from ftjax.data.truncate import truncate
 from ftjax.data.unpaired import Unpaired
 from ftjax.errors import UserError
@@ -160,7 +159,7 @@ def test_nothing_parts_a_pair(rows, length, policy, options, share, batch_size, 
     assert seen == wanted
 
 
-@pytest.mark.parametrize("encoding", [Pairs(), Unpaired(), Scored()])
+@pytest.mark.parametrize("encoding", [Pairs(), Unpaired()])
 def test_processes_that_encode(encoding, tmp_path):
     """More rows than one chunk: what several processes made is what one made."""
     path = write_pairs(tmp_path / "a.jsonl", 1300)
