@@ -115,7 +115,7 @@ def make(model, data, tmp_path_factory):
         patch.setattr(loop.Progress, "report", lambda *_: None)
 
         def make(checkpoints):
-            run = Run(one.setup, None, Batches(), one.layout, one.validation, checkpoints, {}, TOTAL, "the same command")
+            run = Run(one.setup, None, Batches(), one.layout, one.validation, checkpoints, {}, "the same command")
             run.tracker, run.layout = Rows(), SimpleNamespace(arrays=lambda batch: batch)
             first = 0
             if checkpoints.latest is None:

@@ -15,7 +15,8 @@ from typing import Any
 from ftjax.config import ModelConfig
 from ftjax.hub.fetch import resolve_tokenizer
 from ftjax.hub.tokenizer.load import load_tokenizer
-from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, read_json, read_proto
+from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, read_proto
+from ftjax.models.facts import read_object
 
 CONFIG, TOKENIZER, TEMPLATE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"  # folder of further templates by name
@@ -70,7 +71,7 @@ def _is_of_use(place: Path, tokenizer: Any, whole: bool) -> bool:
     """
     if not place.is_dir() or not any((place / name).is_file() for name in VOCABULARIES):
         return False
-    config = read_json(place / CONFIG)
+    config = read_object(place / CONFIG)
     named = config.get("tokenizer_class") or ""
     if named.endswith("Backend") or isinstance(config.get("extra_special_tokens"), list) or set(NEWER) & set(config):
         return False
@@ -85,7 +86,7 @@ def _carry(place: Path, folder: Path, template: str | None) -> None:
         if (place / name).is_file():
             shutil.copyfile(place / name, folder / name)
     named = sorted((place / TEMPLATES).glob("*.jinja"))
-    config = read_json(place / CONFIG)
+    config = read_object(place / CONFIG)
     file = place / TEMPLATE
     own = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if template is None or (template == own and not named):
@@ -107,9 +108,9 @@ def _write(place: Path, folder: Path, tokenizer: Any) -> None:
     if not (folder / TOKENIZER).is_file():  # it does not come from the library tokenizers, and transformers 4 has its class
         return
     own = place / TOKENIZER
-    if own.is_file() and read_json(own) == read_json(folder / TOKENIZER):
+    if own.is_file() and read_object(own) == read_object(folder / TOKENIZER):
         shutil.copyfile(own, folder / TOKENIZER)
-    saved = {name: value for name, value in read_json(folder / CONFIG).items() if name not in NEWER}
+    saved = {name: value for name, value in read_object(folder / CONFIG).items() if name not in NEWER}
     saved |= {"tokenizer_class": CLASS, "added_tokens_decoder": _added(tokenizer)}
     saved.setdefault("model_input_names", INPUTS)
     saved.setdefault("clean_up_tokenization_spaces", False)

@@ -9,7 +9,8 @@ from ftjax.config import ModelConfig
 from ftjax.errors import UserError
 from ftjax.hub.fetch import resolve_tokenizer
 from ftjax.hub.gguf.tokenizer import gguf_tokenizer
-from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, is_bpe, read_json, sentencepiece_tokenizer
+from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, is_bpe, sentencepiece_tokenizer
+from ftjax.models.facts import read_object
 
 # AutoTokenizer can load a folder with at least one of these.
 VOCABULARIES = ("tokenizer.json", SENTENCEPIECE, "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -52,7 +53,7 @@ def _from_folder(folder: Path, asked: str) -> Any:
             "Give the folder or Hub id of the right one as model.tokenizer"
         )
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        read_json(folder / name)
+        read_object(folder / name)
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     # It raises OSError, ValueError, KeyError, and bare Exception from Rust, all of them about the files.
