@@ -14,11 +14,14 @@ class UserError(Exception):
         super().__init__(printable(str(message)))
 
 
-# Control characters as visible symbols, except newline and tab.
+# Control characters as visible symbols, except newline and tab; and lone surrogates, which no stream takes. In a file's name
+# Python writes a byte that is not UTF-8 as U+DC00 and the byte.
 CONTROL = {
     **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"},
     **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
     0x7F: "\u2421",
+    **{code: f"\\u{code:04x}" for code in range(0xD800, 0xE000)},
+    **{0xDC00 + byte: f"\\x{byte:02x}" for byte in range(0x80, 0x100)},
 }
 
 

@@ -1,8 +1,8 @@
 """The device mesh, and the one table of rules that map logical axes to mesh axes."""
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,13 +35,27 @@ RULES: dict[str, tuple[str, ...] | None] = {
 WEIGHT_AXES = ("fsdp", "expert")  # mesh axes that dense weights are sharded along to save memory
 
 
-def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """Build the mesh of `AXES` over all devices, with slices along `data`, the axis with the least traffic.
+def devices_or_all(devices: Sequence[Any] | None) -> list[Any]:
+    """Return the devices, or with None all that JAX sees. Raises UserError if there are none, or one is there twice."""
+    if devices is None:
+        return jax.devices()
+    if not len(devices):
+        raise UserError("devices: expected some of jax.devices(), or None for all; found none")
+    if len(set(devices)) < len(devices):
+        raise UserError(f"devices: expected each device once; found one more than once among {', '.join(map(str, devices))}")
+    return list(devices)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Build the mesh of `AXES` over the devices, with slices along `data`, the axis with the least traffic.
+
+    Args:
+        devices: devices to use, of all processes; None uses all.
 
     Raises UserError, with the nearest possible sizes, if the sizes do not multiply to the number of devices, if the slices do
     not divide `data`, or if the TPUs are not in that many slices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = devices_or_all(devices)
     slices = config.slices
     if config.auto and slices == 1:
         slices = tpu_slices(devices) or 1

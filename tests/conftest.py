@@ -48,16 +48,6 @@ def stories(shared) -> Path:
 
 
 @pytest.fixture
-def on_one_device(monkeypatch):
-    """Show runs a single device, as on most users' machines."""
-    from oracle import one_device
-
-    import ftjax.train.setup as setup
-
-    monkeypatch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
-
-
-@pytest.fixture
 def lowered():
     """Return a counter of the programs that JAX has lowered so far, whether or not the compilation cache had them."""
     made = []

@@ -56,8 +56,11 @@ TINY = {
 }  # fmt: skip
 
 
+ONE = jax.devices()[:1]  # the devices of most users' machines
+
+
 def one_device():
-    return make_mesh(MeshConfig(), jax.devices()[:1])
+    return make_mesh(MeshConfig(), ONE)
 
 
 def hf_config(case: Case) -> Any:

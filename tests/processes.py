@@ -168,18 +168,13 @@ ALL = bool(os.environ.get("FTJAX_TEST_ALL"))  # set by `make test-all`
 
 
 def whole_run(settings: dict, out: Path, devices: int) -> None:
-    """Run the same in this process, on this many of its devices."""
-    import pytest
-
-    import ftjax.train.setup as setup
+    """The same in this process, on so many of its devices."""
     from ftjax.config import Config
     from ftjax.evaluate.observe import make_observer
-    from ftjax.mesh import make_mesh
     from ftjax.train.run import train
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config, found=None: make_mesh(config, found or jax.devices()[:devices]))
-        train(Config.model_validate({**settings, "output_dir": str(out)}), make_observer=make_observer)
+    config = Config.model_validate({**settings, "output_dir": str(out)})
+    train(config, devices=jax.devices()[:devices], make_observer=make_observer)
 
 
 def same_losses(got: dict[int, dict], want: dict[int, dict], tolerance: float = 1e-6) -> None:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from oracle import Case, hf_config, make_hf
 from quick_compile import QUICK
@@ -85,6 +86,16 @@ def test_end_to_end(model, tmp_path):
     # Two rows of 64 tokens hold one document each: 11 letters of the answer and its end.
     assert found["ftjax"]["trained"] == found["TRL"]["trained"] == 2 * 2 * 12
     assert abs(found["ftjax"]["validation_loss"] / found["TRL"]["validation_loss"] - 1) < 0.02
+
+
+def test_preference(model, tmp_path):
+    pairs = [{"prompt": f"{n} ab", "chosen": f" {'cd' * n}", "rejected": " fe"} for n in range(1, 9)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    options = ("--data", data, "--pairs", 4, "--updates", 2, "--length", 64, "--r", 2)
+    found = run("preference", tmp_path / "preference.json", "--model", model, *options)
+    np.testing.assert_allclose(found["ftjax"]["loss"], found["TRL"]["loss"], rtol=1e-4)
+    assert found["speed"] > 0 and found["memory"] > 0 and found["ftjax"]["loss"][1] != found["ftjax"]["loss"][0]
 
 
 def test_data(model, rows, tmp_path):

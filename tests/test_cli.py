@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import verbs
 
 import ftjax
 from ftjax import cli, doctor
@@ -16,13 +17,10 @@ from ftjax.generate.named import LoadOptions
 from ftjax.generate.request import Request
 
 
-def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    """Return exit code, stdout and stderr of `ftjax ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["ftjax", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    output = capsys.readouterr()
-    return caught.value.code or 0, output.out, output.err
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `ftjax ARGUMENTS`."""
+    code = verbs.ftjax(*arguments)
+    return code, *capsys.readouterr()
 
 
 def test_help_lists_the_verbs_and_imports_nothing_heavy():
@@ -32,20 +30,20 @@ def test_help_lists_the_verbs_and_imports_nothing_heavy():
     assert not {"jax", "flax", "transformers", "pydantic", "datasets", "numpy"} & set(done.stderr.split())
 
 
-def test_version(monkeypatch, capsys):
-    assert run(monkeypatch, capsys, "--version") == (0, f"ftjax {ftjax.__version__}\n", "")
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"ftjax {ftjax.__version__}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [(), ("train",), ("tran",), ("train", "a.yaml", "--nonsense"), ("doctor", "extra")])
-def test_wrong_usage_exits_with_2(monkeypatch, capsys, arguments):
-    code, out, err = run(monkeypatch, capsys, *arguments)
+def test_wrong_usage_exits_with_2(capsys, arguments):
+    code, out, err = run(capsys, *arguments)
     assert code == 2 and "Usage: ftjax" in out + err
 
 
-def test_a_users_mistake_exits_with_2_and_says_everything(monkeypatch, capsys, tmp_path):
+def test_a_users_mistake_exits_with_2_and_says_everything(capsys, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model:\n  path: a[b]\ndata: {train: x.jsonl}\noptimizer: {learning_rat: 1}\n")
-    code, out, err = run(monkeypatch, capsys, "train", str(path), "method.rr=2")
+    code, out, err = run(capsys, "train", str(path), "method.rr=2")
     assert code == 2 and out == "" and "Traceback" not in err
     assert err.startswith(f"error: {path}: 2 errors\n  {path}:4:13: optimizer.learning_rat: unknown key")
     assert "override 'method.rr=2': method.rr: unknown key; did you mean r?" in err
@@ -60,7 +58,7 @@ def test_what_a_verb_raises_becomes_an_exit_code(monkeypatch, capsys, raised, co
         raise raised
 
     monkeypatch.setattr(doctor, "examine", fail)
-    got, _, err = run(monkeypatch, capsys, "doctor")
+    got, _, err = run(capsys, "doctor")
     assert got == code and said in err and "Traceback" not in err
 
 
@@ -69,15 +67,14 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         raise ZeroDivisionError("a defect")
 
     monkeypatch.setattr(doctor, "examine", fail)
-    monkeypatch.setattr(sys, "argv", ["ftjax", "doctor"])
     with pytest.raises(ZeroDivisionError):
-        cli.main()
+        cli.app(["doctor"])
 
 
-def test_models_lists_the_registry(monkeypatch, capsys):
+def test_models_lists_the_registry(capsys):
     from ftjax.models.registry import FAMILIES
 
-    code, out, _ = run(monkeypatch, capsys, "models")
+    code, out, _ = run(capsys, "models")
     assert code == 0 and all(name in out for name in FAMILIES)
 
 
@@ -91,28 +88,27 @@ def run_file(tmp_path, stories):
     return path
 
 
-def test_preview(monkeypatch, capsys, run_file):
-    code, out, _ = run(monkeypatch, capsys, "preview", str(run_file), "--examples", "1")
+def test_preview(capsys, run_file):
+    code, out, _ = run(capsys, "preview", str(run_file), "--examples", "1")
     assert code == 0 and "say 0:" in out and "number 0" in out and "say 1:" not in out
-    code, out, _ = run(monkeypatch, capsys, "preview", str(run_file), "--json")
+    code, out, _ = run(capsys, "preview", str(run_file), "--json")
     assert code == 0 and json.loads(out)
 
 
-def test_keys_as_flags(monkeypatch, capsys, run_file):
-    """Keys may be flags, as on other tools' command lines, next to a command's own flags; `_` and `-` are equivalent in
-    them."""
+def test_keys_as_flags(capsys, run_file):
+    """As other tools' command lines have them, beside the verb's own, of which `_` is as good as `-`."""
     given = "preview --max_length 32 CONFIG --seed=3 --examples 1 --packing --json".replace("CONFIG", str(run_file)).split()
-    code, out, err = run(monkeypatch, capsys, *given)
+    code, out, err = run(capsys, *given)
     assert code == 0 and json.loads(out)["train"]["max_length"] == 32 and "max_length is read as data.max_length" in err
-    code, _, err = run(monkeypatch, capsys, "train", str(run_file), "--learning_rat", "3")
+    code, _, err = run(capsys, "train", str(run_file), "--learning_rat", "3")
     assert code == 2 and "did you mean optimizer.learning_rate?" in err
-    code, _, err = run(monkeypatch, capsys, "evaluate", str(run_file), "--compare_base", "--nonsense")
+    code, _, err = run(capsys, "evaluate", str(run_file), "--compare_base", "--nonsense")
     assert code == 2 and "No such option: --nonsense" in err
 
 
 @pytest.mark.parametrize("given, said", [("nowhere", "no such folder"), (".", "expected a run folder")])
-def test_export_of_what_is_no_run(monkeypatch, capsys, tmp_path, given, said):
-    code, _, err = run(monkeypatch, capsys, "export", str(tmp_path / given), "--out", str(tmp_path / "out"))
+def test_export_of_what_is_no_run(capsys, tmp_path, given, said):
+    code, _, err = run(capsys, "export", str(tmp_path / given), "--out", str(tmp_path / "out"))
     assert code == 2 and said in err and not (tmp_path / "out").exists()
 
 
@@ -139,14 +135,14 @@ def test_options_of_generation_arrive(monkeypatch, capsys, verb, options):
             if value is True
             else [x for one in (value if isinstance(value, list) else [value]) for x in (flag, str(one))]
         )
-    assert run(monkeypatch, capsys, verb, "some/model", *arguments)[0] == 0
+    assert run(capsys, verb, "some/model", *arguments)[0] == 0
     arrived = flat(called)
     assert {key: str(value) if isinstance(value, Path) else value for key, value in arrived.items()} == {
         "model": "some/model", **{name: tuple(value) if name == "stop" else value for name, value in options.items()}
     }  # fmt: skip
     # options that are not given have the records' defaults
     called.clear()
-    run(monkeypatch, capsys, verb, "some/model")
+    run(capsys, verb, "some/model")
     longest = Request(max_new_tokens=512) if verb == "chat" else Request()
     assert called["request"] == longest and called["options"] == LoadOptions()
     rest = {name: value for name, value in called.items() if name not in ("model", "request", "options", "sampling")}
@@ -163,13 +159,13 @@ def flat(called: dict) -> dict:
     return {**given, **vars(options), **sampling, **own}
 
 
-def test_generate_without_a_prompt(monkeypatch, capsys):
-    code, _, err = run(monkeypatch, capsys, "generate", "some/model")
+def test_generate_without_a_prompt(capsys):
+    code, _, err = run(capsys, "generate", "some/model")
     assert code == 2 and "no prompt" in err
 
 
-def test_generate_answers(monkeypatch, capsys, stories):
-    code, out, _ = run(monkeypatch, capsys, "generate", str(stories), "--prompt", "Once upon a time", "--max-new-tokens", "8")
+def test_generate_answers(capsys, stories):
+    code, out, _ = run(capsys, "generate", str(stories), "--prompt", "Once upon a time", "--max-new-tokens", "8")
     assert code == 0 and out.startswith(", there was")
 
 
@@ -178,7 +174,7 @@ def test_generate_answers(monkeypatch, capsys, stories):
 
 def test_doctor_as_json(monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_a_test")
-    code, out, err = run(monkeypatch, capsys, "doctor", "--json")
+    code, out, err = run(capsys, "doctor", "--json")
     report = json.loads(out)
     assert code == 0 and report["missing"] == [] and report["hub_token"] is True
     assert "hf_secret_of_a_test" not in out + err
@@ -188,22 +184,22 @@ def test_doctor_as_json(monkeypatch, capsys):
     assert {folder["what"] for folder in report["folders"]} >= {"Hub cache", "working"}
 
 
-def test_doctor_for_people(monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, "doctor")
+def test_doctor_for_people(capsys):
+    code, out, _ = run(capsys, "doctor")
     assert code == 0 and "devices: 8 x cpu" in out and "nothing required is missing" in out
 
 
 def test_doctor_exits_with_1_when_something_required_is_missing(monkeypatch, capsys):
     installed = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: {"optax": None, "flax": "0.1.0"}.get(name, installed(name)))
-    code, out, _ = run(monkeypatch, capsys, "doctor")
+    code, out, _ = run(capsys, "doctor")
     assert code == 1 and "missing: flax>=" in out and "missing: optax>=" in out and "found 0.1.0" in out
 
 
 def test_doctor_without_torch_is_content(monkeypatch, capsys):
     installed = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "torch" else installed(name))
-    assert run(monkeypatch, capsys, "doctor")[0] == 0
+    assert run(capsys, "doctor")[0] == 0
 
 
 @pytest.mark.parametrize("extra, found", [("cuda", "_has_nvidia"), ("tpu", "_has_tpu")])

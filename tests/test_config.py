@@ -1,5 +1,6 @@
 """Tests configuration files: values, positions of errors, aliases, overrides, round trips."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,32 @@ def test_minimal_file_takes_the_defaults(load):
 def test_json_is_yaml(write):
     path = write('{"model": {"path": "gpt2"}, "data": {"train": "a.jsonl"}, "optimizer": {"learning_rate": 1e-3}}', "run.json")
     assert load_config(path).optimizer.learning_rate == 1e-3
+
+
+def test_json_as_other_tools_write_it(write):
+    """Indented with tabs, and with every character beyond ASCII escaped."""
+    tree = {"model": {"path": "gpt2"}, "data": {"train": "a.jsonl", "template": "\t😀 {question}"}}
+    for name, text in (("tabs.json", json.dumps(tree, indent="\t")), ("one.json", json.dumps(tree).replace(": ", ":\t"))):
+        assert load_config(write(text, name)).data.template == "\t😀 {question}"
+    path = write(json.dumps({**tree, "output_dir": "\ud83d"}), "half.json")
+    with pytest.raises(UserError, match=r"half.json:1:\d+: .*lone surrogate"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("{a: " * 2000 + "1" + "}" * 2000, "nested too deeply"),
+        (
+            "a0: &a0 [x, x, x, x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(12)),
+            "more than",
+        ),
+    ],
+)
+def test_texts_that_would_never_end(write, text, said):
+    with pytest.raises(UserError, match=said):
+        load_config(write(MINIMAL + text if text.startswith("a") else text))
 
 
 @pytest.mark.parametrize(
@@ -301,6 +328,19 @@ def test_every_alias_stands_for_a_key_and_hides_none():
         ("optimizer: {name: AdamW}\n", "optimizer.name", "adamw"),
         ("optimizer: {lr_scheduler_type: wsd}\n", "optimizer.lr_scheduler_type", "warmup_stable_decay"),
         ("optimizer: {param_dtype: torch.bfloat16}\n", "optimizer.param_dtype", "bfloat16"),
+        ("rl: dpo\n", "objective.name", "dpo"),
+        ("rl: KTO\n", "objective.name", "kto"),
+        ("stage: rm\n", "objective.name", "reward"),
+        ("stage: sft\n", "objective.name", "sft"),
+        ("reward_model: true\n", "objective.name", "reward"),
+        ("objective: {name: SimPO}\n", "objective.name", "simpo"),
+        ("objective: {name: ipo}\n", "objective.loss_type", ["ipo"]),
+        ("objective: {name: dpo, pref_beta: 0.2}\n", "objective.beta", 0.2),
+        ("objective: {name: orpo, orpo_alpha: 0.2}\n", "objective.beta", 0.2),
+        ("objective: {name: dpo, pref_loss: hinge}\n", "objective.loss_type", ["hinge"]),
+        ("objective: {name: dpo, dpo_loss_type: [sigmoid, sft]}\n", "objective.loss_type", ["sigmoid", "sft"]),
+        ("objective: {name: kto, kto_rejected_weight: 1.5}\n", "objective.undesirable_weight", 1.5),
+        ("objective: {name: kto, kto_desirable_weight: 1.5}\n", "objective.desirable_weight", 1.5),
     ],
 )
 def test_aliases(load, text, key, value):
@@ -310,6 +350,41 @@ def test_aliases(load, text, key, value):
     assert flatten_config(load(text))[key] == value
     (note,) = load.notes
     assert key in note and "run.yaml:3:" in note
+
+
+def test_an_objective_of_another_tool_with_its_settings(load):
+    """As axolotl and LLaMA-Factory write them."""
+    config = load("rl: ipo\nrl_beta: 0.3\n")
+    assert (config.objective.name, config.objective.loss_type, config.objective.beta) == ("dpo", ["ipo"], 0.3)
+    config = load("stage: dpo\npref_beta: 0.2\npref_loss: sigmoid\nmethod: {finetuning_type: lora}\n")
+    assert (config.objective.name, config.objective.loss_type, config.objective.beta) == ("dpo", ["sigmoid"], 0.2)
+    config = load("objective: {name: dpo}\nbeta: 0.3\nloss_type: hinge\n")  # TRL's names are the keys themselves
+    assert (config.objective.loss_type, config.objective.beta) == (["hinge"], 0.3)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("stage: ppo\n", "only sft, dpo, kto and rm can be converted"),
+        ("stage: dpo\npref_loss: orpo\n", "orpo is an objective of its own; write objective.name: orpo"),
+        ("stage: dpo\npref_loss: kto_pair\n", "kto_pair is an objective of its own; write objective.name: kto"),
+        ("stage: dpo\npref_ftx: 0.1\n", "objective.loss_type: [sigmoid, sft] and objective.loss_weights: [1, FACTOR]"),
+        ("objective: {name: dpo, rpo_alpha: 1}\n", "objective.loss_type: [sigmoid, sft]"),
+        ("rl: dpo\nmax_prompt_length: 512\n", "holds the chosen and the rejected conversation; data.truncation says"),
+        ("rl: dpo\nref_model: gpt2\n", "the reference is the model before training"),
+        ("rl: dpo\nuse_liger_kernel: true\n", "objective.loss_chunk"),
+        ("rl: simpo\ngamma_beta_ratio: 0.5\n", "write objective.simpo_gamma: this ratio times objective.beta"),
+        ("rl: dpo\ndpo_label_smoothing: 0.1\n", "the losses robust, exo_pair, aot and aot_unpaired use"),
+        (
+            "objective: {name: dpo, label_smoothing: 0.1}\n",
+            "label_smoothing 0.1 changes nothing in loss_type sigmoid; robust, ",
+        ),
+        ("objective: {name: cpo, loss_type: ipo, label_smoothing: 0.1}\n", "changes nothing in loss_type ipo"),
+        ("rl: grpo\n", "objective"),
+    ],
+)
+def test_a_preference_key_of_another_tool_is_refused_with_advice(load, text, said):
+    assert said in refusal(load, text)
 
 
 def test_what_a_value_means_and_what_is_given_must_agree(load):
@@ -327,6 +402,7 @@ def test_switches(load):
     assert sum("changes nothing" in note for note in load.notes) == 2
     assert load("load_in_4bit: true\n", "load_in_4bit=false").model.quantization is None
     assert load("load_in_4bit: true\n", "load_in_8bit=false").model.quantization == "nf4"
+    assert load("reward_model: false\n").objective.name == "sft"
 
 
 @pytest.mark.parametrize(

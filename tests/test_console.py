@@ -17,6 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from ftjax.console import make_console, print_table, say
+from ftjax.errors import UserError
 from ftjax.models.table import families
 
 PACKAGE = Path(__file__).parents[1] / "ftjax"
@@ -141,3 +142,12 @@ def test_a_command_in_a_terminal(width, tmp_path):
     shown = in_terminal(width, "train", str(broken))
     assert str(broken) in shown and shown.startswith("error:")
     assert all(cell_len(line) <= width for line in shown.splitlines() if str(broken) not in line)
+
+
+def test_a_file_name_that_is_no_text(tmp_path, capsysbinary):
+    """Python reads its bytes as surrogates, which no stream takes."""
+    console = make_console()
+    say(console, os.fsdecode(b"caf\xe9.jsonl") + " and \ud83d")
+    print_table(console, ["file"], [[os.fsdecode(b"caf\xe9.jsonl")]])
+    assert capsysbinary.readouterr().out.split() == [rb"caf\xe9.jsonl", b"and", rb"\ud83d", b"file", rb"caf\xe9.jsonl"]
+    assert str(UserError(os.fsdecode(b"\xff"))) == r"\xff"

@@ -19,7 +19,8 @@ from ftjax.mesh import AXES, describe, make_mesh, sharding, spec
 from ftjax.models.facts import complete_config
 from ftjax.placement import ORDER, arrange
 from ftjax.train.auto_mesh import choose_mesh, state_bytes
-from ftjax.train.setup import build, design
+from ftjax.train.remat import device_memory
+from ftjax.train.setup import build, design, mesh_of
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,20 @@ def test_sizes_that_do_not_use_the_devices(sizes, said):
     with pytest.raises(UserError, match=r"^mesh: .* 8 device\(s\) exactly") as error:
         make_mesh(MeshConfig(**sizes))
     assert re.search(said, str(error.value)), error.value
+
+
+def test_some_of_the_devices():
+    """Of any place; and the memory that counts is what those that are used share."""
+    chosen = jax.devices()[5:1:-2]
+    mesh = make_mesh(MeshConfig(), chosen)
+    assert mesh.shape["fsdp"] == 2 and set(mesh.devices.flat) == set(chosen)
+    assert device_memory(chosen) // 4 == device_memory(jax.devices())
+    with pytest.raises(UserError, match=r"^mesh: data=2 x fsdp=2 does not use 2 device\(s\)"):
+        make_mesh(MeshConfig(data=2, fsdp=2), chosen)
+    with pytest.raises(UserError, match=r"^devices: expected some .* or None for all; found none"):
+        make_mesh(MeshConfig(), [])
+    with pytest.raises(UserError, match=r"^devices: expected each device once; found one more than once"):
+        make_mesh(MeshConfig(), [*chosen, chosen[0]])
 
 
 def test_uneven_size_names_parameter_axis_and_what_works():
@@ -221,6 +236,12 @@ def test_auto(llama, devices, memory, training, length, want):
     sizes = {axis: getattr(chosen, axis) for axis in ("data", "fsdp", "expert", "tensor", "sequence")}
     assert sizes == {axis: 1 for axis in sizes} | want, why
     assert "GB" in why and ("rows of a microbatch over" in why) == (sizes["data"] * sizes["fsdp"] > 1)
+
+
+def test_auto_of_some_of_the_devices(llama):
+    config = Config.model_validate({"model": {"path": "x"}, "data": {"train": "y"}, "mesh": "auto"})
+    mesh, why = mesh_of(config, llama, jax.devices()[2:4])
+    assert set(mesh.devices.flat) == set(jax.devices()[2:4]) and "rows of a microbatch over 2" in why
 
 
 def test_auto_finds_nothing(llama):

@@ -22,6 +22,7 @@ from ftjax.config.method import (
 from ftjax.config.model import ModelConfig
 from ftjax.config.objective import ClassificationConfig, ObjectiveConfig, SftConfig
 from ftjax.config.optimizer import GroupConfig, OptimizerConfig
+from ftjax.config.preference import PAIRWISE
 from ftjax.config.training import MeshConfig, TrainingConfig
 from ftjax.errors import join_problems
 
@@ -68,6 +69,22 @@ class Config(Section):
         if evaluate.labels is None and self.objective.single:
             given["labels"] = self.objective.labels
         object.__setattr__(self, "evaluate", evaluate.model_copy(update=given))
+        return self
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "Config":
+        """Evaluate objectives that compare two answers by their pairs unless another task is set."""
+        if self.objective.name not in PAIRWISE:
+            return self
+        if self.objective.name == "reward" and self.method.name not in ("full", "lora"):
+            raise ValueError(f"objective reward trains a head with method full or lora, not {self.method.name}")
+        if getattr(self.objective, "sync_ref_model", False) and self.method.name != "full":
+            raise ValueError(
+                f"objective.sync_ref_model moves a copy of all weights, and method {self.method.name} compares with the base "
+                "model itself; use method full, or leave it out"
+            )
+        if "task" not in self.evaluate.model_fields_set:
+            object.__setattr__(self, "evaluate", self.evaluate.model_copy(update={"task": "preference"}))
         return self
 
     @model_validator(mode="after")

@@ -102,6 +102,22 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
+def _stage(value: Any) -> Any:
+    """Return the objective of LLaMA-Factory's `stage`, whose stages `pt` and `ppo` are none."""
+    name = _lower(value)
+    if name in ("sft", "dpo", "kto", "rm"):
+        return {"rm": "reward"}.get(name, name)
+    raise ValueError("only sft, dpo, kto and rm can be converted; write objective.name (text is trained by sft as it is)")
+
+
+def _preference_loss(value: Any) -> Any:
+    """Return the loss of DPO that LLaMA-Factory names; some of its names are objectives of their own here."""
+    name = _lower(value)
+    if name in ("orpo", "simpo", "kto_pair"):
+        raise ValueError(f"{value} is an objective of its own; write objective.name: {name.removesuffix('_pair')}")
+    return name
+
+
 def _same(target: str, *names: str, convert: Callable[[Any], Any] | None = None) -> dict[str, Alias]:
     return {name: Alias(target, convert) for name in names}
 
@@ -148,6 +164,16 @@ ALIASES: dict[str, Alias] = {
     **_same("data.last_turn_only", "mask_history"),
     **_same("data.truncation", "truncation_mode", convert=_truncated),
     **_same("data.num_proc", "dataset_num_proc", "preprocessing_num_workers", "dataset_processes"),
+    **_same("objective.name", "rl", convert=_lower),
+    **_same("objective.name", "stage", convert=_stage),
+    "reward_model": Alias("objective.name", switch="reward"),
+    **_same("objective.beta", "pref_beta", "rl_beta", "dpo_beta", "kto_beta", "simpo_beta", "cpo_beta"),
+    **_same("objective.beta", "orpo_beta", "orpo_alpha"),
+    **_same("objective.loss_type", "pref_loss", "dpo_loss", convert=_preference_loss),
+    **_same("objective.loss_type", "dpo_loss_type"),
+    **_same("objective.loss_weights", "dpo_loss_weights"),
+    **_same("objective.desirable_weight", "kto_desirable_weight", "kto_chosen_weight"),
+    **_same("objective.undesirable_weight", "kto_undesirable_weight", "kto_rejected_weight"),
     **_same("optimizer.learning_rate", "lr"),
     **_same("optimizer.name", "optim", convert=_adamw),
     **_same("optimizer.lr_scheduler_type", "lr_scheduler", "scheduler", "lr_schedule"),
@@ -185,6 +211,7 @@ _DTYPES = {
     for name in names
 }
 _LORA = {"method.name": "lora"}
+_REWARD = {"objective.name": "reward"}
 _ADAMW = {"optimizer.name": "adamw"}
 _ADAMW_8BIT = {**_ADAMW, "optimizer.state_dtype": "int8"}
 
@@ -196,6 +223,11 @@ VALUES: dict[str, dict[str, dict[str, Any]]] = {
         "qdora": {**_LORA, "method.use_dora": True, "model.quantization": "nf4"},
         "rslora": {**_LORA, "method.use_rslora": True},
         "pissa": {**_LORA, "method.init_lora_weights": "pissa"},
+    },
+    "objective.name": {
+        **{name: {"objective.name": name} for name in ("sft", "dpo", "simpo", "cpo", "orpo", "kto", "reward")},
+        **dict.fromkeys(("rm", "reward_model", "reward_modeling"), _REWARD),
+        "ipo": {"objective.name": "dpo", "objective.loss_type": "ipo"},
     },
     "optimizer.name": {
         **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla"), _ADAMW),
@@ -221,6 +253,17 @@ CASELESS = ("method.name", "optimizer.name", "optimizer.lr_scheduler_type")  # `
 _QUANTIZED = "write model.quantization: int8 or nf4"
 _MESH = "write the device layout in mesh: {data, fsdp, tensor, sequence}; mesh.fsdp: -1 shards over all devices"
 _STEPS = "write how often in steps, in training.eval_steps, training.save_steps and training.logging_steps"
+_PAIR_LENGTH = (
+    "leave it out: data.max_length is the length of a row of the batch, which holds the chosen and the rejected conversation; "
+    "data.truncation says what becomes of longer ones"
+)
+_REFERENCE = (
+    "leave it out: the reference is the model before training, with the adapter of method.adapter_path if there is one; an "
+    "adapter that is trained shares its weights"
+)
+_AND_SFT = (
+    "write objective.loss_type: [sigmoid, sft] and objective.loss_weights: [1, FACTOR]; orpo and cpo have such a term too"
+)
 _TEMPLATE = "the tokenizer's own chat template is used; write another in model.chat_template"
 
 EXPLAINED: dict[str, str] = {
@@ -259,7 +302,26 @@ EXPLAINED: dict[str, str] = {
     "use_wandb": "write training.report_to: [wandb]",
     "do_train": "leave it out: the verb says what is done (ftjax train, ftjax evaluate)",
     "do_eval": "leave it out: evaluation runs where data.validation is given",
-    "stage": "write objective.name",
+    **dict.fromkeys(("max_prompt_length", "max_completion_length", "max_target_length"), _PAIR_LENGTH),
+    **dict.fromkeys(("ref_model", "ref_model_adapters", "ref_adapter_name", "ref_model_init_kwargs"), _REFERENCE),
+    **dict.fromkeys(("model_adapter_name", "force_use_ref_model", "ref_model_quantization_bit"), _REFERENCE),
+    "precompute_ref_batch_size": "leave it out: the reference sees the batches of training",
+    **dict.fromkeys(("pref_ftx", "dpo_ftx", "rpo_alpha"), _AND_SFT),
+    "dpo_label_smoothing": "write objective.label_smoothing, which the losses robust, exo_pair, aot and aot_unpaired use",
+    "gamma_beta_ratio": "write objective.simpo_gamma: this ratio times objective.beta",
+    "pref_bco_weight": "write objective.loss_type: [sigmoid, bco_pair] and objective.loss_weights: [1, FACTOR]",
+    **dict.fromkeys(("dpo_use_weighting", "use_weighting"), "WPO is not supported; leave it out"),
+    "generate_during_eval": "write evaluate.training_examples: how many rows of the validation data an evaluation answers",
+    "disable_dropout": "leave it out: the only dropout is method.lora_dropout, which is 0",
+    "padding_free": "leave it out: data.packing fills rows with several pairs",
+    **dict.fromkeys(
+        ("label_pad_token_id", "padding_value", "is_encoder_decoder", "dpo_padding_free"),
+        "leave it out: every token has its weight in the loss, and padding has none",
+    ),
+    **dict.fromkeys(
+        ("use_logits_to_keep", "dpo_use_logits_to_keep", "use_liger_loss", "use_liger_kernel"),
+        "leave it out: logits are computed for objective.loss_chunk tokens at a time, and only where a token is trained",
+    ),
     **dict.fromkeys(
         ("num_workers", "dataloader_num_workers"),
         "leave it out: reading keeps ahead of the step by itself; data.num_proc says how many processes tokenise",

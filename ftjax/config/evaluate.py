@@ -8,8 +8,8 @@ from ftjax.config.base import Section
 from ftjax.config.data import SourceConfig
 
 TASKS = (
-    "loss", "exact_match", "numeric_answer", "f1", "bleu", "chrf", "rouge", "classification", "regression", "json_match",
-    "code",
+    "loss", "exact_match", "numeric_answer", "f1", "bleu", "chrf", "rouge", "classification", "regression", "preference",
+    "json_match", "code",
 )  # fmt: skip
 
 

@@ -211,7 +211,7 @@ class _Loading:
         if alias.switch is None or value is not False:
             return False
         section, key = alias.target.split(".")
-        return {**defaults({})[section], **_mapping(self.tree.get(section))}[key] != alias.switch
+        return {**defaults({}).get(section, {}), **_mapping(self.tree.get(section))}.get(key) != alias.switch
 
     def override(self, text: str) -> None:
         """Apply one `dotted.key=value`."""

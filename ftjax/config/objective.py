@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ftjax.config.base import Section
+from ftjax.config.preference import CpoConfig, DpoConfig, KtoConfig, OrpoConfig, RewardConfig, SimpoConfig
 
 
 class SftConfig(Section):
@@ -68,4 +69,7 @@ class ClassificationConfig(Section):
         return self
 
 
-ObjectiveConfig = Annotated[SftConfig | ClassificationConfig, Field(discriminator="name")]
+ObjectiveConfig = Annotated[
+    SftConfig | ClassificationConfig | DpoConfig | SimpoConfig | CpoConfig | OrpoConfig | KtoConfig | RewardConfig,
+    Field(discriminator="name"),
+]

@@ -4,6 +4,7 @@ Two surprising rules of YAML 1.1 do not apply, as in YAML 1.2: `1e-3` is a numbe
 and `12:30` are strings (YAML 1.1: false, false and 750).
 """
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ _FLOAT = re.compile(
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 _PREFIX = "tag:yaml.org,2002:"
+_MOST = 200_000  # values in one text; anchors that name anchors can stand for billions
 _RESOLVERS = [("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT), ("merge", re.compile(r"^<<$"))]
 
 
@@ -71,6 +73,10 @@ for _name, _pattern in _RESOLVERS:
     _Dumper.add_implicit_resolver(_PREFIX + _name, _pattern, None)
 
 
+class _TooMany(Exception):
+    """A text has more than `_MOST` values."""
+
+
 class Reader:
     """Converts a YAML text to values, with the place of each and every problem found.
 
@@ -86,11 +92,14 @@ class Reader:
     def read(self, text: str) -> Any:
         """Return the value of `text`; None if it is empty or broken, which `problems` tells apart."""
         try:
-            loader = _Loader(text)
-            try:
-                node = loader.get_single_node()
-            finally:
-                loader.dispose()
+            node = _parsed(text)
+            return None if node is None else self._value(node, (), ())
+        except RecursionError:
+            self.problems.append(Problem(Place(self.source), "nested too deeply"))
+            return None
+        except _TooMany:
+            self.problems.append(Problem(Place(self.source), f"more than {_MOST:,} values, with those that anchors repeat"))
+            return None
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             place = self._place(mark) if mark else Place(self.source)
@@ -101,12 +110,13 @@ class Reader:
         except yaml.YAMLError as error:
             self.problems.append(Problem(Place(self.source), f"not valid YAML: {error}".replace("\n", " ")))
             return None
-        return None if node is None else self._value(node, (), ())
 
     def _place(self, mark: yaml.Mark) -> Place:
         return Place(self.source, mark.line + 1, mark.column + 1)
 
     def _value(self, node: yaml.Node, path: Path, open_nodes: tuple[int, ...]) -> Any:
+        if len(self.values) >= _MOST:
+            raise _TooMany
         self.values[path] = self._place(node.start_mark)
         if id(node) in open_nodes:
             self.problems.append(Problem(self._place(node.start_mark), "this anchor contains itself"))
@@ -125,7 +135,7 @@ class Reader:
         kind, text = node.tag.removeprefix(_PREFIX), node.value
         try:
             if kind in ("str", "merge"):
-                return text
+                return _joined(text)
             if kind == "null":
                 return None
             if kind == "bool":
@@ -134,6 +144,9 @@ class Reader:
                 return int(text.replace("_", ""), 0)
             if kind == "float":
                 return float(re.sub(r"\.(?=inf|nan)", "", text.lower()).replace("_", ""))
+        except UnicodeDecodeError:
+            self.problems.append(Problem(self._place(node.start_mark), f"{text!r} holds half a character (a lone surrogate)"))
+            return None
         except (ValueError, KeyError):
             self.problems.append(Problem(self._place(node.start_mark), f"{text!r} is not a YAML {kind}"))
             return None
@@ -185,6 +198,30 @@ class Reader:
                     places[path] = before[path]
                 else:
                     del places[path]
+
+
+def _parsed(text: str) -> yaml.Node | None:
+    """Return the node of a YAML text. JSON may also hold tabs between its values, which YAML refuses."""
+    if "\t" in text and _is_json(text):
+        text = text.replace("\t", " ")  # within a string JSON writes them as \\t
+    loader = _Loader(text)
+    try:
+        return loader.get_single_node()
+    finally:
+        loader.dispose()
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _joined(text: str) -> str:
+    """Join the two halves in which JSON escapes a character beyond U+FFFF. Raises UnicodeDecodeError if one stands alone."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16") if re.search("[\ud800-\udfff]", text) else text
 
 
 def resolve_plain(text: str) -> Any:

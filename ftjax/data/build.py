@@ -19,6 +19,7 @@ from ftjax.data.example import Example
 from ftjax.data.faults import SHOWN, Faults
 from ftjax.data.find import Files, HubSet, find
 from ftjax.data.reader import Reader, read_source
+from ftjax.data.remarks import BROKEN, EMPTY, MASKED, UNWANTED, warnings_of
 from ftjax.data.report import DataReport
 from ftjax.data.row import Row
 from ftjax.data.store import Documents, Writer, cached
@@ -26,37 +27,13 @@ from ftjax.data.tokens import Tokens
 from ftjax.data.values import EmptyRow
 from ftjax.errors import UserError
 
-VERSION = 3  # format of the tokens and weights; raise it to rebuild every cache
+VERSION = 5  # format of the tokens and weights; raise it to rebuild every cache
 CHUNK = 1024  # rows that are tokenised together
 OPTIONS = (
     "prompt_format", "max_length", "truncation", "train_on_inputs", "last_turn_only", "special_tokens_in_text", "fold_system",
     "on_error", "drop_empty", "min_tokens", "max_tokens", "deduplicate", "near_duplicate_threshold", "unicode_normalization",
 )  # fmt: skip
-COUNTED = {  # encoder notes and their warnings: "in 3 rows ..."
-    "prompt differs": "rows the chat template's generation prompt is not what it writes before the answer (some begin it with "
-    "<think>): they are trained on the text without that beginning, and generation adds it. Set model.chat_template to a "
-    "version that writes both alike, or write the beginning into the answers",
-    "prompt ids differ": "rows the ids before an answer are not those that generation makes, as an earlier boundary between "
-    "prompt and answer is tokenised apart; data.last_turn_only: true has one answer a row, and no such difference",
-    "answer left out": "rows the chat template leaves out a part of a trained answer (such as reasoning in <think>); set "
-    "model.chat_template to a version that writes all of it",
-    "reasoning left out": "rows the chat template leaves out the reasoning of trained answers; set model.chat_template to a "
-    "version that writes it, or put it into the content",
-    "tools left out": "rows the chat template does not write the tools, so that the model is not told of them; set "
-    "model.chat_template to a version that does",
-    "system folded": "rows the chat template takes no system message: it is put in front of the first user's text, as "
-    "`ftjax generate` and `ftjax chat` do; other programs have to do the same (data.fold_system: false refuses such rows)",
-    "control tokens split": "rows a user, a tool or the system spells control tokens (such as <|im_end|>): they are read as "
-    "plain text; data.special_tokens_in_text: encode makes them tokens, error refuses them",
-    "control tokens split in answers": "rows an answer spells tokens that begin or end turns: they are read as plain text; "
-    "data.special_tokens_in_text: encode makes them tokens, error refuses them",
-    "control tokens encoded": "rows a message spells control tokens, which are tokens (data.special_tokens_in_text: encode), "
-    "so that a text may end its own turn",
-    "unknown tokens": "rows the answer holds characters that the tokenizer does not know: the model learns to write its "
-    "unknown token there. Take a tokenizer (and model) that knows them, or leave such rows out",
-}  # fmt: skip
-BROKEN, EMPTY, MASKED, LONG = "broken (on_error: skip)", "empty", "without a trained token", "longer than max_length"
-UNWANTED = "with label false"
+LONG = "longer than max_length"
 
 
 def build_documents(
@@ -132,12 +109,12 @@ class Build:
 
     def run(self, writer: Writer) -> dict[str, Any]:
         """Write every document and return the report."""
-        for chunk, encoded in self.encoded(self.examples()):
+        for chunk, encoded in self.encoded(self.arranged()):
             documents, cut, rows, digests = [], [], [], []
             for (number, mark, _), unit in zip(chunk, encoded, strict=True):
                 pieces = self.fit(unit) if unit is not None else ()
                 documents += pieces
-                cut += [any(len(document.tokens) > self.config.max_length for document in unit or ())] * len(pieces)
+                cut += [self.encoding.size(pieces) != self.encoding.size(unit)] * len(pieces) if pieces else []
                 rows += [number] * len(pieces)
                 digests += [mark] * len(pieces)
             writer.add(documents, cut, rows, digests)
@@ -198,15 +175,20 @@ class Build:
             except UserError as error:
                 self.faults(error)
                 continue
-            if not example.wanted:
+            if not example.wanted and not self.encoding.unwanted:
                 self.report.dropped[UNWANTED] += 1
                 continue
             text = content(example)
             mark = digest(text)
-            if self.duplicates and (reason := self.duplicates.reason(text, mark)):
+            label = example.wanted if example.labelled else None
+            if self.duplicates and (reason := self.duplicates.reason(text, mark, label)):
                 self.report.dropped[reason] += 1
                 continue
             yield self.report.rows, mark, example
+
+    def arranged(self) -> Iterator[tuple[int, int, Example]]:
+        """Yield the examples as the objective takes them, such as two unpaired answers as a pair."""
+        return self.encoding.arrange(self.examples(), self.report)
 
     def _described(self) -> list[str]:
         """Return warnings about the columns."""
@@ -225,10 +207,10 @@ class Build:
                     f"{path}: roles that are not known: {roles}. The chat template gets them as they are, and what they say is "
                     "not trained"
                 )
-            if reader.name == "preference" and self.encoding.sequences == 1:
+            if reader.name == "preference" and not self.encoding.rejected:
                 found.append(
                     f"{path}: the answers in `chosen` are trained; those in `rejected` are checked, and this objective "
-                    "has no use for them"
+                    "has no use for them (objective.name: dpo and others compare both)"
                 )
         return found
 
@@ -271,18 +253,20 @@ class Build:
         Several documents of a row are kept or dropped together, and together fit into one row of a batch.
         """
         config, report = self.config, self.report
-        count = sum(len(document.tokens) for document in unit)
+        count = self.encoding.size(unit)
         if config.min_tokens and count < config.min_tokens:
             report.dropped["shorter than min_tokens"] += 1
             return ()
         if config.max_tokens and count > config.max_tokens:
             report.dropped["longer than max_tokens"] += 1
             return ()
+        if reason := self.encoding.refused(unit):
+            report.dropped[reason] += 1
+            return ()
         pieces: Sequence[Encoded] = unit
-        if count > config.max_length:
-            if len(unit) == 1:
-                pieces = self.encoding.shorten(unit[0], config, self.encoder.tokens.bos)
-            if len(unit) > 1 or not pieces:
+        if sum(len(document.tokens) for document in unit) > config.max_length:
+            pieces = self.encoding.shorten(unit, config, self.encoder.tokens.bos)
+            if not pieces:
                 report.dropped[LONG] += 1
                 return ()
         elif self.encoding.answers:
@@ -298,6 +282,11 @@ class Build:
             if len(self.masked_where) < 3:
                 self.masked_where.append(unit[0].where)
             return ()
+        if pieces is not unit:
+            if reason := self.encoding.refused(kept):
+                report.dropped[reason] += 1
+                return ()
+            report.notes["partner shortened"] += self.encoding.size(pieces) == count
         report.kept += 1
         report.documents += len(kept)
         return kept
@@ -309,7 +298,11 @@ class Build:
         # `rows` lacks rows that could not be read, and has those found broken later.
         report = replace(self.report, rows=self.report.rows + self.unread.count, dropped=dropped)
         report.notes = self.report.notes + self.encoder.notes
-        report.warnings = [*self.unread.notes, *self._described(), *warnings_of(report, messages, self.masked_where)]
+        report.warnings = [
+            *self.unread.notes,
+            *self._described(),
+            *warnings_of(report, messages, self.masked_where, self.encoding),
+        ]
         if not report.kept:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
             first = f" (the first: {messages[0]})" if messages else ""
@@ -324,53 +317,6 @@ def _has_turn(row: int, share: float, epoch: int) -> bool:
     """Return whether a row is in the `share` of its source that this epoch sees; the next epoch sees the next ones."""
     place = row * 0.6180339887498949 % 1  # the golden ratio spreads any run of rows evenly
     return (place - share * epoch) % 1 < share
-
-
-def warnings_of(report: DataReport, broken: list[str], masked: list[str]) -> list[str]:
-    """Return the warnings that follow from the counts."""
-    notes, found = report.notes, []
-    if report.dropped[BROKEN]:
-        more = report.dropped[BROKEN] - len(broken)
-        rest = f" and {more:,} more" if more else ""
-        found.append(f"{report.dropped[BROKEN]:,} broken rows were skipped: {' | '.join(broken)}{rest}")
-    if report.dropped[UNWANTED]:
-        found.append(
-            f"{report.dropped[UNWANTED]:,} rows have label false (an unpaired preference, as for KTO): their completions are "
-            "not wanted, and this objective has no use for them; data.format: prompt_completion trains them too"
-        )
-    if report.dropped[MASKED]:
-        found.append(
-            f"{report.dropped[MASKED]:,} rows have no trained token (left within max_length) and are dropped, such as "
-            f"{', '.join(masked)}"
-        )
-    if notes["no end trained"]:
-        found.append(
-            f"in {notes['no end trained']:,} rows no EOS or end of turn is trained: the model does not learn to stop there"
-        )
-    if notes["end outside the marks"]:
-        found.append(
-            f"the chat template's {{% generation %}} marks leave out {notes['end outside the marks']:,} ends of turn; they are "
-            "trained all the same, as the model must learn to stop"
-        )
-    if notes["end added"]:
-        found.append(f"the chat template writes no end after the last answer; EOS is added in {notes['end added']:,} rows")
-    if notes["found turn by turn"]:
-        found.append(
-            "the chat template has no {% generation %} marks: what the assistant wrote was found by rendering turn by turn, "
-            "and each turn was checked to be a prefix of the whole"
-        )
-    found += [f"in {notes[name]:,} {said}" for name, said in COUNTED.items() if notes[name]]
-    if notes["BOS added"]:
-        found.append(
-            "the chat template writes no BOS and the tokenizer puts one before every text: ftjax puts one before each "
-            "conversation; write {{ bos_token }} into model.chat_template so that other programs do too"
-        )
-    if notes["joined without a space"]:
-        found.append(
-            f"in {notes['joined without a space']:,} rows the completion follows the prompt without white space between them; "
-            "if that is not meant, write data.completion_template: ' {completion}' or a data.template"
-        )
-    return found
 
 
 _encoder: RowEncoder | None = None

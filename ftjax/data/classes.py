@@ -18,7 +18,7 @@ import numpy as np
 from ftjax.config import Config
 from ftjax.config.data import DataConfig, SourceConfig
 from ftjax.data.clean import normalizer
-from ftjax.data.encoder import Encoded, NoWay, RowEncoder, TextPlan
+from ftjax.data.encoder import Encoded, NoWay, RowEncoder, TextPlan, Unit
 from ftjax.data.encoding import RowEncoding
 from ftjax.data.example import Example
 from ftjax.data.faults import Faults
@@ -105,8 +105,9 @@ class TextLabels(RowEncoding):
     def encoder(self, tokenizer: Any, config: DataConfig) -> ClassEncoder:
         return ClassEncoder(tokenizer, self.labels)
 
-    def shorten(self, document: Encoded, config: DataConfig, bos: int | None) -> Sequence[Encoded]:
+    def shorten(self, unit: Unit, config: DataConfig, bos: int | None) -> Sequence[Encoded]:
         """Truncate the text and keep its class after it."""
+        [document] = unit
         if config.truncation == "split":
             raise UserError(
                 "data.truncation: split would give every part of a text the class of the whole; choose right, left or drop"

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -25,9 +26,15 @@ def content(example: Example) -> str:
         return json.dumps([example.input_ids, example.labels])
     if example.text is not None:
         return example.text
-    said = [example.prompt, example.completion] if example.prompt is not None else list(map(_plain, example.messages))
-    facts = [said, example.rejected, example.tools, example.template_arguments]
+    rejected = None if example.rejected is None else _said(example.rejected)
+    facts = [_said(example), rejected, example.tools, example.template_arguments]
+    if example.labelled or example.margin is not None:
+        facts += [example.wanted, example.margin]
     return json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _said(example: Example) -> list:
+    return [example.prompt, example.completion] if example.prompt is not None else list(map(_plain, example.messages))
 
 
 def _plain(message: Message) -> Message:
@@ -50,33 +57,45 @@ class Duplicates:
     def __init__(self, kind: str, threshold: float):
         self.near = kind == "near"
         self._seen: set[int] = set()
-        self._index = None
+        self._indices: dict[Hashable, Any] = {}
         if self.near:
-            from datasketch import MinHash, MinHashLSH
+            from datasketch import MinHash
 
-            # Candidates are compared again, so the index favours recall.
-            self._index = MinHashLSH(threshold=min(threshold, 0.9), num_perm=PERMUTATIONS, weights=(0.1, 0.9))
             self._hashes: list[MinHash] = []
             self._threshold, self._new = threshold, MinHash(num_perm=PERMUTATIONS)
 
-    def reason(self, text: str, number: int) -> str | None:
-        """Return why this content should be dropped; None for a new one, which is remembered."""
+    def reason(self, text: str, number: int, label: Hashable = None) -> str | None:
+        """Return why this content should be dropped; None for a new one, which is remembered.
+
+        Args:
+            number: hash of the text.
+            label: contents with different labels are no near duplicates.
+        """
         if number in self._seen:
             return "exact duplicates"
         self._seen.add(number)
-        if self._index is None:
+        if not self.near:
             return None
+        if label not in self._indices:
+            self._indices[label] = self._new_index()
+        index = self._indices[label]
         words = WORD.findall(text.lower())
         if not words:
             return None
         shingles = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
         sketch = self._new.copy()
         sketch.update_batch([shingle.encode() for shingle in sorted(shingles)])
-        if any(sketch.jaccard(self._hashes[other]) >= self._threshold for other in self._index.query(sketch)):
+        if any(sketch.jaccard(self._hashes[other]) >= self._threshold for other in index.query(sketch)):
             return "near duplicates"
-        self._index.insert(len(self._hashes), sketch)
+        index.insert(len(self._hashes), sketch)
         self._hashes.append(sketch)
         return None
+
+    def _new_index(self) -> Any:
+        from datasketch import MinHashLSH
+
+        # Candidates are compared again, so the index favours recall.
+        return MinHashLSH(threshold=min(self._threshold, 0.9), num_perm=PERMUTATIONS, weights=(0.1, 0.9))
 
 
 def held_out(digests: np.ndarray, share: float, seed: int) -> np.ndarray:

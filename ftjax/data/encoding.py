@@ -1,15 +1,20 @@
 """The part of an objective that turns rows into documents and needs no devices."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ftjax.config.data import DataConfig
 from ftjax.data.encode import Encoder
-from ftjax.data.encoder import Encoded, RowEncoder
+from ftjax.data.encoder import Encoded, RowEncoder, Unit
+from ftjax.data.example import Example
 from ftjax.data.labels import Labels
+from ftjax.data.report import DataReport
 from ftjax.data.truncate import truncate
+
+# (row number, digest of its content, example)
+Numbered = tuple[int, int, Example]
 
 
 class RowEncoding(ABC):
@@ -18,10 +23,14 @@ class RowEncoding(ABC):
     Attributes:
         sequences: documents per row of data. All of them stay together in one row of a batch, in order.
         answers: whether documents end with an answer that should end with an end token.
+        unwanted: whether rows whose label is false become documents, too.
+        rejected: whether rejected answers become documents, too.
     """
 
-    sequences: ClassVar[int] = 1
+    sequences: int = 1
     answers: ClassVar[bool] = True
+    unwanted: ClassVar[bool] = False
+    rejected: ClassVar[bool] = False
 
     @property
     def values(self) -> int:
@@ -41,13 +50,33 @@ class RowEncoding(ABC):
     def encoder(self, tokenizer: Any, config: DataConfig) -> RowEncoder:
         """Return the encoder for this tokenizer."""
 
-    def shorten(self, document: Encoded, config: DataConfig, bos: int | None) -> Sequence[Encoded]:
-        """Return the pieces of a document longer than `data.max_length`; none if it is dropped."""
-        return truncate(document, config.max_length, config.truncation, bos)
+    def arrange(self, rows: Iterable[Numbered], report: DataReport) -> Iterator[Numbered]:
+        """Return the examples to encode, each with a number of its own: the rows themselves by default.
+
+        Examples with one digest stay on one side of a validation split. `report` counts rows that are left out, joined and
+        divided.
+        """
+        return iter(rows)
+
+    def size(self, unit: Sequence[Encoded]) -> int:
+        """Return the tokens of a row that `data.min_tokens` and `data.max_tokens` count."""
+        return sum(len(document.tokens) for document in unit)
+
+    def refused(self, unit: Sequence[Encoded]) -> str | None:
+        """Return the reason for which the documents of a row are dropped; None if they are kept."""
+        return None
+
+    def shorten(self, unit: Unit, config: DataConfig, bos: int | None) -> Sequence[Encoded]:
+        """Return the documents of a row whose documents are longer than `data.max_length` together; none to drop the row."""
+        return truncate(unit[0], config.max_length, config.truncation, bos) if len(unit) == 1 else ()
 
     def label_text(self, document: Encoded) -> str | None:
-        """Return the document's labels as text for display; None if it has none."""
+        """Return what the last token of a document stands for, for display; None if it is one of the text."""
         return None
+
+    def captions(self, unit: Unit) -> Sequence[str]:
+        """Return what each document of a row is, for display; empty if there is nothing to tell."""
+        return [""] * len(unit)
 
 
 @dataclass(frozen=True)

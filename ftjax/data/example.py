@@ -26,8 +26,10 @@ class Example:
     messages: tuple[Message, ...] | None = None
     prompt_turns: int | None = None  # the first so many messages are the prompt, and the rest is trained; None: roles decide
     references: tuple[str, ...] = ()  # reference answers for evaluation
-    rejected: str | None = None  # rejected answer of a preference
+    rejected: "Example | None" = None  # the same prompt with the rejected answer of a preference
     wanted: bool = True  # False: an unpaired preference (KTO) labels the answer as bad
+    labelled: bool = False  # the row says itself whether the answer is wanted
+    margin: float | None = None  # by how much the chosen answer of a preference is better
     tools: list[Any] | None = None
     template_arguments: dict[str, Any] | None = None
     input_ids: list[int] | None = None
@@ -57,7 +59,9 @@ class Example:
     def with_source(
         self, source: int, prompt_format: str, special_tokens_in_text: str = "split", fold_system: bool = True
     ) -> "Example":
+        """Return the example with the settings of its source, which its rejected answer gets, too."""
+        how = (source, prompt_format, special_tokens_in_text, fold_system)
         return replace(
             self, source=source, prompt_format=prompt_format, special_tokens_in_text=special_tokens_in_text,
-            fold_system=fold_system,
+            fold_system=fold_system, rejected=None if self.rejected is None else self.rejected.with_source(*how),
         )  # fmt: skip

@@ -121,7 +121,7 @@ def _in_folder(root: Path, source: SourceConfig) -> Files:
     """Find the data files of the wanted split in a folder; report files that are no data or belong to another split."""
     data, why = [], {}
     saved: dict[Path, set[str] | None] = {}
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+    for path in _files_below(root, why):
         if path.name.lower() in ABOUT or path.name.lower().startswith(NOTES):
             continue
         if path.parent not in saved:
@@ -142,6 +142,29 @@ def _in_folder(root: Path, source: SourceConfig) -> Files:
         raise UserError(f"{source.path}: this folder holds no data file; expected {KINDS}{_listed(why, root)}")
     chosen = _one_split(data, source, root, why)
     return Files(chosen, f"{source.path}: {len(chosen):,} of its files are read{_listed(why, root)}" if why else "")
+
+
+def _files_below(root: Path, why: dict[Path, str]) -> list[Path]:
+    """Return all files below a folder, those of linked folders too; put links that lead nowhere or back, and folders that
+    cannot be read, into `why`."""
+
+    def unreadable(error: OSError) -> None:
+        why[Path(error.filename)] = "cannot be read"
+
+    found = []
+    for folder, inside, files in os.walk(root, onerror=unreadable, followlinks=True):
+        place = Path(folder)
+        around = {place.resolve(), *place.resolve().parents}
+        for name in list(inside):
+            if (link := place / name).is_symlink() and link.resolve() in around:
+                inside.remove(name)
+                why[link] = "a link to a folder around it"
+        for name in files:
+            if (path := place / name).is_file():
+                found.append(path)
+            elif path.is_symlink() and kind(path):
+                why[path] = "a link to nothing"
+    return sorted(found)
 
 
 def _shards(folder: Path) -> set[str] | None:

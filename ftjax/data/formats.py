@@ -18,6 +18,7 @@ from ftjax.data.values import (
     by_row,
     check_unicode,
     filled,
+    finite,
     integers,
     kind_of,
     mask,
@@ -73,20 +74,24 @@ def _unpaired_preference(v: Values, where: str) -> Example:
     wanted = _verdict(v)
     if wanted is None:
         raise UserError(f"{where}: 'label' is {v['label']!r:.60}, expected true or false: whether the completion is wanted")
-    return replace(_prompt_completion(v, where), wanted=wanted)
+    return replace(_prompt_completion(v, where), wanted=wanted, labelled=True)
 
 
 def _preference(v: Values, where: str) -> Example:
     found = None if v.get("prompt") else transcripts(v["chosen"], v["rejected"])
     if found:
-        turns, count, begin = found
-        example = _conversation(turns, v, where, prompt_turns=count)
-        prompt, answer = v["chosen"][:begin], v["chosen"][begin:]
-        return replace(example, prompt=prompt, completion=answer, rejected=v["rejected"])
-    prompt, chosen, rejected = split_preference(v.get("prompt"), v["chosen"], v["rejected"], where)
-    if isinstance(rejected, list):
-        rejected = check_messages(rejected, where)[-1].get("content") or ""
-    return replace(_prompt_completion({**v, "prompt": prompt, "completion": chosen}, where), rejected=rejected)
+        count, *both = found
+
+        def of_transcript(name: str, turns: list[Message], begin: int) -> Example:
+            example = _conversation(turns, v, where, prompt_turns=count)
+            return replace(example, prompt=v[name][:begin], completion=v[name][begin:])
+
+        chosen, rejected = (of_transcript(name, *one) for name, one in zip(("chosen", "rejected"), both, strict=True))
+    else:
+        given = (string(v, name, where) if isinstance(v[name], int | float) else v[name] for name in ("chosen", "rejected"))
+        prompt, *answers = split_preference(v.get("prompt"), *given, where)
+        chosen, rejected = (_prompt_completion({**v, "prompt": prompt, "completion": answer}, where) for answer in answers)
+    return replace(chosen, rejected=rejected, margin=finite(v, "margin", where))
 
 
 def _messages(v: Values, where: str) -> Example:
@@ -172,7 +177,7 @@ FORMATS: dict[str, Format] = {
         ("prompt", "completion", "label"), _unpaired_preference, CHAT, "completion", fits=lambda v: _verdict(v) is not None
     ),
     "prompt_completion": Format(("prompt", "completion"), _prompt_completion, CHAT, "completion"),
-    "preference": Format(("chosen", "rejected"), _preference, ("prompt", *CHAT), whole=True),
+    "preference": Format(("chosen", "rejected"), _preference, ("prompt", "margin", *CHAT), whole=True),
     "instruction": Format(("instruction", "output"), _instruction, ("input", "system", "history", "references"), "output"),
     "question_answer": Format(("question", "answer"), _question, CHAT, "answer"),
     "document_summary": Format(("document", "summary"), _document, CHAT, "summary"),

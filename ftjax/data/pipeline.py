@@ -18,7 +18,7 @@ from ftjax.config.data import DataConfig
 from ftjax.data.batch import Batch, BatchIterator, fill, own_rows
 from ftjax.data.build import build_documents
 from ftjax.data.clean import held_out
-from ftjax.data.encoder import Encoded
+from ftjax.data.encoder import Unit
 from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.pack import Plan, in_order, pack
 from ftjax.data.report import DataReport
@@ -46,9 +46,8 @@ class Split(Protocol):
         embeddings."""
 
     def rows_per_epoch(self, epoch: int) -> int: ...
-    def example(self) -> Encoded: ...
-    def first(self, count: int) -> list[tuple[Encoded, tuple[int | None, int | None]]]:
-        """Return the first documents, each with its row and segment in the first epoch."""
+    def first(self, count: int) -> list[tuple[Unit, tuple[int | None, int | None]]]:
+        """Return the documents of the first rows of data, with the row and segment of the first document in the first epoch."""
 
     def batches(
         self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, rows: Sequence[int] | None = None,
@@ -301,18 +300,14 @@ class PackedSplit:
 
     # ---- rows ----
 
-    def example(self) -> Encoded:
-        """Return the first document, for display."""
-        return self.documents.document(self.chosen[0])
-
-    def first(self, count: int) -> list[tuple[Encoded, tuple[int | None, int | None]]]:
-        """Return the first documents, each with its row and segment (from 1) in the first epoch."""
+    def first(self, count: int) -> list[tuple[Unit, tuple[int | None, int | None]]]:
+        """See `Split.first`; segments count from 1."""
         plan, found = self.plan(0, True, self.seed), []
-        for number in self.chosen[:count]:
-            at = np.flatnonzero(plan.documents == number)[:1]
+        for unit in self.chosen.reshape(-1, self.sequences)[:count]:
+            at = np.flatnonzero(plan.documents == unit[0])[:1]
             row = np.searchsorted(plan.starts, at, side="right") - 1
             place = (int(row[0]), int(at[0] - plan.starts[row[0]]) + 1) if len(at) else (None, None)
-            found.append((self.documents.document(number), place))
+            found.append((tuple(map(self.documents.document, unit)), place))
         return found
 
     def rows(self, plan: Plan, numbers: np.ndarray, width: int) -> Batch:
@@ -350,12 +345,13 @@ class PackedBatches(Iterator[Batch]):
         self._epoch = self._row = 0
         self._grain: Any = None
 
-    def _plan(self, epoch: int) -> Plan:
+    def plan(self, epoch: int) -> Plan:
+        """Return the rows of an epoch."""
         return self._split.plan(epoch, self._shuffle, self._seed, 0 if self._split.packing else self._batch_size)
 
     def _build(self, epoch: int, row: int) -> Batch:
         """Build this process's rows of the batch that begins with `row` of `epoch`."""
-        split, plan, numbers = self._split, self._plan(epoch), row + self._rows
+        split, plan, numbers = self._split, self.plan(epoch), row + self._rows
         if not split.packing:  # the whole batch decides, so that all processes use the same width
             documents = plan.documents[plan.starts[row] : plan.starts[min(row + self._batch_size, len(plan))]]
             longest = split.widths(documents).max()
@@ -364,7 +360,7 @@ class PackedBatches(Iterator[Batch]):
             return split.rows(plan, numbers, split.max_length)
         parts = []
         while len(numbers) and (self._epochs is None or epoch < self._epochs):
-            plan = self._plan(epoch)
+            plan = self.plan(epoch)
             inside = numbers < len(plan)
             parts.append(split.rows(plan, numbers[inside], split.max_length))
             numbers, epoch = numbers[~inside] - len(plan), epoch + 1
@@ -373,14 +369,14 @@ class PackedBatches(Iterator[Batch]):
 
     def _open(self) -> None:
         epoch, start = self._epoch, self._row
-        count = max(0, -(-(len(self._plan(epoch)) - start) // self._batch_size))
+        count = max(0, -(-(len(self.plan(epoch)) - start) // self._batch_size))
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
         build = grain.MapDataset.range(count).map(lambda number: self._build(epoch, start + number * self._batch_size))
         self._grain = iter(build.to_iter_dataset(options))
 
     def __next__(self) -> Batch:
         while self._epochs is None or self._epoch < self._epochs:
-            rows = len(self._plan(self._epoch))
+            rows = len(self.plan(self._epoch))
             if self._row >= rows:
                 ahead = self._row - rows if self._split.mix_epochs else 0
                 self._epoch, self._row, self._grain = self._epoch + 1, ahead, None

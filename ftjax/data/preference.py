@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftjax.data.translate import translated
-from ftjax.data.values import by_row, kind_of
+from ftjax.data.values import EmptyRow, by_row, kind_of
 from ftjax.errors import UserError
 
 SPACELESS = 0x2E80  # scripts from here on have no spaces between words
@@ -20,11 +20,13 @@ SPOKEN = {"Human": "user", "Assistant": "assistant"}
 def split_preference(prompt: Any, chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
     """Return `(prompt, chosen, rejected)`; the last two are answers alone: text, or messages that follow the prompt's.
 
-    Raises UserError if nothing is left of an answer, and if there is no prompt.
+    Raises EmptyRow if nothing is left of an answer, and UserError if there is no prompt.
     """
     chosen, rejected, prompt = (by_row(value) for value in (chosen, rejected, prompt))
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(answer, list) and (not isinstance(answer, str) or not answer.strip()):
+        if answer is None or answer == [] or (isinstance(answer, str) and not answer.strip()):
+            raise EmptyRow(f"{where}: {name!r} is empty, so there is nothing to compare in this row; fill or remove it")
+        if not isinstance(answer, list | str):
             raise UserError(f"{where}: {name!r} is {kind_of(answer)}, expected an answer as text or messages")
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise UserError(f"{where}: 'chosen' is {kind_of(chosen)} and 'rejected' {kind_of(rejected)}; expected both alike")
@@ -35,7 +37,7 @@ def split_preference(prompt: Any, chosen: Any, rejected: Any, where: str) -> tup
     if isinstance(prompt, str) and len(prompt.split()) > 1 and all(text.startswith(prompt) for text in (chosen, rejected)):
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         if not chosen.strip() or not rejected.strip():
-            raise UserError(f"{where}: 'chosen' and 'rejected' repeat the prompt, and nothing follows it in one of them")
+            raise EmptyRow(f"{where}: 'chosen' and 'rejected' repeat the prompt, and nothing follows it in one of them")
     return prompt, chosen, rejected
 
 
@@ -87,20 +89,25 @@ def _of_texts(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
             f"{where}: there is no prompt: name its column, or give texts of which the common beginning is the prompt"
         )
     if not chosen[same:].strip() or not rejected[same:].strip():
-        raise UserError(f"{where}: nothing is left of an answer without the beginning that 'chosen' and 'rejected' share")
+        raise EmptyRow(f"{where}: nothing is left of an answer without the beginning that 'chosen' and 'rejected' share")
     return chosen[:same], chosen[same:], rejected[same:]
 
 
-def transcripts(chosen: Any, rejected: Any) -> tuple[list[dict[str, str]], int, int] | None:
-    """Return `(chosen's messages, number of prompt messages, offset of the answer in its text)` for two of Anthropic's
-    transcripts with a common beginning; None for anything else."""
+# messages of a transcript, and the offset of the answer in its text
+Transcript = tuple[list[dict[str, str]], int]
+
+
+def transcripts(chosen: Any, rejected: Any) -> tuple[int, Transcript, Transcript] | None:
+    """Return `(number of prompt messages, chosen, rejected)` for two of Anthropic's transcripts with a common beginning; None
+    for anything else."""
     one, other = (_transcript(text) if isinstance(text, str) else [] for text in (chosen, rejected))
     same = 0
     for (turn, _), (its, _) in zip(one[:-1], other[:-1], strict=False):
         if turn != its:
             break
         same += 1
-    return ([turn for turn, _ in one], same, one[same][1]) if same else None
+    chosen, rejected = (([turn for turn, _ in turns], turns[same][1] if same else 0) for turns in (one, other))
+    return (same, chosen, rejected) if same else None
 
 
 def _transcript(text: str) -> list[tuple[dict[str, str], int]]:

@@ -1,37 +1,21 @@
 """`ftjax preview`: shows the data as the model will see it, before any training."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ftjax.config import Config
 from ftjax.console import say
-from ftjax.data.encoder import Encoded
 from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.pipeline import Split, load_splits
 from ftjax.data.preview_html import write_html
 from ftjax.data.report import DataReport, histogram
+from ftjax.data.shown import LONGEST, Shown, show_unit
 from ftjax.errors import UserError, printable
 
 EXAMPLES = 3
-LONGEST = 400  # most tokens of an example that the terminal shows
+PART = "‖"  # stands where the documents of a row part
 BAR = 40  # characters
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One document, token by token: the text of each token (together they are the document's text), its weight and its
-    place."""
-
-    where: str
-    ids: list[int]
-    texts: list[str]
-    weights: list[float]
-    row: int | None  # of the first epoch
-    segment: int | None
 
 
 def preview(
@@ -72,62 +56,22 @@ def preview(
         say(console, f"written: {html}")
 
 
-def show_examples(split: Split, tokenizer: Any, count: int = EXAMPLES, encoding: RowEncoding = ANSWERS) -> list[Shown]:
-    """Return the first `count` documents of a set; for a document that ends with labels, the last token shows them as
-    words."""
-    found = [(document, shown(document, tokenizer, *place)) for document, place in split.first(count)]
-    for document, item in found:
-        if (words := encoding.label_text(document)) is not None:
-            item.texts[-1] = f" -> {words}"
-    return [item for _, item in found]
+def show_examples(split: Split, tokenizer: Any, count: int = EXAMPLES, encoding: RowEncoding = ANSWERS) -> list[list[Shown]]:
+    """Return the documents of the first `count` rows of a set."""
+    return [show_unit(unit, tokenizer, encoding, *place) for unit, place in split.first(count)]
 
 
-def shown(document: Encoded, tokenizer: Any, row: int | None = None, segment: int | None = None) -> Shown:
-    ids = document.tokens.tolist()
-    return Shown(document.where, ids, token_texts(ids, tokenizer), document.weights.tolist(), row, segment)
-
-
-def token_texts(ids: list[int], tokenizer: Any) -> list[str]:
-    """Return the text of each token, so that they join to the decoded text. A token that holds part of a character is
-    empty; the token that completes the character holds it."""
-    texts: list[str] = []
-    # Decoding begins a few tokens earlier, at a character boundary: a token's text depends on those before it.
-    begins, before, last = [0], "", 0
-    for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[begins[0] : end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if whole.endswith("\ufffd") and end < len(ids) and end - last < 32:
-            texts.append("")
-            continue
-        texts.append(whole[len(before) :] if whole.startswith(before) else whole)
-        begins, last = [*begins, end][-4:], end
-        before = tokenizer.decode(ids[begins[0] : end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return texts
-
-
-def render_example(document: Encoded, tokenizer: Any) -> str:
-    """Render one document as text with trained parts in [[ and ]]; the middle of a long one is left out."""
-    item, parts, inside = shown(document, tokenizer), [], False
-    skipped = len(item.ids) - LONGEST
-    for number, (text, weight) in enumerate(zip(item.texts, item.weights, strict=True)):
-        if skipped > 0 and LONGEST // 2 <= number < LONGEST // 2 + skipped:
-            text = f" [... {skipped:,} tokens ...] " if number == LONGEST // 2 else ""
-        now = weight > 0
-        if now != inside:
-            parts.append("[[" if now else "]]")
-            inside = now
-        parts.append(printable(text))
-    return "".join(parts) + ("]]" if inside else "")
-
-
-def as_object(shown: list[Shown], sets: dict[str, Split]) -> dict[str, Any]:
+def as_object(shown: list[list[Shown]], sets: dict[str, Split]) -> dict[str, Any]:
     """Return everything as JSON."""
     return {
         "examples": [
             {
+                "example": number, "caption": item.caption, "parts_at": item.parts_at,
                 "where": item.where, "row": item.row, "segment": item.segment,
                 "tokens": item.ids, "texts": item.texts, "weights": item.weights, "trained": [w > 0 for w in item.weights],
             }
-            for item in shown
+            for number, items in enumerate(shown)
+            for item in items
         ],
         **{
             name: {
@@ -139,18 +83,35 @@ def as_object(shown: list[Shown], sets: dict[str, Split]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def print_example(console: Any, item: Shown, number: int) -> None:
+def print_example(console: Any, items: list[Shown], number: int) -> None:
+    """Print the documents of a row; the second of two from where it differs from the first."""
+    for other, item in enumerate(items):
+        place = f", row {item.row}, segment {item.segment}" if item.row is not None else ""
+        caption = f", {item.caption}" if item.caption else ""
+        head = f"example {number + 1}{caption}: {item.where}: {len(item.ids):,} tokens, {item.trained:,} trained{place}"
+        say(console, head, "bold reverse")
+        begin = max(0, (item.parts_at or 0) - LONGEST // 2) if len(item.ids) > LONGEST else 0
+        start = item.parts_at if other else begin
+        _print_tokens(console, item, start, "as above" if other else "before")
+    if items[-1].parts_at is not None:
+        firsts = " | ".join(repr(printable("".join(item.texts[item.parts_at :][:1]))) for item in items)
+        say(console, f"they part ({PART}) at token {items[-1].parts_at:,}: {firsts}")
+
+
+def _print_tokens(console: Any, item: Shown, start: int, what: str) -> None:
     from rich.text import Text
 
-    place = f", row {item.row}, segment {item.segment}" if item.row is not None else ""
-    trained = int(np.count_nonzero(np.array(item.weights[1:])))
-    head = f"example {number + 1}: {item.where}: {len(item.ids):,} tokens, {trained:,} trained{place}"
-    say(console, head, "bold reverse")
     line = Text()
+    if start:
+        line.append(f"... {start:,} tokens {what} ", "italic dim")
     for at, (text, weight) in enumerate(zip(item.texts, item.weights, strict=True)):
-        if at == LONGEST:
+        if at < start:
+            continue
+        if at == start + LONGEST:
             line.append(f" ... {len(item.ids) - at:,} more tokens", "italic dim")
             break
+        if at == item.parts_at:
+            line.append(PART, "bold red")
         colour = "green" if weight == 1 else "yellow" if weight > 0 else "bright_black"
         line.append(_visible(text), f"{colour}{'' if at % 2 else ' underline' if weight > 0 else ''}")
         if weight not in (0.0, 1.0):

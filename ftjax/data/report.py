@@ -11,11 +11,14 @@ from ftjax.errors import printable
 
 @dataclass
 class DataReport:
-    """Counts of one set. `rows` = `kept` + all of `dropped` + `held_out`; `truncated` is a part of `kept`."""
+    """Counts of one set. `examples` = `kept` + all of `dropped` + `held_out`; `truncated` is a part of `kept`.
+
+    An example is a row of data, unless the objective makes pairs of rows or takes pairs apart.
+    """
 
     source: str
     rows: int = 0
-    kept: int = 0  # rows
+    kept: int = 0  # examples
     documents: int = 0  # more than `kept` if long rows are split
     truncated: Counter[str] = field(default_factory=Counter)  # by policy
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
@@ -32,6 +35,12 @@ class DataReport:
     warnings: list[str] = field(default_factory=list)
     length_quantiles: dict[str, int] = field(default_factory=dict)
     exact: bool = True  # False: a sample of a streamed set
+    joined: int = 0  # pairs that were made of two rows
+    divided: int = 0  # pairs that were made two examples
+
+    @property
+    def examples(self) -> int:
+        return self.rows - self.joined + self.divided
 
     def lines(self) -> list[str]:
         """Return lines for display: one of examples, one of tokens, then warnings."""
@@ -41,7 +50,7 @@ class DataReport:
         formats = ", ".join(dict.fromkeys(self.formats.values()))
         sampled = "" if self.exact else "of a first part: "
         lines = [
-            f"{self.source}{f' ({formats})' if formats else ''}: {sampled}{self.kept:,} of {self.rows:,} examples kept, "
+            f"{self.source}{f' ({formats})' if formats else ''}: {sampled}{self.kept:,} of {self.examples:,} examples kept, "
             f"{sum(self.truncated.values()):,} truncated{cut}, {sum(self.dropped.values()):,} dropped{held}{reasons}",
             f"{self.tokens:,} tokens, {self.trained_tokens:,} trained ({self.trained_tokens / max(self.tokens, 1):.0%}); "
             + (
@@ -50,6 +59,10 @@ class DataReport:
                 else f"{self.packed_rows:,} rows, not packed, {100 * self.efficiency:.1f}% of their tokens are not padding"
             ),
         ]
+        if self.joined and self.exact:
+            lines.append(f"{2 * self.joined:,} rows with one answer make {self.joined:,} pairs")
+        if self.divided and self.exact:
+            lines.append(f"{self.divided:,} pairs make {2 * self.divided:,} answers with a label")
         if len(self.weights) > 1:
             lines.append("an epoch: " + ", ".join(f"{weight:g} x {path}" for path, weight in self.weights.items()))
         return [printable(line) for line in (*lines, *(f"warning: {warning}" for warning in self.warnings))]

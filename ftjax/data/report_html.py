@@ -11,7 +11,10 @@ from ftjax.page.document import table
 def report_html(name: str, report: DataReport, bins: Sequence[tuple[int, int, int]], heading: str = "h2") -> list[str]:
     """Return HTML with the counts, the warnings and a chart of the lengths; `bins` come from `histogram`."""
     rows = [
-        ("rows read", report.rows), ("kept", report.kept), ("documents", report.documents),
+        ("rows read", report.rows),
+        *([("pairs made of two rows", report.joined)] if report.joined else []),
+        *([("pairs made two answers", report.divided)] if report.divided else []),
+        ("kept", report.kept), ("documents", report.documents),
         *((f"truncated ({policy})", count) for policy, count in report.truncated.items()),
         *((f"dropped: {reason}", count) for reason, count in report.dropped.items()),
         *([("held out for validation", report.held_out)] if report.held_out else []),

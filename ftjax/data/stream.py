@@ -18,7 +18,7 @@ import xxhash
 from ftjax.config.data import DataConfig, SourceConfig
 from ftjax.data.batch import Batch, batch_arrays, fill, own_rows
 from ftjax.data.build import Build
-from ftjax.data.encoder import Encoded
+from ftjax.data.encoder import Encoded, Unit
 from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.find import Files, HubSet, find
 from ftjax.data.pack import Plan, in_order, pack
@@ -102,6 +102,11 @@ class StreamSplit:
         if not build.report.rows:
             raise UserError("data.train: with these weights an epoch sees none of its rows; raise a weight")
         split.report = build.summary()
+        if split.report.joined and (parts := [source.path for source in sources if source.weight % 1]):
+            raise UserError(
+                f"{', '.join(parts)}: a fractional weight of a streamed set takes a part of its rows, which would separate the "
+                "two answers of a pair; give it a whole weight, or set data.streaming: false"
+            )
         split._first = first.documents
         split._measure(first)
         return split
@@ -120,6 +125,7 @@ class StreamSplit:
         digest = xxhash.xxh3_128()
         for document in self._first:
             digest.update(document.tokens.astype(np.int32).tobytes() + document.weights.astype(np.float32).tobytes())
+            digest.update(b"" if document.labels is None else document.labels.astype(np.float32).tobytes())
         sizes = [[size for size, _ in state] for state in self._states if state is not None]
         digest.update(repr((sizes, [source.weight for source in self.sources])).encode())
         return {"documents": len(self._first), "tokens": int(self.lengths.sum()), "digest": digest.hexdigest()}
@@ -132,7 +138,8 @@ class StreamSplit:
 
     def _measure(self, first: Window) -> None:
         report, lengths = self.report, self.lengths
-        report.rows = report.kept + sum(report.dropped.values())  # some rows of the next window are read already
+        # some rows of the next window are read already
+        report.rows = report.kept + sum(report.dropped.values()) + report.joined - report.divided
         report.tokens, report.documents = int(lengths.sum()), len(lengths)
         report.trained_tokens = int(sum(np.count_nonzero(document.weights[1:]) for document in self._first))
         report.packed_rows = len(first.plan)
@@ -166,12 +173,11 @@ class StreamSplit:
         """Return an estimate, or the exact number if one window holds all of the data."""
         return self._rows
 
-    def example(self) -> Encoded:
-        return self._first[0]
-
-    def first(self, count: int) -> list[tuple[Encoded, tuple[int | None, int | None]]]:
-        """Return the first documents; their rows in the shuffled window are unknown before it is read."""
-        return [(document, (None, None)) for document in self._first[:count]]
+    def first(self, count: int) -> list[tuple[Unit, tuple[int | None, int | None]]]:
+        """See `Split.first`; rows in the shuffled window are unknown before it is read."""
+        size = self.encoding.sequences
+        starts = range(0, min(count * size, len(self._first)), size)
+        return [(tuple(self._first[start : start + size]), (None, None)) for start in starts]
 
     def build(self) -> Build:
         """Start a new pass over the data. Raises UserError if a file changed since the first pass."""
@@ -184,7 +190,7 @@ class StreamSplit:
     def windows(self, build: Build, epoch: int, start: int, *, shuffle: bool, seed: int | None = None) -> Iterator[Window]:
         """Yield the windows of an epoch, from number `start` on."""
         build.epoch = epoch
-        examples = build.examples()
+        examples = build.arranged()
         for _ in islice(examples, start * self.window_rows):
             pass
         number, waiting = start, list(islice(examples, self.window_rows))

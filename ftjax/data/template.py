@@ -83,7 +83,7 @@ def render_prompt(
     made = template.prepare(example)
     if made.notes["system folded"]:
         log.warning("the chat template takes no system message: it goes in front of the first user's")
-    text = template.render(made.example.messages, True, example.where, tools, template_arguments)
+    text = template.render(made.example.messages, True, example.where, made.example.tools, template_arguments)
     if not made.hidden:
         return with_chat_bos(tokens.batch([text])[0].ids, tokens)
     log.warning("the prompt spells control tokens; they are read as plain text (special_tokens_in_text: split)")
@@ -188,8 +188,8 @@ class Template:
         Raises UserError for spelled control tokens where `special_tokens_in_text` is `error`, and for a system message that
         the template does not take where `fold_system` is false.
         """
-        marked = self.control.mark(example.messages, example.special_tokens_in_text, example.where)
-        messages, notes, turns = marked.messages, marked.notes, example.prompt_turns
+        marked = self.control.mark(example.messages, example.special_tokens_in_text, example.where, example.tools)
+        messages, notes, turns, tools = marked.messages, marked.notes, example.prompt_turns, marked.tools
         if messages[:1] and messages[0]["role"] == "system" and not self.takes_system:
             if not example.fold_system:
                 raise UserError(
@@ -203,9 +203,9 @@ class Template:
                 turns = turns - 1 if turns else turns
         messages = fit_calls(
             messages,
-            lambda tried: self.render(tried, False, example.where, example.tools, example.template_arguments),
+            lambda tried: self.render(tried, False, example.where, tools, example.template_arguments),
         )
-        return Chat(replace(example, messages=tuple(messages), prompt_turns=turns), notes, marked.hidden)
+        return Chat(replace(example, messages=tuple(messages), prompt_turns=turns, tools=tools), notes, marked.hidden)
 
     def left_out(self, example: Example, text: str, trained: Sequence[int]) -> Counter[str]:
         """Count what the template leaves out of the rendered conversation: parts of the trained messages, and the tools.

@@ -32,6 +32,8 @@ def found_encoding(path: Path, start: bytes, faults: Faults, western: bool) -> s
     Args:
         western: accept bytes that are not UTF-8 as cp1252 if they look like it, and note this in `faults`.
     """
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # before UTF-16, with whose BOM the first one begins
+        return "utf-32"
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if western and _is_western(start):

@@ -74,6 +74,20 @@ def integers(values: Any, name: str, where: str) -> list[int]:
     return values
 
 
+def finite(v: Values, name: str, where: str) -> float | None:
+    """Return a finite number, given as such or as text; None if the column is absent or empty."""
+    value = v.get(name)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        found = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError(f"{where}: {name!r} is {value!r:.60}, expected a number")
+    return found
+
+
 def mask(values: Any, name: str, count: int, where: str) -> list[bool]:
     """Return one boolean for each of `count` input_ids, from booleans or 0 and 1."""
     values = values.tolist() if hasattr(values, "tolist") else values

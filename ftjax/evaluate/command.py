@@ -22,13 +22,16 @@ from ftjax.evaluate.result import PREDICTIONS, RESULTS, print_results, write_pre
 from ftjax.evaluate.rows import read_items, sources, splits_off
 from ftjax.evaluate.statistic import compare, intervals
 from ftjax.evaluate.target import Target, find_target
+from ftjax.evaluate.tasks.preference import implicit_rewards
 from ftjax.hub.same_model import model_facts
+from ftjax.mesh import devices_or_all
 
 
 def evaluate(
     target: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, data: str | None = None,
     task: str | None = None, limit: int | None = None, out: Path | None = None, compare_base: bool = False,
     allow_code_execution: bool = False, as_json: bool = False, console: Any = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate, print, and write `results.json` and `predictions.jsonl`; return the results.
 
@@ -38,6 +41,7 @@ def evaluate(
         out: the folder to write; None for `evaluation/TASK-DATA` in the run's folder, or in the current one.
         compare_base: evaluate the base model on the same rows too, with a paired test.
         allow_code_execution: the task `code` may run what the model wrote.
+        devices: devices to use, such as `jax.devices()[:4]`; None uses all.
 
     Raises UserError if the target, the data, the task or a package is wrong or missing.
     """
@@ -64,7 +68,7 @@ def evaluate(
     tokenizer, measured = None, {}
     for label, one in (("tuned", found), *((("base", base),) if base else ())):
         with console.status(f"loading {one.name}"):
-            generator = one.load(tokenizer)
+            generator = one.load(tokenizer, devices)
         tokenizer = generator.tokenizer
         with _bar(one.name) as progress:
             measured[label] = measure(generator, items, found.config, progress)
@@ -76,10 +80,13 @@ def evaluate(
     numbers = {"confidence": settings.confidence, "resamples": settings.resamples, "seed": settings.seed}
     if base:
         results["base"] = {"model": base.name, **_summary(measured["base"], settings)}
+        if measured["tuned"].pairs is not None:
+            rewards = implicit_rewards(measured["tuned"].pairs, measured["base"].pairs)
+            results["implicit_rewards"] = intervals(rewards, **numbers)
         results["difference"] = compare(measured["base"].scores, measured["tuned"].scores, **numbers)
     results |= {
         "settings": settings.model_dump(mode="json"), "version": __version__,
-        "device": jax.devices()[0].device_kind, "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": devices_or_all(devices)[0].device_kind, "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     if store.index():
         return results

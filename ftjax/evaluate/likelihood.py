@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ftjax.config.data import DataConfig
-from ftjax.data.encoder import Encoded
+from ftjax.data.encoder import Encoded, Unit
 from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.example import Example
 from ftjax.errors import UserError
@@ -39,9 +39,15 @@ def encode(examples: Sequence[Example], tokenizer, config: DataConfig, encoding:
     for document in encoder(examples):
         pieces = [document]
         if len(document.tokens) > config.max_length:
-            pieces = encoding.shorten(document, config, encoder.tokens.bos)
+            pieces = encoding.shorten((document,), config, encoder.tokens.bos)
         found.append([piece for piece in pieces if piece.weights[1:].any()])
     return found
+
+
+def encode_units(examples: Sequence[Example], tokenizer, config: DataConfig, encoding: RowEncoding) -> list[Unit]:
+    """Encode each example into all of its documents, without truncation."""
+    [units] = encoding.encoder(tokenizer, config).stream([examples])
+    return units
 
 
 def likelihoods(

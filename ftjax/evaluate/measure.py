@@ -10,13 +10,15 @@ import numpy as np
 from ftjax.config import Config, EvaluateConfig
 from ftjax.config.code import refuse_unasked
 from ftjax.data.classes import TextLabels
-from ftjax.data.encoder import Encoded
+from ftjax.data.encoder import Encoded, Unit
 from ftjax.data.encoding import ANSWERS
 from ftjax.data.example import Example
 from ftjax.data.labels import Labels
+from ftjax.data.pairs import Pairs
+from ftjax.data.scored import Scored
 from ftjax.data.unknown import refuse_unknown
 from ftjax.errors import UserError
-from ftjax.evaluate.likelihood import encode, head_scores, likelihoods
+from ftjax.evaluate.likelihood import encode, encode_units, head_scores, likelihoods
 from ftjax.evaluate.rows import Item
 from ftjax.evaluate.statistic import Scores, means
 from ftjax.evaluate.tasks.classify import classification, confusion_matrix, labels_of, with_label
@@ -26,6 +28,7 @@ from ftjax.evaluate.tasks.loss import loss
 from ftjax.evaluate.tasks.match import exact_match, f1, json_match, numeric_answer
 from ftjax.evaluate.tasks.overlap import bleu, chrf, rouge
 from ftjax.evaluate.tasks.own import load_metric, own
+from ftjax.evaluate.tasks.preference import by_likelihood, by_score, fits
 from ftjax.generate.session import Generator
 from ftjax.models.classifier import MULTI, REGRESSION, SINGLE, classes_of, problem_of
 from ftjax.objectives import head_of
@@ -47,6 +50,8 @@ class Measured:
         predictions: the answers for each row; None if the task needs none.
         finished: why each answer ended (`stop` or `length`), in the order of `predictions`.
         extra: results other than metrics, such as a confusion matrix.
+        pairs: float64 [N, 2], log-probabilities of the chosen and the rejected answer of each row, for the task `preference`;
+            NaN for a row that was left out.
         seconds, tokens: duration, and tokens generated or scored.
     """
 
@@ -54,6 +59,7 @@ class Measured:
     predictions: list[list[str]] | None = None
     finished: list[list[str]] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    pairs: np.ndarray | None = None
     seconds: float = 0.0
     tokens: int = 0
 
@@ -76,8 +82,12 @@ def measure(generator: Generator, items: Sequence[Item], config: Config, progres
     start, task = perf_counter(), config.evaluate.task
     labels = head_labels(generator, config)
     _fits(labels, config, task)
-    if labels and task != "loss":
+    if labels and task == "preference":
+        measured = _scored_pairs(generator, items, config, progress)
+    elif labels and task != "loss":
         measured = _head(generator, items, config, labels, progress)
+    elif task == "preference":
+        measured = _pairs(generator, items, config, progress)
     elif task == "loss":
         measured = _losses(generator, items, config, labels, progress)
     elif task == "classification":
@@ -102,7 +112,10 @@ def head_labels(generator: Generator, config: Config) -> Labels | None:
 
 def _fits(labels: Labels | None, config: Config, task: str) -> None:
     """Raise UserError if the head is for another task, or the task needs a head and there is none."""
-    if labels:
+    if labels and task == "preference":
+        if len(labels.names) != 1:
+            raise UserError(f"evaluate.task preference: a reward model has one output, and this head has {len(labels.names)}")
+    elif labels:
         own = "regression" if labels.problem_type == REGRESSION else "classification"
         if task not in ("loss", own):
             raise UserError(f"evaluate.task {task}: a {own} head generates no answers; the tasks are {own} and loss")
@@ -193,6 +206,37 @@ def _classes(generator: Generator, items: Sequence[Item], config: Config, progre
     chosen, scores = classification(items, table, labels)
     extra = {"labels": labels, "confusion_matrix": confusion_matrix(items, chosen, labels)}
     return Measured(scores, [[one] for one in chosen], extra=extra, tokens=sum(len(piece.tokens) for piece in flat))
+
+
+def _pairs(generator: Generator, items: Sequence[Item], config: Config, progress: Progress | None) -> Measured:
+    """Compare the likelihoods of both answers of each row."""
+    units = encode_units([item.example for item in items], generator.tokenizer, config.data, Pairs())
+    flat, kept, extra = _fitting(generator, units)
+    found = iter(likelihoods(generator, flat, config.evaluate.batch_size, _counting(progress, len(flat))))
+    rows = [(next(found), next(found)) if there else None for there in kept]
+    logps = np.array([[np.nan] * 2 if row is None else [-one.loss for one in row] for row in rows])
+    return Measured(by_likelihood(rows), extra=extra, pairs=logps, tokens=sum(len(one.tokens) for one in flat))
+
+
+def _scored_pairs(generator: Generator, items: Sequence[Item], config: Config, progress: Progress | None) -> Measured:
+    """Compare a reward model's scores of both answers of each row."""
+    units = encode_units([item.example for item in items], generator.tokenizer, config.data, Scored())
+    flat, kept, extra = _fitting(generator, units)
+    texts = [document.tokens[:-1].tolist() for document in flat]
+    table = head_scores(generator, texts, 1, config.evaluate.batch_size, _counting(progress, len(texts)))[:, 0]
+    found = iter(table.tolist())
+    rows = [(next(found), next(found)) if there else None for there in kept]
+    return Measured(by_score(rows), extra=extra, tokens=sum(map(len, texts)))
+
+
+def _fitting(generator: Generator, units: Sequence[Unit]) -> tuple[list[Encoded], list[bool], dict[str, int]]:
+    """Return the documents of the pairs that fit the context, which pairs these are, and a count of the others to report."""
+    kept = [fits(unit, generator.context) for unit in units]
+    flat = [document for unit, there in zip(units, kept, strict=True) if there for document in unit]
+    _refuse_unknown(generator, flat)
+    if not flat:
+        raise UserError(f"evaluate: no pair fits the model's context of {generator.context} tokens")
+    return flat, kept, {} if all(kept) else {"rows_longer_than_the_context": kept.count(False)}
 
 
 def _refuse_unknown(generator: Generator, documents: Sequence[Encoded]) -> None:

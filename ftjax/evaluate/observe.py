@@ -34,7 +34,9 @@ def make_observer(setup: Setup, tokenizer: Any, validation: PackedSplit | None) 
     head = head_of(setup.config) is not None
     if head and settings.training_prompts:
         raise UserError("evaluate.training_prompts: a classification head generates no answers; use evaluate.training_rows")
-    documents = [d for d, _ in validation.first(settings.training_examples)] if validation and not head else []
+    # The first document of a row: the chosen answer of a pair.
+    first = validation.first(settings.training_examples) if validation and not head else []
+    documents = [unit[0] for unit, _ in first]
     if not documents and not settings.training_prompts and not settings.training_rows:
         return None
     return Observer(setup, tokenizer, documents, validation)

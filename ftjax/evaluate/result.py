@@ -66,6 +66,9 @@ def print_results(results: Mapping[str, Any], console: Any) -> None:
             cells += [format_interval(base), format_interval(difference, "+"), f"{difference.p_value:.3g}"]
         rows.append(cells)
     print_table(console, names, rows)
+    if found := results.get("implicit_rewards"):
+        shown = [[name, f"{one.rows:,}", format_interval(one)] for name, one in found.items()]
+        print_table(console, ["implicit reward", "n", value], shown, title="relative to the base model")
     for name, found in (("", results), ("base: ", results.get("base", {}))):
         if "confusion_matrix" in found:
             labels = found["labels"]

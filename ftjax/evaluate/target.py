@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ftjax.config import Config
 from ftjax.config.load import config_of, load_config, print_note
 from ftjax.errors import UserError
@@ -32,10 +34,17 @@ class Target(Named):
             )
         return replace(self, name=path, model=path, adapter=None, own_tokenizer=False)
 
-    def load(self, tokenizer: Any = None) -> Generator:
-        """Load the model; `tokenizer` is another model's, so that both see the same prompts."""
-        own = self.options(LoadOptions(tokenizer=tokenizer))
-        return Generator(self.model, self.adapter, dtype=self.config.evaluate.dtype, mesh=make_mesh(self.config.mesh), **own)
+    def load(self, tokenizer: Any = None, devices: Sequence[jax.Device] | None = None) -> Generator:
+        """Load the model on the configured mesh.
+
+        Args:
+            tokenizer: another model's, so that both see the same prompts.
+            devices: devices to use, of all processes; None uses all.
+
+        Raises UserError as `Generator` does, or if the mesh does not fit the devices.
+        """
+        own, mesh = self.options(LoadOptions(tokenizer=tokenizer)), make_mesh(self.config.mesh, devices)
+        return Generator(self.model, self.adapter, dtype=self.config.evaluate.dtype, mesh=mesh, **own)
 
 
 def find_target(

@@ -84,7 +84,7 @@ def with_adapters_tokens(
     if len(rows) > 1:
         raise UserError(f"{adapter}: its embeddings have different numbers of rows: {', '.join(map(str, sorted(rows)))}")
     if rows:
-        return _resized(hf_config, source, max(rows.pop(), hf_config["vocab_size"]))
+        return _resized(hf_config, source, rows.pop())  # fewer where padding rows of the base were cut off
     ids = read_adapter_config(adapter).get("trainable_token_indices") or []
     needed = [one + 1 for own in (ids.values() if isinstance(ids, dict) else [ids]) for one in own]
     if (adapter / "tokenizer_config.json").is_file():

@@ -137,6 +137,8 @@ def read_object(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); was the download cut off?") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; was the download cut off?") from None
+    except (ValueError, RecursionError) as error:  # nested too deeply, or a number with too many digits
+        raise UserError(f"{path}: not valid JSON: {str(error).partition(';')[0]}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -95,9 +95,9 @@ def _encoding(section: ClassificationConfig) -> RowEncoding:
     return TextLabels(labels) if section.head else Answers(labels)
 
 
-def _derived(section: ClassificationConfig, mean_loss: float) -> dict[str, float]:
+def _derived(section: ClassificationConfig, means: Mapping[str, float]) -> dict[str, float]:
     """Perplexity is that of one class, or of its words; several labels and numbers have none."""
-    return sft.perplexity(mean_loss) if section.single else {}
+    return sft.perplexity(means["loss"]) if section.single else {}
 
 
 OBJECTIVE = Objective(ClassificationConfig, _encoding, loss, _derived, _head, complete=with_labels, train_metrics=False)

@@ -83,12 +83,31 @@ class Forward:
         length = self._chunk_length(tokens[-1].shape)
         return token_totals(output.unembed, length, output.trained, *tokens, output.arrange, alone, measure)
 
-    def token_logprobs(self, *, entropy: bool = False, top: int = 0) -> TokenLogprobs:
-        """Compute the log-probability of each target with weight (`ftjax.objectives.logprobs`)."""
-        hidden, targets, weights = self.hidden, self.batch["targets"], self.batch["weights"]
+    def token_logprobs(self, wanted: jax.Array | None = None, *, entropy: bool = False, top: int = 0) -> TokenLogprobs:
+        """Compute the log-probability of each target with weight (`ftjax.objectives.logprobs`).
+
+        Args:
+            wanted: `[B, T]`, zero at targets to leave out; None: the batch's weights.
+        """
+        if wanted is None and not (entropy or top):
+            return self._logprobs
+        wanted = self.batch["weights"] if wanted is None else wanted
+        return self._token_logprobs(wanted, entropy, top)
+
+    @cached_property
+    def _logprobs(self) -> TokenLogprobs:
+        return self._token_logprobs(self.batch["weights"], False, 0)
+
+    def _token_logprobs(self, wanted: jax.Array, entropy: bool, top: int) -> TokenLogprobs:
+        hidden, targets = self.hidden, self.batch["targets"]
         output = projection(self.model, self.trainable, self.frozen, self.ctx)
-        length = self._chunk_length(weights.shape)
-        return token_logprobs(output, hidden, targets, length, weights, entropy=entropy, top=top)
+        length = self._chunk_length(wanted.shape)
+        return token_logprobs(output, hidden, targets, length, wanted, entropy=entropy, top=top)
+
+    def scores(self) -> jax.Array:
+        """Compute the outputs of a head at every token: float32 `[B, T, classes]`."""
+        output = projection(self.model, self.trainable, self.frozen, self.ctx)
+        return output.unembed(output.trained, self.hidden)
 
 
 @dataclass(frozen=True)
@@ -98,12 +117,27 @@ class LossInputs(Forward):
     Attributes:
         config: configuration of the run.
         reference: the model as it was before training, on the same batch; None if the objective needs none.
+        own_statistics: the objective's `statistics`.
+        all_statistics: its statistics of all microbatches of the update, stacked on axis 0; None if this is the only one.
+        number: int32 [], the index of this microbatch.
     """
 
     config: Config
     reference: Forward | None = None
+    own_statistics: "Statistics | None" = None
+    all_statistics: Any = None
+    number: jax.Array | int = 0
+
+    @cached_property
+    def statistics(self) -> Any:
+        """Statistics of all microbatches, stacked on axis 0, without gradients (`Objective.statistics`)."""
+        if self.all_statistics is not None:
+            return self.all_statistics
+        return jax.tree.map(lambda x: jax.lax.stop_gradient(x)[None], self.own_statistics(self))
 
 
+# -> arrays of one microbatch that the loss of all of them needs
+Statistics = Callable[[LossInputs], Any]
 # -> (totals, auxiliary loss [], which counts once per unit of the totals' weight)
 Loss = Callable[[LossInputs], tuple[LossTotals, jax.Array]]
 
@@ -116,18 +150,30 @@ class Objective:
         config: its section of the configuration.
         encoding: `(section)` -> encoding of rows of data into documents, which determines the arrays of a batch.
         loss: loss of one batch. Its totals name the metrics, which are logged as `train/NAME` and `eval/NAME`.
-        derived: `(section, mean loss)` -> further values that an evaluation reports.
+        derived: `(section, means)` -> further values to report, from the means of the loss and the metrics by name. An
+            evaluation always reports them, and they replace a mean of the same name; training does if it computes metrics.
         head: `(section)` -> the head that is trained in place of the projection to the vocabulary; None for no head.
         reference: `(section)` -> whether the loss needs the model as it was before training.
+        precomputed: `(section)` -> function of the reference model's forward pass that returns a value for each document of a
+            batch, `[B, documents]`, computed once before training and carried by the documents; None: no such value.
+        moving: `(section)` -> (updates, share): every so many updates the reference model moves by that share towards the
+            model; None: it stays.
         complete: `(config)` -> the configuration with what only the data can tell. Raises UserError.
+        statistics: what the loss of an update depends on besides its own microbatch, such as a mean over all rows. Computed for
+            every microbatch before the losses, without gradients; None if the loss is a sum over rows.
+        warning: `(section, means)` -> what looks wrong in a row of training metrics, or None.
         train_metrics: compute the metrics in updates, too. False leaves them to evaluations, where the loss alone is cheaper.
     """
 
     config: type[Section]
     encoding: Callable[[Any], RowEncoding]
     loss: Loss
-    derived: Callable[[Any, float], dict[str, float]] = lambda section, loss: {}
+    derived: Callable[[Any, Mapping[str, float]], dict[str, float]] = lambda section, means: {}
     head: Callable[[Any], Head | None] = lambda section: None
     reference: Callable[[Any], bool] = lambda section: False
+    precomputed: Callable[[Any], Callable[[Forward], jax.Array] | None] = lambda section: None
+    moving: Callable[[Any], tuple[int, float] | None] = lambda section: None
     complete: Callable[[Config], Config] = lambda config: config
+    statistics: Statistics | None = None
+    warning: Callable[[Any, Mapping[str, float]], str | None] = lambda section, means: None
     train_metrics: bool = True

@@ -29,5 +29,5 @@ def perplexity(mean_loss: float) -> dict[str, float]:
 
 # The most likely word of each token is not needed for the loss: an argmax over the vocabulary, and traffic where it is sharded.
 OBJECTIVE = Objective(
-    SftConfig, lambda section: Answers(), loss, lambda section, mean_loss: perplexity(mean_loss), train_metrics=False
+    SftConfig, lambda section: Answers(), loss, lambda section, means: perplexity(means["loss"]), train_metrics=False
 )

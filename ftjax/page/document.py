@@ -61,6 +61,7 @@ details { margin: .5rem 0; } summary { cursor: pointer; padding: .3rem 0; color:
 .document span:focus::after { content: attr(title); position: fixed; left: 0; right: 0; bottom: 0; z-index: 1;
   padding: .7rem 1rem; background: var(--ink); color: var(--paper); font: 15px/1.4 system-ui, sans-serif; white-space: normal; }
 .t { background: var(--trained); } .w { background: var(--weighted); } .c { opacity: .6; }
+.p, .document .p { border-left: 4px solid var(--b); }
 @media (max-width: 40rem) { svg text { font-size: 17px; } }
 @media print { details > * { display: block; } body { max-width: none; } }
 """

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from ftjax.config import Config
 from ftjax.data.pipeline import Split
-from ftjax.data.preview import render_example
+from ftjax.data.shown import render, show_unit
 from ftjax.flops import TrainFlops
 from ftjax.hub.adapter.peft import CONFIG as ADAPTER
 from ftjax.hub.adapter.peft import read_adapter_config
@@ -29,12 +27,12 @@ def announce(setup: Setup, data: Sequence[str], flops: TrainFlops, *, steps: int
         data: lines that describe the data.
         first: the step that this start resumes from.
     """
-    config, options, devices = setup.config, setup.config.training, jax.devices()
+    config, options, device = setup.config, setup.config.training, setup.mesh.devices.flat[0]
     say(
-        f"devices: {len(devices)} {devices[0].platform} ({devices[0].device_kind}); mesh: {describe(setup.mesh)}",
+        f"devices: {setup.mesh.size} {device.platform} ({device.device_kind}); mesh: {describe(setup.mesh)}",
         *([f"mesh: auto, because {setup.mesh_reason}"] if setup.mesh_reason else []),
         *(f"mesh: {note}" for note in notes(setup.mesh)),
-        *([f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', 'none')}"] if devices[0].platform == "gpu" else []),
+        *([f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', 'none')}"] if device.platform == "gpu" else []),
         setup.trained_line(),
         flops.formula(config.data.max_length),
         *(f"note: {note}" for note in setup.model.notes),
@@ -45,12 +43,18 @@ def announce(setup: Setup, data: Sequence[str], flops: TrainFlops, *, steps: int
 
 
 def example_lines(config: Config, split: Split, tokenizer: Any) -> list[str]:
-    """Return one row as the model sees it, with the trained tokens marked."""
-    document, head = split.example(), head_of(config)
-    if (words := encoding_of(config).label_text(document)) is not None:
+    """Return the first row of data as the model sees it, with the trained tokens marked."""
+    [(unit, _)], encoding, head = split.first(1), encoding_of(config), head_of(config)
+    first, *others = show_unit(unit, tokenizer, encoding)
+    if others or first.caption:
+        return [
+            f"an example (trained tokens are marked), {first.caption}:", render(first),
+            *(line for item in others for line in (f"and {item.caption}, where they part:", render(item, item.parts_at))),
+        ]  # fmt: skip
+    if (words := encoding.label_text(unit[0])) is not None:
         what = {SINGLE: "class", MULTI: "labels"}.get(head and head.problem_type, "value")
-        return ["an example:", tokenizer.decode(document.tokens[:-1].tolist()), f"its {what}: {words}"]
-    return ["an example (trained tokens are marked):", render_example(document, tokenizer)]
+        return ["an example:", tokenizer.decode(unit[0].tokens[:-1].tolist()), f"its {what}: {words}"]
+    return ["an example (trained tokens are marked):", render(first)]
 
 
 def next_commands(folder: Path, config: Config) -> list[str]:

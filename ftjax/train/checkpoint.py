@@ -78,13 +78,14 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, meta: dict[str, Any], reference: dict[str, Any] | None = None) -> None:
         """Start saving. `meta` is JSON: the state of the data iterator, the best metric so far, the state of the watchdog.
+        `reference` has the arrays of a reference model that moves.
 
         When this returns, every shard is in host memory and the state may be donated; the files are written afterwards. Nothing
         is copied on the device.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_saved(state, reference)), meta=ocp.args.JsonSave(meta))
         self._guard(lambda: self._manager.save(step, args=args, force=True))
 
     def meta(self) -> dict[str, Any] | None:
@@ -93,11 +94,18 @@ class Checkpoints:
             return None
         return self._read(ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restore the newest checkpoint, placed like `like` (shapes with shardings, on any mesh)."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()), meta=ocp.args.JsonRestore())
+    def restore(
+        self, like: TrainState, reference: dict[str, Any] | None = None
+    ) -> tuple[TrainState, dict[str, Any], dict[str, jax.Array]]:
+        """Restore the newest checkpoint: state, meta, and the arrays of a reference model that moves.
+
+        Args:
+            like: shapes with shardings, on any mesh; `reference` likewise.
+        """
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_saved(like, reference)), meta=ocp.args.JsonRestore())
         restored = self._read(args)
-        return TrainState(**restored["state"]), restored["meta"]
+        found = restored["state"].pop("reference", {})
+        return TrainState(**restored["state"]), restored["meta"], found
 
     def _read(self, args: ocp.args.Composite) -> Any:
         try:
@@ -135,6 +143,10 @@ class Checkpoints:
             f"{self.folder}: a checkpoint could not be written: {_reason(error)}. {before}; make room and run the same command "
             "again"
         )
+
+
+def _saved(state: TrainState, reference: dict[str, Any] | None) -> dict[str, Any]:
+    return state._asdict() | ({"reference": reference} if reference else {})
 
 
 def checkpoint_path(folder: epath.PathLike) -> epath.Path:

@@ -1,13 +1,15 @@
 """Rows of training metrics: means since the last row, throughput, memory, and the epoch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from ftjax.config import Config
 from ftjax.flops import TrainFlops, peak_of
+from ftjax.objectives import objective_of
 from ftjax.train.means import Means
 from ftjax.train.record import peak_memory_gib
 from ftjax.train.step import StepMetrics
@@ -29,6 +31,7 @@ class Read:
 
     loss: float
     weight: float
+    trained: float
     tokens: float
     grad_norm: float
     update_norm: float
@@ -46,8 +49,9 @@ class Log:
 
     def __init__(
         self, mesh: Mesh, flops: TrainFlops, steps: int, steps_per_epoch: int | None, logging_steps: int,
-        schedule: Callable[[int], Any],
+        schedule: Callable[[int], Any], config: Config,
     ):  # fmt: skip
+        self._objective, self._section = objective_of(config), config.objective
         self._mesh, self._steps, self._steps_per_epoch, self._logging_steps = mesh, steps, steps_per_epoch, logging_steps
         self._schedule, self._peak, self.flops = schedule, peak_of(list(mesh.devices.flat)), flops
         self._window, self.since_eval = Means(), Means()
@@ -58,7 +62,7 @@ class Log:
     def read(self, update: Update) -> Read:
         """Fetch the metrics of an update, and add them to the means if it was applied."""
         found = update.metrics
-        scalars = (found.loss, found.weight, found.tokens, found.grad_norm, found.update_norm, found.good)
+        scalars = (found.loss, found.weight, found.trained, found.tokens, found.grad_norm, found.update_norm, found.good)
         read = Read(*(np.asarray(value).item() for value in scalars))
         if read.good:
             totals = {"loss": (read.loss * read.weight, read.weight)}
@@ -79,18 +83,25 @@ class Log:
             skipped: updates of the whole run that were not applied.
         """
         means = {**({"loss": 0.0} if read.good else {}), **self._window.means()}
+        if self._objective.train_metrics:
+            means |= self._objective.derived(self._section, means)
         row = {f"train/{name}": value for name, value in means.items()}
         row["train/learning_rate"] = float(self._schedule(step - 1 - skipped))
         if read.good:
             row |= {"train/grad_norm": read.grad_norm, "train/update_norm": read.update_norm}
-        row |= {"train/trained_tokens": read.weight, "train/skipped_updates": skipped, **self._speed(tokens_per_second)}
-        row["train/peak_memory_gib"] = peak_memory_gib()
+        row |= {"train/trained_tokens": read.trained, "train/skipped_updates": skipped, **self._speed(tokens_per_second)}
+        row["train/peak_memory_gib"] = peak_memory_gib(self._mesh.local_devices)
         if self._steps_per_epoch is not None:
             row["train/epoch"] = step / self._steps_per_epoch
         self._window.clear()
         self._counted[:] = 0
         self.latest |= row
         return row
+
+    def warning(self, row: Mapping[str, float]) -> str | None:
+        """Return what looks wrong to the objective in a row, or None."""
+        means = {name.removeprefix("train/"): value for name, value in row.items()}
+        return self._objective.warning(self._section, means)
 
     def _speed(self, tokens_per_second: float) -> dict[str, float]:
         """Return the throughput per device, and MFU (`ftjax.flops`) if the chip is known."""

@@ -30,12 +30,13 @@ from ftjax.train.observer import Observer
 from ftjax.train.profile import Profile
 from ftjax.train.progress import Progress, say
 from ftjax.train.record import finished_at, split_record, write_finished, write_record
+from ftjax.train.reference import MovingReference
 from ftjax.train.same_run import Documents
 from ftjax.train.setup import Setup, compile_steps
 from ftjax.train.source import BatchSource
 from ftjax.train.step import abstract_state, init_state
 from ftjax.train.track import Tracker
-from ftjax.train.watch import BestMetric, Diverged, LossWatch, OverfitWatch, why_skipped
+from ftjax.train.watch import BestMetric, Diverged, LossWatch, MetricWatch, OverfitWatch, why_skipped
 
 
 class Run:
@@ -64,9 +65,13 @@ class Run:
             options.early_stopping_patience,
             options.early_stopping_threshold,
         )
-        self.overfit = OverfitWatch()
-        self.log = Log(setup.mesh, setup.train_flops, self.total, source.steps_per_epoch, options.logging_steps, self.schedule)
+        self.overfit, self.metric_watch = OverfitWatch(), MetricWatch()
+        self.log = Log(
+            setup.mesh, setup.train_flops, self.total, source.steps_per_epoch, options.logging_steps, self.schedule, self.config
+        )
         self.key = jax.random.key(options.seed)
+        moving = objective_of(self.config).moving(self.config.objective)
+        self.moving = None if moving is None else MovingReference(setup.reference, *moving)
         self.interrupted: str | None = None
         self.compiled: set[tuple[int, ...]] = set()  # batch shapes that all processes have compiled
 
@@ -112,6 +117,8 @@ class Run:
                 with self.profile.step(step + 1):
                     self.state, metrics = self.train_step(self.state, self.setup.frozen, batch, self.key, limit)
                 step += 1
+                if self.moving is not None:
+                    self.setup.frozen = self.moving.after(step, self.state.params, self.setup.frozen)
                 self.profile.dispatched(step, metrics)
                 self.pending.append(Update(step, metrics, float(limit)))
                 if jax.process_count() > 1 and asked_to_stop(step):
@@ -207,6 +214,9 @@ class Run:
         progress.update(step, read.loss, read.tokens, update.ended)
         if self.log.is_time(step):
             row = self.log.row(step, read, self.watch.skipped, progress.rate())
+            if warning := self.metric_watch.see(self.log.warning(row)):
+                say(f"warning: {warning}")
+                self.tracker.warn(step, warning)
             self.tracker.log(step, row)
             progress.report(step, row)
 
@@ -245,8 +255,9 @@ class Run:
         for batch in batches:
             totals = self.eval_step(self.state.params, self.setup.frozen, layout.arrays(batch))
             means.add(jax.tree.map(float, {"loss": (totals.loss, totals.weight), **totals.metrics}))
-        objective = objective_of(self.config)
-        found = {"loss": means["loss"], **objective.derived(self.config.objective, means["loss"]), **means.means()}
+        found = {"loss": means["loss"], **means.means()}
+        derived = objective_of(self.config).derived(self.config.objective, found)
+        found = {"loss": found.pop("loss")} | derived | {name: value for name, value in found.items() if name not in derived}
         return {f"eval/{name}": value for name, value in found.items()}
 
     # ---- checkpoints and output ----
@@ -267,9 +278,11 @@ class Run:
             "watch": self.watch.state(),
             "log": self.log.state(),
             "overfit": self.overfit.state(),
+            "metric_watch": self.metric_watch.state(),
             "documents": self.documents,
         }
-        self.checkpoints.save(step, self.state, meta)
+        copies = None if self.moving is None else self.moving.copies(self.setup.frozen)
+        self.checkpoints.save(step, self.state, meta, copies)
 
     def restore(self) -> int:
         """Restore the newest checkpoint, which replaces the loaded parameters."""
@@ -277,7 +290,9 @@ class Run:
         for leaf in self.setup.params.values():
             leaf.delete()
         self.setup.params = {}
-        self.state, meta = self.checkpoints.restore(like)
+        shapes = {} if self.moving is None else self.moving.shapes(self.setup.frozen)
+        self.state, meta, copies = self.checkpoints.restore(like, shapes)
+        self.setup.frozen |= copies
         if meta["step"] > self.total:
             raise UserError(
                 f"{self.checkpoints.folder} has {meta['step']} updates, and with these documents the run is over after "
@@ -291,6 +306,7 @@ class Run:
         self.watch.load(meta["watch"])
         self.log.load(meta["log"])
         self.overfit.load(meta["overfit"])
+        self.metric_watch.load(meta.get("metric_watch", 0))
         return meta["step"]
 
     def write(self, name: str, step: int, metrics: Mapping[str, float]) -> None:

@@ -4,6 +4,7 @@ import json
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,12 @@ def write_record(
     """
     path, before = folder / RECORD, _read(folder) if first else {}
     now = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": first}
-    devices = jax.devices()
+    devices = setup.mesh.devices
     record = {
         "starts": [*before.get("starts", []), now], "finished": before.get("finished"),
         "steps": steps, "steps_per_epoch": epoch_steps,
         "trained": setup.trained_line(), "notes": list(setup.model.notes),
-        "devices": {"count": len(devices), "platform": devices[0].platform, "kind": devices[0].device_kind},
+        "devices": {"count": devices.size, "platform": devices.flat[0].platform, "kind": devices.flat[0].device_kind},
         "processes": jax.process_count(), "mesh": dict(setup.mesh.shape), "remat": setup.runtime.remat,
         "attention": setup.runtime.attention,
         "versions": {"python": platform.python_version(), **installed_versions()}, "system": platform.platform(),
@@ -59,9 +60,10 @@ def finished_at(folder: Path) -> int | None:
     return _read(folder).get("finished")
 
 
-def peak_memory_gib() -> float:
-    """Return the peak memory in GiB of one device; of the process itself on CPUs, which do not report theirs."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices() if device.platform != "cpu"]
+def peak_memory_gib(devices: Sequence[jax.Device]) -> float:
+    """Return the peak memory in GiB of one of the devices, which are this process's; of the process itself on CPUs, which do
+    not report theirs."""
+    stats = [device.memory_stats() or {} for device in devices if device.platform != "cpu"]
     peaks = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
     if peaks:
         return max(peaks) / GIB

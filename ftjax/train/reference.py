@@ -38,6 +38,16 @@ class Reference:
         """Return the reference's parameters, from the frozen ones of the run."""
         return {path: frozen[held] for path, held in self.held.items()}
 
+    def initial(
+        self, params: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array], model: Model, dtype: Any
+    ) -> dict[str, jax.Array]:
+        """Return the reference's parameters before training, when the trained ones need no copy; for use inside jit."""
+        specs = self.copy_specs(model, dtype)
+        return {
+            path: params[self.copied[held]].astype(specs[held].dtype) if held in self.copied else frozen[held]
+            for path, held in self.held.items()
+        }
+
     def copy_specs(self, model: Model, dtype: Any) -> dict[str, Spec]:
         """Return the specs of the copies by path.
 
@@ -69,3 +79,35 @@ def make_reference(root: nnx.Module, model: Model, *, keep_adapter: bool) -> Ref
     copied = {f"{PREFIX}{path}": path for path in own.values() if path in model.trainable}
     held = {path: f"{PREFIX}{before}" if before in model.trainable else before for path, before in own.items()}
     return Reference(reference, held, copied)
+
+
+class MovingReference:
+    """Moves the copies of a reference model towards the model every `steps` updates (TR-DPO, Gorbatovski et al. 2024,
+    arXiv:2404.09656)."""
+
+    def __init__(self, reference: Reference, steps: int, share: float):
+        """Args: share: of the model in a new reference, at most 1."""
+        self._copied, self._steps = reference.copied, steps
+
+        def move(copies: dict[str, jax.Array], params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            def mix(path: str, before: jax.Array) -> jax.Array:
+                now = params[self._copied[path]].astype(jnp.float32)
+                return (share * now + (1 - share) * before.astype(jnp.float32)).astype(before.dtype)
+
+            return {path: mix(path, before) for path, before in copies.items()}
+
+        self._move = jax.jit(move, donate_argnums=0)
+
+    def copies(self, frozen: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Return the reference's own arrays, which a checkpoint has to hold."""
+        return {path: frozen[path] for path in self._copied}
+
+    def shapes(self, frozen: Mapping[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return shapes and shardings of `copies`."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.copies(frozen))
+
+    def after(self, step: int, params: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Return the frozen arrays after update `step`. Donates the copies if they move."""
+        if step % self._steps:
+            return dict(frozen)
+        return {**frozen, **self._move(self.copies(frozen), params)}

@@ -7,7 +7,7 @@ where they are used (1.2 times the time of a step on a CPU, and twice the memory
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -20,7 +20,7 @@ SHARE = 0.5  # share of the device's memory for activations
 
 def choose_remat(
     loss_fn: LossFn, runtime: Runtime, trainable: Mapping[str, Spec], frozen: Mapping[str, Spec], shape: tuple[int, int],
-    values: int = 0, memory: int | None = None,
+    memory: int, values: int = 0,
 ) -> str:  # fmt: skip
     """Return the configured policy; for `auto` the first of `dots`, `attention` and `full` whose saved activations fit.
 
@@ -31,12 +31,12 @@ def choose_remat(
         trainable: specs of the trained parameters by path, with the dtypes in which they are held.
         frozen: specs of the frozen parameters.
         shape: rows and tokens of a microbatch on one device.
+        memory: bytes of the device.
         values: values of a document besides its tokens (`batch_arrays`).
-        memory: bytes of the device; None for this process's own.
     """
     if runtime.remat != "auto":
         return runtime.remat
-    budget = SHARE * (memory or device_memory())
+    budget = SHARE * memory
     return next(
         (
             policy
@@ -69,10 +69,10 @@ def saved_bytes(
     return sum(count * math.prod(shape) * dtype.itemsize for (shape, dtype), count in (kept - params).items())
 
 
-def device_memory() -> int:
-    """Return the bytes of one device; on CPU the host's memory divided by the number of devices that share it."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
+def device_memory(devices: Sequence[jax.Device]) -> int:
+    """Return the bytes of one of the devices; on CPU the host's memory divided by the number of them that share it."""
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    stats = here[0].memory_stats() if here[0].platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(here)

@@ -1,6 +1,6 @@
 """`ftjax train`: open the run folder, load data and model, make the processes agree, and start the loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,6 +16,7 @@ from ftjax.errors import UserError
 from ftjax.hub.load import positions_of
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.vocabulary import embeddings_of
+from ftjax.mesh import devices_or_all
 from ftjax.objectives import encoding_of, objective_of
 from ftjax.train.checkpoint import Checkpoints
 from ftjax.train.folder import checkpoints_of, open_run_folder
@@ -23,6 +24,7 @@ from ftjax.train.layout import BatchLayout
 from ftjax.train.lock import alone_in
 from ftjax.train.loop import Run
 from ftjax.train.observer import Observer
+from ftjax.train.precompute import with_reference_values
 from ftjax.train.same_run import facts_to_agree, fingerprints, refuse_other_documents
 from ftjax.train.setup import Setup, prepare
 from ftjax.train.source import DatasetBatches, steps_of_run
@@ -32,12 +34,15 @@ from ftjax.train.track import check_report_to
 def train(
     config: Config,
     *,
+    devices: Sequence[jax.Device] | None = None,
     command: str = "the same command",
     make_observer: Callable[[Setup, Any, Split | None], Observer | None] | None = None,
 ) -> None:
     """Fine-tune from the start, or from the newest checkpoint in `output_dir`, to the end; writes the run folder.
 
     Args:
+        devices: devices to use, such as `jax.devices()[:4]`; None uses all. With several processes, all give the same ones, and
+            these are as many of each process.
         command: the command that resumes this run, for messages.
         make_observer: called with set-up, tokenizer and validation data; the observer is called at every evaluation.
 
@@ -46,7 +51,8 @@ def train(
     """
     with fail_together(), ExitStack() as held:
         keep_compiled_programs()
-        agree("the number of devices", {"devices": jax.local_device_count(), "platform": jax.default_backend()})
+        devices = devices_or_all(devices)
+        agree("the choice of devices", _facts(devices))
         config = objective_of(config).complete(config)
         check_report_to(config.training.report_to)
         held.enter_context(alone_in(config))
@@ -66,15 +72,22 @@ def train(
         steps = steps_of_run(train_split, config.training)
         if store.several():
             agree("this run", facts_to_agree(config, documents, steps, checkpoints.latest))
-        setup = prepare(config)
+        setup = prepare(config, devices)
         with jax.set_mesh(setup.mesh):
             observer = make_observer(setup, tokenizer, validation) if make_observer else None
             agree("what is evaluated while training", observer.facts if observer is not None else {})
             check_early_stopping(config, evaluates=validation is not None or observer is not None)
+            train_split, validation = (with_reference_values(setup, split) for split in (train_split, validation))
             options = config.training
             layout = BatchLayout(setup.mesh, options.global_batch_size, options.gradient_accumulation_steps)
             source = DatasetBatches(train_split, options, layout, steps)
             Run(setup, tokenizer, source, layout, validation, checkpoints, documents, command, observer).go()
+
+
+def _facts(devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """Return what must be equal on all processes: how many of the devices each has, their platform, and which they are."""
+    own = sum(device.process_index == jax.process_index() for device in devices)
+    return {"devices": own, "platform": devices[0].platform, "ids of all devices": [device.id for device in devices]}
 
 
 def check_early_stopping(config: Config, *, evaluates: bool) -> None:

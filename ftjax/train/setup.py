@@ -30,7 +30,7 @@ from ftjax.hub.open import open_base
 from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.vocabulary import refuse_untrained_rows, tokens_of, with_new_tokens
-from ftjax.mesh import make_mesh, parts, replicated, sharding
+from ftjax.mesh import devices_or_all, make_mesh, parts, replicated, sharding
 from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
 from ftjax.models.nn.attention import choose
@@ -43,7 +43,16 @@ from ftjax.train.auto_mesh import choose_mesh
 from ftjax.train.optimizer import frozen_by_groups, make_optimizer, make_schedule
 from ftjax.train.reference import Reference, make_reference
 from ftjax.train.remat import choose_remat, device_memory
-from ftjax.train.step import LossFn, Runtime, TrainState, abstract_state, init_state, make_eval_step, make_train_step
+from ftjax.train.step import (
+    LossFn,
+    Runtime,
+    StatisticsFn,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 
 
 @dataclass
@@ -54,7 +63,8 @@ class Design:
     mesh: Mesh
     model: Model
     runtime: Runtime
-    reference: Reference | None = None  # if the objective compares with the initial model
+    reference: Reference | None = None  # if the objective compares with the initial model in every update
+    before_training: Reference | None = None  # if it does so once, before training
 
     @property
     def shards(self) -> int:
@@ -63,7 +73,15 @@ class Design:
 
     @property
     def loss_fn(self) -> LossFn:
-        return partial(_loss, self.model, self.reference, self.config, self.shards)
+        return partial(_loss, self)
+
+    @property
+    def statistics_fn(self) -> StatisticsFn | None:
+        """Return what the loss needs of every microbatch; None if it needs nothing."""
+        found = objective_of(self.config).statistics
+        if found is None:
+            return None
+        return lambda *inputs: jax.lax.stop_gradient(found(_loss_inputs(self, *inputs)))
 
     @property
     def frozen_specs(self) -> dict[str, Spec]:
@@ -126,13 +144,20 @@ class Setup(Design):
     mesh_reason: str | None = None  # set by `mesh: auto`
 
 
-def _loss(model, reference, config, shards, trainable, frozen, batch, ctx):
-    """Compute the loss. `loss_chunk` counts tokens per device, and a batch is on several devices."""
-    chunk, before = config.objective.loss_chunk * shards, None
-    if reference is not None:
+def _loss(design: Design, trainable, frozen, batch, ctx, statistics=None, number=0):
+    """Compute the loss of a microbatch: see `LossFn`."""
+    inputs = _loss_inputs(design, trainable, frozen, batch, ctx, statistics, number)
+    return objective_of(design.config).loss(inputs)
+
+
+def _loss_inputs(design: Design, trainable, frozen, batch, ctx, statistics=None, number=0) -> LossInputs:
+    """Gather what a loss reads. `loss_chunk` counts tokens per device, and a batch is on several devices."""
+    config, chunk, before = design.config, design.config.objective.loss_chunk * design.shards, None
+    if (reference := design.reference) is not None:
         params = jax.lax.stop_gradient(reference.params(frozen))
         before = Forward(reference.model, {}, params, batch, dataclasses.replace(ctx, dropout=None), chunk)
-    return objective_of(config).loss(LossInputs(model, trainable, frozen, batch, ctx, chunk, config, before))
+    own = objective_of(config).statistics
+    return LossInputs(design.model, trainable, frozen, batch, ctx, chunk, config, before, own, statistics, number)
 
 
 def build(config: Config, facts: Mapping[str, Any]) -> tuple[Model, Config]:
@@ -170,13 +195,13 @@ def mesh_of(
     """Return the configured mesh, and the reason if `mesh: auto` chose it.
 
     Args:
-        devices: devices to use in place of this process's.
-        memory: bytes per device.
+        devices: devices to use; None uses all.
+        memory: bytes per device; None asks the devices.
     """
+    devices = devices_or_all(devices)
     if not config.mesh.auto:
         return make_mesh(config.mesh, devices), None
-    devices = jax.devices() if devices is None else devices
-    chosen, why = choose_mesh(config, build(config, facts)[0], devices, memory or device_memory())
+    chosen, why = choose_mesh(config, build(config, facts)[0], devices, memory or device_memory(devices))
     return make_mesh(chosen, devices), why
 
 
@@ -185,7 +210,7 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
 
     Args:
         facts: config.json as `ftjax.models.facts` completes it.
-        memory: bytes per device of the mesh, if these are not this process's devices.
+        memory: bytes per device of the mesh; None asks the devices.
 
     Raises UserError for anything in the configuration that does not fit the model.
     """
@@ -217,12 +242,15 @@ def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | N
         choose(config.model.attention, mesh.devices.flat[0], mesh.size),
         config.model.remat,
     )
-    reference = None
-    if objective_of(config).reference(config.objective):
+    objective, reference, once = objective_of(config), None, None
+    if objective.reference(config.objective):
         reference = make_reference(root, model, keep_adapter=further)
-    made = Design(config, mesh, model, runtime, reference)
+    elif objective.precomputed(config.objective):
+        once = make_reference(root, model, keep_adapter=further)
+    made = Design(config, mesh, model, runtime, reference, once)
     shape = rows // spread, max(1, config.data.max_length // mesh.shape["sequence"])
-    remat = choose_remat(made.loss_fn, runtime, model.trainable, made.frozen_specs, shape, encoding_of(config).values, memory)
+    memory = memory or device_memory(list(mesh.devices.flat))
+    remat = choose_remat(made.loss_fn, runtime, model.trainable, made.frozen_specs, shape, memory, encoding_of(config).values)
     made.runtime = dataclasses.replace(runtime, remat=remat)
     return made
 
@@ -236,14 +264,20 @@ def refuse_packing(config: Config, model: Model) -> None:
         )
 
 
-def prepare(config: Config) -> Setup:
-    """Build, shard and load the model. Raises UserError for anything wrong in the configuration or the files."""
+def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup:
+    """Build, shard and load the model.
+
+    Args:
+        devices: devices to use, of all processes; None uses all.
+
+    Raises UserError for anything wrong in the configuration or the files, or if the mesh does not fit the devices.
+    """
     adapter = starting_adapter(config.method)
     path, facts, source = open_base(config.model.path, config.model.revision, adapter)
     had = facts["vocab_size"]
     facts, source = with_new_tokens(config.model, facts, source)
     facts, source = with_objectives_head(config, facts, source)
-    mesh, why = mesh_of(config, facts)
+    mesh, why = mesh_of(config, facts, devices)
     made = design(config, facts, mesh)
     config, model = made.config, made.model
     if config.model.adds_tokens:
@@ -262,7 +296,7 @@ def prepare(config: Config) -> Setup:
         _refuse_beyond_float16(model, params)
     if made.reference is not None:
         frozen |= made.reference.copies(model, params, jnp.dtype(config.model.dtype))
-    return Setup(config, mesh, model, made.runtime, made.reference, path, params, frozen, why)
+    return Setup(config, mesh, model, made.runtime, made.reference, made.before_training, path, params, frozen, why)
 
 
 def _refuse_beyond_float16(model: Model, params: Mapping[str, jax.Array]) -> None:
@@ -289,7 +323,7 @@ def compile_steps(setup: Design, steps: int) -> tuple[Any, Any, optax.GradientTr
     """Build `(train step, evaluation step, optimizer, schedule)` for `steps` updates; the train step donates its state."""
     optimizer = make_optimizer(setup.config.optimizer, setup.model.trainable, steps)
     loss = setup.loss_fn if objective_of(setup.config).train_metrics else _without_metrics(setup.loss_fn)
-    train = jax.jit(make_train_step(loss, optimizer, setup.runtime, setup.train_flops), donate_argnums=0)
+    train = jax.jit(make_train_step(loss, optimizer, setup.runtime, setup.train_flops, setup.statistics_fn), donate_argnums=0)
     evaluate = jax.jit(make_eval_step(setup.loss_fn, dataclasses.replace(setup.runtime, remat="none")))
     return train, evaluate, optimizer, make_schedule(setup.config.optimizer, steps)
 

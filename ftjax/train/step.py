@@ -5,7 +5,7 @@ Legend: A microbatches, B rows of a microbatch (over all devices), T length.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class TrainState(NamedTuple):
 class StepMetrics(NamedTuple):
     loss: jax.Array
     weight: jax.Array  # divisor of the summed loss; for next-token training the number of trained tokens
+    trained: jax.Array  # sum of the tokens' weights
     tokens: jax.Array  # tokens that are not padding
     flops: jax.Array  # needed for these tokens (`ftjax.flops`), on all devices
     grad_norm: jax.Array  # before clipping
@@ -49,11 +50,28 @@ class Runtime:
         return Context(batch["positions"], batch["segment_ids"], self.dtype, self.attention, self.remat, dropout)
 
 
-# (trainable, frozen, microbatch, context) -> (totals, auxiliary loss of the microbatch)
-LossFn = Callable[[dict, dict, dict, Context], tuple[LossTotals, jax.Array]]
+class LossFn(Protocol):
+    """Loss of a microbatch: see `ftjax.objectives.objective.Loss`."""
+
+    def __call__(
+        self, trainable: dict, frozen: dict, batch: dict, ctx: Context, statistics: Any = None, number: Any = 0
+    ) -> tuple[LossTotals, jax.Array]:
+        """Return the totals and the auxiliary loss.
+
+        Args:
+            statistics: what the objective needs of all microbatches; None if this is the only one.
+            number: the index of this microbatch.
+        """
 
 
-def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, runtime: Runtime, flops: TrainFlops):
+# (trainable, frozen, microbatch, context) -> what the loss needs of every microbatch (`Objective.statistics`)
+StatisticsFn = Callable[[dict, dict, dict, Context], Any]
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, runtime: Runtime, flops: TrainFlops,
+    statistics_fn: StatisticsFn | None = None,
+):  # fmt: skip
     """Build `step(state, frozen, batch, key, limit) -> (state, StepMetrics)`.
 
     `batch` holds arrays `[A, B, T]`. Losses and gradients are summed over all rows and divided once by the total weight, so
@@ -61,9 +79,9 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, ru
     loss exceeds `limit`, is not applied: the state stays as it was.
     """
 
-    def grads_of(params, frozen, micro, key):
+    def grads_of(params, frozen, micro, key, statistics=None, number=0):
         def total(params):
-            totals, aux = loss_fn(params, frozen, micro, runtime.context(micro, key))
+            totals, aux = loss_fn(params, frozen, micro, runtime.context(micro, key), statistics, number)
             return totals.loss + aux * totals.weight, totals
 
         return jax.grad(total, has_aux=True)(params)
@@ -74,14 +92,23 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, ru
         if count == 1:
             grads, totals = grads_of(state.params, frozen, jax.tree.map(lambda x: x[0], batch), key)
         else:
+            statistics = None
+            if statistics_fn is not None:
+
+                def look(_, scanned):
+                    micro, number = scanned
+                    ctx = runtime.context(micro, jax.random.fold_in(key, number))
+                    return None, statistics_fn(state.params, frozen, micro, ctx)
+
+                _, statistics = jax.lax.scan(look, None, (batch, jnp.arange(count)))
 
             def body(carry, scanned):
                 micro, number = scanned
-                more = grads_of(state.params, frozen, micro, jax.random.fold_in(key, number))
+                more = grads_of(state.params, frozen, micro, jax.random.fold_in(key, number), statistics, number)
                 return jax.tree.map(jnp.add, carry, more), None
 
             first = jax.tree.map(lambda x: x[0], batch)
-            none = zeros_of(lambda: loss_fn(state.params, frozen, first, runtime.context(first, key))[0])
+            none = zeros_of(lambda: loss_fn(state.params, frozen, first, runtime.context(first, key), statistics)[0])
             zeros = as_float32(jax.tree.map(jnp.zeros_like, state.params)), none
             (grads, totals), _ = jax.lax.scan(body, zeros, (batch, jnp.arange(count)))
         weight = jnp.maximum(totals.weight, 1e-9)
@@ -95,7 +122,9 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, ru
         new = new._replace(opt_state=moved(new.opt_state, jax.memory.Space.Host))
         tokens = jnp.sum(batch["segment_ids"] > 0)
         needed = flops.of_batch(batch["positions"], batch["segment_ids"])
-        return new, StepMetrics(loss, totals.weight, tokens, needed, grad_norm, optax.tree.norm(updates), good, totals.metrics)
+        trained = jnp.sum(batch["weights"])
+        norms = grad_norm, optax.tree.norm(updates)
+        return new, StepMetrics(loss, totals.weight, trained, tokens, needed, *norms, good, totals.metrics)
 
     return step
 

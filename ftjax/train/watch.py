@@ -128,6 +128,34 @@ class OverfitWatch:
         self.seen, self.warned = [list(row) for row in state["seen"]], state["warned"]
 
 
+ROWS = 3  # rows in a row that look wrong before it is said
+
+
+class MetricWatch:
+    """Passes on what an objective finds wrong with the training metrics, once, if it stays wrong for some rows."""
+
+    def __init__(self):
+        self._wrong = 0
+
+    def see(self, warning: str | None) -> str | None:
+        """Return the warning if this is the row to say it. Args: warning: what is wrong with this row, or None."""
+        if self._wrong > ROWS:  # said before
+            return None
+        self._wrong = self._wrong + 1 if warning else 0
+        if self._wrong < ROWS:
+            return None
+        self._wrong = ROWS + 1
+        return warning
+
+    def state(self) -> int:
+        """Return the state as JSON."""
+        return self._wrong
+
+    def load(self, state: int) -> None:
+        """Load a `state`."""
+        self._wrong = state
+
+
 @dataclass
 class BestMetric:
     """Tracks the best evaluation so far, and when to stop waiting for a better one."""

@@ -62,6 +62,23 @@ def test_hidden_files_unknown_kinds_and_notes_beside_data_are_named(tmp_path):
     assert "DS_Store" not in note
 
 
+def test_linked_folders_and_files(tmp_path):
+    make(tmp_path / "elsewhere", "b.jsonl", "c.jsonl")
+    make(tmp_path / "data", "a.jsonl")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "one.jsonl").symlink_to(tmp_path / "elsewhere" / "c.jsonl")
+    assert read(tmp_path / "data") == (["a.jsonl", "more/b.jsonl", "more/c.jsonl", "one.jsonl"], "")
+
+
+def test_links_that_lead_nowhere_or_back(tmp_path):
+    make(tmp_path, "part/a.jsonl")
+    (tmp_path / "part" / "b.jsonl").symlink_to("nowhere.jsonl")
+    (tmp_path / "part" / "back").symlink_to("..")
+    names, note = read(tmp_path)
+    assert names == ["part/a.jsonl"]
+    assert "part/b.jsonl (a link to nothing)" in note and "part/back (a link to a folder around it)" in note
+
+
 def test_a_folder_of_texts(tmp_path):
     make(tmp_path, "a.txt", "b.md", "README.md")
     assert read(tmp_path) == (["a.txt", "b.md"], "")

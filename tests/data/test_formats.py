@@ -68,7 +68,11 @@ def test_conversations(values):
     example = read(values)
     assert said(example) == ASKED and example.references == ("A",)
     assert all(None not in message.values() for message in example.messages)
-    assert example.rejected == ("B" if "rejected" in values else None)
+    if "rejected" in values:
+        assert said(example.rejected) == [ASKED[0], ("assistant", "B")]
+        assert (example.rejected.where, example.rejected.prompt_turns) == ("a.jsonl:1", 1)
+    else:
+        assert example.rejected is None
     assert example.prompt_turns == (1 if {"prompt", "chosen"} & values.keys() else None)
 
 
@@ -163,7 +167,12 @@ def test_a_format_can_be_named():
         ({"messages": [{**TURNS[1], "weight": -1}]}, "message 0: weight is -1"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "message 0: expected from to be one of .*; found 'alien'"),
         ({"conversations": None}, "expected a list of messages"),
-        ({"chosen": "A", "rejected": ""}, "'rejected' is text, expected an answer"),
+        ({"chosen": "A", "rejected": ""}, "'rejected' is empty, so there is nothing to compare"),
+        ({"prompt": "Q", "chosen": None, "rejected": "B"}, "'chosen' is empty, so there is nothing to compare"),
+        ({"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": []}, "'rejected' is empty"),
+        ({"chosen": TURNS, "rejected": [TURNS[0], {**TURNS[1], "content": " "}]}, "message 1 of the assistant is empty"),
+        ({"prompt": "Q", "chosen": {"a": 1}, "rejected": "B"}, "'chosen' is an object, expected an answer as text or messages"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B", "margin": "much"}, "'margin' is 'much', expected a number"),
         ({"instruction": "Q", "output": "A", "history": ["x"]}, "'history' is a list of text, expected a list of"),
         ({"input_ids": []}, "'input_ids' is empty"),
         ({"input_ids": [1.5]}, "'input_ids' is a list of number, expected a list of whole numbers"),

@@ -31,7 +31,7 @@ def config_of(tmp_path, values, objective, column="label", **data) -> Config:
 def labels_and_rows(config: Config) -> tuple[list[str], list[list[float]]]:
     config = with_labels(config)
     split, _ = load_splits(config.data, byte_level(), seed=0, encoding=encoding_of(config))
-    return config.objective.labels, [document.labels.tolist() for document, _ in split.first(99)]
+    return config.objective.labels, [document.labels.tolist() for (document,), _ in split.first(99)]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_preview_shows_the_label(values, objective, words, tmp_path):
     config = with_labels(config_of(tmp_path, values, objective))
     encoding = encoding_of(config)
     split, _ = load_splits(config.data, byte_level(), seed=0, encoding=encoding)
-    shown = show_examples(split, byte_level(), 2, encoding)
+    shown = [item for (item,) in show_examples(split, byte_level(), 2, encoding)]
     assert [item.texts[-1] for item in shown] == words and shown[0].weights[-1] == 1
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from data_tokenizers import byte_level
+from oracle import ONE
 from tiny_run import make_config
 
 from ftjax.config.data import DataConfig
@@ -46,12 +47,12 @@ def talks(shared, tmp_path):
 
 
 @pytest.mark.parametrize("truncation", ["right", "split"])
-def test_packed_is_unpacked(stories, talks, truncation, on_one_device):
+def test_packed_is_unpacked(stories, talks, truncation):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(stories)
     tokenizer.chat_template = TEMPLATE
-    setup = prepare(make_config(stories, method={"name": "full"}))
+    setup = prepare(make_config(stories, method={"name": "full"}), ONE)
     results = []
     for packing in (True, False):
         config = DataConfig(train=str(talks), max_length=256, truncation=truncation, packing=packing)

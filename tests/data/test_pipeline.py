@@ -238,7 +238,7 @@ def test_documents_in_a_batch_know_where_they_came_from(split):
     batch = every(split, 4)[0]
     places = {tuple(split.documents.document(n).tokens.tolist()): split.documents.where[int(n)].as_py() for n in split.chosen}
     assert all(places[document].rpartition(":")[2].isdigit() for document in documents_in(batch))
-    (first, (row, segment)), *_ = split.first(3)
+    ((first,), (row, segment)), *_ = split.first(3)
     assert first.where.endswith("a.jsonl:1")
     plan = split.rows(split.plan(0, True, 0), np.array([row]), 64)
     assert plan["tokens"][0][plan["segment_ids"][0] == segment].tolist() == first.tokens.tolist()

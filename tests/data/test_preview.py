@@ -12,9 +12,10 @@ from rich.console import Console
 
 from ftjax.config import Config
 from ftjax.data.encode import Encoder
-from ftjax.data.preview import preview, render_example, token_texts
+from ftjax.data.preview import preview
 from ftjax.data.reader import to_examples
 from ftjax.data.row import Row
+from ftjax.data.shown import render, shown, token_texts
 from ftjax.errors import UserError
 
 
@@ -87,9 +88,9 @@ def test_a_streamed_set(tmp_path):
 def test_the_marks_of_an_example():
     tokenizer = byte_level()
     document = Encoder(tokenizer)(list(to_examples([Row({"prompt": "Hello", "completion": " world"}, "a:1")])))[0]
-    assert render_example(document, tokenizer) == "Hello[[ world<|endoftext|>]]"
+    assert render(shown(document, tokenizer)) == "Hello[[ world<|endoftext|>]]"
     long = Encoder(tokenizer)(list(to_examples([Row({"prompt": "Hello " * 900, "completion": "\nworld"}, "a:1")])))[0]
-    text = render_example(long, tokenizer)
+    text = render(shown(long, tokenizer))
     assert "tokens ...]" in text and text.endswith("[[\nworld<|endoftext|>]]") and len(text) < 4000
 
 

@@ -104,7 +104,7 @@ def test_a_mixture_takes_turns_by_weight(tmp_path):
     parts = [{"path": str(write_rows(tmp_path / f"{n}.jsonl", 60, seed=n)), "weight": n} for n in (1, 3)]
     split = load(parts, max_length=64, streaming=True)
     assert sum(counted(every(split, 1)).values()) == 60 + 3 * 60
-    places = [d.where.rpartition("/")[2].partition(".")[0] for d, _ in split.first(40)]
+    places = [d.where.rpartition("/")[2].partition(".")[0] for (d,), _ in split.first(40)]
     assert places.count("3") == 30 and places.count("1") == 10
 
 

@@ -60,7 +60,7 @@ def test_names_of_columns(tmp_path):
 GERMAN = "prompt;completion\r\nGrüße;Schöne „Straße“ für 5 €\r\nWas?;Nichts, gar nichts…\r\n"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1252"])
 @pytest.mark.parametrize("packed", ["", ".gz"])
 def test_excel_s_encodings_are_found(tmp_path, encoding, packed):
     import gzip

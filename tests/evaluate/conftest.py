@@ -5,21 +5,13 @@ import shutil
 
 import pytest
 import yaml
-from oracle import Case, make_hf, one_device
+from oracle import ONE, Case, make_hf
 from tiny_tokenizer import save_tokenizer
 
 from ftjax.config import Config
 from ftjax.train.run import train
 
 WORDS = ["abc", "bad", "cab", "dab", "fed", "ace", "beef", "cafe", "deaf", "face", "fade", "bead"]
-
-
-@pytest.fixture(autouse=True)
-def one_device_here(monkeypatch):
-    """Load models on one device, as on most users' machines."""
-    import ftjax.evaluate.target as target
-
-    monkeypatch.setattr(target, "make_mesh", lambda config, devices=None: one_device())
 
 
 @pytest.fixture
@@ -53,11 +45,7 @@ def rows_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(tiny, rows_file, tmp_path_factory):
-    """Return the folder of a LoRA run that has learned the words."""
-    from _pytest.monkeypatch import MonkeyPatch
-
-    import ftjax.train.setup as setup
-
+    """A LoRA run that has learned the words."""
     folder = tmp_path_factory.mktemp("runs") / "words"
     config = Config.model_validate({
         "model": {"path": str(tiny), "dtype": "float32", "compute_dtype": "float32", "remat": "none"},
@@ -67,9 +55,7 @@ def run(tiny, rows_file, tmp_path_factory):
         "training": {"max_steps": 80, "global_batch_size": 4, "eval_steps": 40, "report_to": [], "logging_steps": 20},
         "output_dir": str(folder),
     })  # fmt: skip
-    with MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
-        train(config)
+    train(config, devices=ONE)
     return folder
 
 

@@ -5,10 +5,9 @@ import re
 
 import pytest
 import yaml
+from verbs import check, ftjax
 
-from ftjax import cli
 from ftjax.errors import UserError
-from ftjax.evaluate.check.command import check
 from ftjax.generate.session import Generator
 from ftjax.hub.card import with_section
 
@@ -83,21 +82,13 @@ def test_a_run_beside_its_base(run, tiny, files, tmp_path, capsys):
     assert again.count("## Safety and stability") == 1 and "training rows continued" in again.split("Not measured:")[1]
 
 
-def test_limits_decide_the_exit_code(tiny, files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "sys.argv", ["ftjax", "check", str(tiny), *files, "check.max_empty=1", "--out", str(tmp_path), "--json"]
-    )
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
+def test_limits_decide_the_exit_code(tiny, files, tmp_path, capsys):
+    code = ftjax("check", str(tiny), *files, "check.max_empty=1", "--out", str(tmp_path), "--json")
     found = json.loads(capsys.readouterr().out)
-    assert not caught.value.code and found["passed"] and found["base"] is None
+    assert code == 0 and found["passed"] and found["base"] is None
     assert "the model's training data is not known" in found["not_measured"]["verbatim_train"]
-    monkeypatch.setattr(
-        "sys.argv", ["ftjax", "check", str(tiny), *files, "check.min_tokens_per_second=1e9", "--out", str(tmp_path)]
-    )
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 1 and "tokens_per_second" in capsys.readouterr().out
+    code = ftjax("check", str(tiny), *files, "check.min_tokens_per_second=1e9", "--out", str(tmp_path))
+    assert code == 1 and "tokens_per_second" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")  # lm_eval's warnings about its own packages

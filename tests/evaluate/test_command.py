@@ -3,14 +3,15 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from verbs import check, evaluate, ftjax
 
 from ftjax.errors import UserError
-from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.target import find_target
 from ftjax.generate.session import Generator
 
@@ -137,6 +138,16 @@ def test_targets(run, tiny, tmp_path):
         find_target(str(tiny)).base()
 
 
+def test_devices_of_ones_choice(run, tmp_path):
+    """The mesh of `evaluate` and of `check` is made of them."""
+    chosen = jax.devices()[5:7]
+    generator = find_target(str(run)).load(devices=chosen)
+    assert all(value.devices() == set(chosen) for value in generator.params.values())
+    for verb in (evaluate, check):
+        with pytest.raises(UserError, match=r"mesh: fsdp=3 does not use 2 device\(s\) exactly"):
+            verb(str(run), ["mesh.fsdp=3"], out=tmp_path, devices=chosen)
+
+
 def test_a_configuration_means_its_run_and_before_that_its_base_model(run, tiny, tmp_path):
     assert find_target(str(run / "config.yaml"), ["evaluate.task=f1"]).config.evaluate.task == "f1"
     assert find_target(str(run / "config.yaml")).adapter == run / "final"
@@ -170,22 +181,8 @@ def test_refused(tiny, written, options, says):
         evaluate(str(tiny), **options)
 
 
-def test_command_line(tiny, written, tmp_path, monkeypatch, capsys):
-    from ftjax import cli
-
+def test_command_line(tiny, written, tmp_path, capsys):
     path = written("a.jsonl", {"prompt": "abc", "completion": "de"})
-    arguments = [
-        "evaluate",
-        str(tiny),
-        "evaluate.max_new_tokens=2",
-        "--data",
-        path,
-        "--task",
-        "chrf",
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    monkeypatch.setattr("sys.argv", ["ftjax", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert not caught.value.code and "chrf" in capsys.readouterr().out and (tmp_path / "o" / "results.json").is_file()
+    options = ["--data", path, "--task", "chrf", "--out", str(tmp_path / "o")]
+    code = ftjax("evaluate", str(tiny), "evaluate.max_new_tokens=2", *options)
+    assert code == 0 and "chrf" in capsys.readouterr().out and (tmp_path / "o" / "results.json").is_file()

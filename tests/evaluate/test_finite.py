@@ -5,9 +5,8 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from verbs import generate
+from verbs import evaluate, generate
 
-from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.likelihood import head_scores
 from ftjax.generate.conversation import Conversation
 from ftjax.generate.finite import NotFinite

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from verbs import evaluate
 
 from ftjax.data.example import Example
 from ftjax.errors import UserError
-from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.fit import misfits
 from ftjax.evaluate.rows import Item
 

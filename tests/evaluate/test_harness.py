@@ -11,12 +11,14 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from tiny_tokenizer import save_tokenizer
 from transformers import AutoModelForCausalLM
+from verbs import evaluate_harness, ftjax
 
-from ftjax import cli, lm_eval
+from ftjax import lm_eval
 from ftjax.config.evaluate import LmEvalConfig
 from ftjax.errors import UserError
-from ftjax.evaluate.lm_eval.command import evaluate_harness, load_tasks
+from ftjax.evaluate.lm_eval.command import load_tasks
 from ftjax.evaluate.lm_eval.harness import FtjaxLM
+from ftjax.generate.session import Generator
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval's warnings about its own packages
 
@@ -64,7 +66,7 @@ def hf(tiny):
 
 @pytest.fixture
 def ours(tiny):
-    return FtjaxLM(str(tiny), batch_size=2)
+    return FtjaxLM(Generator(str(tiny)), batch_size=2)
 
 
 def score(model, folder, names=tuple(TASKS), **options):
@@ -163,16 +165,11 @@ def test_refused_requests(ours, tiny):
 # ---- the commands ----
 
 
-def test_ftjax_evaluate(run, tiny, tasks, tmp_path, monkeypatch, capsys):
-    """A run and its base give what hf gives with the PEFT folder and without."""
-    monkeypatch.setattr(
-        "sys.argv",
-        ["ftjax", "evaluate", str(run), "--lm-eval", f"{tasks}/letters.yaml", "--out", str(tmp_path), "--compare-base"],
-    )
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
+def test_ftjax_evaluate(run, tiny, tasks, tmp_path, capsys):
+    """A run beside its base; hf with the PEFT folder gives the same."""
+    code = ftjax("evaluate", str(run), "--lm-eval", f"{tasks}/letters.yaml", "--out", str(tmp_path), "--compare-base")
     shown = capsys.readouterr().out
-    assert not caught.value.code and shown.count("|letters|") == 2 and "acc_norm" in shown
+    assert code == 0 and shown.count("|letters|") == 2 and "acc_norm" in shown
     results = json.loads((tmp_path / "results.json").read_text())
     base = str(tiny)
     tuned = None
@@ -186,6 +183,11 @@ def test_ftjax_evaluate(run, tiny, tasks, tmp_path, monkeypatch, capsys):
     for row, want in zip(rows, tuned["samples"]["letters"], strict=True):
         for got, one in zip(row["filtered_resps"], want["filtered_resps"], strict=True):
             assert float(got[0]) == pytest.approx(one[0], abs=1e-3)
+
+
+def test_devices_of_ones_choice(run, tasks, tmp_path):
+    with pytest.raises(UserError, match=r"mesh: fsdp=3 does not use 1 device\(s\) exactly"):
+        evaluate_harness(str(run), ["mesh.fsdp=3"], tasks=[f"{tasks}/letters.yaml"], out=tmp_path)
 
 
 def test_lm_evals_own_command(tiny, tasks, monkeypatch, capsys):

@@ -3,15 +3,12 @@
 import json
 
 import pytest
-from oracle import one_device
-from verbs import generate
+from oracle import ONE
+from verbs import check, evaluate, generate
 
 import ftjax.evaluate.check.command as command
-import ftjax.train.setup as setup
 from ftjax.config import Config
 from ftjax.errors import UserError
-from ftjax.evaluate.check.command import check
-from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.observe import make_observer
 from ftjax.generate.named import find_named
 from ftjax.hub.export import export
@@ -40,10 +37,8 @@ def split_run(tiny, rows, tmp_path_factory):
         "evaluate": {"training_rows": 100, "training_examples": 0, "max_new_tokens": 2, "task": "f1"},
         "output_dir": str(folder / "run"),
     })  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
-        seen = []
-        train(config, make_observer=lambda *given: seen.append(make_observer(*given)) or seen[0])
+    seen = []
+    train(config, devices=ONE, make_observer=lambda *given: seen.append(make_observer(*given)) or seen[0])
     return folder / "run", data, [item.where for item in seen[0].items]
 
 

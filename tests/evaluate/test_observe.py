@@ -5,15 +5,15 @@ import math
 
 import jax.numpy as jnp
 import pytest
-from oracle import one_device
+from oracle import ONE
+from verbs import evaluate
 
-import ftjax.train.setup as setup
 from ftjax.config import Config, TrainingConfig
 from ftjax.errors import UserError
-from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.observe import make_observer
 from ftjax.generate.session import Generator
 from ftjax.train.run import train
+from ftjax.train.setup import prepare
 from ftjax.train.watch import BestMetric, OverfitWatch
 
 
@@ -32,9 +32,8 @@ def make_config(tiny, rows_file, out, **over) -> Config:
     return Config.model_validate(values)
 
 
-def go(config, monkeypatch):
-    monkeypatch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
-    train(config, make_observer=make_observer)
+def go(config):
+    train(config, devices=ONE, make_observer=make_observer)
 
 
 def lines(folder, key):
@@ -50,8 +49,7 @@ def watched(tiny, rows_file, tmp_path_factory):
         "metric_for_best_model": "exact_match", "early_stopping_patience": 1, "early_stopping_threshold": 0.01, "max_steps": 300
     }  # fmt: skip
     more = {"training_rows": 6, "training_prompts": ["abc:"]}
-    with pytest.MonkeyPatch.context() as patch:
-        go(make_config(tiny, rows_file, folder, training=training, evaluate=more), patch)
+    go(make_config(tiny, rows_file, folder, training=training, evaluate=more))
     return folder
 
 
@@ -83,21 +81,20 @@ def test_the_tasks_metric_chooses_and_stops(watched):
     assert found["metrics"]["exact_match"].value == metric[best]
 
 
-def test_prompts_without_validation_data(tiny, rows_file, tmp_path, monkeypatch):
+def test_prompts_without_validation_data(tiny, rows_file, tmp_path):
     over = {
         "data": {"validation": None},
         "training": {"max_steps": 4, "eval_steps": 2},
         "evaluate": {"training_prompts": ["a"]},
     }
-    go(make_config(tiny, rows_file, tmp_path, **over), monkeypatch)
+    go(make_config(tiny, rows_file, tmp_path, **over))
     assert list(lines(tmp_path, "eval/generations")) == [2, 4] and not (tmp_path / "best").exists()
 
 
-def test_a_run_that_is_watched_goes_on(tiny, rows_file, tmp_path, monkeypatch, capsys):
-    """With NaN in the weights the metric is NaN, which is never the best, and no answers are shown."""
-    monkeypatch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
+def test_a_run_that_is_watched_goes_on(tiny, rows_file, tmp_path, capsys):
+    """The metric is NaN there, which is never the best, and no answer is shown."""
     config = make_config(tiny, rows_file, tmp_path, evaluate={"training_rows": 2, "training_prompts": ["abc"]})
-    prepared = setup.prepare(config)
+    prepared = prepare(config, ONE)
     observer = make_observer(prepared, Generator(str(tiny), dtype="float32").tokenizer, None)
     params = {**prepared.frozen, **prepared.params}
     seen = observer(params)
@@ -116,9 +113,9 @@ def test_a_run_that_is_watched_goes_on(tiny, rows_file, tmp_path, monkeypatch, c
         ({"training_prompts": ["a" * 100]}, "prompt 1 has 101 tokens"),
     ],
 )
-def test_refused(tiny, rows_file, tmp_path, monkeypatch, over, says):
+def test_refused(tiny, rows_file, tmp_path, over, says):
     with pytest.raises(UserError, match=says):
-        go(make_config(tiny, rows_file, tmp_path, training={"max_steps": 2, "eval_steps": 1}, evaluate=over), monkeypatch)
+        go(make_config(tiny, rows_file, tmp_path, training={"max_steps": 2, "eval_steps": 1}, evaluate=over))
 
 
 def test_a_metric_that_does_not_suit_the_references(tiny, tmp_path, monkeypatch, capsys):
@@ -141,19 +138,19 @@ def test_a_metric_that_does_not_suit_the_references(tiny, tmp_path, monkeypatch,
         ({"early_stopping_patience": 1}, "nothing to evaluate; set data.validation"),
     ],
 )
-def test_early_stopping_that_could_never_stop(tiny, rows_file, tmp_path, monkeypatch, training, says):
+def test_early_stopping_that_could_never_stop(tiny, rows_file, tmp_path, training, says):
     with pytest.raises(UserError, match=says):
-        go(make_config(tiny, rows_file, tmp_path, data={"validation": None}, training=training), monkeypatch)
+        go(make_config(tiny, rows_file, tmp_path, data={"validation": None}, training=training))
 
 
-def test_a_metric_that_nothing_measures(tiny, rows_file, tmp_path, monkeypatch):
-    """The default `eval/loss` is accepted even if only prompts are answered; another name is refused."""
+def test_a_metric_that_nothing_measures(tiny, rows_file, tmp_path):
+    """The base's own default, `eval/loss`, is no mistake where prompts are answered; another name is."""
     over = {"data": {"validation": None}, "evaluate": {"training_prompts": ["a"]}}
     training = {"max_steps": 2, "eval_steps": 1, "metric_for_best_model": "rouge1"}
     with pytest.raises(UserError, match="'eval/rouge1' is not measured"):
-        go(make_config(tiny, rows_file, tmp_path / "a", training=training, **over), monkeypatch)
+        go(make_config(tiny, rows_file, tmp_path / "a", training=training, **over))
     training |= {"metric_for_best_model": "train/loss", "logging_steps": 1}
-    go(make_config(tiny, rows_file, tmp_path / "b", training=training, **over), monkeypatch)
+    go(make_config(tiny, rows_file, tmp_path / "b", training=training, **over))
     assert (tmp_path / "b" / "best" / "adapter_config.json").is_file()
 
 
@@ -208,7 +205,7 @@ def test_overfitting(train_losses, eval_losses, warned):
     assert found == warned
 
 
-def test_a_run_that_overfits_says_so(tiny, tmp_path, monkeypatch, capsys):
+def test_a_run_that_overfits_says_so(tiny, tmp_path, capsys):
     for name, letters in (("train", "abcd"), ("validation", "wxyz")):
         rows = [{"prompt": f"{a}{b}:", "completion": f"{b}{a}"} for a in letters for b in letters]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -217,6 +214,6 @@ def test_a_run_that_overfits_says_so(tiny, tmp_path, monkeypatch, capsys):
         tiny, tmp_path / "train.jsonl", tmp_path / "run", data=data, evaluate={"training_examples": 0},
         training={"max_steps": 40, "eval_steps": 5},
     )  # fmt: skip
-    go(config, monkeypatch)
+    go(config)
     (said,) = lines(tmp_path / "run", "warning").values()
     assert "overfitting" in said and f"warning: {said}" in capsys.readouterr().out

@@ -7,13 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from verbs import generate
+from oracle import ONE
+from verbs import check, evaluate, evaluate_harness, generate
 
 from ftjax.config.load import config_of, load_config
 from ftjax.errors import UserError
-from ftjax.evaluate.check.command import check
-from ftjax.evaluate.command import evaluate
-from ftjax.evaluate.lm_eval.command import evaluate_harness
 from ftjax.evaluate.observe import make_observer
 from ftjax.evaluate.target import find_target
 from ftjax.hub.export import export
@@ -67,7 +65,7 @@ def test_a_configuration_of_ones_own_is_a_permission(theirs, tmp_path):
 
 def test_while_training(theirs):
     run, _, ran = theirs
-    generator = find_target(str(run)).load()
+    generator = find_target(str(run)).load(devices=ONE)
     own = shutil.copyfile(run / "config.yaml", run.parent / "own.yaml")
     for path, refused in ((run / "config.yaml", True), (own, False)):
         setup = SimpleNamespace(

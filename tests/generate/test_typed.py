@@ -11,9 +11,8 @@ import sys
 import time
 
 import pytest
-from verbs import chat, generate
+from verbs import chat, ftjax, generate
 
-from ftjax import cli
 from ftjax.errors import UserError
 from ftjax.generate.chat import HELP
 from ftjax.generate.session import Generator
@@ -104,12 +103,10 @@ WRONG = b"caf\xe9 au lait\nplease\n"
 def test_bytes_that_are_no_text(stories, monkeypatch, capsys, errors, verb):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"fine\n" * (verb == "generate") + WRONG), errors=errors))
     options = {"generate": ["--prompt", "-"], "chat": ["--chat-template", CHAT]}[verb]
-    monkeypatch.setattr(sys, "argv", ["ftjax", verb, str(stories), *options])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
+    code = ftjax(verb, str(stories), *options)
     out, err = capsys.readouterr()
     line = 2 if verb == "generate" else 1
-    assert caught.value.code == 2 and not out and f"expected UTF-8 text; found the byte 0xe9 in line {line}" in err
+    assert code == 2 and not out and f"expected UTF-8 text; found the byte 0xe9 in line {line}" in err
 
 
 @pytest.mark.parametrize("options", [{"prompt": ["caf\udce9"]}, {"prompt": ["a"], "system": "\ud800"}])

@@ -1,6 +1,7 @@
 """Tests that adapters made by PEFT load as in PEFT: grown vocabularies, tied outputs, names, and options that match nothing."""
 
 import json
+import shutil
 import warnings
 
 import jax.numpy as jnp
@@ -15,9 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
+from ftjax.generate.context import generation_config
 from ftjax.generate.load import load
 from ftjax.hub.adapter.peft import write_adapter
+from ftjax.hub.tokenizer.sentencepiece_folder import read_json
 from ftjax.methods.lora import from_saved
+from ftjax.models.facts import read_config
 
 CASES = {
     "llama": Case("llama", "llama", {"attention_bias": True}),
@@ -90,6 +94,15 @@ GROWN = {
     "update-of-both": ("tied", {"target_modules": rf".*\.(q_proj|{EMBED})|{HEAD}"}),
     "update-as-one": ("tied", {"target_modules": ["q_proj", HEAD], "ensure_weight_tying": True}),
 }
+
+
+@pytest.mark.parametrize("name", ["saved-both", "saved-apart", "update-of-both"])
+def test_a_vocabulary_without_the_padding_of_its_base(bases, name, tmp_path):
+    """`resize_token_embeddings(len(tokenizer))` cuts off rows where a model has more than its tokenizer has tokens."""
+    kind, settings = GROWN[name]
+    theirs, ids = adapter(bases(kind), tmp_path, 90, **settings), tokens(2, 20) % 90
+    for merge in (False, True):
+        np.testing.assert_allclose(ours(bases(kind), tmp_path, ids, merge), hf_logits(theirs, ids), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [None, 98], ids=["as-it-was", "grown"])
@@ -215,6 +228,10 @@ def test_what_is_at_its_default(bases, tmp_path):
         ({"target_modules": "*q_proj"}, "not a regular expression"),
         ({"target_modules": ["query"]}, "matches no linear layer"),
         ({"init_lora_weights": "olora"}, "init_lora_weights = olora"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path = 5"),
+        ({"modules_to_save": 5}, "modules_to_save = 5"),
+        ({"trainable_token_indices": ["a"]}, r"trainable_token_indices.*'a'"),
+        ({"trainable_token_indices": [-1]}, r"trainable_token_indices.*-1"),
     ],
 )
 def test_folders_that_cannot_be_read(bases, values, says, tmp_path):
@@ -223,6 +240,26 @@ def test_folders_that_cannot_be_read(bases, values, says, tmp_path):
     with pytest.raises(UserError, match=rf"{tmp_path}.*adapter_config\.json.*{says}|{says}") as error:
         ours(bases("llama"), tmp_path, tokens(1, 8))
     assert "adapter_config.json" in str(error.value) and "method." not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['{"a": ' * 3000, f'{{"r": {"9" * 5000}}}'], ids=["deep", "long"])
+def test_json_that_python_does_not_read(bases, text, tmp_path):
+    base = shutil.copytree(bases("tied"), tmp_path / "base")
+    for name in ("adapter_config.json", "generation_config.json", "tokenizer_config.json", "config.json"):
+        folder = tmp_path / "adapter" if name.startswith("adapter") else base
+        if folder.name == "adapter":
+            adapter(base, folder)
+        kept = (folder / name).read_text() if (folder / name).exists() else "{}"
+        (folder / name).write_text(text)
+        reading = {
+            "adapter_config.json": lambda folder: ours(base, folder, tokens(1, 8)),
+            "generation_config.json": generation_config,
+            "tokenizer_config.json": lambda folder: read_json(folder / "tokenizer_config.json"),
+            "config.json": read_config,
+        }
+        with pytest.raises(UserError, match=f"{name}.*not valid JSON"):
+            reading[name](folder)
+        (folder / name).write_text(kept)
 
 
 def test_single_experts(tmp_path):

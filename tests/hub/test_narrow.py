@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import Case, load, make_hf, one_device
+from oracle import ONE, Case, load, make_hf, one_device
 from safetensors.numpy import load_file, save_file
 from tiny_tokenizer import save_tokenizer
 
@@ -49,13 +49,13 @@ def test_a_whole_model(base, tmp_path):
     write_output(tmp_path / "final", config(base, "bfloat16", name="full"), model, params, tokenizer, base, step=1)
 
 
-def test_a_run_that_could_not_be_saved(base, on_one_device):
-    """Trained weights are float32; a weight too large for the result's dtype is reported before the first update."""
+def test_a_run_that_could_not_be_saved(base):
+    """Weights that train are held in float32; what is too large for the result is said before the first update."""
     with pytest.raises(
         UserError, match=r"model\.dtype: float16 .*model\.layers\.\S+\.mlp\.up_proj\.weight has some up to 7e\+04"
     ):
-        prepare(config(base, "float16", name="full"))
-    prepare(config(base, "bfloat16", name="full"))
+        prepare(config(base, "float16", name="full"), ONE)
+    prepare(config(base, "bfloat16", name="full"), ONE)
 
 
 def test_a_merged_model(base, tmp_path):

@@ -110,6 +110,25 @@ def test_a_sentencepiece_model_with_its_json_files(mistral):
         load(mistral)
 
 
+@pytest.mark.parametrize("form", [str, lambda token: {"content": token, "lstrip": False}], ids=["text", "object"])
+@pytest.mark.parametrize("file", ["special_tokens_map.json", "tokenizer_config.json"])
+def test_special_tokens_of_older_folders(mistral, file, form):
+    """Before transformers wrote `added_tokens_decoder`, the ids were in one file and the meanings in another."""
+    named = {"eos_token": form("<|im_end|>"), "pad_token": form("<pad>"), "additional_special_tokens": [form("<|im_start|>")]}
+    if file == "special_tokens_map.json":
+        (mistral / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}))
+    (mistral / file).write_text(json.dumps(named))
+    added = ["<pad>", "<|im_start|>", "<|im_end|>", "<word>"]
+    (mistral / "added_tokens.json").write_text(json.dumps({token: 32000 + n for n, token in enumerate(added)}))
+    tokenizer = load(mistral)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (32002, 32000, 32004)
+    assert {token.content: token.special for token in tokenizer.added_tokens_decoder.values()} == {
+        **dict.fromkeys(["<unk>", "<s>", "</s>", *added[:3]], True), "<word>": False,
+    }  # fmt: skip
+    ids = tokenizer("hi<|im_start|><word><|im_end|>").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "hi<word>"
+
+
 def test_another_tokenizer_and_template(stories, mistral, tmp_path):
     assert len(load(stories, tokenizer=str(mistral))) == 32000
     assert load(stories, chat_template="{{ 'inline' }}").chat_template == "{{ 'inline' }}"

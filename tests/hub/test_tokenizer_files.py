@@ -166,6 +166,15 @@ def test_a_sentencepiece_model_of_another_tokenizer(stories, tmp_path):
     assert "tokenizer.model" not in names(out)
 
 
+@pytest.mark.parametrize("content", [b"IQ== 0\nIg== 1\n", b""], ids=["tiktoken", "empty"])
+def test_a_tokenizer_model_of_another_kind(tmp_path, content):
+    """Only SentencePiece's says anything about the ids, so that of another library neither stops the output nor goes along."""
+    base = qwen(tmp_path / "base")
+    (base / "tokenizer.model").write_bytes(content)
+    out, _, _ = written(tmp_path, base, add_tokens=["kilogram"])
+    assert "tokenizer.model" not in names(out)
+
+
 def test_the_base_has_what_an_adapters_tokenizer_lacks(stories, tmp_path):
     """A folder saved by transformers 5 lacks the SentencePiece model, so the base's is copied."""
     tokenizer = AutoTokenizer.from_pretrained(stories)

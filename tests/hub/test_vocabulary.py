@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from oracle import Case, hf_logits, logits, make_hf, one_device, tokens
+from oracle import ONE, Case, hf_logits, logits, make_hf, one_device, tokens
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors.numpy import load_file
@@ -118,9 +118,10 @@ def probe():
     return ids
 
 
-def test_full(bases, tmp_path, on_one_device):
-    """After a run on a tied model, transformers loads weights, sizes and tokenizer."""
-    train(run_config(bases("tied"), tmp_path, {"name": "full", "train": ["embed_tokens"]}, pad_vocab_to_multiple_of=64))
+def test_full(bases, tmp_path):
+    """A run over a tied model; transformers loads weights, sizes and tokenizer."""
+    method = {"name": "full", "train": ["embed_tokens"]}
+    train(run_config(bases("tied"), tmp_path, method, pad_vocab_to_multiple_of=64), devices=ONE)
     theirs, tokenizer = fresh(tmp_path / "final"), AutoTokenizer.from_pretrained(tmp_path / "final")
     assert theirs.config.vocab_size == theirs.get_input_embeddings().weight.shape[0] == 128
     assert tokenizer("<call>").input_ids[-1] < 128 and tokenizer("kilogram").input_ids[-1] == SIZE
@@ -130,10 +131,10 @@ def test_full(bases, tmp_path, on_one_device):
     assert not list(tmp_path.glob("final/adapter*"))
 
 
-def test_lora(bases, tmp_path, on_one_device):
-    """The adapter has both embeddings; PEFT loads it on the resized base, and the merged folder alone."""
+def test_lora(bases, tmp_path):
+    """The adapter holds both embeddings; PEFT loads it on the resized base, and the merged folder needs nothing."""
     method = {"name": "lora", "r": 4, "modules_to_save": ["embed_tokens", "lm_head"]}
-    train(run_config(bases("llama"), tmp_path / "run", method))
+    train(run_config(bases("llama"), tmp_path / "run", method), devices=ONE)
     final = tmp_path / "run" / "final"
     want = hf_logits(PeftModel.from_pretrained(fresh(bases("llama"), SIZE + 3), final), probe())
     for merge in (False, True):
@@ -147,12 +148,12 @@ def test_lora(bases, tmp_path, on_one_device):
 
 
 @pytest.mark.parametrize("name", ["llama", "tied"])
-def test_rows_of_the_new_tokens(bases, name, tmp_path, on_one_device):
-    """Only these rows train and are saved, on both sides of a tied model; padding stays. PEFT and merging agree."""
+def test_rows_of_the_new_tokens(bases, name, tmp_path):
+    """Only these train and are saved, on both sides of a tied model; padding beyond them stays. PEFT and merging agree."""
     ids = list(range(SIZE, SIZE + 3))
     rows = ids if name == "tied" else {"embed_tokens": ids, "lm_head": ids}
     method = {"name": "lora", "r": 2, "target_modules": ["q_proj"], "trainable_token_indices": rows}
-    train(run_config(bases(name), tmp_path / "run", method, pad_vocab_to_multiple_of=64))
+    train(run_config(bases(name), tmp_path / "run", method, pad_vocab_to_multiple_of=64), devices=ONE)
     final = tmp_path / "run" / "final"
     saved = {key: value for key, value in load_file(final / "adapter_model.safetensors").items() if "lora_" not in key}
     assert len(saved) == (1 if name == "tied" else 2)

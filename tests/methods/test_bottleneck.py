@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from adapterhub_reference import FAMILIES, KINDS, fill, fill_model, ids
 from cases import ONE_OF_EACH
-from oracle import context, load, logits, make_hf, one_device
+from oracle import ONE, context, load, logits, make_hf, one_device
 from safetensors import safe_open
 from tiny_run import make_batch, make_config, run_steps
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -137,9 +137,9 @@ def test_every_block_has_the_places(case, tmp_path):
         assert np.abs(moved - start).max() > 1e-2, place
 
 
-def test_it_trains(bases, on_one_device):
-    """The parallel bottleneck starts from the base model, and the loss falls; dropout acts in training only."""
-    setup = prepare(make_config(bases("llama"), method={"name": "par_bn", "dropout": 0.1}))
+def test_it_trains(bases):
+    """The parallel one starts from the base model, and the loss falls; dropout is drawn in training only."""
+    setup = prepare(make_config(bases("llama"), method={"name": "par_bn", "dropout": 0.1}), ONE)
     assert "lm_head.weight" in setup.frozen
     start, params = load(bases("llama"))
     tokens = ids().astype(np.int32)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import (
+    ONE,
     Case,
     assert_cached_is_uncached,
     hf_logits,
@@ -22,6 +23,7 @@ from oracle import (
     write_merged,
 )
 from tiny_run import make_batch, make_config, run_steps
+from tiny_tokenizer import save_tokenizer
 from transformers import AutoModelForCausalLM
 
 from ftjax.hub.adapter.peft import attach_adapter, load_adapter, start_adapter, write_adapter
@@ -79,6 +81,7 @@ def _fewer_runs(request):
 @pytest.fixture(scope="module", params=FAMILIES, ids=str)
 def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param.name)
+    save_tokenizer(folder)
     return make_hf(request.param, folder), folder
 
 
@@ -123,10 +126,9 @@ def test_starts_from_the_base(base, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_its_own_moves(base, name, on_one_device, monkeypatch):
-    """Only what trains has moments and gradients; the base model stays the same."""
-    monkeypatch.setattr("ftjax.train.setup.load_tokenizer", lambda config: lambda text: {"input_ids": [5, 6, 7]})
-    setup = prepare(make_config(base[1], method=NAMES[name], optimizer={"weight_decay": 0.1}))
+def test_only_its_own_moves(base, name):
+    """Moments and gradients exist for what trains alone, and the base is what it was."""
+    setup = prepare(make_config(base[1], method=NAMES[name], optimizer={"weight_decay": 0.1}), ONE)
     before = {path: np.asarray(leaf) for path, leaf in {**setup.frozen, **setup.params}.items()}
     assert set(setup.params) == set(setup.model.trainable) and not set(setup.params) & set(setup.frozen)
     _, _, optimizer, _ = compile_steps(setup, 10)
@@ -194,8 +196,6 @@ def test_theirs_in_ours(base, name, tmp_path):
     write_adapter(tmp_path / "ours", model, params, config, str(folder))
     settings = PeftConfig.from_pretrained(tmp_path / "ours")
     settings.inference_mode = False
-    if NAMES[name].get("prompt_tuning_init"):  # its values are replaced below; there is no tokenizer here
-        settings.prompt_tuning_init = "RANDOM"
     theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), settings).eval()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -279,15 +279,15 @@ def peer_losses(stories, setup, name: str, batches, adapter, shared) -> tuple[li
 
 
 @pytest.mark.parametrize("name", [name for name in PEFT if name != "lora"])  # LoRA: tests/train/test_step.py
-def test_ten_steps_of_the_peer(shared, stories, name, tmp_path, on_one_device):
-    """Ten losses agree with PEFT's within 1e-4 in float32, from the same adapter on the same batches."""
+def test_ten_steps_of_the_peer(shared, stories, name, tmp_path):
+    """PEFT from the same adapter on the same batches: ten losses within 1e-4, in float32."""
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 512, (2, 4, 32))[np.arange(10) % 2]
     labels = np.where(rng.random(ids.shape[1:]) < 0.6, ids, -100)
     labels[..., 0] = -100  # with virtual tokens as embeddings, PEFT's last one would predict it
     np.savez(tmp_path / "batches.npz", input_ids=ids, labels=labels)
     config = make_config(stories, method=NAMES[name], optimizer={"learning_rate": 1e-2}, global_batch_size=4)
-    setup = prepare(config)
+    setup = prepare(config, ONE)
     folder = tmp_path / "adapter"
     folder.mkdir()
     write_adapter(folder, setup.model, setup.params, config.method, str(stories))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from oracle import Case, make_hf, one_device
+from oracle import ONE, Case, make_hf
 from tiny_run import make_batch, make_config, run_steps
 
 from ftjax.train.setup import prepare
@@ -24,15 +24,13 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_sharded_is_one_device(base, name, monkeypatch):
+def test_sharded_is_one_device(base, name):
     method = {"name": "lora", "r": 4, "lora_alpha": 8, **VARIANTS[name]}
     batches = [make_batch(8, 32, 96, seed) for seed in range(3)]
     found = []
-    for devices in (8, 1):
-        if devices == 1:
-            monkeypatch.setattr("ftjax.train.setup.make_mesh", lambda config, devices=None: one_device())
-        setup = prepare(make_config(base, method=method, mesh={"fsdp": 4, "tensor": 2}))
-        assert setup.mesh.size == devices
+    for mesh, devices in (({"fsdp": 4, "tensor": 2}, None), ({"fsdp": 1}, ONE)):
+        setup = prepare(make_config(base, method=method, mesh=mesh), devices)
+        assert setup.mesh.size == (8 if devices is None else 1)
         metrics, params = run_steps(setup, batches)
         found.append(([float(m.loss) for m in metrics], params))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)

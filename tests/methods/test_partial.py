@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from oracle import Case, folders, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
+from oracle import ONE, Case, folders, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
 from tiny_run import make_batch, make_config, run_steps
 from transformers import AutoModelForCausalLM
 
@@ -77,19 +77,15 @@ WAYS = [
 
 
 @pytest.mark.parametrize("name, method, pattern", WAYS, ids=[way[0] for way in WAYS])
-def test_training_is_full_training_whose_other_updates_are_left_out(bases, name, method, pattern, monkeypatch):
-    """Two steps give the weights of full training with a learning rate of zero for the rest; the Llama's parts are sharded over
-    eight devices, the full training is on one."""
-    import ftjax.train.setup as making
-
+def test_training_is_full_training_whose_other_updates_are_left_out(bases, name, method, pattern):
+    """The same weights after two steps as with every gradient taken and a learning rate of zero for the rest; the Llama's
+    parts over eight devices, and all of it on one."""
     folder, batches = bases(name), [make_batch(8, 16, 96, seed) for seed in range(2)]
     settings = {"adam_epsilon": 1e-3, "max_grad_norm": None}
     rest = {**settings, "groups": [{"pattern": pattern}, {"pattern": ".", "learning_rate": 0.0}]}
-    if name != "llama":
-        monkeypatch.setattr(making, "make_mesh", lambda config, devices=None: one_device())
-    part = prepare(make_config(folder, method={"name": "full", **method}, optimizer=settings, mesh={"fsdp": 4, "tensor": 2}))
-    monkeypatch.setattr(making, "make_mesh", lambda config, devices=None: one_device())
-    whole = prepare(make_config(folder, method={"name": "full"}, optimizer=rest))
+    mesh, devices = ({"fsdp": 4, "tensor": 2}, None) if name == "llama" else ({"fsdp": 1}, ONE)
+    part = prepare(make_config(folder, method={"name": "full", **method}, optimizer=settings, mesh=mesh), devices)
+    whole = prepare(make_config(folder, method={"name": "full"}, optimizer=rest), ONE)
     got, want = after(part, batches), after(whole, batches)
     moved = {piece.name for spec in part.model.trainable.values() for piece in spec.pieces()}
     start = after(whole, [])

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from verbs import ftjax
 
-from ftjax import cli
 from ftjax.errors import UserError
 from ftjax.page.chart import histogram_chart, interval_chart, line_chart, thinned
 from ftjax.report.command import html, report
@@ -162,12 +162,10 @@ def test_a_run_that_has_only_begun(tmp_path, capsys):
     assert "not finished" in capsys.readouterr().out
 
 
-def test_terminal_and_command(folder, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["ftjax", "report", str(folder / "final")])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
+def test_terminal_and_command(folder, capsys):
+    code = ftjax("report", str(folder / "final"))
     out = capsys.readouterr().out
-    assert not caught.value.code and (folder / "report.html").is_file()
+    assert code == 0 and (folder / "report.html").is_file()
     for text in ("3.123 → 0.1985", "2 at step", "0.6235 (0.51 to 0.73)", "1 beyond their limits", "warning: step 40", "▁"):
         assert text in out or text == "2 at step", text
 

@@ -5,36 +5,29 @@ import json
 import numpy as np
 import pytest
 import torch
-from oracle import Case, make_hf, one_device
+from oracle import ONE, Case, make_hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_tokenizer import save_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from verbs import evaluate
 
-import ftjax.evaluate.target as target
-import ftjax.train.setup as setup
 from ftjax.config import Config
 from ftjax.data.classes import TextLabels
 from ftjax.data.labels import Labels
 from ftjax.data.pipeline import load_splits
 from ftjax.errors import UserError
-from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.observe import make_observer
 from ftjax.hub.export import export
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.models.classifier import SINGLE
 from ftjax.train.run import train
+from ftjax.train.setup import prepare
 from ftjax.train.step import make_eval_step
 
 WORDS = ["abc", "bad", "cabbage", "dab", "fed", "ace", "x", "beef", "cafe", "deaf xyz", "face", "bead"]
 ROWS = [{"text": word, "label": "low" if word[0] in "abc" else "high"} for word in WORDS]
 ROWS[6]["label"] = "none"
 LABELS = ["high", "low", "none"]
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
-    for module in (setup, target):
-        monkeypatch.setattr(module, "make_mesh", lambda config, devices=None: one_device())
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +89,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def test_full(tied, data, tmp_path, capsys):
     """Labels are found; final/ loads with their names and, padded left or right, the same logits; the model has learned."""
     config = make_config(tied, data, tmp_path / "run")
-    train(config, make_observer=make_observer)
+    train(config, make_observer=make_observer, devices=ONE)
     final = tmp_path / "run" / "final"
     saved = json.loads((final / "config.json").read_text())
     assert saved["architectures"] == ["LlamaForSequenceClassification"]
@@ -124,8 +117,8 @@ def test_full(tied, data, tmp_path, capsys):
 
 
 def test_lora(tied, data, tmp_path):
-    """PEFT loads adapter and head; transformers loads the merged model."""
-    train(make_config(tied, data, tmp_path / "run", method="lora", labels=LABELS), make_observer=make_observer)
+    """PEFT loads adapter and head; merged, transformers does."""
+    train(make_config(tied, data, tmp_path / "run", method="lora", labels=LABELS), make_observer=make_observer, devices=ONE)
     final = tmp_path / "run" / "final"
     saved = json.loads((final / "adapter_config.json").read_text())
     assert saved["task_type"] == "SEQ_CLS" and saved["modules_to_save"] == ["score"]
@@ -167,7 +160,7 @@ def test_families(kind, values, data, tmp_path):
     torch.nn.init.normal_(model.score.weight)
     model.save_pretrained(path)
     config = make_config(path, data, tmp_path / "run", labels=LABELS)
-    made = setup.prepare(config)
+    made = prepare(config, ONE)
     tokenizer = load_tokenizer(config.model)
     split, _ = load_splits(config.data, tokenizer, seed=0, encoding=TextLabels(Labels(SINGLE, tuple(LABELS))))
     (batch,) = split.batches(4, seed=0, shuffle=False, epochs=1)
@@ -207,6 +200,7 @@ def test_label_words(tied, data, tmp_path):
     train(
         make_config(tied, data, tmp_path / "run", head=False, training={"max_steps": 60}, evaluate={"training_examples": 0}),
         make_observer=make_observer,
+        devices=ONE,
     )
     results = evaluate(str(tmp_path / "run"), out=tmp_path / "here")
     assert results["task"] == "classification" and results["labels"] == LABELS
@@ -252,12 +246,12 @@ def test_refused(over, says, tied, data, tmp_path):
     for section, changes in more.items():
         values[section] = {**values[section], **changes}
     with pytest.raises(UserError, match=says):
-        train(Config.model_validate(values), make_observer=make_observer)
+        train(Config.model_validate(values), make_observer=make_observer, devices=ONE)
 
 
 def test_a_head_writes_nothing(tied, data, tmp_path):
-    train(make_config(tied, data, tmp_path / "run", training={"max_steps": 1}))
+    train(make_config(tied, data, tmp_path / "run", training={"max_steps": 1}), devices=ONE)
     with pytest.raises(UserError, match="generates no answers; the tasks are classification and loss"):
         evaluate(str(tmp_path / "run"), task="f1")
     with pytest.raises(UserError, match="is a sequence classifier, and the objective sft"):
-        setup.prepare(Config.model_validate({"model": {"path": str(tmp_path / "run" / "final")}, "data": {"train": str(data)}}))
+        prepare(Config.model_validate({"model": {"path": str(tmp_path / "run" / "final")}, "data": {"train": str(data)}}), ONE)

@@ -12,6 +12,7 @@ from types import ModuleType
 import jax
 import pytest
 import yaml
+from oracle import ONE
 from quick_compile import QUICK
 from whole_runs import config, rows
 
@@ -74,13 +75,13 @@ def test_a_replacement_that_fails_leaves_the_old(tmp_path, monkeypatch):
     assert (folder / "file").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-def test_a_start_brings_results_back(model, data, tmp_path, on_one_device):
+def test_a_start_brings_results_back(model, data, tmp_path):
     short = config(model, data, tmp_path, training__max_steps=4)
-    train(short)
+    train(short, devices=ONE)
     for name in ("final", "best"):
         (tmp_path / name).rename(tmp_path / f".{name}.old")
     (tmp_path / ".final.old" / "notes.txt").write_text("mine")
-    train(short)
+    train(short, devices=ONE)
     assert (tmp_path / "best" / "adapter_model.safetensors").exists() and (tmp_path / "final" / "notes.txt").exists()
     assert not list(tmp_path.glob(".*.old"))
 
@@ -97,18 +98,18 @@ with alone_in(config):
 """
 
 
-def test_two_runs_in_one_folder(model, data, tmp_path, on_one_device):
-    """The second run is refused before it writes anything, and the error names the first; a killed run holds no lock."""
+def test_two_runs_in_one_folder(model, data, tmp_path):
+    """The second is refused before it writes anything, and names the first; a run that was killed holds nothing."""
     one = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert one.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=rf"output_dir.*another run.*process {one.pid} on "):
-            train(config(model, data, tmp_path))
+            train(config(model, data, tmp_path), devices=ONE)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     finally:
         one.send_signal(signal.SIGKILL)
         one.communicate()
-    train(config(model, data, tmp_path, training__max_steps=1, training__eval_steps=None))
+    train(config(model, data, tmp_path, training__max_steps=1, training__eval_steps=None), devices=ONE)
 
 
 def test_a_file_system_without_locks(model, data, tmp_path, monkeypatch):
@@ -146,22 +147,22 @@ class Wandb(ModuleType):
         pass
 
 
-def test_a_runs_name_at_wandb(model, data, tmp_path, on_one_device, monkeypatch):
-    """Resumed starts share the id; another run at the same path does not, nor does one that begins anew."""
+def test_a_runs_name_at_wandb(model, data, tmp_path, monkeypatch):
+    """Starts that go on share it; another run at the same path does not, nor does one that begins anew."""
     wandb = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     over = {"training__report_to": ["wandb"], "training__eval_steps": None, "training__max_steps": 2}
     for _ in range(2):
-        train(config(model, data, tmp_path / "run", **over))
+        train(config(model, data, tmp_path / "run", **over), devices=ONE)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
-    train(config(model, data, tmp_path / "run", **over))
-    train(config(model, data, tmp_path / "elsewhere", **over))
+    train(config(model, data, tmp_path / "run", **over), devices=ONE)
+    train(config(model, data, tmp_path / "elsewhere", **over), devices=ONE)
     first, again, other, moved = (name for name, _ in wandb.ids)
     assert first == again == moved != other and len(first) >= 8
 
     bucket = str(tmp_path / "shared")
-    for disk in ("one", "two"):  # a new host with an empty disk
-        train(config(model, data, tmp_path / disk, training__checkpoint_dir=bucket, **over))
+    for disk in ("one", "two"):  # a new host, whose disk is empty
+        train(config(model, data, tmp_path / disk, training__checkpoint_dir=bucket, **over), devices=ONE)
     assert wandb.ids[-1] == wandb.ids[-2]
 
     def init(**_):
@@ -169,7 +170,7 @@ def test_a_runs_name_at_wandb(model, data, tmp_path, on_one_device, monkeypatch)
 
     wandb.init = init
     with pytest.raises(UserError, match=r"report_to.*wandb cannot start: api_key.*WANDB_MODE=offline"):
-        train(config(model, data, tmp_path / "run", **over))
+        train(config(model, data, tmp_path / "run", **over), devices=ONE)
 
 
 def test_without_wandb(data, tmp_path, monkeypatch):
@@ -180,9 +181,8 @@ def test_without_wandb(data, tmp_path, monkeypatch):
         train(config("no model", data, tmp_path, training__report_to=["wandb"]))
 
 
-def test_speed_right_after_an_evaluation(model, data, tmp_path, on_one_device, monkeypatch):
-    """With batches that take 50 ms, no more tokens per second are reported than that allows, wherever evaluations and saves
-    are."""
+def test_speed_right_after_an_evaluation(model, data, tmp_path, monkeypatch):
+    """Batches that take 50 ms to come: no more tokens a second than that allows, wherever evaluations and saves are."""
     import time
 
     original = BatchLayout.arrays
@@ -194,7 +194,7 @@ def test_speed_right_after_an_evaluation(model, data, tmp_path, on_one_device, m
 
     monkeypatch.setattr(BatchLayout, "arrays", arrays)
     monkeypatch.setattr(Run, "losses", lambda self: time.sleep(0.2) or {"eval/loss": 1.0})
-    train(config(model, data, tmp_path, training__eval_steps=3, training__save_steps=5, training__logging_steps=1))
+    train(config(model, data, tmp_path, training__eval_steps=3, training__save_steps=5, training__logging_steps=1), devices=ONE)
     rates = {row["step"]: row["train/tokens_per_second"] for row in rows(tmp_path) if "train/tokens_per_second" in row}
     most = 4 * 64 / 0.05
     assert all(rates[step] < 1.1 * most for step in rates) and all(rates[step] > most / 20 for step in rates if step > 2), rates

@@ -14,14 +14,22 @@ import numpy as np
 import pytest
 import yaml
 from buckets import bucket
-from quick_compile import QUICK
+from oracle import ONE
+from processes import environment, start
 from safetensors.numpy import load_file
 from whole_runs import config, losses, rows, same_adapter
 
+from ftjax.config.load import load_config
 from ftjax.errors import UserError
 from ftjax.train.layout import BatchLayout
 from ftjax.train.loop import Run
+from ftjax.train.observer import Observation
 from ftjax.train.run import train
+
+
+def own_environment() -> dict[str, str]:
+    """Of a process with one device, which finds the programs that this one has compiled."""
+    return environment(1, JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir)
 
 
 class Stop(Exception):
@@ -43,15 +51,9 @@ def stop_after(monkeypatch, step):
 
 @pytest.fixture(scope="module")
 def whole(model, data, tmp_path_factory):
-    """Return the folder of a run that was never stopped."""
-    from oracle import one_device
-
-    import ftjax.train.setup as setup
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
-        out = tmp_path_factory.mktemp("whole")
-        train(config(model, data, out))
+    """A run that was never stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    train(config(model, data, out), devices=ONE)
     return out
 
 
@@ -76,15 +78,15 @@ def test_run_folder(whole):
 
 
 @pytest.mark.parametrize("stop", [5, 10])
-def test_resume_is_uninterrupted(model, data, whole, stop, tmp_path, monkeypatch, on_one_device):
-    """Weights are equal bit for bit, and metrics line for line: dropout, data order, optimizer, averaging window."""
+def test_resume_is_uninterrupted(model, data, whole, stop, tmp_path, monkeypatch):
+    """Weights bit for bit, the metrics line for line: dropout, data order, optimizer, averaging window."""
     with monkeypatch.context() as patch:
         stop_after(patch, stop)
         with pytest.raises(Stop):
-            train(config(model, data, tmp_path))
+            train(config(model, data, tmp_path), devices=ONE)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 99, "train/lo')  # a kill truncates a line
-    train(config(model, data, tmp_path))
+        file.write('{"step": 99, "train/lo')  # a kill cuts a line
+    train(config(model, data, tmp_path), devices=ONE)
     same_adapter(whole, tmp_path)
 
     def timeless(folder):
@@ -95,16 +97,17 @@ def test_resume_is_uninterrupted(model, data, whole, stop, tmp_path, monkeypatch
     assert starts == [0, max(step for step in (3, 6, 9) if step <= stop)]
 
 
-def test_checkpoints_elsewhere(model, data, whole, tmp_path, monkeypatch, on_one_device, capsys):
-    """A new host with an empty disk resumes from a folder that all hosts share; another configuration is refused."""
+def test_checkpoints_elsewhere(model, data, whole, tmp_path, monkeypatch, capsys):
+    """A new host, whose disk is empty, goes on from a folder that all hosts share; another configuration is refused there."""
     shared = str(tmp_path / "bucket" / "run")
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         with pytest.raises(Stop):
-            train(config(model, data, tmp_path / "first", training__checkpoint_dir=shared))
+            train(config(model, data, tmp_path / "first", training__checkpoint_dir=shared), devices=ONE)
     assert not (tmp_path / "first" / "checkpoints").exists()
     with pytest.raises(UserError, match=r"(?s)bucket.*another configuration.*optimizer.learning_rate"):
-        train(config(model, data, tmp_path / "other", training__checkpoint_dir=shared, optimizer={"learning_rate": 1.0}))
+        another = config(model, data, tmp_path / "other", training__checkpoint_dir=shared, optimizer={"learning_rate": 1.0})
+        train(another, devices=ONE)
     assert (tmp_path / "first" / "best" / "adapter_model.safetensors").exists()
     third = tmp_path / "bucket" / "third"
     shutil.copytree(shared, third)
@@ -112,7 +115,7 @@ def test_checkpoints_elsewhere(model, data, whole, tmp_path, monkeypatch, on_one
     with monkeypatch.context() as patch:
         patch.setattr(Run, "evaluate", lambda *_: None)  # no later evaluation is better
         for name, folder in (("second", shared), ("third", third)):
-            train(config(model, data, tmp_path / name, training__checkpoint_dir=str(folder)))
+            train(config(model, data, tmp_path / name, training__checkpoint_dir=str(folder)), devices=ONE)
             assert min(losses(tmp_path / name)) == 8
             same_adapter(whole, tmp_path / name)
     first, second = (load_file(tmp_path / name / "best" / "adapter_model.safetensors") for name in ("first", "second"))
@@ -137,7 +140,7 @@ for step in (3, 4):
     checkpoints.save(step, state, {"step": step})
 checkpoints.close()
 assert [path.name for path in checkpoint_path(folder).glob("[0-9]*")] == ["4"]
-again, meta = Checkpoints(folder, 2).restore(state)
+again, meta, _ = Checkpoints(folder, 2).restore(state)
 assert meta == {"step": 4} and (np.asarray(again.params["a"]) == np.arange(8)).all()
 print("went through the bucket")
 """
@@ -161,31 +164,46 @@ def test_bucket_that_cannot_be_opened(model, data, tmp_path, monkeypatch):
 
 
 def test_resume_on_other_devices(model, data, whole, tmp_path, monkeypatch):
-    """A checkpoint of one device resumes on eight: the same batches, losses within 1e-5."""
-    from oracle import one_device
-
-    import ftjax.train.setup as setup
-
+    """A checkpoint of one device goes on on eight: the same batches, losses within 1e-5."""
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
         stop_after(patch, 7)
         with pytest.raises(Stop):
-            train(config(model, data, tmp_path, method={"name": "lora", "r": 4, "lora_alpha": 8}))
+            train(config(model, data, tmp_path, method={"name": "lora", "r": 4, "lora_alpha": 8}), devices=ONE)
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     train(config(model, data, tmp_path, method={"name": "lora", "r": 4, "lora_alpha": 8}, mesh=mesh))
     straight = tmp_path / "straight"
-    with monkeypatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
-        train(config(model, data, straight, method={"name": "lora", "r": 4, "lora_alpha": 8}))
+    train(config(model, data, straight, method={"name": "lora", "r": 4, "lora_alpha": 8}), devices=ONE)
     np.testing.assert_allclose(list(losses(tmp_path).values()), list(losses(straight).values()), rtol=1e-5)
 
 
-def test_arithmetic(model, data, tmp_path, monkeypatch, on_one_device, capsys):
-    """The metrics agree with each other and with the printed formula; a known chip gives an MFU."""
+class Watcher:
+    """An observer that notes on which devices the parameters are."""
+
+    def __init__(self):
+        self.facts, self.places = {}, set()
+
+    def __call__(self, params):
+        self.places |= {device for value in params.values() for device in value.devices()}
+        return Observation({}, [])
+
+
+def test_a_device_of_ones_choice(model, data, whole, tmp_path, capsys):
+    """It need not be the first: the same bits, everything lies there, and the run says and records what it uses."""
+    chosen, watcher = jax.devices()[6:7], Watcher()
+    train(config(model, data, tmp_path), devices=chosen, make_observer=lambda *_: watcher)
+    same_adapter(whole, tmp_path)
+    assert watcher.places == set(chosen)
+    assert json.loads((tmp_path / "run.json").read_text())["devices"]["count"] == 1
+    assert "devices: 1 cpu" in capsys.readouterr().out
+
+
+def test_arithmetic(model, data, tmp_path, monkeypatch, capsys):
+    """The metrics agree with each other and with the formula that is printed; a chip that is known gives an MFU."""
     import ftjax.train.log as log
 
     monkeypatch.setattr(log, "peak_of", lambda devices: 1e12 * len(devices))
-    train(config(model, data, tmp_path, training__max_steps=4, training__eval_steps=None, training__logging_steps=4))
+    over = {"training__max_steps": 4, "training__eval_steps": None, "training__logging_steps": 4}
+    train(config(model, data, tmp_path, **over), devices=ONE)
     (row,) = (row for row in rows(tmp_path) if "train/mfu" in row)
     assert row["train/mfu"] == pytest.approx(row["train/tflops_per_second_per_device"])
     assert row["train/tokens_per_second"] == row["train/tokens_per_second_per_device"] > 0
@@ -194,8 +212,8 @@ def test_arithmetic(model, data, tmp_path, monkeypatch, on_one_device, capsys):
     assert 0.7 * full < per_token < full  # the rows have many short documents; the printed line assumes long ones
 
 
-def test_later_updates_and_evaluations_compile_nothing(model, data, tmp_path, on_one_device, monkeypatch, lowered):
-    """Twelve rows in batches of four, and a smaller last batch, use one shape."""
+def test_later_updates_and_evaluations_compile_nothing(model, data, tmp_path, monkeypatch, lowered):
+    """Twelve rows in batches of four and of what is left over: one shape all the same."""
     made = []
     original = Run.evaluate
 
@@ -204,23 +222,24 @@ def test_later_updates_and_evaluations_compile_nothing(model, data, tmp_path, on
         made.append(lowered())
 
     monkeypatch.setattr(Run, "evaluate", evaluate)
-    train(config(model, data, tmp_path, training__eval_batch_size=5, training__save_steps=12))
+    train(config(model, data, tmp_path, training__eval_batch_size=5, training__save_steps=12), devices=ONE)
     assert len(made) == 3 and len(set(made)) == 1, made
 
 
-def test_profile(model, data, tmp_path, on_one_device):
-    """The trace has exactly the requested updates, by number."""
+def test_profile(model, data, tmp_path):
+    """The trace holds those updates and no others, by their numbers."""
     from jax.profiler import ProfileData
 
-    train(config(model, data, tmp_path, training__max_steps=6, training__eval_steps=None, training__profile_steps=[3, 5]))
+    over = {"training__max_steps": 6, "training__eval_steps": None, "training__profile_steps": [3, 5]}
+    train(config(model, data, tmp_path, **over), devices=ONE)
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     events = [e for plane in ProfileData.from_file(str(trace)).planes for line in plane.lines for e in line.events]
     assert sorted({dict(e.stats)["step_num"] for e in events if e.name == "train"}) == [3, 4, 5]
 
 
-def test_profile_after_the_end(model, data, tmp_path, on_one_device):
+def test_profile_after_the_end(model, data, tmp_path):
     with pytest.raises(UserError, match=r"profile_steps.*12 steps"):
-        train(config(model, data, tmp_path, training__profile_steps=[10, 15]))
+        train(config(model, data, tmp_path, training__profile_steps=[10, 15]), devices=ONE)
 
 
 def test_other_configuration_is_refused(model, data, whole):
@@ -228,33 +247,33 @@ def test_other_configuration_is_refused(model, data, whole):
         train(config(model, data, whole, optimizer={"learning_rate": 3e-2}))
 
 
-def test_finished_run_is_left_alone(model, data, whole, capsys, on_one_device):
+def test_finished_run_is_left_alone(model, data, whole, capsys):
     before = (whole / "final" / "adapter_model.safetensors").read_bytes()
-    train(config(model, data, whole))
+    train(config(model, data, whole), devices=ONE)
     assert (whole / "final" / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_early_stopping(model, data, tmp_path, on_one_device):
-    """With a learning rate of zero nothing improves: the run stops after the patience, and best/ is the first evaluation."""
+def test_early_stopping(model, data, tmp_path):
+    """A learning rate of zero never improves: the run stops after the patience, and best/ is the first."""
     over = {"optimizer": {"learning_rate": 0.0}, "training__early_stopping_patience": 2, "training__eval_steps": 1}
-    train(config(model, data, tmp_path, **over))
+    train(config(model, data, tmp_path, **over), devices=ONE)
     assert [row["step"] for row in rows(tmp_path) if "eval/loss" in row] == [1, 2, 3]
     assert "1 " in (tmp_path / "best" / "README.md").read_text()
 
 
-def test_the_same_command_after_an_early_stop(model, data, tmp_path, on_one_device, capsys):
-    """It trains nothing more, and leaves results and other files alone; a lost result is written again."""
+def test_the_same_command_after_an_early_stop(model, data, tmp_path, capsys):
+    """It trains nothing more, and leaves the result and whatever else lies in its folder; a lost result is written anew."""
     over = {"optimizer": {"learning_rate": 1e-2}, "training__early_stopping_patience": 1, "training__eval_steps": 1}
     over["training__early_stopping_threshold"] = 100.0
-    train(config(model, data, tmp_path, **over))
+    train(config(model, data, tmp_path, **over), devices=ONE)
     before, metrics = (tmp_path / "final" / "adapter_model.safetensors").read_bytes(), rows(tmp_path)
     assert metrics[-1]["step"] == 2
     (tmp_path / "final" / "notes.txt").write_text("mine")
-    train(config(model, data, tmp_path, **over))
+    train(config(model, data, tmp_path, **over), devices=ONE)
     assert "early stop at step 2" in capsys.readouterr().out.rpartition("resuming")[2]
     assert (tmp_path / "final" / "notes.txt").exists() and rows(tmp_path) == metrics
     shutil.rmtree(tmp_path / "final")
-    train(config(model, data, tmp_path, **over))
+    train(config(model, data, tmp_path, **over), devices=ONE)
     assert (tmp_path / "final" / "adapter_model.safetensors").read_bytes() == before
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
 
@@ -272,10 +291,10 @@ def spoil(monkeypatch, first: int, last: int) -> None:
     monkeypatch.setattr(BatchLayout, "arrays", arrays)
 
 
-def test_bad_updates_are_skipped(model, data, tmp_path, on_one_device, monkeypatch, capsys):
-    """NaN in updates 5 and 6 is skipped, reported and counted, and the logged metrics are finite."""
+def test_bad_updates_are_skipped(model, data, tmp_path, monkeypatch, capsys):
+    """NaN in updates 5 and 6: the run goes on without them, says and counts it, and its numbers are numbers."""
     spoil(monkeypatch, 5, 6)
-    train(config(model, data, tmp_path))
+    train(config(model, data, tmp_path), devices=ONE)
     logged = {row["step"]: row for row in rows(tmp_path) if "train/skipped_updates" in row}
     assert [logged[step]["train/skipped_updates"] for step in sorted(logged)] == [0, 0, 2, 2, 2, 2]
     assert "train/loss" not in logged[6] and "train/grad_norm" not in logged[6]
@@ -287,14 +306,14 @@ def test_bad_updates_are_skipped(model, data, tmp_path, on_one_device, monkeypat
     assert logged[12]["train/learning_rate"] > 0 and (tmp_path / "final" / "adapter_model.safetensors").exists()
 
 
-def test_divergence_gives_up(model, data, tmp_path, on_one_device, monkeypatch):
-    """With NaN from update 6 on, the run ends after the limit; the checkpoint that the message names has the state of update 5,
-    and another start continues after the bad rows."""
+def test_divergence_gives_up(model, data, tmp_path, monkeypatch):
+    """NaN from update 6 on: after so many in a row the run ends; the checkpoint is where the message says, with the state of
+    update 5, and another start goes on behind the bad rows."""
     over = {"training__eval_steps": None, "training__max_skipped_updates": 2}
     with monkeypatch.context() as patch:
         spoil(patch, 6, 99)
         with pytest.raises(UserError, match=r"(?s)diverged at step 9: 4 updates in a row.*checkpoint of step 9"):
-            train(config(model, data, tmp_path, **over))
+            train(config(model, data, tmp_path, **over), devices=ONE)
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())[-1] == 9
     assert not (tmp_path / "final").exists()
     kept = []
@@ -306,40 +325,36 @@ def test_divergence_gives_up(model, data, tmp_path, on_one_device, monkeypatch):
         return first
 
     monkeypatch.setattr(Run, "restore", restore)
-    train(config(model, data, tmp_path, **over))
+    train(config(model, data, tmp_path, **over), devices=ONE)
     ((first, applied, row, skipped),) = kept
     assert (first, applied, skipped) == (9, 5, 4) and row % 4 == 0
     assert [row["step"] for row in rows(tmp_path) if "train/loss" in row][-1] == 12
 
 
-def test_nothing_but_bad_updates(model, data, tmp_path, on_one_device, monkeypatch):
-    """A run shorter than the limit does not end successfully without a single update."""
+def test_nothing_but_bad_updates(model, data, tmp_path, monkeypatch):
+    """A run that is shorter than the patience does not end well without a single update."""
     spoil(monkeypatch, 1, 99)
     with pytest.raises(UserError, match="diverged at step 2"):
-        train(config(model, data, tmp_path, training__max_steps=2))
+        train(config(model, data, tmp_path, training__max_steps=2), devices=ONE)
 
 
-def test_full_run_loads_in_transformers(model, data, tmp_path, on_one_device):
+def test_full_run_loads_in_transformers(model, data, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    train(config(model, data, tmp_path, method={"name": "full"}, training__max_steps=2))
+    train(config(model, data, tmp_path, method={"name": "full"}, training__max_steps=2), devices=ONE)
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     base = AutoModelForCausalLM.from_pretrained(model)
     ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "final")("abc").input_ids])
     assert (tuned(ids).logits - base(ids).logits).abs().max() > 1e-3
 
 
-def test_killed_from_outside(model, data, whole, tmp_path, on_one_device):
-    """After SIGKILL in the middle of a save, resuming gives the result of an uninterrupted run."""
+def test_killed_from_outside(model, data, whole, tmp_path):
+    """SIGKILL in the middle of a save: going on gives the result as if nothing had been."""
     path = tmp_path / "config.yaml"
     settings = config(model, data, tmp_path / "run", training__save_steps=1, evaluate={"training_examples": 0})
     path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
-    environment = {
-        **os.environ, "XLA_FLAGS": QUICK, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    }  # fmt: skip
-    command = [sys.executable, "-m", "ftjax.cli", "train", str(path)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start(["train", path], env=own_environment())
     deadline = time.monotonic() + 240
     checkpoints = tmp_path / "run" / "checkpoints"
     while time.monotonic() < deadline and process.poll() is None:
@@ -349,37 +364,45 @@ def test_killed_from_outside(model, data, whole, tmp_path, on_one_device):
     process.kill()
     said = process.communicate(timeout=240)[0]
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "run" / "final").exists(), said
-    train(settings)
+    train(settings, devices=ONE)
     same_adapter(whole, tmp_path / "run")
 
 
-def test_told_to_stop(model, data, whole, tmp_path, capsys, monkeypatch, on_one_device):
-    """On SIGTERM the current update is saved and the command to resume is printed; the result is that of an uninterrupted
-    run."""
-    from ftjax.cli import app
+STOP_IN_8 = """
+import os
+import signal
 
+from ftjax.cli import main
+from ftjax.train.loop import Run
+
+original = Run.read
+
+
+def read(self, number, *rest):  # of an update, while the next is under way
+    original(self, number, *rest)
+    if number == 7:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+Run.read = read
+main()
+"""
+
+
+def test_told_to_stop(model, data, whole, tmp_path):
+    """SIGTERM: the update under way is saved, and the whole command to go on is said; the result is as if nothing had been."""
     path, out = tmp_path / "config.yaml", tmp_path / "my run"
     settings = config(model, data, tmp_path / "another", evaluate={"training_examples": 0})
     path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
-    original = Run.read
-
-    def read(self, number, *rest):
-        original(self, number, *rest)
-        if number == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(Run, "read", read)
-        app(["train", str(path), f"output_dir={out}", "training.logging_steps=2"])
-    assert end.value.code == 1
-    said = capsys.readouterr().out
+    given = [f"output_dir={out}", "training.logging_steps=2"]
+    process = start(["train", path, *given], STOP_IN_8, env=own_environment())
+    said = process.communicate(timeout=400)[0]
+    assert process.returncode == 1, said
     assert f"SIGTERM: saved step 8 of 12 in {out}. To resume: ftjax train {path} " in said
     assert (out / "checkpoints" / "8").exists() and not (out / "final").exists()
-    program, *again = shlex.split(said.partition("To resume: ")[2].splitlines()[0])
-    assert program == "ftjax" and again[2:] == [f"output_dir={out}", "training.logging_steps=2"]
-    with pytest.raises(SystemExit) as end:
-        app(again)
-    assert end.value.code == 0
+    again = shlex.split(said.partition("To resume: ")[2].splitlines()[0])
+    assert again == ["ftjax", "train", str(path), *given]
+    train(load_config(path, given), devices=ONE)
     same_adapter(whole, out)
 
 
@@ -389,8 +412,8 @@ def test_folder_that_cannot_be_written(model, data, tmp_path):
         train(config(model, data, tmp_path / "file" / "run"))
 
 
-def test_disk_that_fills(model, data, tmp_path, on_one_device, monkeypatch):
-    """The error of a failed save names the complete checkpoint, and how to resume."""
+def test_disk_that_fills(model, data, tmp_path, monkeypatch):
+    """A save that fails says which checkpoint is whole, and how to go on."""
     import ftjax.train.checkpoint as checkpoint
 
     def full(*_, **__):
@@ -398,4 +421,4 @@ def test_disk_that_fills(model, data, tmp_path, on_one_device, monkeypatch):
 
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
     with pytest.raises(UserError, match=r"(?s)No space left.*run the same command again"):
-        train(config(model, data, tmp_path))
+        train(config(model, data, tmp_path), devices=ONE)

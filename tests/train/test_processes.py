@@ -129,7 +129,35 @@ def test_one_comes_late(settings, whole, tmp_path):
     assert rows(out)[1]["train/loss"] == pytest.approx(rows(whole)[1]["train/loss"], abs=1e-6)
 
 
-# Differences between hosts: arguments of the second process, and words of the message on all of them.
+# A script that trains on devices of its choice, with the arguments of `ftjax train`.
+CHOICE = """import sys
+import jax
+from ftjax.config.load import load_config
+from ftjax.distributed.join import joined
+from ftjax.train.run import train
+_, _, path, _, coordinator, _, count, _, number = sys.argv
+with joined(coordinator, int(count), int(number)):
+    train(load_config(path), devices={devices})
+"""
+
+
+def test_devices_of_ones_choice(settings, whole, tmp_path):
+    """The second of each process's two; a choice that is not the same on all is refused."""
+    out = tmp_path / "run"
+    short = {**settings, "training": {**settings["training"], "max_steps": 2}}
+    each = CHOICE.format(devices="jax.devices()[1::2]")
+    running, said = run(2, short, out, devices=2, code={0: each, 1: each})
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    record = json.loads((out / "run.json").read_text())
+    assert record["devices"]["count"] == record["mesh"]["fsdp"] == 2 == len(rows(out))
+    assert rows(out)[1]["train/loss"] == pytest.approx(rows(whole)[1]["train/loss"], abs=1e-6)
+    own = CHOICE.format(devices="jax.local_devices()")
+    running = launch(2, short, tmp_path / "own", devices=2, code={0: own, 1: own})
+    for text in end(running, timeout=120):
+        assert "the choice of devices differs from that of process 0" in text and "ids of all devices: [0, 1] on" in text
+
+
+# What hosts may differ in, and what is said of it on all of them. Arguments of the second process; words of the message.
 DIFFERENCES = {
     "learning rate": (["optimizer.learning_rate=0.1"], ["optimizer.learning_rate: 0.001 on process 0, 0.1 here"]),
     "order of the rows": (["data.train={folder}/reversed.jsonl"], ["data.train: digest"]),

@@ -4,16 +4,20 @@ import copy
 import itertools
 import math
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
+from oracle import ONE
 from whole_runs import config
 
 import ftjax.train.loop as loop
+from ftjax.data.pipeline import load_splits
+from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.train.log import Log
 from ftjax.train.loop import Run
-from ftjax.train.run import train
+from ftjax.train.setup import prepare
 from ftjax.train.step import StepMetrics
 
 TOTAL, BAD = 12, (5, 6)
@@ -52,7 +56,7 @@ class Kept:
     def latest(self):
         return max(self.saved, default=None)
 
-    def save(self, step, state, meta):
+    def save(self, step, state, meta, reference=None):
         assert step not in self.saved
         seen = meta["watch"]["seen"]
         assert not seen or seen[-1][0] == step, "what is saved has been read"
@@ -61,8 +65,8 @@ class Kept:
     def wait(self):
         pass
 
-    def restore(self, like):
-        return self.saved[self.latest]
+    def restore(self, like, reference=None):
+        return (*self.saved[self.latest], {})
 
 
 class Rows:
@@ -82,31 +86,25 @@ class Rows:
         self.rows.append({"step": step, "warning": text})
 
 
-def step(state, frozen, batch, key, limit):
-    """Apply an update by number: the state is a sum that depends on the order of updates."""
+def step(bad, state, frozen, batch, key, limit):
+    """An update by number: its state is a sum over what was applied, so that the order shows."""
     number = int(batch["tokens"])
-    loss = math.nan if number in BAD else 1.0 + number / 7
+    loss = math.nan if number in bad else 1.0 + number / 7
     good = loss <= limit
-    values = (loss, 4.0 + number, 10.0, 100.0, 1.0, 0.1, good)
+    values = (loss, 4.0 + number, 4.0 + number, 10.0, 100.0, 1.0, 0.1, good)
     state = SimpleNamespace(step=state.step + good, params={"sum": state.params["sum"] * 3 + number} if good else state.params)
     return state, StepMetrics(*map(jnp.asarray, values), {"token_accuracy": (jnp.float32(number), jnp.float32(2.0))})
 
 
 @pytest.fixture(scope="module")
 def make(model, data, tmp_path_factory):
-    """Return `make(checkpoints)`: a run whose updates are numbers, new or resumed from the checkpoints."""
-    from oracle import one_device
-
-    import ftjax.train.setup as setup
-
-    found = []
+    """`make(checkpoints, bad)`: a run whose updates are numbers, at its beginning or where the checkpoints say."""
+    settings = config(model, data, tmp_path_factory.mktemp("run"), training__max_steps=TOTAL)
+    setup, tokenizer = prepare(settings, ONE), load_tokenizer(settings.model)
+    _, validation = load_splits(settings.data, tokenizer, seed=0)
+    layout = SimpleNamespace(arrays=lambda batch: batch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
-        patch.setattr(Run, "go", lambda self: found.append(self))
-        train(config(model, data, tmp_path_factory.mktemp("run"), training__max_steps=TOTAL))
-    (one,) = found
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compile_steps", lambda *_: (step, None, None, lambda number: number))
+        patch.setattr(loop, "compile_steps", lambda *_: (None, None, None, lambda number: number))
         patch.setattr(loop, "abstract_state", lambda *_: None)
         patch.setattr(loop, "bring_best_back", lambda *_: None)
         patch.setattr(loop, "say", lambda *_: None)
@@ -114,14 +112,13 @@ def make(model, data, tmp_path_factory):
         patch.setattr(Run, "write", lambda *_: None)
         patch.setattr(loop.Progress, "report", lambda *_: None)
 
-        def make(checkpoints):
-            run = Run(one.setup, None, Batches(), one.layout, one.validation, checkpoints, {}, "the same command")
-            run.tracker, run.layout = Rows(), SimpleNamespace(arrays=lambda batch: batch)
-            first = 0
+        def make(checkpoints, bad=BAD):
+            run = Run(setup, tokenizer, Batches(), layout, validation, checkpoints, {}, "the same command")
+            run.tracker, run.train_step, first = Rows(), partial(step, bad), 0
             if checkpoints.latest is None:
                 run.state = SimpleNamespace(step=0, params={"sum": 0})
             else:
-                one.setup.params, first = {}, run.restore()
+                setup.params, first = {}, run.restore()
             return run, first
 
         yield make
@@ -175,11 +172,10 @@ def test_stopped_at_every_line(make):
     assert stops == set(range(1, TOTAL + 1))
 
 
-def test_giving_up_loses_nothing(make, monkeypatch):
-    """The checkpoint has counted every update; the next start continues after the bad ones."""
-    monkeypatch.setattr(sys.modules[__name__], "BAD", tuple(range(4, 10)))
-    kept = Kept()
-    run, first = make(kept)
+def test_giving_up_loses_nothing(make):
+    """The checkpoint has every update in it, read and counted; the next start goes on behind the bad ones."""
+    kept, bad = Kept(), tuple(range(4, 10))
+    run, first = make(kept, bad)
     with pytest.raises(loop.Diverged, match=r"step 9: 6 updates in a row"):
         run.loop(first)
     state, meta = kept.saved[9]

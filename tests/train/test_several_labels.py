@@ -6,19 +6,17 @@ import jax
 import numpy as np
 import pytest
 import torch
-from oracle import Case, make_hf, one_device
+from oracle import ONE, Case, make_hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_run import run_steps
 from tiny_tokenizer import save_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from verbs import evaluate
 
-import ftjax.evaluate.target as target
-import ftjax.train.setup as setup
 from ftjax.config import Config
 from ftjax.data.classes import with_labels
 from ftjax.data.pipeline import load_splits
 from ftjax.errors import UserError
-from ftjax.evaluate.command import evaluate
 from ftjax.evaluate.observe import make_observer
 from ftjax.generate.session import Generator
 from ftjax.hub.export import export
@@ -26,6 +24,7 @@ from ftjax.hub.model_folder import from_params, model_tensors
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.objectives import encoding_of
 from ftjax.train.run import train
+from ftjax.train.setup import prepare
 
 WORDS = ["abc", "bad", "cabbage", "dab", "fed", "ace", "x", "beef", "cafe", "deaf xyz", "face", "bead"]
 MULTI, REGRESSION = "multi_label_classification", "regression"
@@ -37,12 +36,6 @@ TRUTH = {
 }
 KINDS = {"multi": MULTI, "number": REGRESSION, "numbers": REGRESSION}
 LABELS = {"multi": NAMES, "number": ["LABEL_0"], "numbers": ["LABEL_0", "LABEL_1"]}
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    for module in (setup, target):
-        monkeypatch.setattr(module, "make_mesh", lambda config, devices=None: one_device())
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +122,10 @@ def predictions(folder) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients(kind, heads, data, tmp_path, alone):
-    """All gradients agree on the same texts, packed in ftjax and padded in transformers."""
+def test_loss_and_gradients(kind, heads, data, tmp_path):
+    """Of every weight, on the same texts, packed here and padded there."""
     config = with_labels(make_config(heads[kind], data[kind], tmp_path, kind))
-    made = setup.prepare(config)
+    made = prepare(config, ONE)
     batch = packed(config, 4)
 
     @jax.jit
@@ -153,8 +146,8 @@ def test_loss_and_gradients(kind, heads, data, tmp_path, alone):
 
 
 @pytest.mark.parametrize("kind", ["multi", "numbers"])
-def test_any_split(kind, heads, data, tmp_path, monkeypatch):
-    """Microbatches and meshes give the loss and gradient of one device, with a row of padding among the rows."""
+def test_any_split(kind, heads, data, tmp_path):
+    """Microbatches and meshes give the loss and the gradient of one device; a row of padding is among the rows."""
     want = None
     for mesh, microbatches, packing in (
         (None, 1, True), (None, 4, True), ({"data": 2, "fsdp": 4}, 1, True), ({"fsdp": 2, "sequence": 2, "tensor": 2}, 2, True),
@@ -162,16 +155,13 @@ def test_any_split(kind, heads, data, tmp_path, monkeypatch):
     ):  # fmt: skip
         over = {"data": {"packing": packing}, "training": {"global_batch_size": 8}, **({"mesh": mesh} if mesh else {})}
         config = with_labels(make_config(heads[kind], data[kind], tmp_path, kind, **over))
-        with monkeypatch.context() as patch:
-            if mesh is None:
-                patch.setattr(setup, "make_mesh", lambda config, devices=None: one_device())
-            batch = packed(config, 8) if packing else unpacked(config)
-            made = setup.prepare(config)
-            if packing:  # the plan counts the actual FLOPs
-                assert {name: one.shape[1:] for name, one in made.abstract_batch().items()} == {
-                    name: rows.shape for name, rows in batch.items()
-                }
-            (metrics,), _ = run_steps(made, [batch], microbatches)
+        batch = packed(config, 8) if packing else unpacked(config)
+        made = prepare(config, None if mesh else ONE)
+        if packing:  # what a plan counts is what comes
+            assert {name: one.shape[1:] for name, one in made.abstract_batch().items()} == {
+                name: rows.shape for name, rows in batch.items()
+            }
+        (metrics,), _ = run_steps(made, [batch], microbatches)
         got = [float(value) for value in (metrics.loss, metrics.weight, metrics.grad_norm)]
         want = want or got
         np.testing.assert_allclose(got, want, rtol=2e-5, err_msg=str((mesh, microbatches, packing)))
@@ -187,15 +177,14 @@ def unpacked(config: Config) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_full(kind, base, data, tmp_path, alone, capsys):
-    """transformers loads final/ with the right head; the model has learned, and both tools evaluate it alike, as did the
-    run."""
+def test_full(kind, base, data, tmp_path, capsys):
+    """final/ is transformers' classifier of this kind, has learned, and evaluates there as here; the run measured it too."""
     metric = "micro_f1" if kind == "multi" else "mae"
     config = make_config(
         base, data[kind], tmp_path / "run", kind, evaluate={"training_rows": 12},
         training={"eval_steps": 10, "metric_for_best_model": metric, "early_stopping_patience": 3},
     )  # fmt: skip
-    train(config, make_observer=make_observer)
+    train(config, make_observer=make_observer, devices=ONE)
     said, final = capsys.readouterr().out, tmp_path / "run" / "final"
     saved = json.loads((final / "config.json").read_text())
     assert saved["problem_type"] == KINDS[kind]
@@ -230,9 +219,9 @@ def test_full(kind, base, data, tmp_path, alone, capsys):
 
 
 @pytest.mark.parametrize("kind", ["multi", "number"])
-def test_lora(kind, base, data, tmp_path, alone):
-    """The head is saved in the PEFT folder and in the merged model, and is read from a folder that PEFT wrote."""
-    train(make_config(base, data[kind], tmp_path / "run", kind, method="lora"), make_observer=make_observer)
+def test_lora(kind, base, data, tmp_path):
+    """A PEFT folder with the head; merged, the same; a folder that PEFT wrote."""
+    train(make_config(base, data[kind], tmp_path / "run", kind, method="lora"), make_observer=make_observer, devices=ONE)
     final = tmp_path / "run" / "final"
     assert json.loads((final / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
     fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(LABELS[kind]))
@@ -264,8 +253,8 @@ def said(folder, kind) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("kind", ["multi", "numbers"])
-def test_what_transformers_wrote(kind, heads, data, tmp_path, alone):
-    """A folder's configuration says what its head is for; thresholds change the predicted labels."""
+def test_what_transformers_wrote(kind, heads, data, tmp_path):
+    """A folder says itself what its head is for; thresholds move what is said."""
     wanted = hf_scores(AutoModelForSequenceClassification.from_pretrained(heads[kind]), heads[kind])
     results = evaluate(str(heads[kind]), data=str(data[kind]), out=tmp_path / "here")
     rows = predictions(tmp_path / "here")
@@ -284,10 +273,10 @@ def test_what_transformers_wrote(kind, heads, data, tmp_path, alone):
         evaluate(str(heads[kind]), ["evaluate.threshold={has d: 0.9}"], data=str(data[kind]), out=tmp_path / "odd")
 
 
-def test_a_head_whose_labels_have_other_numbers(heads, data, tmp_path, alone):
-    """The head's rows are reordered to the requested labels, so that names keep their scores."""
+def test_a_head_whose_labels_have_other_numbers(heads, data, tmp_path):
+    """Its rows follow the order that is asked for, so that names keep their scores."""
     turned = ["has c", "has a", "has b"]
-    made = setup.prepare(make_config(heads["multi"], data["multi"], tmp_path, "multi", objective={"labels": turned}))
+    made = prepare(make_config(heads["multi"], data["multi"], tmp_path, "multi", objective={"labels": turned}), ONE)
     head = AutoModelForSequenceClassification.from_pretrained(heads["multi"]).score.weight.detach().numpy()
     np.testing.assert_array_equal(np.asarray(made.params["score.weight"]), head[[2, 0, 1]])
     assert list(made.model.config["id2label"].values()) == turned
@@ -305,16 +294,16 @@ def test_a_head_whose_labels_have_other_numbers(heads, data, tmp_path, alone):
         ("number", "base", {"evaluate": {"task": "classification", "training_rows": 4}}, "the tasks are regression and loss"),
     ],
 )  # fmt: skip
-def test_refused(kind, model, over, says, base, heads, data, tmp_path, alone):
+def test_refused(kind, model, over, says, base, heads, data, tmp_path):
     written(tmp_path / "odd.jsonl", [["has a"], ["has d"], *[[]] * 10])
     if "data" in over:
         over = {**over, "data": {"validation": str(tmp_path / "odd.jsonl")}}
     config = make_config(heads.get(model, base), data[kind], tmp_path / "run", kind, **over)
     with pytest.raises(UserError, match=says):
-        train(config, make_observer=make_observer)
+        train(config, make_observer=make_observer, devices=ONE)
 
 
-def test_a_head_writes_nothing(heads, base, data, tmp_path, alone):
+def test_a_head_writes_nothing(heads, base, data, tmp_path):
     with pytest.raises(UserError, match="a classification head and generates no text"):
         Generator(str(heads["multi"])).generate(["abc"])
     with pytest.raises(UserError, match="need a head, and this model has none"):

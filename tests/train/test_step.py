@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from oracle import Case, make_hf, peer_training
+from oracle import ONE, Case, make_hf, peer_training
 from tiny_run import make_batch, make_config, run_steps
 
 from ftjax.train.setup import prepare
@@ -18,9 +18,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_any_split_is_the_same(folder, method, on_one_device):
-    """Loss, gradient norm and weights agree after two updates with one, two and eight microbatches, one row of padding
-    included.
+def test_any_split_is_the_same(folder, method):
+    """Loss, gradient norm and weights after two updates, for one, two and eight microbatches; a row of padding included.
 
     Epsilon is large, so that an update depends smoothly on the gradient: if a gradient is almost zero, Adam's first steps turn
     its rounding errors into changes of the size of the learning rate.
@@ -29,7 +28,7 @@ def test_any_split_is_the_same(folder, method, on_one_device):
     want = None
     for microbatches in (1, 2, 8):
         config = make_config(folder, method=METHODS[method], optimizer={"adam_epsilon": 1e-3})
-        metrics, params = run_steps(prepare(config), batches, microbatches)
+        metrics, params = run_steps(prepare(config, ONE), batches, microbatches)
         got = [float(value) for out in metrics for value in (out.loss, out.weight, out.grad_norm)]
         want = want or (got, params)
         np.testing.assert_allclose(got, want[0], rtol=1e-5)
@@ -43,15 +42,9 @@ SEQUENCE = {"fsdp": 2, "tensor": 2, "sequence": 2}  # with a kernel, for which h
 
 @pytest.fixture(scope="module", params=METHODS)
 def alone(request, folder):
-    """Return a method, batches, and their losses and gradient norms on one device."""
-    from oracle import one_device
-
-    import ftjax.train.setup as module
-
+    """A method, batches, and their losses and the norms of their gradients on one device."""
     batches = [make_batch(8, 32, 96, seed) for seed in range(5)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "make_mesh", lambda config, devices=None: one_device())
-        metrics, _ = run_steps(prepare(make_config(folder, method=METHODS[request.param])), batches)
+    metrics, _ = run_steps(prepare(make_config(folder, method=METHODS[request.param]), ONE), batches)
     return METHODS[request.param], batches, [(m.loss, m.grad_norm) for m in metrics]
 
 
@@ -99,27 +92,27 @@ def test_feed_forward_layers_in_parts(folder, alone, monkeypatch, mesh, halves):
     np.testing.assert_allclose([(m.loss, m.grad_norm) for m in found], want, rtol=1e-5)
 
 
-def test_masters_are_cast_for_all_layers_at_once(folder, request):
-    """Sharded float32 weights with bfloat16 products learn as on one device, and stay in float32."""
+def test_masters_are_cast_for_all_layers_at_once(folder):
+    """Weights in float32, products in bfloat16: what is sharded learns as on one device, and stays in float32."""
     batches = [make_batch(8, 32, 96, seed) for seed in range(3)]
-    config = make_config(folder, method=METHODS["full"], mesh={"data": 2, "fsdp": 4})
-    config = config.model_copy(update={"model": config.model.model_copy(update={"remat": "full", "compute_dtype": "bfloat16"})})
-    sharded, params = run_steps(prepare(config), batches)
-    request.getfixturevalue("on_one_device")
-    alone, _ = run_steps(prepare(config), batches)
-    got, want = ([(m.loss, m.grad_norm) for m in metrics] for metrics in (sharded, alone))
-    np.testing.assert_allclose(got, want, rtol=1e-2)
-    assert {str(value.dtype) for value in params.values()} == {"float32"}
+    found = []
+    for mesh, devices in (({"data": 2, "fsdp": 4}, None), ({"fsdp": 1}, ONE)):
+        config = make_config(folder, method=METHODS["full"], mesh=mesh)
+        model = config.model.model_copy(update={"remat": "full", "compute_dtype": "bfloat16"})
+        metrics, params = run_steps(prepare(config.model_copy(update={"model": model}), devices), batches)
+        assert {str(value.dtype) for value in params.values()} == {"float32"}
+        found.append([(m.loss, m.grad_norm) for m in metrics])
+    np.testing.assert_allclose(*found, rtol=1e-2)
 
 
 def step_with(folder, remat: str):
     """Return the metrics of one update of all weights, and the weights after it."""
     config = make_config(folder, method=METHODS["full"])
     config = config.model_copy(update={"model": config.model.model_copy(update={"remat": remat})})
-    return run_steps(prepare(config), [make_batch(8, 32, 96)])
+    return run_steps(prepare(config, ONE), [make_batch(8, 32, 96)])
 
 
-def test_remat_changes_memory_only(folder, on_one_device):
+def test_remat_changes_memory_only(folder):
     plain, params = step_with(folder, "none")
     for remat in ("dots", "attention", "full", "offload"):
         other, other_params = step_with(folder, remat)
@@ -128,12 +121,12 @@ def test_remat_changes_memory_only(folder, on_one_device):
             np.testing.assert_allclose(other_params[path], value, atol=2e-5, err_msg=f"{remat} {path}")
 
 
-def test_remat_keeps_less(folder, on_one_device):
-    """Policies keep less in the order in which `auto` tries them; `attention` keeps attention's output and a layer's input."""
+def test_remat_keeps_less(folder):
+    """In the order in which `auto` tries them; attention's output is what `attention` keeps beside a layer's input."""
 
     from ftjax.train.remat import saved_bytes
 
-    setup = prepare(make_config(folder))
+    setup = prepare(make_config(folder), ONE)
     policies = ("none", "dots", "attention", "full")
     parts = setup.model.trainable, setup.model.frozen
     kept = [saved_bytes(setup.loss_fn, setup.runtime, *parts, policy, (2, 32)) for policy in policies]
@@ -190,15 +183,15 @@ def test_optimizers_that_save_memory(folder, options, plain_adamw):
     assert {leaf.dtype for leaf in state.params.values()} == {jnp.dtype(options.get("param_dtype", "float32"))}
 
 
-def test_bad_update_is_not_applied(folder, on_one_device):
-    """A loss that is not finite, or over the limit, leaves the state unchanged (T21)."""
+def test_bad_update_is_not_applied(folder):
+    """A loss that is not finite, or over the limit, leaves the state as it was (T21)."""
     import jax
     import jax.numpy as jnp
 
     from ftjax.train.setup import compile_steps
     from ftjax.train.step import init_state
 
-    setup = prepare(make_config(folder))
+    setup = prepare(make_config(folder), ONE)
     step, _, optimizer, _ = compile_steps(setup, 10)
     batch = {name: jnp.asarray(rows[None]) for name, rows in make_batch(8, 32, 96).items()}
     for poison, limit in (({"weights": jnp.full((1, 8, 32), jnp.nan)}, np.inf), ({}, 1e-3)):
@@ -210,14 +203,14 @@ def test_bad_update_is_not_applied(folder, on_one_device):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_frozen_gets_no_gradient(folder, on_one_device):
-    """Optimizer state exists for the adapter only, and the compiled step has no room for the base model's gradients."""
+def test_frozen_gets_no_gradient(folder):
+    """Optimizer state exists for the adapter alone, and the compiled step has no room for the base model's gradients."""
     import jax
 
     from ftjax.train.setup import compile_steps
     from ftjax.train.step import init_state
 
-    setup = prepare(make_config(folder))
+    setup = prepare(make_config(folder), ONE)
     _, _, optimizer, _ = compile_steps(setup, 10)
     state = init_state(setup.params, optimizer)
     trained = sum(leaf.size for leaf in setup.params.values())
@@ -226,14 +219,14 @@ def test_frozen_gets_no_gradient(folder, on_one_device):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_ten_steps_of_the_peer(shared, stories, method, tmp_path, on_one_device):
-    """Losses agree with transformers + PEFT within 1e-4, from the same weights on the same batches."""
+def test_ten_steps_of_the_peer(shared, stories, method, tmp_path):
+    """transformers + PEFT, from the same weights on the same batches: losses within 1e-4."""
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 512, (10, 4, 48))
     labels = np.where(rng.random(ids.shape) < 0.6, ids, -100)
     np.savez(tmp_path / "batches.npz", input_ids=ids, labels=labels)
     config = make_config(stories, method=METHODS[method], optimizer={"learning_rate": 1e-3}, global_batch_size=4)
-    setup = prepare(config)
+    setup = prepare(config, ONE)
     arguments = ["--method", "full"]
     if method == "lora":
         from ftjax.hub.adapter.peft import write_adapter

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_tokenizers import byte_level
-from oracle import one_device
+from oracle import ONE
 from whole_runs import config, losses, rows, same_adapter
 
 from ftjax.config import Config, Section
@@ -44,7 +44,7 @@ class ToyPairsConfig(Section):
 
 class PairEncoder(Encoder):
     def plan(self, example):
-        answers = example.completion, example.rejected
+        answers = example.completion, example.rejected.completion
         return [plan for answer in answers for plan in super(PairEncoder, self).plan(replace(example, completion=answer))]
 
 
@@ -110,9 +110,7 @@ def first_row(folder):
 @pytest.fixture(scope="module")
 def whole(model, pairs, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ftjax.train.setup.make_mesh", lambda config, devices=None: one_device())
-        train(toy(model, pairs, out, training__max_steps=20))
+    train(toy(model, pairs, out, training__max_steps=20), devices=ONE)
     return out
 
 
@@ -126,15 +124,15 @@ def test_it_trains(whole, capsys):
     assert (whole / "best" / "adapter_model.safetensors").is_file()
 
 
-def test_it_is_resumed(whole, model, pairs, tmp_path, on_one_device):
-    """The reference is computed again from the base model, not from the checkpoint."""
+def test_it_is_resumed(whole, model, pairs, tmp_path):
+    """The reference is made anew of the base model, not of what the checkpoint holds."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     for step in (out / "checkpoints").iterdir():
         if int(step.name) > 15:
             shutil.rmtree(step)
     shutil.rmtree(out / "final")
-    train(toy(model, pairs, out, training__max_steps=20))
+    train(toy(model, pairs, out, training__max_steps=20), devices=ONE)
     same_adapter(whole, out)
     assert losses(out) == losses(whole)
 
@@ -152,30 +150,30 @@ def test_it_is_resumed(whole, model, pairs, tmp_path, on_one_device):
     ],
     ids=lambda method: "-".join(map(str, method.values()))[:30],
 )
-def test_the_reference_is_the_start(method, model, pairs, tmp_path, on_one_device):
-    """The first loss is that of a model without preferences; later ones are measured against it.
+def test_the_reference_is_the_start(method, model, pairs, tmp_path):
+    """The first loss is that of a model that prefers nothing; later ones are measured from there.
 
     A bottleneck starts with small values, and the reference is without it.
     """
     nothing = 5e-3 if method["name"] == "double_seq_bn" else 2e-5
     settings = toy(model, pairs, tmp_path, method=method, training__max_steps=4, training__eval_steps=None)
-    train(settings)
+    train(settings, devices=ONE)
     found = losses(tmp_path)
     assert found[1] == pytest.approx(math.log(2), abs=nothing) and found[4] < found[1]
 
 
-def test_the_reference_of_an_adapter_that_is_trained_further(whole, model, pairs, tmp_path, on_one_device):
-    """The reference is the model with the adapter it starts from."""
+def test_the_reference_of_an_adapter_that_is_trained_further(whole, model, pairs, tmp_path):
+    """It is the model with that adapter."""
     further = {"name": "lora", "adapter_path": str(whole / "final")}
-    train(toy(model, pairs, tmp_path, method=further, training__max_steps=2, training__eval_steps=None))
+    train(toy(model, pairs, tmp_path, method=further, training__max_steps=2, training__eval_steps=None), devices=ONE)
     assert losses(tmp_path)[1] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_an_adapter_shares_the_frozen_arrays(model, pairs, on_one_device, tmp_path):
-    """LoRA copies nothing; other trained weights are copied alone."""
+def test_an_adapter_shares_the_frozen_arrays(model, pairs, tmp_path):
+    """Nothing is copied for LoRA; for what trains besides, that alone."""
     lora = {"name": "lora", "r": 4, "lora_alpha": 8}
     for method, copied in ((lora, 0), (lora | {"modules_to_save": ["lm_head"]}, 1)):
-        setup = prepare(toy(model, pairs, tmp_path, method=method))
+        setup = prepare(toy(model, pairs, tmp_path, method=method), ONE)
         own = {path for path in setup.frozen if path.startswith(PREFIX)}
         assert len(own) == copied and setup.frozen.keys() - own == setup.model.frozen.keys()
         assert set(setup.abstract_params()[1]) == set(setup.frozen)
@@ -183,20 +181,20 @@ def test_an_adapter_shares_the_frozen_arrays(model, pairs, on_one_device, tmp_pa
         assert all(any(leaf is held for held in setup.frozen.values()) for leaf in reference.values())
 
 
-def test_its_pass_is_counted(model, pairs, on_one_device, tmp_path):
-    """The reference costs a forward pass: 2 FLOPs per weight, beside 4 for a frozen weight in the gradient's path."""
-    sft = prepare(toy(model, pairs, tmp_path, objective={"name": "sft"})).train_flops
-    toys = prepare(toy(model, pairs, tmp_path)).train_flops
+def test_its_pass_is_counted(model, pairs, tmp_path):
+    """Forward only: 2 FLOPs a weight beside the 4 of a frozen weight that gradients go through."""
+    sft = prepare(toy(model, pairs, tmp_path, objective={"name": "sft"}), ONE).train_flops
+    toys = prepare(toy(model, pairs, tmp_path), ONE).train_flops
     assert toys.per_token(32) > 1.3 * sft.per_token(32)
     base = sft.matrices - sft.trained
     assert toys.per_token(1) - sft.per_token(1) == pytest.approx(2 * base + sum(sft.attention.values()) * 4)
     assert "reference" in toys.formula(32) and "reference" not in sft.formula(32)
 
 
-def test_rows_that_are_not_packed(whole, model, pairs, tmp_path, on_one_device):
-    """A row is a pair; the first loss over all rows is the same as packed."""
+def test_rows_that_are_not_packed(whole, model, pairs, tmp_path):
+    """A row is a pair; the first loss over all rows is the same."""
     out = tmp_path / "run"
-    train(toy(model, pairs, out, data__packing=False, training__max_steps=2))
+    train(toy(model, pairs, out, data__packing=False, training__max_steps=2), devices=ONE)
     assert losses(out)[1] == pytest.approx(math.log(2), abs=1e-6)
 
 

@@ -26,6 +26,7 @@ from ftjax.evaluate.target import Target, find_target
 from ftjax.generate.session import Generator
 from ftjax.hub.card import with_section
 from ftjax.hub.same_model import model_facts
+from ftjax.mesh import devices_or_all
 
 VERBATIM = ("verbatim_train", "verbatim_validation", "longest_run_train", "longest_run_validation")
 
@@ -33,7 +34,7 @@ VERBATIM = ("verbatim_train", "verbatim_validation", "longest_run_train", "longe
 def check(
     target: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, prompts: str | None = None,
     limit: int | None = None, out: Path | None = None, compare_base: bool = True, as_json_object: bool = False,
-    console: Any = None,
+    console: Any = None, devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Check, print, and write `results.json`, `answers.jsonl` and the card's section; return the results.
 
@@ -44,6 +45,7 @@ def check(
         overrides: `key=value`; prompts and limit are short for check.prompts and check.limit.
         out: the folder to write; None for `check` in the run's folder, or in the current one.
         compare_base: check the base model too, if there is one.
+        devices: devices to use, such as `jax.devices()[:4]`; None uses all.
 
     Raises UserError if the target, a file or a setting is wrong or missing.
     """
@@ -68,7 +70,7 @@ def check(
     tokenizer, data, missing, kind = None, {}, {}, ""
     for label, one in (("tuned", found), *((("base", base),) if base else ())):
         with console.status(f"loading {one.name}") as status:
-            generator = one.load(tokenizer)
+            generator = one.load(tokenizer, devices)
             if tokenizer is None:
                 tokenizer, kind = generator.tokenizer, str(generator.engine.dtype)
                 data, missing = _data(found, data_config, generator)
@@ -87,7 +89,7 @@ def check(
         "not_measured": {one.name: one.reason for one in judged if one.verdict == "not measured"},
         "findings": [one.state() for one in judged], "refused_by_type": by_type(tuned, examined.get("base"), numbers),
         "prompts": len(tuned.asked), "confidence": evaluation.confidence, "sources": material.sources,
-        "settings": settings.model_dump(mode="json"), "version": __version__, "device": jax.devices()[0].device_kind,
+        "settings": settings.model_dump(mode="json"), "version": __version__, "device": devices_or_all(devices)[0].device_kind,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     if store.index():

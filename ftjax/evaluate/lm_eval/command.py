@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config.code import refuse_unasked
 from ftjax.config.evaluate import LmEvalConfig
@@ -24,12 +26,12 @@ from ftjax.hub.same_model import model_facts
 def evaluate_harness(
     target: str, overrides: Sequence[str] = (), *, tasks: Sequence[str] | None = None, adapter: Path | None = None,
     limit: int | None = None, out: Path | None = None, compare_base: bool = False, allow_code_execution: bool = False,
-    as_json: bool = False,
+    as_json: bool = False, devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the tasks, print their table, and write `results.json` and `samples_TASK.jsonl` as lm_eval does; return the results.
 
     Args:
-        target, out, compare_base: as in `ftjax.evaluate.command.evaluate`.
+        target, out, compare_base, devices: as in `ftjax.evaluate.command.evaluate`.
         tasks: None for `evaluate.lm_eval.tasks`.
         limit: rows per task.
         allow_code_execution: tasks may run what the model wrote, without the guards of ftjax's own task `code`.
@@ -48,13 +50,12 @@ def evaluate_harness(
         facts = {"limit": limit, **asked.model_dump(mode="json")}
         agree("this evaluation", {**facts, **model_facts(found.model, found.config.model.revision, found.adapter)})
     keep_compiled_programs()
-    results = run_tasks(found.load(), asked, limit=limit, batch_size=settings.batch_size, unsafe=allow_code_execution)
+    options = {"limit": limit, "batch_size": settings.batch_size, "unsafe": allow_code_execution}
+    results = run_tasks(found.load(devices=devices), asked, **options)
     results["model_name"] = found.name
     samples = results.pop("samples")
     if base:
-        results["base"] = run_tasks(
-            base.load(), asked, limit=limit, batch_size=settings.batch_size, unsafe=allow_code_execution
-        )
+        results["base"] = run_tasks(base.load(devices=devices), asked, **options)
         results["base"]["model_name"] = base.name
         results["base"].pop("samples")
     if store.index():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from pydantic import ValidationError
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from ftjax.config import LoraConfig, MethodConfig
 from ftjax.errors import UserError
@@ -106,7 +106,29 @@ def read_adapter_config(folder: Path) -> dict:
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: expected an adapter folder with {CONFIG}; found {found}")
-    return read_object(path)
+    saved = read_object(path)
+    try:
+        _ReadEarly.model_validate(saved)
+    except ValidationError as error:
+        raise _not_valid(path, error) from None
+    return saved
+
+
+class _ReadEarly(BaseModel):
+    """Keys that are read before the method checks its own."""
+
+    base_model_name_or_path: str | None = None
+    model_name: str | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[NonNegativeInt] | dict[str, list[NonNegativeInt]] | None = None
+
+
+def _not_valid(path: Path, error: ValidationError) -> UserError:
+    """Return the message for values of adapter_config.json: each once, with what was found."""
+    found = "; ".join(f"{'.'.join(map(str, one['loc']))} = {one['input']!r}: {one['msg']}" for one in error.errors())
+    return UserError(f"{path}: {found}")
 
 
 def method_that_reads(folder: Path, saved: Mapping) -> Method:
@@ -132,8 +154,7 @@ def settings_of(folder: Path, method: Method, saved: Mapping, config: MethodConf
             refuse_unknown(where, saved, method.known)
         return method.from_saved(config or method.config(adapter_path=str(folder)), dict(saved))
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, one['loc']))} = {one['input']!r}: {one['msg']}" for one in error.errors())
-        raise UserError(f"{where}: {found}") from None
+        raise _not_valid(folder / CONFIG, error) from None
     except KeyError as error:
         raise UserError(f"{where}: it lacks {error.args[0]!r}; save the adapter again, with PEFT") from None
 

@@ -15,7 +15,7 @@ from typing import Any
 from ftjax.config import ModelConfig
 from ftjax.hub.fetch import resolve_tokenizer
 from ftjax.hub.tokenizer.load import load_tokenizer
-from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, read_proto
+from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, read_pieces
 from ftjax.models.facts import read_object
 
 CONFIG, TOKENIZER, TEMPLATE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
@@ -121,10 +121,9 @@ def _write(place: Path, folder: Path, tokenizer: Any) -> None:
 
 def _has_pieces_of(file: Path, tokenizer: Any) -> bool:
     """Return whether a SentencePiece model has this tokenizer's ids."""
-    if not file.is_file():
-        return False
+    pieces = read_pieces(file) if file.is_file() else None
     vocabulary = tokenizer.get_vocab()
-    return all(vocabulary.get(piece.piece) == index for index, piece in enumerate(read_proto(file).pieces))
+    return pieces is not None and all(vocabulary.get(piece) == index for index, piece in enumerate(pieces))
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
