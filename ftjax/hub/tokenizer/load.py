@@ -26,14 +26,14 @@ def load_tokenizer(model: ModelConfig) -> Any:
     """
     revision = None if model.tokenizer else model.revision
     asked = model.tokenizer or model.path
-    place = resolve_tokenizer(asked, revision)
-    if place.is_file():
-        tokenizer = gguf_tokenizer(place)
-    elif (place / SENTENCEPIECE).is_file() and not (place / "tokenizer.json").is_file() and is_bpe(place / SENTENCEPIECE):
+    source = resolve_tokenizer(asked, revision)
+    if source.is_file():
+        tokenizer = gguf_tokenizer(source)
+    elif (source / SENTENCEPIECE).is_file() and not (source / "tokenizer.json").is_file() and is_bpe(source / SENTENCEPIECE):
         # transformers converts such a folder without the pieces' scores, which gives other ids for runs of spaces.
-        tokenizer = sentencepiece_tokenizer(place)
+        tokenizer = sentencepiece_tokenizer(source)
     else:
-        tokenizer = _from_folder(place, asked)
+        tokenizer = _from_folder(source, asked)
     if model.chat_template is not None:
         named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
         given = model.chat_template
