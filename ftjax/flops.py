@@ -162,7 +162,7 @@ def _places(model: Model, nodes: Mapping[str, nnx.Module]) -> tuple[int, dict[st
     depth = sum(len(node.kinds) for node in nodes.values() if isinstance(node, Stack))
     embedding = model.embedding.path if model.embedding.row.trainable else None  # also if it is the projection as well
 
-    def place(spec: Spec, piece: Piece) -> int:
+    def layer(spec: Spec, piece: Piece) -> int:
         if spec.stacked:
             return spec.layers[piece.index[0]] if spec.layers else piece.index[0]
         if spec.path == embedding:
@@ -171,7 +171,7 @@ def _places(model: Model, nodes: Mapping[str, nnx.Module]) -> tuple[int, dict[st
             return depth + 1
         return depth if isinstance(nodes.get(spec.path.rpartition(".")[0]), RMSNorm | LayerNorm) else -1
 
-    places = {path: [(piece, place(spec, piece)) for piece in spec.pieces()] for path, spec in model.specs.items()}
+    places = {path: [(piece, layer(spec, piece)) for piece in spec.pieces()] for path, spec in model.specs.items()}
     trained = [at for path in model.trainable for _, at in places[path]]
     return min(trained, default=-1), places
 

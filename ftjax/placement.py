@@ -164,5 +164,5 @@ def _filled(grid: np.ndarray, splits: Mapping[str, Parts], sizes: Mapping[str, i
     """Split the dimensions of the grid, and join the parts of each axis."""
     outer = ORDER[::-1]
     split = grid.reshape([splits[axis][number] for number in range(grid.ndim) for axis in outer])
-    together = [number * len(outer) + outer.index(axis) for axis in sizes for number in range(grid.ndim)]
-    return split.transpose(together).reshape(tuple(sizes.values()))
+    order = [number * len(outer) + outer.index(axis) for axis in sizes for number in range(grid.ndim)]
+    return split.transpose(order).reshape(tuple(sizes.values()))

@@ -1,12 +1,13 @@
 """Compares ftjax with transformers: makes a tiny model, loads it in both, and computes logits."""
 
+import copy
 import dataclasses
 import json
 import runpy
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ftjax.config import FullConfig, MeshConfig
+from ftjax.generate.cache import forward, new_cache
 from ftjax.hub.load import load_base, open_model
 from ftjax.hub.model_folder import from_params, model_tensors, write_folder
 from ftjax.mesh import make_mesh
@@ -66,7 +68,8 @@ def hf_config(case: Case) -> Any:
 
     kind = CONFIG_MAPPING[case.model_type]
     known = {field.name for field in dataclasses.fields(kind)}  # GPT-2 has its own names
-    return kind(**{**{name: value for name, value in TINY.items() if name in known}, **case.values})
+    values = {**{name: value for name, value in TINY.items() if name in known}, **case.values}
+    return kind(**copy.deepcopy(values))  # transformers completes nested values in place
 
 
 def make_hf(case: Case, folder: Path, seed: int = 0, **save) -> Any:
@@ -97,6 +100,34 @@ def folders(cases: Mapping[str, Case], tmp_path_factory) -> Callable[[str], Path
         return made[name]
 
     return of
+
+
+def assert_cached_is_uncached(
+    model: Model, params: Mapping[str, jax.Array], ids: np.ndarray, portions: Sequence[Sequence[int]], slots: int,
+    atol: float = 1e-4,
+) -> None:  # fmt: skip
+    """Assert that logits computed through a cache of `slots` equal those of one uncached pass over `ids` `[B, T]`.
+
+    Args:
+        portions: for each step, the number of tokens that each row takes; shorter rows are padded.
+    """
+
+    @jax.jit
+    def step(params, ids, counts, cache):
+        module = model.bind(params)
+        hidden, cache = forward(module, ids, counts, cache, jnp.float32)
+        return module.unembed(hidden, context(ids)), cache
+
+    want, longest = logits(model, params, ids), max(map(max, portions))
+    cache, at = new_cache(model, len(ids), slots, jnp.float32), np.zeros(len(ids), np.int32)
+    for counts in portions:
+        size = longest if max(counts) > 1 else 1
+        part = [np.pad(ids[row, at[row] : at[row] + n], (0, size - n), constant_values=95) for row, n in enumerate(counts)]
+        got, cache = step(params, jnp.asarray(np.stack(part)), jnp.asarray(counts, jnp.int32), cache)
+        for row, n in enumerate(counts):
+            np.testing.assert_allclose(got[row, :n], want[row, at[row] : at[row] + n], atol=atol, rtol=0)
+        at += np.asarray(counts, np.int32)
+    assert at.max() == ids.shape[1] and want.std() > 0.05
 
 
 def load(folder: Path, attach: Callable | None = None, mesh=None, dtype=jnp.float32) -> tuple[Model, dict[str, jax.Array]]:

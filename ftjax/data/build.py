@@ -27,7 +27,7 @@ from ftjax.data.tokens import Tokens
 from ftjax.data.values import EmptyRow
 from ftjax.errors import UserError
 
-VERSION = 5  # format of the tokens and weights; raise it to rebuild every cache
+VERSION = 6  # format of the tokens and weights; raise it to rebuild every cache
 CHUNK = 1024  # rows that are tokenised together
 OPTIONS = (
     "prompt_format", "max_length", "truncation", "train_on_inputs", "last_turn_only", "special_tokens_in_text", "fold_system",
@@ -109,14 +109,14 @@ class Build:
     def run(self, writer: Writer) -> dict[str, Any]:
         """Write every document and return the report."""
         for chunk, encoded in self.encoded(self.arranged()):
-            documents, cut, rows, digests = [], [], [], []
+            documents, truncated, rows, digests = [], [], [], []
             for (number, mark, _), unit in zip(chunk, encoded, strict=True):
                 pieces = self.fit(unit) if unit is not None else ()
                 documents += pieces
-                cut += [self.encoding.size(pieces) != self.encoding.size(unit)] * len(pieces) if pieces else []
+                truncated += [self.encoding.size(pieces) != self.encoding.size(unit)] * len(pieces) if pieces else []
                 rows += [number] * len(pieces)
                 digests += [mark] * len(pieces)
-            writer.add(documents, cut, rows, digests)
+            writer.add(documents, truncated, rows, digests)
         return self.summary().state()
 
     def rows(self) -> Iterator[tuple[int, Reader, Row]]:

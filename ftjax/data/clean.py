@@ -27,10 +27,10 @@ def content(example: Example) -> str:
     if example.text is not None:
         return example.text
     rejected = None if example.rejected is None else _said(example.rejected)
-    facts = [_said(example), rejected, example.tools, example.template_arguments]
+    parts = [_said(example), rejected, example.tools, example.template_arguments]
     if example.labelled or example.margin is not None:
-        facts += [example.wanted, example.margin]
-    return json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str)
+        parts += [example.wanted, example.margin]
+    return json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _said(example: Example) -> list:

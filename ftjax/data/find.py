@@ -84,14 +84,14 @@ def find(source: SourceConfig) -> Files | HubSet:
     path = source.path
     if not path.strip() or "\0" in path:
         raise UserError(f"{path!r} names no data; write a file, a folder, a glob or a Hub id")
-    place = Path(path).expanduser()
+    location = Path(path).expanduser()
     try:
-        if place.is_file():
-            if kind(place) is None:
+        if location.is_file():
+            if kind(location) is None:
                 raise UserError(f"{path}: unknown kind of file; expected {KINDS}")
-            return Files((place,))
-        if place.is_dir():
-            return _in_folder(place, source)
+            return Files((location,))
+        if location.is_dir():
+            return _in_folder(location, source)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     if any(c in path for c in "*?["):
@@ -102,9 +102,9 @@ def find(source: SourceConfig) -> Files | HubSet:
             raise UserError(f"{path}: it matches {wrong[0]}, an unknown kind of file; expected {KINDS}")
         return Files(tuple(found))
     parts = path.split("/")
-    if kind(place) or path.startswith((".", "/", "~")) or len(parts) > 2:
-        near = sorted(p.name for p in place.parent.iterdir() if kind(p))[:8] if place.parent.is_dir() else []
-        there = f"; {place.parent} holds {', '.join(near)}" if near else ""
+    if kind(location) or path.startswith((".", "/", "~")) or len(parts) > 2:
+        near = sorted(p.name for p in location.parent.iterdir() if kind(p))[:8] if location.parent.is_dir() else []
+        there = f"; {location.parent} holds {', '.join(near)}" if near else ""
         raise UserError(f"{path}: no such file or folder (looked up from {Path.cwd()}){there}")
     return HubSet(source)
 
@@ -153,14 +153,14 @@ def _files_below(root: Path, why: dict[Path, str]) -> list[Path]:
 
     found = []
     for folder, inside, files in os.walk(root, onerror=unreadable, followlinks=True):
-        place = Path(folder)
-        around = {place.resolve(), *place.resolve().parents}
+        here = Path(folder)
+        around = {here.resolve(), *here.resolve().parents}
         for name in list(inside):
-            if (link := place / name).is_symlink() and link.resolve() in around:
+            if (link := here / name).is_symlink() and link.resolve() in around:
                 inside.remove(name)
                 why[link] = "a link to a folder around it"
         for name in files:
-            if (path := place / name).is_file():
+            if (path := here / name).is_file():
                 found.append(path)
             elif path.is_symlink() and kind(path):
                 why[path] = "a link to nothing"

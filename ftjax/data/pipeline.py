@@ -195,8 +195,8 @@ class PackedSplit:
         """Return the split with other documents and an updated report."""
         split = replace(self, chosen=chosen, report=report)
         lengths = split.lengths
-        cut = len(np.unique(self.documents.row[chosen[self.documents.cut[chosen] > 0]]))
-        report.truncated = Counter({self.truncation: cut} if cut else {})
+        truncated = len(np.unique(self.documents.row[chosen[self.documents.truncated[chosen] > 0]]))
+        report.truncated = Counter({self.truncation: truncated} if truncated else {})
         report.documents, report.tokens = len(chosen), int(lengths.sum())
         report.trained_tokens = int(self.documents.trained[chosen].sum())
         report.measure(lengths)

@@ -44,14 +44,14 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Return lines for display: one of examples, one of tokens, then warnings."""
-        cut = "".join(f" ({policy})" for policy in self.truncated)
+        policies = "".join(f" ({policy})" for policy in self.truncated)
         reasons = "".join(f"; {count:,} {reason}" for reason, count in self.dropped.items() if count)
         held = f", {self.held_out:,} held out for validation" if self.held_out else ""
         formats = ", ".join(dict.fromkeys(self.formats.values()))
         sampled = "" if self.exact else "of a first part: "
         lines = [
             f"{self.source}{f' ({formats})' if formats else ''}: {sampled}{self.kept:,} of {self.examples:,} examples kept, "
-            f"{sum(self.truncated.values()):,} truncated{cut}, {sum(self.dropped.values()):,} dropped{held}{reasons}",
+            f"{sum(self.truncated.values()):,} truncated{policies}, {sum(self.dropped.values()):,} dropped{held}{reasons}",
             f"{self.tokens:,} tokens, {self.trained_tokens:,} trained ({self.trained_tokens / max(self.tokens, 1):.0%}); "
             + (
                 f"{self.packed_rows:,} rows of {self.max_length:,}, packing efficiency {100 * self.efficiency:.1f}%"

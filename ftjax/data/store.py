@@ -1,7 +1,7 @@
 """The cache of tokenised documents: one memory-mapped Arrow file for each combination of inputs.
 
 The folder is `FTJAX_CACHE`, or `~/.cache/ftjax`. Its `tokens/KEY/` holds `documents.arrow` (one record batch: `tokens`,
-`weights` and, per document, `trained`, `cut`, `row`, `digest`, `source`, `where`, and `labels` for several labels or
+`weights` and, per document, `trained`, `truncated`, `row`, `digest`, `source`, `where`, and `labels` for several labels or
 numbers) and `report.json`, with the report and a digest of all tokens, weights and labels. KEY is a digest of the data's
 bytes, the tokenizer with its chat template, and every option that determines the tokens.
 """
@@ -41,7 +41,7 @@ class Documents:
     weights: np.ndarray  # float32 or, where each is 0 or 1, uint8 [all]
     starts: np.ndarray  # int64 [D + 1]
     trained: np.ndarray  # int32 [D], tokens that are trained as targets
-    cut: np.ndarray  # uint8 [D], 1 where the row was truncated
+    truncated: np.ndarray  # uint8 [D], 1 where the row was truncated
     row: np.ndarray  # row number; documents split from one long row share it
     digest: np.ndarray  # hash of the row's content
     source: np.ndarray  # int32 [D]
@@ -71,15 +71,15 @@ class Writer:
         self._binary, self._highest = True, -1
         self._digests = [xxhash.xxh3_128() for _ in range(3)]  # of tokens, weights, lengths, and labels if present
         self._labels: list[np.ndarray] = []
-        self._facts: dict[str, list[Any]] = {
-            name: [] for name in ("length", "trained", "cut", "row", "digest", "source", "where")
+        self._values: dict[str, list[Any]] = {
+            name: [] for name in ("length", "trained", "truncated", "row", "digest", "source", "where")
         }
 
-    def add(self, documents: Sequence[Encoded], cut: Sequence[bool], rows: Sequence[int], digests: Sequence[int]) -> None:
+    def add(self, documents: Sequence[Encoded], truncated: Sequence[bool], rows: Sequence[int], digests: Sequence[int]) -> None:
         """Add documents.
 
         Args:
-            cut: whether each document was truncated.
+            truncated: whether each document was truncated.
             rows: the row number of each document.
             digests: the hash of the content of each document's row.
         """
@@ -102,20 +102,20 @@ class Writer:
             digest.update(part)
         self._tokens.write(parts[0])
         self._weights.write(parts[1])
-        facts = self._facts
-        facts["length"] += [len(document.tokens) for document in documents]
-        facts["trained"] += [int(np.count_nonzero(document.weights[1:])) for document in documents]
-        facts["source"] += [document.source for document in documents]
-        facts["where"] += [document.where for document in documents]
-        facts["cut"] += cut
-        facts["row"] += rows
-        facts["digest"] += digests
+        values = self._values
+        values["length"] += [len(document.tokens) for document in documents]
+        values["trained"] += [int(np.count_nonzero(document.weights[1:])) for document in documents]
+        values["source"] += [document.source for document in documents]
+        values["where"] += [document.where for document in documents]
+        values["truncated"] += truncated
+        values["row"] += rows
+        values["digest"] += digests
 
     def finish(self, report: dict[str, Any]) -> None:
         """Write the Arrow file and the report."""
         self.close()
-        facts = self._facts
-        starts = np.concatenate([[0], np.cumsum(facts["length"], dtype=np.int64)])
+        values = self._values
+        starts = np.concatenate([[0], np.cumsum(values["length"], dtype=np.int64)])
         tokens = _mapped(self._folder / "tokens.bin", np.int32)
         weights = _mapped(self._folder / "weights.bin", np.float32)
         if self._binary and len(weights):
@@ -126,12 +126,12 @@ class Writer:
         columns = {
             "tokens": _lists(starts, tokens),
             "weights": _lists(starts, weights),
-            "trained": pa.array(np.array(facts["trained"], np.int32)),
-            "cut": pa.array(np.array(facts["cut"], np.uint8)),
-            "row": pa.array(np.array(facts["row"], np.int64)),
-            "digest": pa.array(np.array(facts["digest"], np.uint64)),
-            "source": pa.array(np.array(facts["source"], np.int32)),
-            "where": pa.array(facts["where"], pa.large_string()),
+            "trained": pa.array(np.array(values["trained"], np.int32)),
+            "truncated": pa.array(np.array(values["truncated"], np.uint8)),
+            "row": pa.array(np.array(values["row"], np.int64)),
+            "digest": pa.array(np.array(values["digest"], np.uint64)),
+            "source": pa.array(np.array(values["source"], np.int32)),
+            "where": pa.array(values["where"], pa.large_string()),
         }
         if self._labels:
             flat = np.concatenate(self._labels).astype(np.float32)
@@ -168,12 +168,12 @@ def open_documents(folder: Path) -> Documents | None:
         batch = pa.ipc.open_file(pa.memory_map(str(folder / FILE))).get_batch(0)
         values = {name: batch.column(name).flatten().to_numpy() for name in ("tokens", "weights")}
         starts = batch.column("tokens").offsets.to_numpy()
-        facts = [batch.column(name).to_numpy() for name in ("trained", "cut", "row", "digest", "source")]
+        fields = [batch.column(name).to_numpy() for name in ("trained", "truncated", "row", "digest", "source")]
         labels = None
         if "labels" in batch.schema.names:
             labels = batch.column("labels").flatten().to_numpy().reshape(batch.num_rows, -1)
-        facts += [batch.column("where"), saved["report"], saved["content"], saved["highest"], labels]
-        return Documents(values["tokens"], values["weights"], starts, *facts)
+        fields += [batch.column("where"), saved["report"], saved["content"], saved["highest"], labels]
+        return Documents(values["tokens"], values["weights"], starts, *fields)
     except (OSError, ValueError, KeyError, pa.ArrowException):
         return None
 

@@ -60,10 +60,10 @@ def evaluate(
         facts = {"rows": len(items), "digest of the rows": digest(items), **settings.model_dump(mode="json")}
         agree("this evaluation", {**facts, **model_facts(found.model, found.config.model.revision, found.adapter)})
     keep_compiled_programs()
-    place = [source.path for source in sources(found.config)]
+    paths = [source.path for source in sources(found.config)]
     part = " (validation_split)" if splits_off(found.config) else ""
-    described = ", ".join(place) + part
-    folder = out or (found.run or Path()) / "evaluation" / _name(found, settings.task, place, part)
+    described = ", ".join(paths) + part
+    folder = out or (found.run or Path()) / "evaluation" / _name(found, settings.task, paths, part)
 
     tokenizer, measured = None, {}
     for label, one in (("tuned", found), *((("base", base),) if base else ())):
@@ -116,10 +116,10 @@ def _quoted(value: Any) -> str:
     return f"'{value.replace(chr(39), 2 * chr(39))}'" if isinstance(value, str) else str(value)
 
 
-def _name(target: Target, task: str, place: Sequence[str], part: str) -> str:
+def _name(target: Target, task: str, paths: Sequence[str], part: str) -> str:
     """Return the folder's name: the task, the data, and the model unless it is a run's `final/`."""
     which = "" if target.run and target.name.endswith("final") else f"{Path(target.name).name}-"
-    path = Path(place[0])
+    path = Path(paths[0])
     words = f"{which}{Path(task).stem}-{path.parent.name + '-' if path.suffix else ''}{path.stem}{part}"
     return re.sub(r"[^\w.-]+", "_", words).rstrip("_")
 

@@ -28,7 +28,7 @@ class Target(Named):
         if self.adapter is None and self.run is None:
             raise UserError(f"{self.name}: there is no base model to compare with; give a run, or --adapter with its model")
         head, path = head_of(self.config), self.config.model.path
-        if head is not None and head.problem_type != SINGLE and not classes_of(_facts(path, self.config.model.revision)):
+        if head is not None and head.problem_type != SINGLE and not classes_of(_hf_config(path, self.config.model.revision)):
             raise UserError(
                 f"--compare-base: several labels and numbers need a head, and {path} has none; leave --compare-base out"
             )
@@ -64,9 +64,9 @@ def _settings(found: Named, overrides: Sequence[str], note: Callable[[str], None
     config = found.config
     if config is None:
         tree: dict[str, Any] = {"model": {"path": found.model, "revision": found.revision}, "data": {"train": "-"}}
-        facts = _facts(found.model, found.revision)
-        if classes := classes_of(facts):
-            own = {"name": "classification", "head": True, "problem_type": problem_of(facts), "labels": list(classes)}
+        hf_config = _hf_config(found.model, found.revision)
+        if classes := classes_of(hf_config):
+            own = {"name": "classification", "head": True, "problem_type": problem_of(hf_config), "labels": list(classes)}
             tree["objective"] = own
         return config_of(tree, overrides, note=note)
     if config.objective.name != "classification" or config.objective.labels or found.run is None:
@@ -80,7 +80,7 @@ def _settings(found: Named, overrides: Sequence[str], note: Callable[[str], None
     return config.model_copy(update={"objective": config.objective.model_copy(update=labels)})
 
 
-def _facts(model: str, revision: str | None = None) -> dict[str, Any]:
+def _hf_config(model: str, revision: str | None = None) -> dict[str, Any]:
     """Return the config.json of a model; empty for a .gguf file, which is never a classifier."""
     folder = resolve_config(model, revision)
     return {} if folder.is_file() else read_config(folder)

@@ -1,27 +1,17 @@
 """Read generation defaults from a checkpoint: sampling settings and end-of-text tokens."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ftjax.errors import UserError
 from ftjax.generate.sample import Sampling
 from ftjax.generate.text import turn_end
+from ftjax.models.facts import read_object
 
 
 def generation_config(source: Path | None) -> dict[str, Any]:
     """Read generation_config.json of a model folder; return an empty dict if there is none."""
-    path = None if source is None or not source.is_dir() else source / "generation_config.json"
-    if path is None or not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
+    return {} if source is None else read_object(source / "generation_config.json")
 
 
 def end_ids(config: Mapping[str, Any], settings: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:

@@ -87,10 +87,10 @@ def find_named(
     or if two adapters are given.
     """
     refuse_missing(given)
-    place = Path(given).expanduser()
+    path = Path(given).expanduser()
     adapter = None if adapter is None else adapter_folder(adapter)
-    if place.suffix in (".yaml", ".yml") and not place.is_dir():
-        config = load_config(place, overrides, note=note)
+    if path.suffix in (".yaml", ".yml") and not path.is_dir():
+        config = load_config(path, overrides, note=note)
         run = Path(config.output_dir)
         if adapter is None and (run / "final").is_dir():
             return _of_run(run, run / "final", config, config)
@@ -99,14 +99,14 @@ def find_named(
             return Named(config.model.path, config.model.path, None, config)
         return Named(f"{config.model.path} with {adapter}", config.model.path, adapter, config)
     found = None
-    if (result := result_of(place)) is not None:
+    if (result := result_of(path)) is not None:
         config = load_config(result[1] / RUN, overrides, note=note, asked=False)
         trained = load_config(result[1] / RUN, note=lambda text: None, asked=False) if overrides else config
         found = _of_run(result[1], result[0], config, trained)
-    elif (place / ADAPTER).is_file():
+    elif (path / ADAPTER).is_file():
         if adapter is None:
-            return _of_adapter(given, place)
-        found = Named(given, given, place)
+            return _of_adapter(given, path)
+        found = Named(given, given, path)
     if adapter is None:
         return Named(given, given) if found is None else found
     if found is not None and found.adapter is not None:
@@ -126,17 +126,17 @@ def _of_run(run: Path, result: Path, config: Config, trained: Config) -> Named:
     return Named(str(result), str(result), None, config, run, own_tokenizer=own)
 
 
-def _of_adapter(given: str, place: Path) -> Named:
-    saved = read_adapter_config(place)
-    base = base_of(place, saved)
+def _of_adapter(given: str, path: Path) -> Named:
+    saved = read_adapter_config(path)
+    base = base_of(path, saved)
     if not base:
-        raise UserError(f"{place}: its {ADAPTER} names no base model; give the model, and this folder as --adapter")
+        raise UserError(f"{path}: its {ADAPTER} names no base model; give the model, and this folder as --adapter")
     revision = None if Path(base).exists() else saved.get("revision")
     try:
         resolve_config(str(base), revision)
     except UserError as error:
         raise UserError(
-            f"{place}: its {ADAPTER} names the base model {base}, which cannot be found ({error}). "
+            f"{path}: its {ADAPTER} names the base model {base}, which cannot be found ({error}). "
             f"Give the path or Hub id of the model, and this folder as --adapter"
         ) from None
-    return Named(given, str(base), place, revision=revision)
+    return Named(given, str(base), path, revision=revision)

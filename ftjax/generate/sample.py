@@ -66,7 +66,7 @@ class RowSampling(NamedTuple):
     Attributes:
         temperature: float32; 0 is greedy decoding.
         top_k: int32; 0 is no limit.
-        cut: float32, 1 - top_p, the probability mass to drop: sums of small numbers are more exact than sums near 1. 0 is no
+        tail: float32, 1 - top_p, the probability mass to drop: sums of small numbers are more exact than sums near 1. 0 is no
             limit.
         min_p: float32; 0 is no limit.
         repetition_penalty: float32; 1 is none.
@@ -74,18 +74,18 @@ class RowSampling(NamedTuple):
 
     temperature: jax.Array
     top_k: jax.Array
-    cut: jax.Array
+    tail: jax.Array
     min_p: jax.Array
     repetition_penalty: jax.Array
 
 
 def row_sampling(rows: Sequence[Sampling]) -> RowSampling:
     """Return the settings as host arrays. Greedy rows get no limits: their most probable token is within any limit."""
-    kinds = {"temperature": np.float32, "top_k": np.int32, "cut": np.float32, "min_p": np.float32}
+    kinds = {"temperature": np.float32, "top_k": np.int32, "tail": np.float32, "min_p": np.float32}
     values = {
         "temperature": [one.temperature for one in rows],
         "top_k": [0 if one.greedy else int(one.top_k or 0) for one in rows],
-        "cut": [0 if one.greedy or one.top_p is None else 1 - one.top_p for one in rows],
+        "tail": [0 if one.greedy or one.top_p is None else 1 - one.top_p for one in rows],
         "min_p": [0 if one.greedy else one.min_p or 0 for one in rows],
     }
     penalty = np.array([one.repetition_penalty for one in rows], np.float32)
@@ -100,7 +100,7 @@ def process(logits: jax.Array, seen: jax.Array, rows: RowSampling) -> jax.Array:
     Args:
         seen: [B, V] bool, tokens that occur in prompt or answer, for the repetition penalty.
     """
-    penalty, top_k, cut, min_p = (x[:, None] for x in (rows.repetition_penalty, rows.top_k, rows.cut, rows.min_p))
+    penalty, top_k, tail, min_p = (x[:, None] for x in (rows.repetition_penalty, rows.top_k, rows.tail, rows.min_p))
     logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
     logits = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
 
@@ -109,13 +109,13 @@ def process(logits: jax.Array, seen: jax.Array, rows: RowSampling) -> jax.Array:
         return _keep(logits, (logits >= _threshold(logits, jnp.ones_like(logits), others)) | (top_k == 0))
 
     def nucleus(logits: jax.Array) -> jax.Array:
-        return _keep(logits, (logits >= _threshold(logits, jax.nn.softmax(logits, axis=-1), cut)) | (cut == 0))
+        return _keep(logits, (logits >= _threshold(logits, jax.nn.softmax(logits, axis=-1), tail)) | (tail == 0))
 
     def probable_enough(logits: jax.Array) -> jax.Array:
         probabilities = jax.nn.softmax(logits, axis=-1)
         return _keep(logits, probabilities >= min_p * jnp.max(probabilities, axis=-1, keepdims=True))
 
-    for asked, limit in ((top_k > 0, most_probable), (cut > 0, nucleus), (min_p > 0, probable_enough)):
+    for asked, limit in ((top_k > 0, most_probable), (tail > 0, nucleus), (min_p > 0, probable_enough)):
         logits = jax.lax.cond(jnp.any(asked), limit, lambda logits: logits, logits)
     return logits
 

@@ -49,19 +49,19 @@ def _local(path: str, revision: str | None) -> Path | None:
     """Return the local file or folder for `path`; None for a Hub id."""
     if path.startswith(HUB):
         return None
-    place = Path(path).expanduser()
-    if place.exists():
+    location = Path(path).expanduser()
+    if location.exists():
         if revision is not None:
             raise UserError(f"{path}: model.revision is of Hub ids only, and this is a local path; remove revision: {revision}")
-        if place.is_file() and place.suffix != ".gguf":
+        if location.is_file() and location.suffix != ".gguf":
             raise UserError(
                 f"{path}: expected a folder or a .gguf file; found another file. Give the folder that holds "
-                f"config.json: {place.parent}"
+                f"config.json: {location.parent}"
             )
-        return place
-    parts = place.parts
+        return location
+    parts = location.parts
     looks_local = (
-        place.is_absolute()
+        location.is_absolute()
         or path.startswith((".", "~"))
         or path.endswith((os.sep, ".gguf", ".safetensors", ".json"))
         or "\\" in path
@@ -70,8 +70,9 @@ def _local(path: str, revision: str | None) -> Path | None:
     )
     if not looks_local:
         return None
-    beside = sorted(p.name for p in place.parent.iterdir())[:8] if place.parent.is_dir() else []
-    found = f"{place.parent} holds {', '.join(beside) or 'nothing'}" if place.parent.is_dir() else f"{place.parent} is missing"
+    parent = location.parent
+    beside = sorted(p.name for p in parent.iterdir())[:8] if parent.is_dir() else []
+    found = f"{parent} holds {', '.join(beside) or 'nothing'}" if parent.is_dir() else f"{parent} is missing"
     hint = f"; if you mean the Hub's, write {HUB}{path}" if HUB_ID.fullmatch(path) and len(parts) == 2 else ""
     raise UserError(f"{path}: no such file or folder ({found}){hint}")
 

@@ -32,8 +32,8 @@ def without_paths(text: str, known: Iterable[str] = ()) -> str:
     folders = set()
     for path in known:
         if not is_hub_id(path.removeprefix(HUB)) and "://" not in path:
-            place = Path(path).expanduser()
-            forms = (Path(path), place, place.absolute(), place.resolve())
+            local = Path(path).expanduser()
+            forms = (Path(path), local, local.absolute(), local.resolve())
             folders |= {str(one) for form in forms for one in (form, form.parent)}
     for folder in sorted(folders - {".", "/"}, key=len, reverse=True):
         text = re.sub(rf"{BEFORE}{re.escape(folder)}/{INSIDE}", "", text)

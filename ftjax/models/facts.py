@@ -121,14 +121,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises UserError if the file is missing or malformed, or if ftjax does not support the model_type.
     """
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
-        raise UserError(f"{folder}: expected a model folder with config.json; found {found}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    return complete_config(raw, str(path))
+        raise UserError(f"{folder}: expected a model folder with config.json; found {found}")
+    return complete_config(read_object(path), str(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a checkpoint's folder; empty if there is no such file. Raises UserError if it is malformed."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); was the download cut off?") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; was the download cut off?") from None
+    except (ValueError, RecursionError) as error:  # nested too deeply, or a number with too many digits
+        raise UserError(f"{path}: not valid JSON: {str(error).partition(';')[0]}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def complete_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -77,11 +77,11 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
 
 def design_for(config: Config, topology: Topology) -> Design:
     """Build the design of a run on these chips, from config.json (and an adapter's folder, the tokenizer of added tokens)."""
-    facts = hf_config_of(config)
+    hf_config = hf_config_of(config)
     devices = topology.devices()
     memory = int(_limit(topology, devices[0])) if topology.chip else None
-    mesh, _ = mesh_of(config, facts, devices, memory)
-    return design(config, facts, mesh, memory)
+    mesh, _ = mesh_of(config, hf_config, devices, memory)
+    return design(config, hf_config, mesh, memory)
 
 
 def trace_step(made: Design) -> tuple[Any, tuple]:

@@ -74,9 +74,9 @@ def _batch(config: Config, chips: int, first: int) -> int:
 
 def _planned(config_path: Path, config: Config, overrides: list[str], topology: str, price: float | None) -> Plan:
     """Load a plan from the cache, or make it by `ftjax plan` in a child process."""
-    facts = hf_config_of(config)
+    hf_config = hf_config_of(config)
     adapter = starting_adapter(config.method)
-    facts |= {"digest of the adapter": model_digest(adapter)} if adapter else {}
+    hf_config |= {"digest of the adapter": model_digest(adapter)} if adapter else {}
     versions = [__version__, *(metadata.version(name) for name in ("jax", "flax", "optax"))]
     said = json.dumps(
         [
@@ -84,7 +84,7 @@ def _planned(config_path: Path, config: Config, overrides: list[str], topology: 
             overrides,
             topology,
             price,
-            facts,
+            hf_config,
             adapter and model_digest(adapter),
             versions,
             _source(),
@@ -111,10 +111,10 @@ def _source() -> str:
     """Return a digest of ftjax's own code that a plan depends on."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    rooms = "models", "methods", "objectives", "train", "plan"
-    for room in (*rooms, "mesh.py", "placement.py", "torus.py", "chips.py", "flops.py"):
-        place = package / room
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+    packages = "models", "methods", "objectives", "train", "plan"
+    for name in (*packages, "mesh.py", "placement.py", "torus.py", "chips.py", "flops.py"):
+        entry = package / name
+        for path in sorted(entry.rglob("*.py")) if entry.is_dir() else [entry]:
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

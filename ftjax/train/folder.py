@@ -158,12 +158,12 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
     """Copy a folder of files over another, atomically on a disk."""
     partial = target.parent / f".{target.name}.partial"
     local = "://" not in str(target)
-    place = partial if local else target
-    if place.exists():
-        place.rmtree()
-    place.mkdir(parents=True)
+    destination = partial if local else target
+    if destination.exists():
+        destination.rmtree()
+    destination.mkdir(parents=True)
     for file in source.iterdir():
-        with file.open("rb") as read, (place / file.name).open("wb") as write:
+        with file.open("rb") as read, (destination / file.name).open("wb") as write:
             shutil.copyfileobj(read, write, 1 << 24)
     if local:
         take_place(Path(partial), Path(target))

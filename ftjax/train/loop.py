@@ -44,13 +44,15 @@ class Run:
 
     def __init__(
         self, setup: Setup, tokenizer: Any, source: BatchSource, layout: BatchLayout, validation: Split | None,
-        checkpoints: Checkpoints, documents: Documents, steps: int, command: str, observer: Observer | None = None,
+        checkpoints: Checkpoints, documents: Documents, command: str, observer: Observer | None = None,
     ):  # fmt: skip
         self.setup, self.tokenizer, self.batches, self.validation = setup, tokenizer, source, validation
         self.config, self.command, self.observer = setup.config, command, observer
         self.evaluates = validation is not None or observer is not None
         self.checkpoints, self.folder = checkpoints, Path(setup.config.output_dir)
         options = self.options = setup.config.training
+        steps = source.steps or options.max_steps
+        assert steps is not None, "a source without an end needs training.max_steps"
         self.documents, self.total = documents, steps
         self.train_step, self.eval_step, self.optimizer, self.schedule = compile_steps(setup, self.total)
         self.profile = Profile(options.profile_steps, self.folder / "profile", self.total)

@@ -81,7 +81,7 @@ def train(
             options = config.training
             layout = BatchLayout(setup.mesh, options.global_batch_size, options.gradient_accumulation_steps)
             source = DatasetBatches(train_split, options, layout, steps)
-            Run(setup, tokenizer, source, layout, validation, checkpoints, documents, steps, command, observer).go()
+            Run(setup, tokenizer, source, layout, validation, checkpoints, documents, command, observer).go()
 
 
 def _facts(devices: Sequence[jax.Device]) -> dict[str, Any]:

@@ -160,25 +160,25 @@ def _loss_inputs(design: Design, trainable, frozen, batch, ctx, statistics=None,
     return LossInputs(design.model, trainable, frozen, batch, ctx, chunk, config, before, own, statistics, number)
 
 
-def build(config: Config, facts: Mapping[str, Any]) -> tuple[Model, Config]:
+def build(config: Config, hf_config: Mapping[str, Any]) -> tuple[Model, Config]:
     """Build the abstract model of a completed config.json, with its method attached.
 
     A run that starts from a PEFT folder takes its settings from there; the configuration is returned with them.
     """
-    root, config = _root(config, facts)
-    return Model.of(root, facts), config
+    root, config = _root(config, hf_config)
+    return Model.of(root, hf_config), config
 
 
-def _root(config: Config, facts: Mapping[str, Any]) -> tuple[nnx.Module, Config]:
+def _root(config: Config, hf_config: Mapping[str, Any]) -> tuple[nnx.Module, Config]:
     """Build the model's module: see `build`."""
-    root = build_module(facts)
+    root = build_module(hf_config)
     if adapter := starting_adapter(config.method):
         config = config.model_copy(update={"method": attach_adapter(root, adapter, config.method)})
     else:
         method_of(config.method).attach(root, config.method)
     if config.model.quantization:
         quantise(root, config.model.quantization)
-    model = Model.of(root, facts)
+    model = Model.of(root, hf_config)
     frozen = frozen_by_groups(config.optimizer, model.trainable)
     held = jnp.dtype(config.optimizer.param_dtype)
     for name, variable in variables(root):
@@ -190,7 +190,7 @@ def _root(config: Config, facts: Mapping[str, Any]) -> tuple[nnx.Module, Config]
 
 
 def mesh_of(
-    config: Config, facts: Mapping[str, Any], devices: Sequence[Any] | None = None, memory: int | None = None
+    config: Config, hf_config: Mapping[str, Any], devices: Sequence[Any] | None = None, memory: int | None = None
 ) -> tuple[Mesh, str | None]:
     """Return the configured mesh, and the reason if `mesh: auto` chose it.
 
@@ -201,22 +201,22 @@ def mesh_of(
     devices = devices_or_all(devices)
     if not config.mesh.auto:
         return make_mesh(config.mesh, devices), None
-    chosen, why = choose_mesh(config, build(config, facts)[0], devices, memory or device_memory(devices))
+    chosen, why = choose_mesh(config, build(config, hf_config)[0], devices, memory or device_memory(devices))
     return make_mesh(chosen, devices), why
 
 
-def design(config: Config, facts: Mapping[str, Any], mesh: Mesh, memory: int | None = None) -> Design:
+def design(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, memory: int | None = None) -> Design:
     """Build the design of a run of `config` on `mesh`, from shapes alone.
 
     Args:
-        facts: config.json as `ftjax.models.facts` completes it.
+        hf_config: config.json as `ftjax.models.facts` completes it.
         memory: bytes per device of the mesh; None asks the devices.
 
     Raises UserError for anything in the configuration that does not fit the model.
     """
-    facts, further = objectives_hf_config(config, facts), starting_adapter(config.method) is not None
-    root, config = _root(config, facts)
-    model = Model.of(root, facts)
+    hf_config, further = objectives_hf_config(config, hf_config), starting_adapter(config.method) is not None
+    root, config = _root(config, hf_config)
+    model = Model.of(root, hf_config)
     refuse_packing(config, model)
     if model.max_positions is not None and config.data.max_length > model.max_positions:
         raise UserError(
@@ -273,12 +273,12 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Setu
     Raises UserError for anything wrong in the configuration or the files, or if the mesh does not fit the devices.
     """
     adapter = starting_adapter(config.method)
-    path, facts, source = open_base(config.model.path, config.model.revision, adapter)
-    had = facts["vocab_size"]
-    facts, source = with_new_tokens(config.model, facts, source)
-    facts, source = with_objectives_head(config, facts, source)
-    mesh, why = mesh_of(config, facts, devices)
-    made = design(config, facts, mesh)
+    path, hf_config, source = open_base(config.model.path, config.model.revision, adapter)
+    had = hf_config["vocab_size"]
+    hf_config, source = with_new_tokens(config.model, hf_config, source)
+    hf_config, source = with_objectives_head(config, hf_config, source)
+    mesh, why = mesh_of(config, hf_config, devices)
+    made = design(config, hf_config, mesh)
     config, model = made.config, made.model
     if config.model.adds_tokens:
         refuse_untrained_rows(model, had, tokens_of(config.model), config.method.name)

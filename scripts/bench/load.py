@@ -101,8 +101,8 @@ def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.model or make_model(LLAMA_1B, Path(temporary))
-        facts, _ = open_model(folder)
-        model = Model.of(build_module(facts), facts)
+        hf_config, _ = open_model(folder)
+        model = Model.of(build_module(hf_config), hf_config)
         if options.peak_of:
             print(peak_of(options.peak_of, folder, model))
             return

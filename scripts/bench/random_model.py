@@ -26,8 +26,8 @@ def make_model(config: Path, folder: Path, dtype: str = "bfloat16") -> Path:
     Disk: the whole model in `dtype`. Host memory: one layer's largest tensor.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    facts = read_config(config)
-    model = Model.of(build_module(facts), facts)
+    hf_config = read_config(config)
+    model = Model.of(build_module(hf_config), hf_config)
     kind = np.dtype(jnp.dtype(dtype))
     pool = (0.02 * np.random.default_rng(0).standard_normal(POOL, np.float32)).astype(kind)
 

@@ -4,7 +4,6 @@ llama.cpp's source comes with the npm package node-llama-cpp."""
 import json
 import shutil
 import subprocess
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,15 +95,14 @@ def add_tokenizer(base: Path, model_type: str, stories: Path, qwens: Path) -> No
 def test_the_same_file_is_made_of_a_folder_as_of_its_base(older, llama_cpp, stories, tmp_path):
     """Tensors, settings and tokens agree wherever the base converts; transformers 4.57 writes the bases' config.json."""
     qwens = qwen(tmp_path / "qwen", tokenizer_class="GPT2Tokenizer", chat_template="left out")
-    more = {case.name: {"vocab_size": 512, **deepcopy(PUBLISHED.get(case.name, {}))} for case in CASES}
-    cases = {case.name: replace(case, values=deepcopy(case.values) | more[case.name]) for case in CASES}
+    more = {case.name: {"vocab_size": 512, **PUBLISHED.get(case.name, {})} for case in CASES}
+    cases = {case.name: replace(case, values=case.values | more[case.name]) for case in CASES}
     asked = []
     for name, case in cases.items():
-        values = deepcopy(case.values)  # transformers completes the nested ones in place
         make_hf(case, tmp_path / name)
         add_tokenizer(tmp_path / name, case.model_type, stories, qwens)
         known = hf_config(case).to_dict()
-        values = {field: value for field, value in TINY.items() if field in known} | values
+        values = {field: value for field, value in TINY.items() if field in known} | case.values
         asked.append({"folder": str(tmp_path / name), "model_type": case.model_type, "values": values})
     answers = dict(zip(cases, ask(older, llama_cpp, tmp_path, asked), strict=True))
     refused = {name: answer["error"] for name, answer in answers.items() if answer}

@@ -6,11 +6,22 @@ The reference is PEFT, for methods whose files it reads. A method that is not in
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from oracle import ONE, Case, context, hf_logits, load, logits, make_hf, one_device, peer_training, tokens, write_merged
+from oracle import (
+    ONE,
+    Case,
+    assert_cached_is_uncached,
+    hf_logits,
+    load,
+    logits,
+    make_hf,
+    one_device,
+    peer_training,
+    tokens,
+    write_merged,
+)
 from tiny_run import make_batch, make_config, run_steps
 from tiny_tokenizer import save_tokenizer
 from transformers import AutoModelForCausalLM
@@ -231,21 +242,9 @@ def test_packed_is_unpacked(base, name):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_cached_is_uncached(base, name):
     """Several tokens at a time through the KV cache, with padding after some, give the logits of the whole text at once."""
-    from ftjax.generate.cache import forward, new_cache
-
     _, folder = base
     _, model, params = started(folder, name, 0.3)
-    ids = tokens(1, 8)
-
-    def parts(params):
-        module, cache, found = model.bind(params), new_cache(model, 1, 12, jnp.float32), []
-        for begin, end, padding in ((0, 3, 2), (3, 4, 0), (4, 8, 1)):
-            part = jnp.asarray(np.pad(ids[:, begin:end], ((0, 0), (0, padding))))
-            hidden, cache = forward(module, part, jnp.array([end - begin], jnp.int32), cache, jnp.float32)
-            found.append(module.unembed(hidden[:, : end - begin], context(ids[:, begin:end])))
-        return jnp.concatenate(found, axis=1)
-
-    np.testing.assert_allclose(np.asarray(jax.jit(parts)(params)), logits(model, params, ids), atol=2e-5)
+    assert_cached_is_uncached(model, params, tokens(1, 8), ((3,), (1,), (4,)), 12, atol=2e-5)
 
 
 def peer_losses(stories, setup, name: str, batches, adapter, shared) -> tuple[list[float], int]:

@@ -1,5 +1,6 @@
 """Tests the promises of a root module (`ftjax.models.causal_lm.CausalLM`) for every family, against transformers' model."""
 
+import copy
 import inspect
 from typing import get_type_hints
 
@@ -20,6 +21,14 @@ from ftjax.models.nn.rope import longest_text
 
 def config_of(case: Case) -> dict:
     return complete_config(hf_config(case).to_dict(), case.name)
+
+
+def test_a_configuration_leaves_its_case_alone():
+    """transformers completes nested values in place; the next test of a case would see other fields."""
+    before = copy.deepcopy(CASES)
+    for case in CASES:
+        hf_config(case)
+    assert before == CASES
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

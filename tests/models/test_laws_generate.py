@@ -1,17 +1,15 @@
 """Tests generation of every family: it answers as transformers does, and the cache does not change the logits."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from cases import CASES, ONE_OF_EACH
 from generate.words import words
-from oracle import context, hf_logits, load, logits, make_hf, one_device, tokens
+from oracle import assert_cached_is_uncached, hf_logits, load, make_hf, one_device, tokens
 from processes import ALL
 
 from ftjax.config import MeshConfig
-from ftjax.generate.cache import forward, new_cache
 from ftjax.generate.session import Generator
 from ftjax.mesh import make_mesh
 
@@ -67,23 +65,8 @@ def test_cached_is_uncached(pair):
     rope = str(model.config.get("rope_parameters"))
     part = 7 if "longrope" in rope or "dynamic" in rope else 19  # their cache is valid only up to the switch at 16
     ids = tokens(2, 40)[:, : 2 * part + 2]
-    want = logits(model, params, ids)
-
-    @jax.jit
-    def step(params, ids, counts, cache):
-        module = model.bind(params)
-        hidden, cache = forward(module, ids, counts, cache, jnp.float32)
-        return module.unembed(hidden, context(ids)), cache
-
-    cache = new_cache(model, 2, 2 * part + 5, jnp.float32)
-    at = np.zeros(2, np.int32)
-    for counts in ((part, part - 2), (1, 1), (0, 1), (1, 1), (part, part - 1)):
-        size = max(counts)
-        cut = [np.pad(ids[row, at[row] : at[row] + n], (0, size - n)) for row, n in enumerate(counts)]
-        got, cache = step(params, jnp.asarray(np.stack(cut)), jnp.asarray(counts, jnp.int32), cache)
-        for row, n in enumerate(counts):
-            np.testing.assert_allclose(got[row, :n], want[row, at[row] : at[row] + n], atol=1e-4, rtol=0)
-        at += counts
+    portions = ((part, part - 2), (1, 1), (0, 1), (1, 1), (part, part - 1))
+    assert_cached_is_uncached(model, params, ids, portions, 2 * part + 5)
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hybrid import HYBRID, SHARING, make
-from oracle import context, logits, tokens
+from oracle import assert_cached_is_uncached, context, tokens
 
 from ftjax.config import Config, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from ftjax.errors import UserError
-from ftjax.generate.cache import forward, new_cache
+from ftjax.generate.cache import new_cache
 from ftjax.methods import method_of
 from ftjax.models.nn.cache import Cache, Layout
 from ftjax.models.nn.memory import ConvState, KeysValues, RecurrentState, Shared
@@ -61,24 +61,8 @@ def test_records_that_would_be_mistaken_for_one_another_are_refused():
 def test_cached_is_uncached(choice):
     """Several tokens at once and one by one, with padding after some, each row at its own pace."""
     model, params = make(choice)
-    ids = tokens(2, 40)
-    want = logits(model, params, ids)
-
-    @jax.jit
-    def step(params, ids, counts, cache):
-        module = model.bind(params)
-        hidden, cache = forward(module, ids, counts, cache, jnp.float32)
-        return module.unembed(hidden, context(ids)), cache
-
-    cache, at = new_cache(model, 2, 48, jnp.float32), np.zeros(2, np.int32)
-    for counts in ((9, 2), (1, 1), (0, 1), (1, 0), (2, 9), (9, 9), (1, 1), (3, 4)):
-        size = 9 if max(counts) > 1 else 1
-        cut = [np.pad(ids[row, at[row] : at[row] + n], (0, size - n), constant_values=95) for row, n in enumerate(counts)]
-        got, cache = step(params, jnp.asarray(np.stack(cut)), jnp.asarray(counts, jnp.int32), cache)
-        for row, n in enumerate(counts):
-            np.testing.assert_allclose(got[row, :n], want[row, at[row] : at[row] + n], atol=1e-4, rtol=0)
-        at += counts
-    assert want.std() > 0.5
+    portions = ((9, 2), (1, 1), (0, 1), (1, 0), (2, 9), (9, 9), (1, 1), (3, 4))
+    assert_cached_is_uncached(model, params, tokens(2, 27), portions, 48)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])

@@ -113,7 +113,7 @@ def make(model, data, tmp_path_factory):
         patch.setattr(loop.Progress, "report", lambda *_: None)
 
         def make(checkpoints, bad=BAD):
-            run = Run(setup, tokenizer, Batches(), layout, validation, checkpoints, {}, TOTAL, "the same command")
+            run = Run(setup, tokenizer, Batches(), layout, validation, checkpoints, {}, "the same command")
             run.tracker, run.train_step, first = Rows(), partial(step, bad), 0
             if checkpoints.latest is None:
                 run.state = SimpleNamespace(step=0, params={"sum": 0})

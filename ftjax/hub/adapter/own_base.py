@@ -54,9 +54,9 @@ def write_base(folder: Path, base: Path) -> None:
     digests = weights_digest(open_model(base)[1])
     (folder / FILE).write_text(json.dumps({"weights": digests}, indent=2) + "\n")
     try:
-        place = _remembering(digests)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(str(base.absolute()), encoding="utf-8")
+        file = _remembering(digests)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(str(base.absolute()), encoding="utf-8")
     except OSError:  # the user then has to name the base
         pass
 
@@ -91,10 +91,10 @@ def base_of(adapter: Path, saved: Mapping[str, Any]) -> str | None:
     if not named or re.search(r"[/\\]", named) or not (known := known_base(adapter)) or not set(ROUNDED) <= set(known):
         return named
     try:
-        place = _remembering(known).read_text(encoding="utf-8")
+        path = _remembering(known).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return named
-    return place if Path(place).exists() else named
+    return path if Path(path).exists() else named
 
 
 def _remembering(digests: Mapping[str, str]) -> Path:
@@ -138,9 +138,9 @@ def known_base(adapter: Path) -> Mapping[str, str] | None:
 
 def _alike(named: str, given: str) -> bool:
     """Return whether two names may mean one model: a Hub id, its folder in the Hub's cache, or a copy named like the id."""
-    place, last = Path(given.removeprefix(HUB)), re.split(r"[/\\]", named.rstrip("/\\"))[-1].lower()
+    path, last = Path(given.removeprefix(HUB)), re.split(r"[/\\]", named.rstrip("/\\"))[-1].lower()
     cached = f"models--{named.replace('/', '--')}"
-    return last in (place.name.lower(), place.resolve().name.lower()) or cached in place.resolve().parts
+    return last in (path.name.lower(), path.resolve().name.lower()) or cached in path.resolve().parts
 
 
 def _warn(text: str) -> None:

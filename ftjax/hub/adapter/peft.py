@@ -31,6 +31,7 @@ from ftjax.methods.saved_keys import refuse_unknown, without_newer
 from ftjax.methods.tied import on_embedding
 from ftjax.methods.token_rows import DELTA
 from ftjax.methods.walk import describe
+from ftjax.models.facts import read_object
 from ftjax.models.model import Model
 from ftjax.models.nn.param import specs, variables
 from ftjax.models.nn.quantized import Quantized
@@ -105,12 +106,7 @@ def read_adapter_config(folder: Path) -> dict:
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: expected an adapter folder with {CONFIG}; found {found}")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(saved, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(saved).__name__}")
+    saved = read_object(path)
     try:
         _ReadEarly.model_validate(saved)
     except ValidationError as error:

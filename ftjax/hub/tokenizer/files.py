@@ -15,7 +15,8 @@ from typing import Any
 from ftjax.config import ModelConfig
 from ftjax.hub.fetch import resolve_tokenizer
 from ftjax.hub.tokenizer.load import load_tokenizer
-from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, read_json, read_pieces
+from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, read_pieces
+from ftjax.models.facts import read_object
 
 CONFIG, TOKENIZER, TEMPLATE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"  # folder of further templates by name
@@ -37,15 +38,15 @@ def write_tokenizer(folder: Path, tokenizer: Any, model: ModelConfig, base: Path
     Args:
         base: the base model's folder or file.
     """
-    place = resolve_tokenizer(model.tokenizer) if model.tokenizer else base
+    source = resolve_tokenizer(model.tokenizer) if model.tokenizer else base
     if not _was_added_to(tokenizer, model) and _is_of_use(
-        place, tokenizer, whole=(folder / "config.json").is_file() and place == base
+        source, tokenizer, whole=(folder / "config.json").is_file() and source == base
     ):
-        _carry(place, folder, tokenizer.chat_template if model.chat_template is not None else None)
+        _carry(source, folder, tokenizer.chat_template if model.chat_template is not None else None)
     else:
-        _write(place, folder, tokenizer)
+        _write(source, folder, tokenizer)
     if not (folder / SENTENCEPIECE).is_file():
-        found = next((one / SENTENCEPIECE for one in (place, base) if _has_pieces_of(one / SENTENCEPIECE, tokenizer)), None)
+        found = next((one / SENTENCEPIECE for one in (source, base) if _has_pieces_of(one / SENTENCEPIECE, tokenizer)), None)
         if found is not None:
             shutil.copyfile(found, folder / SENTENCEPIECE)
 
@@ -62,15 +63,15 @@ def _added(tokenizer: Any) -> dict[str, Any]:
     return {str(index): token.__getstate__() for index, token in sorted(tokenizer.added_tokens_decoder.items())}
 
 
-def _is_of_use(place: Path, tokenizer: Any, whole: bool) -> bool:
+def _is_of_use(source: Path, tokenizer: Any, whole: bool) -> bool:
     """Return whether transformers 4 and 5 read a folder's files, and read them in the output as they were read here.
 
     Args:
         whole: they are beside the same config.json, in which transformers finds the class too.
     """
-    if not place.is_dir() or not any((place / name).is_file() for name in VOCABULARIES):
+    if not source.is_dir() or not any((source / name).is_file() for name in VOCABULARIES):
         return False
-    config = read_json(place / CONFIG)
+    config = read_object(source / CONFIG)
     named = config.get("tokenizer_class") or ""
     if named.endswith("Backend") or isinstance(config.get("extra_special_tokens"), list) or set(NEWER) & set(config):
         return False
@@ -79,14 +80,14 @@ def _is_of_use(place: Path, tokenizer: Any, whole: bool) -> bool:
     return whole or same
 
 
-def _carry(place: Path, folder: Path, template: str | None) -> None:
+def _carry(source: Path, folder: Path, template: str | None) -> None:
     """Copy a folder's files; `template` replaces its chat template, or all of several."""
     for name in OWN:
-        if (place / name).is_file():
-            shutil.copyfile(place / name, folder / name)
-    named = sorted((place / TEMPLATES).glob("*.jinja"))
-    config = read_json(place / CONFIG)
-    file = place / TEMPLATE
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    named = sorted((source / TEMPLATES).glob("*.jinja"))
+    config = read_object(source / CONFIG)
+    file = source / TEMPLATE
     own = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if template is None or (template == own and not named):
         for one in named:
@@ -99,17 +100,17 @@ def _carry(place: Path, folder: Path, template: str | None) -> None:
         _write_json(folder / CONFIG, {**config, "chat_template": template})
 
 
-def _write(place: Path, folder: Path, tokenizer: Any) -> None:
+def _write(source: Path, folder: Path, tokenizer: Any) -> None:
     """Save a tokenizer under a class that transformers 4 has too; an equivalent tokenizer.json stays as it was."""
     with TemporaryDirectory() as made:
         tokenizer.save_pretrained(made)
         shutil.copytree(made, folder, dirs_exist_ok=True)
     if not (folder / TOKENIZER).is_file():  # it does not come from the library tokenizers, and transformers 4 has its class
         return
-    own = place / TOKENIZER
-    if own.is_file() and read_json(own) == read_json(folder / TOKENIZER):
+    own = source / TOKENIZER
+    if own.is_file() and read_object(own) == read_object(folder / TOKENIZER):
         shutil.copyfile(own, folder / TOKENIZER)
-    saved = {name: value for name, value in read_json(folder / CONFIG).items() if name not in NEWER}
+    saved = {name: value for name, value in read_object(folder / CONFIG).items() if name not in NEWER}
     saved |= {"tokenizer_class": CLASS, "added_tokens_decoder": _added(tokenizer)}
     saved.setdefault("model_input_names", INPUTS)
     saved.setdefault("clean_up_tokenization_spaces", False)

@@ -9,7 +9,8 @@ from ftjax.config import ModelConfig
 from ftjax.errors import UserError
 from ftjax.hub.fetch import resolve_tokenizer
 from ftjax.hub.gguf.tokenizer import gguf_tokenizer
-from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, is_bpe, read_json, sentencepiece_tokenizer
+from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, is_bpe, sentencepiece_tokenizer
+from ftjax.models.facts import read_object
 
 # AutoTokenizer can load a folder with at least one of these.
 VOCABULARIES = ("tokenizer.json", SENTENCEPIECE, "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -25,14 +26,14 @@ def load_tokenizer(model: ModelConfig) -> Any:
     """
     revision = None if model.tokenizer else model.revision
     asked = model.tokenizer or model.path
-    place = resolve_tokenizer(asked, revision)
-    if place.is_file():
-        tokenizer = gguf_tokenizer(place)
-    elif (place / SENTENCEPIECE).is_file() and not (place / "tokenizer.json").is_file() and is_bpe(place / SENTENCEPIECE):
+    source = resolve_tokenizer(asked, revision)
+    if source.is_file():
+        tokenizer = gguf_tokenizer(source)
+    elif (source / SENTENCEPIECE).is_file() and not (source / "tokenizer.json").is_file() and is_bpe(source / SENTENCEPIECE):
         # transformers converts such a folder without the pieces' scores, which gives other ids for runs of spaces.
-        tokenizer = sentencepiece_tokenizer(place)
+        tokenizer = sentencepiece_tokenizer(source)
     else:
-        tokenizer = _from_folder(place, asked)
+        tokenizer = _from_folder(source, asked)
     if model.chat_template is not None:
         named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
         given = model.chat_template
@@ -52,7 +53,7 @@ def _from_folder(folder: Path, asked: str) -> Any:
             "Give the folder or Hub id of the right one as model.tokenizer"
         )
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        read_json(folder / name)
+        read_object(folder / name)
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     # It raises OSError, ValueError, KeyError, and bare Exception from Rust, all of them about the files.

@@ -1,6 +1,5 @@
 """Loads an older tokenizer folder: SentencePiece's `tokenizer.model` and JSON files beside it, without `tokenizer.json`."""
 
-import json
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from ftjax.errors import UserError
 from ftjax.hub.tokenizer import sentencepiece_bpe
 from ftjax.hub.tokenizer.sentencepiece_bpe import template
+from ftjax.models.facts import read_object
 
 SENTENCEPIECE = "tokenizer.model"
 ATTRIBUTES = ("lstrip", "rstrip", "single_word", "normalized", "special")
@@ -44,26 +44,12 @@ def is_bpe(file: Path) -> bool:
     return read_proto(file).trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if there is no such file. Raises UserError with the line if it is broken."""
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); was the download cut off?") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: not a text file; was the download cut off?") from None
-    except (ValueError, RecursionError) as error:  # nested too deeply, or a number with too many digits
-        raise UserError(f"{file}: not valid JSON: {str(error).partition(';')[0]}") from None
-
-
 def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer; its ids are SentencePiece's, with BOS before a text unless the folder says otherwise."""
     proto = read_proto(folder / SENTENCEPIECE)
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_object(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:  # older folders name their special tokens in a file of its own, which comes first
-        config |= read_json(folder / "special_tokens_map.json")
+        config |= read_object(folder / "special_tokens_map.json")
     normalizer = proto.normalizer_spec
     tokenizer = sentencepiece_bpe.build(
         [piece.piece for piece in proto.pieces],
@@ -112,7 +98,7 @@ def _add_tokens(folder: Path, tokenizer: Tokenizer, config: dict[str, Any], spec
     added = {int(index): entry for index, entry in config.get("added_tokens_decoder", {}).items()}
     added |= {
         index: {"content": token, "special": token in special}
-        for token, index in read_json(folder / "added_tokens.json").items()
+        for token, index in read_object(folder / "added_tokens.json").items()
         if index not in added
     }
     for index, entry in sorted(added.items()):
