@@ -249,13 +249,13 @@ def test_cached_is_uncached(base, name):
     np.testing.assert_allclose(np.asarray(jax.jit(parts)(params)), logits(model, params, ids), atol=2e-5)
 
 
-def peer_losses(stories, setup, name: str, batches, adapter, shared) -> tuple[list[float], int]:
-    """Losses before each update and the number of trained weights: by the script that stands beside the project; for virtual
-    tokens, which PEFT trains from no file, by its steps here."""
+def peer_losses(stories, setup, name: str, batches, adapter) -> tuple[list[float], int]:
+    """Losses before each update and the number of trained weights: by the benchmarks' script; for virtual tokens, which
+    PEFT trains from no file, by its steps here."""
     if name not in VIRTUAL:
         files = ["--model", str(stories), "--batches", str(batches), "--adapter", str(adapter)]
-        want = peer_training(shared, adapter, *files, "--lr", "1e-2")
-        return want["loss"], want["trainable"]
+        want = peer_training(adapter, *files, "--lr", "1e-2")
+        return want["loss"], want["trained"]
     from peft import PeftConfig, get_peft_model
 
     settings = PeftConfig.from_pretrained(adapter)
@@ -281,7 +281,7 @@ def peer_losses(stories, setup, name: str, batches, adapter, shared) -> tuple[li
 
 
 @pytest.mark.parametrize("name", [name for name in PEFT if name != "lora"])  # LoRA: tests/train/test_step.py
-def test_ten_steps_of_the_peer(shared, stories, name, tmp_path, on_one_device):
+def test_ten_steps_of_the_peer(stories, name, tmp_path, on_one_device):
     """PEFT from the same adapter on the same batches: ten losses within 1e-4, in float32."""
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 512, (2, 4, 32))[np.arange(10) % 2]
@@ -293,7 +293,7 @@ def test_ten_steps_of_the_peer(shared, stories, name, tmp_path, on_one_device):
     folder = tmp_path / "adapter"
     folder.mkdir()
     write_adapter(folder, setup.model, setup.params, config.method, str(stories))
-    losses, trainable = peer_losses(stories, setup, name, tmp_path / "batches.npz", folder, shared)
+    losses, trainable = peer_losses(stories, setup, name, tmp_path / "batches.npz", folder)
     shifted = np.concatenate([labels[..., 1:], np.full((10, 4, 1), -100)], axis=-1)
     ones = np.ones((4, 32), np.int32)
     batches = [
