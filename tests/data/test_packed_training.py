@@ -47,12 +47,12 @@ def talks(data_sets, tmp_path):
 
 
 @pytest.mark.parametrize("truncation", ["right", "split"])
-def test_packed_is_unpacked(reader, talks, truncation, on_one_device):
+def test_packed_is_unpacked(reader, talks, truncation):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(reader)
     tokenizer.chat_template = TEMPLATE
-    setup = prepare(make_config(reader, method={"name": "full"}))
+    setup = prepare(make_config(reader, method={"name": "full"}), ONE)
     results = []
     for packing in (True, False):
         config = DataConfig(train=str(talks), max_length=256, truncation=truncation, packing=packing)

@@ -279,7 +279,7 @@ def peer_losses(stories, setup, name: str, batches, adapter) -> tuple[list[float
 
 
 @pytest.mark.parametrize("name", [name for name in PEFT if name != "lora"])  # LoRA: tests/train/test_step.py
-def test_ten_steps_of_the_peer(stories, name, tmp_path, on_one_device):
+def test_ten_steps_of_the_peer(stories, name, tmp_path):
     """PEFT from the same adapter on the same batches: ten losses within 1e-4, in float32."""
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 512, (2, 4, 32))[np.arange(10) % 2]

@@ -53,7 +53,7 @@ def test_what_trains_has_them(base):
 
 
 @pytest.mark.parametrize("loss_type, microbatches", [("sigmoid", 1), ("aot", 2)])
-def test_an_adapters_reference_is_the_base(base, loss_type, microbatches, on_one_device):
+def test_an_adapters_reference_is_the_base(base, loss_type, microbatches):
     """Beside next-token training, a comparison with the model before training has no other array of the size of the base."""
     method = METHODS["lora"]
     frozen, _, arguments, temporaries = plan(base, method, {"name": "dpo", "loss_type": loss_type}, microbatches)
@@ -62,7 +62,7 @@ def test_an_adapters_reference_is_the_base(base, loss_type, microbatches, on_one
     assert temporaries < least + frozen / 4
 
 
-def test_a_whole_models_reference_is_a_copy(base, on_one_device):
+def test_a_whole_models_reference_is_a_copy(base):
     """Which the same figures do show; it has neither gradient nor moments."""
     method = {"name": "full"}
     frozen, trained, arguments, temporaries = plan(base, method, {"name": "dpo"})

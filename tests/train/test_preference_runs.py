@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from oracle import ONE
 from whole_runs import config, losses, rows, same_adapter
 
 from ftjax.evaluate.observe import make_observer
@@ -34,18 +35,18 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_resumed(name, model, data, tmp_path, on_one_device):
+def test_resumed(name, model, data, tmp_path):
     objective, metric = OBJECTIVES[name]
     whole, out = tmp_path / "whole", tmp_path / "run"
     settings = {
         "objective": objective, "training__max_steps": 6, "training__gradient_accumulation_steps": 2,
         "training__logging_steps": 1,
     }  # fmt: skip
-    train(config(model, data / name, whole, **settings), make_observer=make_observer)
+    train(config(model, data / name, whole, **settings), make_observer=make_observer, devices=ONE)
     shutil.copytree(whole, out)
     shutil.rmtree(out / "checkpoints" / "6")
     shutil.rmtree(out / "final")
-    train(config(model, data / name, out, **settings), make_observer=make_observer)
+    train(config(model, data / name, out, **settings), make_observer=make_observer, devices=ONE)
     same_adapter(whole, out)
     assert losses(out) == losses(whole) and len(set(losses(whole).values())) > 4
     for kind in ("train", "eval"):

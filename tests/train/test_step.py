@@ -219,14 +219,14 @@ def test_frozen_gets_no_gradient(folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_ten_steps_of_the_peer(trained_llama, method, tmp_path, on_one_device):
+def test_ten_steps_of_the_peer(trained_llama, method, tmp_path):
     """transformers + PEFT, from the same weights on the same batches: losses within 1e-4."""
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 512, (10, 4, 48))
     labels = np.where(rng.random(ids.shape) < 0.6, ids, -100)
     np.savez(tmp_path / "batches.npz", input_ids=ids, labels=labels)
     config = make_config(trained_llama, method=METHODS[method], optimizer={"learning_rate": 1e-3}, global_batch_size=4)
-    setup = prepare(config)
+    setup = prepare(config, ONE)
     arguments = ["--method", "full"]
     if method == "lora":
         from ftjax.hub.adapter.peft import write_adapter
