@@ -19,9 +19,8 @@ from ftjax.errors import UserError
 from ftjax.generate.context import generation_config
 from ftjax.generate.load import load
 from ftjax.hub.adapter.peft import write_adapter
-from ftjax.hub.tokenizer.sentencepiece_folder import read_json
 from ftjax.methods.lora import from_saved
-from ftjax.models.facts import read_config
+from ftjax.models.facts import read_config, read_object
 
 CASES = {
     "llama": Case("llama", "llama", {"attention_bias": True}),
@@ -254,7 +253,7 @@ def test_json_that_python_does_not_read(bases, text, tmp_path):
         reading = {
             "adapter_config.json": lambda folder: ours(base, folder, tokens(1, 8)),
             "generation_config.json": generation_config,
-            "tokenizer_config.json": lambda folder: read_json(folder / "tokenizer_config.json"),
+            "tokenizer_config.json": lambda folder: read_object(folder / "tokenizer_config.json"),
             "config.json": read_config,
         }
         with pytest.raises(UserError, match=f"{name}.*not valid JSON"):
