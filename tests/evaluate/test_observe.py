@@ -118,7 +118,7 @@ def test_refused(tiny, rows_file, tmp_path, over, says):
         go(make_config(tiny, rows_file, tmp_path, training={"max_steps": 2, "eval_steps": 1}, evaluate=over))
 
 
-def test_a_metric_that_does_not_suit_the_references(tiny, tmp_path, monkeypatch, capsys):
+def test_a_metric_that_does_not_suit_the_references(tiny, tmp_path, capsys):
     """Training refuses it, or warns of it once, as `ftjax evaluate` does."""
     over = {"training": {"max_steps": 2, "eval_steps": 1}, "data": {"validation": None}}
     words = ("cat", "dog", "sun", "sea", "fox", "owl", "ant", "bee", "elk", "cow")
@@ -126,8 +126,8 @@ def test_a_metric_that_does_not_suit_the_references(tiny, tmp_path, monkeypatch,
     free.write_text("".join(json.dumps({"prompt": "a", "completion": f"The {word}."}) + "\n" for word in words))
     evaluated = {"data": str(free), "training_rows": 20}
     with pytest.raises(UserError, match="texts, not classes: 10 of 10 rows have an answer that no other row has"):
-        go(make_config(tiny, free, tmp_path / "a", evaluate={**evaluated, "task": "classification"}, **over), monkeypatch)
-    go(make_config(tiny, free, tmp_path / "b", evaluate={**evaluated, "task": "bleu"}, **over), monkeypatch)
+        go(make_config(tiny, free, tmp_path / "a", evaluate={**evaluated, "task": "classification"}, **over))
+    go(make_config(tiny, free, tmp_path / "b", evaluate={**evaluated, "task": "bleu"}, **over))
     assert capsys.readouterr().err.count("warning: evaluate.task bleu: it counts runs of 4 words") == 1
 
 

@@ -6,9 +6,9 @@ from trl_oracle import FULL, LORA, PAIRS, Ours, Theirs, compare, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
-# More rows are wanted than not, and those of a prompt do not follow each other.
+# More rows are wanted than not, and all prompts differ: the answers that are exchanged are then those of neighbours, as in TRL.
 ROWS = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in PAIRS]
-ROWS += [{"prompt": row["prompt"], "completion": row["rejected"], "label": False} for row in PAIRS[:4]]
+ROWS += [{"prompt": f"{row['prompt']}x", "completion": row["rejected"], "label": False} for row in PAIRS[:4]]
 METRICS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"}
 WEIGHTS = {"beta": 0.3, "desirable_weight": 0.7, "undesirable_weight": 1.6}
 

@@ -43,15 +43,15 @@ def test_one_state_is_alive(mesh, tmp_path, monkeypatch):
 
     save, restore, go_on = Checkpoints.save, Checkpoints.restore, loop.Run.loop
 
-    def watched_save(self, step, state, meta):
-        save(self, step, state, meta)
+    def watched_save(self, step, state, meta, reference=None):
+        save(self, step, state, meta, reference)
         note("save", state)
 
-    def watched_restore(self, like):
+    def watched_restore(self, like, reference=None):
         note("before restoring", like)
-        state, meta = restore(self, like)
+        state, *rest = restore(self, like, reference)
         note("restored", state)
-        return state, meta
+        return state, *rest
 
     def watched_loop(self, first):
         note("going on" if first else "start", self.state)
