@@ -169,7 +169,7 @@ def test_real_preferences(objective, shared, stories, tmp_path, capsys):
         report = found[part]
         count = rows * (2 if objective == "kto" else 1)
         assert report["rows"] == rows and report["kept"] + sum(report["dropped"].values()) == count
-        assert report["kept"] > 0.9 * count and report["documents"] == 2 * report["kept"]
+        assert report["kept"] > 0.7 * count and report["documents"] == 2 * report["kept"]
         assert not any("no EOS" in warning or "BOS" in warning for warning in report["warnings"])
     for one, other in zip(found["examples"][::2], found["examples"][1::2], strict=True):
         same = tokenizer.decode(one["tokens"][: one["parts_at"]])

@@ -51,4 +51,4 @@ def test_resumed(name, model, data, tmp_path):
     assert losses(out) == losses(whole) and len(set(losses(whole).values())) > 4
     for kind in ("train", "eval"):
         found, want = ([row[f"{kind}/{metric}"] for row in rows(run) if f"{kind}/{metric}" in row] for run in (out, whole))
-        assert found == want and want[-1] != 0
+        assert found == want and any(want)  # a KL divergence is at least 0
