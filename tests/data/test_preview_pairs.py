@@ -162,7 +162,7 @@ def test_real_preferences(objective, shared, stories, tmp_path, capsys):
         pytest.skip("the real preferences are not beside the project")
     tokenizer = AutoTokenizer.from_pretrained(stories)
     tokenizer.chat_template = "{{ bos_token }}" + MARKED
-    data = {"validation": str(folder / "validation.jsonl"), "max_length": 4096}
+    data = {"validation": str(folder / "validation.jsonl"), "max_length": 8192}
     run(folder / "train.jsonl", objective, tokenizer, as_json=True, data=data)
     found = json.loads(capsys.readouterr().out)
     for part, rows in (("train", 325), ("validation", 36)):
