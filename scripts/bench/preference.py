@@ -130,9 +130,11 @@ def trl(a: argparse.Namespace) -> None:
     lines, names = a.data.read_text(encoding="utf-8").splitlines(), ("prompt", "chosen", "rejected")
     found = [json.loads(lines[number - 1]) for number in json.loads((a.work / "lines.json").read_text())]
     rows = [{name: row[name] for name in names} for row in found]
-    for row in rows:  # TRL takes messages everywhere, or nowhere
-        if isinstance(row["prompt"], list):
-            row |= {n: [{"role": "assistant", "content": row[n]}] for n in names[1:] if isinstance(row[n], str)}
+    tokenizer = AutoTokenizer.from_pretrained(a.model)
+    for row in rows:  # as ftjax does: text becomes messages if the model has a chat template; TRL takes one kind in all columns
+        if tokenizer.chat_template or isinstance(row["prompt"], list):
+            roles = zip(names, ("user", "assistant", "assistant"), strict=True)
+            row |= {n: [{"role": role, "content": row[n]}] for n, role in roles if isinstance(row[n], str)}
     settings = DPOConfig(
         output_dir=str(a.work / "trainer"), max_length=None, max_steps=a.updates, per_device_train_batch_size=a.trl_batch,
         gradient_accumulation_steps=a.pairs // a.trl_batch, learning_rate=a.lr, lr_scheduler_type="constant", max_grad_norm=1.0,
@@ -157,7 +159,7 @@ def trl(a: argparse.Namespace) -> None:
     lora = LoraConfig(r=a.r, lora_alpha=2 * a.r, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = InOrder(
         model=model, args=settings, train_dataset=Dataset.from_list(rows), peft_config=lora, callbacks=[Clock()],
-        processing_class=AutoTokenizer.from_pretrained(a.model),
+        processing_class=tokenizer,
     )  # fmt: skip
     set_peft_model_state_dict(trainer.model, load_file(a.work / "adapter" / "adapter_model.safetensors"))
     trainer.train()
