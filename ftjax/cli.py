@@ -542,6 +542,3 @@ def main() -> None:
     """Entry point."""
     app(prog_name="ftjax")
 
-
-if __name__ == "__main__":
-    main()
