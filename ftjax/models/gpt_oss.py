@@ -1,6 +1,6 @@
 """gpt-oss: attention sinks, sliding windows in every other layer, experts with biases and a clamped SwiGLU.
 
-Source: OpenAI 2025 (arXiv:2508.10925). MXFP4 checkpoints are dequantised on reading (`ftjax.hub.mxfp4`).
+Source: OpenAI 2025 (arXiv:2508.10925). MXFP4 checkpoints are dequantised on reading (`ftjax.hub.packed.mxfp4`).
 
 Legend: M tokens, D embed, F mlp, X experts.
 """
