@@ -368,6 +368,10 @@ def test_an_objective_of_another_tool_with_its_settings(load):
         ("stage: ppo\n", "only sft, dpo, kto and rm can be converted"),
         ("stage: dpo\npref_loss: orpo\n", "orpo is an objective of its own; write objective.name: orpo"),
         ("stage: dpo\npref_loss: kto_pair\n", "kto_pair is an objective of its own; write objective.name: kto"),
+        (
+            "objective: {name: dpo, loss_type: [sigmoid, SimPO]}\n",
+            "SimPO is an objective of its own; write objective.name: simpo",
+        ),
         ("stage: dpo\npref_ftx: 0.1\n", "objective.loss_type: [sigmoid, sft] and objective.loss_weights: [1, FACTOR]"),
         ("objective: {name: dpo, rpo_alpha: 1}\n", "objective.loss_type: [sigmoid, sft]"),
         ("rl: dpo\nmax_prompt_length: 512\n", "holds the chosen and the rejected conversation; data.truncation says"),

@@ -110,14 +110,6 @@ def _stage(value: Any) -> Any:
     raise ValueError("only sft, dpo, kto and rm can be converted; write objective.name (text is trained by sft as it is)")
 
 
-def _preference_loss(value: Any) -> Any:
-    """Return the loss of DPO that LLaMA-Factory names; some of its names are objectives of their own here."""
-    name = _lower(value)
-    if name in ("orpo", "simpo", "kto_pair"):
-        raise ValueError(f"{value} is an objective of its own; write objective.name: {name.removesuffix('_pair')}")
-    return name
-
-
 def _same(target: str, *names: str, convert: Callable[[Any], Any] | None = None) -> dict[str, Alias]:
     return {name: Alias(target, convert) for name in names}
 
@@ -169,7 +161,7 @@ ALIASES: dict[str, Alias] = {
     "reward_model": Alias("objective.name", switch="reward"),
     **_same("objective.beta", "pref_beta", "rl_beta", "dpo_beta", "kto_beta", "simpo_beta", "cpo_beta"),
     **_same("objective.beta", "orpo_beta", "orpo_alpha"),
-    **_same("objective.loss_type", "pref_loss", "dpo_loss", convert=_preference_loss),
+    **_same("objective.loss_type", "pref_loss", "dpo_loss", convert=_lower),
     **_same("objective.loss_type", "dpo_loss_type"),
     **_same("objective.loss_weights", "dpo_loss_weights"),
     **_same("objective.desirable_weight", "kto_desirable_weight", "kto_chosen_weight"),

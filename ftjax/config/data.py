@@ -14,8 +14,8 @@ _SYNONYMS = {
 }  # fmt: skip
 Format = Annotated[
     Literal[
-        "auto", "messages", "conversations", "prompt_completion", "preference", "unpaired_preference", "instruction",
-        "question_answer", "document_summary", "text_label", "text", "input_ids",
+        "auto", "messages", "conversations", "prompt_completion", "preference", "unpaired_preference", "unpaired_messages",
+        "instruction", "question_answer", "document_summary", "text_label", "text", "input_ids",
     ],
     BeforeValidator(lambda value: _SYNONYMS.get(value, value) if isinstance(value, str) else value),
 ]  # fmt: skip

@@ -18,15 +18,23 @@ PAIRWISE = ("dpo", "simpo", "cpo", "orpo", "reward")  # objectives whose rows ar
 LOSS_CHUNK = "tokens whose logits are in memory at a time, per device"
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+# Losses of DPO in other tools that are objectives of their own here.
+ELSEWHERE = {"simpo": "simpo", "orpo": "orpo", "cpo": "cpo", "kto": "kto", "kto_pair": "kto", "reward": "reward"}
+
+
+def _losses(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    for name in names if isinstance(names, list) else ():
+        if isinstance(name, str) and name.lower() in ELSEWHERE:
+            raise ValueError(f"{name} is an objective of its own; write objective.name: {ELSEWHERE[name.lower()]}")
+    return names
 
 
 class DpoConfig(Section):
     """Direct preference optimisation: raises `chosen` over `rejected`, relative to the model before training."""
 
     name: Literal["dpo"] = "dpo"
-    loss_type: Annotated[list[DpoLoss], BeforeValidator(_listed)] = Field(
+    loss_type: Annotated[list[DpoLoss], BeforeValidator(_losses)] = Field(
         ["sigmoid"], min_length=1, description="one loss, or a list of losses that are added"
     )
     loss_weights: list[float] | None = Field(None, description="factors of the losses; null: 1 each")

@@ -55,15 +55,15 @@ class TrainingConfig(Section):
     @field_validator("metric_for_best_model")
     @classmethod
     def _as_written(cls, name: str) -> str:
-        """Map TrainingArguments' `loss` and `eval_loss` to `eval/loss`."""
-        return name if "/" in name else f"eval/{name.removeprefix('eval_')}"
+        """Map TrainingArguments' `loss` and `eval_loss` to `eval/loss`, and names of an objective such as `rewards/margins`."""
+        return name if name.startswith(("eval/", "train/")) else f"eval/{name.removeprefix('eval_')}"
 
     @property
     def best_is_greatest(self) -> bool:
         name = self.metric_for_best_model
         if self.greater_is_better is not None:
             return self.greater_is_better
-        return not name.endswith(("loss", "perplexity", "/mse", "/mae"))
+        return not (name.endswith(("loss", "perplexity", "/mse", "/mae", "/kl", "/rejected")) or "/loss/" in name)
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainingConfig":

@@ -20,6 +20,8 @@ PROMPTS = (
     "dialogue", "sentence", "text", "content", "review", "comment", "tweet", "post", "passage", "message", "body", "source",
     "src", "premise", "title",
 )  # fmt: skip
+WINNERS = ("chosen", "accepted", "preferred", "winner", "win", "better", "good", "best", "positive")
+LOSERS = ("rejected", "dispreferred", "loser", "lose", "worse", "bad", "worst", "negative")
 CONTEXTS = ("context", "input", "passage", "background", "document", "article")
 # Last words of names of columns that describe the row and hold none of its content.
 ABOUT = {"id", "ids", "idx", "index", "uuid", "hash", "url", "count", "num", "len", "length", "score", "date", "time", "lang",
@@ -82,14 +84,23 @@ class Column:
         return f'"{self.name}" ({kind})'
 
 
-def advise(rows: Sequence[Row], accepted: Callable[[dict[str, str]], bool]) -> str:
-    """Return one sentence of advice. It suggests a mapping only if `accepted` says that the rows can be read with it."""
+def advise(rows: Sequence[Row], accepted: Callable[[dict[str, str]], bool], preferences: bool = False) -> str:
+    """Return one sentence of advice. It suggests a mapping only if `accepted` says that the rows can be read with it.
+
+    Args:
+        preferences: the rows should be preferences.
+    """
     names = dict.fromkeys(name for row in rows for name in row.values)
     columns = [Column(name, [v for row in rows if (v := row.values.get(name)) is not None]) for name in names]
     guess = guessed(columns)
     if guess and accepted(guess):
         return f"Map them with data.columns, such as data.columns: {written(guess)}"
     there = f": {'; '.join(column.described() for column in columns[:12])}" if columns else ""
+    if preferences:
+        return (
+            "Say which is which with data.columns: {prompt: NAME, chosen: NAME, rejected: NAME} or "
+            f"{{prompt: NAME, completion: NAME, label: NAME}}{there}"
+        )
     return (
         "Say which is which with data.columns: {prompt: NAME, completion: NAME} or {text: NAME}, or write data.template "
         f"(in a CSV file the first line is the names){there}"
@@ -105,7 +116,7 @@ def guessed(columns: Sequence[Column]) -> dict[str, str] | None:
     system = next((c for c in columns if c.words[:1] == ["system"] and c.is_answer), None)
     texts = [c for c in columns if c.is_text and c is not system]
     answers = [c for c in columns if c.is_answer and c is not system]
-    chosen, rejected = (_best(texts, names) for names in (("chosen", "accepted", "preferred"), ("rejected", "dispreferred")))
+    chosen, rejected = (_best(texts, names) for names in (WINNERS, LOSERS))
     if chosen and rejected:
         prompt = _best([c for c in texts if c not in (chosen, rejected)], PROMPTS)
         return _named(prompt=prompt, chosen=chosen, rejected=rejected, system=system)

@@ -3,6 +3,8 @@
 `FORMATS` is read from the top; `ftjax.data.reader` says which of them the rows of a source have.
 """
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +30,7 @@ from ftjax.data.values import (
 from ftjax.errors import UserError
 
 Read = Callable[[Values, str], Example]
+PYTHON = re.compile(r"\s*\[\{'(role|content|from|value)':")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Format:
     answer: str | None = None  # the column that holds the completion
     whole: bool = False  # it reads a whole conversation, which a prompt template cannot replace
     fits: Callable[[Values], bool] = lambda values: True
+    verdict: bool = False  # `label` is true or false, which an objective that prefers this format insists on
+    asked_for: bool = False  # taken only if the objective prefers it, or data.format names it
 
 
 def _text(v: Values, where: str) -> Example:
@@ -53,7 +58,7 @@ def _text(v: Values, where: str) -> Example:
 
 
 def _prompt_completion(v: Values, where: str) -> Example:
-    prompt, answers = by_row(v["prompt"]), by_row(v["completion"])
+    prompt, answers = (by_row(_messages_in_text(v[name], name, where)) for name in ("prompt", "completion"))
     if isinstance(prompt, list) or isinstance(answers, list):
         before = prompt if isinstance(prompt, list) else _user(string(v, "prompt", where))
         after = answers if isinstance(answers, list) else _assistant(filled(v, "completion", where))
@@ -62,7 +67,12 @@ def _prompt_completion(v: Values, where: str) -> Example:
     return asked(v, where, string(v, "prompt", where), filled(v, "completion", where))
 
 
-VERDICTS = {"true": True, "1": True, "false": False, "0": False}
+VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # 1.0: a table with empty labels
+
+
+def is_verdict(v: Values) -> bool:
+    """Return whether the label says that an answer is wanted or not, and not something else."""
+    return _verdict(v) is not None
 
 
 def _verdict(v: Values) -> bool | None:
@@ -71,18 +81,40 @@ def _verdict(v: Values) -> bool | None:
 
 
 def _unpaired_preference(v: Values, where: str) -> Example:
+    return _labelled(_prompt_completion(v, where), v, where)
+
+
+def _labelled(example: Example, v: Values, where: str) -> Example:
     wanted = _verdict(v)
     if wanted is None:
         raise UserError(f"{where}: 'label' is {v['label']!r:.60}, expected true or false: whether the completion is wanted")
-    return replace(_prompt_completion(v, where), wanted=wanted, labelled=True)
+    return replace(example, wanted=wanted, labelled=True)
+
+
+def _unpaired_messages(v: Values, where: str) -> Example:
+    """Read a conversation whose last answer has the label, as LLaMA-Factory has it."""
+    name = next((name for name in TALKS if v.get(name)), None)
+    if name is None:
+        raise UserError(f"{where}: expected {' or '.join(map(repr, TALKS))} with the conversation of the label; found neither")
+    turns = _listed(v[name], name, where)
+    example = _conversation(turns, v, where, prompt_turns=len(turns) - 1 if isinstance(turns, list) else None)
+    if example.messages[-1]["role"] != "assistant":
+        raise UserError(
+            f"{where}: the last message is of role {example.messages[-1]['role']}; the label is that of an answer, so expected "
+            "the assistant's"
+        )
+    return _labelled(example, v, where)
 
 
 def _preference(v: Values, where: str) -> Example:
-    asked = v.get("prompt")
+    v = {**v, **{name: _messages_in_text(v[name], name, where) for name in ("prompt", "chosen", "rejected") if name in v}}
+    asked, read, answer = v.get("prompt"), _prompt_completion, "completion"
     if not asked and not isinstance(by_row(v["chosen"]), list):  # answers alone: a conversation beside them is the prompt
         name = next((name for name in TALKS if v.get(name)), None)
         asked = name and _listed(v[name], name, where)
     found = None if asked else transcripts(v["chosen"], v["rejected"])
+    if not asked and not found:
+        asked, read, answer = _asked_otherwise(v, where) or (asked, read, answer)
     if found:
         count, *both = found
 
@@ -94,8 +126,57 @@ def _preference(v: Values, where: str) -> Example:
     else:
         given = (string(v, name, where) if isinstance(v[name], int | float) else v[name] for name in ("chosen", "rejected"))
         prompt, *answers = split_preference(asked, *given, where)
-        chosen, rejected = (_prompt_completion({**v, "prompt": prompt, "completion": answer}, where) for answer in answers)
+        chosen, rejected = (read({**v, "prompt": prompt, answer: text}, where) for text in answers)
     return replace(chosen, rejected=rejected, margin=finite(v, "margin", where))
+
+
+# Columns that hold a prompt in other data sets, where it would be wrong to take the common beginning of two answers for it.
+ASKED_ELSEWHERE = "input", "query", "problem", "request", "instruct", "context", "document", "article", "post", "history"
+
+
+def _asked_otherwise(v: Values, where: str) -> tuple[str, Read, str] | None:
+    """Return the prompt of two texts that stand beside an instruction or a question, how it is read, and the column that the
+    answer has there; None if there is neither.
+
+    Raises UserError for another column with text that looks like a prompt.
+    """
+    texts = [str(v[name]) for name in ("chosen", "rejected") if isinstance(v[name], str | int | float)]
+    if len(texts) < 2:
+        return None
+    for name, read, answer in (("instruction", _instructed, "output"), ("question", _prompt_completion, "completion")):
+        if v.get(name):
+            return string(v, name, where), read, answer
+    for name in ASKED_ELSEWHERE:
+        given = v.get(name)
+        if isinstance(given, str) and given.strip() and not all(given.strip() in text for text in texts):
+            raise UserError(
+                f"{where}: there is no prompt, and {name!r} looks like one: write data.columns: {{prompt: {name}}} (or remove "
+                "that column, if the common beginning of 'chosen' and 'rejected' is the prompt)"
+            )
+    return None
+
+
+def _instructed(v: Values, where: str) -> Example:
+    """Read an instruction whose last answer alone is trained."""
+    example = _instruction(v, where)
+    return replace(example, prompt_turns=len(example.messages) - 1)
+
+
+def _messages_in_text(value: Any, name: str, where: str) -> Any:
+    """Return the messages that a table holds as JSON text; any other value as it is.
+
+    Raises UserError for messages as Python writes them.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    if PYTHON.match(value):
+        raise UserError(f"{where}: {name!r} holds messages as Python prints them; write them as JSON (json.dumps)")
+    try:
+        turns = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    fields = {"role", "content"}, {"from", "value"}
+    return turns if all(isinstance(turn, dict) and any(both <= turn.keys() for both in fields) for turn in turns) else value
 
 
 def _messages(v: Values, where: str) -> Example:
@@ -178,11 +259,22 @@ FORMATS: dict[str, Format] = {
     "input_ids": Format(("input_ids",), _input_ids, ("labels", "attention_mask", *MASKS), whole=True),
     "messages": Format(("messages",), _messages, CHAT, whole=True),
     "conversations": Format(("conversations",), _conversations, CHAT, whole=True),
-    "unpaired_preference": Format(
-        ("prompt", "completion", "label"), _unpaired_preference, CHAT, "completion", fits=lambda v: _verdict(v) is not None
+    "unpaired_preference": Format(("prompt", "completion", "label"), _unpaired_preference, CHAT, "completion", verdict=True),
+    "unpaired_messages": Format(
+        ("label",),
+        _unpaired_messages,
+        (*TALKS, *CHAT),
+        whole=True,
+        asked_for=True,
+        fits=lambda v: any(v.get(name) for name in TALKS),
     ),
     "prompt_completion": Format(("prompt", "completion"), _prompt_completion, CHAT, "completion"),
-    "preference": Format(("chosen", "rejected"), _preference, ("prompt", "margin", *TALKS, *CHAT), whole=True),
+    "preference": Format(
+        ("chosen", "rejected"),
+        _preference,
+        ("prompt", "margin", "question", "instruction", "input", "history", *TALKS, *CHAT),
+        whole=True,
+    ),
     "instruction": Format(("instruction", "output"), _instruction, ("input", "system", "history", "references"), "output"),
     "question_answer": Format(("question", "answer"), _question, CHAT, "answer"),
     "document_summary": Format(("document", "summary"), _document, CHAT, "summary"),

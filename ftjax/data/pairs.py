@@ -56,7 +56,7 @@ class Pairs(RowEncoding):
 
     sequences = 2
     unwanted = rejected = True
-    formats = ("preference", "unpaired_preference")
+    formats = ("preference", "unpaired_preference", "unpaired_messages")
 
     @property
     def values(self) -> int:

@@ -78,10 +78,11 @@ def load_splits(
     train, validation = _load_splits(config, tokenizer, seed, progress, encoding)
     if positions is not None and config.max_length > positions:
         for split in (train, validation):
-            if split is not None:
+            longer = 0 if split is None else int((split.lengths > positions).sum())
+            if split is not None and (longer or encoding.sequences == 1):  # a row that holds several documents may be longer
                 split.report.warnings.append(
                     f"data.max_length {config.max_length:,} is more than the {positions:,} tokens that the model is made for: "
-                    f"{int((split.lengths > positions).sum()):,} documents are longer"
+                    f"{longer:,} documents are longer"
                 )
     return train, validation
 

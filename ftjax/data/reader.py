@@ -16,7 +16,7 @@ from ftjax.data.advice import advise
 from ftjax.data.example import Example
 from ftjax.data.faults import Faults
 from ftjax.data.find import Files, HubSet
-from ftjax.data.formats import CHAT, FORMATS, asked
+from ftjax.data.formats import CHAT, FORMATS, asked, is_verdict
 from ftjax.data.read import read_rows
 from ftjax.data.row import Row
 from ftjax.data.translate import KNOWN
@@ -90,7 +90,8 @@ class Reader:
         label: Callable[[Any, str], Any] | None = None, prefers: Sequence[str] = (), advising: bool = True,
     ):  # fmt: skip
         self.source = source
-        self.order = dict.fromkeys((*prefers, *FORMATS))
+        self.prefers = tuple(prefers)
+        self.order = dict.fromkeys((*prefers, *(name for name, form in FORMATS.items() if not form.asked_for)))
         self.advising = advising
         self.columns = source.columns or {}
         self.normalize, self.label = normalize, label
@@ -215,10 +216,16 @@ class Reader:
             if self.template:  # the template makes the prompt, and the first completion column is the answer
                 found = [name for column, name in answers.items() if column in values][:1]
             else:
-                found = [name for name, form in FORMATS.items() if values.keys() >= set(form.needs) and form.fits(values)]
+                found = [name for name in self.order if self._fit(name, values)]
             fits.update(found)
             some += bool(found)
         return fits, some
+
+    def _fit(self, name: str, values: Values) -> bool:
+        form = FORMATS[name]
+        if not (values.keys() >= set(form.needs) and form.fits(values)):
+            return False
+        return not form.verdict or name in self.prefers or is_verdict(values)
 
     def _nothing_fits(self) -> str:
         row, found = self._ahead[0], names_of(self._known)
@@ -227,19 +234,22 @@ class Reader:
                 f"{row.where}: data.template makes the prompt, and no column holds the completion; found {found}. Name it with "
                 "data.columns: {completion: NAME}, or write data.completion_template"
             )
-        known = " or ".join(quoted(form.needs, " and ") for name, form in FORMATS.items() if name != "unpaired_preference")
+        named = self.prefers or [name for name, form in FORMATS.items() if not form.verdict]
+        known = " or ".join(quoted(FORMATS[name].needs, " and ") for name in named if not FORMATS[name].asked_for)
         return f"{row.where}: expected columns {known}; found {found}. {self._advice}"
 
     @cached_property
     def _advice(self) -> str:
-        return advise(self._ahead, self._readable) if self.advising else ""
+        return advise(self._ahead, self._readable, bool(self.prefers)) if self.advising else ""
 
     def _readable(self, columns: dict[str, str]) -> bool:
-        """Return whether these rows can be read with this `data.columns`."""
-        read = 0
+        """Return whether these rows can be read with this `data.columns`, in a format that the objective prefers if any."""
+        read, source = 0, self.source.model_copy(update={"columns": columns, "format": "auto"})
         try:
-            reader = Reader(self.source.model_copy(update={"columns": columns, "format": "auto"}), self._ahead, advising=False)
+            reader = Reader(source, self._ahead, prefers=self.prefers, advising=False)
         except UserError:
+            return False
+        if self.prefers and reader.name not in self.prefers:
             return False
         for row in self._ahead:
             try:

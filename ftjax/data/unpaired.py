@@ -36,7 +36,8 @@ class UnpairedEncoder(Encoder):
         if not example.labelled:
             raise UserError(
                 f"{example.where}: this objective needs to know whether an answer is wanted; expected columns prompt, "
-                "completion and label (true or false), or prompt, chosen and rejected"
+                "completion and label (true or false; of another name: data.columns: {label: NAME}), or prompt, chosen and "
+                "rejected"
             )
         halves = [example] if example.rejected is None else [example, example.rejected]
         return [plan for half in halves for plan in super(UnpairedEncoder, self).plan(half)]

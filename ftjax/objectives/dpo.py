@@ -284,7 +284,12 @@ FALL = 2.0  # nats by which a chosen answer has become less likely, on average
 
 
 def warning(section: DpoConfig, means: Mapping[str, float]) -> str | None:
-    """Return a warning if chosen answers become less likely while the margin grows, which is how DPO usually goes wrong."""
+    """Return a warning if chosen answers become less likely while the margin grows, which is how DPO usually goes wrong.
+
+    Without a reference nothing tells how likely they were, and `apo_down` wants them less likely.
+    """
+    if section.reference_free or "apo_down" in section.loss_type:
+        return None
     fall = -means.get("rewards/chosen", 0.0) / section.beta
     if fall < FALL or means.get("rewards/margins", 0.0) <= 0:
         return None

@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 
 from ftjax.config.data import DataConfig
 from ftjax.data.encode import Encoder
+from ftjax.data.pairs import Pairs
 from ftjax.data.pipeline import load_splits
 from ftjax.data.reader import to_examples
 from ftjax.data.row import Row
@@ -135,6 +136,18 @@ def test_the_report_counts_them(tmp_path):
     assert load_splits(skipping, byte_level(CHATML), seed=0)[0].report.kept == 2
     short = load_splits(DataConfig(**config), byte_level(CHATML), seed=0, positions=20)[0].report
     assert any("max_length 64 is more than the 20 tokens" in warning for warning in short.warnings)
+
+
+def test_a_row_that_holds_a_pair_may_be_longer_than_the_context(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"prompt": "What?", "chosen": " this", "rejected": " that"}))
+    config = DataConfig(train=str(file), max_length=64)
+
+    def warned(positions):
+        split, _ = load_splits(config, byte_level(), seed=0, encoding=Pairs(), positions=positions)
+        return [warning for warning in split.report.warnings if "is made for" in warning]
+
+    assert warned(40) == [] and "3 tokens that the model is made for: 2 documents are longer" in warned(3)[0]
 
 
 CALLING = (

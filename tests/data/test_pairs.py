@@ -176,7 +176,7 @@ def test_a_pair_of_labelled_rows_is_that_pair_in_validation(tmp_path):
         ([{"text": "Hello"}], "compares two answers"),
         ([{"prompt": "Hello", "completion": " fine"}], "compares two answers"),
         ([{"input_ids": [1, 2]}], "compares two answers"),
-        ([labelled("P", " a", "perhaps")], "compares two answers"),  # a label of another kind: prompts and completions
+        ([labelled("P", " a", "perhaps")], "'label' is 'perhaps', expected true or false"),
     ],
 )
 def test_a_row_without_a_second_answer_is_refused(rows, message, tmp_path):

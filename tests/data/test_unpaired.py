@@ -40,6 +40,19 @@ def test_each_answer_has_its_label_and_a_neighbours_answer(tmp_path):
     assert said(alone, tokenizer) == [[("P", " a", 1)], [("Q", " b", -1)], [("R", " c", 1)]]
 
 
+def test_labelled_conversations(tmp_path):
+    """The last answer has the label; those before it are part of the prompt."""
+    rows = [{"messages": talk("p", "x", "P", "a"), "label": True}, {"messages": talk("Q", "b"), "label": False}]
+    tokenizer = byte_level(CHATML)
+    split = load(write(tmp_path / "a.jsonl", *rows), KTO, tokenizer)
+    found = said(split, tokenizer)
+    assert [[(text, label) for _, text, label in unit] for unit in found] == [
+        [(f"a{END}", 1), (f"b{END}", 0)],
+        [(f"b{END}", -1), (f"a{END}", 0)],
+    ]
+    assert all("x<|im_end|>" in prompt for prompt, _, _ in found[0])
+
+
 def test_a_pair_is_two_labelled_answers(tmp_path):
     rows = [{"prompt": "P", "chosen": " a", "rejected": " b"}, {"prompt": "Q", "chosen": " c", "rejected": " d", "margin": 2}]
     tokenizer = byte_level()

@@ -175,6 +175,9 @@ def test_best_up_and_down():
         ("eval/loss", None, "eval/loss", False), ("eval_loss", None, "eval/loss", False), ("loss", None, "eval/loss", False),
         ("eval/task_perplexity", None, "eval/task_perplexity", False), ("rougeL", None, "eval/rougeL", True),
         ("eval/token_accuracy", False, "eval/token_accuracy", False), ("train/loss", None, "train/loss", False),
+        ("rewards/accuracies", None, "eval/rewards/accuracies", True), ("logps/rejected", None, "eval/logps/rejected", False),
+        ("eval_rewards/margins", None, "eval/rewards/margins", True), ("eval/loss/sigmoid", None, "eval/loss/sigmoid", False),
+        ("train/rewards/chosen", None, "train/rewards/chosen", True), ("kl", None, "eval/kl", False),
     ],
 )  # fmt: skip
 def test_which_way_is_better(name, given, metric, greatest):

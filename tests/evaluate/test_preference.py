@@ -32,21 +32,21 @@ def pairs_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tiny, pairs_file, tmp_path_factory):
-    """Return `trained(objective)`: a LoRA run of a few updates on the pairs."""
+    """Return `trained(objective)`: a run of a few updates on the pairs."""
     made = {}
 
-    def make(objective):
-        if objective not in made:
-            folder = made[objective] = tmp_path_factory.mktemp(objective)
+    def make(objective, method="lora"):
+        if (objective, method) not in made:
+            folder = made[objective, method] = tmp_path_factory.mktemp(objective)
             train(Config.model_validate({
                 "model": {"path": str(tiny), "dtype": "float32", "compute_dtype": "float32", "remat": "none"},
-                "method": {"name": "lora", "r": 4}, "objective": {"name": objective},
+                "method": {"name": "lora", "r": 4} if method == "lora" else {"name": method}, "objective": {"name": objective},
                 "data": {"train": str(pairs_file), "validation": str(pairs_file), "max_length": 32, "contamination": "ignore"},
                 "optimizer": {"learning_rate": 1e-2},
                 "training": {"max_steps": 12, "global_batch_size": 4, "report_to": [], "logging_steps": 4},
                 "evaluate": {"training_examples": 1}, "output_dir": str(folder),
             }), devices=ONE)  # fmt: skip
-        return made[objective]
+        return made[objective, method]
 
     return make
 
@@ -93,13 +93,19 @@ def test_the_rewards_are_those_of_training(trained, tmp_path):
     assert 0.1 * found["reward_margin"].value == pytest.approx(last["eval/rewards/margins"], rel=1e-3)
 
 
-def test_a_reward_model_scores_as_transformers(tiny, trained, tmp_path):
-    run = trained("reward")
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_reward_model_scores_as_transformers(method, tiny, trained, tmp_path):
+    run = trained("reward", method)
     found = evaluate(str(run), out=tmp_path)
     tokenizer = make_tokenizer()
-    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
-    base.config.pad_token_id = 0
-    model = PeftModel.from_pretrained(base, run / "final").eval()
+    if method == "full":
+        model, info = AutoModelForSequenceClassification.from_pretrained(run / "final", output_loading_info=True)
+        assert not any(info.values()) and model.config.num_labels == 1
+    else:
+        base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+        base.config.pad_token_id = 0
+        model = PeftModel.from_pretrained(base, run / "final")
+    model = model.eval()
 
     def score(row, name):
         ids = [*tokenizer(row["prompt"] + row[name])["input_ids"], tokenizer.eos_token_id]

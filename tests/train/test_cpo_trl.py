@@ -2,7 +2,7 @@
 
 import pytest
 from processes import ALL
-from trl_oracle import FULL, PAIRS, Ours, Theirs, compare, make_model
+from trl_oracle import FULL, LORA, PAIRS, Ours, Theirs, compare, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -81,3 +81,19 @@ def test_orpo(ours, orpo, name):
     for compute in (ours.quick, ours.whole) if ALL or name == "defaults" else (ours.quick,):
         compare(compute(name="orpo", **settings), want, names)
     compare(ours.by_rows(name="orpo", **settings), want, names, gradients=False)
+
+
+# Adapters of other families, with the loss as training computes it.
+ADAPTERS = {
+    "orpo": ("qwen3", {"head_dim": 8}, {"beta": 0.7}),
+    "cpo": ("gemma2", {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 6.0}, {"beta": 0.3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADAPTERS if ALL else [*ADAPTERS][:1])
+def test_adapters(name, tmp_path):
+    family, values, settings = ADAPTERS[name]
+    folder = make_model(tmp_path / "model", family, **values)
+    ours = Ours(folder, PAIRS, {"name": name}, LORA, 0.3)
+    theirs = Theirs(folder, PAIRS, ours, tmp_path / "out", name)
+    compare(ours.whole(**settings), theirs(**settings), METRICS | {"nll_loss"})

@@ -27,7 +27,7 @@ CASES = {
     "smooth-0": {"loss_type": ["aot", "aot_unpaired", "robust"]},
     "weights": {"loss_type": ["sigmoid", "sft", "bco_pair", "aot"], "loss_weights": [0.8, 0.3, 1.5, -0.2], "ld_alpha": 0.5},
     "forward_kl": {"f_divergence_type": "forward_kl", "loss_type": ["sigmoid", "ipo"]},
-    "js_divergence": {"f_divergence_type": "js_divergence", "loss_type": ["sigmoid", "hinge", "discopop"]},
+    "js_divergence": {"f_divergence_type": "js_divergence", "loss_type": ["sigmoid", "hinge", "ipo", "discopop"]},
     "alpha_divergence": {"f_divergence_type": "alpha_divergence", "loss_type": ["sigmoid", "sigmoid_norm"]},
     "alpha-2": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 2.0, "beta": 0.03},
     "alpha-1": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0, "loss_type": ["sigmoid"]},

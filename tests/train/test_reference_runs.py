@@ -111,6 +111,8 @@ def test_a_warning_when_chosen_answers_become_less_likely(model, pairs, tmp_path
     assert "5.0 nats" in dpo.warning(section, wrong)
     assert dpo.warning(section, wrong | {"rewards/margins": -0.4}) is None
     assert dpo.warning(section, wrong | {"rewards/chosen": -0.1}) is None
+    for other in ({"reference_free": True}, {"loss_type": ["sigmoid", "apo_down"]}):
+        assert dpo.warning(section.model_copy(update=other), wrong) is None
 
 
 def test_a_warning_is_said_once_and_only_if_it_stays():
@@ -131,6 +133,19 @@ def test_warnings_are_printed(model, pairs, tmp_path, capsys, monkeypatch):
     assert printed.count("chosen answers become less likely") == 1
     warned = [row for row in rows(tmp_path) if "warning" in row]
     assert len(warned) <= 1
+
+
+@pytest.mark.parametrize(("metric", "steps", "stopped"), [("rewards/accuracies", 60, True), ("rewards/margins", 8, False)])
+def test_the_best_step_and_an_early_stop_by_a_metric_of_pairs(metric, steps, stopped, model, pairs, tmp_path):
+    """All pairs are soon right, and two evaluations later the run ends; margins grow all the time."""
+    best = {"metric_for_best_model": metric, "early_stopping_patience": 2, "eval_steps": 2}
+    wanted = pair_config(model, pairs, tmp_path, steps=steps)
+    options = wanted.training.model_validate(wanted.training.model_dump() | best)
+    train(wanted.model_copy(update={"training": options}), devices=ONE)
+    found = {row["step"]: row[f"eval/{metric}"] for row in rows(tmp_path) if "eval/loss" in row}
+    first = min(step for step, value in found.items() if value == max(found.values()))
+    assert f" {first} optimizer steps" in (tmp_path / "best" / "README.md").read_text()
+    assert max(found) == (first + 4 if stopped else first) and (max(found) < steps) == stopped
 
 
 def test_rewards_are_measured_from_the_start(model, pairs, tmp_path):
