@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from ftjax.mesh import constrain
 from ftjax.models.nn.chunks import chunks, joined
-from ftjax.objectives.loss import float32_zeros, reorder, trained_order, unless_idle
+from ftjax.objectives.loss import added, float32_zeros, reorder, trained_order, unless_idle
 from ftjax.objectives.projection import Projection, one_device
 
 
@@ -143,7 +143,7 @@ def _backward(unembed, arrange, of, length, skip, inputs: Any, cotangent: TokenL
     def body(d_params, chunk):
         h, targets, keep, *cotangents = chunk
         d_more, d_h = unless_idle(skip, lambda: gradients(h, targets, keep, cotangents), keep)
-        return jax.tree.map(jnp.add, d_params, d_more), d_h  # float32 sums
+        return added(d_params, d_more), d_h
 
     cotangents = [cotangent.logprobs] if cotangent.entropy is None else [cotangent.logprobs, cotangent.entropy]
     xs = tuple(chunks(x, length) for x in (hidden, targets, keep, *cotangents))

@@ -150,7 +150,7 @@ def _forward(unembed, arrange, measure, length, skip, params, hidden, targets, w
     def body(carry, chunk):
         totals, d_params = carry
         more, d_more, d_h = unless_idle(skip, lambda: gradients(chunk), chunk[-1])
-        carry = jax.tree.map(jnp.add, totals, more), jax.tree.map(jnp.add, d_params, d_more)  # float32 sums
+        carry = jax.tree.map(jnp.add, totals, more), added(d_params, d_more)
         return carry, d_h
 
     xs = tuple(chunks(x, length) for x in (hidden, targets, weights))
@@ -165,8 +165,14 @@ def float32_zeros(params: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
 
 
+def added(sums: Any, more: Any) -> Any:
+    """Add gradients to sums in the dtype of the sums."""
+    return jax.tree.map(lambda total, one: total + one.astype(total.dtype), sums, more)
+
+
 def _backward(unembed, arrange, measure, length, skip, residuals, cotangent: LossTotals):
-    d_params, d_hidden = jax.tree.map(lambda g: (g * cotangent.loss).astype(g.dtype), residuals)
+    wide = jnp.promote_types(jnp.float32, cotangent.loss.dtype)
+    d_params, d_hidden = jax.tree.map(lambda g: (g.astype(wide) * cotangent.loss).astype(g.dtype), residuals)
     return d_params, d_hidden, None, None
 
 
