@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from ftjax.models.nn.chunks import chunks, joined
@@ -162,7 +163,7 @@ def _forward(unembed, arrange, measure, length, skip, params, hidden, targets, w
 
 def float32_zeros(params: Any) -> Any:
     """Return zeros to sum gradients of these parameters in: float32, or wider if they are."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, np.promote_types(x.dtype, np.float32)), params)
 
 
 def added(sums: Any, more: Any) -> Any:
@@ -171,7 +172,7 @@ def added(sums: Any, more: Any) -> Any:
 
 
 def _backward(unembed, arrange, measure, length, skip, residuals, cotangent: LossTotals):
-    wide = jnp.promote_types(jnp.float32, cotangent.loss.dtype)
+    wide = np.promote_types(np.float32, cotangent.loss.dtype)
     d_params, d_hidden = jax.tree.map(lambda g: (g.astype(wide) * cotangent.loss).astype(g.dtype), residuals)
     return d_params, d_hidden, None, None
 
