@@ -36,7 +36,7 @@ class GPT2Attention(nnx.Module):
         b, t, _ = x.shape
         q, k, v = (y.reshape(b, t, self.heads, self.head_dim) for y in jnp.split(self.c_attn(x, ctx), 3, axis=-1))
         if self.by_layer:  # scale queries, not `pattern.scale`, so that all layers share one scan
-            q = (q.astype(jnp.float32) / (layer + 1)).astype(q.dtype)
+            q = (q.astype(jnp.float32) / jnp.asarray(layer + 1, jnp.float32)).astype(q.dtype)
         y, cache = self_attention(q, k, v, ctx, pattern, layer, cache)
         return self.c_proj(y, ctx), cache
 
