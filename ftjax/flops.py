@@ -2,13 +2,14 @@
 
 FLOPs per token, forward and backward (a multiply-add counts two):
 
-    F = 4 N + 2 N_t + sum over layers of 12 W K  -  2 N_0 - sum over the layers below of 8 W K
+    F = 4 N + 2 N_t + sum over layers of (12 W K + 3 R)  -  2 N_0 - sum over the layers below of (8 W K + 2 R)
 
     N    weights of the matrices that a token is multiplied with: 2 N forward, 2 N for the gradients of activations
     N_t  those of them that are trained: 2 N_t more for their own gradients
     N_0  those of the layers below the lowest one with anything trained, if the input's embedding is not: no gradient goes there
     W    heads x head size of a layer
     K    keys that a token sees, on average: of a document of T tokens (T + 1) / 2, within a window fewer
+    R    FLOPs of a token's products with a layer's recurrent state, forward: `state_flops`, which its module declares
 
 So full fine-tuning is 6 N and an adapter 4 N_base + 6 N_adapter, plus attention: scores and their sum with the values are 4 W
 FLOPs per query and key forward, twice that backward, for the pairs that the causal mask, the window and the documents of a
@@ -31,6 +32,7 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float32, Int
 
 from ftjax.chips import chip_of
 from ftjax.models.model import Model
@@ -51,8 +53,11 @@ class TrainFlops:
         attention: W of all layers with one window, by that window (None: no window).
         below: N_0.
         attention_below: W of the layers below, like `attention`.
-        reference: N of a second model that only reads the tokens, at 2 N + 4 W K.
+        states: R of all layers.
+        states_below: R of the layers below.
+        reference: N of a second model that only reads the tokens, at 2 N + 4 W K + R.
         reference_attention: its W, like `attention`.
+        reference_states: its R.
     """
 
     matrices: float
@@ -60,15 +65,18 @@ class TrainFlops:
     attention: dict[int | None, int]
     below: float = 0.0
     attention_below: dict[int | None, int] = field(default_factory=dict)
+    states: float = 0.0
+    states_below: float = 0.0
     reference: float = 0.0
     reference_attention: dict[int | None, int] = field(default_factory=dict)
+    reference_states: float = 0.0
 
     def per_token(self, length: float) -> float:
         """Return F in documents of `length` tokens."""
         return self._products + sum(width * _mean_keys(length, window) for window, width in self._widths.items())
 
-    def of_batch(self, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        """Return F of all real tokens of packed rows `[..., T]`, float32 `[]`; positions count from each document's start."""
+    def of_batch(self, positions: Int[Array, "*rows T"], segment_ids: Int[Array, "*rows T"]) -> Float32[Array, ""]:
+        """Return F of all real tokens of packed rows; positions count from each document's start."""
         real = segment_ids > 0
         keys = positions + 1
 
@@ -80,8 +88,13 @@ class TrainFlops:
 
     @property
     def _products(self) -> float:
-        """FLOPs per token of matrix products."""
-        return 4.0 * self.matrices + 2.0 * self.trained - 2.0 * self.below + 2.0 * self.reference
+        """FLOPs per token of products with weights and recurrent states."""
+        weights = 4.0 * self.matrices + 2.0 * self.trained - 2.0 * self.below + 2.0 * self.reference
+        return weights + self._states
+
+    @property
+    def _states(self) -> float:
+        return 3.0 * self.states - 2.0 * self.states_below + self.reference_states
 
     @property
     def _widths(self) -> dict[int | None, float]:
@@ -95,10 +108,11 @@ class TrainFlops:
         """Return the formula with its numbers, for people."""
         attention = self.per_token(length) - self._products
         reference = f"+ 2 x {self.reference:.4g} of the reference model " if self.reference else ""
+        states = f"+ {self._states:.4g} recurrent states " if self._states else ""
         below = f"- 2 x {self.below:.4g} below the lowest trained layer " if self.below else ""
         return (
             f"{self.per_token(length):.4g} FLOPs per token = 4 x {self.matrices:.4g} weights + 2 x {self.trained:.4g} trained "
-            f"{below}{reference}+ {attention:.4g} attention (documents of {length} tokens)"
+            f"{below}{reference}{states}+ {attention:.4g} attention (documents of {length} tokens)"
         )
 
 
@@ -135,23 +149,31 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     )
     attention: Counter = Counter()
     attention_below: Counter = Counter()
+    states = states_below = 0.0
     for path, stack in nodes.items():
         if isinstance(stack, Stack):
             widths = {  # of each block: modules with heads and a head size are attention
                 name: sum(n.heads * n.head_dim for inner, n in nodes.items() if _is_attention(inner, n, f"{path}.{name}."))
                 for name in set(stack.choice)
             }
+            recurrent = {
+                name: sum(n.state_flops for inner, n in nodes.items() if _has_state(inner, n, f"{path}.{name}."))
+                for name in set(stack.choice)
+            }
             for layer, (name, kind) in enumerate(zip(stack.choice, stack.kinds, strict=True)):
                 pattern = kind if isinstance(kind, Pattern) else kind.pattern
                 attention[pattern.window] += widths[name]
+                states += recurrent[name]
                 if layer < lowest:
+                    states_below += recurrent[name]
                     attention_below[pattern.window] += widths[name]
     trained = sum(count for path, count in counted.items() if model.specs[path].row.trainable)
-    own = TrainFlops(sum(counted.values()), trained, dict(attention), below, dict(attention_below))
+    terms = dict(attention), below, dict(attention_below), states, states_below
+    own = TrainFlops(sum(counted.values()), trained, *terms)
     if reference is None:
         return own
     other = train_flops(reference)
-    return replace(own, reference=other.matrices, reference_attention=other.attention)
+    return replace(own, reference=other.matrices, reference_attention=other.attention, reference_states=other.states)
 
 
 def _places(model: Model, nodes: Mapping[str, nnx.Module]) -> tuple[int, dict[str, list[tuple[Piece, int]]]]:
@@ -189,6 +211,10 @@ def peak_of(devices: list[jax.Device]) -> float | None:
 
 def _is_attention(path: str, node: nnx.Module, below: str) -> bool:
     return path.startswith(below) and hasattr(node, "heads") and hasattr(node, "head_dim")
+
+
+def _has_state(path: str, node: nnx.Module, below: str) -> bool:
+    return path.startswith(below) and hasattr(node, "state_flops")
 
 
 def _mean_keys(length: float, window: int | None) -> float:

@@ -15,8 +15,11 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
+import shape_checks
 
-from ftjax.cpu_threads import set_threads
+shape_checks.install()  # before anything of ftjax is imported
+
+from ftjax.cpu_threads import set_threads  # noqa: E402
 
 set_threads()  # JAX creates its devices on first use
 
@@ -27,6 +30,9 @@ os.environ.setdefault("FTJAX_CACHE", str(ROOT / ".cache" / "ftjax-tests"))
 # Every run tries the same examples, so a failure is due to a change. `--hypothesis-profile default` tries new ones.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
+
+# Arrays of different dtypes are cast explicitly, so that no rounding or widening is by accident.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("FTJAX_TEST_CACHE", str(ROOT / ".cache" / "jax-tests")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from models.cases import ONE_OF_EACH
+from models.hybrid import make
 from oracle import Case, attach_full, context, make_hf, tokens
 
 from ftjax.chips import CHIPS, chip_of
@@ -83,6 +84,24 @@ def test_closed_form(case, attach, tmp_path):
         0 if attach is attach_full else next(2 * model.specs[p].size for p in embeddings(model) if p.startswith(model.output))
     )
     assert program(model) == pytest.approx(pairs + head, rel=1e-3)
+
+
+@pytest.mark.parametrize("lowest", [0, 2])
+def test_layers_with_a_recurrent_state(lowest):
+    """Products with the state count by what the layer declares; a depthwise convolution is not a matrix product."""
+    model, _ = make(("recurrent", "plain", "recurrent"), trainable=not lowest)
+    if lowest:
+        root = model.bind({path: spec.abstract for path, spec in model.specs.items()})
+        config = FullConfig(last_layers=3 - lowest)
+        method_of(config).attach(root, config)
+        model = Model.of(root, model.config)
+    flops = train_flops(model)
+    state = 4 * 4 * 8 * 8
+    assert (flops.states, flops.states_below) == (2 * state, state if lowest else 0)
+    if not lowest:
+        convolutions = 2 * 2 * 24
+        pairs = 6 * (flops.matrices - convolutions) + 12 * 32 * T + 3 * flops.states
+        assert program(model) == pytest.approx(pairs, rel=1e-6)
 
 
 PARTS = [  # what trains, and which matrices of four layers a gradient reaches

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -113,7 +114,7 @@ class Known(LossInputs):
 
     def token_logprobs(self, wanted: jax.Array | None = None, **_: Any) -> TokenLogprobs:
         wanted = self.batch["weights"] if wanted is None else wanted
-        return TokenLogprobs(self.known * (wanted != 0), None)
+        return TokenLogprobs(jnp.where(wanted != 0, self.known, 0), None)
 
 
 class Ours:

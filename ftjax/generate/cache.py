@@ -6,8 +6,8 @@ Legend: B batch, T query length, E embed.
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from ftjax.mesh import constrain
 from ftjax.models.model import Model
@@ -28,8 +28,10 @@ def new_cache(model: Model, batch: int, slots: int, dtype) -> Cache:
     )
 
 
-def forward(module: Any, tokens: jax.Array, counts: jax.Array, cache: Cache, dtype: Any) -> tuple[jax.Array, Cache]:
-    """Return `(hidden states [B, T, E], cache)` for each row's next tokens `[B, T]`; the first `counts [B]` are not padding.
+def forward(
+    module: Any, tokens: Int[Array, "B T"], counts: Int[Array, " B"], cache: Cache, dtype: Any
+) -> tuple[Float[Array, "B T E"], Cache]:
+    """Return the hidden states of each row's next tokens, of which the first `counts` are not padding, and the cache.
 
     Only this function advances a cache; model families just read and write it.
     """

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from ftjax.generate.cache import forward, new_cache
 from ftjax.generate.sample import RowSampling, choose, process
@@ -161,9 +162,9 @@ class Runner:
         return state, self._view(token[:, None], logprob[:, None], state.count - start.chosen)
 
     def _prefill(
-        self, params: Mapping[str, jax.Array], cache: Cache, tokens: jax.Array, counts: jax.Array, block: int
-    ) -> tuple[jax.Array, Cache]:
-        """Prefill the first `counts [B]` of the tokens `[B, T]`; return the logits `[B, V]` after the last one, and the cache.
+        self, params: Mapping[str, jax.Array], cache: Cache, tokens: Int[Array, "B T"], counts: Int[Array, " B"], block: int
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Prefill the first `counts` of the tokens; return the logits after the last one, and the cache.
 
         Tokens are processed `block` at a time, so that the attention scores of a long prompt are never held all at once.
         """
@@ -184,13 +185,13 @@ class Runner:
         final, cache = jax.lax.fori_loop(1, tokens.shape[1] // block, body, (final, cache))
         return self._logits(module, final), cache
 
-    def _pick(self, state: State, logits: jax.Array) -> tuple[State, jax.Array, jax.Array]:
-        """Choose the next token of each unfinished row; return `(state, token [B], log-probability [B])`."""
+    def _pick(self, state: State, logits: Float[Array, "B V"]) -> tuple[State, Int[Array, " B"], Float[Array, " B"]]:
+        """Choose the next token of each unfinished row; return the state, the token and its log-probability."""
         rules, rows, active = state.rules, jnp.arange(logits.shape[0]), ~state.done
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rules.keys), state.count)
         token = choose(process(logits, state.seen, rules.sampling), rules.sampling.temperature, keys)
         logprob = logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
-        count = state.count + active
+        count = state.count + active.astype(jnp.int32)
         ended = jnp.any(token[:, None] == rules.ends, axis=1) | (count >= rules.limits)
         state = state._replace(
             token=jnp.where(active, token, state.token),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from ftjax.errors import UserError
 
@@ -92,13 +93,13 @@ def row_sampling(rows: Sequence[Sampling]) -> RowSampling:
     return RowSampling(**{name: np.array(values[name], kind) for name, kind in kinds.items()}, repetition_penalty=penalty)
 
 
-def process(logits: jax.Array, seen: jax.Array, rows: RowSampling) -> jax.Array:
-    """Apply each row's sampling settings to the float32 logits `[B, V]`; excluded tokens get -inf.
+def process(logits: Float32[Array, "B V"], seen: Bool[Array, "B V"], rows: RowSampling) -> Float32[Array, "B V"]:
+    """Apply each row's sampling settings to the logits; excluded tokens get -inf.
 
     Limits that no row uses are not computed.
 
     Args:
-        seen: [B, V] bool, tokens that occur in prompt or answer, for the repetition penalty.
+        seen: tokens that occur in prompt or answer, for the repetition penalty.
     """
     penalty, top_k, tail, min_p = (x[:, None] for x in (rows.repetition_penalty, rows.top_k, rows.tail, rows.min_p))
     logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -120,12 +121,12 @@ def process(logits: jax.Array, seen: jax.Array, rows: RowSampling) -> jax.Array:
     return logits
 
 
-def choose(logits: jax.Array, temperature: jax.Array, keys: jax.Array) -> jax.Array:
-    """Choose a token per row from processed logits; return int32 `[B]`.
+def choose(logits: Float[Array, "B V"], temperature: Float[Array, " B"], keys: Key[Array, " B"]) -> Int32[Array, " B"]:
+    """Choose a token per row from processed logits.
 
     Args:
-        temperature: [B]; rows where it is 0 take the most probable token.
-        keys: [B], one PRNG key per row.
+        temperature: rows where it is 0 take the most probable token.
+        keys: one PRNG key per row.
     """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -139,8 +140,10 @@ def _keep(logits: jax.Array, kept: jax.Array) -> jax.Array:
     return jnp.where(kept, logits, -jnp.inf)
 
 
-def _threshold(scores: jax.Array, weights: jax.Array, most: jax.Array) -> jax.Array:
-    """Return the largest score `[B, 1]` such that the weights of all lower scores add up to at most `most`.
+def _threshold(
+    scores: Float32[Array, "B V"], weights: Float32[Array, "B V"], most: Float32[Array, "B 1"]
+) -> Float32[Array, "B 1"]:
+    """Return the largest score such that the weights of all lower scores add up to at most `most`.
 
     The search goes bit by bit over order-preserving integers of the float32 scores: as exact as a sort, and much cheaper.
     """

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from ftjax.data.template import render_prompt
 from ftjax.generate.cache import bucket
@@ -41,10 +42,14 @@ class Score:
 
 
 def score_step(
-    runner: Runner, params: Mapping[str, jax.Array], tokens: jax.Array, segment_ids: jax.Array, index: jax.Array,
-    targets: jax.Array,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Return `(log p [B, C], is most probable [B, C])` of `targets [B, C]`, predicted at positions `index [B, C]`."""
+    runner: Runner,
+    params: Mapping[str, jax.Array],
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    index: Int[Array, "B C"],
+    targets: Int[Array, "B C"],
+) -> tuple[Float32[Array, "B C"], Bool[Array, "B C"]]:
+    """Return log p of the targets predicted at positions `index`, and whether they are the most probable."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     ctx = Context(positions, segment_ids, runner.dtype)
     module = runner.model.bind(params)
@@ -57,9 +62,13 @@ def score_step(
 
 
 def head_step(
-    runner: Runner, params: Mapping[str, jax.Array], tokens: jax.Array, segment_ids: jax.Array, index: jax.Array
-) -> jax.Array:
-    """Return float32 scores `[B, labels]` of a classification head, read at position `index [B]` of each row."""
+    runner: Runner,
+    params: Mapping[str, jax.Array],
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    index: Int[Array, " B"],
+) -> Float32[Array, "B labels"]:
+    """Return the scores of a classification head, read at position `index` of each row."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     ctx = Context(positions, segment_ids, runner.dtype)
     module = runner.model.bind(params)
@@ -95,8 +104,12 @@ class Query(NamedTuple):
         return cls(text[:-1], range(len(prompt) - 1, len(text) - 1), completion)
 
 
-def arrays(queries: Sequence[Query], rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return `(tokens, segment ids [rows, T], index, targets [rows, C])`, padded on the right."""
+def arrays(
+    queries: Sequence[Query], rows: int
+) -> tuple[
+    Int32[np.ndarray, "{rows} T"], Int32[np.ndarray, "{rows} T"], Int32[np.ndarray, "{rows} C"], Int32[np.ndarray, "{rows} C"]
+]:
+    """Return tokens, segment ids, `index` and targets, padded on the right."""
     length = bucket(max(len(query.tokens) for query in queries), 16)
     longest = bucket(max(len(query.targets) for query in queries), 4)
     tokens, segments = np.zeros((2, rows, length), np.int32)

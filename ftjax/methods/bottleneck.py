@@ -21,6 +21,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.config import BottleneckConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
 from ftjax.errors import UserError
@@ -97,7 +98,7 @@ class Bottleneck(nnx.Module):
         """Return the module to put here when the method is removed."""
         return IdentityAdapter()
 
-    def __call__(self, x: jax.Array, o: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T E"], o: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T E"]:
         """Apply the bottleneck, x and o `[B, T, E] -> o' [B, T, E]`."""
         z = {"sum": x + o, "result": o, "stream": x}[self.reads]
         h = self.act(project(z, self.down[...]) + self.down_bias[...].astype(z.dtype))

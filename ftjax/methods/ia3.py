@@ -7,10 +7,10 @@ one. Names, shapes and matching rules are PEFT's.
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.config import IA3Config
 from ftjax.errors import UserError
@@ -47,7 +47,7 @@ class IA3Linear(nnx.Module):
         """Return the module to put here when the method is removed."""
         return self.base
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: Float[Array, "*of I"], ctx: Context) -> Float[Array, "*of O"]:
         factor = jnp.where(self.on[...], self.ia3_l[...].reshape(-1), 1).astype(x.dtype)
         return self.base(x * factor, ctx) if self.feedforward else self.base(x, ctx) * factor
 

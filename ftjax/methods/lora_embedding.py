@@ -9,10 +9,10 @@ A)^T) x`. PEFT's file has it a second time, as the update of an output projectio
 Legend: B batch, T query length, E embed, V vocab, R rank.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Shaped
 
 from ftjax.methods.walk import Site
 from ftjax.models.model import Model
@@ -37,8 +37,8 @@ class LoraEmbedding(nnx.Module):
         """Return the module to put here when the method is removed."""
         return self.base
 
-    def __call__(self, tokens: jax.Array, dtype) -> jax.Array:
-        """Look up ids `[B, T]` (or pass embeddings of virtual tokens through) -> `[B, T, E]`."""
+    def __call__(self, tokens: Shaped[Array, "B T ..."], dtype) -> Float[Array, "B T E"]:
+        """Look up ids, or pass embeddings of virtual tokens through."""
         rows = self.base(tokens, dtype)
         if is_virtual(tokens):
             return rows
@@ -46,8 +46,8 @@ class LoraEmbedding(nnx.Module):
         low = rows_of(self.lora_embedding_A[...].T, axes, tokens, jnp.float32) * self.scale[...]
         return rows + project(low.astype(dtype), self.lora_embedding_B[...])
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """Compute logits `[..., E] -> [..., V]`, if the output is tied."""
+    def attend(self, x: Float[Array, "*of E"]) -> Float[Array, "*of V"]:
+        """Compute logits, if the output is tied."""
         low = project(x, self.lora_embedding_B[...], conv1d=True) * self.scale[...].astype(x.dtype)
         return self.base.attend(x) + project(low, self.lora_embedding_A[...], conv1d=True)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Float32
 
 from ftjax.methods.walk import Site
 from ftjax.models.model import Model
@@ -61,7 +62,7 @@ class LoraLinear(nnx.Module):
         """Return the module to put here when the method is removed."""
         return self.base
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: Float[Array, "*of I"], ctx: Context) -> Float[Array, "*of O"]:
         dropped = self._drop(x, ctx)
         update = self._product(dropped, self.lora_A[...], self.lora_B[...], ctx)
         if self.start_A is not None:  # without dropout, like the rest of the base weight
@@ -74,9 +75,13 @@ class LoraLinear(nnx.Module):
             direct = direct - self.base.bias[...].astype(x.dtype)
         adapted = jnp.any(self.scale[...] != 0)
         factor = jnp.where(adapted, self.lora_magnitude_vector[...] / jax.lax.stop_gradient(self._norm()), 1)
-        return saved_product(y + ((factor - 1) * direct + factor * update).astype(x.dtype))
+        return saved_product(
+            y + ((factor - 1) * direct.astype(factor.dtype) + factor * update.astype(factor.dtype)).astype(x.dtype)
+        )
 
-    def _product(self, x: jax.Array, lora_A: jax.Array, lora_B: jax.Array, ctx: Context) -> jax.Array:
+    def _product(
+        self, x: Float[Array, "*of I"], lora_A: Float[Array, "R I"], lora_B: Float[Array, "O R"], ctx: Context
+    ) -> Float[Array, "*of O"]:
         """Compute `scale * B A x`."""
         low = saved_product(project_sharded(x, lora_A, self.axes_A, ctx) * self.scale[...].astype(x.dtype))
         return project_sharded(low, lora_B, self.axes_B, ctx, widen)
@@ -87,8 +92,8 @@ class LoraLinear(nnx.Module):
         keep = jax.random.bernoulli(jax.random.fold_in(ctx.dropout, self.salt), 1 - self.dropout, x.shape)
         return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
 
-    def _norm(self) -> jax.Array:
-        """Return `||W + B diag(scale) A||` per output [O], float32, without a matrix of W's size:"""
+    def _norm(self) -> Float32[Array, " O"]:
+        """Return `||W + B diag(scale) A||` per output, without a matrix of W's size:"""
         weight = self.base.weight.get_value()
         weight = weight.dequantise(jnp.float32) if isinstance(weight, Quantized) else weight.astype(jnp.float32)
         lora_A, scaled_B = self.lora_A[...], self.lora_B[...] * self.scale[...]

@@ -7,6 +7,7 @@ Legend: V virtual tokens, E embed, C hidden size of the MLP.
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.config import PTuningConfig
 from ftjax.methods.method import Method
@@ -29,7 +30,7 @@ class EncodedTokens(PromptTokens):
             self.weight_2, self.bias_2 = dense(hidden, hidden, 2)
             self.weight_4, self.bias_4 = dense(hidden, embed, 4)
 
-    def flat(self) -> jax.Array:
+    def flat(self) -> Float[Array, "virtual E"]:
         x = super().flat()
         if not self.encoded:
             return x

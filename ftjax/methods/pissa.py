@@ -9,6 +9,7 @@ is PEFT's conversion (`path_initial_model_for_weight_conversion`).
 import math
 
 import numpy as np
+from jaxtyping import Float
 
 from ftjax.config import LoraConfig
 from ftjax.methods.method import Fetch, Stored, own_name
@@ -17,9 +18,9 @@ from ftjax.models.nn.param import Piece, Spec
 
 
 def principal(
-    weight: np.ndarray, rank: int, scale: float, kind: str, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return `(A [rank, I], B [O, rank])` with `scale * B A` the best approximation of rank `rank` of a weight [O, I].
+    weight: Float[np.ndarray, "O I"], rank: int, scale: float, kind: str, rng: np.random.Generator
+) -> tuple[Float[np.ndarray, "{rank} I"], Float[np.ndarray, "O {rank}"]]:
+    """Return A and B with `scale * B A` the best approximation of rank `rank` of a weight.
 
     Args:
         kind: `pissa` for the exact SVD, `pissa_niter_<n>` for n subspace iterations.

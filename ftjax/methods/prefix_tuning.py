@@ -10,10 +10,10 @@ Legend: V virtual tokens, L layers, K kv heads, H head dim, D = K H, C hidden si
 import math
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.config import PrefixTuningConfig
 from ftjax.methods.method import Fetch, Method, Stored
@@ -44,8 +44,8 @@ class PrefixTokens(nnx.Module):
         self.weight_0, self.bias_0 = dense(dim, hidden, 0)
         self.weight_2, self.bias_2 = dense(hidden, wide, 2, zero=zero)
 
-    def flat(self) -> jax.Array:
-        """Return the keys and values `[V, L * 2 * D]`."""
+    def flat(self) -> Float[Array, "virtual all"]:
+        """Return the keys and values of all layers, `L * 2 * D` numbers for each virtual token."""
         if not self.projected:
             return self.embedding[...]
         x = jnp.tanh(project(self.embedding[...], self.weight_0[...]) + self.bias_0[...])

@@ -7,10 +7,10 @@ Legend: V virtual tokens, E embed.
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.config import PromptTuningConfig
 from ftjax.errors import UserError
@@ -32,8 +32,8 @@ class PromptTokens(nnx.Module):
         self.layout = Layout(((remembered,),) * layers)
         self.embedding = own((count, embed), "embedding", Init("normal"))
 
-    def flat(self) -> jax.Array:
-        """Return the embeddings `[V, E]`."""
+    def flat(self) -> Float[Array, "virtual E"]:
+        """Return the embeddings."""
         return self.embedding[...]
 
     def __call__(self, root: nnx.Module, ctx: Context) -> Prefix:

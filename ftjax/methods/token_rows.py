@@ -9,10 +9,10 @@ Legend: B batch, T query length, E embed, V vocab, N tokens whose rows train.
 
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Shaped
 
 from ftjax.config import LoraConfig
 from ftjax.methods.method import Start
@@ -45,8 +45,8 @@ class TokenRows(nnx.Module):
         """Return the module to put here when the method is removed."""
         return self.base
 
-    def __call__(self, tokens: jax.Array, dtype) -> jax.Array:
-        """Look up ids `[B, T]` (or pass embeddings of virtual tokens through) -> `[B, T, E]`."""
+    def __call__(self, tokens: Shaped[Array, "B T ..."], dtype) -> Float[Array, "B T E"]:
+        """Look up ids, or pass embeddings of virtual tokens through."""
         rows = self.base(tokens, dtype)
         if is_virtual(tokens):
             return rows
@@ -57,8 +57,8 @@ class TokenRows(nnx.Module):
         own = jnp.take(self.trainable_tokens_delta[...], order[at], axis=0)
         return jnp.where((ids[at] == tokens)[..., None], own.astype(dtype), rows)
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """Compute logits `[..., E] -> [..., V]`, if the output is tied."""
+    def attend(self, x: Float[Array, "*of E"]) -> Float[Array, "*of V"]:
+        """Compute logits, if the output is tied."""
         return self.base.attend(x).at[..., self.ids[...]].set(project(x, self.trainable_tokens_delta[...]))
 
 
@@ -73,8 +73,8 @@ class OutputRows(nnx.Module):
         """Return the module to put here when the method is removed."""
         return self.base
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """Compute logits `[..., E] -> [..., V]`."""
+    def __call__(self, x: Float[Array, "*of E"], ctx: Context) -> Float[Array, "*of V"]:
+        """Compute logits."""
         return self.base(x, ctx).at[..., self.ids[...]].set(project(x, self.trainable_tokens_delta[...]))
 
 

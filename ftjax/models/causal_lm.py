@@ -6,7 +6,7 @@ Legend: B batch, T query length, E embed, V vocab.
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import jax
+from jaxtyping import Array, Float, Float32, Shaped
 
 from ftjax.models.facts import Facts
 from ftjax.models.nn.context import Context
@@ -57,12 +57,14 @@ class CausalLM(Protocol):
     notes: tuple[str, ...]
     max_positions: int | None
 
-    def hidden(self, tokens: jax.Array, ctx: Context, cache: Any = None) -> tuple[jax.Array, Any, jax.Array]:
-        """Map token ids `[B, T]`, or virtual tokens `[B, T, E]`, to `(hidden states [B, T, E], cache, auxiliary loss)`."""
+    def hidden(
+        self, tokens: Shaped[Array, "B T ..."], ctx: Context, cache: Any = None
+    ) -> tuple[Float[Array, "B T E"], Any, Float[Array, ""]]:
+        """Map token ids, or virtual tokens `[B, T, E]`, to hidden states, the cache and an auxiliary loss."""
         ...
 
-    def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """Project hidden states `[..., E]` to float32 logits `[..., V]`."""
+    def unembed(self, x: Float[Array, "*of E"], ctx: Context) -> Float32[Array, "*of V"]:
+        """Project hidden states to logits."""
         ...
 
 

@@ -6,6 +6,7 @@ Legend: B batch, T query length, E embed, V vocab.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32
 
 from ftjax.models.causal_lm import Sizes, read_sizes
 from ftjax.models.facts import Facts
@@ -41,7 +42,7 @@ class GemmaForCausalLM(LlamaForCausalLM):
         super().__init__(model, sizes, tied)
         self.softcap = softcap
 
-    def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def unembed(self, x: Float[Array, "*of E"], ctx: Context) -> Float32[Array, "*of V"]:
         """Project hidden states `[..., E]` to float32 logits `[..., V]`."""
         logits = super().unembed(x, ctx)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)

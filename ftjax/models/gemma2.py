@@ -3,9 +3,9 @@
 Source: Gemma Team 2024 (arXiv:2408.00118).
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import read_sizes
@@ -29,7 +29,7 @@ class Gemma2Block(nnx.Module):
         self.post_feedforward_layernorm = gemma_norm(embed, eps)
         self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
         y = self.attention_adapters(x, y, ctx)
         x = constrain(x + self.post_attention_layernorm(y), "batch", "length", None)

@@ -5,7 +5,7 @@ Source: Gemma Team 2025 (arXiv:2503.19786). The multimodal wrapper is another mo
 
 from dataclasses import replace
 
-import jax
+from jaxtyping import Array, Float
 
 from ftjax.models.causal_lm import read_sizes
 from ftjax.models.facts import Facts
@@ -18,7 +18,7 @@ from ftjax.models.nn.stack import Stack
 
 
 class Gemma3Block(Gemma2Block):
-    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, kind: Kind, layer, cache: Memories):
         return super().__call__(x, replace(ctx, rope=ctx.rope[kind.rope]), kind.pattern, layer, cache)
 
 

@@ -5,9 +5,9 @@ Other models with this architecture: DistilGPT-2, DialoGPT, Cerebras-GPT, Stanfo
 Legend: B batch, T query length, E embed, N heads, H head dim, F mlp, V vocab.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Shaped
 
 from ftjax.errors import UserError
 from ftjax.mesh import constrain
@@ -31,12 +31,12 @@ class GPT2Attention(nnx.Module):
         self.c_attn = Linear(embed, 3 * embed, ("embed", "heads"), bias=True, conv1d=True)
         self.c_proj = Linear(embed, embed, ("heads", "embed"), bias=True, conv1d=True)
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, pattern: Pattern, layer, cache: Memories):
         """Map `x [B, T, E]` to `([B, T, E], cache)`."""
         b, t, _ = x.shape
         q, k, v = (y.reshape(b, t, self.heads, self.head_dim) for y in jnp.split(self.c_attn(x, ctx), 3, axis=-1))
         if self.by_layer:  # scale queries, not `pattern.scale`, so that all layers share one scan
-            q = (q.astype(jnp.float32) / (layer + 1)).astype(q.dtype)
+            q = (q.astype(jnp.float32) / jnp.asarray(layer + 1, jnp.float32)).astype(q.dtype)
         y, cache = self_attention(q, k, v, ctx, pattern, layer, cache)
         return self.c_proj(y, ctx), cache
 
@@ -47,7 +47,7 @@ class GPT2MLP(nnx.Module):
         self.c_fc = Linear(embed, mlp, ("embed", "mlp"), bias=True, conv1d=True)
         self.c_proj = Linear(mlp, embed, ("mlp", "embed"), bias=True, conv1d=True)
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T E"]:
         return self.c_proj(self.act(self.c_fc(x, ctx)), ctx)
 
 
@@ -59,7 +59,7 @@ class GPT2Block(nnx.Module):
         self.ln_2 = LayerNorm(embed, eps)
         self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.attn(self.ln_1(x), ctx, pattern, layer, cache)
         x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
         x = x + self.output_adapters(x, self.mlp(self.ln_2(x), ctx), ctx)
@@ -73,7 +73,7 @@ class GPT2Model(nnx.Module):
         self.h = layers
         self.ln_f = LayerNorm(embed, eps)
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
+    def __call__(self, tokens: Shaped[Array, "B T ..."], ctx: Context, cache: Memories = None):
         """Map tokens `[B, T]` to hidden states `[B, T, E]`; also return the cache and the auxiliary loss.
 
         A position beyond the table gives NaN, never the row of another position.
@@ -93,10 +93,10 @@ class GPT2LMHeadModel(nnx.Module):
         self.transformer = transformer
         self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
 
-    def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
+    def hidden(self, tokens: Shaped[Array, "B T ..."], ctx: Context, cache: Memories = None):
         return self.transformer(tokens, after_virtual_tokens(self, tokens, ctx), cache)
 
-    def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def unembed(self, x: Float[Array, "*of E"], ctx: Context) -> Float32[Array, "*of V"]:
         """Project hidden states `[..., E]` to float32 logits `[..., V]`."""
         logits = self.transformer.wte.attend(x) if self.lm_head is None else self.lm_head(x, ctx)
         return logits.astype(jnp.float32)

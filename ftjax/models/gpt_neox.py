@@ -6,9 +6,9 @@ Legend: B batch, T query length, E embed, N heads, H head dim, F mlp, V vocab.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Shaped
 
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import Sizes
@@ -31,7 +31,7 @@ class GPTNeoXAttention(nnx.Module):
         self.query_key_value = Linear(embed, 3 * embed, ("embed", "heads"), bias=bias)
         self.dense = Linear(embed, embed, ("heads", "embed"), bias=bias)
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, pattern: Pattern, layer, cache: Memories):
         """Map `x [B, T, E]` to `([B, T, E], cache)`."""
         b, t, _ = x.shape
         qkv = self.query_key_value(x, ctx).reshape(b, t, self.heads, 3 * self.head_dim)  # the fused projection is by head
@@ -45,7 +45,7 @@ class GPTNeoXMLP(nnx.Module):
         self.dense_h_to_4h = Linear(embed, mlp, ("embed", "mlp"), bias=True)
         self.dense_4h_to_h = Linear(mlp, embed, ("mlp", "embed"), bias=True)
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T E"]:
         return self.dense_4h_to_h(self.act(self.dense_h_to_4h(x, ctx)), ctx)
 
 
@@ -60,7 +60,7 @@ class GPTNeoXBlock(nnx.Module):
         self.post_attention_layernorm = LayerNorm(embed, eps)
         self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.attention(self.input_layernorm(x), ctx, pattern, layer, cache)
         attended = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
         read = x if self.parallel else attended
@@ -75,7 +75,7 @@ class GPTNeoXModel(nnx.Module):
         self.layers = layers
         self.final_layer_norm = LayerNorm(embed, eps)
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
+    def __call__(self, tokens: Shaped[Array, "B T ..."], ctx: Context, cache: Memories = None):
         """Map tokens `[B, T]` to hidden states `[B, T, E]`; also return the cache and the auxiliary loss."""
         x = constrain(self.embed_in(tokens, ctx.dtype), "batch", "length", None)
         ctx = dataclasses.replace(ctx, rope=self.rope.angles(ctx.positions, ctx.segment_ids))
@@ -98,10 +98,10 @@ class GPTNeoXForCausalLM(nnx.Module):
             weight = self.lm_head.weight
             weight.set_metadata("row", dataclasses.replace(weight.row, layouts=(layout,)))
 
-    def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
+    def hidden(self, tokens: Shaped[Array, "B T ..."], ctx: Context, cache: Memories = None):
         return self.gpt_neox(tokens, after_virtual_tokens(self, tokens, ctx), cache)
 
-    def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def unembed(self, x: Float[Array, "*of E"], ctx: Context) -> Float32[Array, "*of V"]:
         """Project hidden states `[..., E]` to float32 logits `[..., V]`."""
         logits = self.gpt_neox.embed_in.attend(x) if self.lm_head is None else self.lm_head(x, ctx)
         return logits.astype(jnp.float32)

@@ -8,6 +8,7 @@ Legend: M tokens, D embed, F mlp, X experts.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
@@ -45,7 +46,9 @@ class GptOssExperts(ExpertMatrices):
             setattr(self, name, param(shape, self.AXES[name], name, init=init))
         self.leave_room()
 
-    def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B T E"], chosen: Int[Array, "B T k"], weights: Float[Array, "B T k"]
+    ) -> Float[Array, "B T E"]:
         def feedforward(group: Group, params: dict[str, jax.Array]) -> jax.Array:
             def bias(name: str) -> jax.Array:
                 return params[name].astype(x.dtype)[group.owner]

@@ -6,6 +6,7 @@ Legend: B batch, T query length, E embed, V vocab.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32
 
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import Sizes, read_sizes
@@ -30,7 +31,7 @@ class GraniteBlock(LlamaBlock):
         super().__init__(attention, mlp, embed, eps)
         self.residual = residual
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
         x = constrain(x + times(self.attention_adapters(x, y, ctx), self.residual), "batch", "length", None)
         y = self.mlp(self.post_attention_layernorm(x), ctx)
@@ -54,7 +55,7 @@ class GraniteForCausalLM(LlamaForCausalLM):
         super().__init__(model, sizes, tied)
         self.scaling = scaling
 
-    def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def unembed(self, x: Float[Array, "*of E"], ctx: Context) -> Float32[Array, "*of V"]:
         return super().unembed(x, ctx) / self.scaling
 
 

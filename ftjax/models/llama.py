@@ -11,6 +11,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Shaped
 
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import Sizes, head_size, read_sizes
@@ -67,7 +68,7 @@ class LlamaAttention(nnx.Module):
         v = self.v_proj(x, ctx).reshape(b, t, self.kv_heads, self.head_dim)
         return q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k), v
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, pattern: Pattern, layer, cache: Memories):
         """Map `x [B, T, E]` to `([B, T, E], cache)`."""
         return self.attend(self.project(x, ctx), ctx, pattern, layer, cache)
 
@@ -87,7 +88,7 @@ class LlamaMLP(nnx.Module):
         self.up_proj = Linear(embed, mlp, ("embed", "mlp"), bias=bias)
         self.down_proj = Linear(mlp, embed, ("mlp", "embed"), bias=bias)
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T E"]:
         return feed_forward(self, x, ctx)
 
     def all_at_once(self, x: jax.Array, ctx: Context) -> jax.Array:
@@ -102,7 +103,7 @@ class LlamaBlock(nnx.Module):
         self.post_attention_layernorm = norm(embed, eps)
         self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, pattern: Pattern, layer, cache: Memories):
         qkv = projected(self.input_layernorm, self.self_attn, x, ctx)
         y, cache = self.self_attn.attend(qkv, ctx, pattern, layer, cache)
         x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
@@ -127,7 +128,7 @@ class LlamaModel(nnx.Module):
         """Map tokens `[B, T]` to the input of the first layer, `[B, T, E]`."""
         return self.embed_tokens(tokens, dtype)
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
+    def __call__(self, tokens: Shaped[Array, "B T ..."], ctx: Context, cache: Memories = None):
         """Map tokens `[B, T]` to hidden states `[B, T, E]`; also return the cache and the auxiliary loss."""
         x = constrain(self.embed(tokens, ctx.dtype), "batch", "length", None)
         ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids))
@@ -147,10 +148,10 @@ class LlamaForCausalLM(nnx.Module):
         self.model = model
         self.lm_head = None if tied else Linear(sizes.embed, sizes.vocab, ("embed", "vocab"))
 
-    def hidden(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
+    def hidden(self, tokens: Shaped[Array, "B T ..."], ctx: Context, cache: Memories = None):
         return self.model(tokens, after_virtual_tokens(self, tokens, ctx), cache)
 
-    def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def unembed(self, x: Float[Array, "*of E"], ctx: Context) -> Float32[Array, "*of V"]:
         """Project hidden states `[..., E]` to float32 logits `[..., V]`."""
         logits = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x, ctx)
         return logits.astype(jnp.float32)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Shaped
 
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import head_size, read_sizes
@@ -28,7 +28,7 @@ class MoeBlock(LlamaBlock):
         super().__init__(attention, mlp, embed, eps)
         self.experts = experts
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer: Any, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, pattern: Pattern, layer: Any, cache: Memories):
         y, cache = self.self_attn(self.input_layernorm(x), ctx, pattern, layer, cache)
         x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
         y = self.mlp(self.post_attention_layernorm(x), ctx)
@@ -48,7 +48,7 @@ class MoeModel(LlamaModel):
         super().__init__(vocab, embed, eps, layers, rope)
         self.router_loss, self.sparse = router_loss, sparse
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
+    def __call__(self, tokens: Shaped[Array, "B T ..."], ctx: Context, cache: Memories = None):
         x, cache, sums = super().__call__(tokens, ctx, cache)
         loss = self.router_loss * balance_loss(sums, self.sparse, ctx.segment_ids) if self.router_loss else jnp.float32(0)
         return x, cache, loss

@@ -7,6 +7,7 @@ Legend: B batch, T query length, E embed, N heads, K kv heads, H head dim.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import head_size
@@ -39,7 +40,7 @@ class Olmo2Block(nnx.Module):
         self.post_feedforward_layernorm = olmo_norm(embed, eps)
         self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, pattern: Pattern, layer, cache: Memories):
         y, cache = self.self_attn(x, ctx, pattern, layer, cache)
         x = constrain(x + self.post_attention_layernorm(self.attention_adapters(x, y, ctx)), "batch", "length", None)
         x = x + self.post_feedforward_layernorm(self.output_adapters(x, self.mlp(x, ctx), ctx))

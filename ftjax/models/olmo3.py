@@ -5,7 +5,7 @@ Source: OLMo Team 2025 (arXiv:2512.13961).
 
 from dataclasses import replace
 
-import jax
+from jaxtyping import Array, Float
 
 from ftjax.models.causal_lm import head_size
 from ftjax.models.facts import Facts
@@ -17,7 +17,7 @@ from ftjax.models.olmo2 import Olmo2Block, olmo_norm, parts
 
 
 class Olmo3Block(Olmo2Block):
-    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, kind: Kind, layer, cache: Memories):
         return super().__call__(x, replace(ctx, rope=ctx.rope[kind.rope]), kind.pattern, layer, cache)
 
 

@@ -8,6 +8,7 @@ Legend: B batch, T query length, E embed, N heads, K kv heads, H head dim, F mlp
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.models.causal_lm import head_size
 from ftjax.models.facts import Facts
@@ -28,7 +29,7 @@ class Phi3Attention(nnx.Module):
         self.qkv_proj = Linear(embed, (heads + 2 * kv_heads) * head_dim, ("embed", "heads"))
         self.o_proj = Linear(heads * head_dim, embed, ("heads", "embed"))
 
-    def __call__(self, x: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, pattern: Pattern, layer, cache: Memories):
         """Map `x [B, T, E]` to `([B, T, E], cache)`."""
         return self.attend(self.project(x, ctx), ctx, pattern, layer, cache)
 
@@ -52,7 +53,7 @@ class Phi3MLP(nnx.Module):
         self.gate_up_proj = Linear(embed, 2 * mlp, ("embed", "mlp"))
         self.down_proj = Linear(mlp, embed, ("mlp", "embed"))
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T E"]:
         gate, up = jnp.split(self.gate_up_proj(x, ctx), 2, axis=-1)
         return self.down_proj(self.act(gate) * up, ctx)
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-import jax
+from jaxtyping import Array, Float
 
 from ftjax.errors import UserError
 from ftjax.models.causal_lm import head_size
@@ -22,7 +22,7 @@ class Kind(NamedTuple):
 
 
 class SmolLM3Block(LlamaBlock):
-    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, kind: Kind, layer, cache: Memories):
         return super().__call__(x, ctx if kind.rope else replace(ctx, rope=None), kind.pattern, layer, cache)
 
 

@@ -4,6 +4,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+from ftjax.models.facts import complete_config
+from ftjax.models.model import build_module
+from ftjax.models.nn.memory import packs
+from ftjax.models.nn.param import specs
+from ftjax.models.nn.stack import memories
 from ftjax.models.registry import FAMILIES
 
 
@@ -35,21 +40,23 @@ class Support:
 def families() -> list[Support]:
     """Return all families by name.
 
-    Features that depend on config.json are read from transformers' configuration classes; every family supports packing and
-    tensor parallelism.
+    Features that depend on config.json are read from the fields of transformers' configuration classes, the others from the
+    abstract model of the class's defaults: what its layers remember, and the axes of its parameters.
     """
     from transformers import CONFIG_MAPPING
 
     found = []
     for name, family in sorted(FAMILIES.items()):
         fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[name])}
+        root = build_module(complete_config(CONFIG_MAPPING[name]().to_dict(), name))
+        axes = {axis for spec in specs(root).values() for axis in spec.row.axes}
         found.append(
             Support(
                 name,
                 family.example,
                 family.notes,
-                packing=True,
-                tensor_parallel=True,
+                packing=packs(memories(root)),
+                tensor_parallel={"heads", "mlp"} <= axes,
                 windows="sliding_window" in fields,
                 experts="num_experts_per_tok" in fields,
                 positions="rotary" if "rope_parameters" in fields else "learned",

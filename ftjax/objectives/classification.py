@@ -10,8 +10,6 @@ Several labels, or numbers, are `labels` `[B, T * labels]`: those of a text are 
 transformers' (`ForSequenceClassificationLoss`), as sums over texts.
 
 Without a head, the words of the labels are trained, as in `ftjax.objectives.sft`.
-
-Legend: B batch, C tokens of a chunk, L labels.
 """
 
 from collections.abc import Mapping
@@ -20,6 +18,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float64
 
 from ftjax.config import ClassificationConfig, EvaluateConfig
 from ftjax.data.classes import TextLabels, with_labels
@@ -32,7 +31,7 @@ from ftjax.objectives.loss import LossTotals
 from ftjax.objectives.objective import Head, LossInputs, Objective
 
 
-def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
+def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
     """Compute the loss of a batch of texts.
 
     `token_accuracy` is the share of texts whose class has the highest score, `subset_accuracy` the share of those with every
@@ -53,8 +52,13 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
     return inputs.token_totals(labels, measure), inputs.auxiliary
 
 
-def binary_cross_entropy(limits: tuple[float, ...], scores: jax.Array, labels: jax.Array, weights: jax.Array) -> LossTotals:
-    """Average the binary cross-entropy over labels that are 0 or 1 `[B, C, L]`, as `BCEWithLogitsLoss` does.
+def binary_cross_entropy(
+    limits: tuple[float, ...],
+    scores: Float[Array, "B C labels"],
+    labels: Float[Array, "B C labels"],
+    weights: Float[Array, "B C"],
+) -> LossTotals:
+    """Average the binary cross-entropy over labels that are 0 or 1, as `BCEWithLogitsLoss` does.
 
     Args:
         limits: the lowest probability at which each label counts as predicted.
@@ -62,17 +66,19 @@ def binary_cross_entropy(limits: tuple[float, ...], scores: jax.Array, labels: j
     loss = jnp.mean(jax.nn.softplus(scores) - scores * labels, axis=-1)
     right = jnp.all((jax.nn.sigmoid(scores) >= jnp.array(limits, scores.dtype)) == (labels > 0.5), axis=-1)
     weight = jnp.sum(weights)
-    return LossTotals(jnp.sum(loss * weights), weight, {"subset_accuracy": (jnp.sum(right * weights), weight)})
+    return LossTotals(jnp.sum(loss * weights), weight, {"subset_accuracy": (jnp.sum(jnp.where(right, weights, 0)), weight)})
 
 
-def squared_error(scores: jax.Array, labels: jax.Array, weights: jax.Array) -> LossTotals:
-    """Average the squared error over numbers `[B, C, L]`, as `MSELoss` does."""
+def squared_error(
+    scores: Float[Array, "B C labels"], labels: Float[Array, "B C labels"], weights: Float[Array, "B C"]
+) -> LossTotals:
+    """Average the squared error over numbers, as `MSELoss` does."""
     loss = jnp.mean(jnp.square(scores - labels), axis=-1)
     return LossTotals(jnp.sum(loss * weights), jnp.sum(weights), {})
 
 
-def thresholds(settings: EvaluateConfig, labels: tuple[str, ...]) -> np.ndarray:
-    """Return float64 `[L]`: `evaluate.threshold` of each label, 0.5 for labels that it does not name.
+def thresholds(settings: EvaluateConfig, labels: tuple[str, ...]) -> Float64[np.ndarray, " labels"]:
+    """Return `evaluate.threshold` of each label, 0.5 for labels that it does not name.
 
     Raises UserError for a label that does not exist.
     """

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ftjax.config.preference import CpoConfig
 from ftjax.data.pairs import Pairs
@@ -25,7 +26,7 @@ from ftjax.objectives.preference import (
 )
 
 
-def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
+def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
     """Compute the preference loss of a batch of pairs, plus `cpo_alpha` times the loss of chosen answers."""
     section = inputs.config.objective
     sums, lengths = answer_logprobs(inputs), answer_lengths(inputs.batch)
@@ -43,8 +44,8 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
 
 def preference_loss(
     logps: Both, loss_type: str, beta: float, gamma: float, smoothing: float, alpha: float
-) -> tuple[jax.Array, Both]:
-    """Return the loss of each pair `[B, P]` and the rewards of its answers.
+) -> tuple[Float[Array, "B P"], Both]:
+    """Return the loss of each pair and the rewards of its answers.
 
     Args:
         logps: log-probabilities, or their means over tokens.

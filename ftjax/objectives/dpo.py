@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from ftjax.config.preference import DpoConfig
 from ftjax.data.pairs import Pairs
@@ -74,7 +75,7 @@ class Scores:
         return self.ratios.scaled(self.section.beta)
 
 
-def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
+def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
     """Compute the loss of a batch of pairs: the weighted sum of the losses in `loss_type`."""
     section = inputs.config.objective
     logps, reference = _logprobs(inputs)
@@ -116,8 +117,8 @@ def _logprobs(inputs: LossInputs) -> tuple[Both, Both]:
     return logps, Both(*jax.lax.stop_gradient(answer_logprobs(inputs.reference, section.ld_alpha)))
 
 
-def _documents(section: DpoConfig, forward: Forward) -> jax.Array:
-    """Return the log-probability of the answer of each document `[B, documents]`."""
+def _documents(section: DpoConfig, forward: Forward) -> Float[Array, "B documents"]:
+    """Return the log-probability of the answer of each document."""
     pairs = answer_logprobs(forward, section.ld_alpha)
     return jnp.stack(pairs, axis=-1).reshape(pairs.chosen.shape[0], -1)
 
@@ -128,7 +129,7 @@ def _part(name: str, term: jax.Array, lengths: Both) -> dict[str, tuple[jax.Arra
     return {f"loss/{name}": (value, jnp.sum(there, dtype=jnp.float32))}
 
 
-def _divergence(section: DpoConfig, ratio: jax.Array) -> jax.Array:
+def _divergence(section: DpoConfig, ratio: Float[Array, "B P"]) -> Float[Array, "B P"]:
     """Return f'(p / p_ref) of the log-ratio, up to a constant (f-DPO, Wang et al. 2023, arXiv:2309.16240)."""
     alpha = section.f_alpha_divergence_coef
     match section.f_divergence_type:
@@ -141,77 +142,77 @@ def _divergence(section: DpoConfig, ratio: jax.Array) -> jax.Array:
     return ratio
 
 
-# ---- the losses, each [B, P] ----
+# ---- the losses ----
 
 
-def _sigmoid(s: Scores) -> jax.Array:
+def _sigmoid(s: Scores) -> Float[Array, "B P"]:
     return -jax.nn.log_sigmoid(s.margin)
 
 
-def _sigmoid_norm(s: Scores) -> jax.Array:
+def _sigmoid_norm(s: Scores) -> Float[Array, "B P"]:
     return -jax.nn.log_sigmoid(s.section.beta * s.mean_margin)
 
 
-def _hinge(s: Scores) -> jax.Array:
+def _hinge(s: Scores) -> Float[Array, "B P"]:
     """Zhao et al. 2023 (arXiv:2305.10425)."""
     return jax.nn.relu(1 - s.margin)
 
 
-def _ipo(s: Scores) -> jax.Array:
+def _ipo(s: Scores) -> Float[Array, "B P"]:
     """Azar et al. 2023 (arXiv:2310.12036, eq. 17), on means over tokens, as its authors do."""
     return jnp.square(s.mean_margin - 1 / (2 * s.section.beta))
 
 
-def _exo_pair(s: Scores) -> jax.Array:
+def _exo_pair(s: Scores) -> Float[Array, "B P"]:
     """Ji et al. 2024 (arXiv:2402.00856, eq. 16)."""
     smoothing = s.section.label_smoothing
     won, lost = jax.nn.log_sigmoid(s.margin), jax.nn.log_sigmoid(-s.margin)
     return jnp.exp(won) * (won - math.log1p(-smoothing)) + jnp.exp(lost) * (lost - math.log(smoothing))
 
 
-def _nca_pair(s: Scores) -> jax.Array:
+def _nca_pair(s: Scores) -> Float[Array, "B P"]:
     """Chen et al. 2024 (arXiv:2402.05369)."""
     rewards = s.rewards
     both = jax.nn.log_sigmoid(-rewards.chosen) + jax.nn.log_sigmoid(-rewards.rejected)
     return -jax.nn.log_sigmoid(rewards.chosen) - 0.5 * both
 
 
-def _robust(s: Scores) -> jax.Array:
+def _robust(s: Scores) -> Float[Array, "B P"]:
     """Chowdhury et al. 2024 (arXiv:2403.00409)."""
     flipped = s.section.label_smoothing
     right, wrong = (1 - flipped) * jax.nn.log_sigmoid(s.margin), flipped * jax.nn.log_sigmoid(-s.margin)
     return (wrong - right) / (1 - 2 * flipped)
 
 
-def _bco_pair(s: Scores) -> jax.Array:
+def _bco_pair(s: Scores) -> Float[Array, "B P"]:
     """Jung et al. 2024 (arXiv:2404.04656)."""
     return -jax.nn.log_sigmoid(s.rewards.chosen) - jax.nn.log_sigmoid(-s.rewards.rejected)
 
 
-def _sppo_hard(s: Scores) -> jax.Array:
+def _sppo_hard(s: Scores) -> Float[Array, "B P"]:
     """Wu et al. 2024 (arXiv:2405.00675, eq. 4.7), with probabilities 1 and 0."""
     goal = 0.5 / s.section.beta
     return jnp.square(s.ratios.chosen - goal) + jnp.square(s.ratios.rejected + goal)
 
 
-def _apo_zero(s: Scores) -> jax.Array:
+def _apo_zero(s: Scores) -> Float[Array, "B P"]:
     """D'Oosterlinck et al. 2024 (arXiv:2408.06266, eq. 7)."""
     return 1 - jax.nn.sigmoid(s.rewards.chosen) + jax.nn.sigmoid(s.rewards.rejected)
 
 
-def _apo_down(s: Scores) -> jax.Array:
+def _apo_down(s: Scores) -> Float[Array, "B P"]:
     """D'Oosterlinck et al. 2024 (arXiv:2408.06266, eq. 8)."""
     rewards = s.rewards
     return jax.nn.sigmoid(rewards.chosen) + 1 - jax.nn.sigmoid(rewards.chosen - rewards.rejected)
 
 
-def _discopop(s: Scores) -> jax.Array:
+def _discopop(s: Scores) -> Float[Array, "B P"]:
     """Lu et al. 2024 (arXiv:2406.08414, eq. 5)."""
     mix = jax.nn.sigmoid(s.margin / s.section.discopop_tau)
     return -jax.nn.log_sigmoid(s.margin) * (1 - mix) + jnp.exp(-s.margin) * mix
 
 
-def _aot(s: Scores) -> jax.Array:
+def _aot(s: Scores) -> Float[Array, "B P"]:
     """Compare the k-th smallest log-ratio of the model with the k-th of the reference (Melnyk et al. 2024, arXiv:2406.05882).
 
     The order is that of all pairs of an update, whatever microbatch they are in.
@@ -222,7 +223,7 @@ def _aot(s: Scores) -> jax.Array:
     return log_sigmoid_loss(s.section.beta * (s.logps.chosen - s.logps.rejected - other), s.section.label_smoothing)
 
 
-def _aot_unpaired(s: Scores) -> jax.Array:
+def _aot_unpaired(s: Scores) -> Float[Array, "B P"]:
     """Compare the k-th smallest log-ratio of the chosen answers with the k-th of the rejected ones."""
     logps, reference, there = (s.statistics[name] for name in ("logps", "reference", "there"))
     all_ratios = logps - reference
@@ -238,13 +239,13 @@ def _aot_unpaired(s: Scores) -> jax.Array:
     return both - jax.lax.stop_gradient(both) / 2
 
 
-def _ordered(values: jax.Array, there: jax.Array) -> jax.Array:
-    """Sort values `[A, B, P]` of all pairs: `[A * B * P]`, those that do not exist last."""
+def _ordered(values: Float[Array, "A B P"], there: Bool[Array, "A B P"]) -> Float[Array, " A*B*P"]:
+    """Sort the values of all pairs; those that do not exist come last."""
     return jnp.sort(jnp.where(there, values, jnp.inf).reshape(-1))
 
 
-def _own_ranks(values: jax.Array, there: jax.Array, number: jax.Array | int) -> jax.Array:
-    """Return the place of each value of microbatch `number` among all values `[A, B, P]`: int32 `[B, P]`, each place once.
+def _own_ranks(values: Float[Array, "A B P"], there: Bool[Array, "A B P"], number: Int[Array, ""] | int) -> Int[Array, "B P"]:
+    """Return the place of each value of microbatch `number` among all values, each place once.
 
     A pair that does not exist gets place 0, so that nothing computed from it is infinite.
     """

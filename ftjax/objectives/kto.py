@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ftjax.config.preference import KtoConfig
 from ftjax.data.unpaired import Unpaired
@@ -34,7 +35,7 @@ class _Answers(NamedTuple):
     there: jax.Array  # bool
 
 
-def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
+def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
     """Compute the loss of a batch of answers."""
     section, found = inputs.config.objective, _answers(inputs)
     kl = _kl(inputs) if section.loss_type == "kto" else jnp.float32(0)
@@ -56,7 +57,7 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
     return LossTotals(each, good_count + bad_count, jax.lax.stop_gradient(metrics)), inputs.auxiliary
 
 
-def statistics(inputs: LossInputs) -> dict[str, jax.Array]:
+def statistics(inputs: LossInputs) -> dict[str, Float[Array, ""]]:
     """Sum the log-ratios of the documents for the KL divergence, and count them."""
     found = _answers(inputs)
     there = found.there & (found.label == 0)
@@ -87,8 +88,8 @@ def _documents_per_row(segments: jax.Array) -> int:
     return segments.shape[1] // 2
 
 
-def _logprobs(forward: Forward) -> jax.Array:
-    """Sum the log-probabilities of the answer of each document: `[B, documents]`."""
+def _logprobs(forward: Forward) -> Float[Array, "B documents"]:
+    """Sum the log-probabilities of the answer of each document."""
     segments = forward.batch["segment_ids"]
     values = forward.token_logprobs().logprobs * forward.batch["weights"]
     return segment_sums(values, segments, _documents_per_row(segments))

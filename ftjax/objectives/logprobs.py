@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 from ftjax.mesh import constrain
 from ftjax.models.nn.chunks import chunks, joined
-from ftjax.objectives.loss import float32_zeros, reorder, trained_order, unless_idle
+from ftjax.objectives.loss import added, float32_zeros, reorder, trained_order, unless_idle
 from ftjax.objectives.projection import Projection, one_device
 
 
@@ -38,10 +39,10 @@ class TokenLogprobs(NamedTuple):
 
 def token_logprobs(
     output: Projection,
-    hidden: jax.Array,
-    targets: jax.Array,
+    hidden: Float[Array, "B T E"],
+    targets: Int[Array, "B T"],
     chunk: int,
-    wanted: jax.Array | None = None,
+    wanted: Shaped[Array, "B T"] | None = None,
     *,
     entropy: bool = False,
     top: int = 0,
@@ -51,10 +52,9 @@ def token_logprobs(
     Gradients flow to hidden states and to the trained parameters of the projection, through `logprobs` and `entropy`.
 
     Args:
-        hidden: [B, T, E], final hidden states.
-        targets: [B, T] int32.
+        hidden: final hidden states.
         chunk: tokens per row whose logits exist at one time (C).
-        wanted: [B, T], zero at targets to leave out: on one device, chunks of nothing else are not computed. None for all.
+        wanted: zero at targets to leave out: on one device, chunks of nothing else are not computed. None for all.
         entropy: compute the entropy, too.
         top: number of most likely tokens to return (K).
     """
@@ -73,11 +73,11 @@ def token_logprobs(
     return jax.tree.map(lambda x: reorder(x, back).reshape(*targets.shape, *x.shape[2:]), found)
 
 
-def segment_sums(values: jax.Array, segment_ids: jax.Array, segments: int) -> jax.Array:
-    """Sum over each document of packed rows: values `[B, T]` -> `[B, segments]`; segment 1 of a row is at index 0.
+def segment_sums(values: Float[Array, "B T"], segment_ids: Int[Array, "B T"], segments: int) -> Float[Array, "B {segments}"]:
+    """Sum over each document of packed rows; segment 1 of a row is at index 0.
 
     Args:
-        segment_ids: [B, T] int32, from 1; 0 is padding and is left out.
+        segment_ids: from 1; 0 is padding and is left out.
         segments: the most segments of a row; higher ids are left out.
     """
 
@@ -87,7 +87,9 @@ def segment_sums(values: jax.Array, segment_ids: jax.Array, segments: int) -> ja
     return jax.vmap(of_row)(values, segment_ids)
 
 
-def _of_chunk(entropy: bool, top: int, logits: jax.Array, targets: jax.Array, keep: jax.Array) -> TokenLogprobs:
+def _of_chunk(
+    entropy: bool, top: int, logits: Float[Array, "B C V"], targets: Int[Array, "B C"], keep: Float[Array, "B C"]
+) -> TokenLogprobs:
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     logprobs = jnp.where(keep > 0, picked - normaliser, 0.0)
@@ -141,7 +143,7 @@ def _backward(unembed, arrange, of, length, skip, inputs: Any, cotangent: TokenL
     def body(d_params, chunk):
         h, targets, keep, *cotangents = chunk
         d_more, d_h = unless_idle(skip, lambda: gradients(h, targets, keep, cotangents), keep)
-        return jax.tree.map(jnp.add, d_params, d_more), d_h  # float32 sums
+        return added(d_params, d_more), d_h
 
     cotangents = [cotangent.logprobs] if cotangent.entropy is None else [cotangent.logprobs, cotangent.entropy]
     xs = tuple(chunks(x, length) for x in (hidden, targets, keep, *cotangents))

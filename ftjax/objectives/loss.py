@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
 
 from ftjax.models.nn.chunks import chunks, joined
 
@@ -40,15 +42,15 @@ class LossTotals(NamedTuple):
 Measure = Callable[[jax.Array, jax.Array, jax.Array], LossTotals]
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> LossTotals:
-    """Sum weight * -log p(target) over tokens `targets` [B, C].
+def cross_entropy(logits: Float[Array, "B C V"], targets: Int[Array, "B C"], weights: Float[Array, "B C"]) -> LossTotals:
+    """Sum weight * -log p(target) over tokens.
 
     `token_accuracy` sums the weights of targets that greedy decoding writes: the most likely token, the first if several are
     equal.
     """
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     loss = jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
-    correct = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * weights)
+    correct = jnp.sum(jnp.where(jnp.argmax(logits, axis=-1) == targets, weights, 0))
     weight = jnp.sum(weights)
     return LossTotals(loss, weight, {"token_accuracy": (correct, weight)})
 
@@ -57,18 +59,20 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
 Arrange = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def keep_sharding(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def keep_sharding(
+    hidden: Float[Array, "B C E"], targets: Shaped[Array, "B C *of"], weights: Float[Array, "B C"]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Leave a chunk sharded as it is."""
     return hidden, targets, weights
 
 
-def trained_order(weights: jax.Array) -> jax.Array:
-    """Order the tokens of a batch so that those with weight come first: int32 `[B * T]`, stable."""
+def trained_order(weights: Float[Array, "B T"]) -> Int[Array, " B*T"]:
+    """Order the tokens of a batch so that those with weight come first; the order is stable."""
     return jnp.argsort(weights.reshape(-1) == 0, stable=True)
 
 
-def reorder(x: jax.Array, order: jax.Array) -> jax.Array:
-    """Put the tokens of a batch into one row in the given order: `[B, T, ...]` -> `[1, B * T, ...]`."""
+def reorder(x: Shaped[Array, "B T *of"], order: Int[Array, " tokens"]) -> Shaped[Array, "1 tokens *of"]:
+    """Put the tokens of a batch into one row in the given order."""
     return jnp.asarray(x).reshape(-1, *x.shape[2:]).at[order].get(unique_indices=True, mode="promise_in_bounds")[None]
 
 
@@ -95,9 +99,9 @@ def token_totals(
     unembed: Unembed,
     length: int,
     params: Any,
-    hidden: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    hidden: Float[Array, "B T E"],
+    targets: Shaped[Array, "B T *of"],
+    weights: Float[Array, "B T"],
     arrange: Arrange = keep_sharding,
     skip: bool = False,
     measure: Measure = cross_entropy,
@@ -108,9 +112,8 @@ def token_totals(
         unembed: the projection to the vocabulary; it may close over frozen arrays, but not over differentiated ones.
         length: tokens per row whose logits exist at one time (C).
         params: differentiated argument of `unembed`: its trained parameters.
-        hidden: [B, T, E].
-        targets: [B, T] int32, the token to predict at each position; [B, T, ...] if `measure` takes them.
-        weights: [B, T] float32; zero for tokens that are not trained.
+        targets: the token to predict at each position, or what else `measure` takes.
+        weights: zero for tokens that are not trained.
         arrange: shards each chunk over the devices.
         skip: skip chunks without trained tokens; several devices would have to agree on it first.
     """
@@ -148,7 +151,7 @@ def _forward(unembed, arrange, measure, length, skip, params, hidden, targets, w
     def body(carry, chunk):
         totals, d_params = carry
         more, d_more, d_h = unless_idle(skip, lambda: gradients(chunk), chunk[-1])
-        carry = jax.tree.map(jnp.add, totals, more), jax.tree.map(jnp.add, d_params, d_more)  # float32 sums
+        carry = jax.tree.map(jnp.add, totals, more), added(d_params, d_more)
         return carry, d_h
 
     xs = tuple(chunks(x, length) for x in (hidden, targets, weights))
@@ -160,11 +163,17 @@ def _forward(unembed, arrange, measure, length, skip, params, hidden, targets, w
 
 def float32_zeros(params: Any) -> Any:
     """Return zeros to sum gradients of these parameters in: float32, or wider if they are."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, np.promote_types(x.dtype, np.float32)), params)
+
+
+def added(sums: Any, more: Any) -> Any:
+    """Add gradients to sums in the dtype of the sums."""
+    return jax.tree.map(lambda total, one: total + one.astype(total.dtype), sums, more)
 
 
 def _backward(unembed, arrange, measure, length, skip, residuals, cotangent: LossTotals):
-    d_params, d_hidden = jax.tree.map(lambda g: (g * cotangent.loss).astype(g.dtype), residuals)
+    wide = np.promote_types(np.float32, cotangent.loss.dtype)
+    d_params, d_hidden = jax.tree.map(lambda g: (g.astype(wide) * cotangent.loss).astype(g.dtype), residuals)
     return d_params, d_hidden, None, None
 
 

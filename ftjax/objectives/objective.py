@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from ftjax.config import Config, Section
 from ftjax.data.encoding import RowEncoding
@@ -36,7 +37,7 @@ class Forward:
         model: with its method.
         trainable: the parameters to differentiate, by path; empty for a reference model.
         frozen: the other parameters.
-        batch: arrays `[B, T]` (`ftjax.data.batch`).
+        batch: its arrays (`ftjax.data.batch`).
         ctx: context of the batch.
         chunk: tokens of the batch whose logits exist at one time.
     """
@@ -44,7 +45,7 @@ class Forward:
     model: Model
     trainable: Mapping[str, jax.Array]
     frozen: Mapping[str, jax.Array]
-    batch: Mapping[str, jax.Array]
+    batch: Mapping[str, Shaped[Array, "B _"]]
     ctx: Context
     chunk: int
 
@@ -54,13 +55,13 @@ class Forward:
         return found, auxiliary
 
     @property
-    def hidden(self) -> jax.Array:
-        """Final hidden states `[B, T, E]`."""
+    def hidden(self) -> Float[Array, "B T E"]:
+        """Final hidden states."""
         return self._hidden[0]
 
     @property
-    def auxiliary(self) -> jax.Array:
-        """The model's own loss, such as a router's: float32 []."""
+    def auxiliary(self) -> Float[Array, ""]:
+        """The model's own loss, such as a router's."""
         return self._hidden[1]
 
     def _chunk_length(self, shape: tuple[int, int]) -> int:
@@ -68,11 +69,11 @@ class Forward:
         rows, length = shape
         return min(length, max(1, self.chunk // rows))
 
-    def token_totals(self, targets: jax.Array | None = None, measure: Measure = cross_entropy) -> LossTotals:
+    def token_totals(self, targets: Shaped[Array, "B T ..."] | None = None, measure: Measure = cross_entropy) -> LossTotals:
         """Sum a loss that is a weighted sum over tokens; its logits are computed once (`ftjax.objectives.loss`).
 
         Args:
-            targets: `[B, T, ...]`; None for the batch's.
+            targets: None for the batch's.
             measure: function of logits, targets and the batch's weights.
         """
         tokens = self.hidden, self.batch["targets"] if targets is None else targets, self.batch["weights"]
@@ -83,11 +84,13 @@ class Forward:
         length = self._chunk_length(tokens[-1].shape)
         return token_totals(output.unembed, length, output.trained, *tokens, output.arrange, alone, measure)
 
-    def token_logprobs(self, wanted: jax.Array | None = None, *, entropy: bool = False, top: int = 0) -> TokenLogprobs:
+    def token_logprobs(
+        self, wanted: Shaped[Array, "B T"] | None = None, *, entropy: bool = False, top: int = 0
+    ) -> TokenLogprobs:
         """Compute the log-probability of each target with weight (`ftjax.objectives.logprobs`).
 
         Args:
-            wanted: `[B, T]`, zero at targets to leave out; None: the batch's weights.
+            wanted: zero at targets to leave out; None: the batch's weights.
         """
         if wanted is None and not (entropy or top):
             return self._logprobs
@@ -104,8 +107,8 @@ class Forward:
         length = self._chunk_length(wanted.shape)
         return token_logprobs(output, hidden, targets, length, wanted, entropy=entropy, top=top)
 
-    def scores(self) -> jax.Array:
-        """Compute the outputs of a head at every token: float32 `[B, T, classes]`."""
+    def scores(self) -> Float32[Array, "B T classes"]:
+        """Compute the outputs of a head at every token."""
         output = projection(self.model, self.trainable, self.frozen, self.ctx)
         return output.unembed(output.trained, self.hidden)
 
@@ -119,14 +122,14 @@ class LossInputs(Forward):
         reference: the model as it was before training, on the same batch; None if the objective needs none.
         own_statistics: the objective's `statistics`.
         all_statistics: its statistics of all microbatches of the update, stacked on axis 0; None if this is the only one.
-        number: int32 [], the index of this microbatch.
+        number: the index of this microbatch.
     """
 
     config: Config
     reference: Forward | None = None
     own_statistics: "Statistics | None" = None
     all_statistics: Any = None
-    number: jax.Array | int = 0
+    number: Int[Array, ""] | int = 0
 
     @cached_property
     def statistics(self) -> Any:

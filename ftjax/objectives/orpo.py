@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
 from ftjax.config.preference import OrpoConfig
 from ftjax.data.pairs import Pairs
@@ -16,7 +17,7 @@ from ftjax.objectives.objective import LossInputs, Objective
 from ftjax.objectives.preference import answer_lengths, answer_sums, mean_over_tokens, pair_totals, total
 
 
-def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
+def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
     """Compute the loss of a batch of pairs: that of all chosen tokens, prompts too, minus `beta` times the log odds ratio."""
     section, batch = inputs.config.objective, inputs.batch
     trained, lengths = batch["weights"] != 0, answer_lengths(batch)
@@ -36,14 +37,14 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
     return pair_totals(each, lengths, logps.scaled(section.beta), logps, **jax.lax.stop_gradient(more)), inputs.auxiliary
 
 
-def statistics(inputs: LossInputs) -> dict[str, jax.Array]:
+def statistics(inputs: LossInputs) -> dict[str, Float[Array, ""]]:
     """Count the pairs and the tokens of chosen conversations."""
     chosen = answer_lengths(inputs.batch).chosen
     return {"pairs": jnp.sum(chosen > 0, dtype=jnp.float32), "tokens": jnp.sum(_chosen_targets(inputs.batch))}
 
 
-def _chosen_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Return 1 at tokens of chosen documents that are followed by another token of theirs, else 0: float32 `[B, T]`."""
+def _chosen_targets(batch: Mapping[str, Shaped[Array, "B _"]]) -> Float[Array, "B T"]:
+    """Return 1 at tokens of chosen documents that are followed by another token of theirs, else 0."""
     segments = batch["segment_ids"]
     following = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
     return ((segments == following) & (segments % 2 == 1)).astype(jnp.float32)

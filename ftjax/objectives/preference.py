@@ -4,10 +4,11 @@ Legend: B batch, T length, P pairs of a row, A microbatches.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
 
 from ftjax.objectives.logprobs import segment_sums
 from ftjax.objectives.loss import LossTotals
@@ -36,14 +37,14 @@ def documents_per_row(length: int) -> int:
     return 2 * max(1, length // 4)
 
 
-def answer_sums(values: jax.Array, batch: Mapping[str, jax.Array]) -> Both:
-    """Sum `[B, T]` over the documents of each pair."""
+def answer_sums(values: Float[Array, "B T"], batch: Mapping[str, Shaped[Array, "B _"]]) -> Both:
+    """Sum over the documents of each pair."""
     segments = batch["segment_ids"]
     sums = segment_sums(values, segments, documents_per_row(segments.shape[1]))
     return Both(sums[:, ::2], sums[:, 1::2])
 
 
-def answer_lengths(batch: Mapping[str, jax.Array]) -> Both:
+def answer_lengths(batch: Mapping[str, Shaped[Array, "B _"]]) -> Both:
     """Count the tokens of each answer: float32 `[B, P]`, 0 where there is no pair."""
     return answer_sums((batch["weights"] != 0).astype(jnp.float32), batch)
 
@@ -61,8 +62,8 @@ def answer_logprobs(forward: Forward, tail_weight: float | None = None) -> Both:
     return answer_sums(forward.token_logprobs().logprobs * weights, forward.batch)
 
 
-def _beyond_shorter(batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Return which tokens of an answer come after as many as the other answer of the pair has: bool `[B, T]`."""
+def _beyond_shorter(batch: Mapping[str, Shaped[Array, "B _"]]) -> Bool[Array, "B T"]:
+    """Return which tokens of an answer come after as many as the other answer of the pair has."""
     counted = (batch["weights"] != 0).astype(jnp.float32)
     lengths = answer_lengths(batch)
     shorter = jnp.repeat(jnp.minimum(*lengths), 2, axis=1)  # [B, documents]
@@ -73,13 +74,15 @@ def _beyond_shorter(batch: Mapping[str, jax.Array]) -> jax.Array:
     return number > jnp.take_along_axis(shorter, document, axis=1)
 
 
-def total(values: jax.Array, there: jax.Array) -> jax.Array:
-    """Sum values `[B, P]` over the pairs that exist."""
+def total(values: Float[Array, "B P"], there: Bool[Array, "B P"]) -> Float[Array, ""]:
+    """Sum values over the pairs that exist."""
     return jnp.sum(jnp.where(there, values, 0.0))
 
 
-def pair_totals(each: jax.Array, lengths: Both, rewards: Both, logps: Both, **more: tuple[jax.Array, jax.Array]) -> LossTotals:
-    """Return the totals of a loss per pair `[B, P]`, with TRL's metrics.
+def pair_totals(
+    each: Float[Array, "B P"], lengths: Both, rewards: Both, logps: Both, **more: tuple[Float[Array, ""], Float[Array, ""]]
+) -> LossTotals:
+    """Return the totals of a loss per pair, with TRL's metrics.
 
     Args:
         lengths: tokens of each answer; 0 where there is no pair.
@@ -102,14 +105,14 @@ def pair_totals(each: jax.Array, lengths: Both, rewards: Both, logps: Both, **mo
     return LossTotals(total(each, there), count, metrics | more)
 
 
-def counts(inputs: LossInputs) -> dict[str, jax.Array]:
+def counts(inputs: LossInputs) -> dict[str, Float[Array, ""]]:
     """Count the pairs and the tokens of chosen answers: the statistics of losses that add a mean over tokens."""
     chosen = answer_lengths(inputs.batch).chosen
     return {"pairs": jnp.sum(chosen > 0, dtype=jnp.float32), "tokens": jnp.sum(chosen)}
 
 
-def mean_over_tokens(sums: jax.Array, counts: Mapping[str, jax.Array]) -> jax.Array:
-    """Turn sums over the tokens of each pair `[B, P]` into values whose mean over all pairs is the mean over all tokens.
+def mean_over_tokens(sums: Float[Array, "B P"], counts: Mapping[str, Any]) -> Float[Array, "B P"]:
+    """Turn sums over the tokens of each pair into values whose mean over all pairs is the mean over all tokens.
 
     Args:
         counts: `pairs` and `tokens` of all microbatches, `[A]`.
@@ -117,7 +120,7 @@ def mean_over_tokens(sums: jax.Array, counts: Mapping[str, jax.Array]) -> jax.Ar
     return sums * jnp.sum(counts["pairs"]) / jnp.maximum(jnp.sum(counts["tokens"]), 1)
 
 
-def log_sigmoid_loss(margins: jax.Array, smoothing: float = 0.0) -> jax.Array:
+def log_sigmoid_loss(margins: Float[Array, "*any"], smoothing: float = 0.0) -> Float[Array, "*any"]:
     """Return `-log sigmoid(margin)`, of which a share `smoothing` takes the pair as flipped."""
     flipped = -jax.nn.log_sigmoid(-margins) * smoothing if smoothing else 0.0
     return -jax.nn.log_sigmoid(margins) * (1 - smoothing) + flipped

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+from jaxtyping import Array, Float
 
 from ftjax.mesh import RULES, WEIGHT_AXES, constrain, spec
 from ftjax.models.model import Model
@@ -74,8 +75,8 @@ def _sharded_output(model: Model, params: Mapping[str, jax.Array]) -> tuple[dict
     return {path: lay_out(path) for path in own}, arrange if divides else keep_sharding
 
 
-def _from_embed_to_vocab(weight: jax.Array) -> jax.Array:
-    """Reshard `[V, E]` from E to V along `fsdp` and `expert`; its gradient is resharded back."""
+def _from_embed_to_vocab(weight: Float[Array, "V E"]) -> Float[Array, "V E"]:
+    """Reshard from E to V along `fsdp` and `expert`; its gradient is resharded back."""
 
     def local(weight: jax.Array) -> jax.Array:
         return in_order(jax.lax.all_to_all(in_order(weight), WEIGHT_AXES, 0, 1, tiled=True))

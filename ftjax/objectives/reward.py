@@ -8,6 +8,7 @@ Legend: B batch, T length, P pairs of a row.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ftjax.config.preference import RewardConfig
 from ftjax.data.scored import Scored
@@ -17,7 +18,7 @@ from ftjax.objectives.objective import Head, LossInputs, Objective
 from ftjax.objectives.preference import answer_lengths, answer_sums, total
 
 
-def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
+def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
     """Compute the loss of a batch of pairs, `-log sigmoid(chosen - rejected - margin)`."""
     section, batch = inputs.config.objective, inputs.batch
     scores = answer_sums(inputs.scores()[..., 0] * batch["weights"], batch)

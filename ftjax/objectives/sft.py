@@ -9,7 +9,7 @@ One row of a batch, for the text "Hi there" (ids 12, 57) in a row of 4 after BOS
 
 import math
 
-import jax
+from jaxtyping import Array, Float
 
 from ftjax.config import SftConfig
 from ftjax.data.encoding import Answers
@@ -17,7 +17,7 @@ from ftjax.objectives.loss import LossTotals
 from ftjax.objectives.objective import LossInputs, Objective
 
 
-def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
+def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
     """Compute the cross-entropy of a batch."""
     return inputs.token_totals(), inputs.auxiliary
 

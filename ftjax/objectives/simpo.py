@@ -3,7 +3,7 @@
 There is no reference model. It is TRL's `CPOTrainer` with `loss_type: simpo` and `cpo_alpha: 0`.
 """
 
-import jax
+from jaxtyping import Array, Float
 
 from ftjax.config.preference import SimpoConfig
 from ftjax.data.pairs import Pairs
@@ -13,7 +13,7 @@ from ftjax.objectives.objective import LossInputs, Objective
 from ftjax.objectives.preference import answer_lengths, answer_logprobs, pair_totals
 
 
-def loss(inputs: LossInputs) -> tuple[LossTotals, jax.Array]:
+def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
     """Compute the loss of a batch of pairs."""
     section, lengths = inputs.config.objective, answer_lengths(inputs.batch)
     logps = answer_logprobs(inputs).divided_by(lengths)

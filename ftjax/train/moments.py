@@ -48,7 +48,8 @@ def scale_by_held_adam(b1: float, b2: float, eps: float, dtype: str) -> optax.Gr
             g = g.astype(jnp.float32)
             mu = b1 * value(mu, mu_scale, True) + (1 - b1) * g
             nu = b2 * value(nu, nu_scale, False) + (1 - b2) * jnp.square(g)
-            step = mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + eps)
+            past = count.astype(jnp.float32)
+            step = mu / (1 - b1**past) / (jnp.sqrt(nu / (1 - b2**past)) + eps)
             # Different salts, so that the two moments of one number do not round alike.
             return step, *hold(mu, 2 * count, True), *hold(nu, 2 * count + 1, False)
 

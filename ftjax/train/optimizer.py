@@ -7,6 +7,7 @@ Hutter 2019, arXiv:1711.05101), as in torch.optim.AdamW. The schedules are those
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import wraps
 
 import jax
 import numpy as np
@@ -37,9 +38,23 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
             after = optax.join_schedules(
                 [optax.constant_schedule(peak), optax.linear_schedule(peak, floor, decay)], [rest - decay]
             )
-    if config.lr_scheduler_type == "constant" or not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+    if config.lr_scheduler_type != "constant" and warmup:
+        after = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+    return _promoting(after)
+
+
+def _promoting(function: Callable) -> Callable:
+    """Let a function of optax promote dtypes where the program as a whole does not, as in the tests.
+
+    optax raises decay rates to the power of an integer count, and multiplies such a count with a float (cosine).
+    """
+
+    @wraps(function)
+    def standard(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return standard
 
 
 def make_optimizer(config: OptimizerConfig, specs: Mapping[str, Spec], steps: int) -> optax.GradientTransformation:
@@ -59,7 +74,8 @@ def make_optimizer(config: OptimizerConfig, specs: Mapping[str, Spec], steps: in
     if any(np.any(value != 1) for value in rate.values()):
         chain.append(optax.stateless(lambda updates, params: {k: u * rate[k] for k, u in updates.items()}))
     chain.append(optax.scale_by_learning_rate(schedule))
-    return optax.chain(*chain)
+    whole = optax.chain(*chain)
+    return optax.GradientTransformationExtraArgs(whole.init, _promoting(whole.update))
 
 
 def _moments(config: OptimizerConfig, specs: Mapping[str, Spec]) -> optax.GradientTransformation:

@@ -13,7 +13,7 @@ import optax
 
 from ftjax.flops import TrainFlops
 from ftjax.models.nn.context import Context
-from ftjax.objectives.loss import LossTotals, zeros_of
+from ftjax.objectives.loss import LossTotals, added, zeros_of
 from ftjax.train.offload import moved, on_host, sharding_of_state
 from ftjax.train.rounding import to_bfloat16
 
@@ -105,7 +105,7 @@ def make_train_step(
             def body(carry, scanned):
                 micro, number = scanned
                 more = grads_of(state.params, frozen, micro, jax.random.fold_in(key, number), statistics, number)
-                return jax.tree.map(jnp.add, carry, more), None
+                return added(carry, more), None
 
             first = jax.tree.map(lambda x: x[0], batch)
             none = zeros_of(lambda: loss_fn(state.params, frozen, first, runtime.context(first, key), statistics)[0])

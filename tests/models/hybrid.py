@@ -90,6 +90,7 @@ class Recurrence(nnx.Module):
 
     def __init__(self):
         self.memory = (ConvState(E, 1, "inputs"), RecurrentState((N, H, H)))
+        self.state_flops = 4 * N * H * H  # k v^T and q S
         self.weight = param((2, E), (None, "embed"), "weight")
         self.qkvg = Linear(E, 4 * N * H, ("embed", "heads"))
         self.o = Linear(N * H, E, ("heads", "embed"))
@@ -102,7 +103,7 @@ class Recurrence(nnx.Module):
 
         def step(memory: jax.Array, own: tuple) -> tuple[jax.Array, jax.Array]:
             q, k, v, g = own
-            memory = jax.nn.sigmoid(g)[..., None] * memory + k[..., None] * v[..., None, :]
+            memory = jax.nn.sigmoid(g)[..., None] * memory + jnp.einsum("bnk,bnv->bnkv", k, v)
             return memory, jnp.einsum("bnh,bnhv->bnv", q, memory)
 
         y, after = recur(step, recall(cache, layer, state, b, x.dtype), (q, k, v, g), ctx.segment_ids)

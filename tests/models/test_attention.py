@@ -39,13 +39,13 @@ def inputs():
 def test_backend_is_the_reference(inputs, backend, pattern, sinks, monkeypatch):
     monkeypatch.setattr(attention_blockwise, "BLOCK", 8)
     *qkv, segments = inputs
-    real = (segments > 0)[:, :, None, None]
+    real = (segments > 0)[:, :, None, None].astype(jnp.float32)
 
     sink_scores = jnp.asarray([-1.0, 0.5, 2.0, 9.0])
 
     def loss(name, q, k, v, scores):
         out = attend(q, k, v, segments, segments, 0, PATTERNS[pattern], name, scores if sinks else None) * real
-        return jnp.sum(jnp.sin(out) * jnp.arange(H)), out
+        return jnp.sum(jnp.sin(out) * jnp.arange(H, dtype=jnp.float32)), out
 
     (_, want), want_grads = jax.value_and_grad(lambda *x: loss("xla", *x), (0, 1, 2, 3), has_aux=True)(*qkv, sink_scores)
     (_, got), got_grads = jax.value_and_grad(lambda *x: loss(backend, *x), (0, 1, 2, 3), has_aux=True)(*qkv, sink_scores)
@@ -80,8 +80,10 @@ def test_kernel_under_a_mesh(backend, sizes):
     pattern = Pattern(0.35, window=20, softcap=3.0)
 
     def loss(name, q, k, v, sinks):
-        out = attend(q, k, v, segments, segments, 0, pattern, name, sinks) * (segments > 0)[:, :, None, None]
-        return jnp.sum(jnp.sin(out) * jnp.arange(H))
+        out = attend(q, k, v, segments, segments, 0, pattern, name, sinks) * (segments > 0)[:, :, None, None].astype(
+            jnp.float32
+        )
+        return jnp.sum(jnp.sin(out) * jnp.arange(H, dtype=jnp.float32))
 
     def grads(name):
         return jax.jit(jax.value_and_grad(lambda *x: loss(name, *x), (0, 1, 2, 3)))(q, k, v, sinks)

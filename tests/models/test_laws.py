@@ -15,6 +15,15 @@ from safetensors.numpy import load_file
 from ftjax.config import FullConfig, MeshConfig
 from ftjax.mesh import make_mesh
 from ftjax.models.registry import FAMILIES
+from ftjax.models.table import families
+
+SUPPORT = {family.model_type: family for family in families()}  # what `ftjax models` prints, which the laws below prove
+# The laws on several devices try one case of each family, and another where the first has too few heads to shard them.
+SHARDED = ONE_OF_EACH + [
+    next(case for case in CASES if case.model_type == first.model_type and case.tensor > 1)
+    for first in ONE_OF_EACH
+    if SUPPORT[first.model_type].tensor_parallel and first.tensor == 1
+]
 
 LOGITS = 1e-4  # absolute, float32
 T = 40  # longer than every window and original length of the cases; most tests use this length, to share a program
@@ -52,7 +61,7 @@ def test_logits_left_padded(pair):
 
 def test_packed_is_unpacked(pair):
     """Documents in one row have the logits that they have alone."""
-    _, hf, model, params, _ = pair
+    case, hf, model, params, _ = pair
     lengths = [21, T - 26, 3]
     documents = [tokens(1, n, seed=n) for n in lengths]
     row = np.concatenate([*documents, np.zeros((1, 2), np.int32)], axis=1)
@@ -64,6 +73,7 @@ def test_packed_is_unpacked(pair):
         n = document.shape[1]
         np.testing.assert_allclose(ours[:, start : start + n], hf_logits(hf, document), atol=LOGITS, rtol=0)
         start += n
+    assert SUPPORT[case.model_type].packing
 
 
 def test_documents_of_a_row_do_not_meet(pair):
@@ -164,7 +174,7 @@ def said(config) -> dict:
     return values | ({"rope_parameters": {key: value for key, value in rope.items() if key != "type"}} if rope else {})
 
 
-@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@pytest.mark.parametrize("case", SHARDED, ids=str)
 def test_eight_devices_are_one(case, tmp_path):
     make_hf(case, tmp_path)
     ids = tokens(4, 16)
@@ -176,3 +186,6 @@ def test_eight_devices_are_one(case, tmp_path):
         together = logits(model, params, ids)
     np.testing.assert_allclose(together, alone, atol=LOGITS, rtol=0)
     assert any(not p.sharding.is_fully_replicated for p in params.values())
+    if case.tensor > 1:
+        axes = {axis for path, s in model.specs.items() if "tensor" in str(params[path].sharding.spec) for axis in s.row.axes}
+        assert ({"heads", "mlp"} <= axes) == SUPPORT[case.model_type].tensor_parallel

@@ -76,7 +76,7 @@ def test_sums(problem):
     best = np.asarray(unembed(problem["params"], problem["hidden"])).argmax(-1)
     np.testing.assert_allclose(sums.weight, problem["weights"].sum(), rtol=1e-6)
     np.testing.assert_allclose(
-        sums.metrics["token_accuracy"][0], ((best == problem["targets"]) * problem["weights"]).sum(), rtol=1e-6
+        sums.metrics["token_accuracy"][0], jnp.where(best == problem["targets"], problem["weights"], 0).sum(), rtol=1e-6
     )
 
 

@@ -3,7 +3,7 @@
 Causality follows the order in a row (the slot), not the RoPE position, so that the same code serves packed training rows and
 the KV cache.
 
-Legend: B batch, T query length, S key length, N heads, K kv heads, G = N / K, H head dim.
+Legend: B batch, T query length, S key length, N heads, K kv heads, G = N / K, H head dim, D size of values.
 """
 
 import warnings
@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from ftjax.errors import UserError
 from ftjax.mesh import constrain
@@ -26,14 +27,17 @@ from ftjax.models.nn.rope import apply
 
 
 def visible(
-    q_segments: jax.Array, k_segments: jax.Array | None, offset: jax.Array | int, slots: int, window: int | None
-) -> jax.Array:
-    """Return the attention mask `[B, T, S]`: key s is in query t's document, not after it, and inside the window.
+    q_segments: Int[Array, "B T"],
+    k_segments: Int[Array, "B S"] | None,
+    offset: Int[Array, " B"] | int,
+    slots: int,
+    window: int | None,
+) -> Bool[Array, "B T {slots}"]:
+    """Return the attention mask: key s is in query t's document, not after it, and inside the window.
 
     Args:
-        q_segments: [B, T] int32.
-        k_segments: [B, S] int32; None for a KV cache, whose rows are one document each.
-        offset: slot of the first query, per row [B] or the same for all.
+        k_segments: None for a KV cache, whose rows are one document each.
+        offset: slot of the first query, per row or the same for all.
         slots: S.
     """
     q_slot = jnp.asarray(offset, jnp.int32)[..., None, None] + jnp.arange(q_segments.shape[1], dtype=jnp.int32)[:, None]
@@ -47,16 +51,16 @@ def visible(
 
 
 def xla(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_segments: jax.Array,
-    k_segments: jax.Array | None,
-    offset,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K D"],
+    q_segments: Int[Array, "B T"],
+    k_segments: Int[Array, "B S"] | None,
+    offset: Int[Array, " B"] | int,
     pattern: Pattern,
-    sinks: jax.Array | None = None,
-    prefix: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-) -> jax.Array:
+    sinks: Float[Array, " N"] | None = None,
+    prefix: tuple[Float[Array, "virtual K H"], Float[Array, "virtual K D"], Bool[Array, "B T virtual"]] | None = None,
+) -> Float[Array, "B T N D"]:
     """Compute attention in plain XLA, the reference: the full score matrix, softmax in float32."""
     b, t, n, h = q.shape
     kv = k.shape[2]
@@ -79,8 +83,8 @@ def xla(
     return jnp.einsum("bkgts,bskh->btkgh", probabilities, v, precision=precision).reshape(b, t, n, v.shape[-1])
 
 
-# Self-attention of packed rows on one device: (q, k, v, segments, sinks, pattern) -> [B, T, N, H]. `splash_interpreted` is
-# the TPU kernel in interpret mode, for tests.
+# Self-attention of packed rows on one device; arguments and result are those of `blockwise`. `splash_interpreted` is the TPU
+# kernel in interpret mode, for tests.
 KERNELS: dict[str, Callable[..., jax.Array]] = {
     "blockwise": blockwise,
     "splash": splash,
@@ -119,18 +123,29 @@ def choose(name: str, device: jax.Device, devices: int = 1) -> str:
     return name
 
 
-def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: str, sinks=None, prefix=None):
-    """Compute attention of q `[B, T, N, H]` over k and v `[B, S, K, H]`; return `[B, T, N, H]`.
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K D"],
+    q_segments: Int[Array, "B T"],
+    k_segments: Int[Array, "B S"] | None,
+    offset: Int[Array, " B"] | int,
+    pattern: Pattern,
+    backend: str,
+    sinks: Float[Array, " N"] | None = None,
+    prefix: tuple[Float[Array, "virtual K H"], Float[Array, "virtual K D"], Bool[Array, "B T virtual"]] | None = None,
+) -> Float[Array, "B T N D"]:
+    """Compute attention of q over k and v.
 
     Args:
-        q_segments: [B, T] int32. Queries attend only to keys of the same segment.
-        k_segments: [B, S] int32; None for a KV cache, whose rows are one document each.
-        offset: slot of the first query, per row [B] or the same for all.
+        q_segments: queries attend only to keys of the same segment.
+        k_segments: None for a KV cache, whose rows are one document each.
+        offset: slot of the first query, per row or the same for all.
         pattern: scale, window and softcap of this layer.
         backend: the result of `choose`. Attention over a KV cache (few queries, so few scores), with a prefix, or with values
             of another size than keys falls back to plain XLA.
-        sinks: [N], a learned score per head that takes part in the softmax without a value (gpt-oss); or None.
-        prefix: keys and values [V, K, H] that precede every document, and a mask of who sees them, bool [B, T, V]; or None.
+        sinks: a learned score per head that takes part in the softmax without a value (gpt-oss); or None.
+        prefix: keys and values that precede every document, and a mask of who sees them; or None.
     """
     if backend in ("cudnn", AUTO_CUDNN) and (reason := missing_for(pattern, sinks, q.dtype, q.shape[-1])):
         if backend == "cudnn":
@@ -148,19 +163,19 @@ def _with_pattern(kernel, pattern, q, k, v, segments, sinks):
 
 
 def self_attention(
-    q: jax.Array,
-    k: jax.Array | None,
-    v: jax.Array | None,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"] | None,
+    v: Float[Array, "B T K D"] | None,
     ctx: Context,
     pattern: Pattern,
     layer,
     cache: Memories,
-    sinks: jax.Array | None = None,
+    sinks: Float[Array, " N"] | None = None,
     name: str = "",
-) -> tuple[jax.Array, Memories]:
-    """Compute attention of q `[B, T, N, D]` over the cache and the tokens' k `[B, T, K, D]` and v `[B, T, K, V]`.
+) -> tuple[Float[Array, "B T _"], Memories]:
+    """Compute attention of q over the cache and the tokens' k and v; return it, heads side by side, and the cache.
 
-    Returns `([B, T, N V], cache)`. Queries and keys are rotated here unless `ctx.rope` is None, in layers without RoPE.
+    Queries and keys are rotated here unless `ctx.rope` is None, in layers without RoPE.
 
     Args:
         k, v: None in a layer that shares those of the last layer that wrote under `name` (`ftjax.models.nn.memory`).

@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.remat import ATTENTION
@@ -90,18 +91,17 @@ def _backward_head(pattern: Pattern, segments, sinks, q, o, d_o, k, v, lse):
     return jnp.concatenate(d_q, axis=1), d_k, d_v, d_sinks
 
 
-def _by_query(x: jax.Array, kv: int) -> jax.Array:
-    """Reshape `[B, T, N, H] -> [B, K, G, T, H]`."""
+def _by_query(x: Float[Array, "B T N H"], kv: int) -> Float[Array, "B {kv} G T H"]:
+    """Split the query heads by their key head."""
     b, t, n, h = x.shape
     return x.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4)
 
 
-def _by_key(x: jax.Array) -> jax.Array:
-    """Transpose `[B, T, K, H] -> [B, K, T, H]`."""
+def _by_key(x: Float[Array, "B T K H"]) -> Float[Array, "B K T H"]:
     return x.transpose(0, 2, 1, 3)
 
 
-def _joined(x: jax.Array) -> jax.Array:
+def _joined(x: Float[Array, "B K G T H"]) -> Float[Array, "B T K*G H"]:
     """Invert `_by_query`."""
     b, kv, g, t, h = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(b, t, kv * g, h)
@@ -132,10 +132,14 @@ def _each_head(run: Callable, segments: jax.Array, sinks: jax.Array | None, quer
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sinks: jax.Array | None, pattern: Pattern
-) -> jax.Array:
-    """Compute self-attention of packed rows: q `[B, T, N, H]`, k and v `[B, T, K, H]`, segments `[B, T]`, sinks `[N]` or None
-    -> `[B, T, N, H]`."""
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    sinks: Float[Array, " N"] | None,
+    pattern: Pattern,
+) -> Float[Array, "B T N H"]:
+    """Compute self-attention of packed rows."""
     return _forward(q, k, v, segments, sinks, pattern)[0]
 
 

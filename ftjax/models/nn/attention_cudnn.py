@@ -12,6 +12,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
 
 from ftjax.models.nn.attention_blockwise import blockwise
 from ftjax.models.nn.layer_types import Pattern
@@ -54,16 +55,18 @@ def missing_for(pattern: Pattern, sinks: jax.Array | None, dtype, head_dim: int)
     return None
 
 
-def documents(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def documents(
+    segments: Int[Array, "B T"], most: int
+) -> tuple[Int32[Array, "B {most}"], Int32[Array, "B {most}+1"], Int[Array, " B"]]:
     """Return lengths and offsets of the documents in each row, counting padding as one more document.
 
     Args:
-        segments: [B, T] int32; a document is a run of equal numbers.
+        segments: a document is a run of equal numbers.
         most: M.
 
     Returns:
-        lengths [B, M] and offsets [B, M + 1], int32, filled with -1 in rows with fewer documents; and the number of
-        documents, [B]. For rows with more than M documents, only the first M are returned.
+        lengths and offsets, filled with -1 in rows with fewer documents; and the number of documents. For rows
+        with more than M documents, only the first M are returned.
     """
     b, t = segments.shape
     begins = jnp.concatenate([jnp.ones((b, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
@@ -72,8 +75,15 @@ def documents(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax
     return jnp.where(lengths > 0, lengths, -1), jnp.where(starts < t, starts, -1), jnp.sum(begins, axis=1)
 
 
-def cudnn(q, k, v, segments, sinks, pattern: Pattern) -> jax.Array:
-    """Compute self-attention of packed rows: q `[B, T, N, H]`, k and v `[B, T, K, H]`, segments `[B, T]` -> `[B, T, N, H]`."""
+def cudnn(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    sinks: Float[Array, " N"] | None,
+    pattern: Pattern,
+) -> Float[Array, "B T N H"]:
+    """Compute self-attention of packed rows."""
     module = _private()
     lengths, offsets, count = documents(segments, DOCUMENTS)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from ftjax.errors import UserError
 from ftjax.mesh import fitting
@@ -26,8 +27,13 @@ Kernel = Callable[..., jax.Array]
 
 
 def on_each_device(
-    kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sinks: jax.Array | None
-) -> jax.Array:
+    kernel: Kernel,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    sinks: Float[Array, " N"] | None,
+) -> Float[Array, "B T N H"]:
     """Run `kernel(q, k, v, segments, sinks)` on each device's shard under the current mesh; call it directly without a mesh.
 
     Raises UserError if the number of heads is not divisible by the mesh's `sequence` axis.

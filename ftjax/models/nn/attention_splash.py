@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+from jaxtyping import Array, Float, Int
 
 from ftjax.models.nn.attention_blockwise import MASKED
 from ftjax.models.nn.gathered import in_order
@@ -24,12 +25,18 @@ LANES = 128  # the size of a block is a multiple of this
 BLOCK = 512  # maximum block size in tokens
 
 
-def splash(q, k, v, segments, sinks, pattern: Pattern, interpret: bool = False) -> jax.Array:
-    """Compute self-attention of packed rows: q `[B, T, N, H]`, k and v `[B, T, K, H]` -> `[B, T, N, H]`.
+def splash(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    sinks: Float[Array, " N"] | None,
+    pattern: Pattern,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """Compute self-attention of packed rows.
 
     Args:
-        segments: [B, T] int32.
-        sinks: [N], or None.
         interpret: run the kernel in interpret mode, which works on any backend.
     """
     t = q.shape[1]

@@ -9,6 +9,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Shaped
 
 from ftjax.mesh import constrain, fitting, parts, sharding
 from ftjax.models.nn.context import Context
@@ -20,8 +21,8 @@ HIDDEN = 1024  # maximum hidden units per chunk of a feed-forward layer with tra
 PLAIN = {"weight", "bias", "lora_A.weight", "lora_B.weight"}  # parameters that are applied to each token independently
 
 
-def chunks(x: jax.Array, length: int) -> jax.Array:
-    """Split `[B, T, ...]` into chunks `[T / C, B, C, ...]`; each device's part of T is padded with zeros at its end.
+def chunks(x: Shaped[Array, "B T *of"], length: int) -> Shaped[Array, "chunks B C *of"]:
+    """Split rows into T / C chunks; each device's part of T is padded with zeros at its end.
 
     Args:
         length: C, the tokens of a chunk on all devices that T is sharded over.
@@ -35,7 +36,7 @@ def chunks(x: jax.Array, length: int) -> jax.Array:
     return jnp.moveaxis(x, 2, 0).reshape(-1, b, devices * each, *rest)
 
 
-def joined(found: jax.Array, t: int) -> jax.Array:
+def joined(found: Shaped[Array, "chunks B C *of"], t: int) -> Shaped[Array, "B {t} *of"]:
     """Invert `chunks`."""
     n, b, c, *rest = found.shape
     devices = _parts(t)
@@ -49,8 +50,8 @@ def _parts(length: int) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in fitting(mesh, "length", length) or ())
 
 
-def feed_forward(layer: nnx.Module, x: jax.Array, ctx: Context) -> jax.Array:
-    """Return `layer.all_at_once(x [B, T, E], ctx)`, computed in chunks if memory is short.
+def feed_forward(layer: nnx.Module, x: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T E"]:
+    """Return `layer.all_at_once(x, ctx)`, computed in chunks if memory is short.
 
     That is the case if layers are recomputed (`remat: full`) and their weights are sharded: the hidden activations of the
     feed-forward layer, the widest of all, then dominate the memory of a layer. Nothing is gathered or computed more often than

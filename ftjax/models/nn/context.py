@@ -8,14 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
 @dataclass(frozen=True)
 class Prefix:
     """Keys and values of virtual tokens before every document; keys are stored after RoPE, at positions 0 to V - 1."""
 
-    keys: jax.Array  # [L, V, K, H]
-    values: jax.Array  # [L, V, K, H]
+    keys: Float[Array, "L virtual K H"]
+    values: Float[Array, "L virtual K H"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Context:
     """Settings and inputs of one forward pass, shared by its layers.
 
     Attributes:
-        positions: [B, T] int32, the RoPE position of each token; positions restart with each document.
-        segment_ids: [B, T] int32, the document of each token in its row; 0 is padding.
+        positions: the RoPE position of each token; positions restart with each document.
+        segment_ids: the document of each token in its row; 0 is padding.
         dtype: dtype of activations and matrix products.
         attention: the attention backend (`ftjax.models.nn.attention.choose`).
         remat: what a block saves for its backward pass (`ftjax.models.nn.remat.REMAT_POLICIES`), or `none` to save everything.
@@ -34,8 +35,8 @@ class Context:
         whole_weights: whether weights have been gathered already (`ftjax.models.nn.chunks`).
     """
 
-    positions: jax.Array
-    segment_ids: jax.Array
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
     dtype: Any = jnp.float32
     attention: str = "xla"
     remat: str = "none"

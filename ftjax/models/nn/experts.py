@@ -5,7 +5,7 @@ masks a dense product, which costs as much as all experts). Each device sorts it
 
 Sources: Shazeer et al. 2017 (arXiv:1701.06538); load-balancing loss: Fedus et al. 2021 (arXiv:2101.03961, eq. 4 to 6).
 
-Legend: B batch, T length, M tokens on one device, D embed, F mlp, X experts, K experts per token.
+Legend: B batch, T length, M rows on one device, E embed, X experts, k experts per token, I in, O out.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from ftjax.mesh import fitting
 from ftjax.models.nn.context import Context
@@ -34,8 +35,10 @@ class Router(nnx.Module):
         self.weight = param((experts, embed), ("experts", "embed"), "weight", layouts=(layout,) if layout else ())
         self.bias = param((experts,), ("experts",), "bias", init=Init("zeros")) if bias else None
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Map `x [B, T, D]` to float32 logits `[B, T, X]`, chosen experts `[B, T, K]` int32, and their float32 weights."""
+    def __call__(
+        self, x: Float[Array, "B T E"]
+    ) -> tuple[Float32[Array, "B T X"], Int32[Array, "B T k"], Float32[Array, "B T k"]]:
+        """Return the logits, the chosen experts of each token, and their weights."""
         logits = project(x, self.weight[...])
         if self.bias is not None:
             logits = logits + self.bias[...].astype(x.dtype)
@@ -46,12 +49,14 @@ class Router(nnx.Module):
         return logits, chosen, weights
 
 
-def grouped(x: jax.Array, weight: jax.Array, sizes: jax.Array, contract: int) -> jax.Array:
-    """Multiply the rows of `x [M, in]`, sorted by expert, by the matrix of their expert; return `[M, N]`.
+def grouped(
+    x: Float[Array, "M I"], weight: Float[Array, "X _ _"], sizes: Int[Array, " X"], contract: int
+) -> Float[Array, "M O"]:
+    """Multiply the rows of x, sorted by expert, by the matrix of their expert.
 
     Args:
-        weight: [X, in, N] or [X, N, in]; `contract` is the axis of its input dimension.
-        sizes: [X] int32, number of rows per expert.
+        weight: [X, I, O] or [X, O, I]; `contract` is the axis of its input dimension.
+        sizes: number of rows per expert.
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = jax.lax.RaggedDotDimensionNumbers(
@@ -67,25 +72,25 @@ class Group(NamedTuple):
     once (output biases) are multiplied by `once`: 1 on one of these devices, 0 on the others.
     """
 
-    rows: jax.Array  # [M, D]
+    rows: jax.Array  # [M, E]
     sizes: jax.Array  # [X] int32: number of rows per expert
     owner: jax.Array  # [M] int32: the expert of each row
     once: jax.Array | int
 
 
-# (rows, parameters) -> [M, D]
+# (rows, parameters) -> [M, E]
 Feedforward = Callable[[Group, dict[str, jax.Array]], jax.Array]
 
 
 def dispatch(
-    x: jax.Array,
-    chosen: jax.Array,
-    weights: jax.Array,
+    x: Float[Array, "B T E"],
+    chosen: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
     feedforward: Feedforward,
-    params: dict[str, jax.Array],
+    params: dict[str, Float[Array, "X ..."]],
     axes: dict[str, tuple[str | None, ...]],
-) -> jax.Array:
-    """Return the weighted sum `[B, T, D]` of the chosen experts' outputs for each token.
+) -> Float[Array, "B T E"]:
+    """Return the weighted sum of the chosen experts' outputs for each token.
 
     Under a mesh, tokens are sharded, whole experts are sharded along `expert`, and the experts' `mlp` dimension may be sharded
     too. Devices along `expert` all-gather their tokens, each applies its experts to all of them, and the results are
@@ -138,7 +143,8 @@ def dispatch(
             first = jax.lax.axis_index("expert") * next(iter(params.values())).shape[0]
         if gathers:
             x, chosen, weights = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, chosen, weights))
-        y = local(x, chosen, weights, params, 1 if over is None else jax.lax.axis_index(over) == 0, first)
+        once = 1 if over is None else (jax.lax.axis_index(over) == 0).astype(x.dtype)
+        y = local(x, chosen, weights, params, once, first)
         if over is not None:
             y = jax.lax.psum(y, over)
         if gathers:
@@ -227,17 +233,21 @@ class Experts(ExpertMatrices):
         )  # fmt: skip
         self.leave_room()
 
-    def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B T E"], chosen: Int[Array, "B T k"], weights: Float[Array, "B T k"]
+    ) -> Float[Array, "B T E"]:
         def feedforward(group: Group, params: dict[str, jax.Array]) -> jax.Array:
             gate, up = (self.product(group, group.rows, params, "gate_up_proj", part) for part in range(2))
             return self.product(group, self.act(gate) * up, params, "down_proj")
 
+
         return self.routed(x, chosen, weights, feedforward)
 
 
-def statistics(logits: jax.Array, chosen: jax.Array, segment_ids: jax.Array) -> dict[str, jax.Array]:
-    """Return sums over all tokens that are not padding (segment 0): how often each expert was chosen, and its probability,
-    `[X]` float32 each."""
+def statistics(
+    logits: Float[Array, "B T X"], chosen: Int[Array, "B T k"], segment_ids: Int[Array, "B T"]
+) -> dict[str, Float32[Array, " X"]]:
+    """Return sums over all tokens that are not padding (segment 0): how often each expert was chosen, and its probability."""
     real = (segment_ids != 0).astype(jnp.float32)[..., None]
     picked = jnp.sum(jax.nn.one_hot(chosen, logits.shape[-1], dtype=jnp.float32), axis=2)
     return {
@@ -246,7 +256,7 @@ def statistics(logits: jax.Array, chosen: jax.Array, segment_ids: jax.Array) -> 
     }
 
 
-def balance_loss(sums: dict[str, jax.Array], layers: int, segment_ids: jax.Array) -> jax.Array:
+def balance_loss(sums: dict[str, Float[Array, " X"]], layers: int, segment_ids: Int[Array, "B T"]) -> Float[Array, ""]:
     """Compute the load-balancing loss of transformers (`load_balancing_loss_func`).
 
     It is `X * sum(fraction chosen * mean probability)` over the tokens of all sparse layers together, and equals K if the
@@ -267,7 +277,7 @@ class SparseMoe(nnx.Module):
         self.router = router if name == "router" else None
         self.experts = experts
 
-    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return `(y [B, T, D], statistics)`."""
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context) -> tuple[Float[Array, "B T E"], dict[str, Float32[Array, " X"]]]:
+        """Return the output and `statistics`."""
         logits, chosen, weights = (self.gate or self.router)(x)
         return self.experts(x, chosen, weights), statistics(logits, chosen, ctx.segment_ids)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Shaped
 
 from ftjax.errors import UserError
 from ftjax.models.nn.context import Context, is_virtual
@@ -40,8 +41,8 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
-def project(x: jax.Array, weight: jax.Array, *, conv1d: bool = False) -> jax.Array:
-    """Multiply x `[..., I]` by a weight (O, I), or (I, O) with `conv1d`; return `[..., O]` in the dtype of x.
+def project(x: Float[Array, "*of I"], weight: Float[Array, "_ _"], *, conv1d: bool = False) -> Float[Array, "*of O"]:
+    """Multiply x by a weight (O, I), or (I, O) with `conv1d`; the result has the dtype of x.
 
     float32 uses the highest precision: accelerators would otherwise round the operands.
     """
@@ -51,7 +52,7 @@ def project(x: jax.Array, weight: jax.Array, *, conv1d: bool = False) -> jax.Arr
 
 
 @jax.custom_vjp
-def widen(x: jax.Array, weight: jax.Array) -> jax.Array:
+def widen(x: Float[Array, "*of I"], weight: Float[Array, "O I"]) -> Float[Array, "*of O"]:
     """Run `project` with a trained weight that has fewer inputs than outputs (LoRA's B, gate and up of a feed-forward layer).
 
     Its gradient is a product over all tokens, whose left factor CPUs transpose first. JAX's own rule puts the gradient of the
@@ -122,7 +123,7 @@ class Linear(nnx.Module):
     def weight_axes(self) -> tuple[str | None, str | None]:
         return self.axes if self.conv1d else self.axes[::-1]
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: Float[Array, "*of I"], ctx: Context) -> Float[Array, "*of O"]:
         widens = self.size_out > self.size_in and not self.conv1d and self.weight.row.trainable
         multiply = widen if widens else partial(project, conv1d=self.conv1d)
         y = project_sharded(x, self.weight[...], self.weight_axes, ctx, multiply)
@@ -138,13 +139,13 @@ class Embedding(nnx.Module):
     def __init__(self, vocab: int, embed: int, vocab_axis: str | None = "vocab"):
         self.weight = param((vocab, embed), (vocab_axis, "embed"), "weight")
 
-    def __call__(self, tokens: jax.Array, dtype) -> jax.Array:
+    def __call__(self, tokens: Shaped[Array, "B T ..."], dtype) -> Float[Array, "B T E"]:
         if is_virtual(tokens):
             return tokens.astype(dtype)
         return rows_of(self.weight[...], self.weight.row.axes, tokens, dtype)
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """Project `[..., E]` to logits `[..., V]`."""
+    def attend(self, x: Float[Array, "*of E"]) -> Float[Array, "*of V"]:
+        """Project hidden states to logits."""
         return project(x, self.weight[...])
 
 
@@ -152,10 +153,10 @@ class IdentityAdapter(nnx.Module):
     """Returns a sublayer's output unchanged; bottleneck adapters replace it.
 
     A block calls it as `attention_adapters(x, o, ctx)` and `output_adapters(x, o, ctx)`, with the residual stream x before the
-    sublayer and the sublayer's output o, both [B, T, E].
+    sublayer and the sublayer's output o.
     """
 
-    def __call__(self, x: jax.Array, o: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T E"], o: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T E"]:
         return o
 
 
@@ -170,7 +171,7 @@ class RMSNorm(nnx.Module):
         self.eps, self.offset, self.round_first = eps, offset, round_first
         self.weight = param((size,), (axis,), "weight", init=Init("zeros" if offset else "ones"))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*of size"]) -> Float[Array, "*of size"]:
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         weight = self.weight[...].astype(jnp.float32) + self.offset
@@ -187,7 +188,7 @@ class LayerNorm(nnx.Module):
         self.weight = param((size,), ("norm",), "weight", init=Init("ones"))
         self.bias = param((size,), ("norm",), "bias", init=Init("zeros")) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*of size"]) -> Float[Array, "*of size"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)

@@ -12,12 +12,13 @@ Legend: B batch, T length, V vocab, E embed.
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from ftjax.mesh import RULES, fitting, spec
 
 
-def rows_of(table: jax.Array, axes: tuple[str | None, ...], ids: jax.Array, dtype) -> jax.Array:
-    """Look up `ids [B, T]` in `table [V, E]` under the current mesh; return `[B, T, E]` in `dtype`.
+def rows_of(table: Float[Array, "V E"], axes: tuple[str | None, ...], ids: Int[Array, "*of"], dtype) -> Float[Array, "*of E"]:
+    """Look up ids in a table under the current mesh; return rows in `dtype`.
 
     Args:
         axes: logical axes of the table.

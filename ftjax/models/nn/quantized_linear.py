@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.errors import UserError
 from ftjax.models.nn.context import Context
@@ -18,7 +19,7 @@ from ftjax.models.nn.remat import saved_product
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project_quantized(x: jax.Array, weight: Quantized, conv1d: bool) -> jax.Array:
+def project_quantized(x: Float[Array, "*of I"], weight: Quantized, conv1d: bool) -> Float[Array, "*of O"]:
     """Run `project` with a quantised weight, dequantised to the dtype of x only for this product.
 
     The backward pass saves the quantised weight, not the dequantised one, and computes a gradient only for x.
@@ -52,7 +53,7 @@ class QuantizedLinear(Linear):
         self.weight = nnx.Param(quantization.abstract(tuple(linear.weight.get_value().shape)), row=row)
         self.bias = linear.bias
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: Float[Array, "*of I"], ctx: Context) -> Float[Array, "*of O"]:
         y = project_quantized(x, self.weight.get_value(), self.conv1d)
         return saved_product(y if self.bias is None else y + self.bias[...].astype(x.dtype))
 

@@ -11,15 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
-def causal_conv(x: jax.Array, weight: jax.Array, before: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Compute a depthwise causal convolution of x `[B, T, C]` with weight `[W, C]`, whose last row applies to the token itself.
+def causal_conv(
+    x: Float[Array, "B T C"], weight: Float[Array, "W C"], before: Float[Array, "B W-1 C"], segment_ids: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T C"], Float[Array, "B W-1 C"]]:
+    """Compute a depthwise causal convolution; the last row of the weight applies to the token itself.
 
     Args:
-        before: [B, W - 1, C], the row's inputs before x (`ConvState`); zeros if the row starts with x.
+        before: the row's inputs before x (`ConvState`); zeros if the row starts with x.
 
-    Returns `(y [B, T, C], the last W - 1 inputs [B, W - 1, C])`, not counting padding on the right as inputs.
+    Returns the output and the last W - 1 inputs, not counting padding on the right as inputs.
     """
     length, taps = x.shape[1], weight.shape[0]
     inputs = jnp.concatenate([before.astype(x.dtype), x], axis=1)
@@ -36,8 +39,11 @@ def causal_conv(x: jax.Array, weight: jax.Array, before: jax.Array, segment_ids:
 
 
 def recur(
-    step: Callable[[jax.Array, Any], tuple[jax.Array, Any]], state: jax.Array, inputs: Any, segment_ids: jax.Array
-) -> tuple[Any, jax.Array]:
+    step: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    state: Float[Array, " B *state"],
+    inputs: Any,
+    segment_ids: Int[Array, "B T"],
+) -> tuple[Any, Float[Array, " B *state"]]:
     """Scan `step(state [B, ...], inputs of a token [B, ...]) -> (state, output)` over the tokens.
 
     Args:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int
 
 from ftjax.errors import UserError
 
@@ -62,8 +63,10 @@ class Rope:
         """
         return None if self.long_inv_freq is None else self.switch
 
-    def angles(self, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return `(cos, sin)`, each `[B, T, dim / 2]` float32.
+    def angles(
+        self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+    ) -> tuple[Float32[Array, "B T half"], Float32[Array, "B T half"]]:
+        """Return cos and sin of the rotated half of a head.
 
         Types that depend on the length of the text use the length of each token's own document, so that packed documents give
         the same results as separate ones.
@@ -93,16 +96,16 @@ def every(rope: "Rope | Mapping[str, Rope]") -> tuple[Rope, ...]:
     return (rope,) if isinstance(rope, Rope) else tuple(rope.values())
 
 
-def document_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Return for each token `[B, T]` the last position of its document plus one."""
+def document_lengths(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Return for each token the last position of its document plus one."""
     index = jnp.arange(positions.shape[1], dtype=jnp.int32)
     last = jnp.concatenate([segment_ids[:, :-1] != segment_ids[:, 1:], jnp.ones_like(segment_ids[:, :1], bool)], axis=1)
     end = jax.lax.cummin(jnp.where(last, index, positions.shape[1] - 1), axis=1, reverse=True)
     return jnp.take_along_axis(positions, end, axis=1) + 1
 
 
-def apply(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the first `2 * cos.shape[-1]` dimensions of each head of x `[B, T, N, H]`; leave the others unchanged."""
+def apply(x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]) -> Float[Array, "B T N H"]:
+    """Rotate the first `2 * half` dimensions of each head; leave the others unchanged."""
     half = cos.shape[-1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
