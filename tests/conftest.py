@@ -15,13 +15,16 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
+import real
+import story_model
+from made_once import make_once
+from made_sets import write_sets
 
 from ftjax.cpu_threads import set_threads
 
 set_threads()  # JAX creates its devices on first use
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 os.environ.setdefault("FTJAX_CACHE", str(ROOT / ".cache" / "ftjax-tests"))
 
 # Every run tries the same examples, so a failure is due to a change. `--hypothesis-profile default` tries new ones.
@@ -33,18 +36,64 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Return the folder with real data and models, next to the project."""
-    if not SHARED.is_dir():
-        pytest.skip("the shared folder with real data and models is not beside the project")
-    return SHARED
+def pytest_report_header() -> str:
+    return f"real models and data: {real.SHARED if real.SHARED.is_dir() else 'none beside the project'}"
+
+
+def made_or_real(parameter: str | Path) -> str:
+    return "made" if parameter == "made" else "real"
 
 
 @pytest.fixture(scope="session")
-def stories(shared) -> Path:
-    """Return the folder of a real pretrained Llama with 260,000 parameters."""
-    return shared / "models" / "stories260k"
+def untrained(tmp_path_factory) -> Path:
+    """A Llama of 100 thousand random weights; its tokenizer is there as tokenizer.json and as a SentencePiece model."""
+    return make_once(tmp_path_factory, "untrained", story_model.write_untrained)
+
+
+@pytest.fixture(scope="session")
+def stories(untrained, tmp_path_factory) -> Path:
+    """The same model, trained on short stories."""
+    return make_once(tmp_path_factory, "stories", lambda folder: story_model.train_on_stories(untrained, folder))
+
+
+@pytest.fixture(scope="session", params=["made", *real.LLAMAS], ids=made_or_real)
+def llama(request) -> Path:
+    """A folder with a Llama and its tokenizer; the weights of the one that is made are random."""
+    return request.getfixturevalue("untrained") if request.param == "made" else request.param
+
+
+@pytest.fixture(scope="session", params=["made", *real.LLAMAS], ids=made_or_real)
+def trained_llama(request) -> Path:
+    """The same, trained on stories."""
+    return request.getfixturevalue("stories") if request.param == "made" else request.param
+
+
+@pytest.fixture(scope="session")
+def made_pieces(tmp_path_factory) -> Path:
+    """A folder with nothing but a SentencePiece model that keeps every space, as those of Llama 2 and Mistral do."""
+    return make_once(tmp_path_factory, "pieces", story_model.write_pieces)
+
+
+@pytest.fixture(scope="session", params=["made", *real.PIECES], ids=made_or_real)
+def pieces(request) -> Path:
+    return request.getfixturevalue("made_pieces") if request.param == "made" else request.param
+
+
+@pytest.fixture(scope="session")
+def made_sets(tmp_path_factory) -> Path:
+    """A folder of small data sets of every kind; their names, columns and formats are those of the real ones."""
+    return make_once(tmp_path_factory, "sets", write_sets)
+
+
+@pytest.fixture(scope="session", params=["made", *real.SETS], ids=made_or_real)
+def data_sets(request) -> Path:
+    return request.getfixturevalue("made_sets") if request.param == "made" else request.param
+
+
+@pytest.fixture(scope="session")
+def reader(data_sets, untrained) -> Path:
+    """A Llama whose tokenizer has learned from texts like those of `data_sets`."""
+    return real.LLAMAS[0] if data_sets in real.SETS and real.LLAMAS else untrained
 
 
 @pytest.fixture

@@ -201,13 +201,15 @@ def hf_logits(hf: Any, ids: np.ndarray, mask: np.ndarray | None = None, position
         return hf(**inputs, use_cache=False).logits.numpy()
 
 
-def peer_training(shared: Path, folder: Path, *arguments: str) -> dict[str, Any]:
-    """Return what the script that trains with transformers and PEFT writes; it runs in this process, which has loaded
-    PyTorch."""
+PEER = Path(__file__).resolve().parents[1] / "scripts" / "bench" / "peft_step.py"
+
+
+def peer_training(folder: Path, *arguments: str) -> dict[str, Any]:
+    """What the script that trains with transformers and PEFT writes; it runs in this process, which has PyTorch loaded."""
     out = folder / "peer.json"
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
-        patch.setattr(sys, "argv", ["peft_reference.py", *arguments, "--out", str(out)])
-        runpy.run_path(str(shared / "bench" / "peft_reference.py"), run_name="__main__")
+        patch.setattr(sys, "argv", [PEER.name, *arguments, "--out", str(out)])
+        runpy.run_path(str(PEER), run_name="__main__")
     return json.loads(out.read_text())
 
 

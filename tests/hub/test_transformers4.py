@@ -56,16 +56,16 @@ def test_every_family_has_the_same_logits(older, tmp_path):
     assert {name: value for name, value in apart.items() if not value < 1e-4} == {}
 
 
-def test_tokenizers_have_the_same_ids(older, stories, shared, tmp_path):
-    """Tokenizers copied and written anew (folder, GGUF, SentencePiece; with a model or an adapter) give the same ids."""
+def test_tokenizers_have_the_same_ids(older, llama, pieces, tmp_path):
+    """Carried over and written anew, from folders, GGUF and SentencePiece; beside a model and in an adapter's folder."""
     base = qwen(tmp_path / "qwen")
-    config, tensors = hub_folder(stories)
-    keys = sentencepiece_keys(stories / "tokenizer.model", bos=1, eos=2, unknown=0)
-    gguf = write_llama(tmp_path / "stories.gguf", config, tensors, tokenizer=keys)
+    config, tensors = hub_folder(llama)
+    keys = sentencepiece_keys(llama / "tokenizer.model", bos=1, eos=2, unknown=0)
+    gguf = write_llama(tmp_path / "model.gguf", config, tensors, tokenizer=keys)
     new = {"add_tokens": ["kilogram"], "add_special_tokens": ["<call>"]}
     template = {"chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"}
-    sources = [(base, {}), (base, new), (base, template), (base, new | template), (stories, {}), (stories, new)]
-    sources += [(gguf, {}), (gguf, new), (shared / "models" / "tokenizer_mistral_v1", {})]
+    sources = [(base, {}), (base, new), (base, template), (base, new | template), (llama, {}), (llama, new)]
+    sources += [(gguf, {}), (gguf, new), (pieces, {})]
     texts = ["once upon a  kilogram", "héllo<|im_end|> <tool_call><call>\n\n x", "<s>  \t漢字</s>"]
     asked, want = [], []
     for number, (place, settings) in enumerate(sources):

@@ -247,13 +247,13 @@ def test_cached_is_uncached(base, name):
     assert_cached_is_uncached(model, params, tokens(1, 8), ((3,), (1,), (4,)), 12, atol=2e-5)
 
 
-def peer_losses(stories, setup, name: str, batches, adapter, shared) -> tuple[list[float], int]:
-    """Return losses before each update and the number of trained weights, from the script next to the project; from PEFT's
-    steps here for virtual tokens, which it does not train from a file."""
+def peer_losses(stories, setup, name: str, batches, adapter) -> tuple[list[float], int]:
+    """Losses before each update and the number of trained weights: by the benchmarks' script; for virtual tokens, which
+    PEFT trains from no file, by its steps here."""
     if name not in VIRTUAL:
         files = ["--model", str(stories), "--batches", str(batches), "--adapter", str(adapter)]
-        want = peer_training(shared, adapter, *files, "--lr", "1e-2")
-        return want["loss"], want["trainable"]
+        want = peer_training(adapter, *files, "--lr", "1e-2")
+        return want["loss"], want["trained"]
     from peft import PeftConfig, get_peft_model
 
     settings = PeftConfig.from_pretrained(adapter)
@@ -279,7 +279,7 @@ def peer_losses(stories, setup, name: str, batches, adapter, shared) -> tuple[li
 
 
 @pytest.mark.parametrize("name", [name for name in PEFT if name != "lora"])  # LoRA: tests/train/test_step.py
-def test_ten_steps_of_the_peer(shared, stories, name, tmp_path):
+def test_ten_steps_of_the_peer(stories, name, tmp_path):
     """PEFT from the same adapter on the same batches: ten losses within 1e-4, in float32."""
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 512, (2, 4, 32))[np.arange(10) % 2]
@@ -291,7 +291,7 @@ def test_ten_steps_of_the_peer(shared, stories, name, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     write_adapter(folder, setup.model, setup.params, config.method, str(stories))
-    losses, trainable = peer_losses(stories, setup, name, tmp_path / "batches.npz", folder, shared)
+    losses, trainable = peer_losses(stories, setup, name, tmp_path / "batches.npz", folder)
     shifted = np.concatenate([labels[..., 1:], np.full((10, 4, 1), -100)], axis=-1)
     ones = np.ones((4, 32), np.int32)
     batches = [
