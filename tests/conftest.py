@@ -16,7 +16,6 @@ import hypothesis
 import jax
 import pytest
 import real
-import story_model
 from made_once import make_once
 from made_sets import write_sets
 
@@ -26,6 +25,7 @@ set_threads()  # JAX creates its devices on first use
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("FTJAX_CACHE", str(ROOT / ".cache" / "ftjax-tests"))
+MADE = Path(os.environ["FTJAX_CACHE"]) / "made"
 
 # Every run tries the same examples, so a failure is due to a change. `--hypothesis-profile default` tries new ones.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
@@ -34,6 +34,19 @@ hypothesis.settings.load_profile("same")
 jax.config.update("jax_compilation_cache_dir", os.environ.get("FTJAX_TEST_CACHE", str(ROOT / ".cache" / "jax-tests")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# These take longest; workers begin with them, so that none is left with one when the others have finished.
+FIRST = ("train/test_processes", "train/test_matrix", "models/test_laws_generate", "models/test_laws_config", "train/test_loop")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leave the sweeps to `make test-all`, and put the files that take longest first."""
+    if not os.environ.get("FTJAX_TEST_ALL"):
+        sweeps = [item for item in items if item.get_closest_marker("sweep")]
+        config.hook.pytest_deselected(items=sweeps)
+        items[:] = [item for item in items if item not in sweeps]
+    items.sort(key=lambda item: not any(name in item.nodeid for name in FIRST))
 
 
 def pytest_report_header() -> str:
@@ -45,15 +58,19 @@ def made_or_real(parameter: str | Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def untrained(tmp_path_factory) -> Path:
+def untrained() -> Path:
     """A Llama of 100 thousand random weights; its tokenizer is there as tokenizer.json and as a SentencePiece model."""
-    return make_once(tmp_path_factory, "untrained", story_model.write_untrained)
+    from story_model import write_untrained
+
+    return make_once(MADE, "untrained", write_untrained)
 
 
 @pytest.fixture(scope="session")
-def stories(untrained, tmp_path_factory) -> Path:
+def stories(untrained) -> Path:
     """The same model, trained on short stories."""
-    return make_once(tmp_path_factory, "stories", lambda folder: story_model.train_on_stories(untrained, folder))
+    from story_model import train_on_stories
+
+    return make_once(MADE, "stories", lambda folder: train_on_stories(untrained, folder))
 
 
 @pytest.fixture(scope="session", params=["made", *real.LLAMAS], ids=made_or_real)
@@ -69,9 +86,11 @@ def trained_llama(request) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made_pieces(tmp_path_factory) -> Path:
+def made_pieces() -> Path:
     """A folder with nothing but a SentencePiece model that keeps every space, as those of Llama 2 and Mistral do."""
-    return make_once(tmp_path_factory, "pieces", story_model.write_pieces)
+    from story_model import write_pieces
+
+    return make_once(MADE, "pieces", write_pieces)
 
 
 @pytest.fixture(scope="session", params=["made", *real.PIECES], ids=made_or_real)
@@ -80,9 +99,9 @@ def pieces(request) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made_sets(tmp_path_factory) -> Path:
+def made_sets() -> Path:
     """A folder of small data sets of every kind; their names, columns and formats are those of the real ones."""
-    return make_once(tmp_path_factory, "sets", write_sets)
+    return make_once(MADE, "sets", write_sets)
 
 
 @pytest.fixture(scope="session", params=["made", *real.SETS], ids=made_or_real)

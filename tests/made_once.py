@@ -1,20 +1,22 @@
-"""Files that take time to make: once in a session, for all workers of pytest-xdist."""
+"""Keeps files that take time to make: they are made once on a machine, and again when the code that makes them changes."""
 
-import os
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 from filelock import FileLock
 
+MAKERS = ("made_sets.py", "oracle.py", "story_model.py", "story_text.py")
 
-def make_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
-    """Return the folder that `make(folder)` has filled, here or in another worker of this session."""
-    session = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        session = session.parent  # each worker has a folder of its own in the session's
-    folder, unfinished = session / "made" / name, session / "made" / f"{name}-unfinished"
-    folder.parent.mkdir(exist_ok=True)
+
+def make_once(root: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder under `root` that `make(folder)` has filled, now or earlier, here or in another process."""
+    here = Path(__file__).parent
+    digest = sha256(b"".join((here / maker).read_bytes() for maker in MAKERS)).hexdigest()[:16]
+    folder = root / digest / name
+    unfinished = folder.with_name(f"{name}-unfinished")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.is_dir():
             shutil.rmtree(unfinished, ignore_errors=True)  # of an attempt that failed

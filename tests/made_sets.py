@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -83,7 +84,13 @@ def paper(rng: random.Random, number: int) -> Row:
 
 
 def talk(rng: random.Random, turns: int) -> list[Row]:
-    return [{"role": ("user", "assistant")[turn % 2], "content": write_story(rng)} for turn in range(turns)]
+    return [{"role": ("user", "assistant")[turn % 2], "content": beginning(rng)} for turn in range(turns)]
+
+
+def beginning(rng: random.Random) -> str:
+    """A story's first sentences, or all of it: conversations are short and long, so that some rows hold several."""
+    sentences = re.split(r"(?<=[.?]) ", write_story(rng))
+    return " ".join(sentences[: rng.randint(1, len(sentences))])
 
 
 def thing(rng: random.Random) -> str:

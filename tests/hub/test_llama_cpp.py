@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from cases import CASES
 from oracle import TINY, hf_config, load, logits, make_hf, write_merged
-from processes import ALL
 from qwen_tokenizer import qwen
 from sentencepiece import SentencePieceProcessor
 
@@ -19,7 +18,7 @@ from ftjax.config import FullConfig, ModelConfig
 from ftjax.hub.tokenizer.files import write_tokenizer
 from ftjax.hub.tokenizer.load import load_tokenizer
 
-pytestmark = pytest.mark.skipif(not ALL, reason="makes an environment with pip and npm; FTJAX_TEST_ALL=1 runs it")
+pytestmark = pytest.mark.sweep  # makes an environment with pip and npm
 HERE = Path(__file__).parent
 PACKAGE, BINARIES = "node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1"
 BYTE_LEVEL = {"gpt2", "gpt_neox", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "olmo2", "olmo3", "smollm3", "granite"}

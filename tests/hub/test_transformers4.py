@@ -11,7 +11,6 @@ import pytest
 from cases import CASES
 from gguf_writing import hub_folder, sentencepiece_keys, write_llama
 from oracle import Case, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
-from processes import ALL
 from qwen_tokenizer import qwen
 
 from ftjax.config import FullConfig, LoraConfig, ModelConfig
@@ -22,7 +21,7 @@ from ftjax.hub.tokenizer.files import write_tokenizer
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.methods import method_of
 
-pytestmark = pytest.mark.skipif(not ALL, reason="makes an environment with pip; FTJAX_TEST_ALL=1 runs it")
+pytestmark = pytest.mark.sweep  # makes an environment with pip
 HERE = Path(__file__).parent
 REFUSED = {"olmo2-tied", "phi3-whole-heads"}  # scalings that transformers 4 cannot express
 ONE_BASE = {"olmo3"}  # transformers 4 has one rope_theta for all types of layers of this family

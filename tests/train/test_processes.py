@@ -84,7 +84,7 @@ def test_two_go_on_then_one(stopped, whole, settings, tmp_path):
     same_results(out, whole)
 
 
-@pytest.mark.skipif(not ALL, reason="`make test-all` runs it; the test above has fewer processes")
+@pytest.mark.sweep  # the test above has fewer processes
 def test_one_goes_on_then_four(stopped, whole, settings, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(stopped[0], out)
@@ -251,7 +251,7 @@ def test_other_documents_are_refused(settings, stopped, tmp_path):
         assert list(rows(copy)) == list(range(1, STEPS + 1)) and first < STEPS
 
 
-@pytest.mark.skipif(not ALL, reason="`make test-all` runs it; test_loop.py has a short one")
+@pytest.mark.sweep  # test_loop.py has a short one
 def test_checkpoints_in_a_bucket_that_refuses_now_and_then(settings, whole, tmp_path):
     """Two hosts with separate disks lose nothing if one request of seven is refused. The bucket has `best/` too."""
     with bucket(refuse_every=7) as (variables, refused):
