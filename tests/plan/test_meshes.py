@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path

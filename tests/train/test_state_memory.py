@@ -15,7 +15,6 @@ from ftjax.config import Config
 from ftjax.train.checkpoint import Checkpoints
 from ftjax.train.run import train
 
-
 # Weights on all devices, and as many copies of them: the first has both.
 MESHES = [
     {"data": 2, "fsdp": 4},
