@@ -43,9 +43,8 @@ FIRST = ("train/test_processes", "train/test_matrix", "models/test_laws_generate
 def pytest_collection_modifyitems(config, items) -> None:
     """Leave the sweeps to `make test-all`, and put the files that take longest first."""
     if not os.environ.get("FTJAX_TEST_ALL"):
-        sweeps = [item for item in items if item.get_closest_marker("sweep")]
-        config.hook.pytest_deselected(items=sweeps)
-        items[:] = [item for item in items if item not in sweeps]
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("sweep")])
+        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
     items.sort(key=lambda item: not any(name in item.nodeid for name in FIRST))
 
 
