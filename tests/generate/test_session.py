@@ -187,10 +187,11 @@ def test_stop_strings_cut_the_text(storyteller):
     whole = storyteller.generate(STORIES, max_new_tokens=40)
     for stop in (["."], ["ttle g", "was a"], [". One", "\n"], ["never there"]):
         answers = storyteller.generate(STORIES, max_new_tokens=40, stop=stop)
+        assert any(s in full.text for s in stop for full in whole) == (stop != ["never there"])
         for answer, full in zip(answers, whole, strict=True):
             cut = min((full.text.index(s) for s in stop if s in full.text), default=None)
             assert answer.text == full.text[:cut]
-            assert answer.finish_reason == ("length" if cut is None else "stop")
+            assert answer.finish_reason == (full.finish_reason if cut is None else "stop")
             assert answer.tokens == full.tokens[: len(answer.tokens)]
             if cut is not None:  # the last token is the one that completed the stop string
                 shorter = storyteller.tokenizer.decode(answer.tokens[:-1])
@@ -288,7 +289,7 @@ def test_other_prompts_compile_nothing(storyteller, lowered):
     storyteller.score(["Once upon a time", "Tom"], [" there was a cat", " ran to the park"])
     first = lowered()
     storyteller.generate(["Tom and his dad went to the zoo", "Tom and", "A cat"], max_new_tokens=19)
-    storyteller.score(["Lily saw a", "Once"], [" big red ball", " ran to the park"])
+    storyteller.score(["Once upon a day", "Once"], [" there was a dog", " went to the zoo"])
     assert lowered() == first
     storyteller.generate(STORIES[1] + STORIES[1], max_new_tokens=20)  # the counter works
     assert lowered() > first
