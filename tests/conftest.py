@@ -1,6 +1,8 @@
 """Runs the whole suite on a CPU that pretends to be eight devices; warnings are errors."""
 
+import gc
 import os
+from pathlib import Path
 
 from quick_compile import QUICK
 
@@ -10,8 +12,12 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK} --xla_forc
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-from pathlib import Path
+# Processes that tests start find the programs that tests have compiled.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "FTJAX_TEST_CACHE", str(Path(__file__).resolve().parents[1] / ".cache" / "jax-tests")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax
@@ -32,10 +38,6 @@ MADE = Path(os.environ["FTJAX_CACHE"]) / "made"
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
-jax.config.update("jax_compilation_cache_dir", os.environ.get("FTJAX_TEST_CACHE", str(ROOT / ".cache" / "jax-tests")))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
 
 # These take longest; workers begin with them, so that none is left with one when the others have finished.
 FIRST = ("train/test_processes", "train/test_matrix", "models/test_laws_generate", "models/test_laws_config", "train/test_loop")
@@ -47,6 +49,13 @@ def pytest_collection_modifyitems(config, items) -> None:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("sweep")])
         items[:] = [item for item in items if not item.get_closest_marker("sweep")]
     items.sort(key=lambda item: not any(name in item.nodeid for name in FIRST))
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what stays: PyTorch, JAX and transformers are a million objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_report_header() -> str:
