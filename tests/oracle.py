@@ -161,6 +161,14 @@ def logits(model: Model, params: dict, ids: np.ndarray, **inputs) -> np.ndarray:
     return np.asarray(compiled(model)(params, jnp.asarray(ids), ctx.positions, ctx.segment_ids))
 
 
+def eager_logits(model: Model, params: dict, ids: np.ndarray) -> np.ndarray:
+    """Return the same, one operation at a time: for many models of the same shapes, where compiling each would take longer."""
+    with jax.disable_jit():
+        module, ctx = model.bind(params), context(ids)
+        hidden, _, _ = module.hidden(jnp.asarray(ids), ctx)
+        return np.asarray(module.unembed(hidden, ctx))
+
+
 COMPILED: deque[tuple[Any, Callable]] = deque(maxlen=16)
 
 
