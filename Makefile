@@ -1,7 +1,7 @@
 # make demo    fine-tune a small model on this machine, from nothing, and show before and after
-# make test    install what the tests need and run linter and tests
+# make test    install what the tests need, run linter and tests, and print the 25 slowest tests
 # make lint    linter and formatter only
-# make test-all  every line of the tests that take many processes and compilations; more than an hour
+# make test-all  sweeps too: every combination, long runs, and other versions of other libraries; more than an hour
 # make clean   remove what was built here (demo/, caches, .venv); runs/ stays
 #
 # PYTHON chooses the interpreter (3.11 or newer): make test PYTHON=python3.12
@@ -11,7 +11,7 @@ VENV ?= .venv
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .PHONY: demo test test-all lint install install-test clean

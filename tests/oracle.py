@@ -161,6 +161,14 @@ def logits(model: Model, params: dict, ids: np.ndarray, **inputs) -> np.ndarray:
     return np.asarray(compiled(model)(params, jnp.asarray(ids), ctx.positions, ctx.segment_ids))
 
 
+def eager_logits(model: Model, params: dict, ids: np.ndarray) -> np.ndarray:
+    """Return the same, one operation at a time: for many models of the same shapes, where compiling each would take longer."""
+    with jax.disable_jit():
+        module, ctx = model.bind(params), context(ids)
+        hidden, _, _ = module.hidden(jnp.asarray(ids), ctx)
+        return np.asarray(module.unembed(hidden, ctx))
+
+
 COMPILED: deque[tuple[Any, Callable]] = deque(maxlen=16)
 
 
@@ -201,13 +209,15 @@ def hf_logits(hf: Any, ids: np.ndarray, mask: np.ndarray | None = None, position
         return hf(**inputs, use_cache=False).logits.numpy()
 
 
-def peer_training(shared: Path, folder: Path, *arguments: str) -> dict[str, Any]:
-    """Return what the script that trains with transformers and PEFT writes; it runs in this process, which has loaded
-    PyTorch."""
+PEER = Path(__file__).resolve().parents[1] / "scripts" / "bench" / "peft_step.py"
+
+
+def peer_training(folder: Path, *arguments: str) -> dict[str, Any]:
+    """What the script that trains with transformers and PEFT writes; it runs in this process, which has PyTorch loaded."""
     out = folder / "peer.json"
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
-        patch.setattr(sys, "argv", ["peft_reference.py", *arguments, "--out", str(out)])
-        runpy.run_path(str(shared / "bench" / "peft_reference.py"), run_name="__main__")
+        patch.setattr(sys, "argv", [PEER.name, *arguments, "--out", str(out)])
+        runpy.run_path(str(PEER), run_name="__main__")
     return json.loads(out.read_text())
 
 

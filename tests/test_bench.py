@@ -56,6 +56,7 @@ def test_step(model, tmp_path):
     assert 0 < mine["share"] < 1 and mine["peak_bytes"] > 0 < peer["peak_bytes"]
 
 
+@pytest.mark.sweep
 def test_step_on_random_weights_and_quantised(tmp_path):
     """A config.json is enough, as on a GPU without downloads. Rows of 64 are one block of nf4, as in bitsandbytes."""
     folder = tmp_path / "model"
@@ -65,6 +66,7 @@ def test_step_on_random_weights_and_quantised(tmp_path):
     assert found["qlora"]["PEFT"]["loss_difference"] < 1e-4
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not REFERENCE.exists(), reason="the reference script is not here")
 def test_the_peer_does_the_work_of_the_reference(model, tmp_path):
     options = ("--model", model, "--peer", REFERENCE, *SMALL)
@@ -77,6 +79,7 @@ def test_generate(model, tmp_path):
     assert all(found[side][part] > 0 for side in ("ftjax", "transformers") for part in ("prefill", "decode"))
 
 
+@pytest.mark.sweep
 def test_end_to_end(model, tmp_path):
     row = {"instruction": "Say it twice.", "input": "hello", "output": "hello hello"}
     for name in ("train", "validation"):
@@ -98,12 +101,14 @@ def test_preference(model, tmp_path):
     assert found["speed"] > 0 and found["memory"] > 0 and found["ftjax"]["loss"][1] != found["ftjax"]["loss"][0]
 
 
+@pytest.mark.sweep
 def test_data(model, rows, tmp_path):
     options = ("--model", model, "--train", rows, "--max-length", 64, "--times", 1, "--target-tokens", 4000, "--batch", 2)
     found = run("data", tmp_path / "data.json", *options)
     assert found["tokens"] < found["packed_tokens"] and all(value > 0 for value in found.values())
 
 
+@pytest.mark.sweep
 def test_load(model, tmp_path):
     found = run("load", tmp_path / "load.json", "--model", model, "--times", 1)
     assert found["bytes"] == sum(p.numel() * 4 for p in AutoModelForCausalLM.from_pretrained(model).parameters())
@@ -111,17 +116,20 @@ def test_load(model, tmp_path):
     assert found["peak_bytes"]["load"] > 0
 
 
+@pytest.mark.sweep
 def test_startup(model, tmp_path):
     found = run("startup", tmp_path / "startup.json", "--model", model, "--times", 1, "--length", 64)
     assert found["help"] < found["first"]
 
 
+@pytest.mark.sweep
 def test_methods(model, tmp_path):
     lora, full, again = run("methods", tmp_path / "methods.json", model, "--length", 16, "--steps", 1, "--only", "full")
     assert lora["trained"] < full["trained"] and lora["bytes"] < full["bytes"]
     assert (full["share"], again["trained"]) == (1, lora["trained"])
 
 
+@pytest.mark.sweep
 def test_quantized(model, rows, tmp_path):
     exact, int8, nf4 = run("quantized", tmp_path / "quantized.json", model, rows, "--steps", 2, "--length", 64)
     assert int8["weight_error"] < nf4["weight_error"] and int8["logit_error"] < nf4["logit_error"]

@@ -84,12 +84,12 @@ def test_models_lists_the_registry(capsys):
 
 
 @pytest.fixture
-def run_file(tmp_path, stories):
-    """Write a configuration of a real small model and three rows of data; return its path."""
+def run_file(tmp_path, untrained):
+    """A configuration of a small model and three rows of data."""
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"say {n}:", "completion": f" number {n}"}) + "\n" for n in range(3)))
     path = tmp_path / "run.yaml"
-    path.write_text(f"model: {{path: {stories}}}\ndata: {{train: {data}, max_length: 64}}\noutput_dir: {tmp_path / 'run'}\n")
+    path.write_text(f"model: {{path: {untrained}}}\ndata: {{train: {data}, max_length: 64}}\noutput_dir: {tmp_path / 'run'}\n")
     return path
 
 

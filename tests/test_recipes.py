@@ -63,13 +63,17 @@ def test_a_recipe_opens_with_what_it_takes_and_gives(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_data_of_a_recipe_is_read(recipe, shared):
-    """The columns exist: the first row of training and evaluation data becomes an example."""
+def test_the_data_of_a_recipe_is_read(recipe, data_sets, tmp_path, monkeypatch):
+    """All of its columns are there: the first row of what is trained and of what is evaluated becomes an example."""
     from ftjax.data.find import find
     from ftjax.data.read import read_rows
     from ftjax.data.reader import to_examples
 
     config = load_config(recipe)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "data").symlink_to(data_sets)
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
     for source in [*config.data.sources("train"), *sources(config)]:
         [example] = islice(to_examples(read_rows(source, found=find(source)), source), 1)
         assert example.references

@@ -17,6 +17,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), skip_special_tokens: bool = True):
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        added = tokenizer.added_tokens_decoder.items() if skip_special_tokens else ()
+        self._skipped = frozenset(index for index, token in added if token.special)
         self._tokens = list(prompt[-CONTEXT:])
         self._start, self._read = 0, len(self._tokens)  # start of the decoded window, and end of what was returned
 
@@ -31,7 +33,9 @@ class TextStream:
 
     def _advance(self, finish: bool) -> str:
         # Decode a run of byte pieces as a whole: one invalid byte also breaks the characters before it.
-        if not finish and self._tokens and BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(self._tokens[-1]) or ""):
+        # Skipped tokens do not end the run: decoding joins the bytes before and after them.
+        last = next((token for token in reversed(self._tokens) if token not in self._skipped), None)
+        if not finish and last is not None and BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(last) or ""):
             return ""
         before, now = self._decode(self._tokens[self._start : self._read]), self._decode(self._tokens[self._start :])
         if not now.startswith(before):  # the prompt ends within a character

@@ -1,4 +1,4 @@
-"""Tests that packed and unpacked rows of a real data set train the same (trap 2)."""
+"""Packed and unpacked rows of a set of conversations train the same (trap 2)."""
 
 from itertools import islice
 
@@ -38,21 +38,21 @@ def summed(setup, split, rows):
 
 
 @pytest.fixture
-def talks(shared, tmp_path):
-    """Return the first conversations of a real data set."""
+def talks(data_sets, tmp_path):
+    """The first conversations of a set."""
     path = tmp_path / "talks.jsonl"
-    with (shared / "data" / "chat_messages" / "train.jsonl").open() as file:
+    with (data_sets / "chat_messages" / "train.jsonl").open() as file:
         path.write_text("".join(islice(file, 30)))
     return path
 
 
 @pytest.mark.parametrize("truncation", ["right", "split"])
-def test_packed_is_unpacked(stories, talks, truncation):
+def test_packed_is_unpacked(reader, talks, truncation):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tokenizer = AutoTokenizer.from_pretrained(reader)
     tokenizer.chat_template = TEMPLATE
-    setup = prepare(make_config(stories, method={"name": "full"}), ONE)
+    setup = prepare(make_config(reader, method={"name": "full"}), ONE)
     results = []
     for packing in (True, False):
         config = DataConfig(train=str(talks), max_length=256, truncation=truncation, packing=packing)
@@ -67,7 +67,7 @@ def test_packed_is_unpacked(stories, talks, truncation):
 
 
 def test_byte_level_rows_are_shifted_within_documents_only(talks):
-    """On real data, the loss sees the tokens of each document in order, each once."""
+    """What the loss sees of a set: each document's own tokens, in order, once."""
     tokenizer = byte_level(TEMPLATE.replace("{{ bos_token }}", ""))
     split, _ = load_splits(DataConfig(train=str(talks), max_length=512, truncation="split"), tokenizer, seed=0)
     total = 0.0

@@ -126,9 +126,9 @@ def test_a_boundary_that_merges_is_where_ftjax_differs(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["chat_messages", "code_completion"])
-def test_real_data(name, shared, tmp_path):
-    """The first rows of real data sets agree; conversations use generation marks."""
-    file = shared / "data" / name / "train.jsonl"
+def test_whole_sets(name, data_sets, tmp_path):
+    """The first rows of whole sets, with marks where they are conversations."""
+    file = data_sets / name / "train.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:60]]
     keep = ("messages",) if name == "chat_messages" else ("prompt", "completion")
     rows = [{key: row[key] for key in keep} for row in rows]

@@ -127,18 +127,16 @@ def test_what_a_reward_model_scores(rows, make, template, tmp_path):
     assert [[ids[:-1] for ids, _ in unit] for unit in found] == theirs  # less the token that stands for the score
 
 
-def real(shared, count):
-    """Rows of the real set, with answers as TRL takes them."""
-    path = shared / "data" / "preference_helpful" / "train.jsonl"
-    if not path.is_file():
-        pytest.skip("the real preferences are not beside the project")
+def first_rows(data_sets, count):
+    """Rows of a set of preferences, with answers as TRL takes them."""
+    path = data_sets / "preference_helpful" / "train.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
     return [{"prompt": r["prompt"], "chosen": [answer(r["chosen"])], "rejected": [answer(r["rejected"])]} for r in rows]
 
 
-def test_real_pairs(shared, tmp_path):
+def test_pairs_of_a_set(data_sets, tmp_path):
     """Ids are TRL's wherever no token crosses from the prompt into the answer, and the text is in any case."""
-    rows, tokenizer = real(shared, 40), byte_level(CHATML)
+    rows, tokenizer = first_rows(data_sets, 40), byte_level(CHATML)
     found, theirs = ours(rows, tokenizer, tmp_path, max_length=1 << 16), pairs(rows, tokenizer, tmp_path)
     same = 0
     for unit, other in zip(found, theirs, strict=True):
@@ -150,8 +148,8 @@ def test_real_pairs(shared, tmp_path):
     assert same > 0.9 * len(rows)
 
 
-def test_real_scored_texts(shared, tmp_path):
-    rows, tokenizer = real(shared, 40), byte_level(CHATML)
+def test_scored_texts_of_a_set(data_sets, tmp_path):
+    rows, tokenizer = first_rows(data_sets, 40), byte_level(CHATML)
     theirs = [[row["chosen_ids"], row["rejected_ids"]] for row in trl("Reward", rows, tokenizer, tmp_path)]
     found = ours(rows, tokenizer, tmp_path, Scored(), max_length=1 << 16)
     assert [[ids[:-1] for ids, _ in unit] for unit in found] == theirs

@@ -33,11 +33,11 @@ def hf_loss(model, tokenizer, prompt: str, completion: str) -> tuple[float, int]
 # ---- what it measures ----
 
 
-def test_loss_is_transformers(stories, written, tmp_path):
+def test_loss_is_transformers(trained_llama, written, tmp_path):
     rows = [("Once upon a time", ", there was a little girl."), ("Tom and", " Lily"), ("The big dog", " was very happy and")]
     path = written("a.jsonl", *({"prompt": p, "completion": c} for p, c in rows))
-    results = evaluate(str(stories), ["evaluate.batch_size=2"], data=path, out=tmp_path / "out")
-    hf, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    results = evaluate(str(trained_llama), ["evaluate.batch_size=2"], data=path, out=tmp_path / "out")
+    hf, tokenizer = AutoModelForCausalLM.from_pretrained(trained_llama), AutoTokenizer.from_pretrained(trained_llama)
     want = [hf_loss(hf, tokenizer, *row) for row in rows]
     assert results["metrics"]["loss"].value == pytest.approx(sum(a for a, _ in want) / sum(n for _, n in want), abs=1e-4)
     for row, (total, count) in zip(predictions(tmp_path / "out"), want, strict=True):

@@ -24,11 +24,9 @@ def want(hf, prompt: list[int], completion: list[int]) -> tuple[np.ndarray, bool
 
 
 @pytest.mark.parametrize("logits", [score.LOGITS, 3 * 512 * 2], ids=["at once", "in parts"])
-def test_scores_are_transformers(storyteller, stories, monkeypatch, logits):
+def test_scores_are_transformers(trained_llama, monkeypatch, logits):
     monkeypatch.setattr(score, "LOGITS", logits)
-    mesh, dtype = storyteller.engine.mesh, storyteller.engine.dtype
-    storyteller = Generator.of(storyteller.model, storyteller.params, storyteller.tokenizer, mesh=mesh, dtype=dtype)
-    hf = AutoModelForCausalLM.from_pretrained(stories)
+    storyteller, hf = Generator(str(trained_llama), dtype="float32"), AutoModelForCausalLM.from_pretrained(trained_llama)
     greedy = storyteller.generate(["Once upon a time"], max_new_tokens=7)[0].tokens
     start = storyteller.encode("Once upon a time")
     pairs = [(start, greedy), ([1], [300, 301, 302]), (start, [7]), (start[:2], list(range(20, 45)))]

@@ -26,9 +26,18 @@ def storyteller(stories) -> Generator:
     return Generator(str(stories), dtype="float32")
 
 
+def reference(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def hf(stories):
-    return AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32), AutoTokenizer.from_pretrained(stories)
+    return reference(stories)
+
+
+@pytest.fixture
+def full_stop(storyteller) -> int:
+    return storyteller.tokenizer.convert_tokens_to_ids(".")
 
 
 def hf_generate(hf, text: str, **options) -> tuple[list[int], str]:
@@ -44,12 +53,14 @@ def hf_generate(hf, text: str, **options) -> tuple[list[int], str]:
 # ---- what it answers ----
 
 
-def test_greedy_stories_are_transformers(storyteller, hf):
-    answers = storyteller.generate(STORIES, max_new_tokens=60)
+def test_greedy_stories_are_transformers(trained_llama):
+    answers = Generator(str(trained_llama), dtype="float32").generate(STORIES, max_new_tokens=60)
+    hf = reference(trained_llama)
     want = [hf_generate(hf, text, max_new_tokens=60) for text in STORIES]
     assert [answer.tokens for answer in answers] == [ids for ids, _ in want]
     assert [answer.text for answer in answers] == [text for _, text in want]
-    assert {answer.finish_reason for answer in answers} == {"length"}
+    assert [answer.finish_reason for answer in answers] == ["length" if len(ids) == 60 else "stop" for ids, _ in want]
+    assert answers[0].finish_reason == "length"
 
 
 def test_repetition_penalty_is_transformers(storyteller, hf):
@@ -176,34 +187,35 @@ def test_stop_strings_cut_the_text(storyteller):
     whole = storyteller.generate(STORIES, max_new_tokens=40)
     for stop in (["."], ["ttle g", "was a"], [". One", "\n"], ["never there"]):
         answers = storyteller.generate(STORIES, max_new_tokens=40, stop=stop)
+        assert any(s in full.text for s in stop for full in whole) == (stop != ["never there"])
         for answer, full in zip(answers, whole, strict=True):
             cut = min((full.text.index(s) for s in stop if s in full.text), default=None)
             assert answer.text == full.text[:cut]
-            assert answer.finish_reason == ("length" if cut is None else "stop")
+            assert answer.finish_reason == (full.finish_reason if cut is None else "stop")
             assert answer.tokens == full.tokens[: len(answer.tokens)]
             if cut is not None:  # the last token is the one that completed the stop string
                 shorter = storyteller.tokenizer.decode(answer.tokens[:-1])
                 assert not any(s in shorter for s in stop)
 
 
-def test_any_of_several_ends_stops(storyteller, hf):
-    want, _ = hf_generate(hf, STORIES[0], max_new_tokens=60, eos_token_id=[426, 2])  # 426 is the full stop
+def test_any_of_several_ends_stops(storyteller, hf, full_stop):
+    want, _ = hf_generate(hf, STORIES[0], max_new_tokens=60, eos_token_id=[full_stop, 2])
     several = Generator.of(
         storyteller.model, storyteller.params, storyteller.tokenizer, mesh=storyteller.engine.mesh, dtype=jnp.float32
     )
-    several.ends = frozenset({426, 2})
+    several.ends = frozenset({full_stop, 2})
     one, long = several.generate([STORIES[0], STORIES[1]], max_new_tokens=60)
-    assert one.tokens == want and want[-1] == 426 and one.finish_reason == "stop"
+    assert one.tokens == want and want[-1] == full_stop and one.finish_reason == "stop"
     assert one.text == storyteller.tokenizer.decode(want[:-1])
     assert len(long.tokens) != len(one.tokens)  # rows stop by themselves
 
 
-def test_the_loop_stops_when_all_rows_have(storyteller, monkeypatch):
-    """On the device, nothing is chosen after the last row's end."""
+def test_the_loop_stops_when_all_rows_have(storyteller, full_stop, monkeypatch):
+    """On the device: what was chosen behind the last row's end is nothing."""
     several = Generator.of(
         storyteller.model, storyteller.params, storyteller.tokenizer, mesh=storyteller.engine.mesh, dtype=jnp.float32
     )
-    several.ends = frozenset({426})
+    several.ends = frozenset({full_stop})
     steps = []
     decode = several.engine.decode
 
@@ -276,8 +288,8 @@ def test_other_prompts_compile_nothing(storyteller, lowered):
     storyteller.generate(STORIES, max_new_tokens=20)
     storyteller.score(["Once upon a time", "Tom"], [" there was a cat", " ran to the park"])
     first = lowered()
-    storyteller.generate(["Tom and his dad went to the zoo", "Tom and", "A cat"], max_new_tokens=19)
-    storyteller.score(["Lily saw a", "Once"], [" big red ball", " ran to the park"])
+    storyteller.generate(["Lily and her dad went to the big park. They saw", "Tom and", "A cat"], max_new_tokens=19)
+    storyteller.score(["Once upon a day", "Once"], [" there was a dog", " went to the zoo"])
     assert lowered() == first
     storyteller.generate(STORIES[1] + STORIES[1], max_new_tokens=20)  # the counter works
     assert lowered() > first

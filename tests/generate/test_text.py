@@ -1,8 +1,10 @@
 """Tests text that is decoded token by token."""
 
 import random
+from pathlib import Path
 
 import pytest
+import real
 
 from ftjax.config import ModelConfig
 from ftjax.generate.text import StopStrings, TextStream, turn_end
@@ -11,8 +13,8 @@ from ftjax.hub.tokenizer.load import load_tokenizer
 TEXTS = ["Once upon a time, there was  a fox.\n\n  It said: “hé!” 🦊🎉 done", "日本語のテキスト 🇩🇪 ok", "   leading", "x", ""]
 
 
-@pytest.fixture(params=["stories260k", "tokenizer_mistral_v1", "bytes"])
-def tokenizer(request, tmp_path):
+@pytest.fixture(params=["bytes", "untrained", "made_pieces", *real.LLAMAS, *real.PIECES], ids=lambda one: Path(one).name)
+def tokenizer(request):
     if request.param == "bytes":  # byte-level BPE without merges: every byte is a token
         from tokenizers import Tokenizer, decoders, pre_tokenizers
         from tokenizers.models import BPE
@@ -23,8 +25,8 @@ def tokenizer(request, tmp_path):
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
         return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
-    shared = request.getfixturevalue("shared")
-    return load_tokenizer(ModelConfig(path=str(shared / "models" / request.param)))
+    folder = request.param if isinstance(request.param, Path) else request.getfixturevalue(request.param)
+    return load_tokenizer(ModelConfig(path=str(folder)))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -46,6 +48,15 @@ def test_any_tokens_in_any_portions(tokenizer):
             size = rng.randrange(1, 5)
             text, rest = text + stream.feed(rest[:size]), rest[size:]
         assert text + stream.finish() == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_bytes_on_both_sides_of_a_special_token_are_one_run(made_pieces):
+    """Decoding leaves the token out, and the second byte makes the first one part of no character."""
+    tokenizer = load_tokenizer(ModelConfig(path=str(made_pieces)))
+    ids = tokenizer.convert_tokens_to_ids(["<0x4F>", "</s>", "<0xBF>"])
+    stream = TextStream(tokenizer)
+    whole = "".join(stream.feed([token]) for token in ids) + stream.finish()
+    assert whole == tokenizer.decode(ids, skip_special_tokens=True) == "\N{REPLACEMENT CHARACTER}" * 2
 
 
 def test_the_space_behind_the_prompt_stays(tokenizer):

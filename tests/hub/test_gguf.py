@@ -41,20 +41,20 @@ def transformers_tensors(path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def stories_gguf(stories, tmp_path):
-    config, tensors = hub_folder(stories)
+def llama_gguf(llama, tmp_path):
+    config, tensors = hub_folder(llama)
     ids = {"bos": 1, "eos": 2, "padding": 0, "unknown": 0}
-    vocabulary = sentencepiece_keys(stories / "tokenizer.model", **ids)
-    return write_llama(tmp_path / "stories.gguf", config, tensors, tokenizer=vocabulary)
+    vocabulary = sentencepiece_keys(llama / "tokenizer.model", **ids)
+    return write_llama(tmp_path / "model.gguf", config, tensors, tokenizer=vocabulary)
 
 
-def test_stories_comes_back_as_it_was(stories, stories_gguf):
-    config, tensors = hub_folder(stories)
-    found = read_config(stories_gguf)
+def test_a_model_comes_back_as_it_was(llama, llama_gguf):
+    config, tensors = hub_folder(llama)
+    found = read_config(llama_gguf)
     assert found == {key: config[key] for key in found}
     left = {key: value for key, value in config.items() if key not in found and value != LlamaConfig().to_dict().get(key)}
     assert not left.keys() - {"transformers_version"}
-    source = GGUFSource(stories_gguf)
+    source = GGUFSource(llama_gguf)
     assert sorted(source.keys()) == sorted(tensors)
     for name, tensor in tensors.items():
         assert source.shape(name) == tensor.shape and source.dtype(name) == tensor.dtype == np.float32
@@ -63,9 +63,9 @@ def test_stories_comes_back_as_it_was(stories, stories_gguf):
 
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight",
                                   "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"])  # fmt: skip
-def test_a_part_is_the_part_of_the_whole(stories, stories_gguf, name):
-    tensor = hub_folder(stories)[1][name]
-    source = GGUFSource(stories_gguf)
+def test_a_part_is_the_part_of_the_whole(llama, llama_gguf, name):
+    tensor = hub_folder(llama)[1][name]
+    source = GGUFSource(llama_gguf)
     rows, columns = tensor.shape
     for index in [(slice(3, 11),), (slice(rows - 5, rows), slice(0, 7)), (slice(None), slice(columns // 2, columns)), ()]:
         part = source.read(name, index)
@@ -84,14 +84,14 @@ def test_rows_are_dequantised_group_by_group(tmp_path, monkeypatch):
     np.testing.assert_array_equal(source.read(name, (slice(3, 17),)), whole[3:17])
 
 
-def test_one_dimension(stories, stories_gguf):
-    tensor = hub_folder(stories)[1]["model.norm.weight"]
-    assert np.array_equal(GGUFSource(stories_gguf).read("model.norm.weight", (slice(2, 9),)), tensor[2:9])
+def test_one_dimension(llama, llama_gguf):
+    tensor = hub_folder(llama)[1]["model.norm.weight"]
+    assert np.array_equal(GGUFSource(llama_gguf).read("model.norm.weight", (slice(2, 9),)), tensor[2:9])
 
 
-def test_transformers_reads_the_same_tensors(stories_gguf):
-    source = GGUFSource(stories_gguf)
-    theirs = transformers_tensors(stories_gguf)
+def test_transformers_reads_the_same_tensors(llama_gguf):
+    source = GGUFSource(llama_gguf)
+    theirs = transformers_tensors(llama_gguf)
     for name in source.keys():
         assert np.array_equal(source.read(name), theirs[name]), name
 
@@ -253,9 +253,9 @@ def test_unknown_storage_is_refused_with_the_list(tmp_path):
         open_gguf(path)
 
 
-def test_truncated_at_any_point(stories_gguf, tmp_path):
-    data = stories_gguf.read_bytes()
-    header = len(data) - sum(tensor.rows.nbytes for tensor in open_gguf(stories_gguf).tensors.values())
+def test_truncated_at_any_point(llama_gguf, tmp_path):
+    data = llama_gguf.read_bytes()
+    header = len(data) - sum(tensor.rows.nbytes for tensor in open_gguf(llama_gguf).tensors.values())
     cuts = [5, 12, 30, *range(100, header, header // 25), header, (header + len(data)) // 2, len(data) - 100]
     for cut in cuts:
         path = tmp_path / f"cut{cut}.gguf"
@@ -307,8 +307,8 @@ def test_smollm2_is_what_transformers_reads():
             np.testing.assert_allclose(source.read(name), theirs, rtol=1e-6, atol=1e-8, err_msg=name)
 
 
-def test_the_writer_permutes(stories, tmp_path):
-    """The writer reorders rows: the tests above could not fail if writer and reader both left them alone."""
-    tensor = hub_folder(stories)[1]["model.layers.0.self_attn.q_proj.weight"]
+def test_the_writer_permutes(untrained, tmp_path):
+    """The tests above could not fail if writer and reader both left the rows alone."""
+    tensor = hub_folder(untrained)[1]["model.layers.0.self_attn.q_proj.weight"]
     assert not np.array_equal(permuted(tensor, 8), tensor)
     assert np.array_equal(permuted(tensor, 8)[:2], tensor[[0, 4]])  # llama.cpp pairs dimensions 0 and 4 of 8

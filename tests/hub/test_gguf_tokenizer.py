@@ -69,8 +69,8 @@ def byte_level_keys(tokenizer: Tokenizer, pre: str | None, **settings):
 
 
 @pytest.fixture(scope="module")
-def corpus(shared) -> list[str]:
-    file = shared / "data" / "chat_instruct" / "test.jsonl"
+def corpus(made_sets) -> list[str]:
+    file = made_sets / "chat_instruct" / "test.jsonl"
     return [*file.read_text(encoding="utf-8").splitlines()[:60], *TEXTS]
 
 
@@ -89,11 +89,11 @@ def same_after_saving(tokenizer, folder) -> None:
 # SentencePiece
 
 
-def test_stories_has_the_ids_of_its_folder(stories, tmp_path):
-    config, tensors = hub_folder(stories)
-    write = sentencepiece_keys(stories / "tokenizer.model", bos=1, eos=2, padding=0, unknown=0)
-    path = write_llama(tmp_path / "stories.gguf", config, tensors, tokenizer=write)
-    mine, theirs = gguf_tokenizer(path), AutoTokenizer.from_pretrained(stories)
+def test_a_llama_has_the_ids_of_its_folder(llama, tmp_path):
+    config, tensors = hub_folder(llama)
+    write = sentencepiece_keys(llama / "tokenizer.model", bos=1, eos=2, padding=0, unknown=0)
+    path = write_llama(tmp_path / "llama.gguf", config, tensors, tokenizer=write)
+    mine, theirs = gguf_tokenizer(path), AutoTokenizer.from_pretrained(llama)
     for text in [*TEXTS, *random_texts(300)]:
         ids = theirs(text).input_ids
         assert mine(text).input_ids == ids, text
@@ -104,23 +104,23 @@ def test_stories_has_the_ids_of_its_folder(stories, tmp_path):
     same_after_saving(mine, tmp_path / "saved")
 
 
-def test_mistral_has_the_ids_of_sentencepiece(shared, tmp_path):
+def test_a_sentencepiece_model_has_its_own_ids(pieces, tmp_path):
     from sentencepiece import SentencePieceProcessor
 
-    file = shared / "models" / "tokenizer_mistral_v1" / "tokenizer.model"
+    file = pieces / "tokenizer.model"
     original = SentencePieceProcessor(str(file))
-    mine = gguf_tokenizer(vocabulary(tmp_path / "mistral.gguf", sentencepiece_keys(file, bos=1, eos=2, unknown=0)))
+    mine = gguf_tokenizer(vocabulary(tmp_path / "pieces.gguf", sentencepiece_keys(file, bos=1, eos=2, unknown=0)))
     for text in [*TEXTS, *random_texts(500)]:
         if text and "<s>" not in text:
             assert mine(text).input_ids == [1, *original.encode(text)], text
             assert mine.decode(original.encode(text)) == original.decode(original.encode(text))
 
 
-def test_sentencepiece_flags(stories, tmp_path):
+def test_sentencepiece_flags(llama, tmp_path):
     from sentencepiece import SentencePieceProcessor
 
-    base = sentencepiece_keys(stories / "tokenizer.model", bos=1, eos=2, unknown=0)
-    original = SentencePieceProcessor(str(stories / "tokenizer.model"))
+    base = sentencepiece_keys(llama / "tokenizer.model", bos=1, eos=2, unknown=0)
+    original = SentencePieceProcessor(str(llama / "tokenizer.model"))
 
     def made(**flags):
         def write(writer):
@@ -274,7 +274,7 @@ def refused(tmp_path, write, match: str) -> None:
     assert str(path) in str(error.value) and "model.tokenizer" in str(error.value)
 
 
-def test_refused(corpus, stories, tmp_path):
+def test_refused(corpus, untrained, tmp_path):
     original = byte_level(None, corpus)
     refused(tmp_path, byte_level_keys(original, None), "does not say how its tokenizer splits text.*llama-bpe.*smollm")
     refused(tmp_path, byte_level_keys(original, "bloom"), "splits text as 'bloom'")
@@ -295,7 +295,7 @@ def test_refused(corpus, stories, tmp_path):
 
     def without_scores(writer):
         writer.add_token_scores = lambda scores: None
-        sentencepiece_keys(stories / "tokenizer.model")(writer)
+        sentencepiece_keys(untrained / "tokenizer.model")(writer)
 
     refused(tmp_path, without_scores, "0 scores for 512 tokens")
 

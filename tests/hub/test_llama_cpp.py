@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from cases import CASES
 from oracle import TINY, hf_config, load, logits, make_hf, write_merged
-from processes import ALL
 from qwen_tokenizer import qwen
 from sentencepiece import SentencePieceProcessor
 
@@ -19,7 +18,7 @@ from ftjax.config import FullConfig, ModelConfig
 from ftjax.hub.tokenizer.files import write_tokenizer
 from ftjax.hub.tokenizer.load import load_tokenizer
 
-pytestmark = pytest.mark.skipif(not ALL, reason="makes an environment with pip and npm; FTJAX_TEST_ALL=1 runs it")
+pytestmark = pytest.mark.sweep  # makes an environment with pip and npm
 HERE = Path(__file__).parent
 PACKAGE, BINARIES = "node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1"
 BYTE_LEVEL = {"gpt2", "gpt_neox", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "olmo2", "olmo3", "smollm3", "granite"}
@@ -81,26 +80,26 @@ def ask(python: Path, llama_cpp: Path, folder: Path, asked: list[dict]) -> list:
     return json.loads((folder / "answers.json").read_text())
 
 
-def add_tokenizer(base: Path, model_type: str, stories: Path, qwens: Path) -> None:
+def add_tokenizer(base: Path, model_type: str, llama: Path, qwens: Path) -> None:
     if model_type in BYTE_LEVEL:
         files = list(qwens.iterdir())
     else:
-        files = [stories / "tokenizer.json", stories / "tokenizer.model"]
+        files = [llama / "tokenizer.json", llama / "tokenizer.model"]
         config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         (base / "tokenizer_config.json").write_text(json.dumps(config))
     for file in files:
         shutil.copyfile(file, base / file.name)
 
 
-def test_the_same_file_is_made_of_a_folder_as_of_its_base(older, llama_cpp, stories, tmp_path):
-    """Tensors, settings and tokens agree wherever the base converts; transformers 4.57 writes the bases' config.json."""
+def test_the_same_file_is_made_of_a_folder_as_of_its_base(older, llama_cpp, untrained, tmp_path):
+    """All tensors, settings and tokens, wherever the base converts. transformers 4.57 writes the bases' config.json."""
     qwens = qwen(tmp_path / "qwen", tokenizer_class="GPT2Tokenizer", chat_template="left out")
     more = {case.name: {"vocab_size": 512, **PUBLISHED.get(case.name, {})} for case in CASES}
     cases = {case.name: replace(case, values=case.values | more[case.name]) for case in CASES}
     asked = []
     for name, case in cases.items():
         make_hf(case, tmp_path / name)
-        add_tokenizer(tmp_path / name, case.model_type, stories, qwens)
+        add_tokenizer(tmp_path / name, case.model_type, untrained, qwens)
         known = hf_config(case).to_dict()
         values = {field: value for field, value in TINY.items() if field in known} | case.values
         asked.append({"folder": str(tmp_path / name), "model_type": case.model_type, "values": values})
@@ -125,8 +124,8 @@ def test_the_same_file_is_made_of_a_folder_as_of_its_base(older, llama_cpp, stor
     assert {name: reason for name, reason in wrong.items() if reason} == {}
     assert all(answer["tensors"] >= 2 * cases[name].values.get("num_hidden_layers", 2) for name, answer in converted.items())
 
-    # Scores are those of the SentencePiece model. Phi-3 has its own for the three special tokens.
-    pieces = SentencePieceProcessor(str(stories / "tokenizer.model"))
+    # The SentencePiece model, not a guess where there is none. Phi-3 has scores of its own for the three special tokens.
+    pieces = SentencePieceProcessor(str(untrained / "tokenizer.model"))
     scores = [pieces.get_score(index) for index in range(512)]
     for name, answer in converted.items():
         vocabulary = answer["vocabulary"]
@@ -137,18 +136,18 @@ def test_the_same_file_is_made_of_a_folder_as_of_its_base(older, llama_cpp, stor
             assert vocabulary["scores"][3:] == scores[3:], name
 
 
-def test_llama_cpp_continues_texts_as_ftjax_does(older, llama_cpp, stories, tmp_path):
-    """llama.cpp gives the same ids and the same greedy tokens for a fine-tuned model of real text."""
+def test_llama_cpp_continues_texts_as_ftjax_does(older, llama_cpp, trained_llama, tmp_path):
+    """The same ids of texts, and the same greedy tokens, of a fine-tuned model of texts."""
     if not (llama_cpp / "node_modules" / "@node-llama-cpp" / "linux-x64").exists():
         npm(llama_cpp, PACKAGE, BINARIES)
-    model, params = load(stories)
+    model, params = load(trained_llama)
     rng = np.random.default_rng(0)
     params = {path: value + 0.01 * rng.normal(size=value.shape).astype(np.float32) for path, value in params.items()}
     written, texts = tmp_path / "written", ["Once upon a time", "  héllo  \u6f22 kilogram\n", "One day, Lily saw a"]
     written.mkdir()
-    write_merged(written, model, params, FullConfig(), stories)
-    tokenizer = load_tokenizer(ModelConfig(path=str(stories)))
-    write_tokenizer(written, tokenizer, ModelConfig(path=str(stories)), stories)
+    write_merged(written, model, params, FullConfig(), trained_llama)
+    tokenizer = load_tokenizer(ModelConfig(path=str(trained_llama)))
+    write_tokenizer(written, tokenizer, ModelConfig(path=str(trained_llama)), trained_llama)
     assert ask(older, llama_cpp, tmp_path, [{"folder": str(written)}]) == [None]
 
     (tmp_path / "texts.json").write_text(json.dumps(texts))

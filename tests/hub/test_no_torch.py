@@ -25,16 +25,16 @@ assert not [name for name in sys.modules if name.startswith("torch.")]
 """
 
 
-def test_a_folder_a_gguf_file_and_a_sentencepiece_model(stories, tmp_path):
-    config, tensors = hub_folder(stories)
-    keys = sentencepiece_keys(stories / "tokenizer.model", bos=1, eos=2, unknown=0)
-    gguf = write_llama(tmp_path / "stories.gguf", config, tensors, tokenizer=keys)
+def test_a_folder_a_gguf_file_and_a_sentencepiece_model(untrained, tmp_path):
+    config, tensors = hub_folder(untrained)
+    keys = sentencepiece_keys(untrained / "tokenizer.model", bos=1, eos=2, unknown=0)
+    gguf = write_llama(tmp_path / "model.gguf", config, tensors, tokenizer=keys)
     (tmp_path / "spm").mkdir()
-    shutil.copyfile(stories / "tokenizer.model", tmp_path / "spm" / "tokenizer.model")
-    paths = [str(stories), str(gguf), str(tmp_path / "spm")]
+    shutil.copyfile(untrained / "tokenizer.model", tmp_path / "spm" / "tokenizer.model")
+    paths = [str(untrained), str(gguf), str(tmp_path / "spm")]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", CODE, *paths], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     folder, weights, *others = done.stdout.splitlines()
     assert others == [folder, weights, folder]
-    assert weights.startswith("5 ")
+    assert weights.startswith(f"{config['num_hidden_layers']} ")

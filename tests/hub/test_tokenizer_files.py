@@ -135,50 +135,40 @@ def test_an_adapter_names_the_class(tmp_path):
     assert names(out) == same_bytes(base, out) - {"config.json"} == names(base)
 
 
-def test_of_a_gguf_file(stories, tmp_path):
-    config, tensors = hub_folder(stories)
-    keys = sentencepiece_keys(stories / "tokenizer.model", bos=1, eos=2, unknown=0)
-    path = write_llama(tmp_path / "stories.gguf", config, tensors, tokenizer=keys)
+def test_of_a_gguf_file(llama, tmp_path):
+    config, tensors = hub_folder(llama)
+    keys = sentencepiece_keys(llama / "tokenizer.model", bos=1, eos=2, unknown=0)
+    path = write_llama(tmp_path / "model.gguf", config, tensors, tokenizer=keys)
     _, config, _ = written(tmp_path, path, whole=False)
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def test_of_a_sentencepiece_model(shared, tmp_path):
-    base = shared / "models" / "tokenizer_mistral_v1"
-    out, config, _ = written(tmp_path, base, whole=False)
-    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "tokenizer.model" in same_bytes(base, out)
+def test_of_a_sentencepiece_model(pieces, tmp_path):
+    out, config, _ = written(tmp_path, pieces, whole=False)
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "tokenizer.model" in same_bytes(pieces, out)
     assert (out / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("added", [[], ["<call>"]], ids=["alone", "added"])
-def test_the_sentencepiece_model_beside_it(stories, tmp_path, added):
-    """llama.cpp's converter reads the model, and other tokens from the configuration."""
-    out, config, tokenizer = written(tmp_path, stories, add_special_tokens=added)
-    assert "tokenizer.model" in same_bytes(stories, out)
-    assert ("tokenizer.json" in same_bytes(stories, out)) == (not added)
+def test_the_sentencepiece_model_beside_it(llama, tmp_path, added):
+    """llama.cpp's converter reads it, and the tokens that are not in it from the configuration."""
+    out, config, tokenizer = written(tmp_path, llama, add_special_tokens=added)
+    assert "tokenizer.model" in same_bytes(llama, out)
+    assert ("tokenizer.json" in same_bytes(llama, out)) == (not added)
     assert (str(len(tokenizer) - 1) in config["added_tokens_decoder"]) == bool(added)
 
 
-def test_a_sentencepiece_model_of_another_tokenizer(stories, tmp_path):
-    """It is not copied, as it would tokenise texts differently."""
+def test_a_sentencepiece_model_of_another_tokenizer(llama, tmp_path):
+    """It would make other tokens of a text."""
     make_tokenizer().save_pretrained(tmp_path / "other")
-    out, _, _ = written(tmp_path, stories, tokenizer=str(tmp_path / "other"))
+    out, _, _ = written(tmp_path, llama, tokenizer=str(tmp_path / "other"))
     assert "tokenizer.model" not in names(out)
 
 
-@pytest.mark.parametrize("content", [b"IQ== 0\nIg== 1\n", b""], ids=["tiktoken", "empty"])
-def test_a_tokenizer_model_of_another_kind(tmp_path, content):
-    """Only SentencePiece's says anything about the ids, so that of another library neither stops the output nor goes along."""
-    base = qwen(tmp_path / "base")
-    (base / "tokenizer.model").write_bytes(content)
-    out, _, _ = written(tmp_path, base, add_tokens=["kilogram"])
-    assert "tokenizer.model" not in names(out)
-
-
-def test_the_base_has_what_an_adapters_tokenizer_lacks(stories, tmp_path):
-    """A folder saved by transformers 5 lacks the SentencePiece model, so the base's is copied."""
-    tokenizer = AutoTokenizer.from_pretrained(stories)
+def test_the_base_has_what_an_adapters_tokenizer_lacks(llama, tmp_path):
+    """A folder that transformers 5 saved lost its SentencePiece model."""
+    tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.add_tokens(["<call>"])
     tokenizer.save_pretrained(tmp_path / "adapter")
-    out, _, _ = written(tmp_path, stories, tokenizer=str(tmp_path / "adapter"))
-    assert "tokenizer.model" in same_bytes(stories, out)
+    out, _, _ = written(tmp_path, llama, tokenizer=str(tmp_path / "adapter"))
+    assert "tokenizer.model" in same_bytes(llama, out)

@@ -11,7 +11,6 @@ import pytest
 from cases import CASES
 from gguf_writing import hub_folder, sentencepiece_keys, write_llama
 from oracle import Case, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
-from processes import ALL
 from qwen_tokenizer import qwen
 
 from ftjax.config import FullConfig, LoraConfig, ModelConfig
@@ -22,7 +21,7 @@ from ftjax.hub.tokenizer.files import write_tokenizer
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.methods import method_of
 
-pytestmark = pytest.mark.skipif(not ALL, reason="makes an environment with pip; FTJAX_TEST_ALL=1 runs it")
+pytestmark = pytest.mark.sweep  # makes an environment with pip
 HERE = Path(__file__).parent
 REFUSED = {"olmo2-tied", "phi3-whole-heads"}  # scalings that transformers 4 cannot express
 ONE_BASE = {"olmo3"}  # transformers 4 has one rope_theta for all types of layers of this family
@@ -56,16 +55,16 @@ def test_every_family_has_the_same_logits(older, tmp_path):
     assert {name: value for name, value in apart.items() if not value < 1e-4} == {}
 
 
-def test_tokenizers_have_the_same_ids(older, stories, shared, tmp_path):
-    """Tokenizers copied and written anew (folder, GGUF, SentencePiece; with a model or an adapter) give the same ids."""
+def test_tokenizers_have_the_same_ids(older, llama, pieces, tmp_path):
+    """Carried over and written anew, from folders, GGUF and SentencePiece; beside a model and in an adapter's folder."""
     base = qwen(tmp_path / "qwen")
-    config, tensors = hub_folder(stories)
-    keys = sentencepiece_keys(stories / "tokenizer.model", bos=1, eos=2, unknown=0)
-    gguf = write_llama(tmp_path / "stories.gguf", config, tensors, tokenizer=keys)
+    config, tensors = hub_folder(llama)
+    keys = sentencepiece_keys(llama / "tokenizer.model", bos=1, eos=2, unknown=0)
+    gguf = write_llama(tmp_path / "model.gguf", config, tensors, tokenizer=keys)
     new = {"add_tokens": ["kilogram"], "add_special_tokens": ["<call>"]}
     template = {"chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"}
-    sources = [(base, {}), (base, new), (base, template), (base, new | template), (stories, {}), (stories, new)]
-    sources += [(gguf, {}), (gguf, new), (shared / "models" / "tokenizer_mistral_v1", {})]
+    sources = [(base, {}), (base, new), (base, template), (base, new | template), (llama, {}), (llama, new)]
+    sources += [(gguf, {}), (gguf, new), (pieces, {})]
     texts = ["once upon a  kilogram", "héllo<|im_end|> <tool_call><call>\n\n x", "<s>  \t漢字</s>"]
     asked, want = [], []
     for number, (place, settings) in enumerate(sources):

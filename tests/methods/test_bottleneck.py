@@ -103,6 +103,7 @@ def gradient_norms(model, params) -> dict[str, float]:
     }
 
 
+@pytest.mark.sweep  # test_the_library_gives_the_same has its results
 @pytest.mark.skipif(not PYTHON, reason="FTJAX_ADAPTERS_PYTHON names no Python with the `adapters` library")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import CASES
 from oracle import Case, attach_full, context, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
+from processes import ALL
 from safetensors.numpy import load_file
 
 from ftjax.config import FullConfig, MeshConfig
@@ -107,7 +108,8 @@ def test_gradients_on_eight_devices(case, tmp_path):
         {"fsdp": 2, "tensor": 2, "sequence": 2},
         {"data": 2, "fsdp": 1, "expert": 4},
     ]
-    for sizes in meshes if case.name in ("mixtral", "gpt-oss") else meshes[: 1 if experts % 2 == 0 else 2]:
+    every = case.name == "mixtral" or (ALL and case.name == "gpt-oss")
+    for sizes in meshes if every else meshes[: 1 if experts % 2 == 0 else 2]:
         if experts % sizes.get("expert", 1):
             continue
         together = gradient(make_mesh(MeshConfig(**sizes)))

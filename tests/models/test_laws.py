@@ -1,6 +1,6 @@
 """Tests every family against transformers. A new family joins through its cases in cases.py."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import torch
 from cases import CASES, ONE_OF_EACH
 from hybrid import HYBRID, SHARING, make
 from oracle import attach_full, context, hf_logits, load, logits, make_hf, tokens, write_merged
+from processes import ALL
 from safetensors.numpy import load_file
 
 from ftjax.config import FullConfig, MeshConfig
@@ -29,12 +30,28 @@ LOGITS = 1e-4  # absolute, float32
 T = 40  # longer than every window and original length of the cases; most tests use this length, to share a program
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return a function from a case to (case, transformers' model, ftjax's model, ftjax's parameters, folder), made once."""
+
+    @cache
+    def of(name):
+        case, folder = next(case for case in CASES if case.name == name), tmp_path_factory.mktemp("hf")
+        hf = make_hf(case, folder)
+        return case, hf, *load(folder), folder
+
+    return of
+
+
 @pytest.fixture(scope="module", params=CASES, ids=str)
-def pair(request, tmp_path_factory):
-    """Return (case, transformers' model, ftjax's model, ftjax's parameters, folder) of one case."""
-    folder = tmp_path_factory.mktemp("hf")
-    hf = make_hf(request.param, folder)
-    return request.param, hf, *load(folder), folder
+def pair(request, made):
+    return made(request.param.name)
+
+
+@pytest.fixture(scope="module", params=CASES if ALL else ONE_OF_EACH, ids=str)
+def family(request, made):
+    """The same of one case of each family, for laws on what its variants have in common; `make test-all` tries them all."""
+    return made(request.param.name)
 
 
 def test_every_family_has_a_case():
@@ -76,9 +93,9 @@ def test_packed_is_unpacked(pair):
     assert SUPPORT[case.model_type].packing
 
 
-def test_documents_of_a_row_do_not_meet(pair):
+def test_documents_of_a_row_do_not_meet(family):
     """Another first document changes neither the logits of the second nor the gradients of its loss."""
-    _, _, _, _, folder = pair
+    _, _, _, _, folder = family
     documents_do_not_meet(*load(folder, attach_full))
 
 
@@ -112,9 +129,9 @@ def documents_do_not_meet(model, params):
         np.testing.assert_allclose(others[path], gradient, atol=1e-5 * largest, rtol=0, err_msg=path)
 
 
-def test_gradients(pair):
+def test_gradients(family):
     """The gradients of all weights, embedding rows included, agree within 1e-3 relative."""
-    _, hf, _, _, folder = pair
+    _, hf, _, _, folder = family
     model, params = load(folder, attach_full)
     ids = tokens(2, 12)
     weights = np.random.default_rng(1).normal(size=(2, 12, 96)).astype(np.float32)

@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 from cases import CASES, ONE_OF_EACH
-from oracle import TINY, hf_logits, load, logits, make_hf, tokens
+from oracle import TINY, eager_logits, hf_logits, load, logits, make_hf, tokens
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from ftjax.errors import UserError
@@ -106,7 +106,7 @@ def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
     hf = make_hf(request.param, folder)
     ids = tokens(1, 24, vocab=TINY["vocab_size"])
-    return folder, hf, ids, logits(*load(folder), ids)
+    return folder, hf, ids, eager_logits(*load(folder), ids)
 
 
 def fields_of(model_type):
@@ -133,7 +133,7 @@ def test_every_field_means_what_it_means_in_transformers(family, tmp_path):
             refused.add(name)
             continue
         alike = model.graphdef == same.graphdef and model.specs == same.specs  # then there is nothing to run
-        ours = base if alike else logits(model, params, ids)
+        ours = base if alike else eager_logits(model, params, ids)
         theirs = hf_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), ids)
         if not np.abs(ours - theirs).max() <= 1e-4:
             wrong.append(name)

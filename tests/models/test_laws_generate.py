@@ -1,5 +1,7 @@
 """Tests generation of every family: it answers as transformers does, and the cache does not change the logits."""
 
+from functools import cache
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,12 +19,34 @@ NEW = 30
 LENGTHS = (7, 24, 16)  # shorter and longer than the windows of the cases; 24 + NEW is past every original length
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
-def pair(request, tmp_path_factory):
-    """Return (case, transformers' model, ftjax's model, ftjax's parameters) of one case."""
-    folder = tmp_path_factory.mktemp("hf")
-    hf = make_hf(request.param, folder)
-    return request.param, hf, *load(folder)
+# What a variant of a family changes is proved by its logits, with and without a cache; only a RoPE that depends on the length
+# of the text changes what a batch of rows must do. `make test-all` generates with every variant.
+GENERATING = [case for case in CASES if ALL or case in ONE_OF_EACH or "dynamic" in str(case)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return a function from a case's name to (folder, transformers' model, ftjax's model, ftjax's parameters), made once."""
+
+    @cache
+    def of(name: str):
+        folder = tmp_path_factory.mktemp("hf")
+        hf = make_hf(next(case for case in CASES if case.name == name), folder)
+        return folder, hf, *load(folder)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def answers(made):
+    """Return a function from a case's name to the tokens that one device answers."""
+
+    @cache
+    def of(name: str) -> list[list[int]]:
+        _, _, model, params = made(name)
+        return [answer.tokens for answer in generator(model, params).generate(prompts(), max_new_tokens=NEW)]
+
+    return of
 
 
 def generator(model, params, mesh=None) -> Generator:
@@ -45,23 +69,17 @@ def hf_generate(hf, prompt: list[int], **options) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def test_greedy_text_is_transformers(pair):
-    """The tokens of one batch are those of transformers, prompt by prompt.
-
-    What a variant of a family changes is proved by its logits, with and without a cache; only a RoPE that depends on the length
-    of the text changes what a batch of rows must do. `make test-all` generates with every variant.
-    """
-    case, hf, model, params = pair
-    if not (ALL or case in ONE_OF_EACH or "dynamic" in str(case)):
-        pytest.skip("`make test-all` generates with every variant of a family")
-    want = [hf_generate(hf, prompt) for prompt in prompts()]
-    answers = generator(model, params).generate(prompts(), max_new_tokens=NEW)
-    assert [answer.tokens for answer in answers] == want
+@pytest.mark.parametrize("case", GENERATING, ids=str)
+def test_greedy_text_is_transformers(case, made, answers):
+    """The tokens of one batch are those of transformers, prompt by prompt."""
+    _, hf, _, _ = made(case.name)
+    assert answers(case.name) == [hf_generate(hf, prompt) for prompt in prompts()]
 
 
-def test_cached_is_uncached(pair):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cached_is_uncached(case, made):
     """Several tokens at once and one by one, each row at its own pace, give the logits of one uncached pass."""
-    _, _, model, params = pair
+    _, _, model, params = made(case.name)
     rope = str(model.config.get("rope_parameters"))
     part = 7 if "longrope" in rope or "dynamic" in rope else 19  # their cache is valid only up to the switch at 16
     ids = tokens(2, 40)[:, : 2 * part + 2]
@@ -70,9 +88,8 @@ def test_cached_is_uncached(pair):
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
-def test_eight_devices_answer_as_one(case, tmp_path):
-    make_hf(case, tmp_path)
-    want = generator(*load(tmp_path)).generate(prompts(), max_new_tokens=NEW)
+def test_eight_devices_answer_as_one(case, made, answers):
+    folder, _, _, _ = made(case.name)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4 // case.tensor, tensor=case.tensor))
-    got = generator(*load(tmp_path, mesh=mesh), mesh).generate(prompts(), max_new_tokens=NEW)
-    assert [answer.tokens for answer in got] == [answer.tokens for answer in want]
+    got = generator(*load(folder, mesh=mesh), mesh).generate(prompts(), max_new_tokens=NEW)
+    assert [answer.tokens for answer in got] == answers(case.name)

@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +29,6 @@ from ftjax.train.auto_mesh import choose_mesh
 from ftjax.train.setup import build
 
 pytest.importorskip("libtpu", reason="topologies of TPUs are libtpu's")
-ALL = os.environ.get("FTJAX_TEST_ALL") == "1"
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "mesh_table.py"
 
 
@@ -320,7 +318,7 @@ def test_a_plan_of_two_slices(tmp_path, capsys):
         make_plan(make_config(tmp_path, mesh={"fsdp": -1}), where)
 
 
-@pytest.mark.skipif(not ALL, reason="compiles for some minutes each; FTJAX_TEST_ALL=1 runs it")
+@pytest.mark.sweep  # compiles for some minutes each
 @pytest.mark.parametrize("name, slices", list(itertools.product(script().SLICES, (1, 2))))
 def test_all_meshes_of_the_table(name, slices, tmp_path):
     """The table is checked in a separate process, because a process compiles for one kind of device."""

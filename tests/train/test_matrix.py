@@ -2,7 +2,7 @@
 
 Each case is a mesh, a configuration that combines several features, and a number of processes and devices. Together they pair
 every kind of mesh with every configuration, and each of both with every processes x devices. `make test-all` runs all of them,
-`make test` those in SLICE.
+`make test` those in SLICE: every configuration once, and every axis, on two processes of two devices each.
 """
 
 import json
@@ -26,6 +26,8 @@ MESHES = {
     "fsdp x expert": {"fsdp": 2, "expert": 2},
     "slices": {"data": 2, "fsdp": 2, "slices": 2},
 }
+
+AXES = {axis for sizes in MESHES.values() for axis, size in sizes.items() if size > 1}
 
 LORA = {"name": "lora", "r": 4, "lora_alpha": 8}
 CLASSES = {"name": "classification", "labels": ["short", "long"], "head": True}
@@ -59,7 +61,13 @@ FEATURES = {
         }
     ),
     "int8": Features({"model": {"quantization": "int8"}, "method": LORA, "data": {"streaming": True}}, sparse=False),
-    "prefix": Features({"method": {"name": "prefix_tuning", "num_virtual_tokens": 4}}, microbatches=2),
+    "prefix": Features(
+        {
+            "method": {"name": "prefix_tuning", "num_virtual_tokens": 4},
+            "evaluate": {"training_prompts": ["abc"], "training_max_new_tokens": 4},
+        },
+        microbatches=2,
+    ),
     "classes": Features(
         {
             "method": LORA,
@@ -113,10 +121,13 @@ LINES = [
     for place, (name, features) in enumerate(FEATURES.items())
     if features.sparse or "expert" not in mesh
 ]
-SLICE = {
-    ("tensor", "lora"), ("sequence", "full"), ("fsdp x expert", "lora"), ("slices", "int8"), ("fsdp x sequence", "prefix"),
-    ("sequence", "labels"), ("tensor outside", "dpo"), ("fsdp x sequence", "kto"),
-}  # fmt: skip
+SLICE = [
+    (mesh, name, LAYOUTS[0])
+    for mesh, name in (
+        ("tensor", "lora"), ("sequence", "full"), ("expert", "prefix"), ("slices", "int8"), ("fsdp", "classes"),
+        ("sequence", "labels"), ("tensor outside", "dpo"), ("fsdp x sequence", "kto"),
+    )
+]  # fmt: skip
 
 
 def test_every_mesh_meets_all_features():
@@ -124,6 +135,8 @@ def test_every_mesh_meets_all_features():
     assert met == {(m, n) for m in MESHES for n in FEATURES if FEATURES[n].sparse or "expert" not in m}
     for mesh in MESHES:
         assert {layout for one, _, layout in LINES if one == mesh} == set(LAYOUTS)
+    assert {name for _, name, _ in SLICE} == set(FEATURES)
+    assert {axis for mesh, _, _ in SLICE for axis, size in MESHES[mesh].items() if size > 1} == AXES
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +171,7 @@ def folder_of(tmp_path_factory):
 
 def settings_of(folder, settings: dict, features: Features, mesh: dict) -> dict:
     """Return the settings of a run of four updates."""
-    found = {**settings, "mesh": mesh}
+    found = {**settings, "mesh": mesh, "evaluate": {"training_examples": 0}}
     found["training"] = {
         **settings["training"], "max_steps": 4, "gradient_accumulation_steps": features.microbatches, "save_steps": 100,
     }  # fmt: skip
@@ -168,10 +181,8 @@ def settings_of(folder, settings: dict, features: Features, mesh: dict) -> dict:
     return found
 
 
-@pytest.mark.parametrize("mesh, name, layout", LINES, ids=lambda value: str(value).replace(" ", ""))
+@pytest.mark.parametrize("mesh, name, layout", LINES if ALL else SLICE, ids=lambda value: str(value).replace(" ", ""))
 def test_processes_are_one(mesh, name, layout, folder_of, tmp_path):
-    if not ALL and (mesh, name) not in SLICE:
-        pytest.skip("`make test-all` runs all lines")
     folder, settings = folder_of("expert" in mesh)
     settings = settings_of(folder, settings, FEATURES[name], MESHES[mesh])
     one, many = tmp_path / "one", tmp_path / "many"
@@ -188,7 +199,7 @@ def test_processes_are_one(mesh, name, layout, folder_of, tmp_path):
             assert ours[step][metric] == pytest.approx(theirs[step][metric], abs=1e-5), (metric, step)
     ours, theirs = rows(many, "eval/generations"), rows(one, "eval/generations")
     assert [row["eval/generations"] for row in ours.values()] == [row["eval/generations"] for row in theirs.values()]
-    assert bool(theirs) == (name not in ("classes", "labels"))  # a head generates no text
+    assert bool(theirs) == ("training_prompts" in settings["evaluate"])
     compared = 0
     for file in (one / "final").glob("*.safetensors"):
         ours, theirs = (load_file(path) for path in (many / "final" / file.name, file))

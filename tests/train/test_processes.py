@@ -25,6 +25,7 @@ from processes import (
     whole_run,
 )
 from safetensors.numpy import load_file, save_file
+from verbs import ftjax, generate
 
 STEPS = 60  # enough that a signal sent after the first few arrives before the last, even on a busy machine
 
@@ -33,7 +34,8 @@ STEPS = 60  # enough that a signal sent after the first few arrives before the l
 def settings(tmp_path_factory):
     """Return a configuration without its output_dir; an epoch has 10 updates, so that runs stop within one."""
     made = make_settings(tmp_path_factory.mktemp("model"))
-    return {**made, "training": {**made["training"], "max_steps": STEPS, "save_steps": STEPS}}
+    training = {**made["training"], "max_steps": STEPS, "save_steps": STEPS}
+    return {**made, "training": training, "evaluate": {"training_examples": 0}}  # test_matrix.py has answers during training
 
 
 @pytest.fixture(scope="module")
@@ -73,22 +75,38 @@ def test_four_processes(stopped, whole):
     same_losses(rows(out), rows(whole))
 
 
-def test_two_go_on_then_one_then_four(stopped, whole, settings, tmp_path):
-    """Runs of 4, 2, 1 and 4 processes follow each other; all but the last stop within an epoch."""
+def test_two_go_on_then_one(stopped, whole, settings, tmp_path):
+    """Runs of four processes, of two and of one follow each other; all but the last stop within an epoch."""
     out = tmp_path / "run"
     shutil.copytree(stopped[0], out)
-    for count in (2, 1):
-        first = saved_step(out)
+    go_on_and_stop(2, settings, out)
+    whole_run(settings, out, devices=1)
+    same_results(out, whole)
 
-        def then(running, first=first):
-            wait_for_step(running, out, first + 3)
-            running[-1].send_signal(signal.SIGTERM)
 
-        running, said = run(count, settings, out, then)
-        assert [process.returncode for process in running] == [1] * count, "\n".join(said)
-        assert first < saved_step(out) < STEPS
+@pytest.mark.sweep  # the test above has fewer processes
+def test_one_goes_on_then_four(stopped, whole, settings, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(stopped[0], out)
+    go_on_and_stop(1, settings, out)
     running, said = run(4, settings, out)
     assert [process.returncode for process in running] == [0] * 4, "\n".join(said)
+    same_results(out, whole)
+
+
+def go_on_and_stop(count, settings, out) -> None:
+    first = saved_step(out)
+
+    def then(running):
+        wait_for_step(running, out, first + 3)
+        running[-1].send_signal(signal.SIGTERM)
+
+    running, said = run(count, settings, out, then)
+    assert [process.returncode for process in running] == [1] * count, "\n".join(said)
+    assert first < saved_step(out) < STEPS
+
+
+def same_results(out, whole) -> None:
     same_losses(rows(out), rows(whole))
     assert len(rows(out)) == STEPS
     evaluated, want = (rows(folder, "eval/loss") for folder in (out, whole))
@@ -124,7 +142,7 @@ def test_one_comes_late(settings, whole, tmp_path):
         "training": {**settings["training"], "max_steps": 2},
         "optimizer": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
     }
-    running, said = run(2, short, out, wait={1: 60 if ALL else 20})
+    running, said = run(2, short, out, wait={1: 60 if ALL else 10})
     assert [process.returncode for process in running] == [0, 0], "\n".join(said)
     assert rows(out)[1]["train/loss"] == pytest.approx(rows(whole)[1]["train/loss"], abs=1e-6)
 
@@ -160,24 +178,27 @@ def test_devices_of_ones_choice(settings, whole, tmp_path):
 # What hosts may differ in, and what is said of it on all of them. Arguments of the second process; words of the message.
 DIFFERENCES = {
     "learning rate": (["optimizer.learning_rate=0.1"], ["optimizer.learning_rate: 0.001 on process 0, 0.1 here"]),
-    "order of the rows": (["data.train={folder}/reversed.jsonl"], ["data.train: digest"]),
-    "fewer rows": (["data.train={folder}/fewer.jsonl"], ["data.train: documents: 300 on process 0, 90 here"]),
-    "weights of sources": (["data.train=[{{path: {train}, weight: 2.0}}]"], ["data.train: digest"]),
-    "no data": (["data.train={folder}/nothing.jsonl"], ["nothing.jsonl: no such file"]),
-    "a typo": (["training.max_stepz=3"], ["training.max_stepz: unknown key; did you mean max_steps?"]),
+    "prompts": (["evaluate.training_prompts=[abc]"], ["evaluate.training_prompts"]),
     "weights": (["model.path={folder}/model"], ["digest of the model's files"]),
     "adapter": (["method.adapter_path={folder}/adapter"], ["digest of the adapter's files"]),
-    "prompts": (["evaluate.training_prompts=[abc]"], ["evaluate.training_prompts"]),
+    "weights of sources": (["data.train=[{{path: {train}, weight: 2.0}}]"], ["data.train: digest"]),
+    "fewer rows": (["data.validation={folder}/fewer.jsonl"], ["data.validation: documents: 12 on process 0, 9 here"]),
+    "order of the rows": (["data.train={folder}/reversed.jsonl"], ["data.train: digest"]),
+    "no data": (["data.train={folder}/nothing.jsonl"], ["nothing.jsonl: no such file"]),
+    "a typo": (["training.max_stepz=3"], ["training.max_stepz: unknown key; did you mean max_steps?"]),
     "folder": (["output_dir={folder}/elsewhere"], ["output_dir: ", "is not the folder that process 0 sees"]),
 }
+# One message names these together; each of the others ends the run by itself.
+TOGETHER = ["learning rate", "prompts", "weights", "adapter", "weights of sources", "fewer rows"]
+APART = [[name] for name in DIFFERENCES if ALL or name in ("no data", "a typo", "folder")]
 
 
-@pytest.mark.parametrize("name", DIFFERENCES)
-def test_hosts_that_differ(settings, whole, tmp_path, name):
-    """All processes are refused before the first update, with exit code 2 and the difference."""
+@pytest.mark.parametrize("names", [TOGETHER, *APART], ids=lambda names: names[0] if len(names) == 1 else "several")
+def test_hosts_that_differ(settings, whole, tmp_path, names):
+    """All processes are refused before the first update, with exit code 2 and the differences."""
     lines = Path(settings["data"]["train"]).read_text().splitlines(keepends=True)
     (tmp_path / "reversed.jsonl").write_text("".join(lines[::-1]))
-    (tmp_path / "fewer.jsonl").write_text("".join(lines[:90]))
+    (tmp_path / "fewer.jsonl").write_text("".join(lines[:9]))
     shutil.copytree(settings["model"]["path"], tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] + np.float32(1e-3)
@@ -187,9 +208,10 @@ def test_hosts_that_differ(settings, whole, tmp_path, name):
     save_file(
         {key: value * np.float32(2) for key, value in weights.items()}, tmp_path / "adapter" / "adapter_model.safetensors"
     )
-    if name == "adapter":
+    if "adapter" in names:
         settings = {**settings, "method": {**settings["method"], "adapter_path": str(whole / "final")}}
-    arguments, words = DIFFERENCES[name]
+    arguments = [text for name in names for text in DIFFERENCES[name][0]]
+    words = [word for name in names for word in DIFFERENCES[name][1]]
     own = {1: [text.format(folder=tmp_path, train=settings["data"]["train"]) for text in arguments]}
     running = launch(2, settings, tmp_path / "run", own=own)
     said = end(running, timeout=120)
@@ -229,7 +251,7 @@ def test_other_documents_are_refused(settings, stopped, tmp_path):
         assert list(rows(copy)) == list(range(1, STEPS + 1)) and first < STEPS
 
 
-@pytest.mark.skipif(not ALL, reason="`make test-all` runs it; test_loop.py has a short one")
+@pytest.mark.sweep  # test_loop.py has a short one
 def test_checkpoints_in_a_bucket_that_refuses_now_and_then(settings, whole, tmp_path):
     """Two hosts with separate disks lose nothing if one request of seven is refused. The bucket has `best/` too."""
     with bucket(refuse_every=7) as (variables, refused):
@@ -248,7 +270,7 @@ def test_checkpoints_in_a_bucket_that_refuses_now_and_then(settings, whole, tmp_
         assert 4 <= max(before) < STEPS and (out / "best").exists() and not (out / "checkpoints").exists()
         best = load_file(out / "best" / "adapter_model.safetensors")
         shutil.rmtree(out)
-        running, said = run(2, {**changed, "evaluate": {"training_examples": 0}}, out, own=folders, more=variables)
+        running, said = run(2, changed, out, own=folders, more=variables)
         assert [process.returncode for process in running] == [0, 0], "\n".join(said)
         assert f"resuming from step {max(before)} of {STEPS}" in said[0]
         assert len(refused) > 20
@@ -275,7 +297,7 @@ AT_THE_END = {
 }
 
 
-@pytest.mark.parametrize("how", AT_THE_END)
+@pytest.mark.parametrize("how", AT_THE_END if ALL else ["failing"])
 def test_the_end_of_the_first_process(settings, tmp_path, how):
     """The others wait for the files that it writes last, and fail if it fails."""
     before, last = COMMAND[: COMMAND.index("from ftjax")], COMMAND[COMMAND.index("from ftjax") :]
@@ -327,16 +349,17 @@ def test_hosts_with_unlike_devices(settings, tmp_path):
 # ---- other commands, joined by JAX's environment variables ----
 
 
-def test_generate_and_evaluate_are_joined(settings, tmp_path):
+def test_generate_and_evaluate_are_joined(settings, tmp_path, monkeypatch, capsys):
     """They give one answer, one folder and the results of one process; a folder that only one process can write is refused."""
     model, data = settings["model"]["path"], settings["data"]["validation"]
     asked = ["generate", model, "--prompt", "abc", "--max-new-tokens", "6", "--dtype", "float32"]
-    (one,) = end([start(asked, env=environment())])
+    generate(model, prompt=["abc"], max_new_tokens=6, dtype="float32")
+    answer = capsys.readouterr().out.strip().splitlines()[-1]
     many = end(launch_verb(2, asked, tmp_path))
-    answer = one.strip().splitlines()[-1]
-    assert [answer in text for text in many] == [True, False], (one, many)
+    assert [answer in text for text in many] == [True, False], (answer, many)
     measured = ["evaluate", model, "--data", data, "--task", "loss", "evaluate.batch_size=4", "model.dtype=float32"]
-    end([start(measured, env=environment(), cwd=tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    assert ftjax(*measured) == 0
     (path,) = tmp_path.glob("evaluation/*/results.json")
     want = json.loads(path.read_text())["metrics"]
     shutil.rmtree(tmp_path / "evaluation")
@@ -348,19 +371,17 @@ def test_generate_and_evaluate_are_joined(settings, tmp_path):
     for name, value in want.items():
         assert got[name]["value"] == pytest.approx(value["value"], rel=1e-6), name
     assert not [line for line in said[1].splitlines() if "written" in line]
-    running = launch_verb(2, asked, tmp_path, own={1: ["--temperature", "1"]})
-    said = end(running)
-    assert [process.returncode for process in running] == [2, 2]
-    assert all("what is asked differs from that of process 0" in text for text in said), said
     shutil.copytree(model, tmp_path / "other")
     weights = load_file(tmp_path / "other" / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] + np.float32(1e-3)
     save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    for verb in (asked, measured):
-        running = launch_verb(2, verb, tmp_path, instead={1: [text.replace(model, str(tmp_path / "other")) for text in verb]})
+    for verb, more, words in ((asked, ["--temperature", "1"], ["what is asked", "temperature"]), (measured, [], [])):
+        other = [text.replace(model, str(tmp_path / "other")) for text in verb]
+        running = launch_verb(2, verb, tmp_path, instead={1: [*other, *more]})
         said = end(running)
         assert [process.returncode for process in running] == [2, 2]
-        assert all("digest of the model's files" in text for text in said), said
+        words = [*words, "differs from that of process 0", "digest of the model's files"]
+        assert all(word in text for text in said for word in words), said
 
 
 def test_verbs_of_one_process(tmp_path):

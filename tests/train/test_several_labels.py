@@ -145,7 +145,7 @@ def test_loss_and_gradients(kind, heads, data, tmp_path):
         np.testing.assert_allclose(value, want[name].grad.numpy(), rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["multi", "numbers"])
+@pytest.mark.parametrize("kind", ["multi", pytest.param("numbers", marks=pytest.mark.sweep)])
 def test_any_split(kind, heads, data, tmp_path):
     """Microbatches and meshes give the loss and the gradient of one device; a row of padding is among the rows."""
     want = None
@@ -176,7 +176,7 @@ def unpacked(config: Config) -> dict[str, np.ndarray]:
 # ---- runs: files, metrics and messages ----
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["multi", "numbers", pytest.param("number", marks=pytest.mark.sweep)])
 def test_full(kind, base, data, tmp_path, capsys):
     """final/ is transformers' classifier of this kind, has learned, and evaluates there as here; the run measured it too."""
     metric = "micro_f1" if kind == "multi" else "mae"
@@ -218,7 +218,7 @@ def test_full(kind, base, data, tmp_path, capsys):
     np.testing.assert_allclose(sorted(one["score"] for one in found), sorted(ours), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["multi", "number"])
+@pytest.mark.parametrize("kind", ["number", pytest.param("multi", marks=pytest.mark.sweep)])
 def test_lora(kind, base, data, tmp_path):
     """A PEFT folder with the head; merged, the same; a folder that PEFT wrote."""
     train(make_config(base, data[kind], tmp_path / "run", kind, method="lora"), make_observer=make_observer, devices=ONE)

@@ -15,6 +15,12 @@ from ftjax.config import Config
 from ftjax.train.checkpoint import Checkpoints
 from ftjax.train.run import train
 
+# Weights on all devices, and as many copies of them: the first has both.
+MESHES = [
+    {"data": 2, "fsdp": 4},
+    *(pytest.param(mesh, marks=pytest.mark.sweep) for mesh in ({"fsdp": 8}, {"data": 8, "fsdp": 1})),
+]
+
 
 def alive() -> int:
     """Return the bytes of all arrays on devices; views of single shards have no bytes of their own."""
@@ -22,7 +28,7 @@ def alive() -> int:
     return sum(a.nbytes for a in jax.live_arrays() if not isinstance(a.sharding, jax.sharding.SingleDeviceSharding))
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 8, "fsdp": 1}], ids=str)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_one_state_is_alive(mesh, tmp_path, monkeypatch):
     make_hf(Case("llama", "llama", {"initializer_range": 0.05}), tmp_path / "model")
     save_tokenizer(tmp_path / "model")

@@ -219,23 +219,23 @@ def test_frozen_gets_no_gradient(folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_ten_steps_of_the_peer(shared, stories, method, tmp_path):
+def test_ten_steps_of_the_peer(trained_llama, method, tmp_path):
     """transformers + PEFT, from the same weights on the same batches: losses within 1e-4."""
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 512, (10, 4, 48))
     labels = np.where(rng.random(ids.shape) < 0.6, ids, -100)
     np.savez(tmp_path / "batches.npz", input_ids=ids, labels=labels)
-    config = make_config(stories, method=METHODS[method], optimizer={"learning_rate": 1e-3}, global_batch_size=4)
+    config = make_config(trained_llama, method=METHODS[method], optimizer={"learning_rate": 1e-3}, global_batch_size=4)
     setup = prepare(config, ONE)
     arguments = ["--method", "full"]
     if method == "lora":
         from ftjax.hub.adapter.peft import write_adapter
 
         (tmp_path / "adapter").mkdir()
-        write_adapter(tmp_path / "adapter", setup.model, setup.params, config.method, str(stories))
+        write_adapter(tmp_path / "adapter", setup.model, setup.params, config.method, str(trained_llama))
         arguments = ["--adapter", str(tmp_path / "adapter")]
-    files = ["--model", str(stories), "--batches", str(tmp_path / "batches.npz")]
-    want = peer_training(shared, tmp_path, *files, *arguments, "--lr", "1e-3")
+    files = ["--model", str(trained_llama), "--batches", str(tmp_path / "batches.npz")]
+    want = peer_training(tmp_path, *files, *arguments, "--lr", "1e-3")
     ones = np.ones((4, 48), np.int32)
     batches = []
     for step in range(10):
@@ -248,4 +248,4 @@ def test_ten_steps_of_the_peer(shared, stories, method, tmp_path):
     metrics, _ = run_steps(setup, batches)
     np.testing.assert_allclose([float(m.loss) for m in metrics], want["loss"], atol=1e-4)
     assert want["loss"][-1] < want["loss"][0] - 0.01, "nothing was learned, so nothing was compared"
-    assert sum(spec.size for spec in setup.model.trainable.values()) == want["trainable"]
+    assert sum(spec.size for spec in setup.model.trainable.values()) == want["trained"]

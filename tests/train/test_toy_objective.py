@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from data_tokenizers import byte_level
 from oracle import ONE
+from processes import ALL
 from whole_runs import config, losses, rows, same_adapter
 
 from ftjax.config import Config, Section
@@ -137,19 +138,16 @@ def test_it_is_resumed(whole, model, pairs, tmp_path):
     assert losses(out) == losses(whole)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        {"name": "full"},
-        {"name": "lora", "r": 4, "lora_alpha": 8, "modules_to_save": ["embed_tokens"]},
-        {"name": "lora", "r": 4, "lora_alpha": 8, "use_dora": True},
-        {"name": "lora", "r": 4, "lora_alpha": 8, "init_lora_weights": "pissa"},
-        {"name": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "q_proj"]},
-        {"name": "ia3"},
-        {"name": "double_seq_bn"},
-    ],
-    ids=lambda method: "-".join(map(str, method.values()))[:30],
-)
+LORA = {"name": "lora", "r": 4, "lora_alpha": 8}
+# What a reference is without: copies of what trains, weights that the method changes at the start, modules that it adds.
+STARTS = [
+    {"name": "full"}, LORA | {"modules_to_save": ["embed_tokens"]}, LORA | {"init_lora_weights": "pissa"},
+    {"name": "double_seq_bn"},
+]  # fmt: skip
+MORE_STARTS = [LORA | {"use_dora": True}, LORA | {"target_modules": ["embed_tokens", "q_proj"]}, {"name": "ia3"}]
+
+
+@pytest.mark.parametrize("method", STARTS + MORE_STARTS * ALL, ids=lambda method: "-".join(map(str, method.values()))[:30])
 def test_the_reference_is_the_start(method, model, pairs, tmp_path):
     """The first loss is that of a model that prefers nothing; later ones are measured from there.
 

@@ -240,7 +240,6 @@ class Experts(ExpertMatrices):
             gate, up = (self.product(group, group.rows, params, "gate_up_proj", part) for part in range(2))
             return self.product(group, self.act(gate) * up, params, "down_proj")
 
-
         return self.routed(x, chosen, weights, feedforward)
 
 
