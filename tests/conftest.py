@@ -12,7 +12,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK} --xla_forc
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Processes that tests start find the programs that tests have compiled.
+# Processes that tests start find the programs that tests have compiled, except where several work together (processes.py).
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
     "FTJAX_TEST_CACHE", str(Path(__file__).resolve().parents[1] / ".cache" / "jax-tests")
 )
