@@ -67,6 +67,14 @@ def made_or_real(parameter: str | Path) -> str:
 
 
 @pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and data, for a test of what the suite cannot make."""
+    if not real.SHARED.is_dir():
+        pytest.skip("the folder of real models and data is not beside the project")
+    return real.SHARED
+
+
+@pytest.fixture(scope="session")
 def untrained() -> Path:
     """A Llama of 100 thousand random weights; its tokenizer is there as tokenizer.json and as a SentencePiece model."""
     from story_model import write_untrained
