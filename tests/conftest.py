@@ -12,7 +12,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK} --xla_forc
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Processes that tests start find the programs that tests have compiled.
+# Processes that tests start find the programs that tests have compiled, except where several work together (processes.py).
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
     "FTJAX_TEST_CACHE", str(Path(__file__).resolve().parents[1] / ".cache" / "jax-tests")
 )
@@ -70,6 +70,14 @@ def pytest_report_header() -> str:
 
 def made_or_real(parameter: str | Path) -> str:
     return "made" if parameter == "made" else "real"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and data, for a test of what the suite cannot make."""
+    if not real.SHARED.is_dir():
+        pytest.skip("the folder of real models and data is not beside the project")
+    return real.SHARED
 
 
 @pytest.fixture(scope="session")

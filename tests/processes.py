@@ -54,9 +54,11 @@ def make_settings(folder: Path, family: str = "llama", **values) -> dict:
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    """Return the environment of a process with this many CPU devices."""
+    """Return the environment of a process with this many CPU devices, without the tests' cache of compiled programs: several
+    processes on CPUs must not share programs (`ftjax/compile_cache.py`), and that they do not is ftjax's own work."""
+    inherited = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu", **more}
+    return {**inherited, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu", **more}
 
 
 def address() -> str:

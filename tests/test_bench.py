@@ -19,7 +19,6 @@ from tiny_tokenizer import save_tokenizer
 from transformers import AutoModelForCausalLM
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
-REFERENCE = BENCH.parents[2] / "shared" / "bench" / "peft_reference.py"
 SMALL = ("--length", 16, "--steps", 3, "--r", 2)
 
 
@@ -67,9 +66,8 @@ def test_step_on_random_weights_and_quantised(tmp_path):
 
 
 @pytest.mark.sweep
-@pytest.mark.skipif(not REFERENCE.exists(), reason="the reference script is not here")
-def test_the_peer_does_the_work_of_the_reference(model, tmp_path):
-    options = ("--model", model, "--peer", REFERENCE, *SMALL)
+def test_the_peer_does_the_work_of_the_reference(shared, model, tmp_path):
+    options = ("--model", model, "--peer", shared / "bench" / "peft_reference.py", *SMALL)
     assert run("step", tmp_path / "step.json", *options)["lora"]["PEFT"]["loss_difference"] < 1e-4
 
 
