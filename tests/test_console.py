@@ -115,7 +115,7 @@ def in_terminal(width, *arguments):
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "FORCE_COLOR")}
     environment |= {"TERM": "xterm", "NO_COLOR": "1", "PYTHONPATH": str(PACKAGE.parent)}
-    command = [sys.executable, "-m", "ftjax.cli", *arguments]
+    command = [sys.executable, "-m", "ftjax", *arguments]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     read = b""

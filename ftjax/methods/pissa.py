@@ -18,7 +18,7 @@ from ftjax.models.nn.param import Piece, Spec
 
 
 def principal(
-    weight: Float[np.ndarray, "O I"], rank: int, scale: float, kind: str, rng: np.random.Generator
+    weight: Float[np.ndarray, "O I"], rank: int, scale: float | np.floating, kind: str, rng: np.random.Generator
 ) -> tuple[Float[np.ndarray, "{rank} I"], Float[np.ndarray, "O {rank}"]]:
     """Return A and B with `scale * B A` the best approximation of rank `rank` of a weight.
 

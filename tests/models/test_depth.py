@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from oracle import Case, hf_config
 
-from ftjax.config import LoraConfig
+from ftjax.config import Config, LoraConfig
 from ftjax.methods import method_of
 from ftjax.models.facts import complete_config
 from ftjax.models.model import Model, build_module
@@ -16,6 +16,7 @@ from ftjax.models.registry import FAMILIES
 from ftjax.objectives import sft
 from ftjax.objectives.objective import LossInputs
 
+CONFIG = Config.model_validate({"model": {"path": "none"}, "data": {"train": "none"}})
 DEPTHS = (12, 36)  # whole periods of every family: the longest is six layers
 
 
@@ -38,7 +39,7 @@ def operations(family: str, layers: int) -> int:
 
     def loss(trainable, frozen, batch):
         ctx = Context(batch["positions"], batch["segment_ids"], remat="full")
-        totals, aux = sft.loss(LossInputs(model, trainable, frozen, batch, ctx, 64, None))
+        totals, aux = sft.loss(LossInputs(model, trainable, frozen, batch, ctx, 64, CONFIG))
         return totals.loss + aux
 
     parts = [{path: jax.ShapeDtypeStruct(s.shape, s.dtype) for path, s in p.items()} for p in (model.trainable, model.frozen)]

@@ -36,7 +36,7 @@ class Block(nnx.Module):
 
     def __call__(self, x, ctx, kind, layer, cache):
         shift = 0 if self.shift is None else self.shift[...]
-        return jnp.tanh(x * self.weight[...] + kind + shift), cache, {"sum": jnp.sum(x) + layer}
+        return jnp.tanh(x * self.weight[...] + kind + shift), cache, {"sum": jnp.sum(x) + jnp.asarray(layer, x.dtype)}
 
 
 def by_hand(x, weights, shifts, kinds):
