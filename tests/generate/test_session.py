@@ -289,7 +289,7 @@ def test_other_prompts_compile_nothing(storyteller, lowered):
     storyteller.score(["Once upon a time", "Tom"], [" there was a cat", " ran to the park"])
     first = lowered()
     storyteller.generate(["Lily and her dad went to the big park. They saw", "Tom and", "A cat"], max_new_tokens=19)
-    storyteller.score(["Once upon a day", "Once"], [" there was a dog", " went to the zoo"])
+    storyteller.score(["Once upon a day", "Once"], [" there was a dog", " ran to the tree"])
     assert lowered() == first
     storyteller.generate(STORIES[1] + STORIES[1], max_new_tokens=20)  # the counter works
     assert lowered() > first
