@@ -73,9 +73,13 @@ class LlamaAttention(nnx.Module):
 
     def attend(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: Memories):
         """Map the result of `project` to `([B, T, E], cache)`."""
-        sinks = None if self.sinks is None else self.sinks[...]
-        y, cache = self_attention(*qkv, ctx, pattern, layer, cache, sinks)
+        y, cache = self.mixed(qkv, ctx, pattern, layer, cache)
         return self.o_proj(y, ctx), cache
+
+    def mixed(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: Memories):
+        """Map the result of `project` to the heads' outputs, `([B, T, N H], cache)`."""
+        sinks = None if self.sinks is None else self.sinks[...]
+        return self_attention(*qkv, ctx, pattern, layer, cache, sinks)
 
 
 class LlamaMLP(nnx.Module):

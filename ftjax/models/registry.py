@@ -39,6 +39,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("phi3", "microsoft/Phi-4-mini-instruct", "Phi-3 and Phi-3.5 mini, Phi-4, Phi-4-mini"),
     "qwen2": Family("qwen2", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen 2, Qwen 2.5, distillations of DeepSeek R1"),
     "qwen3": Family("qwen3", "Qwen/Qwen3-0.6B", "Qwen 3, dense"),
+    "qwen3_5_text": Family("qwen3_5_text", "Qwen/Qwen3.5-4B", "Qwen 3.5, dense, the text alone; linear attention"),
     "qwen3_moe": Family("qwen3_moe", "Qwen/Qwen3-30B-A3B", "Qwen 3 with routed experts"),
     "smollm3": Family("smollm3", "HuggingFaceTB/SmolLM3-3B", "SmolLM 3; layers without RoPE"),
 }

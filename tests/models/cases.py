@@ -119,6 +119,23 @@ CASES: list[Case] = [
         "head_dim": 8, "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1, "hidden_act": "gelu",
         "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE,
     }, tensor=1),
+    Case("qwen3.5", "qwen3_5_text", {
+        "head_dim": 16, "num_hidden_layers": 5, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 6, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    }),
+    Case("qwen3.5-tied", "qwen3_5_text", {
+        "head_dim": 8, "num_hidden_layers": 3, "linear_key_head_dim": 12, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3, "tie_word_embeddings": True,
+        "attention_bias": True, "hidden_act": "gelu", "rms_norm_eps": 1e-3,
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 0.5,
+        },
+    }),
     Case("gpt2", "gpt2", {
         "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48, "scale_attn_by_inverse_layer_idx": True,
         "layer_norm_epsilon": 1e-3,

@@ -20,8 +20,9 @@ from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.layers import Linear, RMSNorm
 from ftjax.models.nn.memory import ConvState, KeysValues, RecurrentState, Shared
 from ftjax.models.nn.param import param
-from ftjax.models.nn.recurrence import causal_conv, recur
+from ftjax.models.nn.recurrence import recur
 from ftjax.models.nn.rope import Rope
+from ftjax.models.nn.short_convolution import causal_conv
 from ftjax.models.nn.stack import Stack
 
 V, E, N, H = 96, 24, 4, 8
