@@ -120,7 +120,7 @@ CASES: list[Case] = [
         "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE,
     }, tensor=1),
     Case("qwen3.5", "qwen3_5_text", {
-        "head_dim": 16, "num_hidden_layers": 5, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+        "head_dim": 16, "num_hidden_layers": 4, "rms_norm_eps": 1e-3, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
         "linear_num_key_heads": 2, "linear_num_value_heads": 6, "rope_parameters": {
             "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
             "mrope_interleaved": True,
