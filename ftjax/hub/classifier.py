@@ -88,7 +88,7 @@ def with_head(
         return hf_config, source if order == sorted(order) else InOrder(source, order)
     hf_config = classifier_config(hf_config, classes, pad_token_id, problem_type)
     embed = build_module(hf_config).sizes.embed
-    return hf_config, WithHead(source, (len(classes), embed), hf_config.get("initializer_range") or 0.02, seed)
+    return hf_config, WithHead(source, (len(classes), embed), text_of(hf_config).get("initializer_range") or 0.02, seed)
 
 
 def objectives_hf_config(config: Config, hf_config: dict[str, Any]) -> dict[str, Any]:

@@ -128,5 +128,5 @@ def build(facts: Facts) -> LlamaForCausalLM:
     stack = Stack(blocks, (Pattern(head_dim**-0.5),) * len(types), types)
     rope = make_rope(facts["rope_parameters"], head_dim, facts["max_position_embeddings"])
     model = LlamaModel(facts["vocab_size"], embed, eps, stack, rope, gemma_norm)
-    root = LlamaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"])
-    return root
+    facts.carried.append(MTP)
+    return LlamaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"])

@@ -136,6 +136,20 @@ CASES: list[Case] = [
             "partial_rotary_factor": 0.5,
         },
     }),
+    Case("qwen3.5-images", "qwen3_5", {
+        "text_config": {
+            "model_type": "qwen3_5_text", "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-3,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 0, 0],
+            },
+        },
+        "vision_config": {
+            "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+            "num_position_embeddings": 16, "patch_size": 2,
+        },
+        "tie_word_embeddings": True, "image_token_id": 90, "video_token_id": 91,
+    }),
     Case("gpt2", "gpt2", {
         "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48, "scale_attn_by_inverse_layer_idx": True,
         "layer_norm_epsilon": 1e-3,

@@ -131,7 +131,7 @@ def make(choice: tuple[str, ...], *, trainable: bool = False, seed: int = 0) -> 
     stack = Stack(blocks, (Pattern(H**-0.5),) * len(choice), choice)
     sizes = Sizes(len(choice), N, 2, H, E, V, positions=256)
     root = LlamaForCausalLM(LlamaModel(V, E, 1e-5, stack, Rope((1.0, 0.3, 0.1, 0.03))), sizes, tied=False)
-    root.notes, root.max_positions = (), None
+    root.notes, root.max_positions, root.carried = (), None, ()
     if trainable:
         for _, variable in nnx.iter_graph(root):
             if isinstance(variable, nnx.Param):

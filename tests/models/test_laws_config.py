@@ -10,8 +10,8 @@ import shutil
 import numpy as np
 import pytest
 from cases import CASES, ONE_OF_EACH
-from oracle import TINY, hf_logits, load, logits, make_hf, tokens
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from oracle import TINY, hf_logits, load, load_hf, logits, make_hf, tokens
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ftjax.errors import UserError
 from ftjax.models.facts import complete_config
@@ -134,7 +134,7 @@ def test_every_field_means_what_it_means_in_transformers(family, tmp_path):
             continue
         alike = model.graphdef == same.graphdef and model.specs == same.specs  # then there is nothing to run
         ours = base if alike else logits(model, params, ids)
-        theirs = hf_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), ids)
+        theirs = hf_logits(load_hf(tmp_path / "model"), ids)
         if not np.abs(ours - theirs).max() <= 1e-4:
             wrong.append(name)
         (without if alike or np.array_equal(ours, base) else with_effect).add(name)
