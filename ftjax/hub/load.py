@@ -41,7 +41,10 @@ def open_model(path: Path) -> tuple[dict, TensorSource]:
 
         return hf_config, GGUFSource(path)
     source = SafetensorsFolder(path)
-    source.add_prefix(FAMILIES[hf_config["model_type"]].prefix, but=("lm_head.", "embed_out.", "score.", "mtp."))
+    family = FAMILIES[hf_config["model_type"]]
+    if family.composite is not None:
+        source.rename(family.composite.in_model)
+    source.add_prefix(family.prefix, but=("lm_head.", "embed_out.", "score.", "mtp."))
     return hf_config, _with_embedding(hf_config, Mxfp4Source(source) if is_mxfp4(read_config(path)) else source)
 
 

@@ -20,6 +20,7 @@ from ftjax.methods import method_of
 from ftjax.models.composite import text_of, with_text
 from ftjax.models.model import Model
 from ftjax.models.nn.param import Piece, Spec
+from ftjax.models.registry import FAMILIES
 
 # Files about the inputs of a composite model's other parts
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
@@ -123,4 +124,6 @@ def write_folder(folder: Path, model: Model, tensors: Iterable[Tensor], dtype: s
         source: the base model's folder or file.
     """
     write_config(folder, model.config, dtype, source)
-    write_model(folder, [*tensors, *carried_tensors(model, source)])
+    composite = FAMILIES[model.config["model_type"]].composite
+    found = [*tensors, *carried_tensors(model, source)]
+    write_model(folder, found if composite is None else [one._replace(name=composite.in_file(one.name)) for one in found])

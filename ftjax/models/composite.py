@@ -31,11 +31,21 @@ class Composite:
         carried: prefixes of the names of the other parts' tensors.
         inert: fields of config.json about the other parts, besides `text_config`.
         name: the text model's name in `model`.
+        stored: `(prefix of names in the model, prefix in files)`, where files have other names than the class that loads them.
     """
 
     carried: tuple[str, ...]
     inert: tuple[str, ...]
     name: str = "language_model"
+    stored: tuple[tuple[str, str], ...] = ()
+
+    def in_model(self, name: str) -> str:
+        """Return the name in the model of a tensor of a file."""
+        return next((own + name.removeprefix(file) for own, file in self.stored if name.startswith(file)), name)
+
+    def in_file(self, name: str) -> str:
+        """Return the name in files of a tensor of the model."""
+        return next((file + name.removeprefix(own) for own, file in self.stored if name.startswith(own)), name)
 
     def text(self, facts: Facts) -> Facts:
         """Return the fields of the text model; fields of the other parts are marked as read."""

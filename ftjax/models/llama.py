@@ -136,7 +136,10 @@ class LlamaModel(nnx.Module):
         x = constrain(self.embed(tokens, ctx.dtype), "batch", "length", None)
         ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids))
         x, cache, aux = self.layers(x, ctx, cache)
-        return self.norm(x), cache, aux
+        return self.last_norm(x), cache, aux
+
+    def last_norm(self, x: jax.Array) -> jax.Array:
+        return self.norm(x)
 
 
 class LlamaForCausalLM(nnx.Module):

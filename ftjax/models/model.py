@@ -95,8 +95,10 @@ def build_module(config: Mapping[str, Any]) -> CausalLM:
     whole = Facts(config)
     composite = FAMILIES[whole.model_type].composite
     facts = whole if composite is None else composite.text(whole)
-    check_supported(facts.model_type, "config.json")
-    module = FAMILIES[facts.model_type].build(facts)
+    if composite is None or facts.model_type != FAMILIES[whole.model_type].module:  # some text models occur only inside
+        check_supported(facts.model_type, "config.json")
+    family = FAMILIES.get(facts.model_type, FAMILIES[whole.model_type])
+    module = family.build(facts)
     facts.finish()
     note_unread(facts)
     if composite is not None:

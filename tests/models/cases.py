@@ -7,6 +7,11 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 
+IMAGES = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
 CASES: list[Case] = [
     Case("llama", "llama"),
     Case("llama-tied-biases", "llama", {
@@ -149,6 +154,54 @@ CASES: list[Case] = [
             "num_position_embeddings": 16, "patch_size": 2,
         },
         "tie_word_embeddings": True, "image_token_id": 90, "video_token_id": 91,
+    }),
+    Case("ministral3", "ministral3", {
+        "head_dim": 12, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 16.0,
+            "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.7,
+        },
+    }),
+    Case("mistral3", "mistral3", {
+        "text_config": {
+            "model_type": "ministral3", "tie_word_embeddings": False, "sliding_window": 9, "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 500.0, "factor": 2.0, "original_max_position_embeddings": 6,
+                "llama_4_scaling_beta": 0.4,
+            },
+        },
+        "vision_config": {**IMAGES, "model_type": "pixtral"}, "image_token_index": 90, "tie_word_embeddings": False,
+    }),
+    Case("mistral3-mistral", "mistral3", {
+        "text_config": {"model_type": "mistral", "sliding_window": 7}, "vision_config": {**IMAGES, "model_type": "pixtral"},
+        "image_token_index": 90, "tie_word_embeddings": True,
+    }),
+    Case("gemma3-images", "gemma3", {
+        "text_config": {
+            "model_type": "gemma3_text", "head_dim": 12, "num_hidden_layers": 3, "sliding_window": 8,
+            "query_pre_attn_scalar": 20, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        "vision_config": {**IMAGES, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4, "image_token_index": 90,
+        "boi_token_index": 91, "eoi_token_index": 92,
+    }),
+    Case("qwen3-vl", "qwen3_vl", {
+        "text_config": {
+            "model_type": "qwen3_vl_text", "head_dim": 8, "attention_bias": True, "rope_parameters": {
+                "rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+            "num_position_embeddings": 16, "patch_size": 2, "deepstack_visual_indexes": [0],
+        },
+        "image_token_id": 90, "video_token_id": 91, "tie_word_embeddings": False,
+    }),
+    Case("lfm2", "lfm2", {
+        "num_hidden_layers": 5, "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+        "block_multiple_of": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
+    }),
+    Case("lfm2-untied", "lfm2", {
+        "num_hidden_layers": 3, "full_attn_idxs": [1], "conv_L_cache": 4, "conv_bias": True, "norm_eps": 1e-3,
+        "tie_word_embeddings": False, "block_auto_adjust_ff_dim": False, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "rope_parameters": LLAMA3_ROPE,
     }),
     Case("gpt2", "gpt2", {
         "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48, "scale_attn_by_inverse_layer_idx": True,
