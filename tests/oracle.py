@@ -199,7 +199,7 @@ def compiled(model: Model) -> Callable:
 
 def hf_logits(hf: Any, ids: np.ndarray, mask: np.ndarray | None = None, positions: np.ndarray | None = None) -> np.ndarray:
     for module in hf.modules():  # dynamic RoPE remembers the longest text it has seen; calls here are independent
-        if hasattr(module, "original_inv_freq"):
+        if hasattr(module, "original_max_seq_len") and hasattr(module, "original_inv_freq"):
             module.inv_freq.copy_(module.original_inv_freq)
             module.max_seq_len_cached = module.original_max_seq_len
         rope_type = getattr(module, "rope_type", None)

@@ -42,12 +42,14 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("qwen2", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen 2, Qwen 2.5, distillations of DeepSeek R1"),
     "qwen3": Family("qwen3", "Qwen/Qwen3-0.6B", "Qwen 3, dense"),
     "qwen3_5": Family(
-        "qwen3_5_text", "Qwen/Qwen3.5-4B", "Qwen 3.5, dense; linear attention; the text is trained, image parts are kept",
+        "qwen3_5_text",
+        "Qwen/Qwen3.5-4B",
+        "Qwen 3.5, dense; linear attention; the text is trained, image parts are kept",
         composite=Composite(
             ("model.visual.",),
             ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
         ),
-    ),  # fmt: skip
+    ),
     "qwen3_5_text": Family("qwen3_5_text", "Qwen/Qwen3.5-4B", "Qwen 3.5 without its parts for images"),
     "qwen3_moe": Family("qwen3_moe", "Qwen/Qwen3-30B-A3B", "Qwen 3 with routed experts"),
     "smollm3": Family("smollm3", "HuggingFaceTB/SmolLM3-3B", "SmolLM 3; layers without RoPE"),
