@@ -2,18 +2,20 @@
 
 FLOPs per token, forward and backward (a multiply-add counts two):
 
-    F = 4 N + 2 N_t + sum over layers of 12 W K  -  2 N_0 - sum over the layers below of 8 W K
+    F = 4 N + 2 N_t + sum over layers of 12 W K + 18 S  -  2 N_0 - sum over the layers below of 8 W K + 12 S
 
     N    weights of the matrices that a token is multiplied with: 2 N forward, 2 N for the gradients of activations
     N_t  those of them that are trained: 2 N_t more for their own gradients
     N_0  those of the layers below the lowest one with anything trained, if the input's embedding is not: no gradient goes there
     W    heads x head size of a layer
     K    keys that a token sees, on average: of a document of T tokens (T + 1) / 2, within a window fewer
+    S    numbers in the state of a layer with linear attention; a token reads, corrects and reads it again: 6 S forward
 
 So full fine-tuning is 6 N and an adapter 4 N_base + 6 N_adapter, plus attention: scores and their sum with the values are 4 W
 FLOPs per query and key forward, twice that backward, for the pairs that the causal mask, the window and the documents of a
 packed row leave. The formula counts what the mathematics needs, not what is executed: the input embedding is a look-up and not
-counted, nor are norms, biases and rotations, nor recomputation by remat; of routed experts only those that a token uses are
+counted, nor are norms, biases, rotations and convolutions of a few tokens, nor what chunks of linear attention compute more than
+the recurrence, nor recomputation by remat; of routed experts only those that a token uses are
 counted. (The lowest layer with trained parameters counts as a whole, though no gradient flows to what comes before them in the
 layer.)
 
@@ -35,9 +37,11 @@ from flax import nnx
 from ftjax.chips import chip_of
 from ftjax.models.model import Model
 from ftjax.models.nn.experts import SparseMoe
+from ftjax.models.nn.gated_delta_net import GatedDeltaNet
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.layers import Embedding, LayerNorm, RMSNorm
 from ftjax.models.nn.param import Piece, Spec
+from ftjax.models.nn.short_convolution import ShortConvolution
 from ftjax.models.nn.stack import Stack
 
 
@@ -53,6 +57,7 @@ class TrainFlops:
         attention_below: W of the layers below, like `attention`.
         reference: N of a second model that only reads the tokens, at 2 N + 4 W K.
         reference_attention: its W, like `attention`.
+        state, state_below, reference_state: S of all layers, of the layers below, and of the second model.
     """
 
     matrices: float
@@ -62,6 +67,9 @@ class TrainFlops:
     attention_below: dict[int | None, int] = field(default_factory=dict)
     reference: float = 0.0
     reference_attention: dict[int | None, int] = field(default_factory=dict)
+    state: int = 0
+    state_below: int = 0
+    reference_state: int = 0
 
     def per_token(self, length: float) -> float:
         """Return F in documents of `length` tokens."""
@@ -80,8 +88,14 @@ class TrainFlops:
 
     @property
     def _products(self) -> float:
-        """FLOPs per token of matrix products."""
-        return 4.0 * self.matrices + 2.0 * self.trained - 2.0 * self.below + 2.0 * self.reference
+        """FLOPs per token that do not depend on the length."""
+        matrices = 4.0 * self.matrices + 2.0 * self.trained - 2.0 * self.below + 2.0 * self.reference
+        return matrices + self._states
+
+    @property
+    def _states(self) -> float:
+        """FLOPs per token of linear attention."""
+        return 18.0 * self.state - 12.0 * self.state_below + 6.0 * self.reference_state
 
     @property
     def _widths(self) -> dict[int | None, float]:
@@ -96,9 +110,10 @@ class TrainFlops:
         attention = self.per_token(length) - self._products
         reference = f"+ 2 x {self.reference:.4g} of the reference model " if self.reference else ""
         below = f"- 2 x {self.below:.4g} below the lowest trained layer " if self.below else ""
+        states = f"+ {self._states:.4g} linear attention " if self._states else ""
         return (
             f"{self.per_token(length):.4g} FLOPs per token = 4 x {self.matrices:.4g} weights + 2 x {self.trained:.4g} trained "
-            f"{below}{reference}+ {attention:.4g} attention (documents of {length} tokens)"
+            f"{below}{reference}{states}+ {attention:.4g} attention (documents of {length} tokens)"
         )
 
 
@@ -113,6 +128,7 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     # Parameters that a method adds to an embedding are looked up as well.
     tables = {f"{path.removesuffix('.base')}." for path, node in nodes.items() if isinstance(node, Embedding)}
     tables -= {f"{model.output}."}
+    tables |= {f"{path}." for path, node in nodes.items() if isinstance(node, ShortConvolution)}
     experts = {
         f"{path}.experts.": (node.gate or node.router).top_k for path, node in nodes.items() if isinstance(node, SparseMoe)
     }
@@ -135,23 +151,32 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     )
     attention: Counter = Counter()
     attention_below: Counter = Counter()
+    state = state_below = 0
     for path, stack in nodes.items():
         if isinstance(stack, Stack):
             widths = {  # of each block: modules with heads and a head size are attention
                 name: sum(n.heads * n.head_dim for inner, n in nodes.items() if _is_attention(inner, n, f"{path}.{name}."))
                 for name in set(stack.choice)
             }
+            states = {
+                name: sum(n.sizes.state for inner, n in nodes.items() if _is_linear(inner, n, f"{path}.{name}."))
+                for name in set(stack.choice)
+            }
             for layer, (name, kind) in enumerate(zip(stack.choice, stack.kinds, strict=True)):
+                state += states[name]
+                state_below += states[name] if layer < lowest else 0
                 pattern = kind if isinstance(kind, Pattern) else kind.pattern
                 attention[pattern.window] += widths[name]
                 if layer < lowest:
                     attention_below[pattern.window] += widths[name]
     trained = sum(count for path, count in counted.items() if model.specs[path].row.trainable)
-    own = TrainFlops(sum(counted.values()), trained, dict(attention), below, dict(attention_below))
+    own = TrainFlops(
+        sum(counted.values()), trained, dict(attention), below, dict(attention_below), state=state, state_below=state_below
+    )
     if reference is None:
         return own
     other = train_flops(reference)
-    return replace(own, reference=other.matrices, reference_attention=other.attention)
+    return replace(own, reference=other.matrices, reference_attention=other.attention, reference_state=other.state)
 
 
 def _places(model: Model, nodes: Mapping[str, nnx.Module]) -> tuple[int, dict[str, list[tuple[Piece, int]]]]:
@@ -189,6 +214,10 @@ def peak_of(devices: list[jax.Device]) -> float | None:
 
 def _is_attention(path: str, node: nnx.Module, below: str) -> bool:
     return path.startswith(below) and hasattr(node, "heads") and hasattr(node, "head_dim")
+
+
+def _is_linear(path: str, node: nnx.Module, below: str) -> bool:
+    return path.startswith(below) and isinstance(node, GatedDeltaNet)
 
 
 def _mean_keys(length: float, window: int | None) -> float:

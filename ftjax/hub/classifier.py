@@ -12,6 +12,7 @@ from ftjax.hub.adapter.peft import adapter_file, read_adapter_config
 from ftjax.hub.source import TensorSource
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.models.classifier import HEAD, REGRESSION, SINGLE, classes_of, classifier_config, problem_of
+from ftjax.models.composite import text_of
 from ftjax.models.model import build_module
 from ftjax.objectives import head_of
 

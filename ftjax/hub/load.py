@@ -107,7 +107,12 @@ def check_tied(model: Model, source: TensorSource, where: str) -> None:
 
 
 def load_params(
-    specs: Mapping[str, Spec], source: TensorSource, mesh: Mesh, dtype, where: str, ignored: Sequence[str] = (),
+    specs: Mapping[str, Spec],
+    source: TensorSource,
+    mesh: Mesh,
+    dtype,
+    where: str,
+    ignored: Sequence[str] = (),
     carried: Sequence[str] = (),
 ) -> dict[str, jax.Array]:
     """Load these parameters as sharded arrays: trained ones in their own dtype (float32), frozen ones in `dtype` or in

@@ -1,8 +1,7 @@
-"""Text models inside checkpoints that also have other parts, such as an image encoder.
+"""Where a text model is in a checkpoint that also has other parts, such as an image encoder.
 
-Only the text model is built and trained. Its tensors have the names of the whole checkpoint (`model.language_model.layers.0...`),
-so that PEFT's keys and targets are those of the class that loads it; config.json stays nested, and the tensors of the other parts
-are carried from the base model's folder into an exported one, bit for bit.
+Only the text model is built and trained (`ftjax.models.inside`). config.json stays nested, and the tensors of the other parts
+are carried from the base model's folder into an exported one, bit for bit (`ftjax.hub.model_folder`).
 
 `Composite`, in the family's line of the registry, is the only place that says where things are. `text_of` and `with_text` read
 and change the fields of config.json that belong to the text model, for models of either kind.
@@ -11,13 +10,6 @@ and change the fields of config.json that belong to the text model, for models o
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import jax
-from flax import nnx
-
-from ftjax.models.causal_lm import CausalLM
-from ftjax.models.facts import Facts
-from ftjax.models.nn.context import Context
 
 TEXT = "text_config"
 TIED = "tie_word_embeddings"  # a field of the whole model, which transformers reads there
@@ -46,39 +38,6 @@ class Composite:
     def in_file(self, name: str) -> str:
         """Return the name in files of a tensor of the model."""
         return next((file + name.removeprefix(own) for own, file in self.stored if name.startswith(own)), name)
-
-    def text(self, facts: Facts) -> Facts:
-        """Return the fields of the text model; fields of the other parts are marked as read."""
-        facts.inert(*self.inert)
-        return Facts({**facts[TEXT], TIED: facts[TIED]})
-
-    def put(self, root: CausalLM) -> None:
-        """Give the text model its name in the composite model, in place: `model` becomes `model.language_model`."""
-
-        def inside(module: str) -> str:
-            return module.replace("model.", f"model.{self.name}.", 1) if module.startswith("model.") else module
-
-        root.model = Inside(root.model, self.name)
-        root.embedding, root.output = inside(root.embedding), inside(root.output)
-
-
-class Inside(nnx.Module):
-    """A composite model that has its text model alone, under the name that it has there."""
-
-    def __init__(self, text: nnx.Module, name: str):
-        self.name = name
-        setattr(self, name, text)
-
-    @property
-    def text(self) -> nnx.Module:
-        return vars(self)[self.name]
-
-    @property
-    def embed_tokens(self) -> nnx.Module:
-        return self.text.embed_tokens
-
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: Any = None):
-        return self.text(tokens, ctx, cache)
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from ftjax import tree
 from ftjax.models.causal_lm import CausalLM, Sizes
 from ftjax.models.classifier import classes_of, to_classifier
 from ftjax.models.facts import Facts
+from ftjax.models.inside import put_inside, text_facts
 from ftjax.models.nn.memory import Memory
 from ftjax.models.nn.param import Buffer, Spec, specs, variables
 from ftjax.models.nn.rope import Rope, unread
@@ -30,7 +31,8 @@ class Model:
         config: config.json, completed by transformers.
         specs: the spec of every parameter, by path.
         buffers: arrays that are neither loaded nor trained (LoRA scales), by path.
-        sizes, ignored, carried, output, ropes, notes, max_positions: attributes of the root module (`ftjax.models.causal_lm.CausalLM`).
+        sizes, ignored, carried, output, ropes, notes, max_positions: attributes of the root module
+            (`ftjax.models.causal_lm.CausalLM`).
         embedding: the spec of the input embedding `[V, E]`.
         memories: memory records of each layer, for decoding.
     """
@@ -94,16 +96,15 @@ def build_module(config: Mapping[str, Any]) -> CausalLM:
     """Build the abstract module of a completed config.json (`ftjax.models.facts`); every field is honoured or rejected."""
     whole = Facts(config)
     composite = FAMILIES[whole.model_type].composite
-    facts = whole if composite is None else composite.text(whole)
+    facts = whole if composite is None else text_facts(whole, composite)
     if composite is None or facts.model_type != FAMILIES[whole.model_type].module:  # some text models occur only inside
         check_supported(facts.model_type, "config.json")
-    family = FAMILIES.get(facts.model_type, FAMILIES[whole.model_type])
-    module = family.build(facts)
+    module = FAMILIES.get(facts.model_type, FAMILIES[whole.model_type]).build(facts)
     facts.finish()
     note_unread(facts)
     if composite is not None:
         whole.finish()
-        composite.put(module)
+        put_inside(module, composite)
         facts.carried += composite.carried
     if classes_of(config):
         to_classifier(module, config)

@@ -50,7 +50,7 @@ class GatedAttention(LlamaAttention):
         return self.o_proj(y * jax.nn.sigmoid(gate), ctx), cache
 
 
-class Qwen3_5DeltaNet(GatedDeltaNet):  # noqa: N801
+class Qwen3_5DeltaNet(GatedDeltaNet):
     """A gated DeltaNet with one projection for queries, keys and values."""
 
     def __init__(self, embed: int, sizes: DeltaSizes, act: str, eps: float):
@@ -65,7 +65,7 @@ class Qwen3_5DeltaNet(GatedDeltaNet):  # noqa: N801
         return Projected(*self.by_heads(self.in_proj_qkv(x, ctx)), gate, self.in_proj_a(x, ctx), self.in_proj_b(x, ctx))
 
 
-class Qwen3_5Block(nnx.Module):  # noqa: N801
+class Qwen3_5Block(nnx.Module):
     """Llama's block around either kind of mixer, each under its own name."""
 
     def __init__(self, mixer: GatedAttention | GatedDeltaNet, mlp: nnx.Module, embed: int, eps: float):
@@ -126,6 +126,9 @@ def build(facts: Facts) -> LlamaForCausalLM:
 
     blocks = {kind: Qwen3_5Block(mixer(kind), mlp(facts), embed, eps) for kind in ("linear_attention", "full_attention")}
     stack = Stack(blocks, (Pattern(head_dim**-0.5),) * len(types), types)
+    sections = facts["rope_parameters"].get("mrope_section")
+    if sections is not None and len(sections) != 3:
+        raise UserError(f"rope_parameters: mrope_section needs three numbers (time, height and width), found {sections!r}")
     rope = make_rope(facts["rope_parameters"], head_dim, facts["max_position_embeddings"])
     model = LlamaModel(facts["vocab_size"], embed, eps, stack, rope, gemma_norm)
     facts.carried.append(MTP)

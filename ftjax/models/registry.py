@@ -79,7 +79,7 @@ FAMILIES: dict[str, Family] = {
             ("model.visual.",),
             ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
         ),
-    ),  # fmt: skip
+    ),
     "qwen3_5_text": Family("qwen3_5_text", "Qwen/Qwen3.5-4B", "Qwen 3.5 without its parts for images"),
     "qwen3_moe": Family("qwen3_moe", "Qwen/Qwen3-30B-A3B", "Qwen 3 with routed experts"),
     "qwen3_vl": Family(

@@ -153,7 +153,7 @@ CASES: list[Case] = [
             "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
             "num_position_embeddings": 16, "patch_size": 2,
         },
-        "tie_word_embeddings": True, "image_token_id": 90, "video_token_id": 91,
+        "tie_word_embeddings": True, "image_token_id": 200, "video_token_id": 201,
     }),
     Case("ministral3", "ministral3", {
         "head_dim": 12, "rope_parameters": {

@@ -29,6 +29,8 @@ def operations(family: str, layers: int) -> int:
         if family == "gpt_oss"
         else {}
     )
+    if FAMILIES[family].composite:
+        values = {"text_config": {"model_type": FAMILIES[family].module, **values}}
     facts = complete_config(hf_config(Case(family, family, values)).to_dict(), family)
     root = build_module(facts)
     config = LoraConfig(target_modules="all-linear")

@@ -4,8 +4,8 @@ For one head, with a state `S [D, V]`, a decay `exp(g)` and a strength `beta`:
 
     S = exp(g) S;  S = S + k (beta (v - S^T k))^T;  y = S^T q
 
-`gated_delta_rule` computes it for chunks of C tokens with matrix products: within a chunk, the corrections of all tokens are the
-solution of a unit triangular system, and only the state goes from chunk to chunk. Everything is computed in float32.
+`gated_delta_rule` computes it for chunks of C tokens with matrix products: within a chunk, the corrections of all tokens solve
+a unit triangular system, and only the state goes from chunk to chunk. Everything is computed in float32.
 
 Sources: Yang et al. 2024, "Gated Delta Networks" (arXiv:2412.06464) and "Parallelizing Linear Transformers with the Delta Rule"
 (arXiv:2406.06484, the chunked form); transformers, models/qwen3_5 (`torch_chunk_gated_delta_rule`), for the normalisation.
@@ -99,7 +99,7 @@ def _in_chunks(q, k, v, g, beta, state, segment_ids, chunk: int) -> tuple[jax.Ar
     leave = _exp((document == last)[:, :, None, None], decay[..., -1:] - decay)
     kept = _exp((last == before)[:, :, None], decay[..., -1])
 
-    # What each token writes is its own value less what is held under its key: by the chunk's tokens before it, and by the state.
+    # A token writes its own value less what is held under its key, by tokens of the chunk before it and by the state.
     system = jnp.tril(_product("cbkid,cbkjd->cbkij", k, k), -1)[:, :, :, None] * between * beta[..., None]
     solved = unit_lower_inverse(system)
     own = _product("cbkrij,cbkrjv->cbkriv", solved * beta[..., None, :], v)
@@ -130,8 +130,8 @@ def _exp(where: jax.Array, x: jax.Array) -> jax.Array:
 def unit_lower_inverse(a: jax.Array) -> jax.Array:
     """Return `(I + a)^-1` of strictly lower triangular matrices `[..., C, C]`, C a power of two.
 
-    Inverses of diagonal blocks are joined in pairs, with two matrix products for each doubling: as exact as forward substitution,
-    where a series of powers of `a` would lose all digits if tokens repeat.
+    Inverses of diagonal blocks are joined in pairs, with two matrix products for each doubling. That is as exact as forward
+    substitution, where a series of powers of `a` would lose all digits if tokens repeat.
     """
     size = a.shape[-1]
     row, column = jnp.arange(size)[:, None], jnp.arange(size)
@@ -139,7 +139,9 @@ def unit_lower_inverse(a: jax.Array) -> jax.Array:
     while width < size:  # `inverse` has the diagonal blocks of this width
         corner = (row // width == column // width + 1) & (row // width % 2 == 1)
         below = jnp.where(corner, a, 0)
-        more = below if width == 1 else jnp.matmul(inverse, jnp.matmul(below, inverse, precision="highest"), precision="highest")
+        more = (
+            below if width == 1 else jnp.matmul(inverse, jnp.matmul(below, inverse, precision="highest"), precision="highest")
+        )
         inverse, width = inverse - more, 2 * width
     return inverse
 

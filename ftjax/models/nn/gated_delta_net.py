@@ -1,11 +1,11 @@
-"""Gated DeltaNet: a layer with a short convolution, the gated delta rule, and a gated norm (Yang et al. 2024, arXiv:2412.06464).
+"""Gated DeltaNet: a layer with a short convolution, the gated delta rule, and a gated norm.
 
-Source: transformers, models/qwen3_5 (`Qwen3_5GatedDeltaNet`). Families differ in how they project queries, keys, values and
-gates; a family's subclass defines `project`.
+Sources: Yang et al. 2024 (arXiv:2412.06464); transformers, models/qwen3_5 (`Qwen3_5GatedDeltaNet`). Families differ in how
+they project queries, keys, values and gates; a family's subclass defines `project`.
 
 Under a mesh, each device has all tokens of its rows for some of the heads, so that neither the convolution nor the state crosses
-devices. Along `sequence`, that exchanges "all heads of some tokens" for "some heads of all tokens", as attention does
-(`ftjax.models.nn.attention_sharded`).
+devices. Along `sequence`, that exchanges "all heads of some tokens" for "some heads of all tokens", as attention does in
+`ftjax.models.nn.attention_sharded`.
 
 Legend: B batch, T length, E embed, K key heads, N value heads, D key size, V value size, W kernel size.
 """
@@ -45,6 +45,11 @@ class DeltaSizes(NamedTuple):
         """Channels of queries, keys and values."""
         keys = self.key_heads * self.key_size
         return keys, keys, self.value_heads * self.value_size
+
+    @property
+    def state(self) -> int:
+        """Numbers in the state of all heads."""
+        return self.value_heads * self.key_size * self.value_size
 
 
 class Projected(NamedTuple):
@@ -107,7 +112,15 @@ class GatedDeltaNet(nnx.Module):
             return y.astype(parts[0].dtype), last, state
 
         y, last, state = _on_each_device(
-            mix, self.sizes.key_heads, (found.q, found.k, found.v), before, taps, g, jax.nn.sigmoid(found.b), state, ctx.segment_ids
+            mix,
+            self.sizes.key_heads,
+            (found.q, found.k, found.v),
+            before,
+            taps,
+            g,
+            jax.nn.sigmoid(found.b),
+            state,
+            ctx.segment_ids,
         )
         last = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in last], axis=-1)
         cache = remember(remember(cache, layer, inputs, last), layer, memory, state)
