@@ -196,7 +196,7 @@ CASES: list[Case] = [
     }),
     Case("lfm2", "lfm2", {
         "num_hidden_layers": 5, "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
-        "block_multiple_of": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "block_multiple_of": 12, "num_attention_heads": 4, "num_key_value_heads": 2,
     }),
     Case("lfm2-untied", "lfm2", {
         "num_hidden_layers": 3, "full_attn_idxs": [1], "conv_L_cache": 4, "conv_bias": True, "norm_eps": 1e-3,

@@ -20,7 +20,8 @@ from ftjax.models.registry import FAMILIES
 
 # Fields of every configuration class (names, labels, outputs of a call) that do not affect the model.
 COMMON = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"model_type"}
-CARRIED = {"vision_config"}  # of parts of a composite model that are not run
+CARRIED = {"vision_config", "projector_hidden_act"}  # of parts of a composite model that are not run
+BREAKS = {"text_config.rope_parameters.mrope_section"}  # transformers' code fails for other numbers of sections
 
 # Fields that change no logits in transformers, in any family ...
 NO_EFFECT = {
@@ -42,12 +43,10 @@ NO_EFFECT_IN = {
     "gpt_oss": {"hidden_act", "max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "granite": {"max_position_embeddings"},
     "gemma3": {"boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image"},
-    "lfm2": {"full_attn_idxs", "max_position_embeddings"},
+    "lfm2": {"block_multiple_of", "full_attn_idxs", "max_position_embeddings"},  # other multiples give this width, or other weights
     "llama": {"max_position_embeddings", "pretraining_tp"},
     "ministral3": {"max_position_embeddings"},
-    "mistral3": {
-        "image_token_index", "multimodal_projector_bias", "projector_hidden_act", "spatial_merge_size", "vision_feature_layer",
-    },
+    "mistral3": {"image_token_index", "multimodal_projector_bias", "spatial_merge_size", "vision_feature_layer"},
     "qwen3_vl": {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"},
     "ministral": {"max_position_embeddings"},
     "mistral": {"max_position_embeddings"},
@@ -136,6 +135,8 @@ def test_every_field_means_what_it_means_in_transformers(family, tmp_path):
     same = load(folder)[0]
     wrong, without, with_effect, refused = [], set(), set(), set()
     for name, config in changes(stored):
+        if name in BREAKS:
+            continue
         shutil.rmtree(tmp_path / "model", ignore_errors=True)
         shutil.copytree(folder, tmp_path / "model")
         (tmp_path / "model" / "config.json").write_text(json.dumps(config))
