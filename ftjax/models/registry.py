@@ -24,6 +24,10 @@ class Family:
         return importlib.import_module(f"ftjax.models.{self.module}").build
 
 
+IMAGES_OF_QWEN = Composite(
+    ("model.visual.",), ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+)
+
 FAMILIES: dict[str, Family] = {
     "gemma": Family("gemma", "google/gemma-2b-it", "Gemma, CodeGemma"),
     "gemma2": Family("gemma2", "google/gemma-2-2b-it", "Gemma 2; local and global layers, bounded logits"),
@@ -45,13 +49,20 @@ FAMILIES: dict[str, Family] = {
         "qwen3_5_text",
         "Qwen/Qwen3.5-4B",
         "Qwen 3.5, dense; linear attention; the text is trained, image parts are kept",
-        composite=Composite(
-            ("model.visual.",),
-            ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
-        ),
+        composite=IMAGES_OF_QWEN,
     ),
     "qwen3_5_text": Family("qwen3_5_text", "Qwen/Qwen3.5-4B", "Qwen 3.5 without its parts for images"),
+    "qwen3_5_moe": Family(
+        "qwen3_5_moe_text",
+        "Qwen/Qwen3.5-35B-A3B",
+        "Qwen 3.5 with routed and shared experts; image parts are kept",
+        composite=IMAGES_OF_QWEN,
+    ),
+    "qwen3_5_moe_text": Family(
+        "qwen3_5_moe_text", "Qwen/Qwen3.5-35B-A3B", "Qwen 3.5 with experts, without its parts for images"
+    ),
     "qwen3_moe": Family("qwen3_moe", "Qwen/Qwen3-30B-A3B", "Qwen 3 with routed experts"),
+    "qwen3_next": Family("qwen3_next", "Qwen/Qwen3-Next-80B-A3B-Instruct", "Qwen 3 Next; linear attention, experts"),
     "smollm3": Family("smollm3", "HuggingFaceTB/SmolLM3-3B", "SmolLM 3; layers without RoPE"),
 }
 

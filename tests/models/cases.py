@@ -7,6 +7,11 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 
+IMAGES = {
+    "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+    "num_position_embeddings": 16, "patch_size": 2,
+}  # fmt: skip
+
 CASES: list[Case] = [
     Case("llama", "llama"),
     Case("llama-tied-biases", "llama", {
@@ -144,11 +149,32 @@ CASES: list[Case] = [
                 "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 0, 0],
             },
         },
-        "vision_config": {
-            "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
-            "num_position_embeddings": 16, "patch_size": 2,
-        },
+        "vision_config": IMAGES,
         "tie_word_embeddings": True, "image_token_id": 200, "video_token_id": 201,
+    }),
+    Case("qwen3.5-moe", "qwen3_5_moe_text", {
+        "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-3, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+        "output_router_logits": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    }),
+    Case("qwen3.5-moe-images", "qwen3_5_moe", {
+        "text_config": {
+            "model_type": "qwen3_5_moe_text", "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-3,
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        },
+        "vision_config": IMAGES, "image_token_id": 200, "video_token_id": 201,
+    }),
+    Case("qwen3-next", "qwen3_next", {
+        "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-3, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+        "mlp_only_layers": [1], "rope_parameters": {
+            "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5,
+        },
     }),
     Case("gpt2", "gpt2", {
         "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48, "scale_attn_by_inverse_layer_idx": True,
