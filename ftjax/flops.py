@@ -14,10 +14,9 @@ FLOPs per token, forward and backward (a multiply-add counts two):
 So full fine-tuning is 6 N and an adapter 4 N_base + 6 N_adapter, plus attention: scores and their sum with the values are 4 W
 FLOPs per query and key forward, twice that backward, for the pairs that the causal mask, the window and the documents of a
 packed row leave. The formula counts what the mathematics needs, not what is executed: the input embedding is a look-up and not
-counted, nor are norms, biases, rotations and convolutions of a few tokens, nor what chunks of linear attention compute more than
-the recurrence, nor recomputation by remat; of routed experts only those that a token uses are
-counted. (The lowest layer with trained parameters counts as a whole, though no gradient flows to what comes before them in the
-layer.)
+counted, nor are norms, biases, rotations, short convolutions, recomputation by remat, and what linear attention computes more
+in chunks than token by token; of routed experts only those that a token uses are counted. (The lowest layer with trained
+parameters counts as a whole, though no gradient flows to what comes before them in the layer.)
 
     MFU = F x tokens/s / (devices x peak of one)    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)
 

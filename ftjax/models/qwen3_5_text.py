@@ -6,6 +6,8 @@ height and width of an image (MRoPE); the three positions of a text are equal, s
 Legend: B batch, T query length, E embed, N heads, H head dim.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,7 +24,7 @@ from ftjax.models.nn.gated_delta_net import DeltaSizes, GatedDeltaNet, Projected
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.layers import IdentityAdapter, Linear
 from ftjax.models.nn.remat import projected
-from ftjax.models.nn.rope import make_rope
+from ftjax.models.nn.rope import Rope, make_rope
 from ftjax.models.nn.stack import Stack
 
 MTP = "mtp."  # layers that predict further tokens, which transformers ignores too
@@ -66,9 +68,10 @@ class Qwen3_5DeltaNet(GatedDeltaNet):
 
 
 class Qwen3_5Block(nnx.Module):
-    """Llama's block around either kind of mixer, each under its own name."""
+    """Llama's block around either kind of mixer, each under its own name; some or all blocks of a model may have experts."""
 
-    def __init__(self, mixer: GatedAttention | GatedDeltaNet, mlp: nnx.Module, embed: int, eps: float):
+    def __init__(self, mixer: GatedAttention | GatedDeltaNet, mlp: nnx.Module, embed: int, eps: float, experts: int = 0):
+        self.experts = experts  # of the model, whether or not this block has some
         self.self_attn = mixer if isinstance(mixer, GatedAttention) else None
         self.linear_attn = mixer if isinstance(mixer, GatedDeltaNet) else None
         self.mlp = mlp
@@ -79,8 +82,13 @@ class Qwen3_5Block(nnx.Module):
         mixer = self.self_attn or self.linear_attn
         y, cache = mixer.attend(projected(self.input_layernorm, mixer, x, ctx), ctx, pattern, layer, cache)
         x = constrain(x + self.attention_adapters(x, y, ctx), "batch", "length", None)
-        x = x + self.output_adapters(x, self.mlp(self.post_attention_layernorm(x), ctx), ctx)
-        return constrain(x, "batch", "length", None), cache, jnp.float32(0)
+        y, aux = self.mlp(self.post_attention_layernorm(x), ctx), jnp.float32(0)
+        if isinstance(y, tuple):
+            y, aux = y
+        elif self.experts:
+            aux = {"chosen": jnp.zeros(self.experts), "probability": jnp.zeros(self.experts)}
+        x = x + self.output_adapters(x, y, ctx)
+        return constrain(x, "batch", "length", None), cache, aux
 
 
 def delta_sizes(facts: Facts) -> DeltaSizes:
@@ -109,27 +117,56 @@ def layer_types(facts: Facts) -> tuple[str, ...]:
     return types
 
 
-def build(facts: Facts) -> LlamaForCausalLM:
-    """Build the abstract model of a `qwen3_5_text` config.json."""
+def stack_of(
+    facts: Facts, net: type[GatedDeltaNet], mlp: Callable[[bool], nnx.Module], sparse: tuple[bool, ...] = (), experts: int = 0
+) -> Stack:
+    """Build the layers, each with attention or a gated DeltaNet of this class.
+
+    Args:
+        mlp: returns a new feed-forward layer, with experts or without.
+        sparse: whether each layer has experts; none by default.
+        experts: number of experts.
+    """
     embed, eps, head_dim, act = facts["hidden_size"], facts["rms_norm_eps"], facts["head_dim"], facts["hidden_act"]
-    # Published files say what transformers does in any case, and how others compute the state and the layers of MTP.
-    facts.only("attn_output_gate", True, None, why="attention without its gate has other weights")
-    facts.only("mlp_only_layers", [], None, why="this model has no experts")
-    facts.inert("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "partial_rotary_factor")
     types, sizes = layer_types(facts), delta_sizes(facts)
+    choice = tuple(zip(types, sparse or (False,) * len(types), strict=True))
 
     def mixer(kind: str) -> GatedAttention | GatedDeltaNet:
         if kind == "linear_attention":
-            return Qwen3_5DeltaNet(embed, sizes, act, eps)
+            return net(embed, sizes, act, eps)
         norms = {"q_norm": gemma_norm(head_dim, eps), "k_norm": gemma_norm(head_dim, eps)}
         return attention(facts, bias=facts["attention_bias"], kind=GatedAttention, **norms)
 
-    blocks = {kind: Qwen3_5Block(mixer(kind), mlp(facts), embed, eps) for kind in ("linear_attention", "full_attention")}
-    stack = Stack(blocks, (Pattern(head_dim**-0.5),) * len(types), types)
+    def name(kind: str, has_experts: bool) -> str:
+        return f"{kind}_{'sparse' if has_experts else 'dense'}"
+
+    kinds = [(kind, here) for kind in ("linear_attention", "full_attention") for here in (False, True)]
+    blocks = {
+        name(*kind): Qwen3_5Block(mixer(kind[0]), mlp(kind[1]), embed, eps, experts) for kind in kinds if experts or not kind[1]
+    }
+    return Stack(blocks, (Pattern(head_dim**-0.5),) * len(types), tuple(name(*kind) for kind in choice))
+
+
+def text_rope(facts: Facts, head_dim: int) -> Rope:
+    """Build the RoPE of a text. Raises UserError for sections that transformers could not read."""
     sections = facts["rope_parameters"].get("mrope_section")
     if sections is not None and len(sections) != 3:
         raise UserError(f"rope_parameters: mrope_section needs three numbers (time, height and width), found {sections!r}")
-    rope = make_rope(facts["rope_parameters"], head_dim, facts["max_position_embeddings"])
-    model = LlamaModel(facts["vocab_size"], embed, eps, stack, rope, gemma_norm)
+    return make_rope(facts["rope_parameters"], head_dim, facts["max_position_embeddings"])
+
+
+def published(facts: Facts) -> None:
+    """Read fields of published files that transformers does not know: they say what it does in any case, and how others compute
+    the state and the layers that predict further tokens."""
+    facts.only("attn_output_gate", True, None, why="attention without its gate has other weights")
+    facts.inert("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "partial_rotary_factor")
     facts.carried.append(MTP)
+
+
+def build(facts: Facts) -> LlamaForCausalLM:
+    """Build the abstract model of a `qwen3_5_text` config.json."""
+    published(facts)
+    facts.only("mlp_only_layers", [], None, why="this model has no experts")
+    stack, rope = stack_of(facts, Qwen3_5DeltaNet, lambda _: mlp(facts)), text_rope(facts, facts["head_dim"])
+    model = LlamaModel(facts["vocab_size"], facts["hidden_size"], facts["rms_norm_eps"], stack, rope, gemma_norm)
     return LlamaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"])

@@ -23,6 +23,7 @@ class Family:
     def build(self) -> Callable[..., Any]:
         return importlib.import_module(f"ftjax.models.{self.module}").build
 
+
 # Files of the first composite models have the names of the text model and of the other parts at the top.
 OUTSIDE = (
     ("model.language_model.", "language_model.model."),
@@ -32,11 +33,17 @@ OUTSIDE = (
 )
 PROJECTED = ("model.vision_tower.", "model.multi_modal_projector.")
 
+IMAGES_OF_QWEN = Composite(
+    ("model.visual.",), ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+)
+
 FAMILIES: dict[str, Family] = {
     "gemma": Family("gemma", "google/gemma-2b-it", "Gemma, CodeGemma"),
     "gemma2": Family("gemma2", "google/gemma-2-2b-it", "Gemma 2; local and global layers, bounded logits"),
     "gemma3": Family(
-        "gemma3_text", "google/gemma-3-4b-it", "Gemma 3; the text is trained, image parts are kept",
+        "gemma3_text",
+        "google/gemma-3-4b-it",
+        "Gemma 3; the text is trained, image parts are kept",
         composite=Composite(
             PROJECTED,
             ("vision_config", "boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image"),
@@ -54,12 +61,17 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("mistral", "mistralai/Mistral-7B-Instruct-v0.3", "Mistral 7B, Mistral Nemo, Mistral Small"),
     "ministral3": Family("ministral3", "mistralai/Ministral-3-3B-Instruct-2512", "Ministral 3; queries scaled by position"),
     "mistral3": Family(
-        "ministral3", "mistralai/Ministral-3-3B-Instruct-2512",
+        "ministral3",
+        "mistralai/Ministral-3-3B-Instruct-2512",
         "Ministral 3, Mistral Small 3.1; the text is trained, image parts are kept",
         composite=Composite(
             PROJECTED,
             (
-                "vision_config", "image_token_index", "multimodal_projector_bias", "projector_hidden_act", "spatial_merge_size",
+                "vision_config",
+                "image_token_index",
+                "multimodal_projector_bias",
+                "projector_hidden_act",
+                "spatial_merge_size",
                 "vision_feature_layer",
             ),
             stored=OUTSIDE,
@@ -75,20 +87,26 @@ FAMILIES: dict[str, Family] = {
         "qwen3_5_text",
         "Qwen/Qwen3.5-4B",
         "Qwen 3.5, dense; linear attention; the text is trained, image parts are kept",
-        composite=Composite(
-            ("model.visual.",),
-            ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
-        ),
+        composite=IMAGES_OF_QWEN,
     ),
     "qwen3_5_text": Family("qwen3_5_text", "Qwen/Qwen3.5-4B", "Qwen 3.5 without its parts for images"),
+    "qwen3_5_moe": Family(
+        "qwen3_5_moe_text",
+        "Qwen/Qwen3.5-35B-A3B",
+        "Qwen 3.5 with routed and shared experts; image parts are kept",
+        composite=IMAGES_OF_QWEN,
+    ),
+    "qwen3_5_moe_text": Family(
+        "qwen3_5_moe_text", "Qwen/Qwen3.5-35B-A3B", "Qwen 3.5 with experts, without its parts for images"
+    ),
     "qwen3_moe": Family("qwen3_moe", "Qwen/Qwen3-30B-A3B", "Qwen 3 with routed experts"),
     "qwen3_vl": Family(
-        "qwen3_vl_text", "Qwen/Qwen3-VL-4B-Instruct", "Qwen 3 VL; the text is trained, image parts are kept",
-        composite=Composite(
-            ("model.visual.",),
-            ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
-        ),
+        "qwen3_vl_text",
+        "Qwen/Qwen3-VL-4B-Instruct",
+        "Qwen 3 VL; the text is trained, image parts are kept",
+        composite=IMAGES_OF_QWEN,
     ),
+    "qwen3_next": Family("qwen3_next", "Qwen/Qwen3-Next-80B-A3B-Instruct", "Qwen 3 Next; linear attention, experts"),
     "smollm3": Family("smollm3", "HuggingFaceTB/SmolLM3-3B", "SmolLM 3; layers without RoPE"),
 }
 

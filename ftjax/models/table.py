@@ -42,7 +42,8 @@ def families() -> list[Support]:
 
     found = []
     for name, family in sorted(FAMILIES.items()):
-        fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[name])}
+        text = family.module if family.composite else name
+        fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[text])}
         found.append(
             Support(
                 name,

@@ -37,6 +37,9 @@ WANT = {
     "qwen3-tied": {"rope_theta": 10000.0, "rope_scaling": SCALING},
     "qwen3.5": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None},
     "qwen3.5-images": {},
+    "qwen3.5-moe": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None, "num_experts": 4},
+    "qwen3.5-moe-images": {},
+    "qwen3-next": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None, "num_experts": 4},
     "gpt2": {},
     "gpt-neox": {"rotary_pct": 0.5, "rotary_emb_base": 500, "rope_scaling": None},
     "gpt-neox-serial": {

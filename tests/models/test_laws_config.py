@@ -57,7 +57,10 @@ NO_EFFECT_IN = {
     "qwen2": {"max_position_embeddings", "max_window_layers"},
     "qwen3": {"max_position_embeddings", "max_window_layers"},
     "qwen3_5": {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"},
+    "qwen3_5_moe": {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"},
+    "qwen3_5_moe_text": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "qwen3_5_text": {"max_position_embeddings"},
+    "qwen3_next": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "qwen3_moe": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "smollm3": {"max_position_embeddings", "no_rope_layer_interval", "use_sliding_window"},
 }  # fmt: skip

@@ -3,7 +3,7 @@
 Sources: Yang et al. 2024 (arXiv:2412.06464); transformers, models/qwen3_5 (`Qwen3_5GatedDeltaNet`). Families differ in how
 they project queries, keys, values and gates; a family's subclass defines `project`.
 
-Under a mesh, each device has all tokens of its rows for some of the heads, so that neither the convolution nor the state crosses
+Under a mesh, each device has all tokens of its rows for some of the heads, so that neither convolution nor state crosses
 devices. Along `sequence`, that exchanges "all heads of some tokens" for "some heads of all tokens", as attention does in
 `ftjax.models.nn.attention_sharded`.
 
