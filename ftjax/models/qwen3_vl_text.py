@@ -1,7 +1,7 @@
 """The text model of Qwen 3 VL: Qwen 3 with full attention in all layers.
 
-Its rotary embedding has sections for the time, height and width of an image (MRoPE); the three positions of a text are equal, so
-that sections make no difference here. Source: transformers, models/qwen3_vl/modeling_qwen3_vl.py.
+Its rotary embedding has sections for the time, height and width of an image (MRoPE); the three positions of a text are equal,
+so that sections make no difference here. Source: transformers, models/qwen3_vl/modeling_qwen3_vl.py.
 """
 
 from ftjax.models.causal_lm import head_size

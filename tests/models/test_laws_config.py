@@ -43,7 +43,7 @@ NO_EFFECT_IN = {
     "gpt_oss": {"hidden_act", "max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "granite": {"max_position_embeddings"},
     "gemma3": {"boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image"},
-    "lfm2": {"block_multiple_of", "full_attn_idxs", "max_position_embeddings"},  # other multiples give this width, or other weights
+    "lfm2": {"block_multiple_of", "full_attn_idxs", "max_position_embeddings"},  # the first gives this width, or other weights
     "llama": {"max_position_embeddings", "pretraining_tp"},
     "ministral3": {"max_position_embeddings"},
     "mistral3": {"image_token_index", "multimodal_projector_bias", "spatial_merge_size", "vision_feature_layer"},
