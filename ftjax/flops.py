@@ -14,9 +14,9 @@ FLOPs per token, forward and backward (a multiply-add counts two):
 So full fine-tuning is 6 N and an adapter 4 N_base + 6 N_adapter, plus attention: scores and their sum with the values are 4 W
 FLOPs per query and key forward, twice that backward, for the pairs that the causal mask, the window and the documents of a
 packed row leave. The formula counts what the mathematics needs, not what is executed: the input embedding is a look-up and not
-counted, nor are norms, biases and rotations, nor recomputation by remat; of routed experts only those that a token uses are
-counted. (The lowest layer with trained parameters counts as a whole, though no gradient flows to what comes before them in the
-layer.)
+counted, nor are norms, biases, rotations, short convolutions, recomputation by remat, and what linear attention computes more
+in chunks than token by token; of routed experts only those that a token uses are counted. (The lowest layer with trained
+parameters counts as a whole, though no gradient flows to what comes before them in the layer.)
 
     MFU = F x tokens/s / (devices x peak of one)    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)
 
@@ -40,6 +40,7 @@ from ftjax.models.nn.experts import SparseMoe
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.layers import Embedding, LayerNorm, RMSNorm
 from ftjax.models.nn.param import Piece, Spec
+from ftjax.models.nn.short_convolution import ShortConvolution
 from ftjax.models.nn.stack import Stack
 
 
@@ -127,6 +128,7 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     # Parameters that a method adds to an embedding are looked up as well.
     tables = {f"{path.removesuffix('.base')}." for path, node in nodes.items() if isinstance(node, Embedding)}
     tables -= {f"{model.output}."}
+    tables |= {f"{path}." for path, node in nodes.items() if isinstance(node, ShortConvolution)}
     experts = {
         f"{path}.experts.": (node.gate or node.router).top_k for path, node in nodes.items() if isinstance(node, SparseMoe)
     }

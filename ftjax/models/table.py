@@ -47,7 +47,8 @@ def families() -> list[Support]:
 
     found = []
     for name, family in sorted(FAMILIES.items()):
-        fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[name])}
+        text = family.module if family.composite else name
+        fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[text])}
         root = build_module(complete_config(CONFIG_MAPPING[name]().to_dict(), name))
         axes = {axis for spec in specs(root).values() for axis in spec.row.axes}
         found.append(

@@ -35,6 +35,11 @@ WANT = {
     "ministral": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "qwen2": {"rope_theta": 500.0, "rope_scaling": {**YARN, "truncate": False}},
     "qwen3-tied": {"rope_theta": 10000.0, "rope_scaling": SCALING},
+    "qwen3.5": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None},
+    "qwen3.5-images": {},
+    "qwen3.5-moe": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None, "num_experts": 4},
+    "qwen3.5-moe-images": {},
+    "qwen3-next": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None, "num_experts": 4},
     "gpt2": {},
     "gpt-neox": {"rotary_pct": 0.5, "rotary_emb_base": 500, "rope_scaling": None},
     "gpt-neox-serial": {
@@ -83,6 +88,7 @@ def test_nothing_changes_for_transformers_5(case, tmp_path):
     config, _, again = written(case, tmp_path)
     for one in (config, again):
         one.pop("dtype")
+        one.get("text_config", {}).pop("dtype", None)
         one["partial_rotary_factor"] = None  # a field of Phi-3, also in rope_parameters
         for rope in (one.get("rope_parameters") or {}, *(one.get("rope_parameters") or {}).values()):
             if isinstance(rope, dict):

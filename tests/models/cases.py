@@ -7,6 +7,16 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 
+SIGLIP = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
+IMAGES = {
+    "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+    "num_position_embeddings": 16, "patch_size": 2,
+}  # fmt: skip
+
 CASES: list[Case] = [
     Case("llama", "llama"),
     Case("llama-tied-biases", "llama", {
@@ -119,6 +129,103 @@ CASES: list[Case] = [
         "head_dim": 8, "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1, "hidden_act": "gelu",
         "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE,
     }, tensor=1),
+    Case("qwen3.5", "qwen3_5_text", {
+        "head_dim": 16, "num_hidden_layers": 4, "rms_norm_eps": 1e-3, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 6, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    }),
+    Case("qwen3.5-tied", "qwen3_5_text", {
+        "head_dim": 8, "num_hidden_layers": 3, "linear_key_head_dim": 12, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3, "tie_word_embeddings": True,
+        "attention_bias": True, "hidden_act": "gelu", "rms_norm_eps": 1e-3,
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 0.5,
+        },
+    }),
+    Case("qwen3.5-images", "qwen3_5", {
+        "text_config": {
+            "model_type": "qwen3_5_text", "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-3,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 0, 0],
+            },
+        },
+        "vision_config": IMAGES,
+        "tie_word_embeddings": True, "image_token_id": 200, "video_token_id": 201,
+    }),
+    Case("ministral3", "ministral3", {
+        "head_dim": 12, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 16.0,
+            "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.7,
+        },
+    }),
+    Case("mistral3", "mistral3", {
+        "text_config": {
+            "model_type": "ministral3", "tie_word_embeddings": False, "sliding_window": 9, "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 500.0, "factor": 2.0, "original_max_position_embeddings": 6,
+                "llama_4_scaling_beta": 0.4,
+            },
+        },
+        "vision_config": {**SIGLIP, "model_type": "pixtral"}, "image_token_index": 200, "tie_word_embeddings": False,
+    }),
+    Case("mistral3-mistral", "mistral3", {
+        "text_config": {"model_type": "mistral", "sliding_window": 7}, "vision_config": {**SIGLIP, "model_type": "pixtral"},
+        "image_token_index": 200, "tie_word_embeddings": True,
+    }),
+    Case("gemma3-images", "gemma3", {
+        "text_config": {
+            "model_type": "gemma3_text", "head_dim": 12, "num_hidden_layers": 3, "sliding_window": 8,
+            "query_pre_attn_scalar": 20, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        "vision_config": {**SIGLIP, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4, "image_token_index": 200,
+        "boi_token_index": 201, "eoi_token_index": 202,
+    }),
+    Case("qwen3-vl", "qwen3_vl", {
+        "text_config": {
+            "model_type": "qwen3_vl_text", "head_dim": 8, "attention_bias": True, "rope_parameters": {
+                "rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {**IMAGES, "deepstack_visual_indexes": [0]},
+        "image_token_id": 200, "video_token_id": 201, "tie_word_embeddings": False,
+    }),
+    Case("lfm2", "lfm2", {
+        "num_hidden_layers": 5, "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+        "block_multiple_of": 12, "num_attention_heads": 4, "num_key_value_heads": 2,
+    }),
+    Case("lfm2-untied", "lfm2", {
+        "num_hidden_layers": 3, "full_attn_idxs": [1], "conv_L_cache": 4, "conv_bias": True, "norm_eps": 1e-3,
+        "tie_word_embeddings": False, "block_auto_adjust_ff_dim": False, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("qwen3.5-moe", "qwen3_5_moe_text", {
+        "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-3, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+        "output_router_logits": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    }),
+    Case("qwen3.5-moe-images", "qwen3_5_moe", {
+        "text_config": {
+            "model_type": "qwen3_5_moe_text", "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-3,
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        },
+        "vision_config": IMAGES, "image_token_id": 200, "video_token_id": 201,
+    }),
+    Case("qwen3-next", "qwen3_next", {
+        "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-3, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+        "mlp_only_layers": [1], "rope_parameters": {
+            "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5,
+        },
+    }),
     Case("gpt2", "gpt2", {
         "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48, "scale_attn_by_inverse_layer_idx": True,
         "layer_norm_epsilon": 1e-3,

@@ -24,11 +24,13 @@ def operations(family: str, layers: int) -> int:
     values = {"n_layer" if family == "gpt2" else "num_hidden_layers": layers}
     values |= (
         {"num_experts": 4, "num_experts_per_tok": 2}
-        if family == "qwen3_moe"
+        if family in ("qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
         else {"num_local_experts": 4}
         if family == "gpt_oss"
         else {}
     )
+    if FAMILIES[family].composite:
+        values = {"text_config": {"model_type": FAMILIES[family].module, **values}}
     facts = complete_config(hf_config(Case(family, family, values)).to_dict(), family)
     root = build_module(facts)
     config = LoraConfig(target_modules="all-linear")

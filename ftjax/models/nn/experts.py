@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from ftjax.mesh import fitting
 from ftjax.models.nn.context import Context
-from ftjax.models.nn.layers import activation, project
+from ftjax.models.nn.layers import Linear, activation, project
 from ftjax.models.nn.param import Init, Layout, param
 from ftjax.models.nn.remat import saved_product
 
@@ -280,3 +280,16 @@ class SparseMoe(nnx.Module):
         """Return the output and `statistics`."""
         logits, chosen, weights = (self.gate or self.router)(x)
         return self.experts(x, chosen, weights), statistics(logits, chosen, ctx.segment_ids)
+
+
+class SharedMoe(SparseMoe):
+    """Experts beside one that every token uses, multiplied by the sigmoid of a gate."""
+
+    def __init__(self, router: Router, experts: nnx.Module, shared: nnx.Module, embed: int):
+        super().__init__(router, experts)
+        self.shared_expert = shared
+        self.shared_expert_gate = Linear(embed, 1, ("embed", "gate"))
+
+    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+        y, sums = super().__call__(x, ctx)
+        return y + jax.nn.sigmoid(self.shared_expert_gate(x, ctx)) * self.shared_expert(x, ctx), sums

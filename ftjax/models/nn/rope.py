@@ -25,7 +25,7 @@ _KEYS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
         "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-        "mscale_all_dim", "truncate",
+        "mscale_all_dim", "truncate", "llama_4_scaling_beta",
     },
     "longrope": {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"},
 }  # fmt: skip
@@ -133,11 +133,9 @@ def unread(parameters: Mapping[str, Any]) -> list[str]:
     """Return the keys of `rope_parameters` that are set but not read by transformers for their type, such as `finetuned` of
     early YaRN models and `short_mscale` of Phi-3.5 MoE."""
     known = _KEYS.get(parameters.get("rope_type", "default"), set()) | {
-        "rope_type",
-        "type",
-        "rope_theta",
-        "partial_rotary_factor",
-    }
+        "rope_type", "type", "rope_theta", "partial_rotary_factor",
+        "mrope_section", "mrope_interleaved",  # of the positions in an image; those of a text are equal
+    }  # fmt: skip
     return sorted(key for key, value in parameters.items() if key not in known and value is not None)
 
 
