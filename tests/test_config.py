@@ -553,7 +553,7 @@ _VALUE = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(path=_TEXT, template=_TEXT, columns=st.dictionaries(_TEXT, _TEXT, max_size=3), rate=st.floats(0, 1e3))
 def test_any_strings_survive_the_file(tmp_path, path, template, columns, rate):
     config = Config(
