@@ -541,7 +541,3 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON li
 def main() -> None:
     """Entry point."""
     app(prog_name="ftjax")
-
-
-if __name__ == "__main__":
-    main()

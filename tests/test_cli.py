@@ -30,6 +30,11 @@ def test_help_lists_the_verbs_and_imports_nothing_heavy():
     assert not {"jax", "flax", "transformers", "pydantic", "datasets", "numpy"} & set(done.stderr.split())
 
 
+def test_python_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "ftjax", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"ftjax {ftjax.__version__}\n"
+
+
 def test_version(capsys):
     assert run(capsys, "--version") == (0, f"ftjax {ftjax.__version__}\n", "")
 

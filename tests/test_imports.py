@@ -53,6 +53,7 @@ BELOW = {
         "cpu_threads",
     },
     "lm_eval": {"evaluate"},
+    "__main__": {"cli"},
     "ftjax": set(),
 }
 NEVER = {"torch", "tensorflow", "keras"}

@@ -40,6 +40,10 @@ class LoraConfig(Section):
         "all-linear", description="`all-linear`, a list of module names, or a regex that matches whole module paths"
     )
     exclude_modules: str | list[str] | None = None
+    target_parameters: list[str] = Field(
+        default_factory=list,
+        description="weights of routed experts to adapt: [mlp.experts.gate_up_proj, mlp.experts.down_proj]",
+    )
     use_rslora: bool = False
     use_dora: bool = Field(False, description="train each output's magnitude separately from its direction (arXiv:2402.09353)")
     init_lora_weights: Literal[True, "gaussian", "orthogonal", "pissa"] | Annotated[str, Field(pattern=NITER)] = Field(

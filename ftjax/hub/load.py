@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from ftjax.errors import UserError
 from ftjax.hub.adapter.file import Renamed
 from ftjax.hub.fetch import resolve_config
-from ftjax.hub.mxfp4 import Mxfp4Source, is_mxfp4
 from ftjax.hub.narrow import narrowed
+from ftjax.hub.packed.formats import dequantiser
 from ftjax.hub.quantize import abstract_quantised, quantised_array
 from ftjax.hub.safetensors import SafetensorsFolder
 from ftjax.hub.source import TensorSource
@@ -42,7 +42,8 @@ def open_model(path: Path) -> tuple[dict, TensorSource]:
         return hf_config, GGUFSource(path)
     source = SafetensorsFolder(path)
     source.add_prefix(FAMILIES[hf_config["model_type"]].prefix, but=("lm_head.", "embed_out.", "score.", "mtp."))
-    return hf_config, _with_embedding(hf_config, Mxfp4Source(source) if is_mxfp4(read_config(path)) else source)
+    unpack = dequantiser(read_config(path), str(path))
+    return hf_config, _with_embedding(hf_config, unpack(source) if unpack else source)
 
 
 def _with_embedding(hf_config: Mapping[str, Any], source: TensorSource) -> TensorSource:
@@ -61,9 +62,8 @@ def read_hf_config(path: Path) -> dict:
 
         return complete_config(read_gguf_config(path), str(path))
     config = read_config(path)
-    if is_mxfp4(config):  # the exported weights are not quantised
-        return {key: value for key, value in config.items() if key != "quantization_config"}
-    return config
+    dequantiser(config, str(path))  # refuses formats that cannot be read; the others are written dequantised
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def positions_of(path: str, revision: str | None = None) -> int | None:

@@ -68,7 +68,8 @@ def model_tensors(
         def one() -> np.ndarray:
             weight = read(spec, piece)
             if merge is not None:
-                weight = merge(model, spec.path, piece.index[: len(spec.stacked)], weight, fetch)
+                index = tuple(i for i in piece.index if isinstance(i, int))  # of the layer, and of the expert
+                weight = merge(model, spec.path, index, weight, fetch)
             return narrowed(piece.name, weight, dtype)
 
         return one

@@ -14,11 +14,13 @@ from ftjax.config import LoraConfig
 from ftjax.errors import UserError
 from ftjax.methods.bias import trained_biases
 from ftjax.methods.lora_embedding import LoraEmbedding, output_copies
+from ftjax.methods.lora_experts import ExpertsUpdate, expert_sites, is_of_experts, is_targeted, to_file, update_of
+from ftjax.methods.lora_experts import file_name as experts_file_name
 from ftjax.methods.lora_linear import LoraLinear, is_conv1d
 from ftjax.methods.lora_start import start
-from ftjax.methods.lora_targets import adapted_modules, check, rank_of, saved_modules, scale_of
+from ftjax.methods.lora_targets import adapted_modules, check, named_rank, rank_of, saved_modules, scale_of
 from ftjax.methods.method import Fetch, Method, Stored, own_name
-from ftjax.methods.parted import part_stacks
+from ftjax.methods.parted import layer_of, part_stacks
 from ftjax.methods.pissa import as_plain, doubled
 from ftjax.methods.save import names_to_save, train_names
 from ftjax.methods.tied import OUTPUTS, on_embedding
@@ -26,6 +28,7 @@ from ftjax.methods.token_rows import DELTA, attach_rows, row_sites, with_rows
 from ftjax.methods.walk import embeddings, linears
 from ftjax.models.classifier import HEAD
 from ftjax.models.model import Model
+from ftjax.models.nn.experts import UPDATE
 from ftjax.models.nn.param import Piece, Spec
 
 
@@ -46,6 +49,11 @@ def attach(root: nnx.Module, config: LoraConfig) -> None:
             scales = [scale_of(name, rank, config) if rank else 0 for name, rank in zip(site.names, ranks, strict=True)]
             options = {"dora": config.use_dora, "pissa": config.pissa}
             site.replace(LoraLinear(site, ranks, np.array(scales), config.lora_dropout, **options))
+    for site in expert_sites(root):
+        ranks = np.array([named_rank(name, config) if is_targeted(name, config) else 0 for name in site.names])
+        if ranks.any():
+            scales = [scale_of(name, rank, config) if rank else 0 for name, rank in zip(site.names, ranks, strict=True)]
+            setattr(site.module, site.name + UPDATE, nnx.data(ExpertsUpdate(site, ranks, np.array(scales))))
     for site in embeddings(root):
         (name,) = site.names
         if rank := rank_of(name, config, embedding=True):
@@ -62,6 +70,8 @@ def file_name(model: Model, spec: Spec, piece: Piece) -> str:
         ranks = np.reshape(model.specs[f"{layer}.lora_A"].row.ranks, spec.stacked)
         if ranks[piece.index[: len(spec.stacked)]]:
             return f"base_model.model.{piece.name.removesuffix('bias')}base_layer.bias"
+    if is_of_experts(spec):
+        return experts_file_name(model, spec).format(layer_of(spec, piece))
     return own_name(model, spec, piece)
 
 
@@ -71,6 +81,9 @@ def stored(config: LoraConfig, model: Model, fetch: Fetch) -> Iterator[Stored]:
         for piece in spec.pieces():
             if config.pissa and path.endswith((".lora_A", ".lora_B")):
                 yield doubled(model, spec, piece, fetch)
+            elif is_of_experts(spec):
+                shape = to_file(spec, np.empty(piece.shape, np.bool_)).shape
+                yield Stored(file_name(model, spec, piece), shape, partial(_of_experts, fetch, spec, piece))
             else:
                 yield Stored(file_name(model, spec, piece), piece.shape, partial(_part, fetch, path, piece))
     for name, path in output_copies(model).items():
@@ -86,14 +99,20 @@ def _part(fetch: Fetch, path: str, piece: Piece) -> np.ndarray:
     return fetch(path, piece.index).reshape(piece.shape)
 
 
+def _of_experts(fetch: Fetch, spec: Spec, piece: Piece) -> np.ndarray:
+    return to_file(spec, _part(fetch, spec.path, piece))
+
+
 def merged(model: Model, path: str, index: tuple, weight: np.ndarray, fetch: Fetch) -> np.ndarray:
     """Add the update to one base weight in float32: `W + B diag(scale) A`, for an embedding the product's transpose.
 
     Args:
         path: the base weight's path, `<layer>.base.weight`; other weights are returned unchanged.
-        index: index of the stacked layer.
+        index: index of the stacked layer, and of the expert.
         fetch: returns a part of an adapter parameter by path and index.
     """
+    if (update := update_of(model, path, index, weight.shape, fetch)) is not None:
+        return weight.astype(np.float32) + update
     layer, found, _ = path.rpartition(".base.weight")
     if found and f"{layer}.{DELTA}" in model.specs:
         return with_rows(model, layer, weight, fetch)
@@ -124,9 +143,11 @@ def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
     """
     config = as_plain(config) if config.pissa else config
     targets = config.target_modules
-    layers = [path.removesuffix(".lora_A") for path in model.specs if path.endswith(".lora_A")]
+    wrapped = [path.removesuffix(".base.weight") for path in model.specs if path.endswith(".base.weight")]
+    layers = [path for path in wrapped if f"{path}.lora_A" in model.specs]
     if targets == "all-linear":
-        targets = sorted({spec.module.rsplit(".", 1)[-1] for spec in model.specs.values() if spec.row.name == "lora_A.weight"})
+        own = [spec for spec in model.specs.values() if spec.row.name == "lora_A.weight" and not is_of_experts(spec)]
+        targets = sorted({spec.module.rsplit(".", 1)[-1] for spec in own})
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if model.output == HEAD else "CAUSAL_LM",
@@ -137,6 +158,7 @@ def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
         "lora_dropout": config.lora_dropout,
         "target_modules": targets,
         "exclude_modules": config.exclude_modules,
+        "target_parameters": config.target_parameters or None,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "rank_pattern": config.rank_pattern,
@@ -154,7 +176,8 @@ def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
 
 # Keys that `LoraConfig` has under PEFT's names
 HONOURED = (
-    "r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "r", "lora_alpha", "target_modules", "exclude_modules", "target_parameters", "use_rslora", "use_dora", "rank_pattern",
+    "alpha_pattern",
     "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "trainable_token_indices", "ensure_weight_tying",
 )  # fmt: skip
 # Keys about initial values, about other ways in which PEFT computes, and about training only

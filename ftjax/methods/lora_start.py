@@ -5,6 +5,7 @@ import zlib
 import numpy as np
 
 from ftjax.config import LoraConfig
+from ftjax.methods.lora_experts import is_of_experts
 from ftjax.methods.lora_linear import is_conv1d
 from ftjax.methods.method import Start
 from ftjax.methods.pissa import principal
@@ -48,9 +49,11 @@ def _factors(kind: str, model: Model, begin: Start) -> dict[str, np.ndarray]:
                 weight = begin.fetch(f"{layer}.base.weight", index).astype(np.float32)
                 weight = weight.T if is_conv1d(model, layer) else weight
                 a, b = principal(weight, rank, model.buffers[f"{layer}.scale"][index][0], kind, rng)
+            elif is_of_experts(spec):  # `gaussian`: B is zero
+                a, b = rng.normal(size=(len(lora_A[index]), rank, spec.shape[-1])) / rank, 0
             else:
                 a, b = (_gaussian if kind == "gaussian" else _orthogonal)(rank, spec.shape[-1], spec_b.shape[-2], rng)
-            lora_A[index][:rank], lora_B[index][:, :rank] = a, b
+            lora_A[index][..., :rank, :], lora_B[index][..., :rank] = a, b
         found[path], found[f"{layer}.lora_B"] = lora_A, lora_B
         if kind.startswith("pissa"):
             found[f"{layer}.start_A"], found[f"{layer}.start_B"] = lora_A, lora_B

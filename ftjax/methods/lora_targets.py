@@ -13,6 +13,8 @@ from flax import nnx
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError, join_problems
 from ftjax.methods.bias import trained_biases
+from ftjax.methods.lora_experts import expert_sites, is_targeted
+from ftjax.methods.lora_experts import problems as expert_problems
 from ftjax.methods.save import names_to_save, refuse_missing
 from ftjax.methods.tied import on_embedding, tied_names
 from ftjax.methods.token_rows import row_problems, row_sites
@@ -40,8 +42,11 @@ def is_target(name: str, config: LoraConfig, *, embedding: bool = False) -> bool
 
 def rank_of(name: str, config: LoraConfig, *, embedding: bool = False) -> int:
     """Return the rank of one module; 0 if it is not adapted."""
-    if not is_target(name, config, embedding=embedding):
-        return 0
+    return named_rank(name, config) if is_target(name, config, embedding=embedding) else 0
+
+
+def named_rank(name: str, config: LoraConfig) -> int:
+    """Return the rank that the options give a module or parameter, whether or not it is adapted."""
     return _pattern(name, config.rank_pattern, config.r, first=bool(config.adapter_path))
 
 
@@ -87,6 +92,7 @@ def check(root: nnx.Module, config: LoraConfig) -> None:
     effect are added to the model's notes instead."""
     config = on_embedding(root, config)
     found = [*config.conflicts(), *_target_problems(root, config), *_option_problems(root, config)]
+    found += expert_problems(root, config)
     problems = list(dict.fromkeys(found))
     if config.adapter_path:
         ignored = [problem for problem in problems if isinstance(problem, NoEffect)]
@@ -116,7 +122,8 @@ def _target_problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
         exist = {layer_index(name) for name in dense} - {None}
         if absent := sorted(set(_layers(config)) - exist):
             yield NoEffect(f"method.layers_to_transform: {absent} do not exist; layers are 0 to {max(exist)}")
-    adapted = sorted(adapted_modules(root, config))
+    of_experts = [name for site in expert_sites(root) for name in site.names if is_targeted(name, config)]
+    adapted = sorted([*adapted_modules(root, config), *of_experts])
     if not adapted:
         yield f"method.target_modules: {targets!r} matches no linear layer; the model has {describe(iter(dense))}"
         return

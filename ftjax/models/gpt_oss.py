@@ -1,6 +1,6 @@
 """gpt-oss: attention sinks, sliding windows in every other layer, experts with biases and a clamped SwiGLU.
 
-Source: OpenAI 2025 (arXiv:2508.10925). MXFP4 checkpoints are dequantised on reading (`ftjax.hub.mxfp4`).
+Source: OpenAI 2025 (arXiv:2508.10925). MXFP4 checkpoints are dequantised on reading (`ftjax.hub.packed.mxfp4`).
 
 Legend: M tokens, D embed, F mlp, X experts.
 """
@@ -13,7 +13,7 @@ from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaForCausalLM, attention
 from ftjax.models.mixtral import MoeBlock, MoeModel, router_loss
-from ftjax.models.nn.experts import Group, Router, SparseMoe, dispatch, grouped
+from ftjax.models.nn.experts import ExpertMatrices, Group, Router, SparseMoe
 from ftjax.models.nn.layer_types import patterns
 from ftjax.models.nn.layers import RMSNorm
 from ftjax.models.nn.param import Init, param
@@ -21,7 +21,7 @@ from ftjax.models.nn.rope import make_rope, refuse_partial
 from ftjax.models.nn.stack import Stack
 
 
-class GptOssExperts(nnx.Module):
+class GptOssExperts(ExpertMatrices):
     """`down((up + 1) * gate * sigmoid(alpha * gate))` with gate and up clamped; their columns are interleaved."""
 
     AXES = {  # noqa: RUF012
@@ -30,6 +30,7 @@ class GptOssExperts(nnx.Module):
         "down_proj": ("experts", "mlp", "embed"),
         "down_proj_bias": ("experts", "embed"),
     }
+    INPUT_AXES = {"gate_up_proj": -2, "down_proj": -2}  # noqa: RUF012
 
     def __init__(self, embed: int, mlp: int, experts: int, alpha: float, limit: float):
         self.alpha, self.limit = alpha, limit
@@ -42,20 +43,20 @@ class GptOssExperts(nnx.Module):
         for name, shape in shapes.items():
             init = Init("zeros") if name.endswith("bias") else Init("normal", 0.02)
             setattr(self, name, param(shape, self.AXES[name], name, init=init))
+        self.leave_room()
 
     def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
         def feedforward(group: Group, params: dict[str, jax.Array]) -> jax.Array:
             def bias(name: str) -> jax.Array:
                 return params[name].astype(x.dtype)[group.owner]
 
-            gate_up = grouped(group.rows, params["gate_up_proj"], group.sizes, 1) + bias("gate_up_proj_bias")
+            gate_up = self.product(group, group.rows, params, "gate_up_proj") + bias("gate_up_proj_bias")
             gate = jnp.minimum(gate_up[:, ::2], self.limit)
             up = jnp.clip(gate_up[:, 1::2], -self.limit, self.limit)
             hidden = (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
-            return grouped(hidden, params["down_proj"], group.sizes, 1) + bias("down_proj_bias") * group.once
+            return self.product(group, hidden, params, "down_proj") + bias("down_proj_bias") * group.once
 
-        params = {name: getattr(self, name)[...] for name in self.AXES}
-        return dispatch(x, chosen, weights, feedforward, params, self.AXES)
+        return self.routed(x, chosen, weights, feedforward)
 
 
 class GptOssBlock(MoeBlock):

@@ -193,7 +193,7 @@ def test_names_with_the_adapters_own(bases, name, tmp_path):
 
 SET = {
     "layer_replication": [[1, 2], [0, 1]], "use_qalora": True, "lora_bias": True, "alora_invocation_tokens": [5],
-    "target_parameters": ["mlp.experts.gate_up_proj"], "arrow_config": {"top_k": 2}, "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 2}, "use_bdlora": {"nblocks": 2},
     "kasa_config": {}, "monteclora_config": {}, "megatron_config": {"a": 1}, "some_future_scale": 0.5,
 }  # fmt: skip
 

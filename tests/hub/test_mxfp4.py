@@ -13,7 +13,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from ftjax.config import FullConfig, MeshConfig
 from ftjax.errors import UserError
 from ftjax.hub.load import open_model
-from ftjax.hub.mxfp4 import VALUES, dequantise
+from ftjax.hub.packed.mxfp4 import VALUES, dequantise
 from ftjax.mesh import make_mesh
 
 CASE = Case("gpt-oss", "gpt_oss", {
@@ -104,7 +104,7 @@ def test_written_without_quantisation(folders, tmp_path):
 def test_another_quantisation_is_refused(folders, tmp_path):
     _, folder = folders
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 5}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     with pytest.raises(UserError, match="quantization_config"):

@@ -6,7 +6,7 @@ plus the Hugging Face name from the parameter's row.
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -24,6 +24,7 @@ from ftjax.hub.load import init_params, load_params
 from ftjax.hub.safetensors import Tensor, write_file
 from ftjax.mesh import sharding
 from ftjax.methods import METHODS, method_named, method_of
+from ftjax.methods.lora_experts import from_file, is_of_experts, to_file
 from ftjax.methods.lora_targets import adapted_modules
 from ftjax.methods.method import Fetch, Method, Start, Stored
 from ftjax.methods.save import train
@@ -212,6 +213,8 @@ def with_updates_of(root: nnx.Module, config: LoraConfig, saved: Mapping, have: 
     """
     stored = {match[1] for name in have if (match := re.match(rf"{re.escape(PREFIX)}(.+)\.lora_(?:embedding_)?A", name))}
     if saved.get("target_modules") is None:
+        if config.target_parameters:  # the updates of experts are under the names of their modules
+            return config.model_copy(update={"target_modules": []})
         return config.model_copy(update={"target_modules": sorted(stored)})
     wanted = adapted_modules(root, on_embedding(root, config))
     absent = sorted(wanted - stored)
@@ -247,6 +250,27 @@ class _AsInModel(Renamed):
         named |= {name: beside[name].hf_template for name in found}
         super().__init__(source, {named.get(name, name): name for name in source.keys()})
         self.base_layers = {beside[name].path for name in found}
+        self._of_experts = {
+            piece.name: (spec, piece.shape)
+            for spec in model.trainable.values()
+            if is_of_experts(spec)
+            for piece in spec.pieces()
+        }
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape; that of experts' matrices as in memory, if the file's fits."""
+        found = super().shape(name)
+        if name not in self._of_experts:
+            return found
+        spec, shape = self._of_experts[name]
+        return shape if found == to_file(spec, np.empty(shape, np.bool_)).shape else found
+
+    def read(self, name: str, index: Sequence[slice] = ()) -> np.ndarray:
+        """Read a tensor, experts' matrices in the layout in memory."""
+        if name not in self._of_experts:
+            return super().read(name, index)
+        spec, shape = self._of_experts[name]
+        return from_file(spec, super().read(name), shape)[tuple(index)]
 
     def repeated(self, model: Model, method: Method) -> list[str]:
         """Return tensors that repeat another tensor of the file: a tied output projection, and what the method writes

@@ -58,6 +58,7 @@ def beyond_plain(method: Method, saved: Mapping, names: Iterable[str]) -> list[s
         return [method.kind]
     parts = {
         "DoRA": bool(saved.get("use_dora")),
+        "updates of experts (target_parameters)": bool(saved.get("target_parameters")),
         f"trained biases (bias: {saved.get('bias')})": saved.get("bias", "none") != "none",
     }
     told = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".bias")

@@ -9,7 +9,7 @@ Legend: B batch, T length, M tokens on one device, D embed, F mlp, X experts, K 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,56 @@ def dispatch(
     return mapped(x, chosen, weights, params)
 
 
-class Experts(nnx.Module):
+UPDATE = "_update"  # `<weight>_update` holds the low-rank update of a weight of experts
+
+
+class ExpertMatrices(nnx.Module):
+    """Weights of X experts, each with room for a low-rank update.
+
+    Attributes:
+        AXES: logical axes of each parameter.
+        INPUT_AXES: the axis of the inputs of each weight, in the order of the parameters of transformers' module.
+    """
+
+    AXES: ClassVar[dict[str, tuple[str | None, ...]]]
+    INPUT_AXES: ClassVar[dict[str, int]]
+
+    def leave_room(self) -> None:
+        """Make room for updates; to be called once the weights are there."""
+        for name in self.INPUT_AXES:
+            setattr(self, name + UPDATE, None)
+
+    def routed(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, feedforward: Feedforward) -> jax.Array:
+        """Dispatch `x [B, T, D]` to the chosen experts, with weights and updates as parameters of `feedforward`."""
+        params, axes = {name: getattr(self, name)[...] for name in self.AXES}, dict(self.AXES)
+        for name in self.INPUT_AXES:
+            if (update := getattr(self, name + UPDATE)) is not None:
+                params[f"{name}.lora_A"] = update.lora_A[...] * update.scale[...][:, None]
+                params[f"{name}.lora_B"] = update.lora_B[...]
+                for side in ("lora_A", "lora_B"):
+                    row = getattr(update, side).row.axes
+                    axes[f"{name}.{side}"] = row[row.index("experts") :]
+        return dispatch(x, chosen, weights, feedforward, params, axes)
+
+    def product(self, group: Group, x: jax.Array, params: dict[str, jax.Array], name: str, part: int | None = None):
+        """Multiply rows `[M, in]` by the weight of their expert, and add its update.
+
+        Args:
+            part: of outputs that are in several parts.
+        """
+
+        def of_part(weight: jax.Array) -> jax.Array:
+            return weight if part is None else weight[:, part]
+
+        weight = of_part(params[name])
+        y = grouped(x, weight, group.sizes, weight.ndim + self.INPUT_AXES[name])
+        if f"{name}.lora_A" in params:
+            low = grouped(x, params[f"{name}.lora_A"], group.sizes, 2)
+            y = y + grouped(low, of_part(params[f"{name}.lora_B"]), group.sizes, 2)
+        return y
+
+
+class Experts(ExpertMatrices):
     """X experts, each `down(act(gate(x)) * up(x))`.
 
     Checkpoints have one tensor per expert and matrix; transformers' modules concatenate gate and up of all experts in one
@@ -160,6 +209,7 @@ class Experts(nnx.Module):
     """
 
     AXES = {"gate_up_proj": ("experts", None, "mlp", "embed"), "down_proj": ("experts", "embed", "mlp")}  # noqa: RUF012
+    INPUT_AXES = {"gate_up_proj": -1, "down_proj": -1}  # noqa: RUF012
 
     def __init__(
         self, embed: int, mlp: int, experts: int, act: str, names: tuple[str, str, str], module: tuple[str, str] | None
@@ -175,14 +225,14 @@ class Experts(nnx.Module):
             (experts, embed, mlp), self.AXES["down_proj"], "down_proj",
             layouts=(Layout(f"{{}}.{down}.weight", (None,), module),),
         )  # fmt: skip
+        self.leave_room()
 
     def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
-        def feedforward(group, params):
-            gate, up = (grouped(group.rows, params["gate_up_proj"][:, i], group.sizes, 2) for i in range(2))
-            return grouped(self.act(gate) * up, params["down_proj"], group.sizes, 2)
+        def feedforward(group: Group, params: dict[str, jax.Array]) -> jax.Array:
+            gate, up = (self.product(group, group.rows, params, "gate_up_proj", part) for part in range(2))
+            return self.product(group, self.act(gate) * up, params, "down_proj")
 
-        params = {"gate_up_proj": self.gate_up_proj[...], "down_proj": self.down_proj[...]}
-        return dispatch(x, chosen, weights, feedforward, params, self.AXES)
+        return self.routed(x, chosen, weights, feedforward)
 
 
 def statistics(logits: jax.Array, chosen: jax.Array, segment_ids: jax.Array) -> dict[str, jax.Array]:
