@@ -159,7 +159,10 @@ def published(facts: Facts) -> None:
     """Read fields of published files that transformers does not know: they say what it does in any case, and how others compute
     the state and the layers that predict further tokens."""
     facts.only("attn_output_gate", True, None, why="attention without its gate has other weights")
-    facts.inert("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "partial_rotary_factor")
+    facts.only("output_gate_type", "swish", "silu", None, why="transformers knows no other gate")
+    facts.inert(
+        "mamba_ssm_dtype", "mtp_num_hidden_layers", "unsloth_fixed_mtp", "mtp_use_dedicated_embeddings", "partial_rotary_factor"
+    )
     facts.carried.append(MTP)
 
 

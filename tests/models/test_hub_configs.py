@@ -64,6 +64,42 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+QWEN3_5 = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "image_token_id": 248056,
+    "language_model_only": False, "tie_word_embeddings": False, "video_token_id": 248057, "vision_end_token_id": 248054,
+    "vision_start_token_id": 248053,
+    "text_config": {
+        "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "bos_token_id": 248044,
+        "dtype": "bfloat16", "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu",
+        "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 17408,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 16, "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 48, "linear_value_head_dim": 128,
+        "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144, "mlp_only_layers": [], "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "num_attention_heads": 24,
+        "num_hidden_layers": 64, "num_key_value_heads": 4, "output_gate_type": "swish", "partial_rotary_factor": 0.25,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 248320,
+        "rope_parameters": {
+            "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25, "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+    },
+    "vision_config": {"model_type": "qwen3_5", "depth": 27, "hidden_size": 1152, "out_hidden_size": 5120},
+}  # fmt: skip
+
+
+def test_published_config_of_a_composite():
+    """Qwen/Qwen3.5-27B: all fields beside those that transformers knows are read; two tables of 5120 by 248320, 64 layers."""
+    root = build_module(complete_config(QWEN3_5, "Qwen3.5-27B"))
+    mlp, norms = 3 * 17408, 2
+    attention = 2 * 24 * 256 + 2 * 4 * 256 + 24 * 256
+    channels = 2 * 16 * 128 + 48 * 128
+    linear = channels + 2 * 48 * 128 + 2 * 48
+    layers = 64 * (mlp + norms) + 16 * attention + 48 * linear
+    vectors = 16 * 2 * 256 + 48 * (4 * channels + 2 * 48 + 128)
+    assert sum(spec.size for spec in specs(root).values()) == 5120 * (2 * 248320 + 1 + layers) + vectors
+    assert root.notes == ()
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_config(name):
     size, config = PUBLISHED[name]
