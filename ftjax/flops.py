@@ -7,7 +7,7 @@ FLOPs per token, forward and backward (a multiply-add counts two):
     N    weights of the matrices that a token is multiplied with: 2 N forward, 2 N for the gradients of activations
     N_t  those of them that are trained: 2 N_t more for their own gradients
     N_0  those of the layers below the lowest one with anything trained, if the input's embedding is not: no gradient goes there
-    W    heads x head size of a layer
+    W    heads x head size of a layer (if keys and values have different sizes, their mean)
     K    keys that a token sees, on average: of a document of T tokens (T + 1) / 2, within a window fewer
 
 So full fine-tuning is 6 N and an adapter 4 N_base + 6 N_adapter, plus attention: scores and their sum with the values are 4 W
@@ -138,7 +138,7 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     for path, stack in nodes.items():
         if isinstance(stack, Stack):
             widths = {  # of each block: modules with heads and a head size are attention
-                name: sum(n.heads * n.head_dim for inner, n in nodes.items() if _is_attention(inner, n, f"{path}.{name}."))
+                name: sum(_width(n) for inner, n in nodes.items() if _is_attention(inner, n, f"{path}.{name}."))
                 for name in set(stack.choice)
             }
             for layer, (name, kind) in enumerate(zip(stack.choice, stack.kinds, strict=True)):
@@ -189,6 +189,11 @@ def peak_of(devices: list[jax.Device]) -> float | None:
 
 def _is_attention(path: str, node: nnx.Module, below: str) -> bool:
     return path.startswith(below) and hasattr(node, "heads") and hasattr(node, "head_dim")
+
+
+def _width(node: nnx.Module) -> float:
+    """Return heads x head size; the mean of both sizes if values have another one than keys."""
+    return node.heads * (node.head_dim + getattr(node, "value_dim", node.head_dim)) / 2
 
 
 def _mean_keys(length: float, window: int | None) -> float:

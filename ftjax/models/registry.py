@@ -23,6 +23,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "deepseek_v3": Family("deepseek_v3", "deepseek-ai/DeepSeek-V3", "DeepSeek V3, R1, Moonlight; latent attention, experts"),
     "gemma": Family("gemma", "google/gemma-2b-it", "Gemma, CodeGemma"),
     "gemma2": Family("gemma2", "google/gemma-2-2b-it", "Gemma 2; local and global layers, bounded logits"),
     "gemma3_text": Family("gemma3_text", "google/gemma-3-1b-it", "Gemma 3, text only: five local layers to one global"),

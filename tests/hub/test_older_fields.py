@@ -29,6 +29,9 @@ WANT = {
     "gemma3-ropes": {"rope_theta": 500.0, "rope_local_base_freq": 300.0, "rope_scaling": YARN},
     "mixtral": {"rope_theta": 1e6, "rope_scaling": None, "num_local_experts": 4},
     "qwen3-moe": {**NONE, "num_experts": 6},
+    "deepseek-v3": {
+        "rope_theta": 500.0, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}, "n_routed_experts": 8,
+    },
     "gpt-oss": {"rope_theta": 500.0, "rope_scaling": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}},
     "gpt-oss-plain": {"rope_theta": 500.0, "rope_scaling": None},  # without the field, transformers 4 uses the published YaRN
     "mistral": NONE,

@@ -7,6 +7,18 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+}
+
 CASES: list[Case] = [
     Case("llama", "llama"),
     Case("llama-tied-biases", "llama", {
@@ -88,6 +100,18 @@ CASES: list[Case] = [
         "tie_word_embeddings": True, "output_router_logits": True, "sliding_window": 5,
         "layer_types": ["full_attention", "sliding_attention"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    }),
+    Case("deepseek-v3", "deepseek_v3", {
+        **LATENT, "num_hidden_layers": 4, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
+    }),
+    Case("deepseek-v3-plain-queries", "deepseek_v3", {
+        **LATENT, "q_lora_rank": None, "v_head_dim": 16, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1,
+        "rope_interleave": False, "norm_topk_prob": False, "tie_word_embeddings": True, "hidden_act": "gelu",
+        "n_shared_experts": 2, "num_mtp_layers": 0,
     }),
     Case("mistral", "mistral", {"sliding_window": 8, "head_dim": 12, "num_hidden_layers": 3}),
     Case("mistral-no-window", "mistral", {

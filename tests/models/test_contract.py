@@ -53,8 +53,9 @@ def test_sizes_are_those_of_transformers(case, tmp_path):
     assert (sizes.layers, sizes.heads) == (config.num_hidden_layers, config.num_attention_heads)
     assert (sizes.vocab, sizes.embed) == tuple(rows.shape)
     one = hf.model.layers[0].self_attn if hasattr(hf, "model") else None  # GPT-2 and GPT-NeoX have a key for each query
+    size = getattr(one, "head_dim", getattr(one, "qk_head_dim", None))  # latent attention has the latter
     heads = sizes.heads if one is None else config.num_key_value_heads
-    assert (sizes.kv_heads, sizes.head_dim) == (heads, sizes.embed // sizes.heads if one is None else one.head_dim)
+    assert (sizes.kv_heads, sizes.head_dim) == (heads, sizes.embed // sizes.heads if one is None else size)
     assert module[model.embedding.module] is hf.get_input_embeddings() and model.embedding.shape == tuple(rows.shape)
     if not config.tie_word_embeddings:
         head = "embed_out" if case.model_type == "gpt_neox" and model.output not in module else model.output

@@ -28,6 +28,9 @@ NO_EFFECT = {
 # ... and in one family: `max_position_embeddings` matters to some types of RoPE only; with layer types, windows are set by
 # `layer_types`; the rest concerns dropout, a classification head, or the loss.
 NO_EFFECT_IN = {
+    "deepseek_v3": {
+        "max_position_embeddings", "num_nextn_predict_layers", "output_router_logits", "pretraining_tp", "qk_head_dim",
+    },
     "gemma": {"max_position_embeddings"},
     "gemma2": {"max_position_embeddings"},
     "gemma3_text": {

@@ -127,20 +127,22 @@ def attend(q, k, v, q_segments, k_segments, offset, pattern: Pattern, backend: s
         k_segments: [B, S] int32; None for a KV cache, whose rows are one document each.
         offset: slot of the first query, per row [B] or the same for all.
         pattern: scale, window and softcap of this layer.
-        backend: the result of `choose`. Attention over a KV cache (few queries, so few scores), with a prefix, or with values
-            of another size than keys falls back to plain XLA.
+        backend: the result of `choose`. Attention over a KV cache (few queries, so few scores) or with a prefix falls back to
+            plain XLA.
         sinks: [N], a learned score per head that takes part in the softmax without a value (gpt-oss); or None.
         prefix: keys and values [V, K, H] that precede every document, and a mask of who sees them, bool [B, T, V]; or None.
     """
-    if backend in ("cudnn", AUTO_CUDNN) and (reason := missing_for(pattern, sinks, q.dtype, q.shape[-1])):
+    size, values = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    if backend in ("cudnn", AUTO_CUDNN) and (reason := missing_for(pattern, sinks, q.dtype, size)):
         if backend == "cudnn":
             raise UserError(f"model.attention: cudnn cannot compute this model: {reason}; auto uses xla for such layers")
         backend = "xla"
-    other_values = v.shape[-1] != q.shape[-1]  # the kernels support a single head size
-    if backend == "xla" or k_segments is not q_segments or prefix is not None or other_values:
+    if backend == "xla" or k_segments is not q_segments or prefix is not None:
         return xla(q, k, v, q_segments, k_segments, offset, pattern, sinks, prefix)
     kernel = KERNELS["cudnn" if backend == AUTO_CUDNN else backend]
-    return on_each_device(partial(_with_pattern, kernel, pattern), q, k, v, q_segments, sinks)
+    # The kernels support a single head size; zeros change neither scores nor the other values.
+    q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, size - x.shape[-1]),)) if x.shape[-1] < size else x for x in (q, k, v))
+    return on_each_device(partial(_with_pattern, kernel, pattern), q, k, v, q_segments, sinks)[..., :values]
 
 
 def _with_pattern(kernel, pattern, q, k, v, segments, sinks):

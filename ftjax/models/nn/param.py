@@ -78,6 +78,7 @@ class Row:
         layouts: layouts in checkpoints, if different from one tensor per layer; the first is used for writing. The parameter
             can always be read under its own name.
         quantization: quantization of a frozen weight, whose value is then a pytree of arrays.
+        constant: float32 in memory and in checkpoints, and trained by no method, such as the correction bias of a router.
     """
 
     axes: tuple[str | None, ...]
@@ -89,6 +90,7 @@ class Row:
     hf_shape: tuple[int, ...] | None = None
     layouts: tuple[Layout, ...] = ()
     quantization: Quantization | None = None
+    constant: bool = False
 
 
 def param(shape: tuple[int, ...], axes: tuple[str | None, ...], name: str, dtype=jnp.float32, **row) -> nnx.Param:
@@ -183,7 +185,8 @@ class Spec:
         return self.pieces(self.row.layouts[0] if self.row.layouts else None)
 
     def astype(self, dtype) -> "Spec":
-        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+        """Return the spec with another dtype; constants keep theirs."""
+        return self if self.row.constant else dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     @property
     def size(self) -> int:
