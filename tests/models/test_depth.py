@@ -20,6 +20,8 @@ DEPTHS = (12, 36)  # whole periods of every family: the longest is six layers
 
 EXPERTS = {
     "deepseek_v3": {"n_routed_experts": 16, "num_key_value_heads": 4},
+    "deepseek_v2": {"n_routed_experts": 16, "num_experts_per_tok": 4, "num_key_value_heads": 4},
+    "glm4_moe_lite": {"num_key_value_heads": 4},
     "gpt_oss": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2},
 }

@@ -28,6 +28,7 @@ NO_EFFECT = {
 # ... and in one family: `max_position_embeddings` matters to some types of RoPE only; with layer types, windows are set by
 # `layer_types`; the rest concerns dropout, a classification head, or the loss.
 NO_EFFECT_IN = {
+    "deepseek_v2": {"head_dim", "max_position_embeddings", "output_router_logits", "pretraining_tp", "qk_head_dim"},
     "deepseek_v3": {
         "max_position_embeddings", "num_nextn_predict_layers", "output_router_logits", "pretraining_tp", "qk_head_dim",
     },
@@ -36,6 +37,9 @@ NO_EFFECT_IN = {
     "gemma3_text": {
         "attn_logit_softcapping", "max_position_embeddings", "sliding_window_pattern", "_sliding_window_pattern",
     },
+    "glm4": {"max_position_embeddings"},
+    "glm4_moe": {"max_position_embeddings", "num_nextn_predict_layers", "output_router_logits"},
+    "glm4_moe_lite": {"max_position_embeddings", "output_router_logits", "pretraining_tp", "qk_head_dim"},
     "gpt2": {
         "attn_pdrop", "embd_pdrop", "resid_pdrop", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout",
         "summary_proj_to_labels", "summary_type", "summary_use_proj",
@@ -49,6 +53,7 @@ NO_EFFECT_IN = {
     "mixtral": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "olmo2": {"max_position_embeddings"},
     "olmo3": {"max_position_embeddings"},
+    "olmoe": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "phi3": {"embd_pdrop", "partial_rotary_factor", "resid_pdrop"},
     "qwen2": {"max_position_embeddings", "max_window_layers"},
     "qwen3": {"max_position_embeddings", "max_window_layers"},

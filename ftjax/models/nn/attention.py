@@ -159,6 +159,7 @@ def self_attention(
     cache: Memories,
     sinks: jax.Array | None = None,
     name: str = "",
+    rotate: Callable[..., jax.Array] = apply,
 ) -> tuple[jax.Array, Memories]:
     """Compute attention of q `[B, T, N, D]` over the cache and the tokens' k `[B, T, K, D]` and v `[B, T, K, V]`.
 
@@ -166,10 +167,11 @@ def self_attention(
 
     Args:
         k, v: None in a layer that shares those of the last layer that wrote under `name` (`ftjax.models.nn.memory`).
+        rotate: applies RoPE, to pairs of dimensions as the family's weights have them.
     """
     b, t = q.shape[:2]
     if ctx.rope is not None:
-        q, k = apply(q, *ctx.rope), None if k is None else apply(k, *ctx.rope)
+        q, k = rotate(q, *ctx.rope), None if k is None else rotate(k, *ctx.rope)
     q = constrain(q, "batch", "length", "heads", None)
     segments, offset = ctx.segment_ids, 0
     if cache is not None:
