@@ -11,14 +11,16 @@ COMMON = {
 }  # fmt: skip
 GEMMA = {**COMMON, "bos_token_id": 2, "pad_token_id": 0, "rms_norm_eps": 1e-6, "head_dim": 256}
 DEEPSEEK = {
-    **COMMON, "aux_loss_alpha": 0.001, "ep_size": 1, "hidden_act": "silu", "kv_lora_rank": 512, "max_position_embeddings": 163840,
-    "moe_layer_freq": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000,
-    "seq_aux": True, "tie_word_embeddings": False, "v_head_dim": 128, "pretraining_tp": 1,
+    **COMMON, "aux_loss_alpha": 0.001, "ep_size": 1, "hidden_act": "silu", "kv_lora_rank": 512,
+    "max_position_embeddings": 163840, "moe_layer_freq": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000, "seq_aux": True, "tie_word_embeddings": False, "v_head_dim": 128,
+    "pretraining_tp": 1,
 }  # fmt: skip
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
 GLM = {
-    **COMMON, "eos_token_id": [151329, 151336, 151338], "hidden_act": "silu", "pad_token_id": 151329, "partial_rotary_factor": 0.5,
-    "rms_norm_eps": 1e-5, "rope_scaling": None, "tie_word_embeddings": False, "vocab_size": 151552,
+    **COMMON, "eos_token_id": [151329, 151336, 151338], "hidden_act": "silu", "pad_token_id": 151329,
+    "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_scaling": None, "tie_word_embeddings": False,
+    "vocab_size": 151552,
 }  # fmt: skip
 PUBLISHED = {
     "google/gemma-2b": (2_506_172_416, {
