@@ -81,6 +81,11 @@ def corrected_router(facts: Facts) -> GroupRouter:
 def leave_out_extra_layers(facts: Facts, root: LlamaForCausalLM) -> LlamaForCausalLM:
     """Leave out the layers that predict further tokens (`num_nextn_predict_layers`), as transformers does."""
     layers, more = facts["num_hidden_layers"], facts.get("num_nextn_predict_layers", 0)
+    if more:
+        facts.note(
+            f"config.json of this {facts.model_type} model has num_nextn_predict_layers = {more}: layers that predict further "
+            "tokens are neither trained nor exported, as in transformers"
+        )
     root.ignored = (*root.ignored, *(f"model.layers.{layer}." for layer in range(layers, layers + more)))
     return root
 

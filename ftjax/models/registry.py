@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family("gpt_neox", "EleutherAI/pythia-160m", "Pythia, GPT-NeoX", prefix="gpt_neox"),
     "gpt_oss": Family("gpt_oss", "openai/gpt-oss-20b", "gpt-oss; routed experts, attention sinks, MXFP4 files"),
     "granite": Family("granite", "ibm-granite/granite-3.3-2b-instruct", "Granite 3, dense"),
+    "granitemoe": Family("granitemoe", "ibm-granite/granite-3.1-3b-a800m-instruct", "Granite 3 with routed experts, PowerMoE"),
     "llama": Family("llama", "meta-llama/Llama-3.2-1B-Instruct", "Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2, TinyLlama"),
     "ministral": Family("ministral", "mistralai/Ministral-8B-Instruct-2410", "Ministral 8B; some layers see a window"),
     "mistral": Family("mistral", "mistralai/Mistral-7B-Instruct-v0.3", "Mistral 7B, Mistral Nemo, Mistral Small"),

@@ -58,6 +58,7 @@ WANT = {
     "olmo3": {"rope_theta": 500.0, "rope_scaling": YARN},
     "smollm3": {"rope_theta": 10000.0, "rope_scaling": SCALING},
     "granite": NONE,
+    "granitemoe": {**NONE, "num_local_experts": 6},
 }  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
 LINEAR_OLMO = Case("olmo2-linear", "olmo2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4}})

@@ -152,6 +152,15 @@ CASES: list[Case] = [
         "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4, "tie_word_embeddings": True, "hidden_act": "gelu",
         "rms_norm_eps": 1e-3, "output_router_logits": True, "rope_parameters": LLAMA3_ROPE,
     }),
+    Case("granitemoe", "granitemoe", {
+        "num_local_experts": 6, "num_experts_per_tok": 3, "num_hidden_layers": 3, "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
+    }),
+    Case("granitemoe-tied-biases", "granitemoe", {
+        "num_local_experts": 4, "attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": True,
+        "hidden_act": "gelu", "rms_norm_eps": 1e-3, "output_router_logits": True, "attention_multiplier": 0.3,
+        "rope_parameters": LLAMA3_ROPE,
+    }),
     Case("mistral", "mistral", {"sliding_window": 8, "head_dim": 12, "num_hidden_layers": 3}),
     Case("mistral-no-window", "mistral", {
         "sliding_window": None, "tie_word_embeddings": True, "hidden_act": "gelu", "rms_norm_eps": 1e-3,

@@ -16,7 +16,7 @@ from ftjax.hub.load import open_model
 from ftjax.hub.model_folder import from_source, model_tensors
 from ftjax.mesh import make_mesh
 
-WITH_LOSS = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe")  # families with a load-balancing loss in transformers
+WITH_LOSS = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe")  # families with a load-balancing loss in transformers
 MOE = [case for case in CASES if hasattr(hf_config(case), "num_experts_per_tok") and "all-dense" not in case.name]
 FUSED = [case for case in MOE if case.model_type != "gpt_oss"]
 

@@ -115,6 +115,7 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
     more |= {"model.layers.4.eh_proj.weight": np.zeros((32, 64), np.float32)}
     save_file(tensors | more, file)
     np.testing.assert_array_equal(logits(*load(tmp_path), ids), want)
+    assert any("num_nextn_predict_layers = 1" in note for note in load(tmp_path)[0].notes)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
     with pytest.raises(UserError, match=r"not part of this model: model\.layers\.4\.eh_proj"):

@@ -110,6 +110,14 @@ PUBLISHED = {
         "num_experts_per_tok": 8, "num_hidden_layers": 46, "num_key_value_heads": 8, "num_nextn_predict_layers": 1,
         "rope_theta": 1000000, "routed_scaling_factor": 1.0, "topk_group": 1, "use_qk_norm": False,
     }),
+    "ibm-granite/granite-3.0-1b-a400m-instruct": (1_334_628_352, {
+        **COMMON, "model_type": "granitemoe", "attention_multiplier": 0.015625, "bos_token_id": 0,
+        "embedding_multiplier": 12.0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 512,
+        "logits_scaling": 6.0, "max_position_embeddings": 4096, "num_attention_heads": 16, "num_experts_per_tok": 8,
+        "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False,
+        "pad_token_id": 0, "residual_multiplier": 0.22, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 10000,
+        "router_aux_loss_coef": 0.0, "tie_word_embeddings": True, "vocab_size": 49155,
+    }),
     "allenai/OLMoE-1B-7B-0924": (6_919_161_856, {
         **COMMON, "model_type": "olmoe", "clip_qkv": None, "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048,
         "intermediate_size": 1024, "max_position_embeddings": 4096, "norm_topk_prob": False, "num_attention_heads": 16,

@@ -47,6 +47,7 @@ NO_EFFECT_IN = {
     "gpt_neox": {"classifier_dropout", "hidden_dropout", "is_decoder", "max_position_embeddings"},
     "gpt_oss": {"hidden_act", "max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "granite": {"max_position_embeddings"},
+    "granitemoe": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "llama": {"max_position_embeddings", "pretraining_tp"},
     "ministral": {"max_position_embeddings"},
     "mistral": {"max_position_embeddings"},
