@@ -7,7 +7,7 @@ FLOPs per token, forward and backward (a multiply-add counts two):
     N    weights of the matrices that a token is multiplied with: 2 N forward, 2 N for the gradients of activations
     N_t  those of them that are trained: 2 N_t more for their own gradients
     N_0  those of the layers below the lowest one with anything trained, if the input's embedding is not: no gradient goes there
-    W    heads x head size of a layer
+    W    heads x head size of a layer (if keys and values have different sizes, their mean)
     K    keys that a token sees, on average: of a document of T tokens (T + 1) / 2, within a window fewer
     R    FLOPs of a token's products with a layer's recurrent state, forward: `state_flops`, which its module declares
 
@@ -155,7 +155,7 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     for path, stack in nodes.items():
         if isinstance(stack, Stack):
             widths = {  # of each block: modules with heads and a head size are attention
-                name: sum(n.heads * n.head_dim for inner, n in nodes.items() if _is_attention(inner, n, f"{path}.{name}."))
+                name: sum(_width(n) for inner, n in nodes.items() if _is_attention(inner, n, f"{path}.{name}."))
                 for name in set(stack.choice)
             }
             recurrent = {
@@ -217,6 +217,11 @@ def _is_attention(path: str, node: nnx.Module, below: str) -> bool:
 
 def _has_state(path: str, node: nnx.Module, below: str) -> bool:
     return path.startswith(below) and hasattr(node, "state_flops")
+
+
+def _width(node: nnx.Module) -> float:
+    """Return heads x head size; the mean of both sizes if values have another one than keys."""
+    return node.heads * (node.head_dim + getattr(node, "value_dim", node.head_dim)) / 2
 
 
 def _mean_keys(length: float, window: int | None) -> float:

@@ -99,6 +99,9 @@ def make_hf(case: Case, folder: Path, seed: int = 0, **save) -> Any:
             if parameter.ndim == 1 or name.endswith("_bias"):  # experts have a bias each
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             assert torch.isfinite(parameter).all(), name
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict():  # the correction bias of a router
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(folder, **save)
     return model
 

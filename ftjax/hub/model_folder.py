@@ -65,18 +65,21 @@ def model_tensors(
     def fetch(path: str, index: tuple) -> np.ndarray:
         return host_piece(trained[path], index)()
 
+    def kept(spec: Spec) -> np.dtype:
+        return np.dtype(np.float32) if spec.row.constant else dtype
+
     def data(spec: Spec, piece: Piece):
         def one() -> np.ndarray:
             weight = read(spec, piece)
             if merge is not None:
                 index = tuple(i for i in piece.index if isinstance(i, int))  # of the layer, and of the expert
                 weight = merge(model, spec.path, index, weight, fetch)
-            return narrowed(piece.name, weight, dtype)
+            return narrowed(piece.name, weight, kept(spec))
 
         return one
 
     return [
-        Tensor(piece.name, piece.shape, dtype, data(spec, piece))
+        Tensor(piece.name, piece.shape, kept(spec), data(spec, piece))
         for spec in model.specs.values()
         if not spec.row.adapter
         for piece in spec.written()

@@ -18,7 +18,7 @@ from ftjax.models.nn.layers import Linear
 
 HEAD = "score"
 ARCHITECTURE = "ForSequenceClassification"
-OTHERS = ("granite",)  # families without such a class in transformers
+OTHERS = ("glm4_moe", "glm4_moe_lite", "granite", "granitemoe", "olmoe")  # families without such a class in transformers
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 
 

@@ -29,6 +29,16 @@ WANT = {
     "gemma3-ropes": {"rope_theta": 500.0, "rope_local_base_freq": 300.0, "rope_scaling": YARN},
     "mixtral": {"rope_theta": 1e6, "rope_scaling": None, "num_local_experts": 4},
     "qwen3-moe": {**NONE, "num_experts": 6},
+    "deepseek-v3": {
+        "rope_theta": 500.0, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}, "n_routed_experts": 8,
+    },
+    "deepseek-v2": {
+        "rope_theta": 500.0, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}, "n_routed_experts": 8,
+    },
+    "glm4-moe-lite": {"rope_theta": 10000.0, "rope_scaling": SCALING, "n_routed_experts": 8},
+    "glm4": {**NONE, "partial_rotary_factor": 0.5},
+    "glm4-moe": {**NONE, "partial_rotary_factor": 0.5, "n_routed_experts": 8},
+    "olmoe": {**NONE, "num_experts": 6},
     "gpt-oss": {"rope_theta": 500.0, "rope_scaling": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}},
     "gpt-oss-plain": {"rope_theta": 500.0, "rope_scaling": None},  # without the field, transformers 4 uses the published YaRN
     "mistral": NONE,
@@ -53,6 +63,7 @@ WANT = {
     "olmo3": {"rope_theta": 500.0, "rope_scaling": YARN},
     "smollm3": {"rope_theta": 10000.0, "rope_scaling": SCALING},
     "granite": NONE,
+    "granitemoe": {**NONE, "num_local_experts": 6},
 }  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
 LINEAR_OLMO = Case("olmo2-linear", "olmo2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4}})

@@ -17,6 +17,12 @@ IMAGES = {
     "num_position_embeddings": 16, "patch_size": 2,
 }  # fmt: skip
 
+EXPERTS = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3}
+LATENT = {
+    **EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}  # fmt: skip
+
 CASES: list[Case] = [
     Case("llama", "llama"),
     Case("llama-tied-biases", "llama", {
@@ -98,6 +104,72 @@ CASES: list[Case] = [
         "tie_word_embeddings": True, "output_router_logits": True, "sliding_window": 5,
         "layer_types": ["full_attention", "sliding_attention"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    }),
+    Case("deepseek-v3", "deepseek_v3", {
+        **LATENT, "num_hidden_layers": 4, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
+    }),
+    Case("deepseek-v3-plain-queries", "deepseek_v3", {
+        **LATENT, "q_lora_rank": None, "v_head_dim": 16, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1,
+        "rope_interleave": False, "norm_topk_prob": False, "tie_word_embeddings": True, "hidden_act": "gelu",
+        "n_shared_experts": 2, "num_mtp_layers": 0,
+    }),
+    Case("glm4-moe-lite", "glm4_moe_lite", {
+        **LATENT, "num_hidden_layers": 4, "mlp_layer_types": ["dense", "sparse", "dense", "sparse"], "norm_topk_prob": False,
+        "n_group": 2, "topk_group": 1, "n_shared_experts": 2, "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("glm4-moe-lite-biases", "glm4_moe_lite", {
+        **LATENT, "q_lora_rank": None, "v_head_dim": 20, "rope_interleave": False, "attention_bias": True, "hidden_act": "gelu",
+        "rms_norm_eps": 1e-3, "tie_word_embeddings": True, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "mscale_all_dim": 1.0,
+        },
+    }),
+    Case("deepseek-v2", "deepseek_v2", {
+        **LATENT, "num_hidden_layers": 4, "first_k_dense_replace": 2, "n_group": 4, "topk_group": 3, "mlp_bias": True,
+        "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5, "num_experts_per_tok": 2, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
+    }),
+    Case("deepseek-v2-lite", "deepseek_v2", {
+        **LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "attention_bias": True, "tie_word_embeddings": True,
+        "hidden_act": "gelu", "rms_norm_eps": 1e-3, "n_shared_experts": 1,
+    }),
+    Case("glm4", "glm4", {"num_hidden_layers": 3, "head_dim": 12, "partial_rotary_factor": 0.5}),
+    Case("glm4-whole-heads", "glm4", {
+        "head_dim": 8, "partial_rotary_factor": 1.0, "attention_bias": False, "tie_word_embeddings": True, "hidden_act": "gelu",
+        "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 4,
+    }),
+    Case("glm4-moe", "glm4_moe", {
+        **EXPERTS, "num_hidden_layers": 4, "head_dim": 12, "use_qk_norm": True, "attention_bias": True, "n_group": 2,
+        "topk_group": 1, "routed_scaling_factor": 1.5,
+    }),
+    Case("glm4-moe-plain", "glm4_moe", {
+        **EXPERTS, "first_k_dense_replace": 0, "norm_topk_prob": False, "tie_word_embeddings": True, "hidden_act": "gelu",
+        "rms_norm_eps": 1e-3, "n_shared_experts": 2, "num_mtp_layers": 0, "rope_parameters": {
+            "rope_type": "linear", "rope_theta": 500.0, "factor": 4.0, "partial_rotary_factor": 0.75,
+        },
+    }),
+    Case("olmoe", "olmoe", {
+        "num_experts": 6, "num_experts_per_tok": 3, "num_hidden_layers": 3, "clip_qkv": 0.8, "norm_topk_prob": True,
+        "attention_bias": True,
+    }),
+    Case("olmoe-tied", "olmoe", {
+        "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4, "tie_word_embeddings": True, "hidden_act": "gelu",
+        "rms_norm_eps": 1e-3, "output_router_logits": True, "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("granitemoe", "granitemoe", {
+        "num_local_experts": 6, "num_experts_per_tok": 3, "num_hidden_layers": 3, "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
+    }),
+    Case("granitemoe-tied-biases", "granitemoe", {
+        "num_local_experts": 4, "attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": True,
+        "hidden_act": "gelu", "rms_norm_eps": 1e-3, "output_router_logits": True, "attention_multiplier": 0.3,
+        "rope_parameters": LLAMA3_ROPE,
     }),
     Case("mistral", "mistral", {"sliding_window": 8, "head_dim": 12, "num_hidden_layers": 3}),
     Case("mistral-no-window", "mistral", {

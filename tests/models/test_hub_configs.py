@@ -10,6 +10,18 @@ COMMON = {
     "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True,
 }  # fmt: skip
 GEMMA = {**COMMON, "bos_token_id": 2, "pad_token_id": 0, "rms_norm_eps": 1e-6, "head_dim": 256}
+DEEPSEEK = {
+    **COMMON, "aux_loss_alpha": 0.001, "ep_size": 1, "hidden_act": "silu", "kv_lora_rank": 512,
+    "max_position_embeddings": 163840, "moe_layer_freq": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000, "seq_aux": True, "tie_word_embeddings": False, "v_head_dim": 128,
+    "pretraining_tp": 1,
+}  # fmt: skip
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+GLM = {
+    **COMMON, "eos_token_id": [151329, 151336, 151338], "hidden_act": "silu", "pad_token_id": 151329,
+    "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_scaling": None, "tie_word_embeddings": False,
+    "vocab_size": 151552,
+}  # fmt: skip
 PUBLISHED = {
     "google/gemma-2b": (2_506_172_416, {
         **GEMMA, "model_type": "gemma", "eos_token_id": 1, "hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh",
@@ -60,6 +72,58 @@ PUBLISHED = {
             "rope_type": "yarn", "truncate": False,
         },
         "tie_word_embeddings": False, "vocab_size": 201088,
+    }),
+    "deepseek-ai/DeepSeek-V3": (671_026_419_200, {
+        **DEEPSEEK, "model_type": "deepseek_v3", "bos_token_id": 0, "eos_token_id": 1, "first_k_dense_replace": 3,
+        "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_group": 8, "n_routed_experts": 256,
+        "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536,
+        "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+        "topk_group": 4, "topk_method": "noaux_tc", "vocab_size": 129280,
+    }),
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": (15_706_484_224, {
+        **DEEPSEEK, "model_type": "deepseek_v2", "bos_token_id": 100000, "eos_token_id": 100001, "first_k_dense_replace": 1,
+        "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64,
+        "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 16, "num_experts_per_tok": 6,
+        "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None,
+        "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}, "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax", "topk_group": 1, "topk_method": "greedy", "vocab_size": 102400,
+    }),
+    "zai-org/GLM-4.7-Flash": (29_943_393_920, {
+        **GLM, "model_type": "glm4_moe_lite", "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 10240,
+        "kv_lora_rank": 512, "max_position_embeddings": 202752, "moe_intermediate_size": 1536, "n_group": 1,
+        "n_routed_experts": 64, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 20,
+        "num_experts_per_tok": 4, "num_hidden_layers": 47, "num_key_value_heads": 20, "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 1.0, "q_lora_rank": 768, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
+        "rope_theta": 1000000, "routed_scaling_factor": 1.8, "topk_group": 1, "topk_method": "noaux_tc", "v_head_dim": 256,
+        "vocab_size": 154880,
+    }),
+    "zai-org/GLM-4-9B-0414": (9_400_279_040, {
+        **GLM, "model_type": "glm4", "attention_bias": True, "head_dim": 128, "hidden_size": 4096, "intermediate_size": 13696,
+        "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 2,
+        "rope_theta": 10000.0,
+    }),
+    "zai-org/GLM-4.5-Air": (106_852_251_264, {
+        **GLM, "model_type": "glm4_moe", "attention_bias": True, "first_k_dense_replace": 1, "head_dim": 128,
+        "hidden_size": 4096, "intermediate_size": 10944, "max_position_embeddings": 131072, "moe_intermediate_size": 1408,
+        "n_group": 1, "n_routed_experts": 128, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96,
+        "num_experts_per_tok": 8, "num_hidden_layers": 46, "num_key_value_heads": 8, "num_nextn_predict_layers": 1,
+        "rope_theta": 1000000, "routed_scaling_factor": 1.0, "topk_group": 1, "use_qk_norm": False,
+    }),
+    "ibm-granite/granite-3.0-1b-a400m-instruct": (1_334_628_352, {
+        **COMMON, "model_type": "granitemoe", "attention_multiplier": 0.015625, "bos_token_id": 0,
+        "embedding_multiplier": 12.0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 512,
+        "logits_scaling": 6.0, "max_position_embeddings": 4096, "num_attention_heads": 16, "num_experts_per_tok": 8,
+        "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False,
+        "pad_token_id": 0, "residual_multiplier": 0.22, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 10000,
+        "router_aux_loss_coef": 0.0, "tie_word_embeddings": True, "vocab_size": 49155,
+    }),
+    "allenai/OLMoE-1B-7B-0924": (6_919_161_856, {
+        **COMMON, "model_type": "olmoe", "clip_qkv": None, "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 1024, "max_position_embeddings": 4096, "norm_topk_prob": False, "num_attention_heads": 16,
+        "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16,
+        "output_router_logits": False, "pad_token_id": 1, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0,
+        "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "vocab_size": 50304,
     }),
 }  # fmt: skip
 

@@ -30,11 +30,18 @@ NO_EFFECT = {
 # ... and in one family: `max_position_embeddings` matters to some types of RoPE only; with layer types, windows are set by
 # `layer_types`; the rest concerns dropout, a classification head, or the loss.
 NO_EFFECT_IN = {
+    "deepseek_v2": {"head_dim", "max_position_embeddings", "output_router_logits", "pretraining_tp", "qk_head_dim"},
+    "deepseek_v3": {
+        "max_position_embeddings", "num_nextn_predict_layers", "output_router_logits", "pretraining_tp", "qk_head_dim",
+    },
     "gemma": {"max_position_embeddings"},
     "gemma2": {"max_position_embeddings"},
     "gemma3_text": {
         "attn_logit_softcapping", "max_position_embeddings", "sliding_window_pattern", "_sliding_window_pattern",
     },
+    "glm4": {"max_position_embeddings"},
+    "glm4_moe": {"max_position_embeddings", "num_nextn_predict_layers", "output_router_logits"},
+    "glm4_moe_lite": {"max_position_embeddings", "output_router_logits", "pretraining_tp", "qk_head_dim"},
     "gpt2": {
         "attn_pdrop", "embd_pdrop", "resid_pdrop", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout",
         "summary_proj_to_labels", "summary_type", "summary_use_proj",
@@ -44,6 +51,7 @@ NO_EFFECT_IN = {
     "granite": {"max_position_embeddings"},
     "gemma3": {"boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image"},
     "lfm2": {"block_multiple_of", "full_attn_idxs", "max_position_embeddings"},  # the first gives this width, or other weights
+    "granitemoe": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "llama": {"max_position_embeddings", "pretraining_tp"},
     "ministral3": {"max_position_embeddings"},
     "mistral3": {"image_token_index", "multimodal_projector_bias", "spatial_merge_size", "vision_feature_layer"},
@@ -53,6 +61,7 @@ NO_EFFECT_IN = {
     "mixtral": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "olmo2": {"max_position_embeddings"},
     "olmo3": {"max_position_embeddings"},
+    "olmoe": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "phi3": {"embd_pdrop", "partial_rotary_factor", "resid_pdrop"},
     "qwen2": {"max_position_embeddings", "max_window_layers"},
     "qwen3": {"max_position_embeddings", "max_window_layers"},

@@ -113,6 +113,18 @@ def apply(x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[
     return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
 
 
+def apply_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the first `2 * cos.shape[-1]` dimensions of each head of x `[B, T, N, H]`, where a pair is two neighbours.
+
+    `apply` instead pairs each dimension of the first half with one of the second.
+    """
+    size = 2 * cos.shape[-1]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    a, b = x[..., :size:2].astype(jnp.float32), x[..., 1:size:2].astype(jnp.float32)
+    rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(*x.shape[:-1], size).astype(x.dtype)
+    return rotated if size == x.shape[-1] else jnp.concatenate([rotated, x[..., size:]], axis=-1)
+
+
 def longest_text(parameters: Mapping[str, Any], max_position_embeddings: int) -> int:
     """Return the maximum text length in tokens: that of config.json, or a longer one that RoPE scaling extends it to.
 
