@@ -45,11 +45,10 @@ def build(facts: Facts) -> LlamaForCausalLM:
     sparse, normalise = sparse_layers(facts, facts["num_hidden_layers"], experts), facts["norm_topk_prob"]
 
     def feed_forward(has_experts: bool) -> nnx.Module:
-        if has_experts:
-            return shared_moe(facts, normalise=normalise)
-        dense = mlp(facts)
+        moe = shared_moe(facts, normalise=normalise) if has_experts else None
+        dense = mlp(facts) if moe is None else moe.shared_expert
         # PEFT treats layers with these names as experts of transformers 4 checkpoints, wherever they are.
         dense.gate_proj.adaptable = dense.up_proj.adaptable = dense.down_proj.adaptable = False
-        return dense
+        return moe or dense
 
     return moe_model(facts, stack_of(facts, Qwen3NextDeltaNet, feed_forward, sparse, experts), sum(sparse))
