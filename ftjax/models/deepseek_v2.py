@@ -15,7 +15,8 @@ def softmax_router(facts: Facts) -> GroupRouter:
     """Build the router. Raises UserError for fields that transformers reads differently from DeepSeek's own code."""
     experts, top_k, method = facts["n_routed_experts"], facts["num_experts_per_tok"], facts["topk_method"]
     facts.only("topk_method", "greedy", "group_limited_greedy", why="these are the choices of DeepSeek V2")
-    facts.only("norm_topk_prob", False, None, why="transformers does not normalise the weights of the chosen experts")
+    if facts["norm_topk_prob"]:
+        facts.only("norm_topk_prob", False, None, why="transformers does not normalise the weights of the chosen experts")
     facts.only("scoring_func", "softmax", why="the router of DeepSeek V2 has softmax scores")
     if not top_k or top_k > experts:
         raise UserError(

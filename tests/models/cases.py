@@ -135,6 +135,13 @@ CASES: list[Case] = [
             "mscale_all_dim": 1.2,
         },
     }),
+    Case("deepseek-v2-groups", "deepseek_v2", {  # fewer groups than experts per token: only then do groups limit the choice
+        **LATENT, "num_hidden_layers": 3, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "mlp_bias": True,
+        "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
+    }),
     Case("deepseek-v2-lite", "deepseek_v2", {
         **LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "attention_bias": True, "tie_word_embeddings": True,
         "hidden_act": "gelu", "rms_norm_eps": 1e-3, "n_shared_experts": 1,

@@ -120,7 +120,7 @@ def inner_changes(name, value):
 
 
 # The case with most of its family's features on, if it is not the first one.
-RICHEST = {"qwen3_moe": "qwen3-moe-dense-first"}
+RICHEST = {"deepseek_v2": "deepseek-v2-groups", "qwen3_moe": "qwen3-moe-dense-first"}
 TRIED = [next((c for c in CASES if c.name == RICHEST.get(case.model_type)), case) for case in ONE_OF_EACH]
 
 
