@@ -9,6 +9,7 @@ Source: bitsandbytes/functional.py (`QuantState.from_dict`, `dequantize_4bit`, `
 """
 
 import json
+from collections.abc import Set
 
 import numpy as np
 
@@ -23,14 +24,15 @@ ONE_127TH = np.float32(7.874015718698502e-3)  # bitsandbytes multiplies by this 
 
 def bitsandbytes_weights(source: TensorSource) -> dict[str, Weight]:
     """Return the weights of 4 bits and of int8 in float32, so that quantising them again finds the same codes."""
-    states = {name.split(STATE)[0]: name for name in source.keys() if STATE in name}
-    int8 = [name.removesuffix("SCB") for name in source.keys() if name.endswith(".SCB")]
-    return {name: _four_bits(source, name, state) for name, state in states.items()} | {
+    have = set(source.keys())
+    states = {name.split(STATE)[0]: name for name in have if STATE in name}
+    int8 = [name.removesuffix("SCB") for name in have if name.endswith(".SCB")]
+    return {name: _four_bits(source, name, state, have) for name, state in states.items()} | {
         f"{name}weight": _int8(source, name) for name in int8
     }
 
 
-def _four_bits(source: TensorSource, name: str, state: str) -> Weight:
+def _four_bits(source: TensorSource, name: str, state: str, have: Set[str]) -> Weight:
     try:
         said = json.loads(source.read(state).tobytes())
         shape, block = tuple(said["shape"]), int(said["blocksize"])
@@ -56,7 +58,7 @@ def _four_bits(source: TensorSource, name: str, state: str) -> Weight:
         return values.reshape(-1, shape[1])[:, columns]
 
     ends = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-    return Weight(shape, FLOAT, read, frozenset({name, state} | {name + end for end in ends} & set(source.keys())))
+    return Weight(shape, FLOAT, read, frozenset({name, state} | {name + end for end in ends} & have))
 
 
 def _int8(source: TensorSource, name: str) -> Weight:

@@ -8,6 +8,8 @@ columns were sorted before they were grouped.
 Source: compressed_tensors, compressors/pack_quantized and quantization/lifecycle/forward.py.
 """
 
+from collections.abc import Set
+
 import numpy as np
 
 from ftjax.hub.packed.bits import unpack
@@ -19,13 +21,13 @@ PACKED = ".weight_packed"
 
 def packed_weights(source: TensorSource) -> dict[str, Weight]:
     """Return the packed weights of a checkpoint."""
-    names = [name.removesuffix(PACKED) for name in source.keys() if name.endswith(PACKED)]
-    return {f"{name}.weight": _weight(source, name) for name in names}
-
-
-def _weight(source: TensorSource, name: str) -> Weight:
-    packed, scales, zeros, order = (f"{name}.weight_{end}" for end in ("packed", "scale", "zero_point", "g_idx"))
     have = set(source.keys())
+    names = [name.removesuffix(PACKED) for name in have if name.endswith(PACKED)]
+    return {f"{name}.weight": _weight(source, name, have) for name in names}
+
+
+def _weight(source: TensorSource, name: str, have: Set[str]) -> Weight:
+    packed, scales, zeros, order = (f"{name}.weight_{end}" for end in ("packed", "scale", "zero_point", "g_idx"))
     rows, columns = (int(size) for size in source.read(f"{name}.weight_shape"))
     # The words of a row hold its columns with less than a word left over, and groups are of equal size.
     words = source.shape(packed)[-1]
@@ -38,9 +40,7 @@ def _weight(source: TensorSource, name: str) -> Weight:
         chosen, part = index
         values = unpack(source.read(packed, (chosen,)), bits)[:, part].astype(np.int16) - half
         group = source.read(order)[part] if order in have else np.arange(part.start, part.stop) // -(-columns // groups)
-        scale = source.read(scales)
-        scale = scale[chosen] if scale.size > groups or scale.shape[:1] == (rows,) else scale
-        scale = np.broadcast_to(scale.reshape(-1, groups), (values.shape[0], groups))[:, group]
+        scale = np.broadcast_to(source.read(scales).reshape(-1, groups), (rows, groups))[chosen][:, group]
         if zeros in have:
             zero = unpack(source.read(zeros).T, bits).T[chosen].astype(np.int16) - half
             values = values - zero[:, group]

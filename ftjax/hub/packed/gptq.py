@@ -9,7 +9,7 @@ AWQ (arXiv:2306.00978, version `gemm`) stores it as `<name>.qweight` int32 (I, N
 them in the order 0, 2, 4, 6, 1, 3, 5, 7. Source: AutoAWQ, utils/packing_utils.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import numpy as np
 
@@ -23,7 +23,7 @@ AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where each of eight outputs i
 def gptq_weights(source: TensorSource, bits: int, first_version: bool) -> dict[str, Weight]:
     """Return the GPTQ weights of a checkpoint; `first_version`: zeros are stored minus 1."""
 
-    def made(name: str) -> Weight:
+    def made(name: str, have: Set[str]) -> Weight:
         def read(index: tuple[slice, ...]) -> np.ndarray:
             rows, columns = index
             codes = unpack(source.read(f"{name}.qweight").T[rows], bits)[:, columns]
@@ -35,9 +35,8 @@ def gptq_weights(source: TensorSource, bits: int, first_version: bool) -> dict[s
             return _values(codes, zeros[groups[columns]][:, rows].T, scales[groups[columns]][:, rows].T)
 
         inputs, outputs = source.shape(f"{name}.qweight")[0] * 32 // bits, source.shape(f"{name}.scales")[1]
-        return Weight((outputs, inputs), source.dtype(f"{name}.scales"), read, _parts(source, name))
+        return Weight((outputs, inputs), source.dtype(f"{name}.scales"), read, _parts(name, have))
 
-    have = set(source.keys())
     return _each(source, made)
 
 
@@ -48,7 +47,7 @@ def awq_weights(source: TensorSource, bits: int) -> dict[str, Weight]:
         codes = unpack(words, bits)
         return codes.reshape(*codes.shape[:-1], -1, len(AWQ_PLACES))[..., AWQ_PLACES].reshape(codes.shape)
 
-    def made(name: str) -> Weight:
+    def made(name: str, have: Set[str]) -> Weight:
         def read(index: tuple[slice, ...]) -> np.ndarray:
             rows, columns = index
             codes = in_order(source.read(f"{name}.qweight", (columns,)))[:, rows]
@@ -57,18 +56,19 @@ def awq_weights(source: TensorSource, bits: int) -> dict[str, Weight]:
             return _values(codes, zeros[groups][:, rows], scales[groups][:, rows]).T
 
         inputs, outputs = source.shape(f"{name}.qweight")[0], source.shape(f"{name}.scales")[1]
-        return Weight((outputs, inputs), source.dtype(f"{name}.scales"), read, _parts(source, name))
+        return Weight((outputs, inputs), source.dtype(f"{name}.scales"), read, _parts(name, have))
 
     return _each(source, made)
 
 
-def _each(source: TensorSource, made: Callable[[str], Weight]) -> dict[str, Weight]:
-    names = [name.removesuffix(".qweight") for name in source.keys() if name.endswith(".qweight")]
-    return {f"{name}.weight": made(name) for name in names}
+def _each(source: TensorSource, made: Callable[[str, Set[str]], Weight]) -> dict[str, Weight]:
+    have = set(source.keys())
+    names = [name.removesuffix(".qweight") for name in have if name.endswith(".qweight")]
+    return {f"{name}.weight": made(name, have) for name in names}
 
 
-def _parts(source: TensorSource, name: str) -> frozenset[str]:
-    return frozenset({f"{name}.{end}" for end in ("qweight", "qzeros", "scales", "g_idx")} & set(source.keys()))
+def _parts(name: str, have: Set[str]) -> frozenset[str]:
+    return frozenset({f"{name}.{end}" for end in ("qweight", "qzeros", "scales", "g_idx")} & have)
 
 
 def _values(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -31,11 +31,12 @@ def scaled_weights(source: TensorSource, block: Sequence[int] | None = None) -> 
     for name in have:
         end = next((end for end in SCALES if name.endswith(end)), None)
         if end is not None and (weight := name.removesuffix(end) + ".weight") in have and source.dtype(weight) in BYTES:
-            found[weight] = _weight(source, weight, name, block)
+            zeros = f"{weight}_zero_point"
+            found[weight] = _weight(source, weight, name, zeros if zeros in have else None, block)
     return found
 
 
-def _weight(source: TensorSource, name: str, scales: str, block: Sequence[int] | None) -> Weight:
+def _weight(source: TensorSource, name: str, scales: str, zeros: str | None, block: Sequence[int] | None) -> Weight:
     shape, grid = source.shape(name), source.shape(scales)
     grid = (1,) * (len(shape) - len(grid)) + grid  # one number, or one a row
     if grid[:1] == (1,) and source.shape(scales) == shape[:1]:
@@ -46,7 +47,6 @@ def _weight(source: TensorSource, name: str, scales: str, block: Sequence[int] |
     )
     if any(-(-count // size) != parts for count, size, parts in zip(shape, blocks, grid, strict=True)):
         raise UserError(f"{name} {shape}: its scales {source.shape(scales)} are neither one number, one a row nor one a block")
-    zeros = name + "_zero_point" if name + "_zero_point" in source.keys() else None
     dtype = source.dtype(scales)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
