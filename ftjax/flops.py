@@ -7,16 +7,16 @@ FLOPs per token, forward and backward (a multiply-add counts two):
     N    weights of the matrices that a token is multiplied with: 2 N forward, 2 N for the gradients of activations
     N_t  those of them that are trained: 2 N_t more for their own gradients
     N_0  those of the layers below the lowest one with anything trained, if the input's embedding is not: no gradient goes there
-    W    heads x head size of a layer
+    W    heads x head size of a layer (if keys and values have different sizes, their mean)
     K    keys that a token sees, on average: of a document of T tokens (T + 1) / 2, within a window fewer
     R    FLOPs of a token's products with a layer's recurrent state, forward: `state_flops`, which its module declares
 
 So full fine-tuning is 6 N and an adapter 4 N_base + 6 N_adapter, plus attention: scores and their sum with the values are 4 W
 FLOPs per query and key forward, twice that backward, for the pairs that the causal mask, the window and the documents of a
 packed row leave. The formula counts what the mathematics needs, not what is executed: the input embedding is a look-up and not
-counted, nor are norms, biases and rotations, nor recomputation by remat; of routed experts only those that a token uses are
-counted. (The lowest layer with trained parameters counts as a whole, though no gradient flows to what comes before them in the
-layer.)
+counted, nor are norms, biases, rotations, short convolutions, recomputation by remat, and what linear attention computes more
+in chunks than token by token; of routed experts only those that a token uses are counted. (The lowest layer with trained
+parameters counts as a whole, though no gradient flows to what comes before them in the layer.)
 
     MFU = F x tokens/s / (devices x peak of one)    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)
 
@@ -40,6 +40,7 @@ from ftjax.models.nn.experts import SparseMoe
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.layers import Embedding, LayerNorm, RMSNorm
 from ftjax.models.nn.param import Piece, Spec
+from ftjax.models.nn.short_convolution import ShortConvolution
 from ftjax.models.nn.stack import Stack
 
 
@@ -127,6 +128,7 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     # Parameters that a method adds to an embedding are looked up as well.
     tables = {f"{path.removesuffix('.base')}." for path, node in nodes.items() if isinstance(node, Embedding)}
     tables -= {f"{model.output}."}
+    tables |= {f"{path}." for path, node in nodes.items() if isinstance(node, ShortConvolution)}
     experts = {
         f"{path}.experts.": (node.gate or node.router).top_k for path, node in nodes.items() if isinstance(node, SparseMoe)
     }
@@ -153,7 +155,7 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     for path, stack in nodes.items():
         if isinstance(stack, Stack):
             widths = {  # of each block: modules with heads and a head size are attention
-                name: sum(n.heads * n.head_dim for inner, n in nodes.items() if _is_attention(inner, n, f"{path}.{name}."))
+                name: sum(_width(n) for inner, n in nodes.items() if _is_attention(inner, n, f"{path}.{name}."))
                 for name in set(stack.choice)
             }
             recurrent = {
@@ -215,6 +217,11 @@ def _is_attention(path: str, node: nnx.Module, below: str) -> bool:
 
 def _has_state(path: str, node: nnx.Module, below: str) -> bool:
     return path.startswith(below) and hasattr(node, "state_flops")
+
+
+def _width(node: nnx.Module) -> float:
+    """Return heads x head size; the mean of both sizes if values have another one than keys."""
+    return node.heads * (node.head_dim + getattr(node, "value_dim", node.head_dim)) / 2
 
 
 def _mean_keys(length: float, window: int | None) -> float:

@@ -16,7 +16,10 @@ from ftjax.config import FullConfig, LoraConfig
 from ftjax.flops import TrainFlops, peak_of, train_flops, train_flops_per_token
 from ftjax.hub.load import open_model
 from ftjax.methods import method_of
+from ftjax.models.composite import text_of
 from ftjax.models.model import Model, build_module
+from ftjax.models.nn.delta_rule import gated_delta_rule
+from ftjax.models.nn.memory import RecurrentState
 
 B, T = 2, 12
 
@@ -56,6 +59,23 @@ def program(model: Model, also: tuple[str, ...] | list[str] | None = None) -> fl
     return products(jax.make_jaxpr(jax.grad(loss))(trained, frozen).jaxpr) / (B * T)
 
 
+def linear_attention(model: Model) -> float:
+    """Return FLOPs per token of the chunks of the gated delta rule in all layers, forward and backward, above those of the
+    recurrence."""
+    layers = [record for layer in model.memories for record in layer if isinstance(record, RecurrentState)]
+    if not layers:
+        return 0
+    (n, d, v), text = layers[0].shape, text_of(model.config)
+    keys = jax.ShapeDtypeStruct((B, T, text["linear_num_key_heads"], d), jnp.float32)
+    values, each = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, n, v), (B, T, n)))
+
+    def total(*inputs):
+        return gated_delta_rule(*inputs, jnp.zeros((B, n, d, v)), jnp.ones((B, T), jnp.int32))[0].sum()
+
+    chunked = products(jax.make_jaxpr(jax.grad(total, argnums=range(5)))(keys, keys, values, each, each).jaxpr)
+    return len(layers) * (chunked / (B * T) - 18 * n * d * v)
+
+
 def embeddings(model: Model) -> list[str]:
     return [path for path, spec in model.specs.items() if "vocab" in spec.row.axes]
 
@@ -83,6 +103,7 @@ def test_closed_form(case, attach, tmp_path):
     head = (
         0 if attach is attach_full else next(2 * model.specs[p].size for p in embeddings(model) if p.startswith(model.output))
     )
+    pairs += 3 * flops.states + linear_attention(model)
     assert program(model) == pytest.approx(pairs + head, rel=1e-3)
 
 
@@ -145,6 +166,17 @@ def test_adapters_of_the_upper_layers(tmp_path):
     case = Case("llama", "llama", {"num_hidden_layers": 4})
     flops = train_flops(build(case, tmp_path, lambda root: method_of(config).attach(root, config)))
     assert flops.below == 2 * 32 * (2 * 32 + 2 * 16 + 3 * 48) and flops.attention_below == {None: 2 * 32}
+
+
+def test_linear_attention_below_the_lowest_trained_layer(tmp_path):
+    """A token uses the state of 6 heads of 8 x 12 in each of three layers; frozen ones have no gradient."""
+    case = next(case for case in ONE_OF_EACH if case.model_type == "qwen3_5_text")
+    config = FullConfig(last_layers=2)
+    flops = train_flops(build(case, tmp_path, lambda root: method_of(config).attach(root, config)))
+    assert (flops.states, flops.states_below) == (6 * 3 * 6 * 8 * 12, 6 * 2 * 6 * 8 * 12)
+    longer = flops.per_token(9) - flops.per_token(7)
+    assert longer == 12 * 4 * 16  # of the one layer with attention, W = heads x head size, one key more
+    assert "recurrent states" in flops.formula(7)
 
 
 def test_llama_by_hand(tmp_path):

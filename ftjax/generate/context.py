@@ -6,6 +6,7 @@ from typing import Any
 
 from ftjax.generate.sample import Sampling
 from ftjax.generate.text import turn_end
+from ftjax.models.composite import text_of
 from ftjax.models.facts import read_object
 
 
@@ -21,7 +22,7 @@ def end_ids(config: Mapping[str, Any], settings: Mapping[str, Any], tokenizer: A
     token that closes an answer in its chat template.
     """
     stated = settings.get("eos_token_id")
-    stated = config.get("eos_token_id") if stated is None else stated
+    stated = text_of(config).get("eos_token_id") if stated is None else stated
     ids = [*stated] if isinstance(stated, list) else [stated]
     if tokenizer is not None:
         ids.append(tokenizer.eos_token_id)

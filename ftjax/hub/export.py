@@ -23,6 +23,7 @@ from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.written import describe
 from ftjax.mesh import make_mesh
 from ftjax.methods import method_of
+from ftjax.models.composite import text_of
 from ftjax.models.model import Model
 from ftjax.objectives import head_of
 
@@ -100,7 +101,8 @@ def _base_alone(adapter: Path, base: str | None) -> Config:
     base = base or base_of(adapter, read_adapter_config(adapter))
     if not base:
         raise UserError(f"{adapter}: its {CONFIG} names no base model; name it: ftjax export BASE --adapter {adapter} --merge")
-    dtype = read_hf_config(resolve_model(base)).get("dtype")
+    known = read_hf_config(resolve_model(base))
+    dtype = known.get("dtype") or text_of(known).get("dtype")
     own = {"dtype": dtype} if dtype in DTYPES else {}
     own |= {"tokenizer": str(adapter)} if (adapter / "tokenizer_config.json").is_file() else {}
     return config_of({"model": {"path": base, **own}, "data": {"train": "-"}})

@@ -12,12 +12,13 @@ from flax import nnx
 
 from ftjax.errors import UserError
 from ftjax.models.causal_lm import CausalLM
+from ftjax.models.composite import text_of, with_text
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.layers import Linear
 
 HEAD = "score"
 ARCHITECTURE = "ForSequenceClassification"
-OTHERS = ("granite",)  # families without such a class in transformers
+OTHERS = ("glm4_moe", "glm4_moe_lite", "granite", "granitemoe", "olmoe")  # families without such a class in transformers
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 
 
@@ -72,14 +73,13 @@ def classifier_config(
     from transformers import CONFIG_MAPPING
 
     name = CONFIG_MAPPING[kind].__name__.removesuffix("Config") + ARCHITECTURE
-    pad = config.get("pad_token_id")
+    pad = text_of(config).get("pad_token_id")
     return {
-        **config,
+        **with_text(config, pad_token_id=pad_token_id if pad is None else pad),
         "architectures": [name],
         "id2label": {str(number): label for number, label in enumerate(classes)},
         "label2id": {label: number for number, label in enumerate(classes)},
         "problem_type": problem_type,
-        "pad_token_id": pad_token_id if pad is None else pad,
     }
 
 

@@ -41,6 +41,7 @@ class Facts:
     Attributes:
         notes: remarks for the user.
         max_positions: rows of the table of learned positions; set by families with such a table, otherwise None.
+        carried: prefixes of the names of tensors that the model does not use and that an export keeps.
     """
 
     def __init__(self, values: Mapping[str, Any]):
@@ -49,6 +50,7 @@ class Facts:
         self.model_type: str = values["model_type"]
         self.notes: list[str] = []
         self.max_positions: int | None = None
+        self.carried: list[str] = []
 
     def __getitem__(self, name: str) -> Any:
         """Read a field that the family honours. Raises UserError if it is missing."""

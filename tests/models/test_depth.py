@@ -19,17 +19,25 @@ from ftjax.objectives.objective import LossInputs
 CONFIG = Config.model_validate({"model": {"path": "none"}, "data": {"train": "none"}})
 DEPTHS = (12, 36)  # whole periods of every family: the longest is six layers
 
+FEW = {"num_experts": 4, "num_experts_per_tok": 2}
+EXPERTS = {
+    "deepseek_v3": {"n_routed_experts": 16, "num_key_value_heads": 4},
+    "deepseek_v2": {"n_routed_experts": 16, "num_experts_per_tok": 4, "num_key_value_heads": 4},
+    "glm4_moe_lite": {"num_key_value_heads": 4},
+    "gpt_oss": {"num_local_experts": 4},
+    "qwen3_moe": FEW,
+    "qwen3_5_moe": FEW,
+    "qwen3_5_moe_text": FEW,
+    "qwen3_next": FEW,
+}
+
 
 def operations(family: str, layers: int) -> int:
     """Return the number of lines of the lowered gradient of a LoRA step."""
     values = {"n_layer" if family == "gpt2" else "num_hidden_layers": layers}
-    values |= (
-        {"num_experts": 4, "num_experts_per_tok": 2}
-        if family == "qwen3_moe"
-        else {"num_local_experts": 4}
-        if family == "gpt_oss"
-        else {}
-    )
+    values |= EXPERTS.get(family, {})
+    if FAMILIES[family].composite:
+        values = {"text_config": {"model_type": FAMILIES[family].module, **values}}
     facts = complete_config(hf_config(Case(family, family, values)).to_dict(), family)
     root = build_module(facts)
     config = LoraConfig(target_modules="all-linear")

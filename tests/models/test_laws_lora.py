@@ -4,9 +4,8 @@ import jax
 import numpy as np
 import pytest
 from cases import CASES, ONE_OF_EACH
-from oracle import hf_logits, load, logits, make_hf, one_device, tokens, write_merged
+from oracle import hf_logits, load, load_hf, logits, make_hf, one_device, tokens, write_merged
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from ftjax.config import LoraConfig
 from ftjax.hub.adapter.peft import load_adapter, write_adapter
@@ -31,7 +30,7 @@ def test_adapter_and_merged_folder(case, tmp_path):
     write_adapter(adapter, model, params, config, str(base))
     ids = tokens(2, 20)
     got = logits(model, params, ids)
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    theirs = PeftModel.from_pretrained(load_hf(base), adapter)
     np.testing.assert_allclose(got, hf_logits(theirs, ids), atol=1e-4, rtol=0)
     assert np.abs(got - hf_logits(hf, ids)).max() > 1e-2, "the adapter has no effect, so nothing was compared"
     again = load_adapter(model, adapter, one_device())
@@ -39,4 +38,4 @@ def test_adapter_and_merged_folder(case, tmp_path):
         np.testing.assert_array_equal(value, params[path])
     merged.mkdir()
     write_merged(merged, model, params, config, base)
-    np.testing.assert_allclose(got, hf_logits(AutoModelForCausalLM.from_pretrained(merged), ids), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(got, hf_logits(load_hf(merged), ids), atol=1e-4, rtol=0)

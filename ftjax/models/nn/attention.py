@@ -142,20 +142,22 @@ def attend(
         k_segments: None for a KV cache, whose rows are one document each.
         offset: slot of the first query, per row or the same for all.
         pattern: scale, window and softcap of this layer.
-        backend: the result of `choose`. Attention over a KV cache (few queries, so few scores), with a prefix, or with values
-            of another size than keys falls back to plain XLA.
+        backend: the result of `choose`. Attention over a KV cache (few queries, so few scores) or with a prefix falls back to
+            plain XLA.
         sinks: a learned score per head that takes part in the softmax without a value (gpt-oss); or None.
         prefix: keys and values that precede every document, and a mask of who sees them; or None.
     """
-    if backend in ("cudnn", AUTO_CUDNN) and (reason := missing_for(pattern, sinks, q.dtype, q.shape[-1])):
+    size, values = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    if backend in ("cudnn", AUTO_CUDNN) and (reason := missing_for(pattern, sinks, q.dtype, size)):
         if backend == "cudnn":
             raise UserError(f"model.attention: cudnn cannot compute this model: {reason}; auto uses xla for such layers")
         backend = "xla"
-    other_values = v.shape[-1] != q.shape[-1]  # the kernels support a single head size
-    if backend == "xla" or k_segments is not q_segments or prefix is not None or other_values:
+    if backend == "xla" or k_segments is not q_segments or prefix is not None:
         return xla(q, k, v, q_segments, k_segments, offset, pattern, sinks, prefix)
     kernel = KERNELS["cudnn" if backend == AUTO_CUDNN else backend]
-    return on_each_device(partial(_with_pattern, kernel, pattern), q, k, v, q_segments, sinks)
+    # The kernels support a single head size; zeros change neither scores nor the other values.
+    q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, size - x.shape[-1]),)) if x.shape[-1] < size else x for x in (q, k, v))
+    return on_each_device(partial(_with_pattern, kernel, pattern), q, k, v, q_segments, sinks)[..., :values]
 
 
 def _with_pattern(kernel, pattern, q, k, v, segments, sinks):
@@ -172,6 +174,7 @@ def self_attention(
     cache: Memories,
     sinks: Float[Array, " N"] | None = None,
     name: str = "",
+    rotate: Callable[..., jax.Array] = apply,
 ) -> tuple[Float[Array, "B T _"], Memories]:
     """Compute attention of q over the cache and the tokens' k and v; return it, heads side by side, and the cache.
 
@@ -179,10 +182,11 @@ def self_attention(
 
     Args:
         k, v: None in a layer that shares those of the last layer that wrote under `name` (`ftjax.models.nn.memory`).
+        rotate: applies RoPE, to pairs of dimensions as the family's weights have them.
     """
     b, t = q.shape[:2]
     if ctx.rope is not None:
-        q, k = apply(q, *ctx.rope), None if k is None else apply(k, *ctx.rope)
+        q, k = rotate(q, *ctx.rope), None if k is None else rotate(k, *ctx.rope)
     q = constrain(q, "batch", "length", "heads", None)
     segments, offset = ctx.segment_ids, 0
     if cache is not None:

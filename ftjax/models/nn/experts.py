@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from ftjax.mesh import fitting
 from ftjax.models.nn.context import Context
-from ftjax.models.nn.layers import activation, project
+from ftjax.models.nn.layers import Linear, activation, project
 from ftjax.models.nn.param import Init, Layout, param
 from ftjax.models.nn.remat import saved_product
 
@@ -270,13 +270,34 @@ def balance_loss(sums: dict[str, Float[Array, " X"]], layers: int, segment_ids: 
 class SparseMoe(nnx.Module):
     """A router and its experts, under transformers' names."""
 
-    def __init__(self, router: Router, experts: nnx.Module, name: str = "gate"):
-        """`name` is the attribute name of the router."""
+    def __init__(self, router: nnx.Module, experts: nnx.Module, name: str = "gate", shared: nnx.Module | None = None):
+        """Hold a router, which is called like `Router`, and its experts.
+
+        Args:
+            name: attribute name of the router.
+            shared: a feed-forward layer that every token goes through too.
+        """
         self.gate = router if name == "gate" else None
         self.router = router if name == "router" else None
-        self.experts = experts
+        self.experts, self.shared_experts = experts, shared
 
     def __call__(self, x: Float[Array, "B T E"], ctx: Context) -> tuple[Float[Array, "B T E"], dict[str, Float32[Array, " X"]]]:
         """Return the output and `statistics`."""
         logits, chosen, weights = (self.gate or self.router)(x)
-        return self.experts(x, chosen, weights), statistics(logits, chosen, ctx.segment_ids)
+        y = self.experts(x, chosen, weights)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x, ctx)
+        return y, statistics(logits, chosen, ctx.segment_ids)
+
+
+class SharedMoe(SparseMoe):
+    """Experts beside one that every token uses, multiplied by the sigmoid of a gate."""
+
+    def __init__(self, router: Router, experts: nnx.Module, shared: nnx.Module, embed: int):
+        super().__init__(router, experts)
+        self.shared_expert = shared
+        self.shared_expert_gate = Linear(embed, 1, ("embed", "gate"))
+
+    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+        y, sums = super().__call__(x, ctx)
+        return y + jax.nn.sigmoid(self.shared_expert_gate(x, ctx)) * self.shared_expert(x, ctx), sums

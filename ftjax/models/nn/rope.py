@@ -25,7 +25,7 @@ _KEYS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
         "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-        "mscale_all_dim", "truncate",
+        "mscale_all_dim", "truncate", "llama_4_scaling_beta",
     },
     "longrope": {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"},
 }  # fmt: skip
@@ -113,6 +113,18 @@ def apply(x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[
     return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
 
 
+def apply_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the first `2 * cos.shape[-1]` dimensions of each head of x `[B, T, N, H]`, where a pair is two neighbours.
+
+    `apply` instead pairs each dimension of the first half with one of the second.
+    """
+    size = 2 * cos.shape[-1]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    a, b = x[..., :size:2].astype(jnp.float32), x[..., 1:size:2].astype(jnp.float32)
+    rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(*x.shape[:-1], size).astype(x.dtype)
+    return rotated if size == x.shape[-1] else jnp.concatenate([rotated, x[..., size:]], axis=-1)
+
+
 def longest_text(parameters: Mapping[str, Any], max_position_embeddings: int) -> int:
     """Return the maximum text length in tokens: that of config.json, or a longer one that RoPE scaling extends it to.
 
@@ -133,11 +145,9 @@ def unread(parameters: Mapping[str, Any]) -> list[str]:
     """Return the keys of `rope_parameters` that are set but not read by transformers for their type, such as `finetuned` of
     early YaRN models and `short_mscale` of Phi-3.5 MoE."""
     known = _KEYS.get(parameters.get("rope_type", "default"), set()) | {
-        "rope_type",
-        "type",
-        "rope_theta",
-        "partial_rotary_factor",
-    }
+        "rope_type", "type", "rope_theta", "partial_rotary_factor",
+        "mrope_section", "mrope_interleaved",  # of the positions in an image; those of a text are equal
+    }  # fmt: skip
     return sorted(key for key, value in parameters.items() if key not in known and value is not None)
 
 

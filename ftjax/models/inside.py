@@ -1,0 +1,53 @@
+"""Text models under the names that they have in a composite checkpoint (`ftjax.models.composite`).
+
+`model.layers.0...` becomes `model.language_model.layers.0...`, so that tensors, PEFT's keys and LoRA's targets are those of the
+class with which people load the whole checkpoint.
+
+Legend: B batch, T query length, E embed.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ftjax.models.causal_lm import CausalLM
+from ftjax.models.composite import TEXT, TIED, Composite
+from ftjax.models.facts import Facts
+from ftjax.models.nn.context import Context
+
+
+class Inside(nnx.Module):
+    """A composite model that has its text model alone, under the name that it has there."""
+
+    def __init__(self, text: nnx.Module, name: str):
+        self.name = name
+        setattr(self, name, text)
+
+    @property
+    def text(self) -> nnx.Module:
+        return vars(self)[self.name]
+
+    @property
+    def embed_tokens(self) -> nnx.Module:
+        return self.text.embed_tokens
+
+    def __call__(self, tokens: jax.Array, ctx: Context, cache: Any = None):
+        """Map tokens `[B, T]` to `(hidden states [B, T, E], cache, auxiliary loss)`."""
+        return self.text(tokens, ctx, cache)
+
+
+def text_facts(facts: Facts, composite: Composite) -> Facts:
+    """Return the fields of the text model; fields of the other parts are marked as read."""
+    facts.inert(*composite.inert)
+    return Facts({**facts[TEXT], TIED: facts[TIED]})
+
+
+def put_inside(root: CausalLM, composite: Composite) -> None:
+    """Give a text model its name in the composite model, in place."""
+
+    def inside(module: str) -> str:
+        return module.replace("model.", f"model.{composite.name}.", 1) if module.startswith("model.") else module
+
+    root.model = Inside(root.model, composite.name)
+    root.embedding, root.output = inside(root.embedding), inside(root.output)
