@@ -17,7 +17,8 @@ from ftjax.hub.load import open_model
 from ftjax.hub.model_folder import from_source, model_tensors
 from ftjax.mesh import make_mesh
 
-WITH_LOSS = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe")  # families with a load-balancing loss in transformers
+# Families with a load-balancing loss in transformers.
+WITH_LOSS = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe", "qwen3_next")
 ROUTED = [case for case in CASES if hasattr(hf_config(case), "num_experts_per_tok") and "all-dense" not in case.name]
 MOE = [case for case in ROUTED if ALL or case.model_type not in LIKE]
 FUSED = [case for case in MOE if case.model_type != "gpt_oss"]
