@@ -77,8 +77,8 @@ def warnings_of(report: DataReport, broken: list[str], masked: list[str], encodi
     for name, other in (("wanted", "unwanted"), ("unwanted", "wanted")):
         if notes[name] and not notes[other]:
             found.append(
-                f"all {notes[name]:,} answers are {name}: there is nothing to tell them from, so the model learns little but to "
-                f"make every answer {'likely' if name == 'wanted' else 'unlikely'}. Add {other} answers (label "
+                f"all {notes[name]:,} answers are {name}: there is nothing to tell them from, so the model learns little but "
+                f"to make every answer {'likely' if name == 'wanted' else 'unlikely'}. Add {other} answers (label "
                 f"{str(other == 'wanted').lower()})"
             )
     if notes["partner shortened"]:
