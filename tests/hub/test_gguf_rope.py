@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf.rope import llama3_factors, rope_parameters
+from ftjax.hub.gguf.rope import FACTORS, llama3_factors, rope_parameters
 
 
 def frequencies(parameters: dict, head_dim: int, length: int = 131072) -> tuple[np.ndarray, float]:
@@ -39,36 +39,36 @@ def test_llama3_is_found_in_its_factors(tmp_path, head_dim, theta, asked):
     scaled, _ = frequencies(original, head_dim)
     factors = (plain / scaled).astype(np.float32)
     np.testing.assert_allclose(llama3_factors(theta, head_dim // 2, asked), factors, rtol=1e-5)
-    found = rope_parameters(tmp_path, {"freq_base": theta, "dimension_count": head_dim}, head_dim, factors)
+    found = rope_parameters(tmp_path, {"freq_base": theta, "dimension_count": head_dim}, head_dim, {FACTORS: factors}, context=0)
     if asked["low_freq_factor"] == 1.0:
         assert found == original
     np.testing.assert_allclose(frequencies(found, head_dim)[0], scaled, rtol=2e-5)
 
 
 def test_factors_of_one_are_no_scaling(tmp_path):
-    found = rope_parameters(tmp_path, {"freq_base": 1e4}, 8, np.ones(4, np.float32))
+    found = rope_parameters(tmp_path, {"freq_base": 1e4}, 8, {FACTORS: np.ones(4, np.float32)}, context=0)
     assert found == {"rope_type": "default", "rope_theta": 1e4}
 
 
 def test_other_factors_are_refused(tmp_path):
     factors = np.linspace(1, 9, 32, dtype=np.float32)
     with pytest.raises(UserError, match=r"rope_freqs\.weight\) that is not Llama 3's"):
-        rope_parameters(tmp_path, {"freq_base": 5e5}, 64, factors)
+        rope_parameters(tmp_path, {"freq_base": 5e5}, 64, {FACTORS: factors}, context=0)
     with pytest.raises(UserError, match="both linear scaling and a table"):
-        rope_parameters(tmp_path, {"scaling.type": "linear", "scaling.factor": 2.0}, 64, factors)
+        rope_parameters(tmp_path, {"scaling.type": "linear", "scaling.factor": 2.0}, 64, {FACTORS: factors}, context=0)
 
 
 @pytest.mark.parametrize(
     "keys", [{"scaling.type": "linear", "scaling.factor": 2.5}, {"scale_linear": 2.5}, {"scaling.factor": 2.5}]
 )
 def test_linear(tmp_path, keys):
-    found = rope_parameters(tmp_path, {"freq_base": 10000.0, **keys}, 64, None)
+    found = rope_parameters(tmp_path, {"freq_base": 10000.0, **keys}, 64, {}, context=0)
     assert found == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 
 
 @pytest.mark.parametrize("keys", [{}, {"scaling.type": "none", "scaling.factor": 4.0}, {"scaling.factor": 1.0}])
 def test_none(tmp_path, keys):
-    assert rope_parameters(tmp_path, keys, 64, None) == {"rope_type": "default", "rope_theta": 10000.0}
+    assert rope_parameters(tmp_path, keys, 64, {}, context=0) == {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @pytest.mark.parametrize("attention", [None, 0.5])
@@ -77,7 +77,7 @@ def test_yarn(tmp_path, attention):
     keys = {"scaling.type": "yarn", "scaling.factor": 16.0, "scaling.original_context_length": 4096, "scaling.finetuned": True}
     if attention is not None:
         keys |= {"scaling.attn_factor": attention, "scaling.yarn_beta_fast": 16.0, "scaling.yarn_beta_slow": 2.0}
-    found = rope_parameters(tmp_path, {"freq_base": 10000.0, **keys}, 64, None)
+    found = rope_parameters(tmp_path, {"freq_base": 10000.0, **keys}, 64, {}, context=0)
     inv_freq, scale = frequencies(found, 64, 65536)
     assert scale == pytest.approx((attention or 1.0) * (1 + 0.1 * np.log(16.0)))
     plain, _ = frequencies({"rope_type": "default", "rope_theta": 10000.0}, 64)
@@ -91,4 +91,4 @@ def test_yarn(tmp_path, attention):
 
 def test_unknown_settings_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"scaling\.yarn_ext_factor"):
-        rope_parameters(tmp_path, {"freq_base": 1e4, "scaling.yarn_ext_factor": 0.5}, 64, None)
+        rope_parameters(tmp_path, {"freq_base": 1e4, "scaling.yarn_ext_factor": 0.5}, 64, {}, context=0)
