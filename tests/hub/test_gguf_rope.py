@@ -39,7 +39,8 @@ def test_llama3_is_found_in_its_factors(tmp_path, head_dim, theta, asked):
     scaled, _ = frequencies(original, head_dim)
     factors = (plain / scaled).astype(np.float32)
     np.testing.assert_allclose(llama3_factors(theta, head_dim // 2, asked), factors, rtol=1e-5)
-    found = rope_parameters(tmp_path, {"freq_base": theta, "dimension_count": head_dim}, head_dim, {FACTORS: factors}, context=0)
+    keys = {"freq_base": theta, "dimension_count": head_dim}
+    found = rope_parameters(tmp_path, keys, head_dim, {FACTORS: factors}, context=0)
     if asked["low_freq_factor"] == 1.0:
         assert found == original
     np.testing.assert_allclose(frequencies(found, head_dim)[0], scaled, rtol=2e-5)

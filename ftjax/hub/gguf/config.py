@@ -42,7 +42,8 @@ class Settings:
             return value[0] if isinstance(value, list) else value
         if default:
             return default[0]
-        raise UserError(f"{self.path}: the file lacks {self.start}{key}; it is damaged or was not made by llama.cpp's converter")
+        lacks = f"the file lacks {self.start}{key}"
+        raise UserError(f"{self.path}: {lacks}; it is damaged or was not made by llama.cpp's converter")
 
     def finish(self) -> None:
         """Raise UserError for settings that nobody took, unless they have no effect."""

@@ -12,7 +12,18 @@ from typing import Any
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf.layout import Change, Experts, Interleaved, One, Part, Plus, Same, Transposed, grouped_rows, interleaved_rows
+from ftjax.hub.gguf.layout import (
+    Change,
+    Experts,
+    Interleaved,
+    One,
+    Part,
+    Plus,
+    Same,
+    Transposed,
+    grouped_rows,
+    interleaved_rows,
+)
 
 Config = Mapping[str, Any]
 
@@ -89,6 +100,7 @@ class Family:
         ropes: types of RoPE that llama.cpp computes for this architecture.
         partial_rope: whether a part of each head may rotate.
         local_rope: whether layers with windows have a RoPE of their own.
+        one_theta: whether llama.cpp uses one `rope_theta` for both all the same.
         rounded_yarn: YaRN's bounds may be rounded though config.json says not to.
         windows: if llama.cpp has sliding windows for this architecture: every n-th layer is without one where a file does not
             say which.
@@ -107,6 +119,7 @@ class Family:
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
     partial_rope: bool = False
     local_rope: bool = False
+    one_theta: bool = False
     rounded_yarn: bool = False
     windows: int | None = None
     always_windows: bool = False
@@ -164,7 +177,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "smollm3": Family(MODEL_ARCH.SMOLLM3, only=(silu(), NO_BIAS, NO_MLP_BIAS, EVERY_FOURTH), changes=ROTATED),
     "olmo2": Family(MODEL_ARCH.OLMO2, fixed_heads=True, copied_output=True),
-    "olmo3": Family(MODEL_ARCH.OLMO2, local_rope=True, windows=4, fixed_heads=True, copied_output=True),
+    "olmo3": Family(MODEL_ARCH.OLMO2, local_rope=True, one_theta=True, windows=4, fixed_heads=True, copied_output=True),
     "granite": Family(
         MODEL_ARCH.GRANITE,
         LLAMA | {

@@ -23,7 +23,13 @@ ORIGINAL_LENGTH, HIGH_FREQ_FACTOR = 8192, 4.0  # of the same releases, used if t
 
 
 def rope_parameters(
-    path: Path, rope: Mapping[str, Any], head_dim: int, factors: Mapping[str, np.ndarray], *, context: int, partial: bool = False
+    path: Path,
+    rope: Mapping[str, Any],
+    head_dim: int,
+    factors: Mapping[str, np.ndarray],
+    *,
+    context: int,
+    partial: bool = False,
 ) -> dict[str, Any]:
     """Return `rope_parameters` as transformers writes them.
 
@@ -99,9 +105,7 @@ def rope_parameters(
     return {**parameters, "rope_type": "llama3", **found}
 
 
-def rope_keys(
-    parameters: Mapping[str, Any], head_dim: int, context: int, *, truncated: bool = False
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def rope_keys(parameters: Mapping[str, Any], head_dim: int, context: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return `(the keys under `llama.rope.` without that prefix, tensors with factors by name)`; the inverse of
     `rope_parameters`.
 
@@ -109,7 +113,6 @@ def rope_keys(
         parameters: as standardised by transformers, of one RoPE.
         head_dim: dimensions of a head.
         context: the longest text in tokens (`max_position_embeddings`).
-        truncated: whether YaRN's bounds may be rounded to whole dimensions, as llama.cpp always rounds them.
 
     Raises UserError if llama.cpp has no such RoPE.
     """
@@ -125,7 +128,7 @@ def rope_keys(
         return keys, {FACTORS: llama3_factors(theta, pairs, parameters).astype(np.float32)}
     original = parameters.get("original_max_position_embeddings") or context
     factor = float(parameters.get("factor") or context / original)
-    if kind == "yarn" and (truncated or parameters.get("truncate") is not False):
+    if kind == "yarn" and parameters.get("truncate") is not False:  # llama.cpp always rounds YaRN's bounds
         keys |= {"scaling.type": "yarn", "scaling.factor": factor, "scaling.original_context_length": int(original)}
         if not math.isclose(attention := rope.scaling / _yarn_attention(factor), 1.0, rel_tol=1e-6):
             keys["scaling.attn_factor"] = attention

@@ -92,8 +92,8 @@ def _rope(
         if kind not in known:
             where = " in layers with windows" if one is local else ""
             raise UserError(
-                f"this {config['model_type']} model cannot be written as GGUF: its RoPE is of type {kind}{where}, but llama.cpp "
-                f"has only {', '.join(known)} for this architecture ({family.architecture})"
+                f"this {config['model_type']} model cannot be written as GGUF: its RoPE is of type {kind}{where}, but "
+                f"llama.cpp has only {', '.join(known)} for this architecture ({family.architecture})"
             )
     if parameters.get("rope_type") == "longrope" and config.get("original_max_position_embeddings"):
         parameters = {"original_max_position_embeddings": config["original_max_position_embeddings"], **parameters}
@@ -103,4 +103,6 @@ def _rope(
     keys, factors = rope_keys(parameters, sizes.head_dim, config["max_position_embeddings"])
     if local is not None:
         keys["freq_base_swa"] = float(local["rope_theta"])
+        if family.one_theta and keys["freq_base_swa"] != keys["freq_base"]:
+            raise _refused(family, config, "rope_parameters", "one rope_theta for all layers")
     return keys, factors
