@@ -65,9 +65,9 @@ def silu(name: str = "hidden_act") -> Only:
     return Only(name, ("silu", "swish"))
 
 
-def gelu(name: str) -> Only:
+def gelu(name: str, first: str = "gelu_pytorch_tanh") -> Only:
     # llama.cpp computes every GELU by its approximation with tanh, from a table in float16.
-    return Only(name, ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu"))
+    return Only(name, tuple(dict.fromkeys((first, "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu"))))
 
 
 def score_scalar(wide: int) -> Only:
@@ -202,14 +202,18 @@ FAMILIES: dict[str, Family] = {
             "attention.head_count": "n_head", "attention.layer_norm_epsilon": "layer_norm_epsilon",
         },
         only=(
-            gelu("activation_function"), Only("scale_attn_weights", (True,)), Only("scale_attn_by_inverse_layer_idx", (False,)),
+            gelu("activation_function", "gelu_new"), Only("scale_attn_weights", (True,)),
+            Only("scale_attn_by_inverse_layer_idx", (False,)),
         ),
         changes={r"\.(c_attn|c_proj|c_fc)\.weight": lambda _: Transposed()}, ropes=(), fixed_heads=True,
     ),
     "gpt_neox": Family(
         MODEL_ARCH.GPTNEOX,
-        SIZES | {"attention.layer_norm_epsilon": "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"},
-        only=(gelu("hidden_act"), Only("attention_bias", (True,))),
+        {
+            **{key: name for key, name in SIZES.items() if key != "attention.head_count_kv"},
+            "attention.layer_norm_epsilon": "layer_norm_eps", "use_parallel_residual": "use_parallel_residual",
+        },
+        only=(gelu("hidden_act", "gelu"), Only("attention_bias", (True,))),
         changes={r"\.query_key_value\.(weight|bias)": lambda c: grouped_rows(c["num_attention_heads"])},
         partial_rope=True, fixed_heads=True, copied_output=True,
     ),

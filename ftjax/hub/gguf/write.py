@@ -115,9 +115,9 @@ def _place(part: Part) -> tuple[int, str]:
 def write_file(path: Path, architecture: str, values: Mapping[str, Any], tensors: Sequence[Stored]) -> None:
     """Write a GGUF file, which appears under its name only when complete."""
     partial = path.with_name(path.name + ".partial")
+    writer = GGUFWriter(partial, architecture)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer = GGUFWriter(partial, architecture)
         for key, value in values.items():
             _add(writer, key, value)
         for tensor in tensors:
@@ -132,6 +132,7 @@ def write_file(path: Path, architecture: str, values: Mapping[str, Any], tensors
     except OSError as error:
         raise UserError(f"{path}: could not be written: {error.strerror or error}; nothing was left half-written") from None
     finally:
+        writer.close()
         partial.unlink(missing_ok=True)
 
 
