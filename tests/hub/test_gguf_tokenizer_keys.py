@@ -139,7 +139,7 @@ def test_refused():
     unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0), ("b", -1.0)], unk_id=0)))
     with pytest.raises(UserError, match="of type Unigram"):
         keys_of(unigram)
-    with pytest.raises(UserError, match="it has the id 600, and the model 300 rows"):
+    with pytest.raises(UserError, match=r"it has the id \d+, and the model 300 rows"):
         keys_of(byte_level(), rows=300)
     tokenizer = byte_level()
     parts = [
@@ -197,7 +197,7 @@ def test_a_space_before_the_first_word_alone(llama):
     keys, notes = keys_of(changed(AutoTokenizer.from_pretrained(llama), first, **options), 512)
     assert keys["add_space_prefix"] is False and "not for plain text such as" in notes[0]
     keys, notes = keys_of(changed(AutoTokenizer.from_pretrained(llama), first, **{**options, "chat_template": None}), 512)
-    assert keys["add_space_prefix"] is True and not notes
+    assert keys["add_space_prefix"] is True and notes == ["llama.cpp gives the same ids but for texts such as ' a'"]
 
 
 def test_merges_without_scores_are_refused(llama):
