@@ -225,7 +225,7 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise UserError(
             f"model_type {model_type!r} cannot be written as GGUF; ftjax writes {', '.join(sorted(FAMILIES))}. Export a folder "
-            "(--merge), and try llama.cpp's convert_hf_to_gguf.py on it"
+            "(--merge) instead"
         )
     return FAMILIES[model_type]
 
