@@ -14,7 +14,7 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 HEAD = "ForSequenceClassification"
 # Model types with which mlx-lm gives ftjax's tokens (tests/hub/test_mlx.py).
 MLX = {
-    "gemma", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2",
+    "gemma", "gemma3_text", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2",
     "qwen3", "qwen3_moe", "smollm3",
 }  # fmt: skip
 

@@ -10,20 +10,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from gguf_cases import WRITTEN, make_base
+from gguf_cases import WRITTEN, adapted, make_base
 from gguf_writing import demo_model
-from oracle import load, logits, one_device
+from oracle import load, logits
 from processes import ALL
 
 from ftjax.config import LoraConfig, ModelConfig
-from ftjax.hub.adapter.peft import write_adapter
 from ftjax.hub.export_gguf import export_gguf
-from ftjax.hub.load import init_params
 from ftjax.hub.tokenizer.load import load_tokenizer
-from ftjax.methods import lora
 
 HERE = Path(__file__).parent
 KEPT = HERE.parents[1] / ".cache" / "node-llama-cpp-3.22.1"  # where tests/hub/test_llama_cpp.py installs it
@@ -101,21 +97,6 @@ def test_a_real_model_through_its_chat_template(node, tmp_path):
     [answer] = told(node, tmp_path, [{"file": str(tmp_path / "model.gguf"), "texts": texts, "count": COUNT}])
     assert answer["template"] == tokenizer.chat_template and tokenizer.eos_token_id in answer["ends"]
     assert_same_tokens(answer, texts, tokenizer, *load(base))
-
-
-def adapted(base: Path, folder: Path, method: LoraConfig):
-    """Write an adapter with random weights; return the model and its parameters."""
-    model, params = load(base, lambda root: lora.attach(root, method))
-    params |= init_params({path: spec for path, spec in model.specs.items() if spec.row.adapter}, one_device(), 0)
-    rng = np.random.default_rng(0)
-    for path, spec in model.trainable.items():
-        value = np.zeros(spec.shape, np.float32)
-        for piece in spec.pieces():
-            value[piece.index] = rng.normal(size=piece.shape) * 0.3
-        params[path] = jax.device_put(value, params[path].sharding)
-    folder.mkdir()
-    write_adapter(folder, model, params, method, str(base))
-    return model, params
 
 
 ADAPTERS = {

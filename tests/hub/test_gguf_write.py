@@ -1,20 +1,26 @@
 """Tests GGUF files that ftjax writes: read back they are the model they were written from, in every family."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GGMLType
-from gguf_cases import WRITTEN, make_base
+from gguf_cases import WRITTEN, adapted, make_base
 from oracle import Case, hf_config
 from safetensors.numpy import load_file, save_file
+from verbs import ftjax
 
+from ftjax.config import LoraConfig
 from ftjax.errors import UserError
 from ftjax.hub.export_gguf import export_gguf
 from ftjax.hub.gguf.families import FAMILIES
 from ftjax.hub.gguf.file import open_gguf
+from ftjax.hub.gguf.layout import interleaved_rows
 from ftjax.hub.gguf.model import GGUFSource
 from ftjax.hub.gguf.settings import gguf_settings
 from ftjax.hub.load import open_model
+from ftjax.hub.model_folder import from_params, model_tensors
 from ftjax.models.facts import complete_config
 from ftjax.models.model import Model, build_module
 from ftjax.models.registry import FAMILIES as MODELS
@@ -163,6 +169,68 @@ def test_what_llama_cpp_computes_otherwise_is_refused(model_type, values, said):
 
 def test_every_family_that_is_written_is_one_that_is_trained():
     assert set(FAMILIES) <= set(MODELS)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Return `(a base model, an adapter for it, the merged weights by Hugging Face name)`."""
+    base = make_base(WRITTEN["llama"], tmp_path / "base")
+    settings = LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2})
+    model, params = adapted(base, tmp_path / "adapter", settings)
+    merged = {tensor.name: tensor.data() for tensor in model_tensors(model, from_params(params), params, settings, np.float32)}
+    return base, tmp_path / "adapter", merged
+
+
+def test_an_adapter_is_merged(adapter, tmp_path, capsys):
+    """The command line writes the merged weights, with the base that is given or that the adapter names."""
+    base, folder, merged = adapter
+    assert ftjax("export", str(folder), "--gguf", "f32", "--out", str(tmp_path / "named.gguf")) == 0
+    assert ftjax("export", str(base), "--adapter", str(folder), "--gguf", "f32", "--out", str(tmp_path / "given.gguf")) == 0
+    said = capsys.readouterr().out
+    assert "wrote a whole model (f32)" in said and f"ollama create named -f {tmp_path / 'named.Modelfile'}" in said
+    for file in (tmp_path / "named.gguf", tmp_path / "given.gguf"):
+        source = GGUFSource(file)
+        for name, tensor in merged.items():
+            assert np.array_equal(source.read(name), tensor), name
+    assert not np.array_equal(open_model(base)[1].read("model.layers.1.mlp.down_proj.weight"), tensor)
+
+
+def test_an_adapter_alone(adapter, tmp_path):
+    """Its product is the change of each weight, as the file has it; `--gguf` may stand without a type."""
+    base, folder, merged = adapter
+    for name, more in (("f32", ("--gguf",)), ("f16", ("--gguf", "f16"))):
+        assert ftjax("export", str(folder), *more, "--lora", "--out", str(tmp_path / f"{name}.gguf")) == 0
+    file, half = open_gguf(tmp_path / "f32.gguf"), open_gguf(tmp_path / "f16.gguf")
+    told = file.metadata
+    assert (told["general.type"], told["adapter.type"], told["adapter.lora.alpha"]) == ("adapter", "lora", 4.0)
+    assert len(file.tensors) == 2 * 2 * 2 and {tensor.type for tensor in half.tensors.values()} == {GGMLType.F16}
+    stored, own = open_model(base)[1], interleaved_rows(4)
+    for layer in range(2):
+        for gguf_name, name in (("attn_q", "self_attn.q_proj"), ("ffn_down", "mlp.down_proj")):
+            a, b = (file.read_rows(f"blk.{layer}.{gguf_name}.weight.lora_{end}", slice(None)) for end in "ab")
+            assert len(a) == 4
+            change = merged[f"model.layers.{layer}.{name}.weight"] - stored.read(f"model.layers.{layer}.{name}.weight")
+            want = own.stored(change) if gguf_name == "attn_q" else change
+            np.testing.assert_allclose(b @ a, want, atol=1e-5)
+    assert np.abs(want).max() > 0.01
+
+
+def test_adapters_that_llama_cpp_does_not_read(adapter, tmp_path):
+    _, folder, _ = adapter
+    with pytest.raises(UserError, match="an adapter is written as f32, f16, bf16, not as q8_0"):
+        export_gguf(str(folder), tmp_path / "x.gguf", asked="q8_0", lora=True)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**saved, "use_dora": True}))
+    with pytest.raises(UserError, match=r"llama\.cpp reads plain LoRA only, and this adapter has DoRA; ftjax export --merge"):
+        export_gguf(str(folder), tmp_path / "x.gguf", asked=None, lora=True)
+
+
+def test_flags(tmp_path, capsys):
+    out = str(tmp_path / "x.gguf")
+    assert ftjax("export", "base", "--lora", "--out", out) == 2
+    assert "--lora belongs to --gguf" in capsys.readouterr().err
+    assert ftjax("export", "base", "--gguf", "f16", "--portable", "--out", out) == 2
+    assert "leave the other options out" in capsys.readouterr().err
 
 
 def test_mistakes(tmp_path):

@@ -30,6 +30,8 @@ PUBLISHED = {
 # What mlx-lm 0.32.2 cannot load, or computes in another way than transformers.
 OTHERWISE = {
     "gemma2": "instead of",  # without windows
+    "mixtral-window": "instead of",  # without Llama 3's RoPE
+    "gpt2": "parameters not in model",  # under the names of the model without a head only
     "gpt-oss": "parameters not in model",  # in MXFP4 only
     "gpt-oss-plain": "parameters not in model",
     "ministral": "Model type ministral not supported",
