@@ -22,7 +22,7 @@ from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, read_pieces,
 
 # Texts on which tokenizers differ: spaces, line ends, digits, contractions, scripts, characters of several code points.
 PROBES = (
-    "Hello, world!", " a", "  two  spaces ", "line\n\nline\r\n\ttab", "In 2024 it cost 1234567.89 dollars (12 % more).",
+    "Hello, world!", " a", "  two  spaces   three     five       seven ", "line\n\nline\r\n\ttab", "In 2024 it cost 1234567.89 dollars (12 % more).",
     "I'm sure they'LL say it's 'fine', don't you?", "def f(x):\n    return x**2  # ok\n", "camelCaseWords HTTPServer ÉCOLE",
     "naïve café \u2013 “quoted” … 50€", "日本語のテキスト 漢字かな交じり文", "Привет, как дела? Ещё раз", "नमस्ते दुनिया",
     "العربية والعبرية עברית", "한국어 문장입니다.", "🙂🙂 👩‍👩‍👧 🇫🇷", "a/b//c https://example.org/?q=1&r=2", "----====____####",
@@ -142,10 +142,8 @@ def _kind(
 def _scores(model: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[Kind], folder: Path | None) -> list[float]:
     """Return SentencePiece's scores: those of its model, if it is at hand, or else numbers in the order of the merges."""
     pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    groups: dict[str, int] = {}
-    for left, right in pairs:
-        groups.setdefault(left + right, len(groups))
-    own = [-float(groups[piece]) if piece in groups else -float(len(groups)) for piece in tokens]
+    groups = _groups([left + right for left, right in pairs])
+    own = [-float(groups.get(piece, len(groups))) for piece in tokens]
     if folder is not None and (folder / SENTENCEPIECE).is_file():
         file = folder / SENTENCEPIECE
         known = read_pieces(file) or []
@@ -157,6 +155,20 @@ def _scores(model: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[Kin
     if not _in_order(own, tokens, kinds, pairs):
         raise _refused("its merges do not follow from a score of each token, as SentencePiece's do")
     return own
+
+
+def _groups(made: Sequence[str]) -> dict[str, int]:
+    """Return a number for each piece in the order in which merges make them, the same for pieces that alternate."""
+    first: dict[str, int] = {}
+    for number, piece in enumerate(made):
+        first.setdefault(piece, number)
+    last = {piece: number for number, piece in enumerate(made)}
+    found: dict[str, int] = {}
+    group, end = -1, -1
+    for piece, number in first.items():
+        group, end = (group + 1 if number > end else group), max(end, last[piece])
+        found[piece] = group
+    return found
 
 
 def _in_order(scores: Sequence[float], tokens: Sequence[str], kinds: Sequence[Kind], pairs: Sequence[tuple[str, ...]]) -> bool:
