@@ -22,7 +22,8 @@ from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, read_pieces,
 
 # Texts on which tokenizers differ: spaces, line ends, digits, contractions, scripts, characters of several code points.
 PROBES = (
-    "Hello, world!", " a", "  two  spaces   three     five       seven ", "line\n\nline\r\n\ttab", "In 2024 it cost 1234567.89 dollars (12 % more).",
+    "Hello, world!", " a", "  two  spaces   three     five       seven ", "line\n\nline\r\n\ttab",
+    "In 2024 it cost 1234567.89 dollars (12 % more).",
     "I'm sure they'LL say it's 'fine', don't you?", "def f(x):\n    return x**2  # ok\n", "camelCaseWords HTTPServer ÉCOLE",
     "naïve café \u2013 “quoted” … 50€", "日本語のテキスト 漢字かな交じり文", "Привет, как дела? Ещё раз", "नमस्ते दुनिया",
     "العربية والعبرية עברית", "한국어 문장입니다.", "🙂🙂 👩‍👩‍👧 🇫🇷", "a/b//c https://example.org/?q=1&r=2", "----====____####",
@@ -30,7 +31,7 @@ PROBES = (
 )  # fmt: skip
 TURNS = (
     ({"role": "user", "content": PROBES[0]},),
-    ({"role": "system", "content": "Be brief."}, {"role": "user", "content": PROBES[4]}),
+    ({"role": "system", "content": "Be brief."}, {"role": "user", "content": PROBES[5]}),
     tuple({"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(PROBES[:9])),
 )
 # llama.cpp ends an answer at these by their text (`special_eog_ids` in its src/llama-vocab.cpp).
@@ -141,24 +142,28 @@ def _kind(
 
 def _scores(model: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[Kind], folder: Path | None) -> list[float]:
     """Return SentencePiece's scores: those of its model, if it is at hand, or else numbers in the order of the merges."""
-    pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    plain = {piece for piece, kind in zip(tokens, kinds, strict=True) if kind in (Kind.NORMAL, Kind.UNUSED)}
+    split = (tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
+    pairs = [(left, right) for left, right in split if {left, right, left + right} <= plain]
     groups = _groups([left + right for left, right in pairs])
     own = [-float(groups.get(piece, len(groups))) for piece in tokens]
+    candidates = [own]
     if folder is not None and (folder / SENTENCEPIECE).is_file():
-        file = folder / SENTENCEPIECE
-        known = read_pieces(file) or []
+        known = read_pieces(folder / SENTENCEPIECE) or []
         if known and [*tokens[: len(known)]] == known:
-            stored = [piece.score for piece in read_proto(file).pieces]
-            theirs = stored + own[len(stored) :]
-            if _in_order(theirs, tokens, kinds, pairs):
-                return theirs
-    if not _in_order(own, tokens, kinds, pairs):
-        raise _refused("its merges do not follow from a score of each token, as SentencePiece's do")
-    return own
+            stored = [piece.score for piece in read_proto(folder / SENTENCEPIECE).pieces]
+            candidates.insert(0, stored + own[len(stored) :])
+    for scores in candidates:
+        score = dict(zip(tokens, scores, strict=True))
+        falling = [score[left + right] for left, right in pairs]
+        if falling == sorted(falling, reverse=True) and set(pairs) == set(merges(tokens, scores, kinds)):
+            return scores
+    raise _refused("its merges do not follow from a score of each token, as SentencePiece's do")
 
 
 def _groups(made: Sequence[str]) -> dict[str, int]:
-    """Return a number for each piece in the order in which merges make them, the same for pieces that alternate."""
+    """Return a number for each piece in the order in which merges make them, the same for runs of one character that
+    alternate, such as Gemma's of spaces."""
     first: dict[str, int] = {}
     for number, piece in enumerate(made):
         first.setdefault(piece, number)
@@ -166,18 +171,10 @@ def _groups(made: Sequence[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     group, end = -1, -1
     for piece, number in first.items():
-        group, end = (group + 1 if number > end else group), max(end, last[piece])
+        group += number > end or len(set(piece)) > 1
+        end = max(end, last[piece])
         found[piece] = group
     return found
-
-
-def _in_order(scores: Sequence[float], tokens: Sequence[str], kinds: Sequence[Kind], pairs: Sequence[tuple[str, ...]]) -> bool:
-    """Return whether these scores give these merges, in this order but for those of one piece."""
-    plain = {piece for piece, kind in zip(tokens, kinds, strict=True) if kind in (Kind.NORMAL, Kind.UNUSED)}
-    wanted = [(left, right) for left, right in pairs if {left, right, left + right} <= plain]
-    score = dict(zip(tokens, scores, strict=True))
-    falling = [score[left + right] for left, right in wanted]
-    return set(wanted) == set(merges(tokens, scores, kinds)) and falling == sorted(falling, reverse=True)
 
 
 def _special(tokenizer: Any, ends: Collection[int], rows: int) -> dict[str, int]:
