@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf.rope import FACTORS, llama3_factors, rope_parameters
+from ftjax.hub.gguf.rope import FACTORS, LONG, SHORT, llama3_factors, rope_keys, rope_parameters
 
 
 def frequencies(parameters: dict, head_dim: int, length: int = 131072) -> tuple[np.ndarray, float]:
@@ -93,3 +93,46 @@ def test_yarn(tmp_path, attention):
 def test_unknown_settings_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"scaling\.yarn_ext_factor"):
         rope_parameters(tmp_path, {"freq_base": 1e4, "scaling.yarn_ext_factor": 0.5}, 64, {}, context=0)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096, "factor": 32.0}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+        {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, **LLAMA3},
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32768},
+        {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32768,
+            "attention_factor": 1.25, "beta_fast": 16.0, "beta_slow": 2.0,
+        },
+        {**LONGROPE, "attention_factor": 1.25, "short_factor": [1.0, 1.5] * 16, "long_factor": [2.0, 4.0] * 16},
+    ],
+    ids=["default", "linear", "llama3", "yarn", "yarn-all", "longrope"],
+)  # fmt: skip
+def test_keys_and_tables_are_read_as_they_were_written(tmp_path, parameters):
+    keys, factors = rope_keys(parameters, 64, 131072)
+    kept = {key: float(np.float32(value)) if isinstance(value, float) else value for key, value in keys.items()}  # as in a file
+    found = rope_parameters(tmp_path, kept, 64, factors, context=131072)
+    assert found.keys() == parameters.keys()
+    for name, value in parameters.items():
+        assert found[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
+    assert set(factors) == (
+        {FACTORS} if "low_freq_factor" in parameters else {SHORT, LONG} if "long_factor" in parameters else set()
+    )
+
+
+def test_attention_factors_of_yarn():
+    """llama.cpp multiplies by 1 + 0.1 ln factor itself: the file gives what is left of the model's factor."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert "scaling.attn_factor" not in rope_keys(yarn, 64, 131072)[0]
+    left = rope_keys({**yarn, "mscale": 1.0, "mscale_all_dim": 1.0}, 64, 131072)[0]["scaling.attn_factor"]
+    assert left == pytest.approx(1 / (1 + 0.1 * np.log(4.0)))
+
+
+def test_what_llama_cpp_has_not_is_refused():
+    with pytest.raises(UserError, match="type dynamic cannot be written"):
+        rope_keys({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, 64, 4096)
