@@ -3,15 +3,16 @@
 import json
 
 import gguf
+import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GGMLType
 from gguf_cases import WRITTEN, adapted, make_base
-from oracle import Case, hf_config
+from oracle import Case, hf_config, load
 from safetensors.numpy import load_file, save_file
 from verbs import ftjax
 
-from ftjax.config import LoraConfig
+from ftjax.config import LoraConfig, MeshConfig
 from ftjax.errors import UserError
 from ftjax.hub.export_gguf import export_gguf
 from ftjax.hub.gguf.families import FAMILIES
@@ -21,6 +22,7 @@ from ftjax.hub.gguf.model import GGUFSource
 from ftjax.hub.gguf.settings import gguf_settings
 from ftjax.hub.load import open_model
 from ftjax.hub.model_folder import from_params, model_tensors
+from ftjax.mesh import make_mesh
 from ftjax.models.facts import complete_config
 from ftjax.models.model import Model, build_module
 from ftjax.models.registry import FAMILIES as MODELS
@@ -63,6 +65,17 @@ def test_a_model_comes_back_as_it_was(name, tmp_path):
     assert [rope.inv_freq for rope in ours.ropes] == [rope.inv_freq for rope in theirs.ropes]
     for mine, its in zip(ours.ropes, theirs.ropes, strict=True):
         assert its.scaling == pytest.approx(mine.scaling, rel=1e-6) and its.long_inv_freq == mine.long_inv_freq
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "gpt2", "gpt-neox"])
+def test_a_model_is_loaded_from_its_file(name, tmp_path):
+    """The same arrays reach the devices, in shards too, where tensors are stacked, cut or turned."""
+    base, file = written(name, tmp_path)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
+    (_, want), (_, found) = load(base, mesh=mesh), load(file, mesh=mesh)
+    assert want.keys() == found.keys()
+    for path, value in want.items():
+        assert found[path].sharding == value.sharding and np.array_equal(found[path], value), path
 
 
 def test_tensors_are_not_as_they_were(tmp_path):
