@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ftjax.errors import UserError
 from ftjax.hub.gguf.modelfile import frame_of, write_modelfile
 from ftjax.hub.gguf.pretokenizer import SPLITTINGS, names_of
+from ftjax.hub.gguf.scores import piece_scores
 from ftjax.hub.gguf.tokenizer import build_tokenizer
 from ftjax.hub.gguf.tokenizer_keys import Kind, model_name, tokenizer_keys
 
@@ -198,6 +199,31 @@ def test_a_space_before_the_first_word_alone(llama):
     assert keys["add_space_prefix"] is False and "not for plain text such as" in notes[0]
     keys, notes = keys_of(changed(AutoTokenizer.from_pretrained(llama), first, **{**options, "chat_template": None}), 512)
     assert keys["add_space_prefix"] is True and notes == ["llama.cpp gives the same ids but for texts such as ' a'"]
+
+
+def test_no_space_before_the_first_word(llama):
+    """Gemma's tokenizer replaces spaces and adds none."""
+
+    def gemmas(made):
+        made["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+
+    tokenizer = changed(AutoTokenizer.from_pretrained(llama), gemmas, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    keys, notes = keys_of(tokenizer, 512, folder=llama)
+    assert keys["add_space_prefix"] is False and not notes
+    again = build_tokenizer(Path("x"), keys)
+    for text in texts():
+        assert again(text).input_ids == tokenizer(text).input_ids, text
+
+
+def test_runs_of_one_character_may_have_one_score():
+    """The merges of Gemma's runs of spaces alternate, since their scores are the same."""
+    tokens = ["a", "aa", "aaa", "aaaa", "b", "ab"]
+    merges = [("aaa", "a"), ("aa", "aa"), ("aa", "a"), ("a", "aaa"), ("a", "aa"), ("a", "a"), ("a", "b")]
+    kinds = [Kind.NORMAL] * len(tokens)
+    assert piece_scores(merges, tokens, kinds, None) == [-3.0, -1.0, 0.0, 0.0, -3.0, -2.0]
+    assert piece_scores(merges[1:], tokens, kinds, None) is None  # SentencePiece would merge these, too
+    other = ["a", "b", "c", "ab", "bc", "abc"]
+    assert piece_scores([("ab", "c"), ("b", "c"), ("a", "bc"), ("a", "b")], other, kinds, None) is None
 
 
 def test_merges_without_scores_are_refused(llama):

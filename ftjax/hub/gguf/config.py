@@ -131,6 +131,8 @@ def _rope(file: GGUFFile, family: Family, settings: Settings, head_dim: int, con
     local = rope.pop("freq_base_swa", family.defaults.get("rope.freq_base_swa", rope.get("freq_base", 10000.0)))
     tables = {n: file.read_rows(n, slice(None)).astype(np.float32) for n in (FACTORS, SHORT, LONG) if n in file.tensors}
     found = rope_parameters(file.path, rope, head_dim, tables, context=context, partial=family.partial_rope)
+    if family.rounded_yarn and found["rope_type"] == "yarn":  # as published; llama.cpp rounds all the same
+        found["truncate"] = False
     original = {"original_max_position_embeddings": rope.get("scaling.original_context_length") or context}
     more = original if family.architecture == "phi3" else {}
     if family.local_rope:

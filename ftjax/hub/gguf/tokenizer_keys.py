@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 from ftjax.data.template import Template
 from ftjax.errors import UserError
 from ftjax.hub.gguf.pretokenizer import SPLITTINGS, names_of
+from ftjax.hub.gguf.scores import piece_scores
 from ftjax.hub.gguf.tokenizer import build_tokenizer
-from ftjax.hub.tokenizer.sentencepiece_bpe import BYTES, SPACE, Kind, merges
-from ftjax.hub.tokenizer.sentencepiece_folder import SENTENCEPIECE, read_pieces, read_proto
+from ftjax.hub.tokenizer.sentencepiece_bpe import BYTES, SPACE, Kind
 
 # Texts on which tokenizers differ: spaces, line ends, digits, contractions, scripts, characters of several code points.
 PROBES = (
@@ -79,7 +79,10 @@ def tokenizer_keys(
         candidates = [values]
     elif model.get("byte_fallback"):
         kinds = [_kind(index, tokens, pieces, added, unknown=model["unk_token"]) for index in range(rows)]
-        values = {"model": "llama", "pre": "default", "token_type": kinds, "scores": _scores(model, tokens, kinds, folder)}
+        scores = piece_scores(model["merges"], tokens, kinds, folder)
+        if scores is None:
+            raise _refused("its merges do not follow from a score of each token, as SentencePiece's do")
+        values = {"model": "llama", "pre": "default", "token_type": kinds, "scores": scores}
         candidates = [{**values, "add_space_prefix": prefix} for prefix in (True, False)]
     else:
         raise _refused("it is a BPE that is neither over bytes nor SentencePiece's")
@@ -138,43 +141,6 @@ def _kind(
         return Kind.BYTE
     # SentencePiece's pieces of several spaces: text has spaces there, so that merges find them and not the added token.
     return Kind.NORMAL if token is None or (unknown is not None and SPACE in text) else Kind.USER_DEFINED
-
-
-def _scores(model: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[Kind], folder: Path | None) -> list[float]:
-    """Return SentencePiece's scores: those of its model, if it is at hand, or else numbers in the order of the merges."""
-    plain = {piece for piece, kind in zip(tokens, kinds, strict=True) if kind in (Kind.NORMAL, Kind.UNUSED)}
-    split = (tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
-    pairs = [(left, right) for left, right in split if {left, right, left + right} <= plain]
-    groups = _groups([left + right for left, right in pairs])
-    own = [-float(groups.get(piece, len(groups))) for piece in tokens]
-    candidates = [own]
-    if folder is not None and (folder / SENTENCEPIECE).is_file():
-        known = read_pieces(folder / SENTENCEPIECE) or []
-        if known and [*tokens[: len(known)]] == known:
-            stored = [piece.score for piece in read_proto(folder / SENTENCEPIECE).pieces]
-            candidates.insert(0, stored + own[len(stored) :])
-    for scores in candidates:
-        score = dict(zip(tokens, scores, strict=True))
-        falling = [score[left + right] for left, right in pairs]
-        if falling == sorted(falling, reverse=True) and set(pairs) == set(merges(tokens, scores, kinds)):
-            return scores
-    raise _refused("its merges do not follow from a score of each token, as SentencePiece's do")
-
-
-def _groups(made: Sequence[str]) -> dict[str, int]:
-    """Return a number for each piece in the order in which merges make them, the same for runs of one character that
-    alternate, such as Gemma's of spaces."""
-    first: dict[str, int] = {}
-    for number, piece in enumerate(made):
-        first.setdefault(piece, number)
-    last = {piece: number for number, piece in enumerate(made)}
-    found: dict[str, int] = {}
-    group, end = -1, -1
-    for piece, number in first.items():
-        group += number > end or len(set(piece)) > 1
-        end = max(end, last[piece])
-        found[piece] = group
-    return found
 
 
 def _special(tokenizer: Any, ends: Collection[int], rows: int) -> dict[str, int]:
