@@ -220,7 +220,7 @@ def test_runs_of_one_character_may_have_one_score():
     tokens = ["a", "aa", "aaa", "aaaa", "b", "ab"]
     merges = [("aaa", "a"), ("aa", "aa"), ("aa", "a"), ("a", "aaa"), ("a", "aa"), ("a", "a"), ("a", "b")]
     kinds = [Kind.NORMAL] * len(tokens)
-    assert piece_scores(merges, tokens, kinds, None) == [-3.0, -1.0, 0.0, 0.0, -3.0, -2.0]
+    assert piece_scores(merges, tokens, kinds, None) == [-4.0, -1.0, 0.0, 0.0, -4.0, -2.0]
     assert piece_scores(merges[1:], tokens, kinds, None) is None  # SentencePiece would merge these, too
     other = ["a", "b", "c", "ab", "bc", "abc"]
     assert piece_scores([("ab", "c"), ("b", "c"), ("a", "bc"), ("a", "b")], other, kinds, None) is None
