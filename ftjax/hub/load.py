@@ -61,7 +61,7 @@ def _with_embedding(hf_config: Mapping[str, Any], source: TensorSource) -> Tenso
 def read_hf_config(path: Path) -> dict:
     """Read config.json of a model folder or a .gguf file as transformers completes it; weights need not be present."""
     if path.suffix == ".gguf":
-        from ftjax.hub.gguf.model import read_config as read_gguf_config
+        from ftjax.hub.gguf.config import read_config as read_gguf_config
 
         return complete_config(read_gguf_config(path), str(path))
     config = read_config(path)
