@@ -36,7 +36,7 @@ from jaxtyping import Array, Float32, Int
 
 from ftjax.chips import chip_of
 from ftjax.models.model import Model
-from ftjax.models.nn.experts import SparseMoe
+from ftjax.models.nn.experts import ExpertMatrices
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.layers import Embedding, LayerNorm, RMSNorm
 from ftjax.models.nn.param import Piece, Spec
@@ -130,7 +130,9 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     tables -= {f"{model.output}."}
     tables |= {f"{path}." for path, node in nodes.items() if isinstance(node, ShortConvolution)}
     experts = {
-        f"{path}.experts.": (node.gate or node.router).top_k for path, node in nodes.items() if isinstance(node, SparseMoe)
+        f"{path}.experts.": (getattr(node, "gate", None) or node.router).top_k
+        for path, node in nodes.items()
+        if isinstance(getattr(node, "experts", None), ExpertMatrices)
     }
 
     def weights(spec: Spec) -> float:

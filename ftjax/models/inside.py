@@ -43,11 +43,12 @@ def text_facts(facts: Facts, composite: Composite) -> Facts:
     return Facts({**facts[TEXT], TIED: facts[TIED]})
 
 
-def put_inside(root: CausalLM, composite: Composite) -> None:
-    """Give a text model its name in the composite model, in place."""
+def put_inside(root: CausalLM, facts: Facts, composite: Composite) -> None:
+    """Give a text model its name in the composite model, in place; so get the names of tensors that it ignores or carries."""
 
-    def inside(module: str) -> str:
-        return module.replace("model.", f"model.{composite.name}.", 1) if module.startswith("model.") else module
+    def inside(name: str) -> str:
+        return name.replace("model.", f"model.{composite.name}.", 1) if name.startswith("model.") else name
 
     root.model = Inside(root.model, composite.name)
     root.embedding, root.output = inside(root.embedding), inside(root.output)
+    root.ignored, facts.carried = tuple(map(inside, root.ignored)), list(map(inside, facts.carried))

@@ -104,7 +104,7 @@ def build_module(config: Mapping[str, Any]) -> CausalLM:
     note_unread(facts)
     if composite is not None:
         whole.finish()
-        put_inside(module, composite)
+        put_inside(module, facts, composite)
         facts.carried += composite.carried
     if classes_of(config):
         to_classifier(module, config)

@@ -33,6 +33,14 @@ OUTSIDE = (
 )
 PROJECTED = ("model.vision_tower.", "model.multi_modal_projector.")
 
+PARTS_OF_GEMMA4 = Composite(
+    ("model.vision_tower.", "model.vision_embedder.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio."),
+    (
+        "vision_config", "audio_config", "boi_token_id", "eoi_token_id", "image_token_id", "video_token_id", "boa_token_id",
+        "eoa_token_id", "eoa_token_index", "audio_token_id", "vision_soft_tokens_per_image",
+    ),
+)  # fmt: skip
+
 IMAGES_OF_QWEN = Composite(
     ("model.visual.",), ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 )
@@ -53,6 +61,22 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "gemma3_text": Family("gemma3_text", "google/gemma-3-1b-it", "Gemma 3, text only: five local layers to one global"),
+    "gemma4": Family(
+        "gemma4_text",
+        "google/gemma-4-E2B-it",
+        "Gemma 4; the text is trained, parts for images and sound are kept",
+        composite=PARTS_OF_GEMMA4,
+    ),
+    "gemma4_text": Family("gemma4_text", "google/gemma-4-E2B-it", "Gemma 4 without its parts for images and sound"),
+    "gemma4_unified": Family(
+        "gemma4_unified_text",
+        "google/gemma-4-12B-it",
+        "Gemma 4 12B; the text is trained, parts for images and sound are kept",
+        composite=PARTS_OF_GEMMA4,
+    ),
+    "gemma4_unified_text": Family(
+        "gemma4_unified_text", "google/gemma-4-12B-it", "Gemma 4 12B without its parts for images and sound"
+    ),
     "glm4": Family("glm4", "zai-org/GLM-4-9B-0414", "GLM-4-0414, dense"),
     "glm4_moe": Family("glm4_moe", "zai-org/GLM-4.5-Air", "GLM-4.5, 4.6, 4.7; routed and shared experts"),
     "glm4_moe_lite": Family("glm4_moe_lite", "zai-org/GLM-4.7-Flash", "GLM-4.7-Flash; latent attention, routed experts"),

@@ -27,6 +27,10 @@ WANT = {
         "sliding_window_pattern": 3,
     },
     "gemma3-ropes": {"rope_theta": 500.0, "rope_local_base_freq": 300.0, "rope_scaling": YARN},
+    "gemma4": {"rope_theta": "absent", "rope_scaling": "absent"},  # transformers 4 does not have it
+    "gemma4-images-and-sound": {},
+    "gemma4-unified": {"rope_theta": "absent", "rope_scaling": "absent"},
+    "gemma4-unified-images": {},
     "mixtral": {"rope_theta": 1e6, "rope_scaling": None, "num_local_experts": 4},
     "qwen3-moe": {**NONE, "num_experts": 6},
     "deepseek-v3": {

@@ -73,6 +73,60 @@ CASES: list[Case] = [
         },
         "max_position_embeddings": 32,
     }),
+    Case("gemma4", "gemma4_text", {
+        "head_dim": 12, "global_head_dim": 16, "num_key_value_heads": 2, "num_global_key_value_heads": 1,
+        "num_hidden_layers": 7, "sliding_window": 8, "num_kv_shared_layers": 3, "use_double_wide_mlp": True,
+        "layer_types": [*["sliding_attention", "full_attention"] * 2, "sliding_attention", "sliding_attention",
+                        "full_attention"],
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 98, "attention_k_eq_v": True,
+        "final_logit_softcapping": 6.0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": 16, "rms_norm_eps": 1e-3, "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 0.4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    }),
+    Case("gemma4-dense", "gemma4_text", {
+        "head_dim": 8, "global_head_dim": 8, "num_hidden_layers": 5, "sliding_window": 6, "tie_word_embeddings": False,
+        "attention_bias": True, "hidden_activation": "silu", "hidden_size_per_layer_input": 0, "num_key_value_heads": 4,
+        "use_bidirectional_attention": "vision",
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "rope_theta": 500.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.0},
+        },
+    }),
+    Case("gemma4-own-inputs", "gemma4_text", {
+        "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 6, "sliding_window": 6,
+        "hidden_size_per_layer_input": 10, "vocab_size_per_layer_input": 96, "final_logit_softcapping": 6.0,
+    }),
+    Case("gemma4-images-and-sound", "gemma4", {
+        "text_config": {
+            "model_type": "gemma4_text", "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 4, "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+        },
+        "vision_config": {**SIGLIP, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 8},
+        "audio_config": {
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "subsampling_conv_channels": [4, 4],
+            "output_proj_dims": 12,
+        },
+        "image_token_id": 200, "audio_token_id": 201, "video_token_id": 202,
+    }),
+    Case("gemma4-unified", "gemma4_unified_text", {
+        "head_dim": 12, "global_head_dim": 16, "num_key_value_heads": 2, "num_global_key_value_heads": 1,
+        "num_hidden_layers": 5, "sliding_window": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "attention_k_eq_v": True, "final_logit_softcapping": 6.0, "rms_norm_eps": 1e-3,
+    }),
+    Case("gemma4-unified-images", "gemma4_unified", {
+        "text_config": {
+            "model_type": "gemma4_unified_text", "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 3,
+            "sliding_window": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        "vision_config": {"patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 16, "mm_posemb_size": 8,
+                          "output_proj_dims": 16},
+        "audio_config": {"audio_embed_dim": 8}, "image_token_id": 200, "audio_token_id": 201, "video_token_id": 202,
+    }),
     Case("mixtral", "mixtral", {"num_local_experts": 4, "num_hidden_layers": 3, "output_router_logits": True}),
     Case("mixtral-window", "mixtral", {
         "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8, "head_dim": 12, "tie_word_embeddings": True,

@@ -20,7 +20,7 @@ from ftjax.models.registry import FAMILIES
 
 # Fields of every configuration class (names, labels, outputs of a call) that do not affect the model.
 COMMON = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"model_type"}
-CARRIED = {"vision_config", "projector_hidden_act"}  # of parts of a composite model that are not run
+CARRIED = {"audio_config", "vision_config", "projector_hidden_act"}  # of parts of a composite model that are not run
 BREAKS = {"text_config.rope_parameters.mrope_section"}  # transformers' code fails for other numbers of sections
 
 # Fields that change no logits in transformers, in any family ...
@@ -50,6 +50,14 @@ NO_EFFECT_IN = {
     "gpt_oss": {"hidden_act", "max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "granite": {"max_position_embeddings"},
     "gemma3": {"boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image"},
+    "gemma4": {
+        "audio_token_id", "boa_token_id", "boi_token_id", "eoa_token_index", "eoi_token_id", "image_token_id", "video_token_id",
+    },
+    "gemma4_text": {"max_position_embeddings"},
+    "gemma4_unified": {
+        "audio_token_id", "boa_token_id", "boi_token_id", "eoa_token_index", "eoi_token_id", "image_token_id", "video_token_id",
+    },
+    "gemma4_unified_text": {"max_position_embeddings"},
     "lfm2": {"block_multiple_of", "full_attn_idxs", "max_position_embeddings"},  # the first gives this width, or other weights
     "granitemoe": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "llama": {"max_position_embeddings", "pretraining_tp"},

@@ -218,18 +218,28 @@ class Experts(ExpertMatrices):
     INPUT_AXES = {"gate_up_proj": -1, "down_proj": -1}  # noqa: RUF012
 
     def __init__(
-        self, embed: int, mlp: int, experts: int, act: str, names: tuple[str, str, str], module: tuple[str, str] | None
+        self, embed: int, mlp: int, experts: int, act: str, names: tuple[str, str, str] | None, module: tuple[str, str] | None
     ):
-        """`names` are those of gate, up and down in checkpoints; `module` is the part of the module name that differs there."""
+        """Create abstract weights.
+
+        Args:
+            names: those of gate, up and down in checkpoints; None if checkpoints have the tensors of transformers' modules.
+            module: the part of the module name that differs in checkpoints.
+        """
         self.act = activation(act)
-        gate, up, down = names
+        of_two, of_one = (), ()
+        if names is not None:
+            gate, up, down = names
+            of_two, of_one = (
+                (Layout("{}.{}.weight", (None, (gate, up)), module),),
+                (Layout(f"{{}}.{down}.weight", (None,), module),),
+            )
         self.gate_up_proj = param(
             (experts, 2, mlp, embed), self.AXES["gate_up_proj"], "gate_up_proj", hf_shape=(experts, 2 * mlp, embed),
-            layouts=(Layout("{}.{}.weight", (None, (gate, up)), module),),
+            layouts=of_two,
         )  # fmt: skip
         self.down_proj = param(
-            (experts, embed, mlp), self.AXES["down_proj"], "down_proj",
-            layouts=(Layout(f"{{}}.{down}.weight", (None,), module),),
+            (experts, embed, mlp), self.AXES["down_proj"], "down_proj", layouts=of_one,
         )  # fmt: skip
         self.leave_room()
 

@@ -21,6 +21,7 @@ from ftjax.errors import UserError
 _KEYS = {
     "default": set(),
     "linear": {"factor"},
+    "proportional": {"factor"},
     "dynamic": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
@@ -182,6 +183,8 @@ def make_rope(parameters: dict[str, Any], head_dim: int, max_position_embeddings
         return Rope(floats(inv_freq))
     if kind == "linear":
         return Rope(floats(inv_freq / np.float32(parameters["factor"])))
+    if kind == "proportional":
+        return Rope(floats(_proportional(base, head_dim, parameters)))
     if kind == "dynamic":
         return Rope(
             floats(inv_freq), base=float(base), dim=dim, factor=float(parameters["factor"]), switch=max_position_embeddings
@@ -201,6 +204,14 @@ def make_rope(parameters: dict[str, Any], head_dim: int, max_position_embeddings
             f"rope_parameters: short_factor and long_factor need {dim // 2} values, found {len(short)}, {len(long)}"
         )
     return Rope(floats(inv_freq / short), scaling=float(scaling), switch=int(original), long_inv_freq=floats(inv_freq / long))
+
+
+def _proportional(base: float, head_dim: int, p: dict[str, Any]) -> np.ndarray:
+    """Return the frequencies of a whole head of which only a part turns: the others are zero."""
+    part, half = p.get("partial_rotary_factor"), head_dim // 2
+    turning = int((1.0 if part is None else part) * head_dim // 2)
+    inv_freq = np.float32(1) / np.float32(base) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    return np.where(np.arange(half) < turning, inv_freq, np.float32(0)) / np.float32(p.get("factor") or 1)
 
 
 def _llama3(inv_freq: np.ndarray, p: dict[str, Any]) -> np.ndarray:
