@@ -101,7 +101,9 @@ def test_closed_form(case, attach, tmp_path):
     flops = train_flops(model)
     pairs = 4 * flops.matrices + 2 * flops.trained + sum(12 * width * T for width in flops.attention.values())
     head = (
-        0 if attach is attach_full else next(2 * model.specs[p].size for p in embeddings(model) if p.startswith(model.output))
+        0
+        if attach is attach_full
+        else next(2 * model.specs[p].size for p in embeddings(model) if p == f"{model.output}.weight")
     )
     pairs += 3 * flops.states + linear_attention(model)
     assert program(model) == pytest.approx(pairs + head, rel=1e-3)

@@ -20,7 +20,7 @@ HEAD = "score"
 ARCHITECTURE = "ForSequenceClassification"
 OTHERS = (  # families without such a class in transformers
     "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "glm4_moe", "glm4_moe_lite", "granite", "granitemoe",
-    "olmoe",
+    "llama4", "llama4_text", "olmoe",
 )  # fmt: skip
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 

@@ -266,5 +266,10 @@ def decoder(facts: Facts, own_input: int, table: int, experts: int) -> GemmaForC
 def build(facts: Facts) -> GemmaForCausalLM:
     """Build the abstract model of a `gemma4_text` config.json."""
     own_input, table = facts["hidden_size_per_layer_input"], facts["vocab_size_per_layer_input"]
-    facts.inert("num_experts", "top_k_experts", "moe_intermediate_size")  # where there are no experts
-    return decoder(facts, own_input, table, facts["num_experts"] if facts["enable_moe_block"] else 0)
+    sizes = {name: facts[name] for name in ("num_experts", "top_k_experts", "moe_intermediate_size")}
+    if facts["enable_moe_block"] and not all(sizes.values()):
+        found = ", ".join(f"{name} = {size!r}" for name, size in sizes.items())
+        raise UserError(
+            f"config.json of this {facts.model_type} model has enable_moe_block, and {found}; give sizes of at least 1"
+        )
+    return decoder(facts, own_input, table, sizes["num_experts"] if facts["enable_moe_block"] else 0)

@@ -39,6 +39,7 @@ PARTS_OF_GEMMA4 = Composite(
         "vision_config", "audio_config", "boi_token_id", "eoi_token_id", "image_token_id", "video_token_id", "boa_token_id",
         "eoa_token_id", "eoa_token_index", "audio_token_id", "vision_soft_tokens_per_image",
     ),
+    clashing=True,
 )  # fmt: skip
 
 IMAGES_OF_QWEN = Composite(
@@ -86,6 +87,19 @@ FAMILIES: dict[str, Family] = {
     "granite": Family("granite", "ibm-granite/granite-3.3-2b-instruct", "Granite 3, dense"),
     "granitemoe": Family("granitemoe", "ibm-granite/granite-3.1-3b-a800m-instruct", "Granite 3 with routed experts, PowerMoE"),
     "lfm2": Family("lfm2", "LiquidAI/LFM2-1.2B", "LFM2; gated short convolutions between attention layers"),
+    "llama4": Family(
+        "llama4_text",
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        "Llama 4; chunked attention, routed experts; the text is trained, image parts are kept",
+        prefix="language_model",
+        composite=Composite(
+            ("vision_model.", "multi_modal_projector."),
+            ("vision_config", "boi_token_index", "eoi_token_index", "image_token_index"),
+            whole=True,
+            clashing=True,
+        ),
+    ),
+    "llama4_text": Family("llama4_text", "meta-llama/Llama-4-Scout-17B-16E-Instruct", "Llama 4 without its parts for images"),
     "llama": Family("llama", "meta-llama/Llama-3.2-1B-Instruct", "Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2, TinyLlama"),
     "ministral": Family("ministral", "mistralai/Ministral-8B-Instruct-2410", "Ministral 8B; some layers see a window"),
     "mistral": Family("mistral", "mistralai/Mistral-7B-Instruct-v0.3", "Mistral 7B, Mistral Nemo, Mistral Small"),
@@ -112,6 +126,7 @@ FAMILIES: dict[str, Family] = {
     "olmo3": Family("olmo3", "allenai/Olmo-3-7B-Instruct", "OLMo 3; three windowed layers to one global"),
     "olmoe": Family("olmoe", "allenai/OLMoE-1B-7B-0924-Instruct", "OLMoE; routed experts"),
     "phi3": Family("phi3", "microsoft/Phi-4-mini-instruct", "Phi-3 and Phi-3.5 mini, Phi-4, Phi-4-mini"),
+    "phimoe": Family("phimoe", "microsoft/Phi-3.5-MoE-instruct", "Phi-3.5-MoE; routed experts"),
     "qwen2": Family("qwen2", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen 2, Qwen 2.5, distillations of DeepSeek R1"),
     "qwen3": Family("qwen3", "Qwen/Qwen3-0.6B", "Qwen 3, dense"),
     "qwen3_5": Family(

@@ -17,9 +17,25 @@ from ftjax.hub.load import open_model
 from ftjax.hub.model_folder import from_source, model_tensors
 from ftjax.mesh import make_mesh
 
-WITH_LOSS = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe")  # families with a load-balancing loss in transformers
-MOE = [case for case in CASES if hasattr(hf_config(case), "num_experts_per_tok") and "all-dense" not in case.name]
-FUSED = [case for case in MOE if case.model_type != "gpt_oss"]
+
+def has_experts(case: Case) -> bool:
+    config = hf_config(case)
+    return (hasattr(config, "num_experts_per_tok") and "all-dense" not in case.name) or getattr(
+        config, "enable_moe_block", False
+    )
+
+
+WITH_LOSS = (
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "granitemoe",
+    "olmoe",
+    "phimoe",
+)  # families with a load-balancing loss in transformers
+TOGETHER = ("gpt_oss", "llama4_text", "gemma4_text")  # families whose checkpoints have all experts in one tensor
+MOE = [case for case in CASES if has_experts(case)]
+FUSED = [case for case in MOE if case.model_type not in TOGETHER]
 
 
 def with_router_loss(case):

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     file = folder / "model.safetensors"
     more = {
         f"model.language_model.layers.{layer}.self_attn.{name}.weight": np.full(shape, layer, ml_dtypes.bfloat16)
-        for layer in (2, 3)
+        for layer in (4, 6)
         for name, shape in {"k_proj": (16, 32), "v_proj": (16, 32), "k_norm": (8,)}.items()
     }
     save_file({**load_file(file), **more}, file, {"format": "pt"})
@@ -54,11 +54,11 @@ def test_new_rows_of_both_tables(tmp_path):
     config, source = with_new_tokens(ModelConfig(path=str(tmp_path), pad_vocab_to_multiple_of=64), config, source)
     text = config["text_config"]
     assert text["vocab_size"] == text["vocab_size_per_layer_input"] == 128
-    assert source.shape("model.language_model.embed_tokens_per_layer.weight") == (128, 32)
+    assert source.shape("model.language_model.embed_tokens_per_layer.weight") == (128, 64)
     assert build_module(config).sizes.vocab == 128
     hf = load_hf(tmp_path)
     hf.resize_token_embeddings(128, mean_resizing=False)
-    assert hf.model.language_model.embed_tokens_per_layer.weight.shape == (128, 32)
+    assert hf.model.language_model.embed_tokens_per_layer.weight.shape == (128, 64)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,11 @@ NO_EFFECT_IN = {
     "lfm2": {"block_multiple_of", "full_attn_idxs", "max_position_embeddings"},  # the first gives this width, or other weights
     "granitemoe": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "llama": {"max_position_embeddings", "pretraining_tp"},
+    "llama4": {"boi_token_index", "eoi_token_index", "image_token_index"},
+    "llama4_text": {
+        "interleave_moe_layer_step", "max_position_embeddings", "no_rope_layer_interval", "output_router_logits",
+        "router_aux_loss_coef", "router_jitter_noise",
+    },
     "ministral3": {"max_position_embeddings"},
     "mistral3": {"image_token_index", "multimodal_projector_bias", "spatial_merge_size", "vision_feature_layer"},
     "qwen3_vl": {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"},
@@ -70,6 +75,7 @@ NO_EFFECT_IN = {
     "olmo2": {"max_position_embeddings"},
     "olmo3": {"max_position_embeddings"},
     "olmoe": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
+    "phimoe": {"original_max_position_embeddings", "max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "phi3": {"embd_pdrop", "partial_rotary_factor", "resid_pdrop"},
     "qwen2": {"max_position_embeddings", "max_window_layers"},
     "qwen3": {"max_position_embeddings", "max_window_layers"},

@@ -196,14 +196,16 @@ class ExpertMatrices(nnx.Module):
             part: of outputs that are in several parts.
         """
 
-        def of_part(weight: jax.Array) -> jax.Array:
-            return weight if part is None else weight[:, part]
-
-        weight = of_part(params[name])
-        y = grouped(x, weight, group.sizes, weight.ndim + self.INPUT_AXES[name])
-        if f"{name}.lora_A" in params:
+        weight = params[name]
+        inputs, outputs = weight.ndim + self.INPUT_AXES[name], params.get(f"{name}.lora_B")
+        if part is not None:  # on the axis before or after that of the inputs
+            parts = 2 if inputs == 1 else 1
+            weight, inputs = jax.lax.index_in_dim(weight, part, parts, keepdims=False), inputs - (parts < inputs)
+            outputs = None if outputs is None else outputs[:, part]
+        y = grouped(x, weight, group.sizes, inputs)
+        if outputs is not None:
             low = grouped(x, params[f"{name}.lora_A"], group.sizes, 2)
-            y = y + grouped(low, of_part(params[f"{name}.lora_B"]), group.sizes, 2)
+            y = y + grouped(low, outputs, group.sizes, 2)
         return y
 
 

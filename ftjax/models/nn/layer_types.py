@@ -17,11 +17,13 @@ class Pattern:
         scale: factor on the scores.
         window: number of keys that a query attends to, including its own; None for all.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2); None for no cap.
+        chunk: a query attends only to keys of its chunk of so many tokens, counted from its document's start (Llama 4).
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
+    chunk: int | None = None
 
 
 class Kind(NamedTuple):
