@@ -1,6 +1,6 @@
 """Fills in the table of families in docs/models.md from the registry.
 
-    python scripts/models_table.py
+python scripts/models_table.py
 """
 
 from pathlib import Path

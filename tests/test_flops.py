@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from models.cases import ONE_OF_EACH
+from models.cases import ONE_OF_EACH, UNLIKE
 from models.hybrid import make
 from oracle import Case, attach_full, context, make_hf, tokens
 
@@ -94,7 +94,7 @@ def attach_lora(root) -> None:
 
 
 @pytest.mark.parametrize("attach", [attach_full, attach_lora], ids=["full", "lora"])
-@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@pytest.mark.parametrize("case", UNLIKE, ids=str)
 def test_closed_form(case, attach, tmp_path):
     """The closed form agrees; XLA's attention multiplies masked pairs too, so the closed form counts them."""
     model = build(case, tmp_path, attach)

@@ -160,7 +160,7 @@ def check_keys(
             f"does not read; {INSTEAD}"
         )
     missing = sorted(set(asked) - have)
-    unused = sorted(name for name in have - set(asked) if not any(_is_part(name, part) for part in ignored))
+    unused = sorted(name for name in have - set(asked) if not name.endswith(tuple(ignored)))
     shapes = [
         f"{name} is {tuple(source.shape(name))}, the model's is {shape}"
         for name, shape in asked.items()
@@ -172,11 +172,6 @@ def check_keys(
             problems.append(f"{len(names)} {label}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
     if problems:
         raise UserError(f"{where}: the weights do not fit the model; tensors " + "; ".join(problems))
-
-
-def _is_part(name: str, part: str) -> bool:
-    """Return whether a tensor's name starts with `part`, if that ends with a dot, or else ends with it."""
-    return name.startswith(part) if part.endswith(".") else name.endswith(part)
 
 
 def _coarse(source: TensorSource, name: str) -> bool:

@@ -43,8 +43,7 @@ class CausalLM(Protocol):
         sizes: sizes of the model; methods that adapt it do not change them.
         embedding: path of the module that holds the input embedding `[V, E]`.
         output: path of the module that projects hidden states to logits; the embedding if the two are tied.
-        ignored: suffixes of tensor names that exports may contain and the model does not need; one that ends with a dot is a
-            prefix.
+        ignored: suffixes of tensor names that older exports contain and the model does not need.
         carried: prefixes of the names of tensors that the model does not use and that an export keeps: of image encoders, of
             layers that predict further tokens.
         ropes: rotary embeddings of the layers; empty for learned positions.

@@ -78,16 +78,10 @@ def corrected_router(facts: Facts) -> GroupRouter:
     )  # fmt: skip
 
 
-def leave_out_extra_layers(facts: Facts, root: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Leave out the layers that predict further tokens (`num_nextn_predict_layers`), as transformers does."""
+def carry_extra_layers(facts: Facts) -> None:
+    """Keep the layers that predict further tokens (`num_nextn_predict_layers`) for exports; transformers ignores them."""
     layers, more = facts["num_hidden_layers"], facts.get("num_nextn_predict_layers", 0)
-    if more:
-        facts.note(
-            f"config.json of this {facts.model_type} model has num_nextn_predict_layers = {more}: layers that predict further "
-            "tokens are neither trained nor exported, as in transformers"
-        )
-    root.ignored = (*root.ignored, *(f"model.layers.{layer}." for layer in range(layers, layers + more)))
-    return root
+    facts.carried += [f"model.layers.{layer}." for layer in range(layers, layers + more)]
 
 
 def first_dense(facts: Facts) -> tuple[bool, ...]:
@@ -128,5 +122,5 @@ def build(facts: Facts) -> LlamaForCausalLM:
     facts.only("topk_method", "noaux_tc", why="the router of DeepSeek V3 chooses groups with a correction bias")
     facts.only("moe_layer_freq", 1, why="transformers gives all layers after the first dense ones experts")
     facts.inert("ep_size", "seq_aux", "aux_loss_alpha")  # DeepSeek's training, which transformers does not read
-    router, interleaved = corrected_router(facts), bool(facts["rope_interleave"])
-    return leave_out_extra_layers(facts, latent_decoder(facts, router, first_dense(facts), interleaved=interleaved))
+    carry_extra_layers(facts)
+    return latent_decoder(facts, corrected_router(facts), first_dense(facts), interleaved=bool(facts["rope_interleave"]))

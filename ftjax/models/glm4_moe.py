@@ -7,7 +7,7 @@ Covers all models with `model_type: glm4_moe`: GLM-4.5, GLM-4.5-Air, GLM-4.6, GL
 from flax import nnx
 
 from ftjax.models.causal_lm import head_size, read_sizes
-from ftjax.models.deepseek_v3 import corrected_router, first_dense, leave_out_extra_layers, sparse_mlp
+from ftjax.models.deepseek_v3 import carry_extra_layers, corrected_router, first_dense, sparse_mlp
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaForCausalLM, attention
 from ftjax.models.mixtral import MoeBlock, MoeModel, dense_mlp, moe_stack
@@ -32,4 +32,5 @@ def build(facts: Facts) -> LlamaForCausalLM:
     stack = moe_stack(block, (Pattern(head_dim**-0.5),) * len(sparse), sparse)
     rope = make_rope(facts["rope_parameters"], head_dim, facts["max_position_embeddings"])
     model = MoeModel(vocab, embed, eps, stack, rope, 0.0, sum(sparse))
-    return leave_out_extra_layers(facts, LlamaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"]))
+    carry_extra_layers(facts)
+    return LlamaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"])

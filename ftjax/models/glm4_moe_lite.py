@@ -1,7 +1,7 @@
 """GLM-4.7-Flash: the layers of DeepSeek V3, in an order that config.json lists."""
 
 from ftjax.errors import UserError
-from ftjax.models.deepseek_v3 import corrected_router, latent_decoder, leave_out_extra_layers
+from ftjax.models.deepseek_v3 import carry_extra_layers, corrected_router, latent_decoder
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaForCausalLM
 
@@ -24,5 +24,5 @@ def build(facts: Facts) -> LlamaForCausalLM:
     facts.only("first_k_dense_replace", dense, why="transformers reads mlp_layer_types, and the two must agree")
     facts.only("scoring_func", "sigmoid", why="its router has sigmoid scores")
     facts.only("topk_method", "noaux_tc", why="its router chooses groups with a correction bias")
-    model = latent_decoder(facts, corrected_router(facts), sparse, interleaved=facts["rope_interleave"])
-    return leave_out_extra_layers(facts, model)
+    carry_extra_layers(facts)
+    return latent_decoder(facts, corrected_router(facts), sparse, interleaved=facts["rope_interleave"])

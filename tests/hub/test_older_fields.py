@@ -52,6 +52,16 @@ WANT = {
     "qwen2": {"rope_theta": 500.0, "rope_scaling": {**YARN, "truncate": False}},
     "qwen3-tied": {"rope_theta": 10000.0, "rope_scaling": SCALING},
     "qwen3.5": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None},
+    "gemma3-images": {},
+    "ministral3": {
+        "rope_theta": 500.0, "rope_scaling": {
+            **YARN, "original_max_position_embeddings": 8, "beta_fast": 16.0, "beta_slow": 1.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.7,
+        },
+    },
+    "mistral3": {},
+    "qwen3-vl": {},
+    "lfm2": {"rope_theta": 1e6, "rope_scaling": None},
     "qwen3.5-images": {},
     "qwen3.5-moe": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None, "num_experts": 4},
     "qwen3.5-moe-images": {},

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from typing import get_type_hints
+from typing import get_origin, get_type_hints
 
 import jax
 import pytest
@@ -35,9 +35,9 @@ def test_a_configuration_leaves_its_case_alone():
 def test_a_root_keeps_the_contract(case):
     root = build_module(config_of(case))
     assert isinstance(root, CausalLM)
-    for name in ("sizes", "embedding", "output", "ignored", "ropes", "notes", "max_positions"):
+    for name in ("sizes", "embedding", "output", "ignored", "carried", "ropes", "notes", "max_positions"):
         value, kind = getattr(root, name), get_type_hints(CausalLM)[name]
-        plain = {"ignored": tuple, "ropes": tuple, "notes": tuple, "max_positions": int | None}.get(name, kind)
+        plain = int | None if name == "max_positions" else get_origin(kind) or kind
         assert isinstance(value, plain), name
     for name in ("hidden", "unembed"):
         promised, kept = (inspect.signature(getattr(one, name)).parameters for one in (CausalLM, root))
@@ -53,7 +53,7 @@ def test_sizes_are_those_of_transformers(case, tmp_path):
     assert (sizes.layers, sizes.heads) == (config.num_hidden_layers, config.num_attention_heads)
     assert (sizes.vocab, sizes.embed) == tuple(rows.shape)
     # GPT-2 and GPT-NeoX have a key for each query.
-    one = next((part for name, part in module.items() if name.endswith(".self_attn")), None)
+    one = next((part for name, part in module.items() if name.endswith(".self_attn") and "vision" not in name), None)
     size = getattr(one, "head_dim", getattr(one, "qk_head_dim", None))  # latent attention has the latter
     heads = sizes.heads if one is None else config.num_key_value_heads
     assert (sizes.kv_heads, sizes.head_dim) == (heads, sizes.embed // sizes.heads if one is None else size)

@@ -56,7 +56,7 @@ def test_chunks_are_the_recurrence(rows, chunk):
     ids = np.stack([segments(lengths) for lengths in ROWS[rows]])
     values = inputs(ids.shape[1])
     rng = np.random.default_rng(1)
-    real = (ids != 0)[..., None, None]
+    real = (ids != 0).astype(np.float32)[..., None, None]
     weights = rng.normal(size=(B, ids.shape[1], N, V)) * real, rng.normal(size=(B, N, D, V))
 
     def total(rule, *values):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES
-from oracle import attach_full, hf_config, load, logits, make_hf, tokens
+from oracle import attach_full, hf_config, load, logits, make_hf, tokens, write_merged
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -104,8 +104,8 @@ def test_fields_of_the_original_code_mean_what_they_say_or_are_refused(change):
     build_module(config_of(**same, ep_size=1))
 
 
-def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
-    """transformers ignores them too, and writes none."""
+def test_layers_that_predict_further_tokens_are_kept(tmp_path):
+    """They change no logits, and an export has them bit for bit."""
     make_hf(CASE, tmp_path)
     ids = tokens(1, 9)
     want = logits(*load(tmp_path), ids)
@@ -115,7 +115,12 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
     more |= {"model.layers.4.eh_proj.weight": np.zeros((32, 64), np.float32)}
     save_file(tensors | more, file)
     np.testing.assert_array_equal(logits(*load(tmp_path), ids), want)
-    assert any("num_nextn_predict_layers = 1" in note for note in load(tmp_path)[0].notes)
+    (tmp_path / "out").mkdir()
+    write_merged(tmp_path / "out", *load(tmp_path), FullConfig(), tmp_path)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: value.tobytes() for name, value in written.items()} == {
+        name: value.tobytes() for name, value in (tensors | more).items()
+    }
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
     with pytest.raises(UserError, match=r"not part of this model: model\.layers\.4\.eh_proj"):

@@ -68,7 +68,8 @@ def test_kernels_take_values_of_another_size(backend, sizes):
     key, value = sizes
     q, k, v = (jnp.asarray(rng.normal(size=(2, 37, n, size)), jnp.float32) for n, size in ((4, key), (2, key), (2, value)))
     segments = jnp.asarray([np.repeat([1, 2, 0], [20, 15, 2]), np.repeat([1, 2], [30, 7])], jnp.int32)
-    weight = jnp.asarray(rng.normal(size=(2, 37, 4, value)), jnp.float32) * (segments > 0)[:, :, None, None]
+    real = (segments > 0).astype(jnp.float32)[:, :, None, None]
+    weight = jnp.asarray(rng.normal(size=(2, 37, 4, value)), jnp.float32) * real
 
     def loss(backend, *qkv):
         return jnp.sum(attend(*qkv, segments, segments, 0, Pattern(0.3), backend) * weight)

@@ -20,7 +20,10 @@ from ftjax.models.registry import FAMILIES
 
 # Fields of every configuration class (names, labels, outputs of a call) that do not affect the model.
 COMMON = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"model_type"}
-CARRIED = {"audio_config", "vision_config", "projector_hidden_act"}  # of parts of a composite model that are not run
+CARRIED = {  # of parts of a composite model that are not run
+    "audio_config", "multimodal_projector_bias", "projector_hidden_act", "spatial_merge_size", "vision_config",
+    "vision_feature_layer",
+}  # fmt: skip
 BREAKS = {"text_config.rope_parameters.mrope_section"}  # transformers' code fails for other numbers of sections
 
 # Fields that change no logits in transformers, in any family ...
@@ -67,7 +70,7 @@ NO_EFFECT_IN = {
         "router_aux_loss_coef", "router_jitter_noise",
     },
     "ministral3": {"max_position_embeddings"},
-    "mistral3": {"image_token_index", "multimodal_projector_bias", "spatial_merge_size", "vision_feature_layer"},
+    "mistral3": {"image_token_index"},
     "qwen3_vl": {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"},
     "ministral": {"max_position_embeddings"},
     "mistral": {"max_position_embeddings"},

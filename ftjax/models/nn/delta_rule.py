@@ -18,6 +18,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from ftjax.models.nn.recurrence import starts
 
@@ -28,26 +29,24 @@ _product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def gated_delta_rule(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    g: jax.Array,
-    beta: jax.Array,
-    state: jax.Array,
-    segment_ids: jax.Array,
+    q: Float[Array, "B T K D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T N V"],
+    g: Float[Array, "B T N"],
+    beta: Float[Array, "B T N"],
+    state: Float[Array, "B N D V"],
+    segment_ids: Int[Array, "B T"],
     chunk: int = CHUNK,
-) -> tuple[jax.Array, jax.Array]:
-    """Return `(y [B, T, N, V], the state [B, N, D, V] after the last token that is not padding)`, both float32.
+) -> tuple[Float32[Array, "B T N V"], Float32[Array, "B N D V"]]:
+    """Return the outputs, and the state after the last token that is not padding.
 
     The state is zero at the start of each document (`ftjax.models.nn.recurrence`): no product has a term of two documents.
 
     Args:
-        q, k: [B, T, K, D]; each key head serves R consecutive value heads. Both are normalised here.
-        v: [B, T, N, V].
-        g: [B, T, N], the logarithm of the decay, at most 0.
-        beta: [B, T, N].
-        state: [B, N, D, V], before the first token.
-        segment_ids: [B, T] int32, the document of each token; 0 is padding, whose y has no meaning.
+        q, k: each key head serves R consecutive value heads. Both are normalised here.
+        g: the logarithm of the decay, at most 0.
+        state: before the first token.
+        segment_ids: the document of each token; 0 is padding, whose output has no meaning.
         chunk: C, a power of two.
     """
     q, k, v, g, beta, state = (x.astype(jnp.float32) for x in (q, k, v, g, beta, state))
@@ -59,7 +58,7 @@ def gated_delta_rule(
     return _in_chunks(q, k, v, g, beta, state, segment_ids, chunk)
 
 
-def normalised(x: jax.Array) -> jax.Array:
+def normalised(x: Float[Array, "*of D"]) -> Float[Array, "*of D"]:
     """Return `x / |x|` along the last axis, with the epsilon of transformers."""
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
@@ -127,8 +126,8 @@ def _exp(where: jax.Array, x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def unit_lower_inverse(a: jax.Array) -> jax.Array:
-    """Return `(I + a)^-1` of strictly lower triangular matrices `[..., C, C]`, C a power of two.
+def unit_lower_inverse(a: Float[Array, "*of C C"]) -> Float[Array, "*of C C"]:
+    """Return `(I + a)^-1` of strictly lower triangular matrices, C a power of two.
 
     Inverses of diagonal blocks are joined in pairs, with two matrix products for each doubling. That is as exact as forward
     substitution, where a series of powers of `a` would lose all digits if tokens repeat.

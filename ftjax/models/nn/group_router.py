@@ -2,7 +2,7 @@
 
 Sources: DeepSeek-AI 2024 (arXiv:2405.04434, section 2.2.2; arXiv:2412.19437, eq. 13 to 16).
 
-Legend: B batch, T length, D embed, X experts, K experts per token, G groups.
+Legend: B batch, T length, E embed, X experts, k experts per token.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
 
 from ftjax.models.nn.layers import project
 from ftjax.models.nn.param import Init, param
@@ -57,8 +58,10 @@ class GroupRouter(nnx.Module):
         bias = param((experts,), ("experts",), "e_score_correction_bias", init=Init("zeros"), constant=True, float32=True)
         self.e_score_correction_bias = bias if corrected else None
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Map `x [B, T, D]` to float32 logits `[B, T, X]`, chosen experts `[B, T, K]` int32, and their float32 weights."""
+    def __call__(
+        self, x: Float[Array, "B T E"]
+    ) -> tuple[Float32[Array, "B T X"], Int32[Array, "B T k"], Float32[Array, "B T k"]]:
+        """Return the logits, the chosen experts of each token, and their weights."""
         logits = project(x.astype(jnp.float32), self.weight[...])
         scores = jax.nn.sigmoid(logits) if self.scores == "sigmoid" else jax.nn.softmax(logits, axis=-1)
         rank = jax.lax.stop_gradient(scores)
@@ -73,8 +76,8 @@ class GroupRouter(nnx.Module):
         return logits, chosen, weights * self.scale
 
     @staticmethod
-    def _of_strong_groups(rank: jax.Array, groups: Groups) -> jax.Array:
-        """Return the scores `[B, T, X]` with those outside the strongest groups replaced by -inf."""
+    def _of_strong_groups(rank: Float[Array, "B T X"], groups: Groups) -> Float[Array, "B T X"]:
+        """Return the scores with those outside the strongest groups replaced by -inf."""
         apart = rank.reshape(*rank.shape[:-1], groups.count, -1)
         strength = jnp.sum(jax.lax.top_k(apart, groups.judges)[0], axis=-1)
         _, strongest = jax.lax.top_k(strength, groups.kept)

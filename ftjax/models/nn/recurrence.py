@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
-def starts(segment_ids: jax.Array) -> jax.Array:
-    """Return which tokens start another document than that of the row's first token, bool `[B, T]`."""
+def starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Return which tokens start another document than that of the row's first token."""
     found = (segment_ids != 0) & (segment_ids != jnp.roll(segment_ids, 1, axis=1))
     return found.at[:, 0].set(False)  # the row continues, or its state is already zero
 

@@ -118,8 +118,10 @@ def apply(x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[
     return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
 
 
-def apply_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the first `2 * cos.shape[-1]` dimensions of each head of x `[B, T, N, H]`, where a pair is two neighbours.
+def apply_interleaved(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+) -> Float[Array, "B T N H"]:
+    """Rotate the first `2 * half` dimensions of each head, where a pair is two neighbours.
 
     `apply` instead pairs each dimension of the first half with one of the second.
     """

@@ -7,9 +7,9 @@ for padding.
 Legend: B batch, T length, C channels, W kernel size.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from ftjax.models.nn.param import Init, param
 
@@ -22,23 +22,26 @@ class ShortConvolution(nnx.Module):
         self.bias = param((channels,), (axis,), "bias", init=Init("zeros")) if bias else None
 
     @property
-    def taps(self) -> jax.Array:
-        """The kernel as `causal_conv` takes it, `[W, C]`."""
+    def taps(self) -> Float[Array, "W C"]:
+        """The kernel as `causal_conv` takes it."""
         return self.weight[...][:, 0].T
 
 
 def causal_conv(
-    x: jax.Array, weight: jax.Array, before: jax.Array, segment_ids: jax.Array, bias: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Compute a depthwise causal convolution of x `[B, T, C]` with weight `[W, C]`, whose last row applies to the token itself.
+    x: Float[Array, "B T C"],
+    weight: Float[Array, "W C"],
+    before: Float[Array, "B W-1 C"],
+    segment_ids: Int[Array, "B T"],
+    bias: Float[Array, " C"] | None = None,
+) -> tuple[Float[Array, "B T C"], Float[Array, "B W-1 C"]]:
+    """Compute a depthwise causal convolution; the last row of the weight applies to the token itself.
 
     Products are added in float32 and rounded once, to the dtype of x.
 
     Args:
-        before: [B, W - 1, C], the row's inputs before x (`ConvState`); zeros if the row starts with x.
-        bias: [C], or None.
+        before: the row's inputs before x (`ConvState`); zeros if the row starts with x.
 
-    Returns `(y [B, T, C], the last W - 1 inputs [B, W - 1, C])`, not counting padding on the right as inputs.
+    Returns the output and the last W - 1 inputs, not counting padding on the right as inputs.
     """
     length, taps = x.shape[1], weight.shape[0]
     inputs = jnp.concatenate([before.astype(x.dtype), x], axis=1)
