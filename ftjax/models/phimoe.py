@@ -92,18 +92,20 @@ def build(facts: Facts) -> LlamaForCausalLM:
     """Build the abstract model of a `phimoe` config.json."""
     embed, layers, eps = facts["hidden_size"], facts["num_hidden_layers"], facts["rms_norm_eps"]
     vocab, experts, tied = facts["vocab_size"], facts["num_local_experts"], facts["tie_word_embeddings"]
-    facts.only("num_experts_per_tok", CHOSEN, why="the router chooses two experts")
-    facts.only("input_jitter_noise", 0.0, 0, why="noise on the inputs of experts in training is not implemented")
+    jitter, noise = float(facts["router_jitter_noise"]), facts["input_jitter_noise"]
+    if facts["num_experts_per_tok"] != CHOSEN:
+        facts.only("num_experts_per_tok", CHOSEN, why="the router chooses two experts")
     with_bias = facts["lm_head_bias"]
     if with_bias and tied:
         raise UserError("config.json of this phimoe model has tie_word_embeddings and lm_head_bias; a tied output has no bias")
-    if facts["router_jitter_noise"]:
+    if jitter or noise:
         facts.note(
-            "config.json of this phimoe model has a router_jitter_noise: in training, transformers draws the experts of a "
-            "token among the best ones; ftjax takes the best, as both do in evaluation"
+            f"config.json of this phimoe model has router_jitter_noise = {jitter} and input_jitter_noise = {noise}: in "
+            "training, transformers draws the experts of a token among the best ones, and adds noise to the router's and the "
+            "experts' inputs; ftjax does neither, as in transformers' evaluation"
         )
     routed = Experts(embed, facts["intermediate_size"], experts, facts["hidden_act"], ("w1", "w3", "w2"), STORED)
-    mlp = SparseMoe(SparseMixer(embed, experts, float(facts["router_jitter_noise"])), routed, name="router")
+    mlp = SparseMoe(SparseMixer(embed, experts, jitter), routed, name="router")
     block = PhimoeBlock(attention(facts, bias=facts["attention_bias"]), mlp, embed, eps, experts)
     stack = Stack(block, (Pattern(head_size(facts) ** -0.5, window(facts)),) * layers)
     model = MoeModel(vocab, embed, eps, stack, rope_of(facts), router_loss(facts), layers)

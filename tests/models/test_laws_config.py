@@ -78,7 +78,10 @@ NO_EFFECT_IN = {
     "olmo2": {"max_position_embeddings"},
     "olmo3": {"max_position_embeddings"},
     "olmoe": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
-    "phimoe": {"original_max_position_embeddings", "max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
+    "phimoe": {
+        "input_jitter_noise", "max_position_embeddings", "original_max_position_embeddings", "output_router_logits",
+        "router_aux_loss_coef",
+    },
     "phi3": {"embd_pdrop", "partial_rotary_factor", "resid_pdrop"},
     "qwen2": {"max_position_embeddings", "max_window_layers"},
     "qwen3": {"max_position_embeddings", "max_window_layers"},
