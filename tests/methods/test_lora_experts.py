@@ -27,8 +27,13 @@ CASES = {
         "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     }),
     "gpt_oss": Case("gpt_oss", "gpt_oss", {**SMALL, "intermediate_size": 16, "sliding_window": 8}),
+    "llama4": Case("llama4", "llama4_text", {**SMALL, "intermediate_size": 16, "head_dim": 8, "attention_chunk_size": 8}),
+    "gemma4": Case("gemma4", "gemma4_text", {
+        "num_hidden_layers": 2, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16,
+        "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0,
+    }),
 }  # fmt: skip
-BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 VARIANTS = {
     "both": {"target_parameters": BOTH, "target_modules": ["q_proj"], "r": 3, "lora_alpha": 6},
     "one": {"target_parameters": ["experts.down_proj"], "target_modules": [], "r": 2, "use_rslora": True},

@@ -112,7 +112,8 @@ def test_gradients_on_eight_devices(case, tmp_path):
             return jnp.sum(module.unembed(module.hidden(jnp.asarray(ids), ctx)[0], ctx) * weights)
 
         with jax.set_mesh(mesh):
-            return jax.jit(jax.grad(loss))(params)
+            found = jax.jit(jax.grad(loss))(params)
+        return {path: found[path] for path in model.trainable}  # that of a constant may be rounding alone
 
     alone = gradient(one_device())
     experts = next(leaf.shape[1] for path, leaf in alone.items() if path.endswith("experts.gate_up_proj"))
