@@ -73,6 +73,7 @@ class Llama4Experts(ExpertMatrices):
 
     AXES = {"gate_up_proj": ("experts", "embed", None, "mlp"), "down_proj": ("experts", "mlp", "embed")}  # noqa: RUF012
     INPUT_AXES = {"gate_up_proj": -3, "down_proj": -2}  # noqa: RUF012
+    ADAPTABLE = False
 
     def __init__(self, embed: int, mlp: int, experts: int, act: str):
         self.act = activation(act)

@@ -27,7 +27,6 @@ CASES = {
         "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     }),
     "gpt_oss": Case("gpt_oss", "gpt_oss", {**SMALL, "intermediate_size": 16, "sliding_window": 8}),
-    "llama4": Case("llama4", "llama4_text", {**SMALL, "intermediate_size": 16, "head_dim": 8, "attention_chunk_size": 8}),
     "gemma4": Case("gemma4", "gemma4_text", {
         "num_hidden_layers": 2, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16,
         "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0,
@@ -47,6 +46,7 @@ MESHES = {
     "mixtral": [{"fsdp": 2, "expert": 2, "tensor": 2}],
     "qwen3_moe": [{"fsdp": 4, "expert": 2}],
     "gpt_oss": [{"fsdp": 4, "tensor": 2}],
+    "gemma4": [{"fsdp": 2, "expert": 2, "tensor": 2}],
 }
 # PEFT warns that it ignores patterns of parameters, and honours them.
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")

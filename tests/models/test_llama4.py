@@ -9,7 +9,7 @@ from cases import CASES
 from oracle import assert_cached_is_uncached, hf_logits, load, load_hf, logits, make_hf, one_device, tokens
 from peft import PeftModel
 
-from ftjax.config import PrefixTuningConfig
+from ftjax.config import LoraConfig, PrefixTuningConfig
 from ftjax.errors import UserError
 from ftjax.hub.adapter.peft import start_adapter, write_adapter
 from ftjax.methods import method_of
@@ -24,7 +24,7 @@ def test_virtual_tokens_count_in_chunks_and_positions(name, tmp_path):
     make_hf(BY_NAME[name], base)
     config = PrefixTuningConfig(num_virtual_tokens=5)
     model, params = load(base, lambda root: method_of(config).attach(root, config))
-    params |= start_adapter(model, params, config, one_device(), 0)
+    params |= start_adapter(model, params, config, one_device(), 0, lambda text: [])
     rng = np.random.default_rng(0)
     for path, spec in model.trainable.items():
         value = np.array(params[path]) + rng.normal(size=spec.shape).astype(np.float32) * 0.5
@@ -51,6 +51,14 @@ def test_what_the_family_cannot_express_is_refused(values, message, tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
     with pytest.raises(UserError, match=message):
         load(tmp_path)
+
+
+def test_adapters_of_experts_are_refused(tmp_path):
+    """PEFT would take the outputs of these experts for their inputs."""
+    make_hf(BY_NAME["llama4"], tmp_path)
+    config = LoraConfig(target_parameters=["experts.down_proj"])
+    with pytest.raises(UserError, match="none that an adapter can update"):
+        load(tmp_path, lambda root: method_of(config).attach(root, config))
 
 
 def test_an_output_that_is_tied_in_one_place_only_is_refused(tmp_path):

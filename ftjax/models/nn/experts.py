@@ -167,10 +167,12 @@ class ExpertMatrices(nnx.Module):
     Attributes:
         AXES: logical axes of each parameter.
         INPUT_AXES: the axis of the inputs of each weight, in the order of the parameters of transformers' module.
+        ADAPTABLE: False if PEFT would take outputs of the weights for inputs, because transformers' module does not tell it.
     """
 
     AXES: ClassVar[dict[str, tuple[str | None, ...]]]
     INPUT_AXES: ClassVar[dict[str, int]]
+    ADAPTABLE: ClassVar[bool] = True
 
     def leave_room(self) -> None:
         """Make room for updates; to be called once the weights are there."""
