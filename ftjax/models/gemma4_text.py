@@ -2,7 +2,8 @@
 
 Source: transformers, models/gemma4/modeling_gemma4.py (`Gemma4ForCausalLM`).
 
-Legend: B batch, T query length, E embed, N heads, K kv heads, H head dim, L layers, P size of a layer's own input, X experts.
+Legend: B batch, T query length, E embed, N heads, K kv heads, H head dim, L layers, P size of a layer's own input, X experts,
+k experts per token.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from ftjax.errors import UserError
 from ftjax.mesh import constrain
@@ -90,7 +92,7 @@ class Gemma4Router(nnx.Module):
         self.scale = param((embed,), ("norm",), "scale", init=Init("ones"))
         self.per_expert_scale = param((experts,), (None,), "per_expert_scale", init=Init("ones"))
 
-    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context) -> tuple[Int32[Array, "B T k"], Float32[Array, "B T k"]]:
         """Return the chosen experts of each token, and their weights."""
         x = unit_rms(x, self.eps) * self.scale[...].astype(x.dtype) * x.shape[-1] ** -0.5
         best, chosen = jax.lax.top_k(self.proj(x, ctx).astype(jnp.float32), self.top_k)
@@ -127,7 +129,7 @@ class Gemma4Block(nnx.Module):
             self.post_per_layer_input_norm = gemma4_norm(embed, eps)
         self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
-    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, kind: Kind, layer, cache: Memories):
         ctx = replace(ctx, rope=ctx.rope[kind.rope])
         found = projected(self.input_layernorm, self.self_attn, x, ctx)
         y, cache = self.self_attn.attend(found, ctx, kind.pattern, layer, cache)
@@ -141,7 +143,7 @@ class Gemma4Block(nnx.Module):
         x = x * self.layer_scalar[...].astype(x.dtype)
         return constrain(x, "batch", "length", None), cache, jnp.float32(0)
 
-    def feed_forward(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def feed_forward(self, x: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T E"]:
         """Return the output of the MLP, to which that of the experts is added if there are some."""
         y = self.mlp(self.pre_feedforward_layernorm(x), ctx)
         if self.experts is None:
@@ -164,7 +166,7 @@ class Gemma4Model(GemmaModel):
             self.per_layer_model_projection = Linear(embed, columns, ("embed", None))
             self.per_layer_projection_norm = gemma4_norm(self.own_input, eps)
 
-    def __call__(self, tokens: jax.Array, ctx: Context, cache: Memories = None):
+    def __call__(self, tokens: Shaped[Array, "B T ..."], ctx: Context, cache: Memories = None):
         """Map tokens `[B, T]` to hidden states `[B, T, E]`; also return the cache and the auxiliary loss."""
         x = constrain(self.embed(tokens, ctx.dtype), "batch", "length", None)
         own = self.inputs_of_layers(tokens, x, ctx) if self.own_input else None
@@ -172,8 +174,10 @@ class Gemma4Model(GemmaModel):
         x, cache, aux = self.layers(x, ctx, cache)
         return self.last_norm(x), cache, aux
 
-    def inputs_of_layers(self, tokens: jax.Array, x: jax.Array, ctx: Context) -> jax.Array:
-        """Return the input of each layer, `[L, B, T, P]`; `x` is the embedding of the tokens."""
+    def inputs_of_layers(
+        self, tokens: Shaped[Array, "B T ..."], x: Float[Array, "B T E"], ctx: Context
+    ) -> Float[Array, "L B T P"]:
+        """Return the input of each layer; `x` is the embedding of the tokens."""
         if is_virtual(tokens):
             raise UserError(
                 "method.name: virtual tokens have no ids, which this model needs for the input of each layer; use "

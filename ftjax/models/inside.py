@@ -3,13 +3,14 @@
 `model.layers.0...` becomes `model.language_model.layers.0...`, so that tensors, PEFT's keys and LoRA's targets are those of the
 class with which people load the whole checkpoint.
 
-Legend: B batch, T query length, E embed.
+Legend: B batch, T query length, E embed, V vocab.
 """
 
 from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Shaped
 
 from ftjax.errors import UserError
 from ftjax.models.causal_lm import CausalLM
@@ -51,11 +52,11 @@ class Whole(nnx.Module):
     def text(self) -> CausalLM:
         return vars(self)[self.name]
 
-    def hidden(self, tokens: jax.Array, ctx: Context, cache: Any = None):
+    def hidden(self, tokens: Shaped[Array, "B T ..."], ctx: Context, cache: Any = None):
         """Map tokens `[B, T]` to `(hidden states [B, T, E], cache, auxiliary loss)`."""
         return self.text.hidden(tokens, after_virtual_tokens(self, tokens, ctx), cache)
 
-    def unembed(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def unembed(self, x: Float[Array, "*of E"], ctx: Context) -> Float32[Array, "*of V"]:
         """Project hidden states `[..., E]` to float32 logits `[..., V]`."""
         return self.text.unembed(x, ctx)
 

@@ -52,7 +52,9 @@ class Llama4Attention(LlamaAttention):
             q = (q.astype(jnp.float32) * scale[..., None, None]).astype(q.dtype)
         return q, k, v
 
-    def rotated(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    def rotated(
+        self, x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+    ) -> Float[Array, "B T N H"]:
         y = apply_interleaved(x, cos, sin)
         return y if self.eps is None else unit_rms(y, self.eps)
 
@@ -102,7 +104,7 @@ class Llama4Moe(nnx.Module):
     def __init__(self, router: Llama4Router, experts: Llama4Experts, shared: LlamaMLP):
         self.router, self.experts, self.shared_expert = router, experts, shared
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T E"]:
         _, chosen, factors = self.router(x)
         return self.shared_expert(x, ctx) + self.experts(x, chosen, factors)
 
@@ -113,7 +115,7 @@ class Llama4Block(nnx.Module):
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(embed, eps), RMSNorm(embed, eps)
         self.attention_adapters, self.output_adapters = IdentityAdapter(), IdentityAdapter()
 
-    def __call__(self, x: jax.Array, ctx: Context, kind: Kind, layer, cache: Memories):
+    def __call__(self, x: Float[Array, "B T E"], ctx: Context, kind: Kind, layer, cache: Memories):
         inside = ctx if kind.rope else replace(ctx, rope=None)
         qkv = projected(self.input_layernorm, self.self_attn, x, inside)
         y, cache = self.self_attn.attend(qkv, inside, kind.pattern, layer, cache)

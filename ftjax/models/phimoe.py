@@ -50,7 +50,9 @@ class SparseMixer(Router):
         second, other_weight = self.choice(others, logits)
         return logits, jnp.stack([first, second], axis=-1), jnp.stack([weight, other_weight], axis=-1)
 
-    def choice(self, open_to: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def choice(
+        self, open_to: Float32[Array, "B T X"], logits: Float32[Array, "B T X"]
+    ) -> tuple[Int[Array, "B T"], Float32[Array, "B T"]]:
         """Return the best expert among those that are `open_to` choice, the others being at -inf, and its weight."""
         best = jax.lax.stop_gradient(jnp.max(open_to, axis=-1, keepdims=True))
         own = jax.lax.stop_gradient(logits)
@@ -58,10 +60,6 @@ class SparseMixer(Router):
         close = jax.nn.softmax(jnp.where(far, -jnp.inf, open_to), axis=-1)
         chosen = jnp.argmax(open_to, axis=-1)
         return chosen, jnp.take_along_axis(close, chosen[..., None], axis=-1)[..., 0]
-
-
-def layer_norm(size: int, eps: float) -> LayerNorm:
-    return LayerNorm(size, eps)
 
 
 class PhimoeBlock(MoeBlock):
