@@ -98,7 +98,7 @@ def main() -> None:
     result = {"messages": len(forms), "before": hits(before, forms), "after": hits(after, forms), "seconds": seconds}
     Path("demo/result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(
-        f"\nIn {RUN / 'final'} lies a PEFT adapter, in {MERGED} a Hugging Face model. Next:\n"
+        f"\n{RUN / 'final'} holds a PEFT adapter, {MERGED} a Hugging Face model. Next:\n"
         f"  .venv/bin/ftjax generate {MERGED} --prompt 'hi, I need two red desk lamps by Friday. Anna Keller'\n"
         f"  .venv/bin/ftjax chat {model} --adapter {RUN / 'final'}\n"
         f"  .venv/bin/ftjax train {CONFIG} data.train=YOUR.jsonl data.validation=null output_dir=runs/mine",

@@ -384,6 +384,14 @@ def test_an_objective_of_another_tool_with_its_settings(load):
             "label_smoothing 0.1 changes nothing in loss_type sigmoid; robust, ",
         ),
         ("objective: {name: cpo, loss_type: ipo, label_smoothing: 0.1}\n", "changes nothing in loss_type ipo"),
+        ("objective: {name: dpo, discopop_tau: 0.1}\n", "discopop_tau 0.1 changes nothing without discopop in loss_type"),
+        ("objective: {name: dpo, f_alpha_divergence_coef: 1}\n", "changes nothing without f_divergence_type: alpha_divergence"),
+        ("objective: {name: dpo, ref_model_sync_steps: 64}\n", "changes nothing without sync_ref_model: true"),
+        ("objective: {name: cpo, simpo_gamma: 1}\n", "changes nothing without loss_type: simpo or alphapo"),
+        (
+            "objective: {loss_type: ipo}\n",
+            "a key of objective dpo, cpo, kto, and objective.name is sft; set objective.name to one",
+        ),
         ("rl: grpo\n", "objective"),
     ],
 )

@@ -30,6 +30,20 @@ def _losses(value: Any) -> Any:
     return names
 
 
+def _without_effect(section: Section, needs: dict[str, tuple[bool, str]]) -> None:
+    """Refuse settings that change nothing.
+
+    Args:
+        needs: for each of them, whether the section uses it, and what would make it so.
+
+    Raises ValueError for one that is not used and not at its default.
+    """
+    for name, (used, what) in needs.items():
+        value = getattr(section, name)
+        if not used and value != type(section).model_fields[name].default:
+            raise ValueError(f"{name} {value} changes nothing without {what}; add that, or leave {name} out")
+
+
 class DpoConfig(Section):
     """Direct preference optimisation: raises `chosen` over `rejected`, relative to the model before training."""
 
@@ -74,6 +88,12 @@ class DpoConfig(Section):
                 f"f_divergence_type {self.f_divergence_type}: loss_type {', '.join(other)} is defined for reverse_kl alone; "
                 f"{', '.join(DIFFERENCES)} take others"
             )
+        _without_effect(self, {
+            "discopop_tau": ("discopop" in self.loss_type, "discopop in loss_type"),
+            "f_alpha_divergence_coef": (self.f_divergence_type == "alpha_divergence", "f_divergence_type: alpha_divergence"),
+            "ref_model_mixup_alpha": (self.sync_ref_model, "sync_ref_model: true"),
+            "ref_model_sync_steps": (self.sync_ref_model, "sync_ref_model: true"),
+        })  # fmt: skip
         if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED):
             raise ValueError(
                 f"label_smoothing {self.label_smoothing} changes nothing in loss_type {', '.join(self.loss_type)}; "
@@ -117,6 +137,7 @@ class CpoConfig(Section):
     def _fits(self) -> "CpoConfig":
         if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
             raise ValueError(f"label_smoothing {self.label_smoothing} changes nothing in loss_type {self.loss_type}")
+        _without_effect(self, {"simpo_gamma": (self.loss_type in ("simpo", "alphapo"), "loss_type: simpo or alphapo")})
         return self
 
 

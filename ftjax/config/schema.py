@@ -133,9 +133,10 @@ def suggestion(path: Path, tree: Any) -> str:
         owners = _variants_with(str(path[0]), key)
         if owners:
             chosen = _child(_child(tree, path[0]), field.discriminator)
-            names = " and ".join(owners)
+            name, names = f"{path[0]}.{field.discriminator}", ", ".join(owners)
+            change = f"set {name} to {'one of them' if len(owners) > 1 else names}"
             return (
-                f"it is a key of {path[0]} {names}, and {path[0]}.{field.discriminator} is {chosen}; remove it, "
+                f"it is a key of {path[0]} {names}, and {name} is {chosen}; {change}, remove it, "
                 f"or replace the section: {path[0]}={{{field.discriminator}: {chosen}}}"
             )
     if len(path) == 1 and isinstance(_child(tree, key), dict):  # a misspelt section

@@ -74,6 +74,13 @@ def warnings_of(report: DataReport, broken: list[str], masked: list[str], encodi
             "and each turn was checked to be a prefix of the whole"
         )
     found += [f"in {notes[name]:,} {what} {said}" for name, said in COUNTED.items() if notes[name]]
+    for name, other in (("wanted", "unwanted"), ("unwanted", "wanted")):
+        if notes[name] and not notes[other]:
+            found.append(
+                f"all {notes[name]:,} answers are {name}: there is nothing to tell them from, so the model learns little but "
+                f"to make every answer {'likely' if name == 'wanted' else 'unlikely'}. Add {other} answers (label "
+                f"{str(other == 'wanted').lower()})"
+            )
     if notes["partner shortened"]:
         found.append(
             f"in {notes['partner shortened']:,} rows the document for the KL divergence loses its end, to fit into a row of "

@@ -45,6 +45,8 @@ class UnpairedEncoder(Encoder):
     def encode(self, plan: TextPlan, encodings: list[Any]) -> Encoded:
         """Return the document of a text with its label."""
         label = (1.0 if plan.example.wanted else -1.0) if plan.example.labelled else 0.0
+        self.notes["wanted"] += label > 0
+        self.notes["unwanted"] += label < 0
         return replace(super().encode(plan, encodings), labels=np.array([label], np.float32))
 
 

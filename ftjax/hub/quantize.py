@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Float
 
 from ftjax.mesh import RULES, sharding
 from ftjax.mesh import spec as partition
@@ -74,7 +75,7 @@ def _quantise(spec: Spec, along: int, chosen: slice, read: Callable) -> dict[str
     return out
 
 
-def _on_host(how: Quantization, weight: np.ndarray) -> Quantized:
+def _on_host(how: Quantization, weight: Float[np.ndarray, "R C"]) -> Quantized:
     """Quantise with XLA on the host's CPU, several times faster than numpy; accelerator memory stays free."""
     try:
         host = jax.local_devices(backend="cpu")[0]

@@ -18,6 +18,7 @@ from functools import cached_property
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int, Shaped
 
 from ftjax.mesh import parts, spec
 
@@ -48,13 +49,13 @@ class BatchLayout:
         return parts(self.mesh.shape, "length")
 
     @cached_property
-    def own(self) -> np.ndarray:
+    def own(self) -> Int[np.ndarray, " own"]:
         """Rows of a global batch that the process's devices hold, as ascending numbers from 0."""
         steps = self.microbatches or 1
         return (np.arange(steps)[:, None] * (self.rows // steps) + self._of_each).ravel()
 
     @cached_property
-    def _of_each(self) -> np.ndarray:
+    def _of_each(self) -> Int[np.ndarray, " own_of_each"]:
         """Rows of one microbatch, or of the batch, that the process's devices hold."""
         shape = self._shape(self.length_parts)
         index = self.process if self.process is not None else jax.process_index()
@@ -66,16 +67,18 @@ class BatchLayout:
             return self.rows, length
         return self.microbatches, self.rows // self.microbatches, length
 
-    def arrays(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Build global arrays `[A, B, T]` (or `[B, T]`) from this process's rows, `[len(own), T]` by name."""
+    def arrays(self, batch: Mapping[str, Shaped[np.ndarray, "own _"]]) -> dict[str, Shaped[Array, "*A B _"]]:
+        """Build global arrays `[A, B, T]` (or `[B, T]`) from this process's rows."""
         return {name: self._array(rows) for name, rows in batch.items()}
 
-    def _array(self, rows: np.ndarray) -> jax.Array:
+    def _array(self, rows: Shaped[np.ndarray, "own T"]) -> Shaped[Array, "*A B T"]:
         shape = self._shape(rows.shape[1])
         held = rows.reshape(*shape[:-2], len(self._of_each), shape[-1])
         return jax.make_array_from_callback(shape, self.sharding, lambda index: self.part(held, shape, index))
 
-    def part(self, held: np.ndarray, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    def part(
+        self, held: Shaped[np.ndarray, "*A own_of_each T"], shape: tuple[int, ...], index: tuple[slice, ...]
+    ) -> Shaped[np.ndarray, "*a b t"]:
         """Return a device's shard `array[index]` of an array of this shape, from the rows `held` by the process."""
         *steps, wanted, tokens = index
         rows = np.searchsorted(self._of_each, wanted.indices(shape[-2])[:2])

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.methods.walk import remove_adapters
 from ftjax.models.model import Model
@@ -34,13 +35,13 @@ class Reference:
     held: Mapping[str, str]
     copied: Mapping[str, str]
 
-    def params(self, frozen: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Return the reference's parameters, from the frozen ones of the run."""
+    def params(self, frozen: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the reference's parameters, arrays or quantised, from the frozen ones of the run."""
         return {path: frozen[held] for path, held in self.held.items()}
 
     def initial(
-        self, params: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array], model: Model, dtype: Any
-    ) -> dict[str, jax.Array]:
+        self, params: Mapping[str, Float[Array, "..."]], frozen: Mapping[str, Any], model: Model, dtype: Any
+    ) -> dict[str, Any]:
         """Return the reference's parameters before training, when the trained ones need no copy; for use inside jit."""
         specs = self.copy_specs(model, dtype)
         return {
@@ -58,7 +59,7 @@ class Reference:
         specs = {path: model.specs[trained] for path, trained in self.copied.items()}
         return {path: spec if spec.row.adapter else spec.astype(dtype) for path, spec in specs.items()}
 
-    def copies(self, model: Model, params: Mapping[str, jax.Array], dtype: Any) -> dict[str, jax.Array]:
+    def copies(self, model: Model, params: Mapping[str, Float[Array, "..."]], dtype: Any) -> dict[str, Float[Array, "..."]]:
         """Copy parameters as they are now; see `copy_specs`."""
         specs = self.copy_specs(model, dtype)
         return {path: jnp.copy(params[self.copied[path]]).astype(spec.dtype) for path, spec in specs.items()}
@@ -98,15 +99,15 @@ class MovingReference:
 
         self._move = jax.jit(move, donate_argnums=0)
 
-    def copies(self, frozen: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    def copies(self, frozen: Mapping[str, Any]) -> dict[str, Float[Array, "..."]]:
         """Return the reference's own arrays, which a checkpoint has to hold."""
         return {path: frozen[path] for path in self._copied}
 
-    def shapes(self, frozen: Mapping[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
+    def shapes(self, frozen: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shapes and shardings of `copies`."""
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.copies(frozen))
 
-    def after(self, step: int, params: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    def after(self, step: int, params: Mapping[str, Float[Array, "..."]], frozen: Mapping[str, Any]) -> dict[str, Any]:
         """Return the frozen arrays after update `step`. Donates the copies if they move."""
         if step % self._steps:
             return dict(frozen)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from ftjax.flops import TrainFlops
 from ftjax.models.nn.context import Context
@@ -21,21 +22,21 @@ from ftjax.train.rounding import to_bfloat16
 class TrainState(NamedTuple):
     """State that an update changes."""
 
-    params: dict[str, jax.Array]  # the trained parameters
+    params: dict[str, Float[Array, "..."]]  # the trained parameters
     opt_state: Any
-    step: jax.Array  # [] int32: updates so far
+    step: Int[Array, ""]  # updates so far
 
 
 class StepMetrics(NamedTuple):
-    loss: jax.Array
-    weight: jax.Array  # divisor of the summed loss; for next-token training the number of trained tokens
-    trained: jax.Array  # sum of the tokens' weights
-    tokens: jax.Array  # tokens that are not padding
-    flops: jax.Array  # needed for these tokens (`ftjax.flops`), on all devices
-    grad_norm: jax.Array  # before clipping
-    update_norm: jax.Array
-    good: jax.Array  # bool: whether the update was applied
-    metrics: dict[str, tuple[jax.Array, jax.Array]]  # of the objective: weighted sums and their weights
+    loss: Float32[Array, ""]
+    weight: Float32[Array, ""]  # divisor of the summed loss; for next-token training the number of trained tokens
+    trained: Float32[Array, ""]  # sum of the tokens' weights
+    tokens: Shaped[Array, ""]  # tokens that are not padding
+    flops: Float32[Array, ""]  # needed for these tokens (`ftjax.flops`), on all devices
+    grad_norm: Float32[Array, ""]  # before clipping
+    update_norm: Float32[Array, ""]
+    good: Bool[Array, ""]  # whether the update was applied
+    metrics: dict[str, tuple[Float32[Array, ""], Float32[Array, ""]]]  # of the objective: weighted sums and their weights
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Runtime:
     attention: str = "xla"
     remat: str = "none"
 
-    def context(self, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None) -> Context:
+    def context(self, batch: Mapping[str, Shaped[Array, "B _"]], dropout: jax.Array | None = None) -> Context:
         return Context(batch["positions"], batch["segment_ids"], self.dtype, self.attention, self.remat, dropout)
 
 
@@ -129,12 +130,14 @@ def make_train_step(
     return step
 
 
-def as_float32(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def as_float32(params: Mapping[str, Float[Array, "..."]]) -> dict[str, Float32[Array, "..."]]:
     """Cast parameters to the dtype of the optimizer, whatever dtype they are held in."""
     return {path: leaf.astype(jnp.float32) for path, leaf in params.items()}
 
 
-def _updated(params: dict[str, jax.Array], updates: Mapping[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
+def _updated(
+    params: dict[str, Float[Array, "..."]], updates: Mapping[str, Float32[Array, "..."]], step: Int[Array, ""]
+) -> dict[str, Float[Array, "..."]]:
     """Add the updates; bfloat16 is rounded stochastically, because most updates are smaller than its resolution."""
     new = {path: leaf.astype(jnp.float32) + updates[path] for path, leaf in params.items()}
     return {
@@ -152,7 +155,7 @@ def make_eval_step(loss_fn: LossFn, runtime: Runtime):
     return step
 
 
-def init_state(params: dict[str, jax.Array], optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: dict[str, Float[Array, "..."]], optimizer: optax.GradientTransformation) -> TrainState:
     """Initialise the state before the first update."""
     abstract = abstract_state(params, optimizer)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)

@@ -130,6 +130,22 @@ def test_a_row_without_a_label_is_refused(row, tmp_path):
     assert (report.kept, dict(report.dropped)) == (1, {"broken (on_error: skip)": 1})
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_labels_that_are_all_alike(wanted, tmp_path):
+    """There is nothing to compare, which is said; answers of both kinds are trained without a word."""
+    rows = [labelled("P", " a", wanted), labelled("Q", " b", wanted)]
+
+    def said(name, *rows):
+        report = load(write(tmp_path / name, *rows), KTO, byte_level()).report
+        return [warning for warning in report.warnings if "nothing to tell them from" in warning]
+
+    (warning,) = said("alike.jsonl", *rows)
+    assert (
+        f"all 2 answers are {'wanted' if wanted else 'unwanted'}" in warning and f"label {str(not wanted).lower()}" in warning
+    )
+    assert not said("both.jsonl", *rows, labelled("R", " c", not wanted))
+
+
 def test_a_row_is_judged_by_its_own_answer(tmp_path):
     """The answer of another row is shortened where it must be, and a row that has half of the room is kept."""
     rows = [labelled("P", " a", True), labelled("Q", f" {'b ' * 60}", False)]

@@ -314,7 +314,7 @@ CASES: list[Case] = [
         "tie_word_embeddings": True, "image_token_id": 200, "video_token_id": 201,
     }),
     Case("ministral3", "ministral3", {
-        "head_dim": 12, "rope_parameters": {
+        "head_dim": 12, "sliding_window": 12, "rope_parameters": {
             "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 16.0,
             "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.7,
         },

@@ -17,8 +17,8 @@ from ftjax.hub.load import open_model
 from ftjax.hub.model_folder import from_source, model_tensors
 from ftjax.mesh import make_mesh
 
-# Families with a load-balancing loss in transformers
-WITH_LOSS = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe", "phimoe")
+# Families with a load-balancing loss in transformers.
+WITH_LOSS = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe", "phimoe", "qwen3_next")
 TOGETHER = ("gpt_oss", "llama4_text", "gemma4_text")  # families whose checkpoints have all experts in one tensor
 
 

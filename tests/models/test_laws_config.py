@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from cases import CASES, ONE_OF_EACH
 from oracle import TINY, eager_logits, hf_logits, load, load_hf, logits, make_hf, tokens
+from processes import ALL
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ftjax.errors import UserError
+from ftjax.models.composite import TEXT
 from ftjax.models.facts import complete_config
 from ftjax.models.model import build_module
 from ftjax.models.registry import FAMILIES
@@ -24,6 +26,7 @@ CARRIED = {  # of parts of a composite model that are not run
     "audio_config", "multimodal_projector_bias", "projector_hidden_act", "spatial_merge_size", "vision_config",
     "vision_feature_layer",
 }  # fmt: skip
+INSIDE = {"rms_norm_eps", "vocab_size"}  # fields of a text model that is tried by itself: these show that it is read there too
 BREAKS = {"text_config.rope_parameters.mrope_section"}  # transformers' code fails for other numbers of sections
 
 # Fields that change no logits in transformers, in any family ...
@@ -61,7 +64,7 @@ NO_EFFECT_IN = {
         "audio_token_id", "boa_token_id", "boi_token_id", "eoa_token_index", "eoi_token_id", "image_token_id", "video_token_id",
     },
     "gemma4_unified_text": {"max_position_embeddings"},
-    "lfm2": {"block_multiple_of", "full_attn_idxs", "max_position_embeddings"},  # the first gives this width, or other weights
+    "lfm2": {"block_multiple_of", "max_position_embeddings"},  # the first gives this width, or other weights
     "granitemoe": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "llama": {"max_position_embeddings", "pretraining_tp"},
     "llama4": {"boi_token_index", "eoi_token_index", "image_token_index"},
@@ -98,7 +101,8 @@ NO_EFFECT_IN = {
 # Fields that have a default in transformers' modules too, that must be off, or that transformers' class turns
 # into another field.
 MAY_BE_MISSING = {
-    "add_cross_attention", "head_dim", "router_jitter_noise", "use_bidirectional_attention", "use_sliding_window",
+    "add_cross_attention", "full_attn_idxs", "head_dim", "router_jitter_noise", "use_bidirectional_attention",
+    "use_sliding_window",
 }  # fmt: skip
 OTHER_WORD = {"full_attention": "sliding_attention", "sliding_attention": "full_attention"}
 
@@ -133,8 +137,9 @@ def inner_changes(name, value):
         yield from ((name, other) for other in others(name, value))
         return
     yield f"{name}.twist", {**value, "twist": 0.5}
+    alone = not ALL and name == TEXT and value["model_type"] in FAMILIES
     for key, inner in value.items():
-        if key in COMMON or key == "_name_or_path":
+        if key in COMMON or key == "_name_or_path" or (alone and key not in INSIDE):
             continue
         yield from ((f"{name}.{label}", {**value, key: other}) for label, other in inner_changes(key, inner))
 

@@ -29,7 +29,8 @@ def test_adapter_and_merged_folder(case, tmp_path):
     params |= init_params({path: spec for path, spec in model.specs.items() if spec.row.adapter}, one_device(), 0)
     rng = np.random.default_rng(0)
     for path, spec in model.trainable.items():  # B starts at zero, which would hide it
-        value = np.array(params[path]) + rng.normal(size=spec.shape).astype(np.float32) * 0.2
+        # With updates twice as large, transformers' own logits of linear attention move by 1e-4 if weights move by half an ulp.
+        value = np.array(params[path]) + rng.normal(size=spec.shape).astype(np.float32) * 0.1
         params[path] = jax.device_put(value, params[path].sharding)
     adapter.mkdir()
     write_adapter(adapter, model, params, config, str(base))

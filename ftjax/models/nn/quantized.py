@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 BLOCK = 64  # weights per scale
 GROUP = 256  # scales per group scale
@@ -74,7 +75,7 @@ class Int8:
         return cls(**parts)
 
     @classmethod
-    def quantise(cls, weight: jax.Array, conv1d: bool) -> Self:
+    def quantise(cls, weight: Float[Array, "*stack R C"], conv1d: bool) -> "Int8":
         weight = weight.astype(jnp.float32)
         scale = jnp.max(jnp.abs(weight), axis=cls.whole_axis(conv1d), keepdims=True) / 127
         return cls(jnp.round(weight / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
@@ -83,7 +84,7 @@ class Int8:
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
-    def dequantise(self, dtype) -> jax.Array:
+    def dequantise(self, dtype) -> Float[Array, "*stack R C"]:
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
@@ -128,7 +129,7 @@ class Nf4:
         return cls(**parts, columns=shape[-1])
 
     @classmethod
-    def quantise(cls, weight: jax.Array, conv1d: bool) -> Self:
+    def quantise(cls, weight: Float[Array, "*stack R C"], conv1d: bool) -> "Nf4":
         columns = weight.shape[-1]
         blocks = -(-columns // BLOCK)
         padding = [(0, 0)] * (weight.ndim - 1) + [(0, blocks * BLOCK - columns)]
@@ -147,13 +148,15 @@ class Nf4:
     def shape(self) -> tuple[int, ...]:
         return (*self.codes.shape[:-1], self.columns)
 
-    def dequantise(self, dtype) -> jax.Array:
+    def dequantise(self, dtype) -> Float[Array, "*stack R C"]:
         codes = jnp.stack([self.codes & 15, self.codes >> 4], axis=-1).reshape(*self.codes.shape[:-1], -1)
         s = jnp.repeat(_scales(self.scales, self.group_scale, self.group_middle), BLOCK, axis=-1)
         return (_look_up(codes[..., : self.columns]) * s[..., : self.columns]).astype(dtype)
 
 
-def _double(s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _double(
+    s: Float32[Array, "*rows blocks"],
+) -> tuple[Integer[Array, "*rows blocks"], Float32[Array, "*rows groups"], Float32[Array, "*rows groups"]]:
     """Quantise the scales of blocks `[..., blocks]` to 8 bits: int8 steps around the midpoint of each group."""
     blocks = s.shape[-1]
     groups = -(-blocks // GROUP)
@@ -165,15 +168,17 @@ def _double(s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return steps.reshape(*s.shape[:-1], -1)[..., :blocks].astype(jnp.int8), step, middle
 
 
-def _scales(steps: jax.Array, step: jax.Array, middle: jax.Array) -> jax.Array:
-    """Return the dequantised float32 scales `[..., blocks]`."""
+def _scales(
+    steps: Integer[Array, "*rows blocks"], step: Float32[Array, "*rows groups"], middle: Float32[Array, "*rows groups"]
+) -> Float32[Array, "*rows blocks"]:
+    """Return the dequantised scales."""
     size = min(GROUP, steps.shape[-1])
     step, middle = (jnp.repeat(x, size, axis=-1)[..., : steps.shape[-1]] for x in (step, middle))
     return jnp.maximum(middle + step * steps.astype(jnp.float32), 0)
 
 
-def _look_up(codes: jax.Array) -> jax.Array:
-    """Return float32 values of uint8 codes by a tree of selects: a gather from a table of 16 is slow on most devices.
+def _look_up(codes: UInt8[Array, "*weights"]) -> Float32[Array, "*weights"]:
+    """Return the values of codes by a tree of selects: a gather from a table of 16 is slow on most devices.
 
     The first level is arithmetic, because JAX hoists constant arrays out of a scan and keeps them in memory.
     """
@@ -217,5 +222,5 @@ class Quantization:
         """Axis that must be whole for quantization, -1 or -2."""
         return FORMATS[self.kind].whole_axis(self.conv1d)
 
-    def quantise(self, weight: jax.Array) -> Quantized:
+    def quantise(self, weight: Float[Array, "*stack R C"]) -> Quantized:
         return FORMATS[self.kind].quantise(weight, self.conv1d)
