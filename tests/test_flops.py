@@ -13,7 +13,7 @@ from oracle import Case, attach_full, context, make_hf, tokens
 
 from ftjax.chips import CHIPS, chip_of
 from ftjax.config import FullConfig, LoraConfig
-from ftjax.flops import TrainFlops, peak_of, train_flops, train_flops_per_token
+from ftjax.flops import Chunk, TrainFlops, peak_of, train_flops, train_flops_per_token
 from ftjax.hub.load import open_model
 from ftjax.methods import method_of
 from ftjax.models.composite import text_of
@@ -101,7 +101,9 @@ def test_closed_form(case, attach, tmp_path):
     flops = train_flops(model)
     pairs = 4 * flops.matrices + 2 * flops.trained + sum(12 * width * T for width in flops.attention.values())
     head = (
-        0 if attach is attach_full else next(2 * model.specs[p].size for p in embeddings(model) if p.startswith(model.output))
+        0
+        if attach is attach_full
+        else next(2 * model.specs[p].size for p in embeddings(model) if p == f"{model.output}.weight")
     )
     pairs += 3 * flops.states + linear_attention(model)
     assert program(model) == pytest.approx(pairs + head, rel=1e-3)
@@ -188,7 +190,7 @@ def test_llama_by_hand(tmp_path):
     assert "4 x 1.843e+04 weights" in train_flops(model).formula(7)
 
 
-@pytest.mark.parametrize("window", [None, 3, 50])
+@pytest.mark.parametrize("window", [None, 3, 50, Chunk(2)])
 def test_documents_of_a_packed_row(window):
     """Each document attends to itself only, within its windows; padding counts nothing."""
     flops = TrainFlops(10, 1, {window: 8})
@@ -196,6 +198,8 @@ def test_documents_of_a_packed_row(window):
     segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0, 0]])
     assert flops.of_batch(positions, segments) == pytest.approx(5 * flops.per_token(5) + 3 * flops.per_token(3))
     assert flops.of_batch(positions, segments * 0) == 0
+    if window == Chunk(2):
+        assert flops.per_token(5) == pytest.approx(42 + 12 * 8 * (1 + 2 + 1 + 2 + 1) / 5)
     if window == 3:
         assert flops.per_token(5) == 42 + 12 * 8 * (1 + 2 + 3 + 3 + 3) / 5
 

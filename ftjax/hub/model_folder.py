@@ -66,7 +66,7 @@ def model_tensors(
         return host_piece(trained[path], index)()
 
     def kept(spec: Spec) -> np.dtype:
-        return np.dtype(np.float32) if spec.row.constant else dtype
+        return np.dtype(np.float32) if spec.row.float32 else dtype
 
     def data(spec: Spec, piece: Piece):
         def one() -> np.ndarray:

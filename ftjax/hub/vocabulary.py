@@ -165,7 +165,9 @@ def tokens_of(model: ModelConfig) -> int:
 def _resized(hf_config: dict[str, Any], source: TensorSource | None, rows: int) -> tuple[dict[str, Any], TensorSource]:
     if rows == text_of(hf_config)["vocab_size"]:
         return hf_config, source
-    return with_text(hf_config, vocab_size=rows), Resized(source, _tensors(hf_config), rows)
+    own_table = "vocab_size_per_layer_input"  # Gemma 4 has a second table, which transformers resizes too
+    sizes = {"vocab_size": rows} | ({own_table: rows} if own_table in text_of(hf_config) else {})
+    return with_text(hf_config, **sizes), Resized(source, _tensors(hf_config), rows)
 
 
 def _tensors(hf_config: Mapping[str, Any]) -> set[str]:

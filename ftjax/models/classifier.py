@@ -18,7 +18,10 @@ from ftjax.models.nn.layers import Linear
 
 HEAD = "score"
 ARCHITECTURE = "ForSequenceClassification"
-OTHERS = ("glm4_moe", "glm4_moe_lite", "granite", "granitemoe", "olmoe")  # families without such a class in transformers
+OTHERS = (  # families without such a class in transformers
+    "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "glm4_moe", "glm4_moe_lite", "granite", "granitemoe",
+    "llama4", "llama4_text", "olmoe",
+)  # fmt: skip
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 
 

@@ -22,13 +22,18 @@ class Composite:
     Attributes:
         carried: prefixes of the names of the other parts' tensors.
         inert: fields of config.json about the other parts, besides `text_config`.
-        name: the text model's name in `model`.
+        name: the text model's name: in `model`, where it is without its output, or with `whole` of all of it.
+        whole: whether the text model is there with its output, as `language_model.model` and `language_model.lm_head`.
+        clashing: whether layers of the other parts have names of the text's; adapters then say that they leave them out
+            (`exclude_modules`), because PEFT would adapt them, or fail to, under the same names.
         stored: `(prefix of names in the model, prefix in files)`, where files have other names than the class that loads them.
     """
 
     carried: tuple[str, ...]
     inert: tuple[str, ...]
     name: str = "language_model"
+    whole: bool = False
+    clashing: bool = False
     stored: tuple[tuple[str, str], ...] = ()
 
     def in_model(self, name: str) -> str:

@@ -86,7 +86,7 @@ def note_unread(facts: Facts) -> None:
     """Add a note for each RoPE parameter that has no effect."""
     ropes = facts.get("rope_parameters") or {}
     nested = [value for value in ropes.values() if isinstance(value, Mapping)]
-    for key in sorted({key for one in nested or [ropes] for key in unread(one)}):
+    for key in sorted({key for one in nested or [ropes] for key in unread(one)} - facts.read_in_rope):
         facts.note(
             f"config.json of this {facts.model_type} model has {key} in its RoPE parameters, which transformers ignores too"
         )
@@ -104,7 +104,7 @@ def build_module(config: Mapping[str, Any]) -> CausalLM:
     note_unread(facts)
     if composite is not None:
         whole.finish()
-        put_inside(module, composite)
+        module = put_inside(module, facts, composite)
         facts.carried += composite.carried
     if classes_of(config):
         to_classifier(module, config)

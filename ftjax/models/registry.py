@@ -33,6 +33,15 @@ OUTSIDE = (
 )
 PROJECTED = ("model.vision_tower.", "model.multi_modal_projector.")
 
+PARTS_OF_GEMMA4 = Composite(
+    ("model.vision_tower.", "model.vision_embedder.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio."),
+    (
+        "vision_config", "audio_config", "boi_token_id", "eoi_token_id", "image_token_id", "video_token_id", "boa_token_id",
+        "eoa_token_id", "eoa_token_index", "audio_token_id", "vision_soft_tokens_per_image",
+    ),
+    clashing=True,
+)  # fmt: skip
+
 IMAGES_OF_QWEN = Composite(
     ("model.visual.",), ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 )
@@ -53,6 +62,22 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "gemma3_text": Family("gemma3_text", "google/gemma-3-1b-it", "Gemma 3, text only: five local layers to one global"),
+    "gemma4": Family(
+        "gemma4_text",
+        "google/gemma-4-E2B-it",
+        "Gemma 4; the text is trained, parts for images and sound are kept",
+        composite=PARTS_OF_GEMMA4,
+    ),
+    "gemma4_text": Family("gemma4_text", "google/gemma-4-E2B-it", "Gemma 4 without its parts for images and sound"),
+    "gemma4_unified": Family(
+        "gemma4_unified_text",
+        "google/gemma-4-12B-it",
+        "Gemma 4 12B; the text is trained, parts for images and sound are kept",
+        composite=PARTS_OF_GEMMA4,
+    ),
+    "gemma4_unified_text": Family(
+        "gemma4_unified_text", "google/gemma-4-12B-it", "Gemma 4 12B without its parts for images and sound"
+    ),
     "glm4": Family("glm4", "zai-org/GLM-4-9B-0414", "GLM-4-0414, dense"),
     "glm4_moe": Family("glm4_moe", "zai-org/GLM-4.5-Air", "GLM-4.5, 4.6, 4.7; routed and shared experts"),
     "glm4_moe_lite": Family("glm4_moe_lite", "zai-org/GLM-4.7-Flash", "GLM-4.7-Flash; latent attention, routed experts"),
@@ -62,6 +87,19 @@ FAMILIES: dict[str, Family] = {
     "granite": Family("granite", "ibm-granite/granite-3.3-2b-instruct", "Granite 3, dense"),
     "granitemoe": Family("granitemoe", "ibm-granite/granite-3.1-3b-a800m-instruct", "Granite 3 with routed experts, PowerMoE"),
     "lfm2": Family("lfm2", "LiquidAI/LFM2-1.2B", "LFM2; gated short convolutions between attention layers"),
+    "llama4": Family(
+        "llama4_text",
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        "Llama 4; chunked attention, routed experts; the text is trained, image parts are kept",
+        prefix="language_model",
+        composite=Composite(
+            ("vision_model.", "multi_modal_projector."),
+            ("vision_config", "boi_token_index", "eoi_token_index", "image_token_index"),
+            whole=True,
+            clashing=True,
+        ),
+    ),
+    "llama4_text": Family("llama4_text", "meta-llama/Llama-4-Scout-17B-16E-Instruct", "Llama 4 without its parts for images"),
     "llama": Family("llama", "meta-llama/Llama-3.2-1B-Instruct", "Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2, TinyLlama"),
     "ministral": Family("ministral", "mistralai/Ministral-8B-Instruct-2410", "Ministral 8B; some layers see a window"),
     "mistral": Family("mistral", "mistralai/Mistral-7B-Instruct-v0.3", "Mistral 7B, Mistral Nemo, Mistral Small"),
@@ -88,6 +126,7 @@ FAMILIES: dict[str, Family] = {
     "olmo3": Family("olmo3", "allenai/Olmo-3-7B-Instruct", "OLMo 3; three windowed layers to one global"),
     "olmoe": Family("olmoe", "allenai/OLMoE-1B-7B-0924-Instruct", "OLMoE; routed experts"),
     "phi3": Family("phi3", "microsoft/Phi-4-mini-instruct", "Phi-3 and Phi-3.5 mini, Phi-4, Phi-4-mini"),
+    "phimoe": Family("phimoe", "microsoft/Phi-3.5-MoE-instruct", "Phi-3.5-MoE; routed experts"),
     "qwen2": Family("qwen2", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen 2, Qwen 2.5, distillations of DeepSeek R1"),
     "qwen3": Family("qwen3", "Qwen/Qwen3-0.6B", "Qwen 3, dense"),
     "qwen3_5": Family(

@@ -62,7 +62,7 @@ def families() -> list[Support]:
                 packing=packs(memories(root)),
                 tensor_parallel={"heads", "mlp"} <= axes,
                 windows="sliding_window" in fields,
-                experts="num_experts_per_tok" in fields,
+                experts=not fields.isdisjoint({"num_experts_per_tok", "top_k_experts"}),
                 positions="rotary" if "rope_parameters" in fields else "learned",
             )
         )

@@ -27,6 +27,10 @@ WANT = {
         "sliding_window_pattern": 3,
     },
     "gemma3-ropes": {"rope_theta": 500.0, "rope_local_base_freq": 300.0, "rope_scaling": YARN},
+    "gemma4": {"rope_theta": "absent", "rope_scaling": "absent"},  # transformers 4 does not have it
+    "gemma4-images-and-sound": {},
+    "gemma4-unified": {"rope_theta": "absent", "rope_scaling": "absent"},
+    "gemma4-unified-images": {},
     "mixtral": {"rope_theta": 1e6, "rope_scaling": None, "num_local_experts": 4},
     "qwen3-moe": {**NONE, "num_experts": 6},
     "deepseek-v3": {
@@ -41,6 +45,8 @@ WANT = {
     "olmoe": {**NONE, "num_experts": 6},
     "gpt-oss": {"rope_theta": 500.0, "rope_scaling": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}},
     "gpt-oss-plain": {"rope_theta": 500.0, "rope_scaling": None},  # without the field, transformers 4 uses the published YaRN
+    "llama4": {"rope_theta": 500.0, "rope_scaling": YARN, "num_local_experts": 4},
+    "llama4-images": {},
     "mistral": NONE,
     "ministral": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "qwen2": {"rope_theta": 500.0, "rope_scaling": {**YARN, "truncate": False}},
@@ -68,6 +74,12 @@ WANT = {
     "phi3": {
         "rope_theta": 500.0, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 16,
         "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]},
+    },
+    "phimoe": {
+        "rope_theta": 500.0, "num_local_experts": 4, "original_max_position_embeddings": 16, "rope_scaling": {
+            "rope_type": "longrope", "short_factor": [1.0, 1.5, 1.2, 1.3], "long_factor": [2.0, 4.0, 3.0, 3.5],
+            "short_mscale": 1.2, "long_mscale": 0.8, "original_max_position_embeddings": 16,
+        },
     },
     "olmo2": NONE,
     "olmo3": {"rope_theta": 500.0, "rope_scaling": YARN},

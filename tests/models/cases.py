@@ -73,6 +73,59 @@ CASES: list[Case] = [
         },
         "max_position_embeddings": 32,
     }),
+    Case("gemma4", "gemma4_text", {
+        "head_dim": 12, "global_head_dim": 16, "num_key_value_heads": 2, "num_global_key_value_heads": 1,
+        "num_hidden_layers": 4, "sliding_window": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 98, "attention_k_eq_v": True,
+        "final_logit_softcapping": 6.0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": 16, "rms_norm_eps": 1e-3, "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 0.4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    }),
+    Case("gemma4-dense", "gemma4_text", {
+        "head_dim": 8, "global_head_dim": 8, "num_hidden_layers": 5, "sliding_window": 6, "tie_word_embeddings": False,
+        "attention_bias": True, "hidden_activation": "silu", "hidden_size_per_layer_input": 0, "num_key_value_heads": 4,
+        "use_bidirectional_attention": "vision",
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "rope_theta": 500.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.0},
+        },
+    }),
+    Case("gemma4-own-inputs", "gemma4_text", {
+        "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 6, "sliding_window": 6,
+        "hidden_size_per_layer_input": 10, "vocab_size_per_layer_input": 96, "final_logit_softcapping": 6.0,
+    }),
+    Case("gemma4-images-and-sound", "gemma4", {
+        "text_config": {
+            "model_type": "gemma4_text", "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 8, "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 4, "num_kv_shared_layers": 4,
+            "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+        },
+        "vision_config": {**SIGLIP, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 8},
+        "audio_config": {
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "subsampling_conv_channels": [4, 4],
+            "output_proj_dims": 12,
+        },
+        "image_token_id": 200, "audio_token_id": 201, "video_token_id": 202,
+    }),
+    Case("gemma4-unified", "gemma4_unified_text", {
+        "head_dim": 12, "global_head_dim": 16, "num_key_value_heads": 2, "num_global_key_value_heads": 1,
+        "num_hidden_layers": 5, "sliding_window": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "attention_k_eq_v": True, "final_logit_softcapping": 6.0, "rms_norm_eps": 1e-3,
+    }),
+    Case("gemma4-unified-images", "gemma4_unified", {
+        "text_config": {
+            "model_type": "gemma4_unified_text", "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 3,
+            "sliding_window": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        "vision_config": {"patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 16, "mm_posemb_size": 8,
+                          "output_proj_dims": 16},
+        "audio_config": {"audio_embed_dim": 8}, "image_token_id": 200, "audio_token_id": 201, "video_token_id": 202,
+    }),
     Case("mixtral", "mixtral", {"num_local_experts": 4, "num_hidden_layers": 3, "output_router_logits": True}),
     Case("mixtral-window", "mixtral", {
         "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8, "head_dim": 12, "tie_word_embeddings": True,
@@ -177,6 +230,30 @@ CASES: list[Case] = [
         "num_local_experts": 4, "attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": True,
         "hidden_act": "gelu", "rms_norm_eps": 1e-3, "output_router_logits": True, "attention_multiplier": 0.3,
         "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("llama4", "llama4_text", {
+        "head_dim": 12, "num_hidden_layers": 5, "attention_chunk_size": 8, "floor_scale": 6, "attn_scale": 0.7,
+        "no_rope_layers": [0, 1, 1, 0, 1], "intermediate_size_mlp": 40, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "interleave_moe_layer_step": 2, "rms_norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16},
+    }),
+    Case("llama4-plain", "llama4_text", {
+        "head_dim": 8, "num_hidden_layers": 4, "attention_chunk_size": 5, "attn_temperature_tuning": False,
+        "use_qk_norm": False, "attention_bias": True, "num_local_experts": 4, "num_experts_per_tok": 1,
+        "moe_layers": [0, 1, 2, 3], "no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True, "hidden_act": "gelu",
+        "layer_types": ["chunked_attention", "chunked_attention", "full_attention", "full_attention"],
+        "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("llama4-images", "llama4", {
+        "text_config": {
+            "model_type": "llama4_text", "head_dim": 8, "num_hidden_layers": 4, "attention_chunk_size": 8, "floor_scale": 8,
+            "intermediate_size_mlp": 40, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+        },
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+            "patch_size": 14, "vision_output_dim": 12, "projector_input_dim": 8, "projector_output_dim": 12,
+        },
+        "image_token_index": 200, "boi_token_index": 201, "eoi_token_index": 202,
     }),
     Case("mistral", "mistral", {"sliding_window": 8, "head_dim": 12, "num_hidden_layers": 3}),
     Case("mistral-no-window", "mistral", {
@@ -338,6 +415,19 @@ CASES: list[Case] = [
             "long_factor": [2.0, 4.0, 5.0, 6.0], "attention_factor": 1.3, "factor": 8.0,
         },
     }),
+    Case("phimoe", "phimoe", {
+        "num_hidden_layers": 3, "num_local_experts": 4, "router_jitter_noise": 0.2, "lm_head_bias": True,
+        "attention_bias": True, "sliding_window": 9, "max_position_embeddings": 64, "rms_norm_eps": 1e-3,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.5, 1.2, 1.3],
+            "long_factor": [2.0, 4.0, 3.0, 3.5], "short_mscale": 1.2, "long_mscale": 0.8,
+            "original_max_position_embeddings": 16,
+        },
+    }),
+    Case("phimoe-tied", "phimoe", {
+        "num_local_experts": 3, "tie_word_embeddings": True, "hidden_act": "gelu", "output_router_logits": True,
+        "num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    }),
     Case("olmo2", "olmo2", {"num_hidden_layers": 3, "attention_bias": True}),
     Case("olmo2-tied", "olmo2", {
         "tie_word_embeddings": True, "num_key_value_heads": 4, "hidden_act": "gelu", "rms_norm_eps": 1e-3, "head_dim": 12,
@@ -376,7 +466,8 @@ ONE_OF_EACH = list({case.model_type: case for case in reversed(CASES)}.values())
 # Families that are others under another name, inside a checkpoint with more parts, or with parts of two of them. Logits,
 # checkpoints and config.json prove what differs; the laws that take long are tried on the family to the right.
 LIKE = {
-    "deepseek_v2": "deepseek_v3", "gemma3": "gemma3_text", "glm4_moe": "deepseek_v3", "glm4_moe_lite": "deepseek_v3",
+    "deepseek_v2": "deepseek_v3", "gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_text",
+    "gemma4_unified_text": "gemma4_text", "llama4": "llama4_text", "glm4_moe": "deepseek_v3", "glm4_moe_lite": "deepseek_v3",
     "ministral3": "mistral", "mistral3": "mistral", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_next",
     "qwen3_5_moe_text": "qwen3_next", "qwen3_vl": "qwen3",
 }  # fmt: skip

@@ -55,7 +55,7 @@ def test_sizes_are_those_of_transformers(case, tmp_path):
     # GPT-2 and GPT-NeoX have a key for each query.
     one = next((part for name, part in module.items() if name.endswith(".self_attn") and "vision" not in name), None)
     size = getattr(one, "head_dim", getattr(one, "qk_head_dim", None))  # latent attention has the latter
-    heads = sizes.heads if one is None else config.num_key_value_heads
+    heads = sizes.heads if one is None else max(layer.num_key_value_heads for layer in config.per_layer_config)
     assert (sizes.kv_heads, sizes.head_dim) == (heads, sizes.embed // sizes.heads if one is None else size)
     assert module[model.embedding.module] is hf.get_input_embeddings() and model.embedding.shape == tuple(rows.shape)
     if not hf.config.tie_word_embeddings:

@@ -22,7 +22,57 @@ GLM = {
     "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_scaling": None, "tie_word_embeddings": False,
     "vocab_size": 151552,
 }  # fmt: skip
+LLAMA4 = {
+    **COMMON, "model_type": "llama4_text", "_attn_implementation_autoset": True, "attention_chunk_size": 8192,
+    "bos_token_id": 200000, "eos_token_id": [200001, 200007, 200008], "for_llm_compressor": False, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 5120, "interleave_moe_layer_step": 1, "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384, "max_position_embeddings": 10485760, "no_rope_layers": [], "num_attention_heads": 40,
+    "num_experts_per_tok": 1, "num_hidden_layers": 48, "num_key_value_heads": 8, "num_local_experts": 16,
+    "output_router_logits": False, "pad_token_id": 200018, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0, "use_qk_norm": True, "vocab_size": 202048,
+}  # fmt: skip
+GEMMA4 = {
+    **GEMMA, "model_type": "gemma4_text", "attention_k_eq_v": False, "enable_moe_block": False, "eos_token_id": 1,
+    "expert_intermediate_size": None, "final_logit_softcapping": 30.0, "global_head_dim": 512,
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1536, "hidden_size_per_layer_input": 256,
+    "intermediate_size": 6144, "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7,
+    "max_position_embeddings": 131072, "num_attention_heads": 8, "num_experts": None, "num_global_key_value_heads": None,
+    "num_hidden_layers": 35, "num_key_value_heads": 1, "num_kv_shared_layers": 20, "sliding_window": 512,
+    "tie_word_embeddings": True, "top_k_experts": None, "use_bidirectional_attention": None, "use_double_wide_mlp": True,
+    "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+}  # fmt: skip
 PUBLISHED = {
+    "google/gemma-4-E2B-it": (4_628_569_379, {
+        "model_type": "gemma4", "text_config": GEMMA4, "audio_token_id": 258881, "boa_token_id": 256000,
+        "boi_token_id": 255999, "eoa_token_id": 258883, "eoa_token_index": 258883, "eoi_token_id": 258882,
+        "eos_token_id": [1, 106], "image_token_id": 258880, "tie_word_embeddings": True, "video_token_id": 258884,
+        "vision_soft_tokens_per_image": 280, "vision_config": {"model_type": "gemma4_vision", "use_clipped_linears": True},
+        "audio_config": {"model_type": "gemma4_audio"},
+    }),
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct": (107_769_861_120, {
+        "model_type": "llama4", "text_config": LLAMA4, "boi_token_index": 200080, "eoi_token_index": 200081,
+        "image_token_index": 200092, "vision_config": {"model_type": "llama4_vision_model"}, "torch_dtype": "bfloat16",
+    }),
+    "microsoft/Phi-3.5-MoE-instruct": (41_873_153_344, {
+        **COMMON, "model_type": "phimoe", "attention_bias": True, "bos_token_id": 1, "eos_token_id": 32000,
+        "hidden_act": "silu", "hidden_dropout": 0.0, "hidden_size": 4096, "input_jitter_noise": 0.01,
+        "intermediate_size": 6400, "lm_head_bias": True, "max_position_embeddings": 131072, "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 16,
+        "original_max_position_embeddings": 4096, "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "longrope", "short_factor": [1.0] * 64, "long_factor": [1.1] * 64, "short_mscale": 1.243163121016122,
+            "long_mscale": 1.243163121016122, "original_max_position_embeddings": 4096,
+        },
+        "router_aux_loss_coef": 0.0, "router_jitter_noise": 0.01, "sliding_window": 131072, "tie_word_embeddings": False,
+        "vocab_size": 32064,
+    }),
     "google/gemma-2b": (2_506_172_416, {
         **GEMMA, "model_type": "gemma", "eos_token_id": 1, "hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh",
         "hidden_size": 2048, "intermediate_size": 16384, "max_position_embeddings": 8192, "num_attention_heads": 8,

@@ -23,7 +23,8 @@ from ftjax.models.registry import FAMILIES
 # Fields of every configuration class (names, labels, outputs of a call) that do not affect the model.
 COMMON = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"model_type"}
 CARRIED = {  # of parts of a composite model that are not run
-    "multimodal_projector_bias", "projector_hidden_act", "spatial_merge_size", "vision_config", "vision_feature_layer",
+    "audio_config", "multimodal_projector_bias", "projector_hidden_act", "spatial_merge_size", "vision_config",
+    "vision_feature_layer",
 }  # fmt: skip
 INSIDE = {"rms_norm_eps", "vocab_size"}  # fields of a text model that is tried by itself: these show that it is read there too
 BREAKS = {"text_config.rope_parameters.mrope_section"}  # transformers' code fails for other numbers of sections
@@ -55,9 +56,22 @@ NO_EFFECT_IN = {
     "gpt_oss": {"hidden_act", "max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "granite": {"max_position_embeddings"},
     "gemma3": {"boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image"},
+    "gemma4": {
+        "audio_token_id", "boa_token_id", "boi_token_id", "eoa_token_index", "eoi_token_id", "image_token_id", "video_token_id",
+    },
+    "gemma4_text": {"max_position_embeddings"},
+    "gemma4_unified": {
+        "audio_token_id", "boa_token_id", "boi_token_id", "eoa_token_index", "eoi_token_id", "image_token_id", "video_token_id",
+    },
+    "gemma4_unified_text": {"max_position_embeddings"},
     "lfm2": {"block_multiple_of", "max_position_embeddings"},  # the first gives this width, or other weights
     "granitemoe": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
     "llama": {"max_position_embeddings", "pretraining_tp"},
+    "llama4": {"boi_token_index", "eoi_token_index", "image_token_index"},
+    "llama4_text": {
+        "interleave_moe_layer_step", "max_position_embeddings", "no_rope_layer_interval", "output_router_logits",
+        "router_aux_loss_coef", "router_jitter_noise",
+    },
     "ministral3": {"max_position_embeddings"},
     "mistral3": {"image_token_index"},
     "qwen3_vl": {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"},
@@ -67,6 +81,10 @@ NO_EFFECT_IN = {
     "olmo2": {"max_position_embeddings"},
     "olmo3": {"max_position_embeddings"},
     "olmoe": {"max_position_embeddings", "output_router_logits", "router_aux_loss_coef"},
+    "phimoe": {
+        "input_jitter_noise", "max_position_embeddings", "original_max_position_embeddings", "output_router_logits",
+        "router_aux_loss_coef",
+    },
     "phi3": {"embd_pdrop", "partial_rotary_factor", "resid_pdrop"},
     "qwen2": {"max_position_embeddings", "max_window_layers"},
     "qwen3": {"max_position_embeddings", "max_window_layers"},

@@ -15,7 +15,9 @@ from ftjax.methods import lora
 MIXED = [case for case in CASES if case.name.startswith("qwen3-moe-") and case not in ONE_OF_EACH]
 
 
-COMPOSITE = [case for case in ONE_OF_EACH if case.model_type == "qwen3_5"]
+# One with other parts whose layers have other names, one whose other parts have layers of the same names, and one whose text
+# stands with its output in the whole.
+COMPOSITE = [case for case in ONE_OF_EACH if case.model_type in ("qwen3_5", "gemma4", "llama4")]
 
 
 @pytest.mark.parametrize("case", UNLIKE + MIXED + COMPOSITE, ids=str)

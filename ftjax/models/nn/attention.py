@@ -188,23 +188,50 @@ def self_attention(
     if ctx.rope is not None:
         q, k = rotate(q, *ctx.rope), None if k is None else rotate(k, *ctx.rope)
     q = constrain(q, "batch", "length", "heads", None)
-    segments, offset = ctx.segment_ids, 0
+    own = seen = _chunks(ctx, pattern)
+    offset = 0
     if cache is not None:
         if k is None:
             k, v = cache.shared(layer, name)
         else:
             cache, k, v = cache.write(layer, k, v, name)
         if cache.lengths is not None:  # a row that decodes is one document
-            segments, offset = None, cache.lengths
-    y = attend(q, k, v, ctx.segment_ids, segments, offset, pattern, ctx.attention, sinks, _before(ctx, pattern, layer))
+            own, seen = _chunks_of_slots(ctx, pattern, k.shape[1])
+            offset = cache.lengths
+    y = attend(q, k, v, own, seen, offset, pattern, ctx.attention, sinks, _before(ctx, pattern, layer))
     return y.reshape(b, t, -1), cache
 
 
+def _chunks(ctx: Context, pattern: Pattern) -> Int[Array, "B T"]:
+    """Return segment ids in which each chunk is a document of its own, so that every backend keeps to chunks."""
+    if pattern.chunk is None:
+        return ctx.segment_ids
+    each = -(-(ctx.positions.shape[1] + _virtual(ctx)) // pattern.chunk)  # chunks of a document at most
+    return jnp.where(ctx.segment_ids == 0, 0, ctx.segment_ids * each + ctx.positions // pattern.chunk)
+
+
+def _chunks_of_slots(ctx: Context, pattern: Pattern, slots: int) -> tuple[Int[Array, "B T"], Int[Array, "B {slots}"] | None]:
+    """Return segment ids of queries and of the slots of a KV cache, whose rows are one document each."""
+    if pattern.chunk is None:
+        return ctx.segment_ids, None
+    place = (jnp.arange(slots, dtype=jnp.int32) + _virtual(ctx)) // pattern.chunk
+    return ctx.positions // pattern.chunk, jnp.broadcast_to(place, (ctx.positions.shape[0], slots))
+
+
+def _virtual(ctx: Context) -> int:
+    """Return the number of virtual tokens before each document."""
+    return 0 if ctx.prefix is None else ctx.prefix.keys.shape[1]
+
+
 def _before(ctx: Context, pattern: Pattern, layer) -> tuple[jax.Array, jax.Array, jax.Array] | None:
-    """Return this layer's virtual tokens `[V, K, H]`, and a mask of the tokens whose window reaches them, or None."""
+    """Return this layer's virtual tokens `[V, K, H]`, and a mask of the tokens whose window or chunk has them, or None."""
     if ctx.prefix is None:
         return None
     keys, values = ctx.prefix.keys[layer], ctx.prefix.values[layer]
-    distance = ctx.positions[:, :, None] - jnp.arange(keys.shape[0], dtype=jnp.int32)
-    seen = jnp.ones(distance.shape, bool) if pattern.window is None else distance < pattern.window
+    positions, virtual = ctx.positions[:, :, None], jnp.arange(keys.shape[0], dtype=jnp.int32)
+    seen = jnp.ones((*ctx.positions.shape, keys.shape[0]), bool)
+    if pattern.window is not None:
+        seen &= positions - virtual < pattern.window
+    if pattern.chunk is not None:
+        seen &= positions // pattern.chunk == virtual // pattern.chunk
     return keys, values, seen

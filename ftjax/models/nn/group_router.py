@@ -55,7 +55,7 @@ class GroupRouter(nnx.Module):
         self.top_k, self.groups, self.normalise, self.scale = top_k, groups, normalise, scale
         self.scores = scores
         self.weight = param((experts, embed), ("experts", "embed"), "weight")
-        bias = param((experts,), ("experts",), "e_score_correction_bias", init=Init("zeros"), constant=True)
+        bias = param((experts,), ("experts",), "e_score_correction_bias", init=Init("zeros"), constant=True, float32=True)
         self.e_score_correction_bias = bias if corrected else None
 
     def __call__(

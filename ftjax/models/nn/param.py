@@ -79,7 +79,8 @@ class Row:
         layouts: layouts in checkpoints, if different from one tensor per layer; the first is used for writing. The parameter
             can always be read under its own name.
         quantization: quantization of a frozen weight, whose value is then a pytree of arrays.
-        constant: float32 in memory and in checkpoints, and trained by no method, such as the correction bias of a router.
+        constant: trained by no method: a buffer of transformers, such as the scalar of a layer of Gemma 4.
+        float32: float32 in memory and in checkpoints, whatever the model's dtype, such as the correction bias of a router.
     """
 
     axes: tuple[str | None, ...]
@@ -92,6 +93,7 @@ class Row:
     layouts: tuple[Layout, ...] = ()
     quantization: Quantization | None = None
     constant: bool = False
+    float32: bool = False
 
 
 def param(shape: tuple[int, ...], axes: tuple[str | None, ...], name: str, dtype=jnp.float32, **row) -> nnx.Param:
@@ -186,8 +188,8 @@ class Spec:
         return self.pieces(self.row.layouts[0] if self.row.layouts else None)
 
     def astype(self, dtype) -> "Spec":
-        """Return the spec with another dtype; constants keep theirs."""
-        return self if self.row.constant else dataclasses.replace(self, dtype=jnp.dtype(dtype))
+        """Return the spec with another dtype; some keep theirs."""
+        return self if self.row.float32 else dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     @property
     def size(self) -> int:
