@@ -1,7 +1,7 @@
 """Collect the tokens of one answer and turn them into text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +37,7 @@ class Answer:
 
     def __init__(
         self, prompt: list[int], limit: int, ends: frozenset[int], stops: StopStrings, stream: TextStream,
-        *, sampling: Sampling = GREEDY, seed: int = 0, number: int = 0,
+        *, sampling: Sampling = GREEDY, seed: int = 0, number: int = 0, bias: Mapping[int, float] | None = None,
     ):  # fmt: skip
         """
         Args:
@@ -45,9 +45,11 @@ class Answer:
             ends: token ids that end the answer.
             stops: strings that end the answer.
             seed, number: determine the row's PRNG key.
+            bias: added to the logits of single tokens.
         """
         self.prompt, self.limit, self.ends = prompt, limit, ends
         self.sampling, self.seed, self.number = sampling, seed, number
+        self.bias = dict(bias or {})
         self.text = ""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []

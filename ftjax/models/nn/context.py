@@ -33,6 +33,7 @@ class Context:
         rope: the family's position embedding, computed once for all layers.
         prefix: virtual tokens that precede every document (`after_virtual_tokens`), or None.
         whole_weights: whether weights have been gathered already (`ftjax.models.nn.chunks`).
+        adapters: the adapter of each row, where layers hold several (`ftjax.methods.lora_stack`); 0 is none.
     """
 
     positions: Int[Array, "B T"]
@@ -44,6 +45,7 @@ class Context:
     rope: Any = None
     prefix: Prefix | None = None
     whole_weights: bool = False
+    adapters: Int[Array, " rows"] | None = None
 
 
 def is_virtual(tokens: jax.Array) -> bool:
