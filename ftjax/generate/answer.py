@@ -76,6 +76,12 @@ class Answer:
             if not self.finish and len(self.tokens) >= self.limit:
                 self.finish = "length"
 
+    def end(self) -> None:
+        """End the answer after the tokens that it has: a grammar allows no more."""
+        self._grow()
+        self._add(self._stream.finish())
+        self.finish = "stop"
+
     def piece(self) -> str:
         """Return the new text that will not change any more; once the answer is finished, all remaining text."""
         if self.finish:

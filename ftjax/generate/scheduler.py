@@ -310,7 +310,7 @@ class Scheduler:
             ids, values = (np.asarray(x)[at, : len(came), : job.tops].tolist() for x in (seen.tops, seen.top_logprobs))
             job.listed += [list(zip(*one, strict=True)) for one in zip(ids, values, strict=True)]
         if job.grammar is not None and not answer.finish and any([job.grammar.accept(token) for token in came]):
-            answer.finish = "stop"
+            answer.end()
         if answer.finish:
             self._end(job)
         elif came:
