@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ftjax.errors import UserError
 from ftjax.generate.scheduler import Job
+from ftjax.serve.adapters import Adapters
 from ftjax.serve.errors import ApiError, invalid
 from ftjax.serve.forms import ChatChoice, Envelope, News, TextChoice, embeddings, usage
 from ftjax.serve.metrics import Metrics
@@ -178,7 +179,7 @@ async def read(request: HttpRequest, kind: type) -> Any:
 class Routes:
     """The handlers; `adapters` loads and unloads adapters, or is None where the start did not allow it."""
 
-    def __init__(self, served: Served, engine: EngineThread, metrics: Metrics, adapters: Any = None):
+    def __init__(self, served: Served, engine: EngineThread, metrics: Metrics, adapters: Adapters | None = None):
         self.served, self.engine, self.metrics, self.adapters = served, engine, metrics, adapters
         self.started = int(time.time())
 
@@ -187,7 +188,7 @@ class Routes:
     async def chat(self, request: HttpRequest) -> Response:
         asked = await read(request, ChatRequest)
         jobs, speeches = await run_in_threadpool(self.served.chat, asked)
-        to_bytes = self.served.grammars.decode
+        to_bytes = self.served.voice(asked.model).grammars.decode
         choices = [ChatChoice(n, speech, bool(asked.logprobs), to_bytes) for n, speech in enumerate(speeches)]
         envelope = Envelope("chat.completion", asked.model)
         first = [{"index": n, "delta": {"role": "assistant", "content": ""}, "finish_reason": None} for n in range(len(jobs))]
@@ -196,7 +197,8 @@ class Routes:
     async def completion(self, request: HttpRequest) -> Response:
         asked = await read(request, CompletionRequest)
         jobs = await run_in_threadpool(self.served.completion, asked)
-        choices = [TextChoice(n, asked.logprobs is not None, self.served.grammars.decode) for n in range(len(jobs))]
+        to_bytes = self.served.voice(asked.model).grammars.decode
+        choices = [TextChoice(n, asked.logprobs is not None, to_bytes) for n in range(len(jobs))]
         return await self._answer(
             request, asked, jobs, choices, Envelope("text_completion", asked.model), [], len(asked.prompts)
         )
@@ -274,7 +276,7 @@ class Routes:
         await run_in_threadpool(self._changeable().unload, asked.lora_name)
         return JSONResponse({"status": "unloaded", "name": asked.lora_name})
 
-    def _changeable(self) -> Any:
+    def _changeable(self) -> Adapters:
         if self.adapters is None:
             raise ApiError(403, "adapters are loaded by request only if the server was started with --adapter-root DIR")
         return self.adapters
@@ -295,7 +297,7 @@ ROUTES = (
 PATHS = {path for path, _, _ in ROUTES}
 
 
-def make_app(served: Served, engine: EngineThread, *, keys: Sequence[str] = (), adapters: Any = None) -> ASGIApp:
+def make_app(served: Served, engine: EngineThread, *, keys: Sequence[str] = (), adapters: Adapters | None = None) -> ASGIApp:
     """Return the ASGI application; the engine's thread must have been started."""
     metrics = Metrics(engine)
     handlers = Routes(served, engine, metrics, adapters)

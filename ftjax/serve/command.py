@@ -12,10 +12,14 @@ import jax
 from ftjax.config import MeshConfig
 from ftjax.console import make_console, say
 from ftjax.errors import UserError
-from ftjax.generate.named import LoadOptions, find_named
+from ftjax.generate.adapters import AdapterStack, updates_of
+from ftjax.generate.named import LoadOptions, Named, find_named
 from ftjax.generate.paged import PagedBatch, Room
 from ftjax.generate.scheduler import Scheduler
 from ftjax.generate.session import Generator
+from ftjax.hub.fetch import resolve_config
+from ftjax.hub.load import read_hf_config
+from ftjax.hub.run_folder import adapter_folder
 from ftjax.mesh import make_mesh
 
 ROWS = 16
@@ -65,17 +69,21 @@ def serve(model: str, loading: LoadOptions, options: ServeOptions) -> None:
     except ImportError as error:
         raise UserError(f"ftjax serve needs {error.name}, which is not installed: pip install 'ftjax[serve]'") from None
     from ftjax.compile_cache import keep_compiled_programs
+    from ftjax.serve.adapters import Adapters
     from ftjax.serve.schedule import EngineThread
     from ftjax.serve.served import Served
 
     keys = read_keys(options.api_key_file)
+    if options.adapter_root is not None and not options.adapter_root.is_dir():
+        raise UserError(f"--adapter-root {options.adapter_root}: not a folder")
     keep_compiled_programs()
     console = make_console(stderr=True)
     found = find_named(model, adapter=loading.adapter)
+    several = list(options.adapters)
+    if several and found.adapter is not None:
+        raise UserError(f"{model} is an adapter itself; give its base model, {found.model}, and each adapter as NAME=DIR")
     with console.status(f"loading {found.name}"):
-        generator = Generator(
-            found.model, found.adapter, dtype=loading.dtype, mesh=mesh_of(options.mesh), **found.options(loading)
-        )  # fmt: skip
+        generator, stack = load(found, loading, options)
     batch = make_batch(generator, options)
     with console.status("compiling"):
         began = time.monotonic()
@@ -88,8 +96,37 @@ def serve(model: str, loading: LoadOptions, options: ServeOptions) -> None:
         f"{served.name}: {room.rows} rows, {served.context} tokens of context, {room.pages} pages of {room.page} tokens"
         f"{'' if batch.sizes.groups == 1 else ' on each shard'}; compiled in {time.monotonic() - began:.0f} s",
     )
+    engine.start()
+    adapters = None
+    if stack is not None:
+        adapters = Adapters(stack, served, options.adapter_root)
+        for name, folder in several:
+            if name == served.name:
+                raise UserError(f"--adapter {name}=...: the base model has this name; choose another, or another --name")
+            adapters.add(name, folder)
+            say(console, f"{name}: {folder}")
     say(console, f"http://{options.host}:{options.port} (a page to chat), http://{options.host}:{options.port}/v1 (API)")
-    run(make_app(served, engine, keys=keys), engine, options.host, options.port)
+    app = make_app(served, engine, keys=keys, adapters=adapters if options.adapter_root is not None else None)
+    run(app, engine, options.host, options.port)
+
+
+def load(found: Named, loading: LoadOptions, options: ServeOptions) -> tuple[Generator, AdapterStack | None]:
+    """Load the model, with room for adapters if it is to have any. Raises UserError for what cannot be loaded."""
+    mesh, own = mesh_of(options.mesh), found.options(loading)
+    if not options.adapters and options.adapter_root is None:
+        return Generator(found.model, found.adapter, dtype=loading.dtype, mesh=mesh, **own), None
+    if found.adapter is not None:
+        raise UserError(f"{found.name} is an adapter; give its base model, {found.model}, to load others beside it")
+    folders = [adapter_folder(folder) for _, folder in options.adapters]
+    config = read_hf_config(resolve_config(found.model, own["revision"]))
+    rank, wanted = updates_of(folders, config)
+    places = max(options.max_adapters if options.adapter_root is not None else 0, len(folders))
+    if options.adapter_root is not None:
+        rank, updated = max(rank, options.max_rank), wanted
+        wanted = lambda name: updated(name) or not name.endswith(("lm_head", "embed_out"))  # noqa: E731
+    stack = AdapterStack.load(found.model, places=places, rank=rank, wanted=wanted, dtype=loading.dtype, mesh=mesh, **own)
+    stack.fill(1, None)  # compiles
+    return stack.generator, stack
 
 
 def named_adapters(given: Sequence[str]) -> tuple[Path | None, list[tuple[str, Path]]]:

@@ -4,13 +4,14 @@ import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ftjax.errors import UserError
 from ftjax.generate.answer import Answer
 from ftjax.generate.paged import BIASED
 from ftjax.generate.request import Request
-from ftjax.generate.scheduler import Job
+from ftjax.generate.scheduler import Grammar, Job
 from ftjax.generate.session import Generator
 from ftjax.serve.errors import ApiError, invalid
 from ftjax.serve.grammar import Grammars
@@ -19,20 +20,36 @@ from ftjax.serve.schedule import EngineThread
 from ftjax.serve.speech import THINK, CallForm, Speech, form_of, reasons
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Voice:
     """One name that requests may ask for.
 
     Attributes:
+        generator: renders its prompts and begins its answers, with its own tokenizer and chat template.
         adapter: number of its adapter in the engine; 0 is the base model.
         space: a number that no other voice has or had: texts share the cache within it.
-        folder: the adapter's folder, or None.
     """
 
     name: str
+    generator: Generator
     adapter: int = 0
     space: int = 0
-    folder: str | None = None
+
+    @cached_property
+    def template(self) -> str:
+        found = self.generator.tokenizer.chat_template
+        return "\n".join(found.values()) if isinstance(found, dict) else found or ""
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        return Grammars(self.generator.tokenizer, self.generator.model.sizes.vocab, self.generator.ends)
+
+    def thinking(self, ids: Sequence[int]) -> bool:
+        """Return whether a prompt ends within reasoning that the template has opened."""
+        if not reasons(self.template):
+            return False
+        text = self.generator.tokenizer.decode(ids[-16:])
+        return text.rfind(THINK[0]) > text.rfind(THINK[1])
 
 
 class Served:
@@ -44,10 +61,8 @@ class Served:
 
     def __init__(self, generator: Generator, engine: EngineThread, name: str):
         self.generator, self.engine, self.name = generator, engine, name
-        self.voices = {name: Voice(name)}
-        self._template = _template_text(generator.tokenizer)
+        self.voices = {name: Voice(name, generator)}
         self._lock = threading.Lock()  # the tokenizer is not made for several threads
-        self.grammars = Grammars(generator.tokenizer, generator.model.sizes.vocab, generator.ends)
 
     @property
     def context(self) -> int:
@@ -66,24 +81,24 @@ class Served:
     def chat(self, asked: ChatRequest) -> tuple[list[Job], list[Speech]]:
         """Return the jobs of a chat, one per choice, and what splits their answers."""
         voice = self.voice(asked.model)
-        if not self.generator.tokenizer.chat_template:
+        if not voice.template:
             raise invalid(f"{asked.model} has no chat template; use /v1/completions", "messages")
         if asked.top_logprobs and not asked.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
         tools, form = asked.tools_for_template(), None
         if tools:
-            form = form_of(self._template)
+            form = form_of(voice.template)
         forced = asked.forced
         if forced and form is None:
             raise invalid("tool_choice: the chat template defines no form of calls, so that none can be forced", "tool_choice")
         arguments = asked.chat_template_kwargs
-        ids = self._encode(asked.for_template(), "messages", chat=True, tools=tools, template_arguments=arguments)
-        thinking = self._thinking(ids)
-        speeches = [Speech(form, reasoning=reasons(self._template), thinking=thinking) for _ in range(asked.n or 1)]
+        ids = self._encode(voice, asked.for_template(), "messages", chat=True, tools=tools, template_arguments=arguments)
+        thinking = voice.thinking(ids)
+        speeches = [Speech(form, reasoning=reasons(voice.template), thinking=thinking) for _ in range(asked.n or 1)]
         jobs = self._jobs(asked, voice, ids, shows_special=form is not None and form.special)
         for job in jobs:
             job.tops = asked.top_logprobs or 0
-            job.grammar = self._grammar(asked, forced, form, thinking)
+            job.grammar = _grammar(voice, asked, forced, form, thinking)
         return jobs, speeches
 
     def completion(self, asked: CompletionRequest) -> list[Job]:
@@ -92,7 +107,7 @@ class Served:
         if asked.best_of not in (None, asked.n or 1):
             raise invalid("best_of: only the value of n is supported", "best_of")
         for prompt in asked.prompts:
-            ids = self._encode(prompt, "prompt", chat=False)
+            ids = self._encode(voice, prompt, "prompt", chat=False)
             jobs += self._jobs(asked, voice, ids)
         for job in jobs:
             job.tops = asked.logprobs or 0
@@ -102,9 +117,9 @@ class Served:
         """Return one job per input."""
         voice, jobs = self.voice(asked.model), []
         for given in asked.inputs:
-            ids = self._encode(given, "input", chat=False)
+            ids = self._encode(voice, given, "input", chat=False)
             answer = Answer(ids, 1, frozenset(), None, None)
-            jobs.append(self._job(answer, voice, pool=asked.pooling))
+            jobs.append(_job(answer, voice, pool=asked.pooling))
         return jobs
 
     def _jobs(self, asked: Sampled, voice: Voice, ids: list[int], shows_special: bool = False) -> list[Job]:
@@ -122,16 +137,13 @@ class Served:
             request = Request(
                 ids, sampling, asked.most or room, stop=asked.stops, seed=seed, number=number, logit_bias=bias
             )  # fmt: skip
-            jobs.append(self._job(self.generator.begin(request, shows_special=shows_special), voice))
+            jobs.append(_job(voice.generator.begin(request, shows_special=shows_special), voice))
         return jobs
 
-    def _job(self, answer: Answer, voice: Voice, **more: Any) -> Job:
-        return Job(answer, adapter=voice.adapter, space=voice.space, **more)
-
-    def _encode(self, prompt: Any, field: str, **how: Any) -> list[int]:
+    def _encode(self, voice: Voice, prompt: Any, field: str, **how: Any) -> list[int]:
         try:
             with self._lock:
-                ids = self.generator.encode(prompt, **how)
+                ids = voice.generator.encode(prompt, **how)
         except UserError as error:
             raise invalid(str(error), field) from None
         if len(ids) >= self.context:
@@ -141,26 +153,20 @@ class Served:
             )  # fmt: skip
         return ids
 
-    def _thinking(self, ids: Sequence[int]) -> bool:
-        """Return whether the prompt ends within reasoning that the template has opened."""
-        if not reasons(self._template):
-            return False
-        text = self.generator.tokenizer.decode(ids[-16:])
-        return text.rfind(THINK[0]) > text.rfind(THINK[1])
 
-    def _grammar(self, asked: ChatRequest, forced: str | None, form: CallForm | None, thinking: bool):
-        if forced:
-            tools = [tool.function for tool in asked.tools if forced in ("*", tool.function.name)]
-            return self.grammars.of_calls(form, [(one.name, one.parameters) for one in tools], thinking)
-        wanted = asked.response_format
-        if wanted is None or wanted.type == "text":
-            return None
-        if wanted.type == "json_schema" and wanted.json_schema is None:
-            raise invalid("response_format.json_schema is missing", "response_format.json_schema")
-        schema = {"type": "object"} if wanted.type == "json_object" else wanted.json_schema.schema_
-        return self.grammars.of_schema(schema, thinking)
+def _job(answer: Answer, voice: Voice, **more: Any) -> Job:
+    return Job(answer, adapter=voice.adapter, space=voice.space, **more)
 
 
-def _template_text(tokenizer: Any) -> str:
-    found = tokenizer.chat_template
-    return "\n".join(found.values()) if isinstance(found, dict) else found or ""
+def _grammar(voice: Voice, asked: ChatRequest, forced: str | None, form: CallForm | None, thinking: bool) -> Grammar | None:
+    """Return what an answer may say: a call that is forced, or what `response_format` asks for; None: anything."""
+    if forced:
+        tools = [tool.function for tool in asked.tools if forced in ("*", tool.function.name)]
+        return voice.grammars.of_calls(form, [(one.name, one.parameters) for one in tools], thinking)
+    wanted = asked.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_schema" and wanted.json_schema is None:
+        raise invalid("response_format.json_schema is missing", "response_format.json_schema")
+    schema = {"type": "object"} if wanted.type == "json_object" else wanted.json_schema.schema_
+    return voice.grammars.of_schema(schema, thinking)

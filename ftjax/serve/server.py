@@ -37,10 +37,9 @@ class DrainingServer(uvicorn.Server):
 
 
 def run(app: Any, engine: EngineThread, host: str, port: int) -> None:
-    """Serve until a signal comes, and then until all requests have ended."""
+    """Serve until a signal comes, and then until all requests have ended. The engine's thread must have been started."""
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, lifespan="off")
     server = DrainingServer(config, engine)
-    engine.start()
     try:
         asyncio.run(server.serve())
     finally:

@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from openai import OpenAI
 from ftjax.generate.paged import PagedBatch, Room
 from ftjax.generate.scheduler import Scheduler
 from ftjax.generate.session import Generator
+from ftjax.serve.adapters import Adapters
 from ftjax.serve.app import make_app
 from ftjax.serve.schedule import EngineThread
 from ftjax.serve.served import Served
@@ -50,16 +51,21 @@ class Running:
     engine: EngineThread
     served: Served
     server: Any
+    adapters: Adapters | None
 
     def client(self, **options) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 300, **options})
 
 
 @contextmanager
-def running(generator: Generator, batch: PagedBatch, *, limit: int = 64, **options) -> Iterator[Running]:
+def running(
+    generator: Generator, batch: PagedBatch, *, limit: int = 64, keys: Sequence[str] = (),
+    adapters: Callable[[Served], Adapters] | None = None,
+) -> Iterator[Running]:  # fmt: skip
     engine = EngineThread(Scheduler(batch), limit)
     served = Served(generator, engine, "tiny")
-    app = make_app(served, engine, **options)
+    loaded = adapters and adapters(served)
+    app = make_app(served, engine, keys=keys, adapters=loaded)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off", access_log=False)
     server = DrainingServer(config, engine)
     engine.start()
@@ -70,7 +76,7 @@ def running(generator: Generator, batch: PagedBatch, *, limit: int = 64, **optio
         threading.Event().wait(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Running(f"http://127.0.0.1:{port}", generator, engine, served, server)
+        yield Running(f"http://127.0.0.1:{port}", generator, engine, served, server, loaded)
     finally:
         server.should_exit = server.force_exit = True
         thread.join()
