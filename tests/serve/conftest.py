@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import uvicorn
 from openai import OpenAI
+from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from ftjax.generate.paged import PagedBatch, Room
 from ftjax.generate.scheduler import Scheduler
@@ -30,6 +33,26 @@ TEMPLATE = (
     "{% endfor %}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[a]{% if enable_thinking %}<think>{% elif quiet %}<think></think>{% endif %}{% endif %}"
 )
+PLAIN = {
+    "all": LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
+    "some": LoraConfig(
+        r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 6}, use_rslora=True,
+        init_lora_weights=False, task_type="CAUSAL_LM",
+    ),
+    "layer": LoraConfig(
+        r=3, lora_alpha=24, target_modules=["v_proj", "up_proj"], layers_to_transform=[1], init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    ),
+}  # fmt: skip
+OTHERS = {
+    "dora": (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"), "it is DoRA"),
+    "ia3": (IA3Config(task_type="CAUSAL_LM"), "it is ia3"),
+    "norms": (LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM"), "it trained"),
+    "large": (
+        LoraConfig(r=9, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        "its rank is 9, and the server has room for 8",
+    ),
+}
 ROOM = Room(rows=4, context=384, pages=60, page=16, chunk=64, steps=4)
 
 
@@ -40,6 +63,16 @@ def chatty(untrained, tmp_path_factory) -> Path:
     shutil.copytree(untrained, folder, dirs_exist_ok=True)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
+
+
+@pytest.fixture(scope="session")
+def folders(chatty, tmp_path_factory) -> Path:
+    """A folder with an adapter of each kind, written by PEFT."""
+    root = tmp_path_factory.mktemp("adapters")
+    for number, (name, config) in enumerate({**PLAIN, **{name: one for name, (one, _) in OTHERS.items()}}.items()):
+        torch.manual_seed(number)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(chatty), config).save_pretrained(root / name)
+    return root
 
 
 @dataclass

@@ -4,15 +4,11 @@ import concurrent.futures
 import json
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
-import torch
-from peft import IA3Config, LoraConfig, get_peft_model
-from serve.conftest import ROOM, running
-from transformers import AutoModelForCausalLM
+from serve.conftest import OTHERS, PLAIN, ROOM, running
 
 from ftjax.errors import UserError
 from ftjax.generate.adapters import AdapterStack, updates_of
@@ -23,37 +19,7 @@ from ftjax.generate.session import Generator
 from ftjax.hub.load import read_hf_config
 from ftjax.serve.adapters import Adapters
 
-PLAIN = {
-    "all": LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
-    "some": LoraConfig(
-        r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 6}, use_rslora=True,
-        init_lora_weights=False, task_type="CAUSAL_LM",
-    ),
-    "layer": LoraConfig(
-        r=3, lora_alpha=24, target_modules=["v_proj", "up_proj"], layers_to_transform=[1], init_lora_weights=False,
-        task_type="CAUSAL_LM",
-    ),
-}  # fmt: skip
-OTHERS = {
-    "dora": (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"), "it is DoRA"),
-    "ia3": (IA3Config(task_type="CAUSAL_LM"), "it is ia3"),
-    "norms": (LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM"), "it trained"),
-    "large": (
-        LoraConfig(r=9, target_modules=["q_proj"], task_type="CAUSAL_LM"),
-        "its rank is 9, and the server has room for 8",
-    ),
-}
 CHAT = [{"role": "user", "content": "Tom went to the park."}]
-
-
-@pytest.fixture(scope="module")
-def folders(chatty, tmp_path_factory) -> Path:
-    """A folder with an adapter of each kind, written by PEFT."""
-    root = tmp_path_factory.mktemp("adapters")
-    for number, (name, config) in enumerate({**PLAIN, **{name: one for name, (one, _) in OTHERS.items()}}.items()):
-        torch.manual_seed(number)
-        get_peft_model(AutoModelForCausalLM.from_pretrained(chatty), config).save_pretrained(root / name)
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def wait_until_up(process: subprocess.Popen, url: str, key: str) -> openai.OpenA
             time.sleep(0.1)
 
 
-def test_a_server_from_start_to_end(chatty, tmp_path):
+def test_a_server_from_start_to_end(chatty, folders, tmp_path):
     (tmp_path / "keys").write_text("secret\n")
     host, port = address().split(":")
     command = [
@@ -46,12 +46,19 @@ def test_a_server_from_start_to_end(chatty, tmp_path):
         "tiny",
     ]
     env = environment(2, JAX_COMPILATION_CACHE_DIR=os.environ["JAX_COMPILATION_CACHE_DIR"])
+    command += ["--adapter", f"tuned={folders / 'all'}", "--adapter-root", folders, "--max-rank", 8]
     process = start([*command, "--mesh", "data=2"], env=env)
     try:
         client = wait_until_up(process, f"http://{host}:{port}", "secret")
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="x", max_retries=0).models.list()
-        asked = {"model": "tiny", "prompt": "Tom", "max_tokens": 200, "temperature": 1, "seed": 1, "logit_bias": {"2": -100}}
+        client.post("/load_lora_adapter", body={"lora_name": "more", "lora_path": "some"}, cast_to=object)
+        assert [model.id for model in client.models.list().data] == ["tiny", "tuned", "more"]
+        said = [
+            client.completions.create(model=name, prompt="A", max_tokens=9, temperature=0) for name in ("tiny", "tuned", "more")
+        ]
+        assert len({one.choices[0].text for one in said}) == 3
+        asked = {"model": "tuned", "prompt": "Tom", "max_tokens": 200, "temperature": 1, "seed": 1, "logit_bias": {"2": -100}}
         chunks, first = [], threading.Event()
 
         def read() -> None:
@@ -76,6 +83,8 @@ def test_a_server_from_start_to_end(chatty, tmp_path):
     ("options", "says"),
     [
         (["--adapter", "a=x", "--adapter", "y"], "give each a name"),
+        (["--adapter", "a=nowhere"], "nowhere"),
+        (["--adapter-root", "nowhere"], "not a folder"),
         (["--adapter", "a=x", "--adapter", "a=y"], "a name of its own"),
         (["--mesh", "tensor"], "AXIS=SIZE"),
         (["--mesh", "sequence=2"], "sequence"),
