@@ -101,6 +101,7 @@ class Scheduler:
 
     def submit(self, job: Job) -> None:
         """Add a job, which must fit (`fits`)."""
+        assert self.fits(len(job.answer.prompt) + job.answer.limit), "a text that never fits would wait for ever"
         self.waiting.append(job)
 
     def cancel(self, job: Job) -> None:

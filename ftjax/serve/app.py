@@ -49,7 +49,7 @@ class Run:
             self._counted[number] = count
         if job.ended:
             self._metrics.ended(job)
-        if job.cancelled:
+        if job.cancelled or self._loop.is_closed():
             return
         if job.ended or self._streamed:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, self._news(number, job))
@@ -121,6 +121,7 @@ class Events(Response):
             async for chunk in self._chunks:
                 await say(json.dumps(chunk, ensure_ascii=False))
         except ApiError as error:
+            self._run.cancel()
             await say(json.dumps(error.body))
         await say("[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -163,7 +164,12 @@ def _refusal(error: ApiError) -> JSONResponse:
 
 
 async def read(request: HttpRequest, kind: type) -> Any:
-    """Return the request's body. Raises ApiError, 413 if it is too large and 400 if it is not valid."""
+    """Return the request's body. Raises ApiError: 413 if it is too large, 415 if it is not JSON, 400 if it is not valid.
+
+    A page of another site can send a form or plain text from a browser without asking, but no JSON.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise ApiError(415, "expected content-type: application/json")
     body, size = bytearray(), 0
     async for part in request.stream():
         size += len(part)

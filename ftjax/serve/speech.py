@@ -122,7 +122,7 @@ def reasons(template: str) -> bool:
 
 
 class Speech:
-    """Splits one answer. A mark that may still become one is held back; pieces join to what the model said."""
+    """Splits one answer. What may still become a mark is held back, and white space beside marks is left out."""
 
     def __init__(self, form: CallForm | None = None, *, reasoning: bool = False, thinking: bool = False):
         """
@@ -151,12 +151,12 @@ class Speech:
         if self._mode == "start":
             return self._start(end)
         if self._mode == "reasoning":
-            return self._until(THINK[1], lambda text: Said(reasoning=text), "after", end)
-        if self._mode == "after":  # line ends between the reasoning and the answer belong to neither
-            self._text = self._text.lstrip("\n")
+            return self._until(THINK[1], lambda text: Said(reasoning=text), "between", end)
+        if self._mode in ("opened", "between"):  # white space beside marks is no part of what was said
+            self._text = self._text.lstrip()
             if not self._text and not end:
                 return None
-            self._mode = "content"
+            self._mode = "reasoning" if self._mode == "opened" else "content"
             return []
         if self._mode == "call":
             return self._call(end)
@@ -169,7 +169,7 @@ class Speech:
         if not begun and not end:
             return None
         if self._opens is not None and begun.startswith(self._opens):
-            self._text, self._mode = begun[len(self._opens) :].lstrip("\n"), "reasoning"
+            self._text, self._mode = begun[len(self._opens) :], "opened"
             return []
         if self._opens is not None and not end and self._opens.startswith(begun):
             return None
@@ -182,16 +182,19 @@ class Speech:
     def _until(self, mark: str | None, made: Callable[[str], Said], then: str, end: bool) -> list[Said] | None:
         at = self._text.find(mark) if mark else -1
         if at >= 0:
-            before, self._text, self._mode = self._text[:at], self._text[at + len(mark) :], then
-            return [made(before)] if before.strip() or (before and then != "call") else []
-        held = 0 if end or not mark else next(
-            (n for n in range(min(len(mark) - 1, len(self._text)), 0, -1) if mark.startswith(self._text[-n:])), 0
-        )  # fmt: skip
-        sure = self._text[: len(self._text) - held]
+            before, self._text, self._mode = self._text[:at].rstrip(), self._text[at + len(mark) :], then
+            return [made(before)] if before else []
+        sure = self._text if end or not mark else self._text[: self._certain(mark)]
         if not sure:
             return None
         self._text = self._text[len(sure) :]
         return [made(sure)]
+
+    def _certain(self, mark: str) -> int:
+        """Return the length of the text without an end that may become the mark, and white space before that."""
+        text = self._text
+        held = next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-n:])), 0)
+        return len(text[: len(text) - held].rstrip())
 
     def _call(self, end: bool) -> list[Said] | None:
         form = self._form
@@ -201,10 +204,9 @@ class Speech:
         body = self._text if at < 0 else self._text[:at]
         rest = "" if at < 0 else self._text[at + len(form.closes) :]
         calls = form.read(body.strip()) if body.strip() else None
-        self._mode, self._text = "content", rest
+        self._mode, self._text = "content" if calls is None else "between", rest
         if calls is None:
             opens = "" if form.whole and body.lstrip().startswith("{") else form.opens
             return [Said(content=opens + body + (form.closes if at >= 0 else ""))]
-        self._text = rest.lstrip("\n")
         self.calls += len(calls)
         return [Said(call=call) for call in calls]

@@ -3,10 +3,12 @@
 import concurrent.futures
 import json
 import math
+from typing import Literal
 
 import numpy as np
 import openai
 import pytest
+from pydantic import BaseModel
 
 from ftjax.generate.request import Request
 
@@ -144,6 +146,16 @@ def test_a_json_schema_is_kept(server, client):
         assert set(value) == {"n", "ok"} and value["n"] in (1, 2, 3) and isinstance(value["ok"], bool)
 
 
+class Weather(BaseModel):
+    city: Literal["Rome", "Oslo"]
+    warm: bool
+
+
+def test_the_client_parses_its_own_types(client):
+    found = client.chat.completions.parse(model="tiny", messages=CHAT, response_format=Weather, temperature=1, seed=3)
+    assert isinstance(found.choices[0].message.parsed, Weather)
+
+
 def test_a_schema_that_cannot_be_kept(client):
     given = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
     with pytest.raises(openai.BadRequestError) as error:
@@ -186,6 +198,18 @@ def test_a_call_of_a_tool(client, choice):
     assert (streamed.function.name, streamed.function.arguments) == (call.function.name, call.function.arguments)
     after = [*CHAT, found.message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
     assert client.chat.completions.create(model="tiny", messages=after, tools=TOOLS, max_tokens=3, seed=1).choices
+
+
+def test_reasoning_stands_apart(server, client):
+    """What a prompt opens as reasoning is reasoning until it is closed; a schema begins after it."""
+    asked = {"model": "tiny", "messages": CHAT, "temperature": 0, "max_tokens": 8}
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    message = client.chat.completions.create(**asked, extra_body=thinking).choices[0].message
+    prompt = server.generator.encode(CHAT, chat=True, template_arguments={"enable_thinking": True})
+    assert message.reasoning_content == want(server, prompt, chat=None, max_new_tokens=8).text and not message.content
+    quiet = {"chat_template_kwargs": {"quiet": True}}
+    message = client.chat.completions.create(**asked, extra_body=quiet).choices[0].message
+    assert message.content and not hasattr(message, "reasoning_content")
 
 
 def test_tools_are_in_the_prompt_unless_none_is_to_be_called(client):

@@ -79,6 +79,8 @@ def test_what_is_not_there(server, client):
 def test_bodies_that_are_no_requests(server):
     assert post(f"{server.url}/v1/chat/completions", b"{")[0] == 400
     assert post(f"{server.url}/v1/chat/completions", b"[]")[0] == 400
+    body = json.dumps({"model": "tiny", "prompt": "a"}).encode()
+    assert post(f"{server.url}/v1/completions", body, **{"content-type": "text/plain"})[0] == 415
     status, answer = post(f"{server.url}/v1/completions", b" " * (17 << 20))
     assert status == 413 and "16 MB" in answer["error"]["message"]
 
