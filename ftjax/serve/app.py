@@ -211,7 +211,7 @@ class Routes:
 
     async def _answer(self, request, asked, jobs, choices, envelope: Envelope, first: list, prompts: int = 1) -> Response:
         run = Run(jobs, self.engine, self.metrics, bool(asked.stream))
-        self.engine.submit(jobs)
+        self.engine.submit(jobs, lambda: self.served.serves(asked.model, jobs))
 
         async def chunks() -> AsyncIterator[dict[str, Any]]:
             for choice in first:
@@ -237,7 +237,7 @@ class Routes:
         asked = await read(request, EmbeddingRequest)
         jobs = await run_in_threadpool(self.served.embedding, asked)
         run = Run(jobs, self.engine, self.metrics, False)
-        self.engine.submit(jobs)
+        self.engine.submit(jobs, lambda: self.served.serves(asked.model, jobs))
 
         async def whole() -> Response:
             async for _ in run.news():

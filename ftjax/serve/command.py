@@ -21,6 +21,7 @@ from ftjax.hub.fetch import resolve_config
 from ftjax.hub.load import read_hf_config
 from ftjax.hub.run_folder import adapter_folder
 from ftjax.mesh import make_mesh
+from ftjax.models.classifier import classes_of
 
 ROWS = 16
 LONGEST = 8192  # the context, unless another is asked for or the model's is shorter
@@ -84,12 +85,14 @@ def serve(model: str, loading: LoadOptions, options: ServeOptions) -> None:
         raise UserError(f"{model} is an adapter itself; give its base model, {found.model}, and each adapter as NAME=DIR")
     with console.status(f"loading {found.name}"):
         generator, stack = load(found, loading, options)
+    if classes_of(generator.model.config):
+        raise UserError("the model has a classification head and generates no text; use ftjax evaluate for its predictions")
     batch = make_batch(generator, options)
     with console.status("compiling"):
         began = time.monotonic()
         batch.warm_up()
     engine = EngineThread(Scheduler(batch), options.max_requests)
-    served = Served(generator, engine, options.name or name_of(found.name))
+    served = Served(generator, engine, options.name or name_of(found))
     room = batch.room
     say(
         console,
@@ -179,9 +182,12 @@ def mesh_of(sizes: Mapping[str, int]) -> Any:
     return make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), there[:count])
 
 
-def name_of(path: str) -> str:
-    """Return the name that requests use: the last part of a path, or a Hub id as a whole."""
-    return Path(path).name if Path(path).exists() else path
+def name_of(found: Named) -> str:
+    """Return the name that requests use: that of the run or of the folder, or a Hub id as a whole."""
+    if found.run is not None:
+        return found.run.resolve().name
+    path = Path(found.model if found.adapter is None else found.adapter)
+    return path.resolve().name if path.exists() else str(path)
 
 
 def make_batch(generator: Generator, options: ServeOptions) -> PagedBatch:

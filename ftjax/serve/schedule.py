@@ -46,16 +46,21 @@ class EngineThread:
         """Number of jobs that run or wait."""
         return len(self._jobs)
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[Job], still: Callable[[], bool] = lambda: True) -> None:
         """Add the jobs of one request, all or none.
 
-        Raises ApiError: 429 if the queue is full, 503 while the server drains, 500 if the engine has failed.
+        Args:
+            still: whether what the jobs ask for is still there, so that no other adapter has taken their place in the engine.
+
+        Raises ApiError: 404 if it is not, 429 if the queue is full, 503 while the server drains, 500 if the engine has failed.
         """
         with self._wake:
             if self.failure is not None:
                 raise ApiError(500, f"the engine has failed: {self.failure}")
             if self.draining:
                 raise ApiError(503, "the server is shutting down", code="draining")
+            if not still():
+                raise ApiError(404, "the model was unloaded", "model", "model_not_found")
             if len(self._jobs) + len(jobs) > self.limit:
                 raise ApiError(
                     429, f"{len(self._jobs)} requests run or wait, of {self.limit} at most; try again later", code="queue_full"

@@ -76,6 +76,11 @@ class Served:
             raise ApiError(404, f"the model {name!r} does not exist; there is {known}", "model", "model_not_found")
         return found
 
+    def serves(self, name: str, jobs: Sequence[Job]) -> bool:
+        """Return whether the name still means what it meant when these jobs were made."""
+        found = self.voices.get(name)
+        return found is not None and all(job.space == found.space for job in jobs)
+
     # ---- requests to jobs ----
 
     def chat(self, asked: ChatRequest) -> tuple[list[Job], list[Speech]]:

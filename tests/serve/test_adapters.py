@@ -139,6 +139,20 @@ def test_adapters_that_are_not_loaded(server, folders):
         assert post(server, "unload", {"lora_name": name})[0] == 404
 
 
+def test_a_place_is_not_taken_between_a_request_and_its_start(server):
+    """A request that was read before its adapter was unloaded does not run with the next one in its place."""
+    from ftjax.serve.errors import ApiError
+    from ftjax.serve.protocol import ChatRequest
+
+    assert load(server, "all")[0] == 200
+    jobs, _ = server.served.chat(ChatRequest(model="all", messages=CHAT))
+    assert post(server, "unload", {"lora_name": "all"})[0] == 200
+    assert load(server, "all", "some")[0] == 200
+    with pytest.raises(ApiError, match="unloaded"):
+        server.engine.submit(jobs, lambda: server.served.serves("all", jobs))
+    assert not server.engine.load
+
+
 def test_loading_that_the_start_did_not_allow(stack, batch):
     with running(stack.generator, batch) as server:
         status, answer = load(server, "all")
