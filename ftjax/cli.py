@@ -404,6 +404,66 @@ def chat(
     run(model, request, options, system=system, sampling={**asked, "repetition_penalty": repetition_penalty})
 
 
+@app.command()
+def serve(
+    model: Model,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="An adapter and its name in requests; repeatable. DIR alone: the model itself has it.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model in requests.", show_default="its path's end")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File of keys, one per line; requests need one.", show_default=False)
+    ] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="Most requests that run or wait; others get 429.")] = 256,
+    rows: Annotated[int, typer.Option(min=1, help="Most requests that run at the same time.")] = 16,
+    context: Annotated[
+        int | None, typer.Option(min=16, help="Most tokens of prompt and answer.", show_default="the model's, up to 8192")
+    ] = None,
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Memory for keys and values on each device.", show_default="0.8 of what is free"),
+    ] = None,
+    mesh: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AXIS=SIZE", help="Size of a mesh axis, such as tensor=4; repeatable.", show_default="one device"),
+    ] = None,
+    adapter_root: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder whose adapters may be loaded by request.", show_default=False),
+    ] = None,
+    max_adapters: Annotated[int, typer.Option(min=1, help="Most adapters at a time.")] = 8,
+    max_rank: Annotated[int, typer.Option(min=1, help="Largest rank of adapters that are loaded by request.")] = 64,
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
+    chat_template: ChatTemplate = None,
+    dtype: DType = "auto",
+    quantization: Quantization = None,
+    special_tokens_in_text: SpecialTokens = None,
+) -> None:
+    """Serve a model over HTTP, with OpenAI's API and a page to chat."""
+    from ftjax.distributed.join import alone
+
+    alone("serve")
+    from ftjax.generate.named import LoadOptions
+    from ftjax.serve.command import ServeOptions, named_adapters, sizes_of
+    from ftjax.serve.command import serve as run
+
+    single, several = named_adapters(adapter or [])
+    options = LoadOptions(single, revision, tokenizer, chat_template, quantization, special_tokens_in_text, dtype)
+    asked = ServeOptions(
+        name, host, port, api_key_file, max_requests, rows, context, cache_gb, sizes_of(mesh or []), several, adapter_root,
+        max_adapters, max_rank,
+    )  # fmt: skip
+    run(model, options, asked)
+
+
 @app.command(cls=Exporting)
 def export(
     run: Annotated[

@@ -34,6 +34,7 @@ BELOW = {
     "cpu_threads": set(),
     "train": {"methods", "objectives", "models", "hub", "data", "flops", "compile_cache", "distributed"},
     "generate": {"objectives", "compile_cache", "distributed", "hub", "methods"},
+    "serve": {"generate"},
     "evaluate": {"generate", "train", "hub", "objectives"},
     "report": {"page", "data", "config", "evaluate"},
     "plan": {"train", "hub", "chips", "torus"},
@@ -41,6 +42,7 @@ BELOW = {
     "cli": {
         "console",
         "report",
+        "serve",
         "evaluate",
         "generate",
         "plan",

@@ -1,7 +1,7 @@
 """Collect the tokens of one answer and turn them into text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +37,7 @@ class Answer:
 
     def __init__(
         self, prompt: list[int], limit: int, ends: frozenset[int], stops: StopStrings, stream: TextStream,
-        *, sampling: Sampling = GREEDY, seed: int = 0, number: int = 0,
+        *, sampling: Sampling = GREEDY, seed: int = 0, number: int = 0, bias: Mapping[int, float] | None = None,
     ):  # fmt: skip
         """
         Args:
@@ -45,9 +45,11 @@ class Answer:
             ends: token ids that end the answer.
             stops: strings that end the answer.
             seed, number: determine the row's PRNG key.
+            bias: added to the logits of single tokens.
         """
         self.prompt, self.limit, self.ends = prompt, limit, ends
         self.sampling, self.seed, self.number = sampling, seed, number
+        self.bias = dict(bias or {})
         self.text = ""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -73,6 +75,12 @@ class Answer:
                 self._grow()
             if not self.finish and len(self.tokens) >= self.limit:
                 self.finish = "length"
+
+    def end(self) -> None:
+        """End the answer after the tokens that it has: a grammar allows no more."""
+        self._grow()
+        self._add(self._stream.finish())
+        self.finish = "stop"
 
     def piece(self) -> str:
         """Return the new text that will not change any more; once the answer is finished, all remaining text."""

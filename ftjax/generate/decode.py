@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ftjax.generate.cache import forward, new_cache
-from ftjax.generate.sample import RowSampling, choose, process
+from ftjax.generate.sample import RowSampling, choose, process, restrict
 from ftjax.mesh import constrain
 from ftjax.models.model import Model
 from ftjax.models.nn.cache import Cache
@@ -31,12 +31,16 @@ class Rules(NamedTuple):
         keys: [B, 2] uint32, key data of one PRNG key per row, so that rows are independent of each other.
         ends: [B, e] int32, token ids that end an answer, padded with -1.
         limits: [B] int32, maximum length of the answer in tokens.
+        biased: [B, b] int32, tokens whose logits have a bias, padded with V.
+        bias: [B, b] float32.
     """
 
     sampling: RowSampling
     keys: jax.Array
     ends: jax.Array
     limits: jax.Array
+    biased: jax.Array
+    bias: jax.Array
 
 
 class State(NamedTuple):
@@ -46,14 +50,14 @@ class State(NamedTuple):
         token: [B] int32, the most recent token, not yet in the cache.
         count: [B] int32, tokens of the answer so far.
         done: [B] bool, rows that are finished and no longer change.
-        seen: [B, V] bool, tokens that occur in prompt or answer.
+        uses: [B, V] int32, how often prompt and answer have each token (`ftjax.generate.sample.process`).
     """
 
     cache: Cache
     token: jax.Array
     count: jax.Array
     done: jax.Array
-    seen: jax.Array
+    uses: jax.Array
     rules: Rules
 
 
@@ -74,12 +78,14 @@ class Start(NamedTuple):
     counts: jax.Array
     kept: jax.Array
     chosen: jax.Array
-    seen: jax.Array
+    uses: jax.Array
     seeds: jax.Array
     numbers: jax.Array
     sampling: RowSampling
     ends: jax.Array
     limits: jax.Array
+    biased: jax.Array
+    bias: jax.Array
 
 
 class View(NamedTuple):
@@ -107,9 +113,9 @@ class Runner:
         """Return the state of an idle batch; `like` determines the shapes of `rules`."""
         zeros = lambda x: constrain(jnp.zeros((rows, *x.shape[1:]), x.dtype), "batch", *(None,) * (x.ndim - 1))  # noqa: E731
         keys = constrain(jnp.zeros((rows, 2), jnp.uint32), "batch", None)
-        rules = Rules(jax.tree.map(zeros, like.sampling), keys, zeros(like.ends), zeros(like.limits))
+        rules = Rules(jax.tree.map(zeros, like.sampling), keys, *map(zeros, (like.ends, like.limits, like.biased, like.bias)))
         token, count, done = zeros(like.counts), zeros(like.counts), ~zeros(like.counts).astype(bool)
-        return State(new_cache(self.model, rows, slots, self.dtype), token, count, done, zeros(like.seen), rules)
+        return State(new_cache(self.model, rows, slots, self.dtype), token, count, done, zeros(like.uses), rules)
 
     def begin(self, params: Mapping[str, jax.Array], start: Start, *, slots: int, block: int) -> tuple[State, View]:
         """Start all rows of a new batch: `start.rows` is 0, 1, 2 ..., and a row without tokens is done."""
@@ -141,7 +147,7 @@ class Runner:
             step, state, tokens, logprobs = carry
             active = (~state.done).astype(jnp.int32)
             hidden, cache = forward(module, state.token[:, None], active, state.cache, self.dtype)
-            state, token, logprob = self._pick(state._replace(cache=cache), self._logits(module, hidden[:, 0]))
+            state, token, logprob = self.pick(state._replace(cache=cache), self.logits(module, hidden[:, 0]))
             put = lambda x, new: jax.lax.dynamic_update_slice(x, new[:, None], (0, step))  # noqa: E731
             return step + 1, state, put(tokens, token), put(logprobs, logprob)
 
@@ -154,11 +160,11 @@ class Runner:
     def _started(self, params: Mapping[str, jax.Array], cache: Cache, start: Start, block: int) -> tuple[State, View]:
         """Prefill the starting rows and choose their first tokens; return the `State` and `View` of these rows only."""
         keys = jax.random.key_data(jax.vmap(lambda s, n: jax.random.fold_in(jax.random.key(s), n))(start.seeds, start.numbers))
-        rules = Rules(start.sampling, keys, start.ends, start.limits)
+        rules = Rules(start.sampling, keys, start.ends, start.limits, start.biased, start.bias)
         logits, cache = self._prefill(params, replace(cache, lengths=start.kept), start.tokens, start.counts, block)
         done = (start.counts <= 0) | (start.chosen >= start.limits)
-        state = State(cache, jnp.zeros_like(start.counts), start.chosen, done, start.seen, rules)
-        state, token, logprob = self._pick(state, logits)
+        state = State(cache, jnp.zeros_like(start.counts), start.chosen, done, start.uses, rules)
+        state, token, logprob = self.pick(state, logits)
         return state, self._view(token[:, None], logprob[:, None], state.count - start.chosen)
 
     def _prefill(
@@ -183,13 +189,20 @@ class Runner:
 
         final, cache = part(0, cache)
         final, cache = jax.lax.fori_loop(1, tokens.shape[1] // block, body, (final, cache))
-        return self._logits(module, final), cache
+        return self.logits(module, final), cache
 
-    def _pick(self, state: State, logits: Float[Array, "B V"]) -> tuple[State, Int[Array, " B"], Float[Array, " B"]]:
-        """Choose the next token of each unfinished row; return the state, the token and its log-probability."""
+    def pick(
+        self, state: State, logits: Float[Array, "B V"], mask: jax.Array | None = None
+    ) -> tuple[State, Int[Array, " B"], Float[Array, " B"]]:
+        """Choose the next token of each unfinished row; return the state, the token and its log-probability.
+
+        Args:
+            mask: tokens that grammars allow (`ftjax.generate.sample.restrict`); None allows all.
+        """
         rules, rows, active = state.rules, jnp.arange(logits.shape[0]), ~state.done
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rules.keys), state.count)
-        token = choose(process(logits, state.seen, rules.sampling), rules.sampling.temperature, keys)
+        limited = restrict(logits, rules.biased, rules.bias, mask)
+        token = choose(process(limited, state.uses, rules.sampling), rules.sampling.temperature, keys)
         logprob = logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
         count = state.count + active.astype(jnp.int32)
         ended = jnp.any(token[:, None] == rules.ends, axis=1) | (count >= rules.limits)
@@ -197,13 +210,13 @@ class Runner:
             token=jnp.where(active, token, state.token),
             count=count,
             done=state.done | ended,
-            seen=state.seen.at[rows, token].max(active),
+            uses=state.uses.at[rows, token].add(active.astype(jnp.int32)),
         )
         return state, token, logprob
 
-    def _logits(self, module: Any, hidden: jax.Array) -> jax.Array:
+    def logits(self, module: Any, hidden: jax.Array, adapters: jax.Array | None = None) -> jax.Array:
         one = jnp.ones((1, 1), jnp.int32)
-        return constrain(module.unembed(hidden, Context(one, one, self.dtype)), "batch", "vocab")
+        return constrain(module.unembed(hidden, Context(one, one, self.dtype, adapters=adapters)), "batch", "vocab")
 
     def _view(self, *arrays: jax.Array) -> View:
         return View(*(constrain(x, *(None,) * x.ndim) for x in arrays))

@@ -13,13 +13,13 @@ from ftjax.generate.answer import Answer
 from ftjax.generate.batch import block_length
 from ftjax.generate.cache import bucket
 from ftjax.generate.decode import CHUNK, Runner, Start, State, View
-from ftjax.generate.sample import Sampling, row_sampling
+from ftjax.generate.sample import Sampling, row_sampling, uses_of
 from ftjax.generate.score import head_step, score_step
 from ftjax.mesh import parts, spec
 from ftjax.models.model import Model
 from ftjax.models.nn.cache import Layout
 
-ENDS = 8  # the arrays of end ids are padded to a multiple of this, to limit the number of compiled shapes
+FEW = 8  # the arrays of end ids and of biases are padded to a multiple of this, to limit the number of compiled shapes
 
 
 class Engine:
@@ -181,9 +181,11 @@ class Batch:
         size: int, length: int,
     ) -> Start:  # fmt: skip
         tokens = np.zeros((size, length), np.int32)
-        seen = np.zeros((size, self.engine.model.sizes.vocab), bool)
-        most = max(len(answer.ends) for answer in answers.values())
-        ends = np.full((size, max(1, math.ceil(most / ENDS)) * ENDS), -1, np.int32)
+        vocab = self.engine.model.sizes.vocab
+        uses = np.zeros((size, vocab), np.int32)
+        ends = np.full((size, _padded(max(len(answer.ends) for answer in answers.values()))), -1, np.int32)
+        biased = np.full((size, _padded(max(len(answer.bias) for answer in answers.values()))), vocab, np.int32)
+        bias = np.zeros(biased.shape, np.float32)
         numbers = np.zeros((6, size), np.int64)
         sampling = [Sampling()] * size
         which = np.full(size, len(self.answers), np.int32)
@@ -193,17 +195,20 @@ class Batch:
             answer, text = answers[row], texts[row]
             new = text[kept[row] :]
             tokens[at, : len(new)] = new
-            seen[at, text] = True
+            uses[at] = uses_of(answer.prompt, answer.tokens, vocab)
             ends[at, : len(answer.ends)] = sorted(answer.ends)
+            biased[at, : len(answer.bias)] = list(answer.bias)
+            bias[at, : len(answer.bias)] = list(answer.bias.values())
             numbers[:, at] = len(new), kept[row], len(answer.tokens), answer.seed % 2**32, answer.number, answer.limit
             sampling[at], which[at] = answer.sampling, row
         counts, kept_, chosen, seeds, ids, limits = numbers
         shard = self.engine.shard_rows
         return Start(
             rows=self.engine.replicate(which), tokens=shard(tokens), counts=shard(counts.astype(np.int32)),
-            kept=shard(kept_.astype(np.int32)), chosen=shard(chosen.astype(np.int32)), seen=shard(seen),
+            kept=shard(kept_.astype(np.int32)), chosen=shard(chosen.astype(np.int32)), uses=shard(uses),
             seeds=shard(seeds.astype(np.uint32)), numbers=shard(ids.astype(np.uint32)),
             sampling=jax.tree.map(shard, row_sampling(sampling)), ends=shard(ends), limits=shard(limits.astype(np.int32)),
+            biased=shard(biased), bias=shard(bias),
         )  # fmt: skip
 
     def _read(self, view: View, rows: Mapping[int, int]) -> None:
@@ -212,3 +217,7 @@ class Batch:
         for row, at in rows.items():
             new = slice(0, counts[at])
             self.answers[row].read(tokens[at, new].tolist(), logprobs[at, new].tolist())
+
+
+def _padded(size: int) -> int:
+    return max(1, math.ceil(size / FEW)) * FEW

@@ -1,6 +1,6 @@
 """Requests for generation: a prompt, sampling settings and stopping criteria."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -24,6 +24,8 @@ class Request:
         seed, number: determine the PRNG key of the answer.
         chat: whether to render a text as a user message with the chat template; None: if the tokenizer has one.
         tools: functions that the model may call, as JSON schemas for the chat template.
+        logit_bias: added to the logits of single tokens, by id.
+        template_arguments: further arguments of the chat template, such as `enable_thinking`.
     """
 
     prompt: Prompt = ""
@@ -34,6 +36,8 @@ class Request:
     number: int = 0
     chat: bool | None = None
     tools: list[Any] | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    template_arguments: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         """Check and normalise the fields. Raises UserError if `max_new_tokens` is less than 1."""

@@ -1,5 +1,6 @@
 """Choose the next token from logits. The steps match transformers' logits processors, in their order:
-repetition penalty, temperature, top-k, top-p, min-p.
+repetition penalty, temperature, top-k, top-p, min-p. What OpenAI's API adds comes before the temperature: a bias on single
+tokens and a grammar's mask first, presence and frequency penalties after the repetition penalty.
 
 Legend: B batch, V vocab.
 """
@@ -11,9 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32, Key
+from jaxtyping import Array, Float, Float32, Int32, Key, UInt32
 
 from ftjax.errors import UserError
+
+IN_PROMPT = 1 << 24  # added to a token's count of occurrences in the answer if the prompt has it
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Sampling:
             arXiv:2407.01082).
         repetition_penalty: positive logits of tokens in prompt or answer are divided by it, negative ones multiplied
             (Keskar et al. 2019, arXiv:1909.05858); also applies to greedy decoding.
+        presence_penalty: subtracted from the logits of tokens that the answer already has (OpenAI's API).
+        frequency_penalty: subtracted from them once for each time that the answer has them.
     """
 
     temperature: float = 0.0
@@ -36,6 +41,8 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self):
         def refuse(name: str, wanted: str) -> None:
@@ -55,6 +62,9 @@ class Sampling:
             refuse("min_p", "between 0 and 1")
         if not self.repetition_penalty > 0:
             refuse("repetition_penalty", "more than 0; 1 is none")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                refuse(name, "between -2 and 2; 0 is none")
 
     @property
     def greedy(self) -> bool:
@@ -71,6 +81,7 @@ class RowSampling(NamedTuple):
             limit.
         min_p: float32; 0 is no limit.
         repetition_penalty: float32; 1 is none.
+        presence_penalty, frequency_penalty: float32; 0 is none.
     """
 
     temperature: jax.Array
@@ -78,6 +89,8 @@ class RowSampling(NamedTuple):
     tail: jax.Array
     min_p: jax.Array
     repetition_penalty: jax.Array
+    presence_penalty: jax.Array
+    frequency_penalty: jax.Array
 
 
 def row_sampling(rows: Sequence[Sampling]) -> RowSampling:
@@ -89,20 +102,57 @@ def row_sampling(rows: Sequence[Sampling]) -> RowSampling:
         "tail": [0 if one.greedy or one.top_p is None else 1 - one.top_p for one in rows],
         "min_p": [0 if one.greedy else one.min_p or 0 for one in rows],
     }
-    penalty = np.array([one.repetition_penalty for one in rows], np.float32)
-    return RowSampling(**{name: np.array(values[name], kind) for name, kind in kinds.items()}, repetition_penalty=penalty)
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        kinds[name], values[name] = np.float32, [getattr(one, name) for one in rows]
+    return RowSampling(**{name: np.array(values[name], kind) for name, kind in kinds.items()})
 
 
-def process(logits: Float32[Array, "B V"], seen: Bool[Array, "B V"], rows: RowSampling) -> Float32[Array, "B V"]:
+def uses_of(prompt: Sequence[int], answer: Sequence[int], vocab: int) -> Int32[np.ndarray, " {vocab}"]:
+    """Return how often a text has each token, as `process` reads it."""
+    uses = np.bincount(np.asarray(answer, np.int64), minlength=vocab).astype(np.int32)
+    uses[np.asarray(prompt, np.int64)] += IN_PROMPT
+    return uses
+
+
+def restrict(
+    logits: Float32[Array, "B V"], ids: Int32[Array, "B biased"], bias: Float32[Array, "B biased"],
+    mask: UInt32[Array, "B words"] | None,
+) -> Float32[Array, "B V"]:  # fmt: skip
+    """Add a bias to single tokens, and exclude those that a grammar does not allow.
+
+    Args:
+        ids: tokens with a bias; padded with the size of the vocabulary.
+        mask: bit `t % 32` of word `t // 32` is set if token t is allowed; None allows all.
+    """
+    rows = jnp.arange(logits.shape[0])[:, None]
+    logits = jax.lax.cond(jnp.any(bias != 0), lambda x: x.at[rows, ids].add(bias, mode="drop"), lambda x: x, logits)
+    if mask is None:
+        return logits
+
+    def allowed(logits: jax.Array) -> jax.Array:
+        bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        return _keep(logits, bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] == 1)
+
+    return jax.lax.cond(jnp.any(mask != jnp.uint32(2**32 - 1)), allowed, lambda x: x, logits)
+
+
+def process(logits: Float32[Array, "B V"], uses: Int32[Array, "B V"], rows: RowSampling) -> Float32[Array, "B V"]:
     """Apply each row's sampling settings to the logits; excluded tokens get -inf.
 
     Limits that no row uses are not computed.
 
     Args:
-        seen: tokens that occur in prompt or answer, for the repetition penalty.
+        uses: occurrences of each token in the answer, plus IN_PROMPT if the prompt has it, for the penalties.
     """
     penalty, top_k, tail, min_p = (x[:, None] for x in (rows.repetition_penalty, rows.top_k, rows.tail, rows.min_p))
-    logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    logits = jnp.where(uses > 0, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    presence, frequency = rows.presence_penalty[:, None], rows.frequency_penalty[:, None]
+
+    def penalised(logits: jax.Array) -> jax.Array:
+        count = uses % IN_PROMPT
+        return logits - frequency * count.astype(jnp.float32) - jnp.where(count > 0, presence, 0)
+
+    logits = jax.lax.cond(jnp.any((presence != 0) | (frequency != 0)), penalised, lambda logits: logits, logits)
     logits = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
 
     def most_probable(logits: jax.Array) -> jax.Array:

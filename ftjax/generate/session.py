@@ -249,7 +249,10 @@ class Generator:
                 progress(len(found))
         return [found[i] for i in range(len(pairs))]
 
-    def encode(self, prompt: Prompt, number: int = 0, chat: bool | None = None, tools: list[Any] | None = None) -> list[int]:
+    def encode(
+        self, prompt: Prompt, number: int = 0, chat: bool | None = None, tools: list[Any] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> list[int]:  # fmt: skip
         """Return the token ids of a prompt; `number` is used in error messages.
 
         Raises UserError if there are none, too many, or some outside the vocabulary, and for a classification model.
@@ -266,8 +269,8 @@ class Generator:
             ids = [int(token) for token in prompt]
         else:
             ids = render_prompt(
-                prompt, self.tokenizer, chat=chat, tools=tools, special_tokens_in_text=self.special_tokens_in_text,
-                fold_system=self.fold_system,
+                prompt, self.tokenizer, chat=chat, tools=tools, template_arguments=template_arguments,
+                special_tokens_in_text=self.special_tokens_in_text, fold_system=self.fold_system,
             )  # fmt: skip
         if not ids:
             raise UserError(f"prompt {number + 1} is empty, and this tokenizer adds no BOS token; give at least one word")
@@ -284,14 +287,18 @@ class Generator:
             )
         return ids
 
-    def begin(self, request: Request, index: int = 0) -> Answer:
-        """Return a new, empty answer, its length limited by the context; `index` is used in error messages."""
-        prompt = self.encode(request.prompt, index, request.chat, request.tools)
+    def begin(self, request: Request, index: int = 0, *, shows_special: bool = False) -> Answer:
+        """Return a new, empty answer, its length limited by the context; `index` is used in error messages.
+
+        Args:
+            shows_special: its text shows special tokens, as the marks of some families' calls of functions are.
+        """
+        prompt = self.encode(request.prompt, index, request.chat, request.tools, request.template_arguments)
         stops, limit = StopStrings(request.stop), min(request.max_new_tokens, self.context - len(prompt))
-        stream = TextStream(self.tokenizer, prompt)
+        stream = TextStream(self.tokenizer, prompt, skip_special_tokens=not shows_special)
         return Answer(
             prompt, limit, self.ends_with(stops), stops, stream, sampling=request.sampling, seed=request.seed,
-            number=request.number,
+            number=request.number, bias=request.logit_bias,
         )  # fmt: skip
 
     def ends_with(self, stops: StopStrings) -> frozenset[int]:

@@ -8,10 +8,10 @@ import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from ftjax.errors import UserError
-from ftjax.generate.sample import Sampling, choose, process, row_sampling
+from ftjax.generate.sample import IN_PROMPT, Sampling, choose, process, restrict, row_sampling, uses_of
 
 B, V = 6, 257
-UNSEEN = jnp.zeros((B, V), bool)
+UNSEEN = jnp.zeros((B, V), jnp.int32)
 SETTINGS = [
     {},
     {"temperature": 0.7},
@@ -47,8 +47,8 @@ def theirs(logits: np.ndarray, ids: np.ndarray, settings: dict) -> np.ndarray:
 
 
 def ours(logits: np.ndarray, ids: np.ndarray, settings: dict) -> np.ndarray:
-    seen = np.zeros((B, V), bool)
-    np.put_along_axis(seen, ids, True, axis=1)
+    seen = np.zeros((B, V), np.int32)
+    np.put_along_axis(seen, ids, IN_PROMPT, axis=1)
     rows = row_sampling([Sampling(**settings)] * B)
     return np.asarray(process(jnp.asarray(logits), jnp.asarray(seen), rows))
 
@@ -95,8 +95,8 @@ def test_each_row_has_its_own_sampling():
     logits, ids = case(2)
     for at in range(0, len(SETTINGS) - B + 1, B):
         several = SETTINGS[at : at + B]
-        seen = np.zeros((B, V), bool)
-        np.put_along_axis(seen, ids, True, axis=1)
+        seen = np.zeros((B, V), np.int32)
+        np.put_along_axis(seen, ids, IN_PROMPT, axis=1)
         rows = row_sampling([Sampling(**settings) for settings in several])
         together = process(jnp.asarray(logits), jnp.asarray(seen), rows)
         keys = jax.random.split(jax.random.key(1), B)
@@ -106,6 +106,30 @@ def test_each_row_has_its_own_sampling():
             temperature = jnp.full(B, settings.get("temperature", 0.0))
             alone = choose(jnp.asarray(ours(logits, ids, settings)), temperature, keys)
             assert drawn[row] == alone[row]
+
+
+def test_penalties_count_the_answer_alone():
+    """Presence and frequency are OpenAI's: tokens of the prompt do not count; the repetition penalty counts both."""
+    logits = jnp.asarray(np.linspace(-2, 2, 6, dtype=np.float32)[None])
+    uses = uses_of([0, 0, 5], [1, 1, 1, 5], 6)[None]
+    found = process(logits, jnp.asarray(uses), row_sampling([Sampling(presence_penalty=0.5, frequency_penalty=0.25)]))
+    np.testing.assert_allclose(found[0] - logits[0], [0, -1.25, 0, 0, 0, -0.75], atol=1e-6)
+    found = process(logits, jnp.asarray(uses), row_sampling([Sampling(repetition_penalty=2.0)]))
+    np.testing.assert_allclose(found[0], np.where(np.array(uses[0]) > 0, np.where(logits[0] < 0, 2, 0.5), 1) * logits[0])
+
+
+def test_bias_and_mask_are_each_rows_own():
+    logits, _ = case(3)
+    ids, bias = np.full((B, 4), V, np.int32), np.zeros((B, 4), np.float32)
+    ids[0, :2], bias[0, :2] = (7, 256), (5.0, -100.0)
+    mask = np.full((B, -(-V // 32)), 2**32 - 1, np.uint32)
+    mask[1] = 0
+    mask[1, [1, 8]] = 1 << 3, 1  # tokens 35 and 256
+    found = np.asarray(restrict(jnp.asarray(logits), jnp.asarray(ids), jnp.asarray(bias), jnp.asarray(mask)))
+    want = logits.copy()
+    want[0, [7, 256]] += [5.0, -100.0]
+    want[1, np.setdiff1d(np.arange(V), [35, 256])] = -np.inf
+    np.testing.assert_array_equal(found, want)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +142,8 @@ def test_each_row_has_its_own_sampling():
         ({"top_p": 1.5}, "at most 1"),
         ({"min_p": -0.1}, "min_p"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": 2.5}, "between -2 and 2"),
+        ({"frequency_penalty": -3}, "between -2 and 2"),
         ({"temperature": "hot"}, "a number"),
         ({"temperature": float("nan")}, "a number"),
     ],

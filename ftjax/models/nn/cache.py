@@ -107,13 +107,13 @@ class Cache:
         place, group = self.layout.place(record, layer), self.layout.keys_values.index(record)
         keys, values = self._put(self.keys[group], place, k), self._put(self.values[group], place, v)
         cache = replace(self, keys=_with(self.keys, group, keys), values=_with(self.values, group, values))
-        return cache, keys[place], values[place]
+        return cache, self._read(keys, place), self._read(values, place)
 
     def shared(self, layer: jax.Array | int, name: str = "") -> tuple[jax.Array, jax.Array]:
         """Return the keys and values `[B, S, K, ...]` that the last layer before this one wrote under this name."""
         record = self.layout.named(name)
         place, group = self.layout.place(record, layer), self.layout.keys_values.index(record)
-        return self.keys[group][place], self.values[group][place]
+        return self._read(self.keys[group], place), self._read(self.values[group], place)
 
     def state(self, layer: jax.Array | int, record: State) -> jax.Array:
         """Return the state `[B, ...]` of a layer."""
@@ -143,7 +143,14 @@ class Cache:
             mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
         )  # fmt: skip
 
+    def _read(self, slots: jax.Array, place: jax.Array | int) -> jax.Array:
+        return slots[place]
+
     # ---- called by decoding ----
+
+    def expecting(self, counts: jax.Array) -> "Cache":
+        """Return the cache for a step that writes `counts [B]` valid tokens, and padding after them."""
+        return self
 
     def advance(self, counts: jax.Array) -> "Cache":
         """Advance the row lengths by `counts [B]`, the number of valid tokens in the last write."""

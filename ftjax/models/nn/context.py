@@ -34,6 +34,7 @@ class Context:
         own_input: inputs of the layers besides x, `[L, B, T, P]`; a layer gets its own, `[B, T, P]`. None without such inputs.
         prefix: virtual tokens that precede every document (`after_virtual_tokens`), or None.
         whole_weights: whether weights have been gathered already (`ftjax.models.nn.chunks`).
+        adapters: the adapter of each row, where layers hold several (`ftjax.methods.lora_stack`); 0 is none.
     """
 
     positions: Int[Array, "B T"]
@@ -46,6 +47,7 @@ class Context:
     own_input: Float[Array, "*layers B T P"] | None = None
     prefix: Prefix | None = None
     whole_weights: bool = False
+    adapters: Int[Array, " rows"] | None = None
 
 
 def is_virtual(tokens: jax.Array) -> bool:

@@ -1,0 +1,240 @@
+"""Tests the serving engine: each answer is the one that its request has alone, whatever else runs, and nothing is compiled."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from generate.test_engine import LLAMA, LONGROPE, alone, answer, generator_of, made, poisoned
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models.hybrid import HYBRID, make
+from oracle import Case, tokens
+from processes import ALL
+
+from ftjax.config import MeshConfig
+from ftjax.generate.paged import PagedBatch, Room
+from ftjax.generate.request import Request
+from ftjax.generate.sample import Sampling
+from ftjax.generate.scheduler import Job, Scheduler
+from ftjax.generate.session import Generator
+from ftjax.mesh import make_mesh
+
+ROOM = Room(rows=3, context=64, pages=20, page=4, chunk=16, steps=3)
+
+
+@pytest.fixture(scope="module", params=["llama", "hybrid"])
+def generator(request, tmp_path_factory) -> Generator:
+    if request.param == "llama":
+        return made(tmp_path_factory.mktemp("model"), LLAMA)
+    return generator_of(*make(HYBRID))
+
+
+@pytest.fixture(scope="module")
+def want(generator) -> list[list[int]]:
+    return [alone(generator, number) for number in range(10)]
+
+
+@pytest.fixture(scope="module")
+def batch(generator) -> PagedBatch:
+    found = PagedBatch(generator.engine, generator.params, ROOM)
+    found.warm_up()
+    return found
+
+
+def run(scheduler: Scheduler, limit: int = 500) -> None:
+    while not scheduler.idle:
+        scheduler.step()
+        limit -= 1
+        assert limit, (scheduler.waiting, scheduler.running)
+
+
+def has_all_pages(scheduler: Scheduler) -> bool:
+    return all(pool.used == 0 for pool in scheduler.pools) and not any(scheduler.batch.tables)
+
+
+@settings(max_examples=60 if ALL else 12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_schedule_of_arrivals(generator, want, batch, lowered, data):
+    """Requests come at any time and some hang up; pages are so few that jobs give them back and go on later."""
+    scheduler, jobs = Scheduler(batch, steps=data.draw(st.integers(1, 3))), {}
+    compiled, waiting = lowered(), data.draw(st.permutations(range(10)))
+    while waiting or not scheduler.idle:
+        for _ in range(data.draw(st.integers(1 if scheduler.idle else 0, 4))):
+            if waiting:
+                number = waiting.pop()
+                jobs[number] = Job(answer(generator, number))
+                scheduler.submit(jobs[number])
+        scheduler.step()
+        running = [number for number, job in jobs.items() if not job.ended]
+        if running and data.draw(st.integers(0, 5)) == 0:
+            number = data.draw(st.sampled_from(running))
+            scheduler.cancel(jobs.pop(number))
+    for number, job in jobs.items():
+        assert job.ended and job.answer.tokens == want[number], number
+    assert has_all_pages(scheduler)
+    assert lowered() == compiled
+
+
+def test_rows_that_outgrow_the_pages_go_on_later(generator, monkeypatch):
+    """With pages for one text and a half, the job that came last waits, and says what it would have said."""
+    monkeypatch.setattr(generator, "ends", frozenset())
+    scheduler = Scheduler(PagedBatch(generator.engine, generator.params, replace(ROOM, pages=12)))
+    penalty = {"temperature": 1.0, "frequency_penalty": 1.5, "logit_bias": {7: 2.0}}  # they count what was said before
+    requests = [Request.of(tokens(1, 4 + n, seed=n)[0].tolist(), max_new_tokens=25, number=n, **penalty) for n in range(4)]
+    jobs = [Job(generator.begin(request)) for request in requests]
+    for job in jobs:
+        scheduler.submit(job)
+    run(scheduler)
+    assert scheduler.preempted and has_all_pages(scheduler)
+    assert [job.answer.tokens for job in jobs] == [one.tokens for one in generator.answer(requests)]
+
+
+def test_a_beginning_is_kept_once(generator, batch):
+    """Samples of one prompt share its pages, also when they come together; states cannot be shared."""
+    prompt, scheduler = tokens(1, 30, seed=5)[0].tolist(), Scheduler(batch)
+    requests = [Request(prompt, Sampling(temperature=1.0), 6, seed=1, number=number) for number in range(3)]
+    jobs = [Job(generator.begin(request)) for request in requests]
+    for job in jobs:
+        scheduler.submit(job)
+    while not all(job.answer.tokens for job in jobs):
+        scheduler.step()
+    shares = generator.engine.keeps_prefixes
+    used = [set(batch.tables[job.row]) for job in jobs if job.row >= 0]
+    if len(used) == 3:
+        assert len(set.intersection(*used)) == (7 if shares else 0)
+    assert [job.cached for job in jobs] == ([0, 28, 28] if shares else [0, 0, 0])
+    run(scheduler)
+    found = generator.answer([Request(prompt, Sampling(temperature=1.0), 6, seed=1, number=number) for number in range(3)])
+    assert [job.answer.tokens for job in jobs] == [one.tokens for one in found]
+    other = Job(generator.begin(requests[0]), space=1)
+    scheduler.submit(other)
+    run(scheduler)
+    assert other.cached == 0 and other.answer.tokens == jobs[0].answer.tokens
+
+
+def test_what_was_used_longest_ago_is_evicted(generator, batch):
+    """Kept pages make room for new texts, and texts that are evicted are read again."""
+    scheduler = Scheduler(batch)
+    prompts = [tokens(1, 24, seed=number)[0].tolist() for number in range(5)]
+    said = []
+    for _ in range(2):
+        for prompt in prompts:
+            job = Job(generator.begin(Request(prompt, max_new_tokens=4)))
+            scheduler.submit(job)
+            run(scheduler)
+            said.append(job.answer.tokens)
+            assert sum(pool.kept for pool in scheduler.pools) <= ROOM.pages
+    assert said[:5] == said[5:] and has_all_pages(scheduler)
+    again = Job(generator.begin(Request(prompts[-1], max_new_tokens=4)))
+    scheduler.submit(again)
+    run(scheduler)
+    assert again.cached == (20 if generator.engine.keeps_prefixes else 0)
+
+
+def test_a_long_prompt_does_not_stall_the_others(generator, batch, monkeypatch):
+    """While a prompt is read part by part, rows that decode get tokens in every step."""
+    monkeypatch.setattr(generator, "ends", frozenset())
+    scheduler = Scheduler(batch)
+    short, long = (Job(generator.begin(Request(tokens(1, n, seed=n)[0].tolist(), max_new_tokens=12))) for n in (3, 50))
+    scheduler.submit(short)
+    scheduler.step()
+    scheduler.submit(long)
+    steps = 0
+    while not long.answer.tokens:
+        before = len(short.answer.tokens)
+        scheduler.step()
+        steps += 1
+        assert len(short.answer.tokens) > before or short.ended
+    assert steps == 4  # 50 tokens, 16 in each
+    run(scheduler)
+
+
+def test_logits_that_are_not_finite_end_their_row_alone(generator, want, batch):
+    """Its pages are clean when the next text takes them."""
+    spoilt = PagedBatch(generator.engine, poisoned(generator, 95), ROOM)
+    scheduler = Scheduler(spoilt)
+    numbers = [n for n in range(10) if 95 not in [*answer(generator, n).prompt, *want[n]]]
+    broken = [Job(generator.begin(Request([95, *tokens(1, 40, seed=n)[0].tolist()], max_new_tokens=4))) for n in range(4)]
+    jobs = [Job(answer(generator, number)) for number in numbers]
+    for number, job in enumerate(jobs):
+        scheduler.submit(job)
+        if number < len(broken):
+            scheduler.submit(broken[number])
+    scheduler.step()
+    scheduler.cancel(broken[3])
+    run(scheduler)
+    assert [job.answer.finish for job in broken[:3]] == ["error"] * 3 and not any(job.answer.tokens for job in broken)
+    assert [job.answer.tokens for job in jobs] == [want[number] for number in numbers]
+    cache = spoilt._state.cache
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in (*cache.keys, *cache.values))
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_frequencies_that_depend_on_the_length(tmp_path, kind):
+    """A prompt read part by part is rotated as a whole, and a text that outgrows LongRoPE's original length is read again."""
+    if kind == "longrope":
+        case = Case("phi3", "phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 64})
+    else:
+        rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
+        case = Case("llama", "llama", {"rope_parameters": rope, "max_position_embeddings": 24, "initializer_range": 0.1})
+    generator = made(tmp_path, case)
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (5, 12, 30, 41)]
+    requests = [Request(prompt, max_new_tokens=16) for prompt in prompts]
+    scheduler = Scheduler(PagedBatch(generator.engine, generator.params, ROOM))
+    jobs = [Job(generator.begin(request)) for request in requests]
+    for job in jobs:
+        scheduler.submit(job)
+    run(scheduler)
+    assert [job.answer.tokens for job in jobs] == [one.tokens for one in generator.answer(requests)]
+
+
+def test_pages_on_a_mesh(tmp_path):
+    """With rows on four devices and heads on two, answers are those of one device, and no keys or values move."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    spread, one = made(tmp_path / "a", LLAMA, mesh), made(tmp_path / "b", LLAMA)
+    room = Room(rows=8, context=64, pages=20, page=4, chunk=16, steps=3)
+    batch = PagedBatch(spread.engine, spread.params, room)
+    scheduler, jobs = Scheduler(batch), [Job(answer(spread, number)) for number in range(10)]
+    for job in jobs:
+        scheduler.submit(job)
+    run(scheduler)
+    assert [job.answer.tokens for job in jobs] == [alone(one, number) for number in range(10)]
+    assert has_all_pages(scheduler)
+    cache = batch._state.cache
+    assert all(leaf.sharding.shard_shape(leaf.shape)[0] == 1 for leaf in (*cache.keys, *cache.values))
+    text = decode_program(batch)
+    pages = [line for line in text.splitlines() if "all-gather(" in line and ",21,4," in line.split("all-gather(")[0]]
+    assert not pages, pages
+
+
+def decode_program(batch: PagedBatch) -> str:
+    found = []
+    program = batch._decode
+
+    def lowering(*args):
+        found.append(program.lower(*args).compile().as_text())
+        return program(*args)
+
+    batch._decode = lowering
+    batch._run_decode([], 1, False, {}, batch.widths[0])
+    return found[0]
+
+
+def test_embeddings_of_prompts(generator, batch):
+    """The last hidden state or the mean of all, whether the prompt is read at once or in parts."""
+    from ftjax.models.nn.context import Context
+
+    scheduler, rows = Scheduler(batch), [tokens(1, length, seed=length)[0].tolist() for length in (5, 37, 16)]
+    jobs = {(n, pool): Job(generator.begin(Request(rows[n])), pool=pool) for n in range(3) for pool in ("last", "mean")}
+    for job in jobs.values():
+        scheduler.submit(job)
+    run(scheduler)
+    for (n, pool), job in jobs.items():
+        ids = np.array([rows[n]], np.int32)
+        context = Context(np.arange(ids.shape[1], dtype=np.int32)[None], np.ones_like(ids))
+        module = generator.model.bind(generator.params)
+        hidden = np.asarray(jax.jit(lambda ids, m=module, c=context: m.hidden(ids, c)[0])(ids))[0]
+        expected = hidden[-1] if pool == "last" else hidden.mean(axis=0)
+        np.testing.assert_allclose(job.hidden, expected, atol=1e-5)
+        assert job.answer.tokens == []
