@@ -388,7 +388,10 @@ def test_an_objective_of_another_tool_with_its_settings(load):
         ("objective: {name: dpo, f_alpha_divergence_coef: 1}\n", "changes nothing without f_divergence_type: alpha_divergence"),
         ("objective: {name: dpo, ref_model_sync_steps: 64}\n", "changes nothing without sync_ref_model: true"),
         ("objective: {name: cpo, simpo_gamma: 1}\n", "changes nothing without loss_type: simpo or alphapo"),
-        ("objective: {loss_type: ipo}\n", "a key of objective dpo, cpo, kto, and objective.name is sft; set objective.name to one"),
+        (
+            "objective: {loss_type: ipo}\n",
+            "a key of objective dpo, cpo, kto, and objective.name is sft; set objective.name to one",
+        ),
         ("rl: grpo\n", "objective"),
     ],
 )

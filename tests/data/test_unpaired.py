@@ -140,7 +140,9 @@ def test_labels_that_are_all_alike(wanted, tmp_path):
         return [warning for warning in report.warnings if "nothing to tell them from" in warning]
 
     (warning,) = said("alike.jsonl", *rows)
-    assert f"all 2 answers are {'wanted' if wanted else 'unwanted'}" in warning and f"label {str(not wanted).lower()}" in warning
+    assert (
+        f"all 2 answers are {'wanted' if wanted else 'unwanted'}" in warning and f"label {str(not wanted).lower()}" in warning
+    )
     assert not said("both.jsonl", *rows, labelled("R", " c", not wanted))
 
 
