@@ -35,11 +35,13 @@ BELOW = {
     "train": {"methods", "objectives", "models", "hub", "data", "flops", "compile_cache", "distributed"},
     "generate": {"objectives", "compile_cache", "distributed", "hub", "methods"},
     "evaluate": {"generate", "train", "hub", "objectives"},
+    "rl": {"generate", "train", "evaluate"},
     "report": {"page", "data", "config", "evaluate"},
     "plan": {"train", "hub", "chips", "torus"},
     "doctor": {"compile_cache", "console"},
     "cli": {
         "console",
+        "rl",
         "report",
         "evaluate",
         "generate",

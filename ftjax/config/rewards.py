@@ -1,6 +1,6 @@
 """Sections of `objective:` that learn from rewards; names and defaults are TRL's."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,17 @@ class RewardSpec(Section):
     weight: float = Field(1.0, description="factor on its values")
     options: dict[str, object] = Field({}, description="arguments of a built-in reward")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        """Accept `exact_match` for `{name: exact_match}`."""
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def is_code(self) -> bool:
+        """Whether it is a Python file."""
+        return self.name.partition(":")[0].endswith(".py")
+
 
 class Rollouts(Section):
     """What `grpo` and `rloo` share: how answers are generated and rewarded."""
@@ -37,6 +48,11 @@ class Rollouts(Section):
     top_k: int = Field(0, ge=0, description="sample from so many tokens; 0: all")
     min_p: float = Field(0.0, ge=0, le=1, description="sample from tokens at least so likely, relative to the likeliest")
     repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens of prompt and answer become less likely")
+    generation_batch_rows: int = Field(64, ge=1, description="answers that are generated at a time")
+    reward_timeout: float = Field(
+        600.0, gt=0, description="seconds that one reward function may take for the answers of an update"
+    )
+    log_completions: int = Field(4, ge=0, description="answers that are logged with their rewards, at every logged step")
     mask_truncated_completions: bool = Field(False, description="do not train answers that end at max_completion_length")
     loss_chunk: int = Field(512, ge=1, description=LOSS_CHUNK)
 
@@ -85,7 +101,10 @@ class GrpoConfig(Rollouts):
     )
     importance_sampling_clip_min: float | None = Field(None, ge=0, description="lower bound of that correction")
     importance_sampling_clip_max: float | None = Field(3.0, gt=0, description="upper bound of that correction")
-    dynamic_sampling: bool = Field(False, description="draw prompts anew whose answers all have the same reward (DAPO)")
+    dynamic_sampling: bool = Field(
+        False, description="replace prompts whose answers all have the same reward by new ones (DAPO)"
+    )
+    max_redraws: int = Field(8, ge=1, description="dynamic_sampling: at most so often for an update")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -104,6 +123,7 @@ class GrpoConfig(Rollouts):
                 f"vespo_{name}": (self.loss_type == "vespo", "loss_type: vespo")
                 for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
             },
+            "max_redraws": (self.dynamic_sampling, "dynamic_sampling"),
             "use_bias_correction_kl": (self.beta > 0, "beta above 0"),
             "importance_sampling_clip_min": (bool(self.importance_sampling_correction), "importance_sampling_correction"),
             "importance_sampling_clip_max": (bool(self.importance_sampling_correction), "importance_sampling_correction"),

@@ -87,7 +87,8 @@ class View(NamedTuple):
 
     Attributes:
         tokens: [B, C] int32, new tokens of each row, left-aligned.
-        logprobs: [B, C] float32, their log-probabilities under the model itself, before temperature and other settings.
+        logprobs: [B, C] float32, their log-probabilities under the model itself, before temperature and other settings
+            (`Runner.of_sampler`: after them).
         counts: [B] int32, number of new tokens of each row.
     """
 
@@ -102,6 +103,7 @@ class Runner:
 
     model: Model
     dtype: Any
+    of_sampler: bool = False  # log-probabilities are those of the distribution that tokens are drawn from
 
     def empty(self, like: Start, *, rows: int, slots: int) -> State:
         """Return the state of an idle batch; `like` determines the shapes of `rules`."""
@@ -189,8 +191,10 @@ class Runner:
         """Choose the next token of each unfinished row; return the state, the token and its log-probability."""
         rules, rows, active = state.rules, jnp.arange(logits.shape[0]), ~state.done
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rules.keys), state.count)
-        token = choose(process(logits, state.seen, rules.sampling), rules.sampling.temperature, keys)
-        logprob = logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
+        processed = process(logits, state.seen, rules.sampling)
+        token = choose(processed, rules.sampling.temperature, keys)
+        judged = processed if self.of_sampler else logits
+        logprob = judged[rows, token] - jax.nn.logsumexp(judged, axis=-1)
         count = state.count + active.astype(jnp.int32)
         ended = jnp.any(token[:, None] == rules.ends, axis=1) | (count >= rules.limits)
         state = state._replace(

@@ -27,7 +27,17 @@ from ftjax.config.rewards import CLIPPED, GrpoConfig
 from ftjax.data.rollout import RolloutTokens
 from ftjax.objectives.loss import LossTotals
 from ftjax.objectives.objective import LossInputs, Objective
-from ftjax.objectives.rollouts import Answers, answer_sums, answers_of, count, counts, reference_logprobs, spread
+from ftjax.objectives.rollouts import (
+    Answers,
+    answer_sums,
+    answers_of,
+    count,
+    counts,
+    logprob_gap,
+    reference_logprobs,
+    spread,
+    warning,
+)
 
 SMALLEST = math.log(1e-8)  # of the log-ratios of vespo
 LARGEST = 20.0
@@ -60,6 +70,7 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
         bonus = jnp.sum(found.entropy * chosen) / _chosen_tokens(inputs)
         total = total - section.entropy_coef * bonus * _weight_of_update(inputs)
     metrics["entropy"] = _mean_over_tokens(found.entropy, mask)
+    metrics |= logprob_gap(found)
     return LossTotals(total, weight, jax.lax.stop_gradient(metrics)), inputs.auxiliary
 
 
@@ -210,5 +221,11 @@ def _share(
 
 
 OBJECTIVE = Objective(
-    GrpoConfig, lambda section: RolloutTokens(), loss, reference=lambda section: section.beta > 0, statistics=statistics
+    GrpoConfig,
+    lambda section: RolloutTokens(section.max_completion_length),
+    loss,
+    reference=lambda section: section.beta > 0,
+    statistics=statistics,
+    warning=warning,
+    generates=True,
 )

@@ -170,6 +170,7 @@ class Objective:
         statistics: what the loss of an update depends on besides its own microbatch, such as a mean over all rows. Computed for
             every microbatch before the losses, without gradients; None if the loss is a sum over rows.
         warning: `(section, means)` -> what looks wrong in a row of training metrics, or None.
+        generates: rows are prompts, and the documents of a batch are answers that the model in training generates.
         train_metrics: compute the metrics in updates, too. False leaves them to evaluations, where the loss alone is cheaper.
     """
 
@@ -185,3 +186,4 @@ class Objective:
     statistics: Statistics | None = None
     warning: Callable[[Any, Mapping[str, float]], str | None] = lambda section, means: None
     train_metrics: bool = True
+    generates: bool = False

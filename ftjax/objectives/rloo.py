@@ -14,7 +14,7 @@ from ftjax.config.rewards import RlooConfig
 from ftjax.data.rollout import RolloutTokens
 from ftjax.objectives.loss import LossTotals
 from ftjax.objectives.objective import LossInputs, Objective
-from ftjax.objectives.rollouts import answer_sums, answers_of, counts
+from ftjax.objectives.rollouts import answer_sums, answers_of, counts, logprob_gap, warning
 
 
 def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
@@ -29,10 +29,17 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
     there = lengths > 0
     too_low, too_high = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
     answers = counts(inputs)["answers"]
-    metrics = {"entropy": (jnp.sum(found.entropy * mask), jnp.sum(mask))}
+    metrics = {"entropy": (jnp.sum(found.entropy * mask), jnp.sum(mask)), **logprob_gap(found)}
     for name, which in (("low", too_low), ("high", too_high), ("region", too_low | too_high)):
         metrics[f"clip_ratio/{name}_mean"] = jnp.sum(which & there, dtype=jnp.float32), answers
     return LossTotals(jnp.sum(jnp.where(there, each, 0.0)), answers, jax.lax.stop_gradient(metrics)), inputs.auxiliary
 
 
-OBJECTIVE = Objective(RlooConfig, lambda section: RolloutTokens(), loss)
+OBJECTIVE = Objective(
+    RlooConfig,
+    lambda section: RolloutTokens(section.max_completion_length),
+    loss,
+    reference=lambda section: section.beta > 0,  # for the rewards
+    warning=warning,
+    generates=True,
+)

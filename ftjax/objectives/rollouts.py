@@ -51,6 +51,29 @@ def reference_logprobs(inputs: LossInputs) -> Float[Array, "B T"]:
     return jax.lax.stop_gradient(found.logprobs)
 
 
+def logprob_gap(found: Answers) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Return the metric of how far the sampler's log-probabilities are from the trainer's for the same parameters."""
+    gap = jnp.where(found.mask, jnp.abs(jax.lax.stop_gradient(found.old) - found.sampler), 0.0)
+    return {"rollout/logprob_gap": (jnp.sum(gap), jnp.sum(found.mask, dtype=jnp.float32))}
+
+
+def warning(section: Any, means: Mapping[str, float]) -> str | None:
+    """Return what keeps a model from learning from its rewards, or None."""
+    if means.get("frac_reward_zero_std") == 1:
+        return (
+            f"the {section.num_generations} answers to each prompt all have the same reward, so that nothing is learned from "
+            "them: is the task too hard or too easy for the model, or does the reward not tell answers apart? More "
+            "objective.num_generations, a higher temperature, a reward for a part of the task, or training on examples first "
+            "(objective.name: sft) may help"
+        )
+    if means.get("completions/clipped_ratio") == 1:
+        return (
+            f"every answer is cut off at objective.max_completion_length, {section.max_completion_length} tokens: raise it, or "
+            "reward shorter answers (length); does the model end its answers at all?"
+        )
+    return None
+
+
 def answer_sums(values: Float[Array, "B T"], batch: Mapping[str, Shaped[Array, "B _"]]) -> Float[Array, "B D"]:
     """Sum over the tokens of each answer."""
     return segment_sums(values, batch["segment_ids"], _most(batch))

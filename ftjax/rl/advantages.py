@@ -34,7 +34,8 @@ def grpo_advantages(section: GrpoConfig, rewards: Float[np.ndarray, "N F"]) -> A
     if section.multi_objective_aggregation == "normalize_then_sum":
         grouped = rewards.reshape(-1, size, rewards.shape[1])
         each = (grouped - _mean(grouped, 1)) / (_std(grouped, 1) + TINY)
-        summed = _weighted(each.reshape(rewards.shape), weights)
+        summed = np.nansum(each.reshape(rewards.shape) * weights, axis=1)
+        summed = np.where(np.isnan(rewards).all(axis=1), np.nan, summed).astype(np.float32)
         spread = _std(summed[None], 1)
         values = (summed - _mean(summed[None], 1)[0]) / (spread[0] + TINY)
     else:

@@ -14,16 +14,18 @@ from ftjax.evaluate.measure import TEXT_TASKS
 from ftjax.evaluate.sandbox import Limits, run_program
 from ftjax.evaluate.tasks.code import program
 from ftjax.evaluate.tasks.match import find_object
+from ftjax.rl.judge import judge
+from ftjax.rl.rollout import Function, Rollout
 
 # metric that is a reward -> the task of `ftjax evaluate` that computes it
 TASKS = {
     "exact_match": "exact_match", "f1": "f1", "numeric_answer": "numeric_answer", "numeric_answer_strict": "numeric_answer",
-    "json_valid": "json_match", "json_match": "json_match", "json_fields": "json_match", "bleu": "bleu", "chrf": "chrf",
+    "json_match": "json_match", "json_fields": "json_match", "bleu": "bleu", "chrf": "chrf",
     "rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge",
 }  # fmt: skip
 
 
-def task_reward(metric: str, options: dict[str, Any]) -> Callable[[Sequence[Any]], list[float]]:
+def task_reward(metric: str, options: dict[str, Any]) -> Function:
     """Return a reward that is a metric of `ftjax evaluate` against the row's own answer.
 
     Args:
@@ -34,18 +36,28 @@ def task_reward(metric: str, options: dict[str, Any]) -> Callable[[Sequence[Any]
         raise UserError(f"objective.rewards: {metric} takes the options {', '.join(sorted(known))}, not {', '.join(unknown)}")
     task, config = TEXT_TASKS[TASKS[metric]], EvaluateConfig.model_validate(options)
 
-    def reward(rollouts: Sequence[Any]) -> list[float]:
+    def reward(rollouts: Sequence[Rollout]) -> list[float]:
         scores = task([one.item for one in rollouts], [one.text for one in rollouts], config)
         return [float(row[metric]) for row in scores.each]
 
     return reward
 
 
-def _of_text(value: Callable[[str], float]) -> Callable[[Sequence[Any]], list[float]]:
+def needs_reference(name: str) -> bool:
+    """Return whether a reward compares with the row's own answer."""
+    return name in TASKS
+
+
+def json_valid() -> Function:
+    """1 if the answer holds a JSON object, otherwise 0."""
+    return _of_text(lambda text: float(find_object(text) is not None))
+
+
+def _of_text(value: Callable[[str], float]) -> Function:
     return lambda rollouts: [value(one.text) for one in rollouts]
 
 
-def regex(pattern: str, *, full: bool = False) -> Callable[[Sequence[Any]], list[float]]:
+def regex(pattern: str, *, full: bool = False) -> Function:
     """1 if the pattern is found in the answer (`full`: if it is all of it), otherwise 0."""
     try:
         compiled = re.compile(pattern, re.DOTALL)
@@ -54,12 +66,12 @@ def regex(pattern: str, *, full: bool = False) -> Callable[[Sequence[Any]], list
     return _of_text(lambda text: float(bool(compiled.fullmatch(text) if full else compiled.search(text))))
 
 
-def json_schema(schema: dict[str, Any] | str) -> Callable[[Sequence[Any]], list[float]]:
+def json_schema(schema: dict[str, Any] | str) -> Function:
     """1 if the answer holds a JSON object that fits the schema, otherwise 0. Args: schema: JSON, or a file with it."""
     try:
         module = importlib.import_module("jsonschema")
     except ImportError:
-        raise UserError("objective.rewards: json_schema needs jsonschema; pip install jsonschema") from None
+        raise UserError("objective.rewards: json_schema needs jsonschema; pip install 'ftjax[rewards]'") from None
     if isinstance(schema, str):
         try:
             with open(schema, encoding="utf-8") as file:
@@ -79,13 +91,12 @@ def json_schema(schema: dict[str, Any] | str) -> Callable[[Sequence[Any]], list[
     return _of_text(fits)
 
 
-def length(*, most: int | None = None, least: int = 0, scale: int | None = None) -> Callable[[Sequence[Any]], list[float]]:
-    """0 for an answer of `least` to `most` tokens; otherwise how many it is beyond them by `scale` (default: `most`), at most 1,
-    with a minus sign."""
+def length(*, most: int | None = None, least: int = 0, scale: int | None = None) -> Function:
+    """0 for an answer of `least` to `most` tokens, down to -1 for one that is `scale` tokens (default: `most`) beyond them."""
     if most is None and not least:
         raise UserError("objective.rewards: length: give most or least, the bounds in tokens")
 
-    def value(rollout: Any) -> float:
+    def value(rollout: Rollout) -> float:
         tokens = len(rollout.tokens)
         beyond = max(0, least - tokens, 0 if most is None else tokens - most)
         return -min(1.0, beyond / (scale or most or least))
@@ -93,7 +104,7 @@ def length(*, most: int | None = None, least: int = 0, scale: int | None = None)
     return lambda rollouts: [value(one) for one in rollouts]
 
 
-def language(code: str) -> Callable[[Sequence[Any]], list[float | None]]:
+def language(code: str) -> Function:
     """1 if the answer is in this language (ISO 639-1), 0 if not, nothing if it is too short to tell."""
     try:
         identify = importlib.import_module("py3langid.langid").LanguageIdentifier.from_pickled_model
@@ -106,11 +117,11 @@ def language(code: str) -> Callable[[Sequence[Any]], list[float | None]]:
     ]
 
 
-def code(*, timeout: float = 10.0, memory_mb: int = 1024, processes: int = 32) -> Callable[[Sequence[Any]], list[float]]:
+def code(*, timeout: float = 10.0, memory_mb: int = 1024, processes: int = 32) -> Function:
     """1 if the answer's program passes the row's `test`, as `evaluate.task: code` runs it, otherwise 0."""
     limits = Limits(timeout, memory_mb, processes)
 
-    def reward(rollouts: Sequence[Any]) -> list[float]:
+    def reward(rollouts: Sequence[Rollout]) -> list[float]:
         with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
             outcomes = pool.map(lambda one: run_program(program(one.item, one.text), limits), rollouts)
             return [float(outcome == "passed") for outcome in outcomes]
@@ -118,6 +129,7 @@ def code(*, timeout: float = 10.0, memory_mb: int = 1024, processes: int = 32) -
     return reward
 
 
-BUILTIN: dict[str, Callable[..., Callable[[Sequence[Any]], list[float | None]]]] = {
-    "regex": regex, "json_schema": json_schema, "length": length, "language": language, "code": code,
+BUILTIN: dict[str, Callable[..., Function]] = {
+    "regex": regex, "json_valid": json_valid, "json_schema": json_schema, "length": length, "language": language, "code": code,
+    "judge": judge,
 }  # fmt: skip

@@ -2,55 +2,26 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as Late
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float32
 
+from ftjax.config import Config
+from ftjax.config.code import refuse_unasked
 from ftjax.config.rewards import RewardSpec
+from ftjax.distributed import store
 from ftjax.errors import UserError
-from ftjax.evaluate.rows import Item
-from ftjax.rl.builtin import BUILTIN, TASKS, task_reward
-from ftjax.rl.own import load_reward
-
-TIMEOUT = 600.0  # seconds that one reward function may take for a batch
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One answer of the model.
-
-    Attributes:
-        item: the row with its prompt.
-        prompt: as the row has it: a text or messages.
-        text: the answer without the token that ended it.
-        tokens: with that token.
-        logprobs: of each token, for the sampler.
-        truncated: whether it reached the limit.
-    """
-
-    item: Item
-    prompt: str | Sequence[Mapping[str, Any]]
-    prompt_ids: Sequence[int]
-    text: str
-    tokens: Sequence[int]
-    logprobs: Sequence[float]
-    truncated: bool
-
-    @property
-    def completion(self) -> str | list[dict[str, str]]:
-        """The answer as TRL gives it to reward functions: a text, or a message where the prompt is messages."""
-        return self.text if isinstance(self.prompt, str) else [{"role": "assistant", "content": self.text}]
-
-
-# rollouts -> a number for each, or None where there is nothing to say
-Function = Callable[[Sequence[Rollout]], Sequence[float | None]]
+from ftjax.rl.builtin import BUILTIN, TASKS, needs_reference, task_reward
+from ftjax.rl.own import OwnReward, load_reward
+from ftjax.rl.prompts import Question
+from ftjax.rl.reward_model import RewardModel
+from ftjax.rl.rollout import Function, Rollout
 
 
 @dataclass(frozen=True)
@@ -61,28 +32,42 @@ class Reward:
     function: Function
 
 
-def load_rewards(specs: Sequence[RewardSpec]) -> list[Reward]:
-    """Load the reward functions of a configuration. Raises UserError for an unknown name or wrong options."""
+def load_rewards(config: Config, allow_code_execution: bool = False) -> list[Reward]:
+    """Load the reward functions of a configuration.
+
+    Raises UserError for an unknown name, wrong options, or code that the user has not asked for.
+    """
+    specs = config.objective.rewards
     if not specs:
         raise UserError(
-            "objective.rewards: there is none, so there is nothing to learn from; name one, such as "
-            f"{{name: exact_match}}. There are {', '.join([*TASKS, *BUILTIN])}, or FILE.py with a function of yours"
+            "objective.rewards: there is none, so there is nothing to learn from; name one, such as [exact_match]. There are "
+            f"{_known()}"
+        )
+    refuse_unasked(config, "objective.rewards")
+    if any(spec.name == "code" for spec in specs) and not allow_code_execution:
+        raise UserError(
+            "objective.rewards: code runs programs that the model wrote, in processes with limits on time and memory and "
+            "without the network, but as this user; to do that, pass --allow-code-execution"
         )
     found = [Reward(*_function(spec)) for spec in specs]
     names = [reward.name for reward in found]
     return [
-        Reward(f"{reward.name}-{names[:at].count(reward.name) + 1}" if names.count(reward.name) > 1 else reward.name, reward.function)
-        for at, reward in enumerate(found)
-    ]  # fmt: skip
+        Reward(f"{one.name}-{names[:at].count(one.name) + 1}" if names.count(one.name) > 1 else one.name, one.function)
+        for at, one in enumerate(found)
+    ]
+
+
+def _known() -> str:
+    return f"{', '.join([*TASKS, *BUILTIN])}, FILE.py:FUNCTION for one of yours, and the folder of a reward model"
 
 
 def _function(spec: RewardSpec) -> tuple[str, Function]:
     path, _, name = spec.name.partition(":")
-    if path.endswith(".py"):
+    if spec.is_code:
         if spec.options:
             raise UserError(f"objective.rewards: {spec.name}: options are arguments of built-in rewards; a file has its own")
         function = load_reward(path, name or None)
-        return function.__name__, _of_columns(function)
+        return function.__name__, OwnReward(function)
     if spec.name in TASKS:
         return spec.name, task_reward(spec.name, spec.options)
     if spec.name in BUILTIN:
@@ -91,73 +76,121 @@ def _function(spec: RewardSpec) -> tuple[str, Function]:
         unknown = [option for option in spec.options if option not in takes]
         missing = [one.name for one in takes.values() if one.default is one.empty and one.name not in spec.options]
         if unknown or missing:
+            wrong = [*(f"unknown: {name}" for name in unknown), *(f"missing: {name}" for name in missing)]
             raise UserError(
-                f"objective.rewards: {spec.name} takes the options {', '.join(takes) or '(none)'}; "
-                + "; ".join([f"unknown: {name}" for name in unknown] + [f"missing: {name}" for name in missing])
+                f"objective.rewards: {spec.name} takes the options {', '.join(takes) or '(none)'}; {'; '.join(wrong)}"
             )
-        return spec.name, made(**spec.options)
+        try:
+            return spec.name, made(**spec.options)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"objective.rewards: {spec.name}: {error}") from None
     if Path(spec.name).expanduser().is_dir():
-        raise UserError(f"objective.rewards: {spec.name}: reward models are not supported yet")
-    raise UserError(f"objective.rewards: {spec.name}: no such reward; there are {', '.join([*TASKS, *BUILTIN])}, or FILE.py")
+        return Path(spec.name).expanduser().resolve().name, RewardModel(spec.name, **_model_options(spec))
+    raise UserError(f"objective.rewards: {spec.name}: there is no such reward; there are {_known()}")
 
 
-def _of_columns(function: Callable[..., Any]) -> Function:
-    """Call a function with TRL's signature: prompts, completions, completion_ids, and the other columns of the data."""
-    takes = inspect.signature(function).parameters
-    every = any(one.kind is one.VAR_KEYWORD for one in takes.values())
-
-    def call(rollouts: Sequence[Rollout]) -> Sequence[float | None]:
-        columns = dict.fromkeys(name for one in rollouts for name in one.item.values)
-        given = {
-            name: [one.item.values.get(name) for one in rollouts] for name in columns if name not in ("prompt", "completion")
-        }
-        given |= {
-            "prompts": [one.prompt for one in rollouts], "completions": [one.completion for one in rollouts],
-            "completion_ids": [list(one.tokens) for one in rollouts],
-        }  # fmt: skip
-        return function(**{name: value for name, value in given.items() if every or name in takes})
-
-    return call
+def _model_options(spec: RewardSpec) -> dict[str, Any]:
+    known = inspect.signature(RewardModel).parameters
+    if unknown := [name for name in spec.options if name not in known or name == "folder"]:
+        raise UserError(
+            f"objective.rewards: {spec.name}: a reward model takes the options {', '.join([*known][1:])}; unknown: "
+            f"{', '.join(unknown)}"
+        )
+    return spec.options
 
 
-def rewards_of(rewards: Sequence[Reward], rollouts: Sequence[Rollout], timeout: float = TIMEOUT) -> Float[np.ndarray, "N F"]:
+def refuse_without_answers(specs: Sequence[RewardSpec], questions: Sequence[Question]) -> None:
+    """Raise UserError, with file and line, for a row without what a reward compares with."""
+    for spec in specs:
+        for question in questions if needs_reference(spec.name) else ():
+            if not question.item.example.references:
+                raise UserError(
+                    f"{question.item.where}: the reward {spec.name} compares with the answer of the row, and it has none; "
+                    "expected a column completion, answer, solution, ground_truth or references, or an assistant's last message"
+                )
+
+
+def shared_rewards(
+    rewards: Sequence[Reward], rollouts: Sequence[Rollout], timeout: float, step: int = 0
+) -> Float32[np.ndarray, "N F"]:
+    """Compute `rewards_of` on the first process. Raises its UserError on all of them, so that all can save their state."""
+    told: dict[str, Any] = {}
+    if store.index() == 0:
+        try:
+            told = {"values": rewards_of(rewards, rollouts, timeout, step).tolist()}
+        except UserError as error:
+            told = {"error": str(error)}
+    told = store.from_first("rewards", told)
+    if "error" in told:
+        raise UserError(told["error"])
+    return np.array(told["values"], np.float32).reshape(len(rollouts), len(rewards))
+
+
+def rewards_of(
+    rewards: Sequence[Reward], rollouts: Sequence[Rollout], timeout: float, step: int = 0
+) -> Float32[np.ndarray, "N F"]:
     """Return the value of each function for each answer; NaN where it has nothing to say.
 
     Raises UserError, with function and prompt, if one raises, does not end, or returns anything but a number for each answer.
     """
     found = np.full((len(rollouts), len(rewards)), np.nan, np.float32)
     for column, reward in enumerate(rewards):
+        if isinstance(reward.function, OwnReward):
+            reward.function.step = step
         for row, value in enumerate(_values(reward, rollouts, timeout)):
             found[row, column] = np.nan if value is None else value
     return found
 
 
 def _values(reward: Reward, rollouts: Sequence[Rollout], timeout: float) -> Sequence[float | None]:
-    pool = ThreadPoolExecutor(1, thread_name_prefix="reward")
-    first = rollouts[0].item.where
-    try:
-        values = pool.submit(reward.function, rollouts).result(timeout)
-    except Late:
+    """Call a function in a thread, which is left behind if it does not end."""
+    ended: list[tuple[Any, BaseException | None]] = []
+
+    def work() -> None:
+        try:
+            ended.append((reward.function(rollouts), None))
+        except BaseException as error:
+            ended.append((None, error))
+
+    thread = threading.Thread(target=work, name=f"reward-{reward.name}", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    told = f"for {len(rollouts)} answers, the first to the prompt of {rollouts[0].item.where}"
+    if not ended:
         raise UserError(
-            f"reward {reward.name}: it has not ended after {timeout:.0f} s, for {len(rollouts)} answers, the first to the "
-            f"prompt of {first}"
-        ) from None
-    except UserError:
-        raise
-    except Exception as error:
+            f"reward {reward.name}: it has not ended after {timeout:g} s (objective.reward_timeout), {told}: "
+            f"{rollouts[0].shown_prompt[:200]!r}"
+        )
+    values, error = ended[0]
+    if isinstance(error, UserError):
+        raise UserError(f"reward {reward.name}: {error}")
+    if error is not None:
         raise UserError(
-            f"reward {reward.name}: {type(error).__name__}: {error} (for {len(rollouts)} answers, the first to the prompt of "
-            f"{first})"
+            f"reward {reward.name}: {type(error).__name__}: {error}{_line(error)}, {told}: {rollouts[0].shown_prompt[:200]!r}"
         ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str) or len(values) != len(rollouts):
-        count = len(values) if hasattr(values, "__len__") else type(values).__name__
-        raise UserError(f"reward {reward.name}: it returned {count} values for {len(rollouts)} answers; expected one for each")
+    return _checked(reward, values, rollouts)
+
+
+def _line(error: BaseException) -> str:
+    """Return where an error was raised, as ` (file:line)`."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})"
+
+
+def _checked(reward: Reward, values: Any, rollouts: Sequence[Rollout]) -> Sequence[float | None]:
+    values = values.tolist() if hasattr(values, "tolist") else values  # of NumPy or PyTorch
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != len(rollouts):
+        count = f"{len(values)} values" if hasattr(values, "__len__") else f"{values!r:.60}"
+        raise UserError(
+            f"reward {reward.name}: it returned {count} for {len(rollouts)} answers, the first to the prompt of "
+            f"{rollouts[0].item.where}; expected a list with a number for each"
+        )
     for value, rollout in zip(values, rollouts, strict=True):
-        if value is not None and not (isinstance(value, Real | np.generic) and math.isfinite(value)):
+        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
             raise UserError(
-                f"reward {reward.name}: {value!r} for an answer to the prompt of {rollout.item.where}; expected a finite number, "
-                f"or None if there is nothing to say. The answer: {rollout.text[:200]!r}"
+                f"reward {reward.name}: it returned {value!r:.60} for an answer to the prompt of {rollout.item.where}; "
+                f"expected a finite number, or None if there is nothing to say. The answer: {rollout.text[:200]!r}"
             )
     return values
