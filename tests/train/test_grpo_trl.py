@@ -134,7 +134,8 @@ class Ours:
         return found
 
     def _config(self, objective: dict) -> Config:
-        return Config.model_validate({**self._values, "objective": objective})
+        sizes = {"num_generations": 2, "max_completion_length": LONGEST}
+        return Config.model_validate({**self._values, "objective": {**sizes, **objective}})
 
     def with_objective(self, objective: dict):
         return dataclasses.replace(self.setup, config=self._config(objective))
@@ -382,7 +383,8 @@ def test_any_split(sides, settings):
     for batch, mesh, microbatches in [
         (ours.batch, {"fsdp": 1}, 1), (one_each, {"fsdp": 1}, 1), *((ours.batch, *split) for split in SPLITS)
     ]:  # fmt: skip
-        values = {**ours._values, "mesh": mesh, "objective": {"name": "grpo", "max_completion_length": LONGEST, **settings}}
+        objective = {"name": "grpo", "num_generations": 2, "max_completion_length": LONGEST, **settings}
+        values = {**ours._values, "mesh": mesh, "objective": objective}
         setup = prepare(Config.model_validate(values), None if len(mesh) > 1 else ONE)
         rng = np.random.default_rng(1)
         for name, value in setup.params.items():
