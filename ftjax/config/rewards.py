@@ -52,7 +52,7 @@ class Rollouts(Section):
     reward_timeout: float = Field(
         600.0, gt=0, description="seconds that one reward function may take for the answers of an update"
     )
-    log_completions: int = Field(4, ge=0, description="answers that are logged with their rewards, at every logged step")
+    logged_completions: int = Field(4, ge=0, description="answers that are logged with their rewards, at every logged step")
     mask_truncated_completions: bool = Field(False, description="do not train answers that end at max_completion_length")
     loss_chunk: int = Field(512, ge=1, description=LOSS_CHUNK)
 

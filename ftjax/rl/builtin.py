@@ -110,7 +110,7 @@ def language(code: str) -> Function:
         identify = importlib.import_module("py3langid.langid").LanguageIdentifier.from_pickled_model
         module = importlib.import_module("py3langid.langid")
     except ImportError:
-        raise UserError("objective.rewards: language needs py3langid; pip install 'ftjax[eval]'") from None
+        raise UserError("objective.rewards: language needs py3langid; pip install 'ftjax[rewards]'") from None
     identifier = identify(module.MODEL_FILE, norm_probs=True)
     return lambda rollouts: [
         None if len(one.text.strip()) < 20 else float(identifier.classify(one.text)[0] == code) for one in rollouts

@@ -106,7 +106,7 @@ class RolloutBatches:
             if isinstance(function, OwnReward):
                 metrics, extra = metrics | function.metrics, extra | function.columns
         self.metrics = {**self.metrics, **totals(metrics | clock.spent)}
-        self.texts = examples(self._rewards, rollouts, values, advantages, section.log_completions, extra)
+        self.texts = examples(self._rewards, rollouts, values, advantages, section.logged_completions, extra)
         return [
             Answered(
                 [int(token) for token in one.prompt_ids], [int(token) for token in one.tokens], float(advantage),

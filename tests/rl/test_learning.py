@@ -1,46 +1,50 @@
-"""A tiny model learns a task from rewards alone."""
+"""A tiny model learns a task from rewards alone, and what is logged and reported of it."""
 
 import json
-import time
 
-import numpy as np
 import pytest
-from oracle import ONE, Case, make_hf
-from tiny_tokenizer import save_tokenizer
+from reward_runs import make_config, run
 from whole_runs import rows
 
-from ftjax.config import Config
-from ftjax.rl.learn import Learning
-from ftjax.train.run import train
+from ftjax.report.command import report
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_hf(Case("llama", "llama", {"initializer_range": 0.05}), folder)
-    save_tokenizer(folder)
-    return folder
+def learned(model, prompts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("learned") / "run"
+    objective = {"num_generations": 16, "max_completion_length": 1, "entropy_coef": 0.05}
+    config = make_config(
+        model, prompts, out, objective, max_steps=45, global_batch_size=128, logging_steps=5, eval_steps=15,
+        data={"validation": str(prompts / "prompts.jsonl"), "contamination": "ignore"},
+    )  # fmt: skip
+    run(config.model_copy(update={"method": type(config).model_validate({
+        **config.model_dump(), "method": {"name": "full"}}).method}))  # fmt: skip
+    return out
 
 
-def test_it_learns(model, tmp_path):
-    prompts = [{"prompt": c} for c in "abcdefgh"]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    (tmp_path / "reward.py").write_text(
-        "def echo(prompts, completions, **kwargs):\n"
-        "    return [float(text[:1] == prompt) for prompt, text in zip(prompts, completions)]\n"
-    )
-    config = Config.model_validate({
-        "model": {"path": str(model), "dtype": "float32", "compute_dtype": "float32", "remat": "none"},
-        "method": {"name": "full"},
-        "data": {"train": str(tmp_path / "train.jsonl"), "max_length": 32},
-        "objective": {"name": "grpo", "rewards": [str(tmp_path / "reward.py")], "max_completion_length": 2, "num_generations": 16},
-        "optimizer": {"learning_rate": 1e-2, "lr_scheduler_type": "constant"},
-        "training": {"max_steps": 60, "global_batch_size": 128, "logging_steps": 5, "report_to": []},
-        "mesh": {"fsdp": 1},
-        "output_dir": str(tmp_path / "run"),
-    })
-    learning = Learning(config)
-    train(config, devices=ONE, make_observer=learning.make_observer, make_source=learning.make_source)
-    print([(r["step"], round(r["train/reward"],3), r["train/time/rollout"]) for r in rows(tmp_path/"run") if "train/reward" in r])
-    print(rows(tmp_path/"run")[-2:])
-    assert 0
+def test_reward_from_chance_to_nearly_all(learned):
+    found = rows(learned)
+    rewards = [row["train/reward"] for row in found if "train/reward" in row]
+    held = [row["eval/reward"] for row in found if "eval/reward" in row]
+    assert rewards[0] < 0.1 and rewards[-1] > 0.9
+    assert len(held) == 3 and held[-1] >= 0.875
+    assert json.loads((learned / "run.json").read_text())["finished"] == 45
+    assert (learned / "best").is_dir()
+
+
+def test_what_is_logged(learned):
+    row = next(row for row in rows(learned) if row.get("train/reward") is not None)
+    for name in (
+        "reward", "reward_std", "frac_reward_zero_std", "rewards/echo/mean", "rewards/echo/std", "completions/mean_length",
+        "completions/clipped_ratio", "time/rollout", "time/reward", "time/update", "rollout/logprob_gap", "entropy",
+    ):  # fmt: skip
+        assert f"train/{name}" in row
+    assert row["train/rollout/logprob_gap"] < 1e-6
+    texts = next(row["train/completions"] for row in rows(learned) if "train/completions" in row)
+    assert len(texts) == 4 and {"prompt", "text", "reward", "advantage"} <= texts[0].keys()
+
+
+def test_the_report_shows_rewards_and_answers(learned, tmp_path):
+    page = report(learned, out=tmp_path / "report.html").read_text()
+    assert "Answers and their rewards" in page
+    assert "seconds of an update: rewards" in page and "advantage" in page
