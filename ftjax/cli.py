@@ -143,6 +143,9 @@ def train(
         int | None, typer.Option(min=1, help="Number of processes of the run.", show_default=False)
     ] = None,
     process_id: Annotated[int | None, typer.Option(min=0, help="Number of this process, from 0.", show_default=False)] = None,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Let the reward `code` run what the model writes.")
+    ] = False,
 ) -> None:
     """Fine-tune a model.
 
@@ -158,13 +161,15 @@ def train(
     set_flags()
     with joined(coordinator, num_processes, process_id):
         settings = load_config(config, overrides or [])
-        from ftjax.evaluate.observe import make_observer
+        from ftjax.rl.learn import Learning
         from ftjax.train.run import train as run
 
         given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
         joined_by = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        joined_by += ["--allow-code-execution"] if allow_code_execution else []
         command = shlex.join(["ftjax", "train", str(config), *(overrides or []), *joined_by])
-        run(settings, command=command, make_observer=make_observer)
+        learning = Learning(settings, allow_code_execution)
+        run(settings, command=command, make_observer=learning.make_observer, make_source=learning.make_source)
 
 
 @app.command(cls=Configured)

@@ -390,9 +390,12 @@ def test_an_objective_of_another_tool_with_its_settings(load):
         ("objective: {name: cpo, simpo_gamma: 1}\n", "changes nothing without loss_type: simpo or alphapo"),
         (
             "objective: {loss_type: ipo}\n",
-            "a key of objective dpo, cpo, kto, and objective.name is sft; set objective.name to one",
+            "a key of objective dpo, cpo, kto, grpo, and objective.name is sft; set objective.name to one",
         ),
-        ("rl: grpo\n", "objective"),
+        ("rl: ppo\n", "objective"),
+        ("rl: grpo\nreward_weights: [1]\n", "objective.rewards: [{name: NAME, weight: FACTOR}]"),
+        ("rl: grpo\ngroup_size: 3\n", "8 is not a multiple of objective.num_generations 3"),
+        ("rl: grpo\nmax_length: 256\n", "data.max_length 256 must hold prompt and answer"),
     ],
 )
 def test_a_preference_key_of_another_tool_is_refused_with_advice(load, text, said):

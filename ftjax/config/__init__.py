@@ -23,6 +23,7 @@ from ftjax.config.model import ModelConfig
 from ftjax.config.objective import ClassificationConfig, ObjectiveConfig, SftConfig
 from ftjax.config.optimizer import GroupConfig, OptimizerConfig
 from ftjax.config.preference import PAIRWISE
+from ftjax.config.rewards import Rollouts
 from ftjax.config.training import MeshConfig, TrainingConfig
 from ftjax.errors import join_problems
 
@@ -85,6 +86,32 @@ class Config(Section):
             )
         if "task" not in self.evaluate.model_fields_set:
             object.__setattr__(self, "evaluate", self.evaluate.model_copy(update={"task": "preference"}))
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts(self) -> "Config":
+        """Check an objective that generates answers; its best checkpoint is that of the highest reward by default."""
+        objective, options = self.objective, self.training
+        if not isinstance(objective, Rollouts):
+            return self
+        problems = []
+        if options.global_batch_size % objective.num_generations:
+            problems.append(
+                f"training.global_batch_size counts answers: {options.global_batch_size} is not a multiple of "
+                f"objective.num_generations {objective.num_generations}"
+            )
+        if self.data.max_length <= objective.max_completion_length:
+            problems.append(
+                f"data.max_length {self.data.max_length} must hold prompt and answer, and objective.max_completion_length is "
+                f"{objective.max_completion_length}; raise the first or lower the second"
+            )
+        if self.data.streaming:
+            problems.append("data.streaming: prompts are drawn from the whole set; leave it out")
+        if problems:
+            raise ValueError(join_problems(problems, f"objective {objective.name}"))
+        if "metric_for_best_model" not in options.model_fields_set:
+            options = options.model_copy(update={"metric_for_best_model": "eval/reward"})
+            object.__setattr__(self, "training", options)
         return self
 
     @model_validator(mode="after")

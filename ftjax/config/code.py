@@ -22,12 +22,17 @@ def _files(tasks: list[str]) -> bool:
     return any(task.endswith(".yaml") for task in tasks)
 
 
+def _rewards(specs: list[Any]) -> bool:
+    return any(spec.is_code for spec in specs)
+
+
 # A task of lm-evaluation-harness is a YAML file in which `!function` names Python code beside it or in a tasks folder.
 LEADS_TO_CODE: dict[str, Callable[[Any], bool]] = {
     "evaluate.task": lambda task: task.endswith(".py"),
     "evaluate.lm_eval.tasks": _files,
     "evaluate.lm_eval.include_path": bool,
     "check.lm_eval_tasks": _files,
+    "objective.rewards": _rewards,
 }
 
 
@@ -50,7 +55,8 @@ def refuse_unasked(config: "Config", *keys: str) -> None:
         value = setting(config, key)
         if key not in config.unasked or not LEADS_TO_CODE[key](value):
             continue
-        text = f"[{', '.join(value)}]" if isinstance(value, list) else str(value)
+        names = [getattr(one, "name", one) for one in value] if isinstance(value, list) else []
+        text = f"[{', '.join(names)}]" if names else str(value)
         raise UserError(
             f"{key}: {text} is Python code that would run here, and only the run's own config.yaml names it, which may be "
             f"somebody else's. Read the file, then name it on the command line: {shlex.quote(f'{key}={text}')}; or choose "

@@ -15,6 +15,7 @@ _SYNONYMS = {
 Format = Annotated[
     Literal[
         "auto", "messages", "conversations", "prompt_completion", "preference", "unpaired_preference", "unpaired_messages",
+        "prompt",
         "instruction", "question_answer", "document_summary", "text_label", "text", "input_ids",
     ],
     BeforeValidator(lambda value: _SYNONYMS.get(value, value) if isinstance(value, str) else value),

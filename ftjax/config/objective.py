@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from ftjax.config.base import Section
 from ftjax.config.preference import CpoConfig, DpoConfig, KtoConfig, OrpoConfig, RewardConfig, SimpoConfig
+from ftjax.config.rewards import GrpoConfig, RlooConfig
 
 
 class SftConfig(Section):
@@ -70,6 +71,15 @@ class ClassificationConfig(Section):
 
 
 ObjectiveConfig = Annotated[
-    SftConfig | ClassificationConfig | DpoConfig | SimpoConfig | CpoConfig | OrpoConfig | KtoConfig | RewardConfig,
+    SftConfig
+    | ClassificationConfig
+    | DpoConfig
+    | SimpoConfig
+    | CpoConfig
+    | OrpoConfig
+    | KtoConfig
+    | RewardConfig
+    | GrpoConfig
+    | RlooConfig,
     Field(discriminator="name"),
 ]

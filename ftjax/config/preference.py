@@ -30,7 +30,7 @@ def _losses(value: Any) -> Any:
     return names
 
 
-def _without_effect(section: Section, needs: dict[str, tuple[bool, str]]) -> None:
+def without_effect(section: Section, needs: dict[str, tuple[bool, str]]) -> None:
     """Refuse settings that change nothing.
 
     Args:
@@ -88,7 +88,7 @@ class DpoConfig(Section):
                 f"f_divergence_type {self.f_divergence_type}: loss_type {', '.join(other)} is defined for reverse_kl alone; "
                 f"{', '.join(DIFFERENCES)} take others"
             )
-        _without_effect(self, {
+        without_effect(self, {
             "discopop_tau": ("discopop" in self.loss_type, "discopop in loss_type"),
             "f_alpha_divergence_coef": (self.f_divergence_type == "alpha_divergence", "f_divergence_type: alpha_divergence"),
             "ref_model_mixup_alpha": (self.sync_ref_model, "sync_ref_model: true"),
@@ -137,7 +137,7 @@ class CpoConfig(Section):
     def _fits(self) -> "CpoConfig":
         if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
             raise ValueError(f"label_smoothing {self.label_smoothing} changes nothing in loss_type {self.loss_type}")
-        _without_effect(self, {"simpo_gamma": (self.loss_type in ("simpo", "alphapo"), "loss_type: simpo or alphapo")})
+        without_effect(self, {"simpo_gamma": (self.loss_type in ("simpo", "alphapo"), "loss_type: simpo or alphapo")})
         return self
 
 

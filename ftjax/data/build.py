@@ -19,7 +19,7 @@ from ftjax.data.example import Example
 from ftjax.data.faults import SHOWN, Faults
 from ftjax.data.find import Files, HubSet, find
 from ftjax.data.reader import Reader, read_source
-from ftjax.data.remarks import BROKEN, EMPTY, LONG, MASKED, UNWANTED, warnings_of
+from ftjax.data.remarks import BROKEN, EMPTY, LONG, LONG_PROMPT, MASKED, UNWANTED, warnings_of
 from ftjax.data.report import DataReport
 from ftjax.data.row import Row
 from ftjax.data.store import Documents, Writer, cached
@@ -101,8 +101,9 @@ class Build:
             Duplicates(config.deduplicate, config.near_duplicate_threshold) if config.deduplicate != "none" else None
         )
         self.report = DataReport(
-            ", ".join(source.path for source in self.sources), max_length=config.max_length, packing=config.packing
-        )
+            ", ".join(source.path for source in self.sources), max_length=config.max_length, packing=config.packing,
+            imitated=self.encoding.imitated,
+        )  # fmt: skip
         self.masked_where: list[str] = []
         self.readers: dict[int, Reader] = {}
 
@@ -194,7 +195,7 @@ class Build:
         found = []
         for number, reader in self.readers.items():
             path = self.sources[number].path
-            if reader.unused:
+            if reader.unused and self.encoding.imitated:  # those beside prompts are for rewards
                 found.append(f"{path}: columns that are not used: {', '.join(reader.unused)}")
             if count := reader.notes["system column"]:
                 found.append(
@@ -263,17 +264,17 @@ class Build:
             report.dropped[reason] += 1
             return ()
         pieces: Sequence[Encoded] = unit
-        if sum(len(document.tokens) for document in unit) > config.max_length:
+        if sum(len(document.tokens) for document in unit) > config.max_length - self.encoding.reserved:
             pieces = self.encoding.shorten(unit, config, self.encoder.tokens.bos)
             if not pieces:
-                report.dropped[LONG] += 1
+                report.dropped[LONG if not self.encoding.reserved else LONG_PROMPT] += 1
                 report.notes["longest"] = max(report.notes["longest"], sum(len(document.tokens) for document in unit))
                 return ()
         elif self.encoding.answers:
             for document in unit:
                 last = document.tokens[1:][document.weights[1:] > 0][-3:].tolist()
                 report.notes["no end trained"] += bool(last) and not self.ends.intersection(last)
-        kept = [piece for piece in pieces if piece.weights[1:].any()]
+        kept = [piece for piece in pieces if piece.weights[1:].any() or not self.encoding.imitated]
         if len(unit) > 1 and len(kept) < len(unit):
             kept = []
         report.notes["pieces without a trained token"] += len(pieces) - len(kept) if kept else 0
@@ -307,7 +308,9 @@ class Build:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
             first = f" (the first: {messages[0]})" if messages else ""
             advice = "Change the data, or what drops it"
-            if report.dropped[LONG] or report.dropped[MASKED]:
+            if report.dropped[LONG_PROMPT]:
+                advice = f"Raise data.max_length ({self.config.max_length}) or lower objective.max_completion_length"
+            elif report.dropped[LONG] or report.dropped[MASKED]:
                 advice = f"Raise data.max_length ({self.config.max_length}), choose another data.truncation, or change the data"
             raise UserError(f"{report.source}: none of {report.rows:,} examples is left: {reasons}{first}. {advice}")
         return report

@@ -41,6 +41,11 @@ class Encoder(RowEncoder):
 
     def plan(self, example: Example) -> Sequence[TextPlan | Encoded]:
         """Plan the one document of an example; see `RowEncoder.plan`."""
+        if example.prompt is not None and example.completion is None:
+            raise UserError(
+                f"{example.where}: there is a prompt and no answer to imitate (data.format: prompt); expected columns prompt "
+                "and completion, or an objective that generates the answers: grpo or rloo"
+            )
         return [self._ready(example) if example.input_ids is not None else self._text(example)]
 
     def _text(self, example: Example) -> TextPlan:

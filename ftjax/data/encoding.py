@@ -23,13 +23,17 @@ class RowEncoding(ABC):
     Attributes:
         sequences: documents per row of data. All of them stay together in one row of a batch, in order.
         answers: whether documents end with an answer that should end with an end token.
+        imitated: whether documents are trained as they are; if not, they are prompts, without a trained token.
+        reserved: tokens of a row that the documents of an example leave free.
         unwanted: whether rows whose label is false become documents, too.
         rejected: whether rejected answers become documents, too.
         formats: formats of data that it takes before all others.
     """
 
     sequences: int = 1
+    reserved: int = 0
     answers: ClassVar[bool] = True
+    imitated: ClassVar[bool] = True
     unwanted: ClassVar[bool] = False
     rejected: ClassVar[bool] = False
     formats: ClassVar[tuple[str, ...]] = ()

@@ -67,6 +67,32 @@ def _prompt_completion(v: Values, where: str) -> Example:
     return asked(v, where, string(v, "prompt", where), filled(v, "completion", where))
 
 
+ANSWERS = ("completion", "answer", "solution", "ground_truth")  # columns whose text an answer is compared with
+
+
+def _prompt(v: Values, where: str) -> Example:
+    """Read a prompt with nothing to imitate, and the answer beside it, if there is one, as its reference."""
+    prompt = by_row(_messages_in_text(v["prompt"], "prompt", where))
+    text = None if isinstance(prompt, list) else filled(v, "prompt", where)
+    turns = prompt if text is None else _user(text)
+    example = _conversation(turns, v, where, prompt_turns=len(turns))
+    given = next((found for name in ANSWERS if (found := _reference(v, name, where)) is not None), None)
+    system = optional(v, "system", where)
+    if text is not None and system:
+        text = f"{system}\n\n{text}"
+    return replace(
+        example, prompt=text, prompt_turns=len(example.messages), references=_references(v, given, where)
+    )  # fmt: skip
+
+
+def _reference(v: Values, name: str, where: str) -> str | None:
+    """Return the text of a column, or that of the last message in it; None if there is none."""
+    value = by_row(v.get(name))
+    if isinstance(value, list) and value and isinstance(value[-1], Mapping):
+        value = value[-1].get("content")
+    return string({name: value}, name, where) if isinstance(value, str | int | float) else None
+
+
 VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # 1.0: a table with empty labels
 
 
@@ -268,6 +294,7 @@ FORMATS: dict[str, Format] = {
         asked_for=True,
         fits=lambda v: any(v.get(name) for name in TALKS),
     ),
+    "prompt": Format(("prompt",), _prompt, (*ANSWERS, *CHAT), asked_for=True),
     "prompt_completion": Format(("prompt", "completion"), _prompt_completion, CHAT, "completion"),
     "preference": Format(
         ("chosen", "rejected"),

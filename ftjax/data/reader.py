@@ -150,7 +150,9 @@ class Reader:
             completion = self.completion_template(values, where)
             values[self.format.answer or "completion"] = completion
         labelled = self.label is not None and self._read_label(values, where)
-        if self.template:
+        if self.template and self.name == "prompt":
+            values["prompt"] = self.template(values, where)
+        elif self.template:
             if completion is not None:
                 completion = values[self.format.answer or "completion"]
             return self._templated(values, where, completion)
@@ -158,7 +160,7 @@ class Reader:
         example = self.format.read(values, where)
         if self.label is not None and not labelled and example.references:
             example = replace(example, references=(self.label(example.references[0], where),))
-        taken = ("prompt_completion", "unpaired_preference", "preference")
+        taken = ("prompt", "prompt_completion", "unpaired_preference", "preference")
         if completion is None and example.prompt is not None and self.name not in taken:
             example = replace(example, completion=_spaced(example.prompt, example.completion))
         return example
@@ -226,6 +228,7 @@ class Reader:
                 values["completion"] = ""
             if self.template:  # the template makes the prompt, and the first completion column is the answer
                 found = [name for column, name in answers.items() if column in values][:1]
+                found = ["prompt"] if "prompt" in self.prefers else found
             else:
                 found = [name for name in self.order if self._fit(name, values)]
             fits.update(found)
@@ -246,7 +249,8 @@ class Reader:
                 "data.columns: {completion: NAME}, or write data.completion_template"
             )
         named = self.prefers or [name for name, form in FORMATS.items() if not form.verdict]
-        known = " or ".join(quoted(FORMATS[name].needs, " and ") for name in named if not FORMATS[name].asked_for)
+        named = [name for name in named if not FORMATS[name].asked_for] or named
+        known = " or ".join(quoted(FORMATS[name].needs, " and ") for name in named)
         return f"{row.where}: expected columns {known}; found {found}. {self._advice}"
 
     @cached_property

@@ -6,6 +6,7 @@ from ftjax.data.report import DataReport
 # reasons for which rows are dropped
 BROKEN, EMPTY, MASKED, UNWANTED = "broken (on_error: skip)", "empty", "without a trained token", "with label false"
 LONG = "longer than max_length"
+LONG_PROMPT = "longer than max_length - max_completion_length"
 COUNTED = {  # encoder notes and their warnings: "in 3 rows ...", or documents where a row has several
     "prompt differs": "the chat template's generation prompt is not what it writes before the answer (some begin it with "
     "<think>): they are trained on the text without that beginning, and generation adds it. Set model.chat_template to a "

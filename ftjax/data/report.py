@@ -37,6 +37,7 @@ class DataReport:
     exact: bool = True  # False: a sample of a streamed set
     joined: int = 0  # pairs that were made of two rows
     divided: int = 0  # pairs that were made two examples
+    imitated: bool = True  # False: documents are prompts
 
     @property
     def examples(self) -> int:
@@ -49,15 +50,16 @@ class DataReport:
         held = f", {self.held_out:,} held out for validation" if self.held_out else ""
         formats = ", ".join(dict.fromkeys(self.formats.values()))
         sampled = "" if self.exact else "of a first part: "
+        packed = (
+            f"{self.packed_rows:,} rows of {self.max_length:,}, packing efficiency {100 * self.efficiency:.1f}%"
+            if self.packing
+            else f"{self.packed_rows:,} rows, not packed, {100 * self.efficiency:.1f}% of their tokens are not padding"
+        )
+        trained = f"{self.trained_tokens:,} trained ({self.trained_tokens / max(self.tokens, 1):.0%})"
         lines = [
             f"{self.source}{f' ({formats})' if formats else ''}: {sampled}{self.kept:,} of {self.examples:,} examples kept, "
             f"{sum(self.truncated.values()):,} truncated{policies}, {sum(self.dropped.values()):,} dropped{held}{reasons}",
-            f"{self.tokens:,} tokens, {self.trained_tokens:,} trained ({self.trained_tokens / max(self.tokens, 1):.0%}); "
-            + (
-                f"{self.packed_rows:,} rows of {self.max_length:,}, packing efficiency {100 * self.efficiency:.1f}%"
-                if self.packing
-                else f"{self.packed_rows:,} rows, not packed, {100 * self.efficiency:.1f}% of their tokens are not padding"
-            ),
+            f"{self.tokens:,} tokens, {trained}; {packed}" if self.imitated else f"{self.tokens:,} tokens of prompts",
         ]
         if self.joined and self.exact:
             lines.append(f"{2 * self.joined:,} rows with one answer make {self.joined:,} pairs")

@@ -1,6 +1,6 @@
 """Rows to evaluate on, read and formatted as in training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +15,10 @@ from ftjax.data.faults import Faults
 from ftjax.data.find import find
 from ftjax.data.labels import Labels
 from ftjax.data.reader import read_source
+from ftjax.data.rollout import as_prompt
 from ftjax.data.values import EmptyRow
 from ftjax.errors import UserError
+from ftjax.objectives import encoding_of, objective_of
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,28 @@ def read_items(config: Config, limit: int | None = None, only: Places | None = N
 
     Raises UserError, with file and line, for a wrong row, unless `data.on_error` skips it.
     """
-    labels = labels_of(config)
+    found, left_out = items_of(sources(config), config, only, labels_of(config))
+    if limit is not None and limit < len(found):
+        found = [found[i] for i in np.linspace(0, len(found) - 1, limit).round().astype(int)]
+    return found, left_out
+
+
+def items_of(
+    sources: Sequence[SourceConfig], config: Config, only: Places | None = None, labels: Labels | None = None
+) -> tuple[list[Item], int]:
+    """Return the rows of these sources and how many are left out; see `read_items`.
+
+    Rows of an objective that generates answers are read as prompts.
+    """
     faults, empty, found = Faults(config.data.on_error == "skip"), 0, []
-    normalize = normalizer(config.data.unicode_normalization)
-    for number, source in enumerate(sources(config)):
-        for reader, row in read_source(source, faults, found=find(source), normalize=normalize, label=labels and labels.read):
+    normalize, prompts = normalizer(config.data.unicode_normalization), objective_of(config).generates
+    options: dict[str, Any] = {"normalize": normalize, "label": labels and labels.read}
+    options["prefers"] = encoding_of(config).formats if prompts else ()
+    for number, source in enumerate(sources):
+        for reader, row in read_source(source, faults, found=find(source), **options):
             try:
                 example = reader(row).with_source(number, *config.data.reading)
+                example = as_prompt(example) if prompts else example
             except EmptyRow as error:
                 empty += 1
                 if not config.data.drop_empty:
@@ -101,7 +118,5 @@ def read_items(config: Config, limit: int | None = None, only: Places | None = N
                 found.append(Item(example, row.values))
     if not found:
         first = f" (the first: {faults.messages[0]})" if faults.messages else ""
-        raise UserError(f"evaluate: no row is left of {sources(config)[0].path}{first}")
-    if limit is not None and limit < len(found):
-        found = [found[i] for i in np.linspace(0, len(found) - 1, limit).round().astype(int)]
+        raise UserError(f"evaluate: no row is left of {sources[0].path}{first}")
     return found, 0 if only is not None else faults.count + empty

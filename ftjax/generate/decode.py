@@ -93,7 +93,8 @@ class View(NamedTuple):
 
     Attributes:
         tokens: [B, C] int32, new tokens of each row, left-aligned.
-        logprobs: [B, C] float32, their log-probabilities under the model itself, before temperature and other settings.
+        logprobs: [B, C] float32, their log-probabilities under the model itself, before temperature and other settings
+            (`Runner.of_sampler`: after them).
         counts: [B] int32, number of new tokens of each row.
     """
 
@@ -108,6 +109,7 @@ class Runner:
 
     model: Model
     dtype: Any
+    of_sampler: bool = False  # log-probabilities are those of the distribution that tokens are drawn from
 
     def empty(self, like: Start, *, rows: int, slots: int) -> State:
         """Return the state of an idle batch; `like` determines the shapes of `rules`."""
@@ -202,8 +204,10 @@ class Runner:
         rules, rows, active = state.rules, jnp.arange(logits.shape[0]), ~state.done
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rules.keys), state.count)
         limited = restrict(logits, rules.biased, rules.bias, mask)
-        token = choose(process(limited, state.uses, rules.sampling), rules.sampling.temperature, keys)
-        logprob = logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
+        processed = process(limited, state.uses, rules.sampling)
+        token = choose(processed, rules.sampling.temperature, keys)
+        judged = processed if self.of_sampler else logits
+        logprob = judged[rows, token] - jax.nn.logsumexp(judged, axis=-1)
         count = state.count + active.astype(jnp.int32)
         ended = jnp.any(token[:, None] == rules.ends, axis=1) | (count >= rules.limits)
         state = state._replace(

@@ -25,24 +25,29 @@ FEW = 8  # the arrays of end ids and of biases are padded to a multiple of this,
 class Engine:
     """Compiled programs of a model, one per shape; sizes are bucketed to keep the number of shapes small."""
 
-    def __init__(self, model: Model, mesh: Mesh, dtype: Any):
+    def __init__(self, model: Model, mesh: Mesh, dtype: Any, of_sampler: bool = False):
+        """Args: of_sampler: log-probabilities are those that tokens were drawn with, not the model's own."""
         self.model, self.mesh, self.dtype = model, mesh, dtype
         self.shards = parts(mesh.shape, "batch")
-        runner = Runner(model, dtype)
+        runner = Runner(model, dtype, of_sampler)
         self.empty = jax.jit(runner.empty, static_argnames=("rows", "slots"))
         self.begin = jax.jit(runner.begin, static_argnames=("slots", "block"))
         self.start = jax.jit(runner.start, static_argnames="block", donate_argnums=1)
         self.decode = jax.jit(runner.decode, donate_argnums=1)
-        self._score = jax.jit(partial(score_step, runner), out_shardings=NamedSharding(mesh, spec(())))
+        self._score = jax.jit(
+            partial(score_step, runner), static_argnames="temperature", out_shardings=NamedSharding(mesh, spec(()))
+        )
         self._head = jax.jit(partial(head_step, runner), out_shardings=NamedSharding(mesh, spec(())))
         self.whole_prompts = any(rope.by_length for rope in model.ropes)  # RoPE needs the full length
         self.keeps_prefixes = not (self.whole_prompts or Layout(model.memories).states)  # states cannot be rewound
         self.switch = min((rope.recomputed_at for rope in model.ropes if rope.recomputed_at), default=None)
 
-    def score(self, params: Mapping[str, jax.Array], *batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def score(
+        self, params: Mapping[str, jax.Array], *batch: np.ndarray, temperature: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Run `score_step` on host arrays."""
         with jax.set_mesh(self.mesh):
-            logprobs, best = self._score(params, *map(self.shard_rows, batch))
+            logprobs, best = self._score(params, *map(self.shard_rows, batch), temperature=temperature)
         return np.asarray(logprobs), np.asarray(best)
 
     def head(self, params: Mapping[str, jax.Array], *batch: np.ndarray) -> np.ndarray:

@@ -48,8 +48,13 @@ def score_step(
     segment_ids: Int[Array, "B T"],
     index: Int[Array, "B C"],
     targets: Int[Array, "B C"],
+    temperature: float = 1.0,
 ) -> tuple[Float32[Array, "B C"], Bool[Array, "B C"]]:
-    """Return log p of the targets predicted at positions `index`, and whether they are the most probable."""
+    """Return log p of the targets predicted at positions `index`, and whether they are the most probable.
+
+    Args:
+        temperature: divides the logits.
+    """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     ctx = Context(positions, segment_ids, runner.dtype)
     module = runner.model.bind(params)
@@ -57,7 +62,7 @@ def score_step(
     rows, longest = targets.shape
     vocab = jax.eval_shape(lambda h: module.unembed(h, ctx), hidden).shape[-1]
     chunk = min(longest, max(1, LOGITS // (rows * vocab)))
-    found = token_logprobs(projection(runner.model, {}, params, ctx), hidden, targets, chunk)
+    found = token_logprobs(projection(runner.model, {}, params, ctx), hidden, targets, chunk, temperature=temperature)
     return found.logprobs, found.greedy
 
 

@@ -90,7 +90,7 @@ class Generator:
     @classmethod
     def of(
         cls, model: Model, params: Mapping[str, jax.Array], tokenizer: Any, *, mesh: Mesh, dtype: Any,
-        source: Path | None = None,
+        source: Path | None = None, of_sampler: bool = False,
     ) -> "Generator":  # fmt: skip
         """Create a generator from a model in memory, such as one in training.
 
@@ -98,14 +98,15 @@ class Generator:
             params: all parameters, frozen and trained, as they are placed on the mesh.
             dtype: dtype of activations and cache.
             source: the base model's folder, for its generation_config.json.
+            of_sampler: log-probabilities of answers are those that tokens were drawn with, after temperature and filters.
         """
         self = cls.__new__(cls)
-        self._set_up(model, params, tokenizer, mesh, jnp.dtype(dtype), source)
+        self._set_up(model, params, tokenizer, mesh, jnp.dtype(dtype), source, of_sampler)
         return self
 
-    def _set_up(self, model, params, tokenizer, mesh: Mesh, dtype: Any, source: Path | None) -> None:
+    def _set_up(self, model, params, tokenizer, mesh: Mesh, dtype: Any, source: Path | None, of_sampler: bool = False) -> None:
         self.model, self.params, self.tokenizer = model, dict(params), tokenizer
-        self.engine = Engine(model, mesh, dtype)
+        self.engine = Engine(model, mesh, dtype, of_sampler)
         self.settings = generation_config(source)
         self.special_tokens_in_text: Mode = "split"
         self.fold_system = True
@@ -217,12 +218,13 @@ class Generator:
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]], *, batch_size: int = BATCH_SIZE,
-        progress: Callable[[int], None] | None = None,
+        temperature: float = 1.0, progress: Callable[[int], None] | None = None,
     ) -> list[Score]:  # fmt: skip
         """Return the log-likelihood of each completion given its prompt, token by token; no EOS token is added.
 
         Args:
             completions: texts (tokenised by `ftjax.generate.score.completion_ids`) or token ids.
+            temperature: divides the logits.
             progress: called with the number of scored completions so far.
 
         Raises UserError for an empty completion or a text that does not fit into the model's context, and NotFinite if the
@@ -239,7 +241,9 @@ class Generator:
         batches, rows = groups([len(prompt) + len(completion) for prompt, completion in pairs], batch_size, self.engine.shards)
         found: dict[int, Score] = {}
         for batch in batches:
-            logprobs, greedy = self.engine.score(self.params, *arrays([Query.of(*pairs[i]) for i in batch], rows))
+            logprobs, greedy = self.engine.score(
+                self.params, *arrays([Query.of(*pairs[i]) for i in batch], rows), temperature=temperature
+            )
             for row, i in enumerate(batch):
                 tokens = pairs[i][1]
                 values = logprobs[row, : len(tokens)]

@@ -7,7 +7,7 @@ from ftjax.config.schema import add_objective
 from ftjax.data.encoding import RowEncoding
 from ftjax.objectives.objective import Head, Objective
 
-NAMES = ("sft", "classification", "dpo", "simpo", "cpo", "orpo", "kto", "reward")
+NAMES = ("sft", "classification", "dpo", "simpo", "cpo", "orpo", "kto", "reward", "grpo", "rloo")
 
 # name in the configuration -> file, or the record itself
 OBJECTIVES: dict[str, str | Objective] = {name: name for name in NAMES}

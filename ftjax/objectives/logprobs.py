@@ -46,6 +46,7 @@ def token_logprobs(
     *,
     entropy: bool = False,
     top: int = 0,
+    temperature: float = 1.0,
 ) -> TokenLogprobs:
     """Compute the log-probabilities of `targets` at each position.
 
@@ -57,6 +58,7 @@ def token_logprobs(
         wanted: zero at targets to leave out: on one device, chunks of nothing else are not computed. None for all.
         entropy: compute the entropy, too.
         top: number of most likely tokens to return (K).
+        temperature: divides the logits.
     """
     keep = jnp.ones(targets.shape, jnp.float32) if wanted is None else (wanted != 0).astype(jnp.float32)
     alone = one_device() and wanted is not None
@@ -65,7 +67,7 @@ def token_logprobs(
         inputs, length = [reorder(x, order) for x in (hidden, targets, keep)], chunk * targets.shape[0]
     else:
         inputs, length = [hidden, targets, keep], chunk
-    of = partial(_of_chunk, entropy, top)
+    of = partial(_of_chunk, entropy, top, temperature)
     found = _per_token(output.unembed, output.arrange, of, min(length, inputs[1].shape[1]), alone, output.trained, *inputs)
     if not alone:
         return found
@@ -88,8 +90,15 @@ def segment_sums(values: Float[Array, "B T"], segment_ids: Int[Array, "B T"], se
 
 
 def _of_chunk(
-    entropy: bool, top: int, logits: Float[Array, "B C V"], targets: Int[Array, "B C"], keep: Float[Array, "B C"]
+    entropy: bool,
+    top: int,
+    temperature: float,
+    logits: Float[Array, "B C V"],
+    targets: Int[Array, "B C"],
+    keep: Float[Array, "B C"],
 ) -> TokenLogprobs:
+    if temperature != 1:
+        logits = logits / temperature
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     logprobs = jnp.where(keep > 0, picked - normaliser, 0.0)

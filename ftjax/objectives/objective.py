@@ -85,27 +85,32 @@ class Forward:
         return token_totals(output.unembed, length, output.trained, *tokens, output.arrange, alone, measure)
 
     def token_logprobs(
-        self, wanted: Shaped[Array, "B T"] | None = None, *, entropy: bool = False, top: int = 0
+        self,
+        wanted: Shaped[Array, "B T"] | None = None,
+        *,
+        entropy: bool = False,
+        top: int = 0,
+        temperature: float = 1.0,
     ) -> TokenLogprobs:
         """Compute the log-probability of each target with weight (`ftjax.objectives.logprobs`).
 
         Args:
             wanted: zero at targets to leave out; None: the batch's weights.
         """
-        if wanted is None and not (entropy or top):
+        if wanted is None and not (entropy or top) and temperature == 1:
             return self._logprobs
         wanted = self.batch["weights"] if wanted is None else wanted
-        return self._token_logprobs(wanted, entropy, top)
+        return self._token_logprobs(wanted, entropy, top, temperature)
 
     @cached_property
     def _logprobs(self) -> TokenLogprobs:
-        return self._token_logprobs(self.batch["weights"], False, 0)
+        return self._token_logprobs(self.batch["weights"], False, 0, 1.0)
 
-    def _token_logprobs(self, wanted: jax.Array, entropy: bool, top: int) -> TokenLogprobs:
+    def _token_logprobs(self, wanted: jax.Array, entropy: bool, top: int, temperature: float) -> TokenLogprobs:
         hidden, targets = self.hidden, self.batch["targets"]
         output = projection(self.model, self.trainable, self.frozen, self.ctx)
         length = self._chunk_length(wanted.shape)
-        return token_logprobs(output, hidden, targets, length, wanted, entropy=entropy, top=top)
+        return token_logprobs(output, hidden, targets, length, wanted, entropy=entropy, top=top, temperature=temperature)
 
     def scores(self) -> Float32[Array, "B T classes"]:
         """Compute the outputs of a head at every token."""
@@ -165,6 +170,7 @@ class Objective:
         statistics: what the loss of an update depends on besides its own microbatch, such as a mean over all rows. Computed for
             every microbatch before the losses, without gradients; None if the loss is a sum over rows.
         warning: `(section, means)` -> what looks wrong in a row of training metrics, or None.
+        generates: rows are prompts, and the documents of a batch are answers that the model in training generates.
         train_metrics: compute the metrics in updates, too. False leaves them to evaluations, where the loss alone is cheaper.
     """
 
@@ -180,3 +186,4 @@ class Objective:
     statistics: Statistics | None = None
     warning: Callable[[Any, Mapping[str, float]], str | None] = lambda section, means: None
     train_metrics: bool = True
+    generates: bool = False

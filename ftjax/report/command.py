@@ -9,7 +9,7 @@ from ftjax.errors import UserError
 from ftjax.page.document import page
 from ftjax.report.curves import curves
 from ftjax.report.read import Run, read_run
-from ftjax.report.results import checks, evaluations, generations
+from ftjax.report.results import checks, evaluations, generations, rewarded
 from ftjax.report.setup import configuration, data, environment, warnings
 from ftjax.report.terminal import print_summary, tiles
 
@@ -53,6 +53,7 @@ def html(run: Run) -> str:
         ("Before and after", evaluations(run)),
         ("Safety and stability", checks(run)),
         ("Answers while training", generations(run)),
+        ("Answers and their rewards", rewarded(run)),
         ("Data", data(run)),
         ("Configuration", configuration(run)),
         ("Environment", environment(run)),

@@ -9,6 +9,16 @@ from ftjax.report.read import Run
 RATE = "tokens per second"
 PICTURES = (
     ("loss", {"training": "train/loss", "validation": "eval/loss"}),
+    ("reward", {"training": "train/reward", "validation": "eval/reward"}),
+    ("share of prompts whose answers are all rewarded alike", {"share": "train/frac_reward_zero_std"}),
+    ("tokens of an answer", {"training": "train/completions/mean_length", "validation": "eval/completions/mean_length"}),
+    ("share of answers that are cut off", {"training": "train/completions/clipped_ratio"}),
+    ("entropy of the next token (nats)", {"entropy": "train/entropy"}),
+    ("log-probabilities: sampler against trainer", {"mean difference": "train/rollout/logprob_gap"}),
+    ("share of tokens whose ratio is clipped", {"share": "train/clip_ratio/region_mean"}),
+    ("seconds of an update: answers", {"rollout": "train/time/rollout"}),
+    ("seconds of an update: rewards", {"reward": "train/time/reward"}),
+    ("seconds of an update: training step", {"update": "train/time/update"}),
     ("learning rate", {"learning rate": "train/learning_rate"}),
     ("token accuracy on validation data", {"accuracy": "eval/token_accuracy"}),
     ("gradient norm", {"gradient norm": "train/grad_norm"}),
@@ -28,6 +38,9 @@ def curves(run: Run) -> Iterable[str]:
     for _, series in pictures:
         if RATE in series:
             series[RATE] = [(step, rate) for step, rate in series[RATE] if rate > 0]  # 0 means unknown
+    each = [name for name in run.names("train/rewards/") if name.endswith("/mean")]
+    if len(each) > 1:
+        pictures += [(f"reward {name.split('/')[2]}", {"mean": run.curve(name)}) for name in each]
     others = [name for name in run.names("eval/") if name not in DRAWN and name not in NOT_DRAWN]
     pictures += [(name.removeprefix("eval/"), {name: run.curve(name)}) for name in others]
     shown = "".join(line_chart(title, series) for title, series in pictures)

@@ -29,7 +29,8 @@ class Measured:
 class Run:
     """Attributes:
     config, config_text: of config.yaml. metrics: the numbers of metrics.jsonl, one dict per line, including `step`.
-    generations: (step, answers) during training; warnings: (step, text). record: run.json; {} for runs older than it.
+    generations: (step, answers) during training; completions: the same for answers that were trained, with their rewards;
+    warnings: (step, text). record: run.json; {} for runs older than it.
     evaluations, checks: those in the run's folder.
     """
 
@@ -38,6 +39,7 @@ class Run:
     config_text: str
     metrics: list[dict[str, float]]
     generations: list[tuple[int, list[dict[str, str]]]]
+    completions: list[tuple[int, list[dict[str, str]]]]
     warnings: list[tuple[int, str]]
     record: Mapping[str, Any]
     evaluations: list[Measured] = field(default_factory=list)
@@ -79,7 +81,7 @@ def read_run(folder: Path) -> Run:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "a file"
         raise UserError(f"{folder}: expected a run folder with config.yaml and metrics.jsonl; found {found}")
     config = load_config(folder / "config.yaml", note=lambda text: None, asked=False)
-    metrics, generations, warnings = [], [], []
+    metrics, generations, completions, warnings = [], [], [], []
     for row in _lines(folder / "metrics.jsonl"):
         step = row.get("step")
         if not isinstance(step, int):
@@ -89,11 +91,13 @@ def read_run(folder: Path) -> Run:
             metrics.append(numbers)
         if isinstance(row.get("eval/generations"), list):
             generations.append((step, row["eval/generations"]))
+        if isinstance(row.get("train/completions"), list):
+            completions.append((step, row["train/completions"]))
         if isinstance(row.get("warning"), str):
             warnings.append((step, row["warning"]))
     whole = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return Run(
-        folder, config, whole, metrics, generations, warnings,
+        folder, config, whole, metrics, generations, completions, warnings,
         _json(folder / "run.json") if (folder / "run.json").is_file() else {},
         _measured(sorted(folder.glob("evaluation/*/results.json")), "predictions.jsonl"),
         _measured(sorted(folder.glob("check*/results.json")), "answers.jsonl"),

@@ -163,6 +163,19 @@ def generations(run: Run) -> Iterable[str]:
             )
 
 
+def rewarded(run: Run) -> Iterable[str]:
+    """Yield the HTML of answers that were trained, with their rewards: the first, the middle and the last that were logged."""
+    logged = run.completions
+    for place in sorted({0, len(logged) // 2, len(logged) - 1}) if logged else ():
+        step, rows = logged[place]
+        yield f"<h3>step {step:,}</h3>"
+        prompts: dict[str, dict[str, str]] = {}
+        for number, row in enumerate(rows):
+            said = ", ".join(f"{name} {value}" for name, value in row.items() if name not in ("prompt", "text"))
+            prompts.setdefault(row.get("prompt", ""), {})[f"answer {number + 1}: {said}"] = row.get("text", "")
+        yield from (sample(prompt, sides) for prompt, sides in prompts.items())
+
+
 def checks(run: Run) -> Iterable[str]:
     """Yield the HTML of each check: verdicts, metrics not measured, and some of the answers with faults."""
     for one in run.checks:

@@ -1,7 +1,7 @@
 """Rows of training metrics: means since the last row, throughput, memory, and the epoch."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ class Update:
     metrics: StepMetrics
     limit: float  # the largest loss that is applied
     ended: float | None = None  # when it was found to be done (`time.perf_counter`)
+    batch: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # metrics of its batch
+    texts: Sequence[Mapping[str, str]] = ()  # examples of its batch
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Log:
             self.since_eval.add(totals)
             metrics = {name: tuple(float(part) for part in pair) for name, pair in found.metrics.items()}
             self._window.add(totals | metrics)
+        self._window.add(update.batch)
         self._counted += (np.asarray(found.flops).item(), read.tokens)
         return read
 

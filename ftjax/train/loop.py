@@ -43,7 +43,7 @@ class Run:
     """One start of a run: trains, evaluates, saves, and writes the run folder (docs)."""
 
     def __init__(
-        self, setup: Setup, tokenizer: Any, source: BatchSource, layout: BatchLayout, validation: Split | None,
+        self, setup: Setup, tokenizer: Any, source: BatchSource, validation: Split | None,
         checkpoints: Checkpoints, documents: Documents, command: str, observer: Observer | None = None,
     ):  # fmt: skip
         self.setup, self.tokenizer, self.batches, self.validation = setup, tokenizer, source, validation
@@ -56,7 +56,6 @@ class Run:
         self.documents, self.total = documents, steps
         self.train_step, self.eval_step, self.optimizer, self.schedule = compile_steps(setup, self.total)
         self.profile = Profile(options.profile_steps, self.folder / "profile", self.total)
-        self.layout = layout
         self.watch = LossWatch(options.loss_spike_factor, options.max_skipped_updates)
         self.pending: list[Update] = []  # in order of dispatch
         self.best = BestMetric(
@@ -110,7 +109,7 @@ class Run:
             return step
         with Progress(self.total, first) as progress:
             while step < self.total:
-                batch = self.layout.arrays(self.batches.next(self.state.params))
+                batch = self.next_batch(step, progress)
                 limit = np.float32(self.watch.limit(step + 1))
                 self.compile_together(batch, limit)
                 self.look()
@@ -120,12 +119,40 @@ class Run:
                 if self.moving is not None:
                     self.setup.frozen = self.moving.after(step, self.state.params, self.setup.frozen)
                 self.profile.dispatched(step, metrics)
-                self.pending.append(Update(step, metrics, float(limit)))
+                self.pending.append(Update(step, metrics, float(limit), batch=self.batches.metrics, texts=self.batches.texts))
+                if self.batches.follows:
+                    self.wait(self.pending[-1])
                 if jax.process_count() > 1 and asked_to_stop(step):
                     self.interrupted = signal.SIGTERM.name
                 if self.settle(step, progress):
                     break
         return step
+
+    def next_batch(self, step: int, progress: Progress) -> dict[str, jax.Array]:
+        """Return the next batch on the devices. If the source fails, save the state before it, so that nothing is lost."""
+        try:
+            batch = self.batches.next(self.state.params)
+        except UserError:
+            while self.pending:
+                self.read_next(progress)
+            if step:
+                self.save(step)
+                self.checkpoints.wait()
+            raise
+        if self.batches.trouble:
+            self.warn(step + 1, self.batches.trouble)
+        self.began = time.perf_counter()
+        return self.batches.layout.arrays(batch)
+
+    def wait(self, update: Update) -> None:
+        """Wait for an update, on which the next batch depends, and take its time."""
+        jax.block_until_ready(update.metrics.loss)
+        update.ended = time.perf_counter()
+        update.batch = {**update.batch, "time/update": (update.ended - self.began, 1.0)}
+
+    def warn(self, step: int, text: str) -> None:
+        say(f"warning: {text}")
+        self.tracker.warn(step, text)
 
     def settle(self, step: int, progress: Progress) -> bool:
         """Read, evaluate, save and stop, in this order, after update `step` is dispatched; return whether the loop ends.
@@ -208,16 +235,14 @@ class Run:
         self.watch.see(step, read.loss, read.good)
         if not read.good:
             self.log.why = why_skipped(read.loss, read.grad_norm, update.limit)
-            warning = f"update {step} is not applied: {self.log.why}; {self.watch.skipped} skipped so far"
-            say(f"warning: {warning}")
-            self.tracker.warn(step, warning)
+            self.warn(step, f"update {step} is not applied: {self.log.why}; {self.watch.skipped} skipped so far")
         progress.update(step, read.loss, read.tokens, update.ended)
         if self.log.is_time(step):
             row = self.log.row(step, read, self.watch.skipped, progress.rate())
             if warning := self.metric_watch.see(self.log.warning(row)):
-                say(f"warning: {warning}")
-                self.tracker.warn(step, warning)
+                self.warn(step, warning)
             self.tracker.log(step, row)
+            self.tracker.log_texts(step, "train/completions", update.texts)
             progress.report(step, row)
 
     def evaluate(self, step: int, progress: Progress) -> None:
@@ -234,11 +259,10 @@ class Run:
         if "eval/loss" in row:
             warning = self.overfit.see(step, self.log.since_eval["loss"], row["eval/loss"])
             if warning:
-                say(f"warning: {warning}")
-                self.tracker.warn(step, warning)
+                self.warn(step, warning)
         self.log.since_eval.clear()
         measured = {**self.log.latest, **row}
-        if self.validation is None and self.best.name == "eval/loss" and self.best.patience is None:
+        if self.best.name in ("eval/loss", "eval/reward") and self.best.name not in measured and self.best.patience is None:
             return  # generated answers alone do not tell which step is best
         if self.best.see(step, measured):
             self.write("best", step, row)

@@ -71,6 +71,7 @@ class Progress:
         """Print one row of metrics as a line."""
         shown = (
             "train/loss",
+            "train/reward",
             "train/learning_rate",
             "train/tokens_per_second",
             "train/mfu",

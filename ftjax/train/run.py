@@ -8,7 +8,7 @@ import jax
 
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
-from ftjax.data.pipeline import Split, load_splits
+from ftjax.data.pipeline import PackedSplit, Split, load_splits
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree
 from ftjax.distributed.ending import fail_together
@@ -27,7 +27,7 @@ from ftjax.train.observer import Observer
 from ftjax.train.precompute import with_reference_values
 from ftjax.train.same_run import facts_to_agree, fingerprints, refuse_other_documents
 from ftjax.train.setup import Setup, prepare
-from ftjax.train.source import DatasetBatches, steps_of_run
+from ftjax.train.source import BatchSource, DatasetBatches, steps_of_run
 from ftjax.train.track import check_report_to
 
 
@@ -37,6 +37,7 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     command: str = "the same command",
     make_observer: Callable[[Setup, Any, Split | None], Observer | None] | None = None,
+    make_source: Callable[[Setup, Any, PackedSplit], BatchSource] | None = None,
 ) -> None:
     """Fine-tune from the start, or from the newest checkpoint in `output_dir`, to the end; writes the run folder.
 
@@ -45,6 +46,7 @@ def train(
             these are as many of each process.
         command: the command that resumes this run, for messages.
         make_observer: called with set-up, tokenizer and validation data; the observer is called at every evaluation.
+        make_source: called with set-up, tokenizer and prompts, for an objective that generates answers (`ftjax.rl.learn`).
 
     Raises UserError for anything wrong in the configuration, the model or the data; with several processes, all of them then
     end the same way (`ftjax.distributed.ending`).
@@ -54,6 +56,11 @@ def train(
         devices = devices_or_all(devices)
         agree("the choice of devices", _facts(devices))
         config = objective_of(config).complete(config)
+        generates = objective_of(config).generates
+        if generates and make_source is None:
+            raise UserError(
+                f"objective {config.objective.name} generates answers: pass make_source (ftjax.rl.learn) to train()"
+            )
         check_report_to(config.training.report_to)
         held.enter_context(alone_in(config))
         open_run_folder(config)
@@ -69,7 +76,7 @@ def train(
                 split.refuse_unknown(embeddings, tokenizer)
         documents = fingerprints(train_split, validation)
         refuse_other_documents(checkpoints, documents, config)
-        steps = steps_of_run(train_split, config.training)
+        steps = None if generates else steps_of_run(train_split, config.training)
         if store.several():
             agree("this run", facts_to_agree(config, documents, steps, checkpoints.latest))
         setup = prepare(config, devices)
@@ -77,11 +84,14 @@ def train(
             observer = make_observer(setup, tokenizer, validation) if make_observer else None
             agree("what is evaluated while training", observer.facts if observer is not None else {})
             check_early_stopping(config, evaluates=validation is not None or observer is not None)
-            train_split, validation = (with_reference_values(setup, split) for split in (train_split, validation))
-            options = config.training
-            layout = BatchLayout(setup.mesh, options.global_batch_size, options.gradient_accumulation_steps)
-            source = DatasetBatches(train_split, options, layout, steps)
-            Run(setup, tokenizer, source, layout, validation, checkpoints, documents, command, observer).go()
+            if generates:
+                source, validation = make_source(setup, tokenizer, train_split), None  # the observer answers its prompts
+            else:
+                train_split, validation = (with_reference_values(setup, split) for split in (train_split, validation))
+                options = config.training
+                layout = BatchLayout(setup.mesh, options.global_batch_size, options.gradient_accumulation_steps)
+                source = DatasetBatches(train_split, options, layout, steps)
+            Run(setup, tokenizer, source, validation, checkpoints, documents, command, observer).go()
 
 
 def _facts(devices: Sequence[jax.Device]) -> dict[str, Any]:

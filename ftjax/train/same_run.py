@@ -35,7 +35,7 @@ def is_free(key: str, config: Config) -> bool:
     return any(key.startswith(free) if free.endswith(".") else key == free for free in _FREE)
 
 
-def facts_to_agree(config: Config, documents: Documents, steps: int, checkpoint: int | None) -> dict[str, Any]:
+def facts_to_agree(config: Config, documents: Documents, steps: int | None, checkpoint: int | None) -> dict[str, Any]:
     """Return facts that must be equal on all hosts: configuration, documents, model, updates, newest checkpoint, versions."""
     facts: dict[str, Any] = {key: str(value) for key, value in flatten_config(config).items() if key not in PLACES}
     facts |= {"total steps": steps, "newest checkpoint": checkpoint}

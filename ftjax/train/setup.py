@@ -5,6 +5,7 @@ compiles a design for chips that are not present, and a run loads weights into i
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -114,7 +115,8 @@ class Design:
         """Return the rows of one update `[A, B, T]`, in A microbatches, as shapes."""
         options = self.config.training
         micro = options.gradient_accumulation_steps
-        shape = (micro, options.global_batch_size // micro, self.config.data.max_length)
+        rows = rows_at_a_time(self.config, parts(self.mesh.shape, "batch"))
+        shape = (micro, rows, self.config.data.max_length)
         where = sharding(self.mesh, "training.global_batch_size", shape, (None, "batch", "length"))
         return {
             name: jax.ShapeDtypeStruct((*shape[:2], shape[2] * one.width), one.dtype, sharding=where)
@@ -226,7 +228,7 @@ def design(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, memory: int
         )
     options, spread = config.training, parts(mesh.shape, "batch")
     steps = options.gradient_accumulation_steps
-    rows = options.global_batch_size // steps
+    rows = rows_at_a_time(config, spread)
     for name, size, of in (("global_batch_size", rows, steps), ("eval_batch_size", options.eval_batch_size or rows, 1)):
         if size % spread:
             raise UserError(
@@ -254,6 +256,16 @@ def design(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, memory: int
     remat = choose_remat(made.loss_fn, runtime, model.trainable, made.frozen_specs, shape, memory, encoding_of(config).values)
     made.runtime = dataclasses.replace(runtime, remat=remat)
     return made
+
+
+def rows_at_a_time(config: Config, spread: int) -> int:
+    """Return the rows of a microbatch; the most of them, if answers that are generated are packed into rows.
+
+    Args:
+        spread: devices that share the rows; those of generated answers are filled up to a multiple.
+    """
+    rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
+    return math.ceil(rows / spread) * spread if objective_of(config).generates else rows
 
 
 def refuse_packing(config: Config, model: Model) -> None:

@@ -1,7 +1,7 @@
 """Sources of a run's batches."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -20,13 +20,26 @@ class BatchSource(Protocol):
     Attributes:
         steps: updates of one run; None if the source has no end, and `training.max_steps` is required.
         steps_per_epoch: updates per pass over a data set; None if there is none.
+        layout: how the latest batch is placed on the devices; its number of rows may change from batch to batch.
+        follows: whether the next batch depends on the result of an update, so that no work is prepared meanwhile.
+        metrics: of the latest batch, by name: a weighted sum and its weight.
+        texts: examples of the latest batch, to be logged.
+        trouble: a warning about the latest batch, or None.
     """
 
     steps: int | None
     steps_per_epoch: int | None
+    layout: BatchLayout
+    follows: bool
+    metrics: Mapping[str, tuple[float, float]]
+    texts: Sequence[Mapping[str, str]]
+    trouble: str | None
 
     def next(self, params: Mapping[str, jax.Array]) -> Batch:
-        """Return the next batch. Args: params: current trained parameters, for batches that the model itself generates."""
+        """Return the next batch. Args: params: current trained parameters, for batches that the model itself generates.
+
+        Raises UserError if there is none; the position is then that of this batch.
+        """
 
     def get_state(self) -> dict[str, Any]:
         """Return the position of the next batch, as JSON: independent of the number of processes."""
@@ -47,9 +60,14 @@ class BatchSource(Protocol):
 class DatasetBatches:
     """A `BatchSource` of a tokenized data set, shuffled for each epoch."""
 
+    follows = False
+    metrics: Mapping[str, tuple[float, float]] = {}
+    texts: Sequence[Mapping[str, str]] = ()
+    trouble: str | None = None
+
     def __init__(self, split: Split, options: TrainingConfig, layout: BatchLayout, steps: int):
         """Args: steps: `steps_of_run`, which may pack every epoch and is computed once per start."""
-        self._split = split
+        self._split, self.layout = split, layout
         self.steps: int | None = steps
         self.steps_per_epoch: int | None = math.ceil(split.rows_per_epoch(0) / options.global_batch_size)
         self._batches = split.batches(

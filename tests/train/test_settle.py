@@ -29,6 +29,8 @@ class Batches:
     """A `BatchSource` that counts."""
 
     steps, steps_per_epoch = TOTAL, TOTAL
+    layout = SimpleNamespace(arrays=lambda batch: batch)
+    follows, metrics, texts, trouble = False, {}, (), None
 
     def __init__(self):
         self.at = 0
@@ -102,7 +104,6 @@ def make(model, data, tmp_path_factory):
     settings = config(model, data, tmp_path_factory.mktemp("run"), training__max_steps=TOTAL)
     setup, tokenizer = prepare(settings, ONE), load_tokenizer(settings.model)
     _, validation = load_splits(settings.data, tokenizer, seed=0)
-    layout = SimpleNamespace(arrays=lambda batch: batch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "compile_steps", lambda *_: (None, None, None, lambda number: number))
         patch.setattr(loop, "abstract_state", lambda *_: None)
@@ -113,7 +114,7 @@ def make(model, data, tmp_path_factory):
         patch.setattr(loop.Progress, "report", lambda *_: None)
 
         def make(checkpoints, bad=BAD):
-            run = Run(setup, tokenizer, Batches(), layout, validation, checkpoints, {}, "the same command")
+            run = Run(setup, tokenizer, Batches(), validation, checkpoints, {}, "the same command")
             run.tracker, run.train_step, first = Rows(), partial(step, bad), 0
             if checkpoints.latest is None:
                 run.state = SimpleNamespace(step=0, params={"sum": 0})

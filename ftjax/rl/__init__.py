@@ -1,0 +1,1 @@
+"""Learning from rewards: answers that the model in training generates, their rewards, and batches made of them."""

@@ -1,0 +1,82 @@
+"""A user's own reward: a function in a Python file, with TRL's signature."""
+
+import asyncio
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ftjax.errors import UserError
+from ftjax.rl.rollout import Rollout
+
+EXPECTED = (
+    "expected a function such as `def brevity(completions, **columns): return [...]`, which gets lists: prompts, completions, "
+    "completion_ids and the columns of the data, and returns a number (or None) for each answer"
+)
+
+
+def load_reward(path: str, name: str | None = None) -> Callable[..., Any]:
+    """Load a function of a file: the one with this name, or else the only public one.
+
+    Raises UserError if there is none, or several.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"objective.rewards: {path}: no such file; {EXPECTED}")
+    spec = importlib.util.spec_from_file_location("ftjax_own_reward", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path}: it cannot be imported: {type(error).__name__}: {error}") from None
+    found = {
+        key: value for key, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
+    }  # fmt: skip
+    if name is not None and name in found:
+        return found[name]
+    if name is not None or len(found) != 1:
+        there = ", ".join(found) or "none"
+        wanted = f"no function {name}" if name is not None else "name one as FILE.py:FUNCTION"
+        raise UserError(f"{path}: {wanted}; functions found: {there}; {EXPECTED}")
+    return next(iter(found.values()))
+
+
+class OwnReward:
+    """Calls a function with what TRL gives it: prompts, completions, completion_ids, the other columns of the data, and if it
+    names them `trainer_state`, `log_metric` and `log_extra`.
+
+    Attributes:
+        step: update for which answers are rewarded.
+        metrics, columns: what the last call has logged: numbers by name, and a value for each answer by name.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function, self._takes = function, inspect.signature(function).parameters
+        self._every = any(one.kind is one.VAR_KEYWORD for one in self._takes.values())
+        self.step = 0
+        self.metrics: dict[str, float] = {}
+        self.columns: dict[str, list[Any]] = {}
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Sequence[float | None]:
+        self.metrics, self.columns = {}, {}
+        names = dict.fromkeys(name for one in rollouts for name in one.item.values)
+        given: dict[str, Any] = {
+            name: [one.item.values.get(name) for one in rollouts] for name in names if name not in ("prompt", "completion")
+        }
+        given |= {
+            "prompts": [one.prompt for one in rollouts], "completions": [one.completion for one in rollouts],
+            "completion_ids": [list(one.tokens) for one in rollouts],
+            "trainer_state": SimpleNamespace(global_step=self.step),
+            "log_metric": self._log_metric, "log_extra": self._log_extra,
+        }  # fmt: skip
+        values = self._function(**{name: value for name, value in given.items() if self._every or name in self._takes})
+        return asyncio.run(values) if inspect.iscoroutine(values) else values
+
+    def _log_metric(self, name: str, value: float) -> None:
+        self.metrics[name] = float(value)
+
+    def _log_extra(self, column: str, values: Sequence[Any]) -> None:
+        self.columns[column] = list(values)

@@ -1,0 +1,87 @@
+"""Generates answers with the parameters in training, and computes their log-probabilities."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from ftjax.generate.request import Request
+from ftjax.generate.sample import Sampling
+from ftjax.generate.session import Generator
+from ftjax.rl.prompts import Question
+from ftjax.rl.rollout import Rollout
+from ftjax.train.setup import Setup
+
+
+class Sampler:
+    """The model of a run, as a sampler. It holds no parameters of its own: each call gets those of the moment."""
+
+    def __init__(self, setup: Setup, tokenizer: Any):
+        self._setup, self.section = setup, setup.config.objective
+        how: dict[str, Any] = {"mesh": setup.mesh, "dtype": setup.runtime.dtype, "source": setup.source}
+        self._generator = Generator.of(setup.model, {}, tokenizer, of_sampler=True, **how)
+        self._reference = None
+        if setup.reference is not None:
+            self._reference = Generator.of(setup.reference.model, {}, tokenizer, **how)
+        self._rows = self.section.generation_batch_rows
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+        return self._generator.ends
+
+    def answer(
+        self, params: Mapping[str, jax.Array], questions: Sequence[Question], first: int, *, count: int | None = None,
+    ) -> list[Rollout]:  # fmt: skip
+        """Generate the answers to each prompt, one prompt after the other.
+
+        Args:
+            params: the trained parameters.
+            first: number of the first answer of the run among all, which determines its random key.
+            count: answers to each prompt; None for those of the configuration.
+        """
+        section, count = self.section, count or self.section.num_generations
+        sampling = Sampling(
+            temperature=section.temperature, top_k=section.top_k or None, top_p=section.top_p if section.top_p < 1 else None,
+            min_p=section.min_p or None, repetition_penalty=section.repetition_penalty,
+        )  # fmt: skip
+        asked = [question for question in questions for _ in range(count)]
+        requests = [
+            Request(
+                question.ids.tolist(), sampling, section.max_completion_length, seed=self._setup.config.training.seed,
+                number=first + number,
+            )
+            for number, question in enumerate(asked)
+        ]  # fmt: skip
+        with self._with(self._generator, {**self._setup.frozen, **params}) as generator:
+            found = generator.answer(requests, batch_size=self._rows, logprobs=True)
+        return [
+            Rollout(
+                question.item, question.prompt, question.ids.tolist(), one.text, one.tokens, one.logprobs,
+                one.finish_reason == "length",
+            )
+            for question, one in zip(asked, found, strict=True)
+        ]  # fmt: skip
+
+    def logprobs(self, params: Mapping[str, jax.Array], rollouts: Sequence[Rollout]) -> list[list[float]]:
+        """Return the log-probability of each token of each answer for the trainer's own program."""
+        return self._scores(self._generator, {**self._setup.frozen, **params}, rollouts)
+
+    def reference_logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        """Return the same for the reference model."""
+        return self._scores(self._reference, self._setup.reference.params(self._setup.frozen), rollouts)
+
+    def _scores(self, generator: Generator, params: Mapping[str, jax.Array], rollouts: Sequence[Rollout]) -> list[list[float]]:
+        prompts, answers = [list(one.prompt_ids) for one in rollouts], [list(one.tokens) for one in rollouts]
+        with self._with(generator, params) as scorer:
+            found = scorer.score(prompts, answers, batch_size=self._rows, temperature=self.section.temperature)
+        return [one.logprobs for one in found]
+
+    @contextmanager
+    def _with(self, generator: Generator, params: Mapping[str, jax.Array]):
+        generator.params = dict(params)
+        try:
+            yield generator
+        finally:
+            generator.params = {}  # the next update donates these arrays

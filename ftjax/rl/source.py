@@ -1,0 +1,215 @@
+"""Batches of answers that the model in training generates: prompts, answers, rewards, advantages, rows.
+
+A batch of `training.global_batch_size` answers is made like this, for 2 prompts with 4 answers each:
+
+    draw      2 prompts                    in the shuffled order of the epoch
+    answer    8 answers                    random keys: training.seed and the number of the answer in the run
+    reward    8 numbers per function       on the first process
+    compare   8 advantages                 within each group of 4
+    pack      3 rows of data.max_length    filled up to 4, where 4 devices share them
+
+With `num_iterations` above 1 the same batch is returned so many times. Position and kept batch are JSON, so that a run resumes
+at any update as if it had not stopped.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from ftjax.config import Config
+from ftjax.data.batch import Batch
+from ftjax.errors import UserError
+from ftjax.mesh import parts
+from ftjax.rl.advantages import Advantages, grpo_advantages, rloo_advantages
+from ftjax.rl.batch import Answered, arranged, filled, width_of
+from ftjax.rl.metrics import answer_metrics, examples, reward_metrics, totals
+from ftjax.rl.own import OwnReward
+from ftjax.rl.prompts import Draw, Prompts
+from ftjax.rl.rewards import Reward, shared_rewards
+from ftjax.rl.rollout import Rollout
+from ftjax.rl.sampler import Sampler
+from ftjax.train.announce import example_lines
+from ftjax.train.layout import BatchLayout
+from ftjax.train.record import split_record
+from ftjax.train.setup import Setup
+
+
+class RolloutBatches:
+    """A `BatchSource` of answers to prompts."""
+
+    follows = True
+
+    def __init__(self, setup: Setup, prompts: Prompts, sampler: Sampler, rewards: Sequence[Reward]):
+        self._setup, self._prompts, self._sampler, self._rewards = setup, prompts, sampler, rewards
+        self._config, self._section = setup.config, setup.config.objective
+        options = setup.config.training
+        self._groups = options.global_batch_size // self._section.num_generations
+        epoch = len(prompts) / self._groups * self._section.num_iterations
+        self.steps: int | None = options.max_steps or max(1, math.ceil(epoch * options.num_train_epochs))
+        self.steps_per_epoch: int | None = math.ceil(epoch)
+        self._draw, self._done = Draw(prompts), 0  # updates
+        self._kept: list[Answered] | None = None  # the batch, while it is used again
+        self._repeats = 0  # how often the kept batch has been returned
+        self.metrics: Mapping[str, tuple[float, float]] = {}
+        self.texts: Sequence[Mapping[str, str]] = ()
+        self.trouble: str | None = None
+        self.layout = BatchLayout(setup.mesh, self._multiple, options.gradient_accumulation_steps)
+
+    @property
+    def _multiple(self) -> int:
+        """Rows of a batch are a multiple of this."""
+        return self._config.training.gradient_accumulation_steps * parts(self._setup.mesh.shape, "batch")
+
+    # ---- batches ----
+
+    def next(self, params: Mapping[str, jax.Array]) -> Batch:
+        """Generate answers with these parameters, or return the latest ones once more."""
+        self.metrics, self.texts, self.trouble = {}, (), None
+        if self._kept is None:
+            before = self._draw.state()
+            try:
+                self._kept, self._repeats = self._generated(params), 0
+            except UserError:
+                self._draw.load(before)
+                raise
+        answers, self._repeats, self._done = self._kept, self._repeats + 1, self._done + 1
+        if self._repeats == self._section.num_iterations:
+            self._kept = None
+        return self._rows(answers)
+
+    def _rows(self, answers: Sequence[Answered]) -> Batch:
+        data, options = self._config.data, self._config.training
+        plan, rows = arranged(answers, data.max_length, data.packing, self._multiple)
+        self.layout = BatchLayout(self._setup.mesh, rows, options.gradient_accumulation_steps)
+        width = width_of(answers, data.max_length, data.packing, self.layout.length_parts)
+        return filled(answers, plan, self.layout.own.tolist(), width)
+
+    def _generated(self, params: Mapping[str, jax.Array]) -> list[Answered]:
+        """Return answers to the next prompts, with their advantages."""
+        section, clock = self._section, Clock()
+        rollouts, values = self._rewarded(params, clock)
+        old = reference = None
+        if not section.on_policy or (section.name == "rloo" and section.beta):
+            with clock.of("rollout"):
+                old = self._sampler.logprobs(params, rollouts)
+                reference = self._sampler.reference_logprobs(rollouts) if section.name == "rloo" and section.beta else None
+        advantages, metrics = self._compared(values, old, reference)
+        metrics |= answer_metrics(rollouts) | reward_metrics(self._rewards, values, advantages)
+        extra: dict[str, Sequence[object]] = {}
+        for function in (reward.function for reward in self._rewards):
+            if isinstance(function, OwnReward):
+                metrics, extra = metrics | function.metrics, extra | function.columns
+        self.metrics = {**self.metrics, **totals(metrics | clock.spent)}
+        self.texts = examples(self._rewards, rollouts, values, advantages, section.logged_completions, extra)
+        return [
+            Answered(
+                [int(token) for token in one.prompt_ids], [int(token) for token in one.tokens], float(advantage),
+                list(one.logprobs if old is None else old[number]), list(one.logprobs),
+                not (section.mask_truncated_completions and one.truncated),
+            )
+            for number, (one, advantage) in enumerate(zip(rollouts, advantages.values, strict=True))
+        ]  # fmt: skip
+
+    def _compared(
+        self, values: Float32[np.ndarray, "N F"], old: list[list[float]] | None, reference: list[list[float]] | None
+    ) -> tuple[Advantages, dict[str, float]]:
+        """Return the advantages, and the KL divergence from the reference where it is a part of the rewards."""
+        if self._section.name == "grpo":
+            return grpo_advantages(self._section, values), {}
+        if reference is None:
+            return rloo_advantages(self._section, values), {}
+        kl = np.array([np.sum(np.subtract(*pair)) for pair in zip(old, reference, strict=True)], np.float32)
+        return rloo_advantages(self._section, values, kl), {"kl": float(kl.mean())}
+
+    def _rewarded(self, params: Mapping[str, jax.Array], clock: "Clock") -> tuple[list[Rollout], Float32[np.ndarray, "N F"]]:
+        """Return answers in groups and their rewards; with dynamic sampling, groups whose rewards differ as far as possible."""
+        section = self._section
+        size, again = section.num_generations, section.name == "grpo" and section.dynamic_sampling
+        kept: list[tuple[list[Rollout], np.ndarray]] = []
+        alike: list[tuple[list[Rollout], np.ndarray]] = []
+        for _ in range(1 + (section.max_redraws if again else 0)):
+            missing = self._groups - len(kept)
+            first = self._draw.drawn * size
+            questions = self._draw.take(missing)
+            with clock.of("rollout"):
+                rollouts = self._sampler.answer(params, questions, first)
+            with clock.of("reward"):
+                values = shared_rewards(self._rewards, rollouts, section.reward_timeout, self._done + 1)
+            same = grpo_advantages(section, values).alike if again else np.zeros(missing, bool)
+            for number, useless in enumerate(same):
+                here = slice(number * size, (number + 1) * size)
+                (alike if useless else kept).append((rollouts[here], values[here]))
+            if len(kept) == self._groups:
+                break
+        if again:
+            self.metrics = {"rollout/redrawn_groups": (float(len(alike)), 1.0)}
+        if left := self._groups - len(kept):
+            self.trouble = (
+                f"dynamic_sampling: after {section.max_redraws} redraws (objective.max_redraws) {left} of {self._groups} "
+                "prompts still have answers that are all rewarded alike; they are in the batch and teach nothing. Of the "
+                f"prompts that were drawn, {len(alike)} are too easy or too hard for the model"
+            )
+            kept += alike[:left]
+        return [one for group, _ in kept for one in group], np.concatenate([values for _, values in kept])
+
+    # ---- position ----
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position, and the batch that is used again."""
+        kept = None if self._kept is None else [answer.state() for answer in self._kept]
+        return {
+            "draw": self._draw.state(), "updates": self._done, "repeats": self._repeats if kept else 0, "kept": kept,
+            "rows": self._prompts.facts,
+        }  # fmt: skip
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Move to a position. Raises UserError if columns of the rows have changed."""
+        if state["rows"] != self._prompts.facts and not self._config.training.allow_changed_data:
+            raise UserError(
+                f"{self._prompts.split.report.source}: columns of the rows, which rewards may read, have changed since the "
+                "checkpoint. Put them back, choose another output_dir, or set training.allow_changed_data: true"
+            )
+        self._draw.load(state["draw"])
+        self._done, self._repeats = state["updates"], state["repeats"]
+        self._kept = None if state["kept"] is None else [Answered.of(one) for one in state["kept"]]
+
+    # ---- for people ----
+
+    def report(self) -> list[str]:
+        """Describe prompts and rewards."""
+        section = self._section
+        names = [f"{one.name} x {spec.weight:g}" for one, spec in zip(self._rewards, section.rewards, strict=True)]
+        return [
+            *self._prompts.split.report.lines(),
+            f"an update: {self._groups} prompts with {section.num_generations} answers each, of up to "
+            f"{section.max_completion_length} tokens; rewards: {', '.join(names)}",
+        ]
+
+    def example(self, config: Config, tokenizer: Any) -> list[str]:
+        """Show the first prompt."""
+        return example_lines(config, self._prompts.split, tokenizer)
+
+    def record(self) -> dict[str, Any]:
+        """Return `split_record` of the prompts."""
+        return split_record(self._prompts.split)
+
+
+class Clock:
+    """Seconds spent in each phase of a batch, as metrics."""
+
+    def __init__(self):
+        self.spent: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, phase: str) -> Iterator[None]:
+        """Time a phase."""
+        start = time.perf_counter()
+        yield
+        name = f"time/{phase}"
+        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
