@@ -28,7 +28,8 @@ CACHED = [case for case in CASES if ALL or case.model_type not in LIKE or case.n
 # and beside experts; latents; states and inputs of convolutions; shared keys and values; chunks. tests/models/test_laws.py has
 # logits on eight devices.
 KINDS = (
-    "llama", "gpt2", "mistral", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_5_text", "gemma4_text", "llama4_text",
+    "llama", "gpt2", "mistral", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_5_text", "gemma4_text",
+    "llama4_text",
 )  # fmt: skip
 SPREAD = [case for case in ONE_OF_EACH if ALL or case.model_type in KINDS]
 
