@@ -37,7 +37,7 @@ BELOW = {
     "evaluate": {"generate", "train", "hub", "objectives"},
     "rl": {"generate", "train", "evaluate"},
     "report": {"page", "data", "config", "evaluate"},
-    "plan": {"train", "hub", "chips", "torus"},
+    "plan": {"train", "hub", "objectives", "chips", "torus"},
     "doctor": {"compile_cache", "console"},
     "cli": {
         "console",

@@ -20,6 +20,7 @@ from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.hub.vocabulary import hf_config_of
 from ftjax.mesh import notes
+from ftjax.objectives import objective_of
 from ftjax.plan.advice import advice
 from ftjax.plan.arithmetic import program_flops
 from ftjax.plan.hlo import Program
@@ -99,6 +100,12 @@ def shard_bytes(values: Any) -> float:
     )
 
 
+GENERATION = (
+    "the answers are not planned yet: neither the memory of their cache nor their time; the update is planned with one row for "
+    "each answer, and packs several into a row"
+)
+
+
 def _limit(topology: Topology, device: Any) -> float:
     return topology.chip.hbm * topology.chip.share(device)
 
@@ -127,6 +134,7 @@ def _describe(made: Design, topology: Topology, memory: dict[str, float], flops:
         needed_flops=needed.per_token(config.data.max_length) * options.global_batch_size * config.data.max_length,
         formula=needed.formula(config.data.max_length),
         mesh_notes=notes(made.mesh),
+        not_planned=GENERATION if objective_of(config).generates else None,
     )
 
 

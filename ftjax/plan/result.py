@@ -44,6 +44,7 @@ class Plan:
     cost_per_day: float | None = None
     cost_per_million_tokens: float | None = None
     advice: list[str] = field(default_factory=list)
+    not_planned: str | None = None  # a part of the run that the plan leaves out
     mesh_notes: list[str] = field(default_factory=list)  # axes that are not on rings of neighbours
     plan_seconds: float = 0.0
     plan_cpu_seconds: float = 0.0  # of all cores

@@ -37,6 +37,8 @@ def show(plan: Plan, console: Console) -> None:
         f"one step: {plan.rows} rows of {plan.max_length} tokens{micro}; attention: {plan.attention}; remat: {plan.remat}; "
         f"planned in {plan.plan_seconds:.0f} s ({plan.plan_cpu_seconds:.0f} s on all cores)"
     )
+    if plan.not_planned:
+        say(f"not planned: {plan.not_planned}")
     rows = [(label, plan.memory.get(kind)) for kind, label in KINDS.items()] + [
         ("live at one time", plan.peak),
         ("available", plan.limit),

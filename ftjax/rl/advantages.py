@@ -18,7 +18,7 @@ class Advantages(NamedTuple):
 
     Attributes:
         values: how much better than expected each answer is; 0 for one without a reward.
-        rewards: weighted sums; NaN for one without a reward.
+        rewards: weighted sums, before they are clipped; NaN for one without a reward.
         alike: whether all answers of a group have the same reward, so that they teach nothing.
     """
 
@@ -57,9 +57,8 @@ def rloo_advantages(
         kl: log-ratios of the answers to the reference model, which count as a penalty of `beta` each.
     """
     total, size = _weighted(rewards.astype(np.float32), _weights(section)), section.num_generations
-    if section.reward_clip_range is not None:
-        total = np.clip(total, *section.reward_clip_range)
-    penalised = total if kl is None else total - section.beta * kl.astype(np.float32)
+    clipped = total if section.reward_clip_range is None else np.clip(total, *section.reward_clip_range)
+    penalised = clipped if kl is None else clipped - section.beta * kl.astype(np.float32)
     grouped = penalised.reshape(-1, size)
     count = np.sum(~np.isnan(grouped), axis=1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):

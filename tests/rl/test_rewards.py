@@ -32,7 +32,7 @@ class Asked:
 
 def values(reward, *texts, allow=False, **options) -> list[float]:
     found = load_rewards(Asked({"name": reward, "options": options} if options else reward), allow)
-    return rewards_of(found, [rollout(text) for text in texts], 60)[:, 0].tolist()
+    return rewards_of(found, [rollout(text) for text in texts], 60.0)[:, 0].tolist()
 
 
 def test_built_in_rewards():
@@ -65,7 +65,7 @@ def test_code_runs_only_where_it_is_asked_for():
         load_rewards(Asked("code"))
     (reward,) = load_rewards(Asked({"name": "code", "options": {"timeout": 5}}), allow_code_execution=True)
     answers = [rollout(f"```python\nx = {number}\n```", test="assert x == 4") for number in (4, 5)]
-    assert rewards_of([reward], answers, 60)[:, 0].tolist() == [1, 0]
+    assert rewards_of([reward], answers, 60.0)[:, 0].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -110,12 +110,12 @@ def test_own_functions_have_the_signature_of_trl(tmp_path):
     path.write_text(OWN)
     found = load_rewards(Asked(f"{path}:length", f"{path}:later", f"{path}:later"))
     assert [one.name for one in found] == ["length", "later-1", "later-2"]
-    got = rewards_of(found, [rollout("4"), rollout("44")], 60)
+    got = rewards_of(found, [rollout("4"), rollout("44")], 60.0)
     np.testing.assert_equal(got, np.array([[np.nan, 1, 1], [2, 0, 0]], np.float32))
     assert found[0].function.metrics == {"longest": 2}
     (reward,) = load_rewards(Asked(f"{path}:turns"))
     messages = [{"role": "user", "content": "2+2="}]
-    assert rewards_of([reward], [rollout("4", prompt=messages)], 60).tolist() == [[1]]
+    assert rewards_of([reward], [rollout("4", prompt=messages)], 60.0).tolist() == [[1]]
     with pytest.raises(UserError, match=r"name one as FILE\.py:FUNCTION; functions found: length, later, turns"):
         load_rewards(Asked(str(path)))
 
@@ -141,7 +141,7 @@ BAD = {
 def test_what_is_wrong_is_named(name):
     function, said = BAD[name]
     with pytest.raises(UserError, match=said):
-        rewards_of([Reward("bad", function)], [rollout("4"), rollout("5")], 0.2 if name == "hangs" else 60)
+        rewards_of([Reward("bad", function)], [rollout("4"), rollout("5")], 0.2 if name == "hangs" else 60.0)
 
 
 def test_a_failure_keeps_the_state_of_the_run(model, prompts, tmp_path):

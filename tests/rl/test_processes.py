@@ -1,0 +1,33 @@
+"""Two processes learn from rewards as one does, and end together where a reward fails."""
+
+import numpy as np
+import processes
+from reward_runs import logged, run, settings
+
+from ftjax.config import Config
+
+# Fails at the fourth update, on the first process: the only one that computes rewards.
+REWARD = """
+def early(completions, trainer_state, **columns):
+    assert trainer_state.global_step != 4, "the fourth"
+    return [sum(c in "abcdefghijklm" for c in text) / 4 for text in completions]
+"""
+NAMES = ("train/reward", "train/loss", "train/grad_norm", "train/entropy", "train/completions/mean_length", "eval/reward")
+
+
+def test_two_processes(model, prompts, tmp_path):
+    (tmp_path / "early.py").write_text(REWARD)
+    objective = {"rewards": [str(tmp_path / "early.py")], "num_iterations": 1, "beta": 0.1, "dynamic_sampling": True}
+    data = {"validation": str(prompts / "prompts.jsonl"), "contamination": "ignore"}
+    options = {"max_steps": 4, "gradient_accumulation_steps": 2, "eval_steps": 3, "save_steps": 10, "data": data}
+    one, two = tmp_path / "one", tmp_path / "two"
+    whole = settings(model, prompts, one, objective, **{**options, "max_steps": 3})
+    run(Config.model_validate({**whole, "mesh": {"fsdp": 2}}), devices=processes.jax.devices()[:2])
+    running, said = processes.run(2, {**settings(model, prompts, two, objective, **options), "mesh": {"fsdp": 2}}, two)
+    assert [process.returncode for process in running] == [2, 2], said
+    assert all("reward early: AssertionError: the fourth" in text for text in said)
+    assert (two / "checkpoints" / "3").is_dir()  # what was before the failure is saved
+    for name in NAMES:
+        want, got = ([row[name] for row in logged(folder) if name in row] for folder in (one, two))
+        assert len(got) == len(want) > 0, name
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-6, err_msg=name)
