@@ -39,11 +39,11 @@ def make_config(model: Path, folder: Path, out: Path, objective: dict | None = N
 
 
 def settings(model: Path, folder: Path, out: Path, objective: dict | None = None, **training) -> dict:
-    data = training.pop("data", {})
+    data, method = training.pop("data", {}), training.pop("method", {"name": "lora", "r": 4, "lora_alpha": 8})
     own = {"name": "grpo", "rewards": [f"{folder / 'echo.py'}:echo"], "num_generations": 4, "max_completion_length": 4}
     return {
         "model": {"path": str(model), "dtype": "float32", "compute_dtype": "float32", "remat": "none"},
-        "method": {"name": "lora", "r": 4, "lora_alpha": 8},
+        "method": method,
         "data": {"train": str(folder / "prompts.jsonl"), "max_length": 16, **data},
         "objective": {**own, **(objective or {})},
         "optimizer": {"learning_rate": 1e-2, "lr_scheduler_type": "constant"},

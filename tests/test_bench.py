@@ -132,3 +132,16 @@ def test_quantized(model, rows, tmp_path):
     exact, int8, nf4 = run("quantized", tmp_path / "quantized.json", model, rows, "--steps", 2, "--length", 64)
     assert int8["weight_error"] < nf4["weight_error"] and int8["logit_error"] < nf4["logit_error"]
     assert abs(int8["loss_before"] / exact["loss_before"] - 1) < 0.05
+
+
+@pytest.mark.sweep
+def test_rewards(model, tmp_path):
+    options = ("--prompts", 2, "--answers", 2, "--tokens", 4, "--updates", 3, "--length", 64, "--r", 2, "--trl-batch", 4)
+    found = run("rewards", tmp_path / "rewards.json", "--model", model, *options)
+    mine, theirs = found["ftjax"], found["TRL"]
+    assert found["speed"] == pytest.approx(mine["tokens_per_second"] / theirs["tokens_per_second"])
+    for side in (mine, theirs):
+        assert len(side["seconds"]) == len(side["tokens"]) == 2 and all(4 <= count <= 16 for count in side["tokens"])
+        for at, whole in enumerate(side["seconds"]):
+            assert sum(side[phase][at] for phase in ("rollout", "reward", "update")) == pytest.approx(whole)
+    assert mine["gap"] < 1e-5

@@ -10,6 +10,7 @@ from typing import Any
 
 from ftjax.config import EvaluateConfig
 from ftjax.errors import UserError
+from ftjax.evaluate.check.answers import languages
 from ftjax.evaluate.measure import TEXT_TASKS
 from ftjax.evaluate.sandbox import Limits, run_program
 from ftjax.evaluate.tasks.code import program
@@ -107,14 +108,15 @@ def length(*, most: int | None = None, least: int = 0, scale: int | None = None)
 def language(code: str) -> Function:
     """1 if the answer is in this language (ISO 639-1), 0 if not, nothing if it is too short to tell."""
     try:
-        identify = importlib.import_module("py3langid.langid").LanguageIdentifier.from_pickled_model
-        module = importlib.import_module("py3langid.langid")
+        language_of = languages()
     except ImportError:
         raise UserError("objective.rewards: language needs py3langid; pip install 'ftjax[rewards]'") from None
-    identifier = identify(module.MODEL_FILE, norm_probs=True)
-    return lambda rollouts: [
-        None if len(one.text.strip()) < 20 else float(identifier.classify(one.text)[0] == code) for one in rollouts
-    ]
+
+    def value(text: str) -> float | None:
+        found = language_of(text)
+        return None if found is None else float(found == code)
+
+    return lambda rollouts: [value(one.text) for one in rollouts]
 
 
 def code(*, timeout: float = 10.0, memory_mb: int = 1024, processes: int = 32) -> Function:

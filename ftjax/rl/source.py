@@ -24,8 +24,10 @@ from jaxtyping import Float32
 
 from ftjax.config import Config
 from ftjax.data.batch import Batch
+from ftjax.data.shown import render, show_unit
 from ftjax.errors import UserError
 from ftjax.mesh import parts
+from ftjax.objectives import encoding_of
 from ftjax.rl.advantages import Advantages, grpo_advantages, rloo_advantages
 from ftjax.rl.batch import Answered, arranged, filled, width_of
 from ftjax.rl.metrics import answer_metrics, examples, reward_metrics, totals
@@ -34,7 +36,6 @@ from ftjax.rl.prompts import Draw, Prompts
 from ftjax.rl.rewards import Reward, shared_rewards
 from ftjax.rl.rollout import Rollout
 from ftjax.rl.sampler import Sampler
-from ftjax.train.announce import example_lines
 from ftjax.train.layout import BatchLayout
 from ftjax.train.record import split_record
 from ftjax.train.setup import Setup
@@ -193,7 +194,8 @@ class RolloutBatches:
 
     def example(self, config: Config, tokenizer: Any) -> list[str]:
         """Show the first prompt."""
-        return example_lines(config, self._prompts.split, tokenizer)
+        [(unit, _)] = self._prompts.split.first(1)
+        return ["a prompt:", *(render(item) for item in show_unit(unit, tokenizer, encoding_of(config)))]
 
     def record(self) -> dict[str, Any]:
         """Return `split_record` of the prompts."""

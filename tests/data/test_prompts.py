@@ -93,7 +93,7 @@ def test_long_prompts_are_dropped_and_counted(tmp_path):
     assert split.report.dropped == {"longer than max_length - max_completion_length": 1}
     with pytest.raises(UserError, match=r"a.jsonl:2: the prompt has 57 tokens, and data.max_length 64 less .* leaves 56"):
         load(tmp_path / "a.jsonl", [{"prompt": "x"}, {"prompt": "y" * 57}], tokenizer, truncation="error")
-    with pytest.raises(UserError, match="lower objective.max_completion_length"):
+    with pytest.raises(UserError, match=r"lower objective\.max_completion_length"):
         load(tmp_path / "b.jsonl", [{"prompt": "y" * 57}], tokenizer)
 
 

@@ -26,7 +26,8 @@ def chat(tmp_path_factory):
 
 def overrides(chat: Path, out: Path) -> list[str]:
     return [
-        f"model.path={chat}", f"output_dir={out}", "data.limit=6", "objective.num_generations=2", "training.global_batch_size=4",
+        f"model.path={chat}", f"output_dir={out}", "data.limit=6", "objective.num_generations=2",
+        "training.global_batch_size=4",
         "objective.max_completion_length=4", "training.max_steps=2", "training.eval_steps=2", "evaluate.training_rows=2",
         "evaluate.training_max_new_tokens=4", "evaluate.training_examples=0", "method.r=2", "mesh.fsdp=1", "mesh.data=8",
         "data.packing=false", "training.report_to=[]", "training.metric_for_best_model=eval/reward", "data.validation=null",

@@ -13,12 +13,9 @@ from ftjax.report.command import report
 def learned(model, prompts, tmp_path_factory):
     out = tmp_path_factory.mktemp("learned") / "run"
     objective = {"num_generations": 16, "max_completion_length": 1, "entropy_coef": 0.05}
-    config = make_config(
-        model, prompts, out, objective, max_steps=45, global_batch_size=128, logging_steps=5, eval_steps=15,
-        data={"validation": str(prompts / "prompts.jsonl"), "contamination": "ignore"},
-    )  # fmt: skip
-    run(config.model_copy(update={"method": type(config).model_validate({
-        **config.model_dump(), "method": {"name": "full"}}).method}))  # fmt: skip
+    data = {"validation": str(prompts / "prompts.jsonl"), "contamination": "ignore"}
+    options = {"max_steps": 45, "global_batch_size": 128, "logging_steps": 5, "eval_steps": 15}
+    run(make_config(model, prompts, out, objective, data=data, method={"name": "full"}, **options))
     return out
 
 

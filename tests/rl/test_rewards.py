@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 from reward_runs import make_config, run
+from tiny_tokenizer import make_tokenizer, save_tokenizer
 
 from ftjax.config.rewards import GrpoConfig, RewardSpec
 from ftjax.data.example import Example
@@ -162,6 +163,47 @@ def test_a_row_without_an_answer(model, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c"}\n')
     with pytest.raises(UserError, match=r"prompts.jsonl:2: the reward exact_match compares with the answer of the row"):
         run(make_config(model, tmp_path, tmp_path / "run", {"rewards": ["exact_match"]}))
+
+
+# ---- models ----
+
+
+@pytest.fixture(scope="module")
+def scorer(model, tmp_path_factory):
+    """A reward model of transformers."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("scorer") / "scorer"
+    torch.manual_seed(0)
+    theirs = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
+    theirs.score.weight.data.normal_()
+    theirs.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder, theirs.eval()
+
+
+def test_a_reward_model_scores_as_transformers(scorer):
+    import torch
+
+    folder, theirs = scorer
+    texts = ["4", "five", ""]
+    (reward,) = load_rewards(Asked(str(folder)))
+    assert reward.name == "scorer"
+    got = rewards_of([reward], [rollout(text) for text in texts], 60.0)[:, 0]
+    tokenizer = make_tokenizer()
+    for text, score in zip(texts, got, strict=True):
+        with torch.no_grad():
+            ids = [*tokenizer(f"2+2={text}")["input_ids"], tokenizer.eos_token_id]
+            assert score == pytest.approx(theirs(torch.tensor([ids])).logits.item(), abs=1e-4)
+
+
+def test_a_model_without_a_head_of_one_output(model):
+    (reward,) = load_rewards(Asked(str(model)))
+    with pytest.raises(UserError, match="a reward model has a head of one output, and this model has no classification head"):
+        rewards_of([reward], [rollout("4")], 60.0)
+    with pytest.raises(UserError, match="takes the options dtype, batch_size; unknown: size"):
+        load_rewards(Asked({"name": str(model), "options": {"size": 1}}))
 
 
 # ---- a judge ----

@@ -1,16 +1,16 @@
-"""Log-probabilities of the sampler: those of the distribution that tokens were drawn from, and the trainer's for the same text."""
+"""Log-probabilities of the sampler: those that tokens were drawn with, and the trainer's for the same text."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from oracle import one_device
+from oracle import load, one_device
 from reward_runs import early, make_config, run
 from transformers import AutoModelForCausalLM
 from whole_runs import rows
 
+from ftjax.config import ModelConfig
 from ftjax.generate.session import Generator
-from ftjax.hub.load import load_base, open_model
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.rl.batch import Answered, arranged, filled, width_of
 
@@ -22,11 +22,9 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_log_probabilities_of_what_was_drawn(name, model):
-    path, made, source = open_model(str(model))
-    generator = Generator.of(
-        made, load_base(made, source, one_device(), jnp.float32, str(path)), load_tokenizer_of(model), mesh=one_device(),
-        dtype=jnp.float32, of_sampler=True,
-    )  # fmt: skip
+    made, params = load(model)
+    tokenizer = load_tokenizer(ModelConfig(path=str(model)))
+    generator = Generator.of(made, params, tokenizer, mesh=one_device(), dtype=jnp.float32, of_sampler=True)
     prompts = [[1, 5, 6], [1, 9]]
     answers = generator.generate(prompts, max_new_tokens=6, logprobs=True, seed=3, **SETTINGS[name])
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -41,12 +39,6 @@ def test_log_probabilities_of_what_was_drawn(name, model):
         found = generator.score(prompts, [answer.tokens for answer in answers])
         for one, answer in zip(found, answers, strict=True):
             np.testing.assert_allclose(one.logprobs, answer.logprobs, atol=1e-5)
-
-
-def load_tokenizer_of(folder):
-    from ftjax.config import ModelConfig
-
-    return load_tokenizer(ModelConfig(path=str(folder)))
 
 
 def expected(logits, text, temperature, top_k=None, min_p=0.0, repetition_penalty=1.0) -> np.ndarray:
