@@ -7,9 +7,9 @@ from pathlib import Path
 from ftjax.config import ModelConfig
 from ftjax.errors import UserError
 from ftjax.generate.adapters import AdapterStack
-from ftjax.hub.tokenizer.ends import end_ids
 from ftjax.generate.session import Generator
 from ftjax.hub.run_folder import adapter_folder
+from ftjax.hub.tokenizer.ends import end_ids
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.serve.errors import ApiError, invalid
 from ftjax.serve.served import Served, Voice
