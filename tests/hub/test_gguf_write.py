@@ -144,6 +144,11 @@ def settings_of(model_type: str, **values):
     return made, notes
 
 
+def test_phi3_says_that_it_has_no_window():
+    assert settings_of("phi3", sliding_window=None)[0][0]["attention.sliding_window"] == 0
+    assert settings_of("phi3", sliding_window=16)[0][0]["attention.sliding_window"] == 16
+
+
 def test_yarn_of_gpt_oss_is_noted():
     """llama.cpp rounds the bounds of its YaRN."""
     yarn = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False}
