@@ -29,6 +29,15 @@ class Verbs(TyperGroup):
             raise typer.Exit(130) from None
 
 
+class Exporting(TyperCommand):
+    """A command whose option `--gguf` may stand alone: a type is then chosen."""
+
+    def parse_args(self, ctx, args):
+        following = [*args[1:], "--"]
+        alone = [one == "--gguf" and after.startswith("-") for one, after in zip(args, following, strict=True)]
+        return super().parse_args(ctx, [f"{one}=" if here else one for one, here in zip(args, alone, strict=True)])
+
+
 class Configured(TyperCommand):
     """A command with a configuration whose keys can also be given as flags: `--learning_rate 2e-4`."""
 
@@ -400,7 +409,7 @@ def chat(
     run(model, request, options, system=system, sampling={**asked, "repetition_penalty": repetition_penalty})
 
 
-@app.command()
+@app.command(cls=Exporting)
 def export(
     run: Annotated[
         str,
@@ -408,19 +417,37 @@ def export(
             metavar="RUN", help="A run's output_dir, its final/ or best/, or an adapter folder.", show_default=False
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Output folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Output folder, or file with --gguf.", show_default=False)],
     adapter: Annotated[
         Path | None, typer.Option(help="An adapter folder; RUN is then its base model.", show_default=False)
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model.")] = False,
     portable: Annotated[bool, typer.Option("--portable", help="Write an adapter that vLLM and llama.cpp can load.")] = False,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Write one merged GGUF file for llama.cpp and Ollama: f32, f16, bf16, q8_0 or q4_0.",
+            show_default=False,
+        ),
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="With --gguf: write the adapter alone.")] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the folder to this Hub repository.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public instead of private.")] = False,
 ) -> None:
-    """Export a run as a Hugging Face or PEFT folder."""
+    """Export a run as a Hugging Face or PEFT folder, or as a GGUF file."""
     from ftjax.distributed.join import alone
 
     alone("export")
+    if gguf is not None:
+        from ftjax.hub.export_gguf import export_gguf
+
+        if portable or push_to_hub or (merge and lora):
+            raise UserError("export: --gguf writes one file, merged or with --lora the adapter; leave the other options out")
+        export_gguf(run, out, asked=gguf or None, adapter=adapter, lora=lora)
+        return
+    if lora:
+        raise UserError("export: --lora belongs to --gguf; an adapter's folder is written without both")
     from ftjax.hub.export import export as write
 
     write(run, out, adapter=adapter, merge=merge, portable=portable, push_to_hub=push_to_hub, private=not public)

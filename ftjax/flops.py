@@ -7,16 +7,16 @@ FLOPs per token, forward and backward (a multiply-add counts two):
     N    weights of the matrices that a token is multiplied with: 2 N forward, 2 N for the gradients of activations
     N_t  those of them that are trained: 2 N_t more for their own gradients
     N_0  those of the layers below the lowest one with anything trained, if the input's embedding is not: no gradient goes there
-    W    heads x head size of a layer
+    W    heads x head size of a layer (if keys and values have different sizes, their mean)
     K    keys that a token sees, on average: of a document of T tokens (T + 1) / 2, within a window fewer
     R    FLOPs of a token's products with a layer's recurrent state, forward: `state_flops`, which its module declares
 
 So full fine-tuning is 6 N and an adapter 4 N_base + 6 N_adapter, plus attention: scores and their sum with the values are 4 W
 FLOPs per query and key forward, twice that backward, for the pairs that the causal mask, the window and the documents of a
 packed row leave. The formula counts what the mathematics needs, not what is executed: the input embedding is a look-up and not
-counted, nor are norms, biases and rotations, nor recomputation by remat; of routed experts only those that a token uses are
-counted. (The lowest layer with trained parameters counts as a whole, though no gradient flows to what comes before them in the
-layer.)
+counted, nor are norms, biases, rotations, short convolutions, recomputation by remat, and what linear attention computes more
+in chunks than token by token; of routed experts only those that a token uses are counted. (The lowest layer with trained
+parameters counts as a whole, though no gradient flows to what comes before them in the layer.)
 
     MFU = F x tokens/s / (devices x peak of one)    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)
 
@@ -28,6 +28,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +37,21 @@ from jaxtyping import Array, Float32, Int
 
 from ftjax.chips import chip_of
 from ftjax.models.model import Model
-from ftjax.models.nn.experts import SparseMoe
+from ftjax.models.nn.experts import ExpertMatrices
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.layers import Embedding, LayerNorm, RMSNorm
 from ftjax.models.nn.param import Piece, Spec
+from ftjax.models.nn.short_convolution import ShortConvolution
 from ftjax.models.nn.stack import Stack
+
+
+class Chunk(NamedTuple):
+    """View of a layer whose tokens see their chunk of a document; others see a window (int) or the whole text (None)."""
+
+    size: int
+
+
+View = int | Chunk | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class TrainFlops:
     Attributes:
         matrices: N.
         trained: N_t.
-        attention: W of all layers with one window, by that window (None: no window).
+        attention: W of all layers with the same view, by that view: a window in tokens, a `Chunk`, or None for the whole text.
         below: N_0.
         attention_below: W of the layers below, like `attention`.
         states: R of all layers.
@@ -62,13 +73,13 @@ class TrainFlops:
 
     matrices: float
     trained: float
-    attention: dict[int | None, int]
+    attention: dict[View, int]
     below: float = 0.0
-    attention_below: dict[int | None, int] = field(default_factory=dict)
+    attention_below: dict[View, int] = field(default_factory=dict)
     states: float = 0.0
     states_below: float = 0.0
     reference: float = 0.0
-    reference_attention: dict[int | None, int] = field(default_factory=dict)
+    reference_attention: dict[View, int] = field(default_factory=dict)
     reference_states: float = 0.0
 
     def per_token(self, length: float) -> float:
@@ -80,8 +91,13 @@ class TrainFlops:
         real = segment_ids > 0
         keys = positions + 1
 
-        def seen(window: int | None) -> jax.Array:
-            return jnp.sum(jnp.where(real, keys if window is None else jnp.minimum(keys, window), 0), dtype=jnp.float32)
+        def seen(view: View) -> jax.Array:
+            if isinstance(view, Chunk):
+                return seen_of(positions % view.size + 1)
+            return seen_of(keys if view is None else jnp.minimum(keys, view))
+
+        def seen_of(own: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(real, own, 0), dtype=jnp.float32)
 
         attention = sum((width * seen(window) for window, width in self._widths.items()), start=jnp.float32(0))
         return self._products * jnp.sum(real, dtype=jnp.float32) + attention
@@ -97,8 +113,8 @@ class TrainFlops:
         return 3.0 * self.states - 2.0 * self.states_below + self.reference_states
 
     @property
-    def _widths(self) -> dict[int | None, float]:
-        """FLOPs of attention per key that a token sees, by window."""
+    def _widths(self) -> dict[View, float]:
+        """FLOPs of attention per key that a token sees, by view."""
         return {
             window: 12.0 * width - 8.0 * self.attention_below.get(window, 0) + 4.0 * self.reference_attention.get(window, 0)
             for window, width in self.attention.items()
@@ -127,8 +143,11 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     # Parameters that a method adds to an embedding are looked up as well.
     tables = {f"{path.removesuffix('.base')}." for path, node in nodes.items() if isinstance(node, Embedding)}
     tables -= {f"{model.output}."}
+    tables |= {f"{path}." for path, node in nodes.items() if isinstance(node, ShortConvolution)}
     experts = {
-        f"{path}.experts.": (node.gate or node.router).top_k for path, node in nodes.items() if isinstance(node, SparseMoe)
+        f"{path}.experts.": (getattr(node, "gate", None) or node.router).top_k
+        for path, node in nodes.items()
+        if isinstance(getattr(node, "experts", None), ExpertMatrices)
     }
 
     def weights(spec: Spec) -> float:
@@ -153,7 +172,7 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     for path, stack in nodes.items():
         if isinstance(stack, Stack):
             widths = {  # of each block: modules with heads and a head size are attention
-                name: sum(n.heads * n.head_dim for inner, n in nodes.items() if _is_attention(inner, n, f"{path}.{name}."))
+                name: sum(_width(n) for inner, n in nodes.items() if _is_attention(inner, n, f"{path}.{name}."))
                 for name in set(stack.choice)
             }
             recurrent = {
@@ -162,11 +181,12 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
             }
             for layer, (name, kind) in enumerate(zip(stack.choice, stack.kinds, strict=True)):
                 pattern = kind if isinstance(kind, Pattern) else kind.pattern
-                attention[pattern.window] += widths[name]
+                view = pattern.window if pattern.chunk is None else Chunk(pattern.chunk)
+                attention[view] += widths[name]
                 states += recurrent[name]
                 if layer < lowest:
                     states_below += recurrent[name]
-                    attention_below[pattern.window] += widths[name]
+                    attention_below[view] += widths[name]
     trained = sum(count for path, count in counted.items() if model.specs[path].row.trainable)
     terms = dict(attention), below, dict(attention_below), states, states_below
     own = TrainFlops(sum(counted.values()), trained, *terms)
@@ -217,8 +237,16 @@ def _has_state(path: str, node: nnx.Module, below: str) -> bool:
     return path.startswith(below) and hasattr(node, "state_flops")
 
 
-def _mean_keys(length: float, window: int | None) -> float:
-    """Return the mean over t = 1..T of min(t, window)."""
+def _width(node: nnx.Module) -> float:
+    """Return heads x head size; the mean of both sizes if values have another one than keys."""
+    return node.heads * (node.head_dim + getattr(node, "value_dim", node.head_dim)) / 2
+
+
+def _mean_keys(length: float, window: View) -> float:
+    """Return the mean over t = 1..T of min(t, window), or of the place of t in its chunk."""
+    if isinstance(window, Chunk):
+        whole, rest = divmod(length, window.size)
+        return (whole * window.size * (window.size + 1) + rest * (rest + 1)) / (2 * length)
     if window is None or window >= length:
         return (length + 1) / 2
     return window - window * (window - 1) / (2 * length)

@@ -87,6 +87,8 @@ def write_llama(
         "llama.feed_forward_length": config["intermediate_size"],
         "llama.attention.head_count": heads,
         "llama.attention.head_count_kv": kv_heads,
+        "llama.attention.key_length": config["head_dim"],
+        "llama.attention.value_length": config["head_dim"],
         "llama.rope.freq_base": float(config["rope_parameters"]["rope_theta"]),
         "llama.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
         "llama.vocab_size": config["vocab_size"],

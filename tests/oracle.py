@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ftjax.config import FullConfig, MeshConfig
 from ftjax.generate.cache import forward, new_cache
@@ -27,6 +27,7 @@ from ftjax.mesh import make_mesh
 from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
 from ftjax.models.nn.context import Context
+from ftjax.models.registry import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,23 @@ def one_device():
 def hf_config(case: Case) -> Any:
     from transformers import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[case.model_type]
-    known = {field.name for field in dataclasses.fields(kind)}  # GPT-2 has its own names
-    values = {**{name: value for name, value in TINY.items() if name in known}, **case.values}
-    return kind(**copy.deepcopy(values))  # transformers completes nested values in place
+    kind, values = CONFIG_MAPPING[case.model_type], copy.deepcopy(case.values)  # transformers completes nested values in place
+    composite = FAMILIES[case.model_type].composite
+    text = values if composite is None else values["text_config"]
+    fields = CONFIG_MAPPING[text.get("model_type", case.model_type)]
+    known = {field.name for field in dataclasses.fields(fields)}  # GPT-2 has its own names
+    text |= {name: value for name, value in TINY.items() if name in known and name not in text}
+    return kind(**values)
+
+
+def auto_class(config: Any) -> Any:
+    """Return the class with which people load a model of this configuration."""
+    return AutoModelForImageTextToText if FAMILIES[config.model_type].composite else AutoModelForCausalLM
+
+
+def load_hf(folder: Path, **options) -> Any:
+    """Load a folder with transformers, as people load it."""
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **options)
 
 
 def make_hf(case: Case, folder: Path, seed: int = 0, **save) -> Any:
@@ -79,12 +93,15 @@ def make_hf(case: Case, folder: Path, seed: int = 0, **save) -> Any:
     """
     torch.manual_seed(seed)
     config = hf_config(case)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or name.endswith("_bias"):  # experts have a bias each
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             assert torch.isfinite(parameter).all(), name
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict():  # the correction bias of a router
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(folder, **save)
     return model
 
@@ -193,7 +210,7 @@ def compiled(model: Model) -> Callable:
 
 def hf_logits(hf: Any, ids: np.ndarray, mask: np.ndarray | None = None, positions: np.ndarray | None = None) -> np.ndarray:
     for module in hf.modules():  # dynamic RoPE remembers the longest text it has seen; calls here are independent
-        if hasattr(module, "original_inv_freq"):
+        if hasattr(module, "original_max_seq_len") and hasattr(module, "original_inv_freq"):
             module.inv_freq.copy_(module.original_inv_freq)
             module.max_seq_len_cached = module.original_max_seq_len
         rope_type = getattr(module, "rope_type", None)

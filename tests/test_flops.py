@@ -7,16 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from models.cases import ONE_OF_EACH
+from models.cases import ONE_OF_EACH, UNLIKE
 from models.hybrid import make
 from oracle import Case, attach_full, context, make_hf, tokens
 
 from ftjax.chips import CHIPS, chip_of
 from ftjax.config import FullConfig, LoraConfig
-from ftjax.flops import TrainFlops, peak_of, train_flops, train_flops_per_token
+from ftjax.flops import Chunk, TrainFlops, peak_of, train_flops, train_flops_per_token
 from ftjax.hub.load import open_model
 from ftjax.methods import method_of
+from ftjax.models.composite import text_of
 from ftjax.models.model import Model, build_module
+from ftjax.models.nn.delta_rule import gated_delta_rule
+from ftjax.models.nn.memory import RecurrentState
 
 B, T = 2, 12
 
@@ -56,6 +59,23 @@ def program(model: Model, also: tuple[str, ...] | list[str] | None = None) -> fl
     return products(jax.make_jaxpr(jax.grad(loss))(trained, frozen).jaxpr) / (B * T)
 
 
+def linear_attention(model: Model) -> float:
+    """Return FLOPs per token of the chunks of the gated delta rule in all layers, forward and backward, above those of the
+    recurrence."""
+    layers = [record for layer in model.memories for record in layer if isinstance(record, RecurrentState)]
+    if not layers:
+        return 0
+    (n, d, v), text = layers[0].shape, text_of(model.config)
+    keys = jax.ShapeDtypeStruct((B, T, text["linear_num_key_heads"], d), jnp.float32)
+    values, each = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, n, v), (B, T, n)))
+
+    def total(*inputs):
+        return gated_delta_rule(*inputs, jnp.zeros((B, n, d, v)), jnp.ones((B, T), jnp.int32))[0].sum()
+
+    chunked = products(jax.make_jaxpr(jax.grad(total, argnums=range(5)))(keys, keys, values, each, each).jaxpr)
+    return len(layers) * (chunked / (B * T) - 18 * n * d * v)
+
+
 def embeddings(model: Model) -> list[str]:
     return [path for path, spec in model.specs.items() if "vocab" in spec.row.axes]
 
@@ -74,15 +94,18 @@ def attach_lora(root) -> None:
 
 
 @pytest.mark.parametrize("attach", [attach_full, attach_lora], ids=["full", "lora"])
-@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@pytest.mark.parametrize("case", UNLIKE, ids=str)
 def test_closed_form(case, attach, tmp_path):
     """The closed form agrees; XLA's attention multiplies masked pairs too, so the closed form counts them."""
     model = build(case, tmp_path, attach)
     flops = train_flops(model)
     pairs = 4 * flops.matrices + 2 * flops.trained + sum(12 * width * T for width in flops.attention.values())
     head = (
-        0 if attach is attach_full else next(2 * model.specs[p].size for p in embeddings(model) if p.startswith(model.output))
+        0
+        if attach is attach_full
+        else next(2 * model.specs[p].size for p in embeddings(model) if p == f"{model.output}.weight")
     )
+    pairs += 3 * flops.states + linear_attention(model)
     assert program(model) == pytest.approx(pairs + head, rel=1e-3)
 
 
@@ -147,6 +170,17 @@ def test_adapters_of_the_upper_layers(tmp_path):
     assert flops.below == 2 * 32 * (2 * 32 + 2 * 16 + 3 * 48) and flops.attention_below == {None: 2 * 32}
 
 
+def test_linear_attention_below_the_lowest_trained_layer(tmp_path):
+    """A token uses the state of 6 heads of 8 x 12 in each of three layers; frozen ones have no gradient."""
+    case = next(case for case in ONE_OF_EACH if case.model_type == "qwen3_5_text")
+    config = FullConfig(last_layers=2)
+    flops = train_flops(build(case, tmp_path, lambda root: method_of(config).attach(root, config)))
+    assert (flops.states, flops.states_below) == (6 * 3 * 6 * 8 * 12, 6 * 2 * 6 * 8 * 12)
+    longer = flops.per_token(9) - flops.per_token(7)
+    assert longer == 12 * 4 * 16  # of the one layer with attention, W = heads x head size, one key more
+    assert "recurrent states" in flops.formula(7)
+
+
 def test_llama_by_hand(tmp_path):
     """Two layers of 32 (q, o) + 16 (k, v) + 3 x 48 columns over 32 rows, and a head of 96, give the FLOPs."""
     model = build(Case("llama", "llama"), tmp_path, attach_full)
@@ -156,7 +190,7 @@ def test_llama_by_hand(tmp_path):
     assert "4 x 1.843e+04 weights" in train_flops(model).formula(7)
 
 
-@pytest.mark.parametrize("window", [None, 3, 50])
+@pytest.mark.parametrize("window", [None, 3, 50, Chunk(2)])
 def test_documents_of_a_packed_row(window):
     """Each document attends to itself only, within its windows; padding counts nothing."""
     flops = TrainFlops(10, 1, {window: 8})
@@ -164,6 +198,8 @@ def test_documents_of_a_packed_row(window):
     segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0, 0]])
     assert flops.of_batch(positions, segments) == pytest.approx(5 * flops.per_token(5) + 3 * flops.per_token(3))
     assert flops.of_batch(positions, segments * 0) == 0
+    if window == Chunk(2):
+        assert flops.per_token(5) == pytest.approx(42 + 12 * 8 * (1 + 2 + 1 + 2 + 1) / 5)
     if window == 3:
         assert flops.per_token(5) == 42 + 12 * 8 * (1 + 2 + 3 + 3 + 3) / 5
 

@@ -24,6 +24,7 @@ from ftjax.data.values import EmptyRow, Values, filled, names_of, normalized, qu
 from ftjax.errors import UserError
 
 AHEAD = 1024  # rows that determine the format
+MEDIA = ("images", "videos", "audios")  # columns of lists, by the names that TRL and LLaMA-Factory give them
 
 
 def read_source(
@@ -70,6 +71,15 @@ def _with_reader(
         raise error
     for row in rows:
         yield reader, row
+
+
+def refuse_media(row: Row) -> None:
+    """Raise UserError for a row with images, videos or sounds: trained without them, its answer would be a guess."""
+    if found := [name for name in MEDIA if isinstance(row.values.get(name), list) and row.values[name]]:
+        raise UserError(
+            f"{row.where}: it has {quoted(found)}, and only text can be trained; remove the row, or the column if the text "
+            "does not need it"
+        )
 
 
 class Reader:
@@ -126,6 +136,7 @@ class Reader:
     def __call__(self, row: Row) -> Example:
         """Return the example. Raises UserError, with file and line, if a column is missing or has a wrong type."""
         self.seen.update((name, None) for name, value in row.values.items() if value is not None)
+        refuse_media(row)
         values = self._rename(row)
         if self.normalize:
             values = {name: normalized(value, self.normalize) for name, value in values.items()}

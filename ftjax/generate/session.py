@@ -21,7 +21,6 @@ from ftjax.errors import UserError
 from ftjax.generate.answer import Answer, Generation
 from ftjax.generate.batch import groups
 from ftjax.generate.cache import bucket
-from ftjax.generate.context import end_ids, generation_config
 from ftjax.generate.decode import CHUNK
 from ftjax.generate.engine import Batch, Engine
 from ftjax.generate.finite import not_finite, require_finite
@@ -29,6 +28,7 @@ from ftjax.generate.load import choose_dtype, load
 from ftjax.generate.request import Piece, Prompt, Request
 from ftjax.generate.score import Query, Score, arrays, completion_ids
 from ftjax.generate.text import StopStrings, TextStream
+from ftjax.hub.tokenizer.ends import end_ids, generation_config
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.mesh import make_mesh
 from ftjax.models.classifier import classes_of

@@ -4,9 +4,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ftjax.data.template import Template
-from ftjax.errors import UserError
-
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # how tokenizers decode bytes of an incomplete character
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's byte fallback
 CONTEXT = 16  # prompt tokens decoded together with the answer, so that spaces between words come out right
@@ -70,11 +67,3 @@ class StopStrings:
         """Return the number of characters at the end of `text` that may become a stop string and must be held back."""
         sizes = range(min(self.reach, len(text)), 0, -1)
         return next((n for n in sizes if any(string.startswith(text[-n:]) for string in self.strings)), 0)
-
-
-def turn_end(tokenizer: Any) -> int | None:
-    """Return the token that closes an answer in the chat template (`<end_of_turn>`), which may differ from EOS, or None."""
-    try:
-        return Template(tokenizer).closers[0]
-    except UserError:  # several templates and no default
-        return None

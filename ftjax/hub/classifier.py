@@ -12,6 +12,7 @@ from ftjax.hub.adapter.peft import adapter_file, read_adapter_config
 from ftjax.hub.source import TensorSource
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.models.classifier import HEAD, REGRESSION, SINGLE, classes_of, classifier_config, problem_of
+from ftjax.models.composite import text_of
 from ftjax.models.model import build_module
 from ftjax.objectives import head_of
 
@@ -88,7 +89,7 @@ def with_head(
         return hf_config, source if order == sorted(order) else InOrder(source, order)
     hf_config = classifier_config(hf_config, classes, pad_token_id, problem_type)
     embed = build_module(hf_config).sizes.embed
-    return hf_config, WithHead(source, (len(classes), embed), hf_config.get("initializer_range") or 0.02, seed)
+    return hf_config, WithHead(source, (len(classes), embed), text_of(hf_config).get("initializer_range") or 0.02, seed)
 
 
 def objectives_hf_config(config: Config, hf_config: dict[str, Any]) -> dict[str, Any]:

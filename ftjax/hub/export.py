@@ -2,11 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ftjax.config import Config, MeshConfig
+from ftjax.config import Config, MeshConfig, ModelConfig
 from ftjax.config.load import config_of, load_config, print_note
 from ftjax.errors import UserError
 from ftjax.hub.adapter.own_base import base_of, publish_base
@@ -18,11 +19,13 @@ from ftjax.hub.model_folder import from_source, model_tensors, write_folder
 from ftjax.hub.open import open_adapted
 from ftjax.hub.output import replacing
 from ftjax.hub.run_folder import refuse_missing
+from ftjax.hub.safetensors import Tensor
 from ftjax.hub.tokenizer.files import write_tokenizer
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.written import describe
 from ftjax.mesh import make_mesh
 from ftjax.methods import method_of
+from ftjax.models.composite import text_of
 from ftjax.models.model import Model
 from ftjax.objectives import head_of
 
@@ -100,17 +103,36 @@ def _base_alone(adapter: Path, base: str | None) -> Config:
     base = base or base_of(adapter, read_adapter_config(adapter))
     if not base:
         raise UserError(f"{adapter}: its {CONFIG} names no base model; name it: ftjax export BASE --adapter {adapter} --merge")
-    dtype = read_hf_config(resolve_model(base)).get("dtype")
+    known = read_hf_config(resolve_model(base))
+    dtype = known.get("dtype") or text_of(known).get("dtype")
     own = {"dtype": dtype} if dtype in DTYPES else {}
     own |= {"tokenizer": str(adapter)} if (adapter / "tokenizer_config.json").is_file() else {}
     return config_of({"model": {"path": base, **own}, "data": {"train": "-"}})
 
 
-def write_merged(adapter: Path, folder: Path, config: Config | None, base: str | None = None) -> None:
-    """Write base and adapter as one model.
+class Merged(NamedTuple):
+    """One model made of a base and an adapter.
+
+    Attributes:
+        tensors: under Hugging Face names; each is read and merged when it is asked for.
+        settings: those with which its tokenizer is loaded.
+        path: the base model's folder or file.
+    """
+
+    model: Model
+    tensors: list[Tensor]
+    settings: ModelConfig
+    path: Path
+
+
+def merged(adapter: Path, config: Config | None, base: str | None = None, dtype: str | None = None) -> Merged:
+    """Merge base and adapter.
 
     The base is that of the run's configuration, or without one the base that is given or that the adapter names. Its
     tensors pass through one at a time as stored, so neither the model's size nor a quantised run's rounding matters.
+
+    Args:
+        dtype: of the tensors; `model.dtype` by default.
     """
     config = config or _base_alone(adapter, base)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -121,9 +143,15 @@ def write_merged(adapter: Path, folder: Path, config: Config | None, base: str |
     model = Model.of(root, hf_config)
     trained = load_adapter(model, adapter, mesh)
     check_base(model, source, str(path))
-    tensors = model_tensors(model, from_source(source, trained), trained, method, jnp.dtype(config.model.dtype))
-    write_folder(folder, model, tensors, config.model.dtype, path)
-    write_tokenizer(folder, load_tokenizer(config.model), config.model, path)
+    dtype = jnp.dtype(dtype or config.model.dtype)
+    return Merged(model, model_tensors(model, from_source(source, trained), trained, method, dtype), config.model, path)
+
+
+def write_merged(adapter: Path, folder: Path, config: Config | None, base: str | None = None) -> None:
+    """Write base and adapter as one model."""
+    model, tensors, settings, path = merged(adapter, config, base)
+    write_folder(folder, model, tensors, settings.dtype, path)
+    write_tokenizer(folder, load_tokenizer(settings), settings, path)
 
 
 def write_portable(adapter: Path, folder: Path) -> None:

@@ -41,7 +41,10 @@ def open_model(path: Path) -> tuple[dict, TensorSource]:
 
         return hf_config, GGUFSource(path)
     source = SafetensorsFolder(path)
-    source.add_prefix(FAMILIES[hf_config["model_type"]].prefix, but=("lm_head.", "embed_out.", "score."))
+    family = FAMILIES[hf_config["model_type"]]
+    if family.composite is not None:
+        source.rename(family.composite.in_model)
+    source.add_prefix(family.prefix, but=("lm_head.", "embed_out.", "score.", "mtp."))
     unpack = dequantiser(read_config(path), str(path))
     return hf_config, _with_embedding(hf_config, unpack(source) if unpack else source)
 
@@ -58,7 +61,7 @@ def _with_embedding(hf_config: Mapping[str, Any], source: TensorSource) -> Tenso
 def read_hf_config(path: Path) -> dict:
     """Read config.json of a model folder or a .gguf file as transformers completes it; weights need not be present."""
     if path.suffix == ".gguf":
-        from ftjax.hub.gguf.model import read_config as read_gguf_config
+        from ftjax.hub.gguf.config import read_config as read_gguf_config
 
         return complete_config(read_gguf_config(path), str(path))
     config = read_config(path)
@@ -78,7 +81,7 @@ def load_base(model: Model, source: TensorSource, mesh: Mesh, dtype, where: str)
     """Load every parameter of the base model: trained ones in their own dtype, frozen ones in `dtype`. `where` is for
     messages."""
     check_tied(model, source, where)
-    return load_params(base_specs(model), source, mesh, dtype, where, model.ignored)
+    return load_params(base_specs(model), source, mesh, dtype, where, model.ignored, model.carried)
 
 
 def base_specs(model: Model) -> dict[str, Spec]:
@@ -88,7 +91,7 @@ def base_specs(model: Model) -> dict[str, Spec]:
 def check_base(model: Model, source: TensorSource, where: str) -> None:
     """Raise UserError if the tensors are not those of the base model; for callers that read them one by one."""
     check_tied(model, source, where)
-    check_keys(base_specs(model), source, model.ignored, where)
+    check_keys(base_specs(model), source, model.ignored, where, model.carried)
 
 
 def check_tied(model: Model, source: TensorSource, where: str) -> None:
@@ -104,14 +107,20 @@ def check_tied(model: Model, source: TensorSource, where: str) -> None:
 
 
 def load_params(
-    specs: Mapping[str, Spec], source: TensorSource, mesh: Mesh, dtype, where: str, ignored: Sequence[str] = ()
+    specs: Mapping[str, Spec],
+    source: TensorSource,
+    mesh: Mesh,
+    dtype,
+    where: str,
+    ignored: Sequence[str] = (),
+    carried: Sequence[str] = (),
 ) -> dict[str, jax.Array]:
     """Load these parameters as sharded arrays: trained ones in their own dtype (float32), frozen ones in `dtype` or in
     their row's quantisation.
 
     The whole key set is compared first. Raises UserError that lists missing, unused and misshapen tensors.
     """
-    check_keys(specs, source, ignored, where)
+    check_keys(specs, source, ignored, where, carried)
     # Largest first: a parameter exists twice while it moves to the device, so the largest do before most of the model is
     # loaded.
     order = sorted(specs, key=lambda path: -specs[path].size)
@@ -133,12 +142,14 @@ def abstract_param(spec: Spec, mesh: Mesh, dtype) -> jax.ShapeDtypeStruct | Quan
     return jax.ShapeDtypeStruct(spec.shape, stored(spec, dtype).dtype, sharding=where)
 
 
-def check_keys(specs: Mapping[str, Spec], source: TensorSource, ignored: Sequence[str], where: str) -> None:
+def check_keys(
+    specs: Mapping[str, Spec], source: TensorSource, ignored: Sequence[str], where: str, carried: Sequence[str] = ()
+) -> None:
     """Raise UserError unless the source has exactly the expected tensors in the expected shapes.
 
     It is also raised for integer or 8-bit weights: their values depend on scales that such a checkpoint stores separately.
     """
-    have = set(source.keys())
+    have = {name for name in source.keys() if not name.startswith(tuple(carried))}
     asked = {piece.name: piece.shape for spec in specs.values() for piece in spec.pieces(layout_in(spec, have))}
     quantised = sorted(name for name in have if name.endswith(QUANTISED)) + [
         n for n in asked if n in have and _coarse(source, n)
@@ -149,7 +160,7 @@ def check_keys(specs: Mapping[str, Spec], source: TensorSource, ignored: Sequenc
             f"does not read; {INSTEAD}"
         )
     missing = sorted(set(asked) - have)
-    unused = sorted(name for name in have - set(asked) if not any(name.endswith(end) for end in ignored))
+    unused = sorted(name for name in have - set(asked) if not name.endswith(tuple(ignored)))
     shapes = [
         f"{name} is {tuple(source.shape(name))}, the model's is {shape}"
         for name, shape in asked.items()

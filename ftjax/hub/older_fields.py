@@ -9,6 +9,7 @@ from typing import Any
 
 # transformers 4 accepts a scaling of these families only as {type, factor} or {type, short_factor, long_factor}.
 NAMED_TYPE = {"olmo2", "phi3"}
+NEWER = {"gemma4_text", "gemma4_unified_text"}  # families that transformers 4 lacks, and whose classes take only new fields
 
 
 def older_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def older_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         fields["num_experts"] = config["num_local_experts"]
     if family == "gemma3_text" and (pattern := _pattern(config["layer_types"])):
         fields["sliding_window_pattern"] = pattern
-    if rope := config.get("rope_parameters"):
+    if (rope := config.get("rope_parameters")) and family not in NEWER:
         fields |= _rope(family, rope, config)
     return fields
 

@@ -146,6 +146,10 @@ class SafetensorsFolder:
         if not any(name.startswith(f"{prefix}.") for name in self._entries):
             self._entries = {n if n.startswith(but) else f"{prefix}.{n}": entry for n, entry in self._entries.items()}
 
+    def rename(self, to: Callable[[str], str]) -> None:
+        """Give each tensor the name `to(name)`."""
+        self._entries = {to(name): entry for name, entry in self._entries.items()}
+
     def keys(self) -> list[str]:
         return list(self._entries)
 

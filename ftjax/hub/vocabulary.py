@@ -20,6 +20,7 @@ from ftjax.hub.load import read_hf_config
 from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.source import TensorSource
 from ftjax.hub.tokenizer.load import load_tokenizer
+from ftjax.models.composite import text_of, with_text
 from ftjax.models.model import Model, build_module
 from ftjax.models.nn.param import Spec, specs
 
@@ -68,7 +69,7 @@ def with_new_tokens(
 
     A vocabulary that is larger than its tokenizer has room already and keeps the checkpoint's rows.
     """
-    rows, multiple = hf_config["vocab_size"], model.pad_vocab_to_multiple_of or 1
+    rows, multiple = text_of(hf_config)["vocab_size"], model.pad_vocab_to_multiple_of or 1
     if model.adds_tokens:
         rows = max(rows, tokens_of(model))
     return _resized(hf_config, source, math.ceil(rows / multiple) * multiple)
@@ -89,7 +90,7 @@ def with_adapters_tokens(
     needed = [one + 1 for own in (ids.values() if isinstance(ids, dict) else [ids]) for one in own]
     if (adapter / "tokenizer_config.json").is_file():
         needed.append(tokens_of(ModelConfig(path=str(adapter))))
-    return _resized(hf_config, source, max([hf_config["vocab_size"], *needed]))
+    return _resized(hf_config, source, max([text_of(hf_config)["vocab_size"], *needed]))
 
 
 def _rows_in(hf_config: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[str, int]]:
@@ -116,7 +117,7 @@ def hf_config_of(config: Config) -> dict[str, Any]:
 
 def embeddings_of(config: Config) -> int:
     """Return the number of embeddings of a run's model. Raises UserError as `hf_config_of` does."""
-    return hf_config_of(config)["vocab_size"]
+    return text_of(hf_config_of(config))["vocab_size"]
 
 
 def refuse_untrained_rows(model: Model, old: int, tokens: int, method: str) -> None:
@@ -162,9 +163,11 @@ def tokens_of(model: ModelConfig) -> int:
 
 
 def _resized(hf_config: dict[str, Any], source: TensorSource | None, rows: int) -> tuple[dict[str, Any], TensorSource]:
-    if rows == hf_config["vocab_size"]:
+    if rows == text_of(hf_config)["vocab_size"]:
         return hf_config, source
-    return {**hf_config, "vocab_size": rows}, Resized(source, _tensors(hf_config), rows)
+    own_table = "vocab_size_per_layer_input"  # Gemma 4 has a second table, which transformers resizes too
+    sizes = {"vocab_size": rows} | ({own_table: rows} if own_table in text_of(hf_config) else {})
+    return with_text(hf_config, **sizes), Resized(source, _tensors(hf_config), rows)
 
 
 def _tensors(hf_config: Mapping[str, Any]) -> set[str]:

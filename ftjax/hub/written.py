@@ -8,9 +8,15 @@ from pathlib import Path
 from ftjax.hub.adapter.peft import CONFIG as ADAPTER
 from ftjax.hub.adapter.peft import adapter_file, method_that_reads, read_adapter_config
 from ftjax.hub.adapter.plain_lora import PATTERNS, beyond_plain
+from ftjax.hub.gguf.families import FAMILIES as GGUF
 
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 HEAD = "ForSequenceClassification"
+# Model types with which mlx-lm gives ftjax's tokens (tests/hub/test_mlx.py).
+MLX = {
+    "gemma", "gemma3_text", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2",
+    "qwen3", "qwen3_moe", "smollm3",
+}  # fmt: skip
 
 
 def describe(folder: Path) -> list[str]:
@@ -43,7 +49,8 @@ def _model(folder: Path) -> tuple[str, dict[str, str]]:
     return kind, {
         "transformers": f"AutoModelForCausalLM.from_pretrained({str(folder)!r})",
         "vLLM": f"vllm serve {folder}",
-        "llama.cpp": f"python convert_hf_to_gguf.py {folder} --outfile model.gguf",
+        **({"llama.cpp": f"ftjax export {folder} --gguf f16 --out model.gguf"} if config["model_type"] in GGUF else {}),
+        **({"MLX": f"mlx_lm.generate --model {folder} --prompt TEXT"} if config["model_type"] in MLX else {}),
         "ftjax": f"ftjax generate {folder} --prompt TEXT",
     }
 
@@ -66,7 +73,7 @@ def _adapter(folder: Path) -> tuple[str, dict[str, str]]:
         loads["vLLM, llama.cpp"] = f"only with --portable: vLLM ignores {' and '.join(differing)}"
     else:
         loads["vLLM"] = f"vllm serve BASE --enable-lora --lora-modules tuned={folder}"
-        loads["llama.cpp"] = f"python convert_lora_to_gguf.py {folder} --base BASE --outfile adapter.gguf"
+        loads["llama.cpp"] = f"ftjax export {folder} --gguf --lora --out adapter.gguf"
     return f"an adapter ({method.kind}) for {base}", loads | {"ftjax": f"ftjax generate BASE --adapter {folder} --prompt TEXT"}
 
 

@@ -29,7 +29,7 @@ def attach(root: nnx.Module, config: FullConfig) -> None:
 
 def _chosen(root: nnx.Module, config: FullConfig) -> set[str]:
     """Return the Hugging Face names of the trained parameters."""
-    rows = [(spec, piece) for spec in specs(root).values() for piece in spec.pieces()]
+    rows = [(spec, piece) for spec in specs(root).values() if not spec.row.constant for piece in spec.pieces()]
     names = {piece.name for _, piece in rows}
     if not config.partial:
         return names

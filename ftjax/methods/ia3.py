@@ -17,7 +17,7 @@ from ftjax.errors import UserError
 from ftjax.methods.method import Method
 from ftjax.methods.parted import part_stacks
 from ftjax.methods.save import names_to_save, refuse_missing, train_names
-from ftjax.methods.walk import Site, describe, linears, matches, refuse_unmatched
+from ftjax.methods.walk import Site, describe, excluded_modules, linears, matches, refuse_unmatched
 from ftjax.models.model import Model
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.param import Buffer, Init, Row, param
@@ -142,7 +142,7 @@ def saved_config(config: IA3Config, base_model: str, model: Model) -> dict:
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "target_modules": targets,
-        "exclude_modules": config.exclude_modules,
+        "exclude_modules": excluded_modules(config.exclude_modules, model),
         "feedforward_modules": feedforward,
         "fan_in_fan_out": any(_is_conv1d(model, layer) for layer in layers),
         "modules_to_save": config.modules_to_save or None,

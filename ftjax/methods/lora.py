@@ -25,7 +25,7 @@ from ftjax.methods.pissa import as_plain, doubled
 from ftjax.methods.save import names_to_save, train_names
 from ftjax.methods.tied import OUTPUTS, on_embedding
 from ftjax.methods.token_rows import DELTA, attach_rows, row_sites, with_rows
-from ftjax.methods.walk import embeddings, linears
+from ftjax.methods.walk import embeddings, excluded_modules, linears
 from ftjax.models.classifier import HEAD
 from ftjax.models.model import Model
 from ftjax.models.nn.experts import UPDATE
@@ -157,7 +157,7 @@ def saved_config(config: LoraConfig, base_model: str, model: Model) -> dict:
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "target_modules": targets,
-        "exclude_modules": config.exclude_modules,
+        "exclude_modules": excluded_modules(config.exclude_modules, model),
         "target_parameters": config.target_parameters or None,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,

@@ -43,7 +43,7 @@ def expert_sites(root: nnx.Module) -> Iterator[ExpertsSite]:
     """Yield every weight of routed experts, in the order of the module tree and of each module's parameters."""
     rows = specs(root)
     for path, node in list(nnx.iter_graph(root)):
-        if isinstance(node, ExpertMatrices):
+        if isinstance(node, ExpertMatrices) and node.ADAPTABLE:
             layer = ".".join(map(str, path))
             for name in node.INPUT_AXES:
                 spec = rows[f"{layer}.{name}"]
@@ -142,7 +142,10 @@ def problems(root: nnx.Module, config: LoraConfig) -> Iterator[str]:
         return
     names = [name for site in expert_sites(root) for name in site.names]
     if not names:
-        yield "method.target_parameters: it names weights of routed experts, and this model has none; leave it out"
+        yield (
+            "method.target_parameters: it names weights of routed experts, and this model has none that an adapter can update; "
+            "leave it out"
+        )
         return
     for one in config.target_parameters:
         if not any(name == one or name.endswith(f".{one}") for name in names):

@@ -33,7 +33,7 @@ def is_target(name: str, config: LoraConfig, *, embedding: bool = False) -> bool
     if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.modules_to_save):
         return False
     if config.target_modules == "all-linear":
-        if embedding or name == "lm_head":  # PEFT leaves the output embedding out
+        if embedding or name.rpartition(".")[2] == "lm_head":  # PEFT leaves the output embedding out
             return False
     elif not matches(name, config.target_modules):
         return False

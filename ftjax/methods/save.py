@@ -41,7 +41,8 @@ def refuse_missing(root: nnx.Module, modules: Sequence[str]) -> None:
 
 
 def _names(root: nnx.Module) -> list[str]:
-    return [piece.name for spec in specs(root).values() if not spec.row.adapter for piece in spec.pieces()]
+    base = (spec for spec in specs(root).values() if not (spec.row.adapter or spec.row.constant))
+    return [piece.name for spec in base for piece in spec.pieces()]
 
 
 def _is(name: str, module: str) -> bool:

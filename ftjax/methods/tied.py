@@ -13,7 +13,7 @@ def tied_names(root: nnx.Module) -> tuple[str, str] | None:
     table = next((site for site in embeddings(root) if site.path == root.output), None)
     if table is None:
         return None
-    return table.names[0], next(name for name in root.ignored if name in OUTPUTS).removesuffix(".weight")
+    return table.names[0], next(name for name in root.ignored if name.endswith(OUTPUTS)).removesuffix(".weight")
 
 
 def on_embedding(root: nnx.Module, config: LoraConfig) -> LoraConfig:

@@ -8,8 +8,10 @@ from typing import Any
 from flax import nnx
 
 from ftjax.errors import UserError
+from ftjax.models.model import Model
 from ftjax.models.nn.layers import Embedding, Linear
 from ftjax.models.nn.param import INDEXED, Spec, specs
+from ftjax.models.registry import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,17 @@ def matches(name: str, wanted: str | list[str]) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == one or name.endswith(f".{one}") for one in wanted)
+
+
+def excluded_modules(chosen: str | list[str] | None, model: Model) -> str | list[str] | None:
+    """Return `exclude_modules` for PEFT: those that were chosen, and parts of a composite model that PEFT would adapt too."""
+    composite = FAMILIES[model.config["model_type"]].composite
+    parts = composite.carried if composite is not None and composite.clashing else ()
+    parts = [part for part in parts if not (chosen and matches(f"{part}x", chosen))]
+    if not parts:
+        return chosen
+    before = [] if not chosen else [chosen] if isinstance(chosen, str) else [rf"(.*\.)?{re.escape(one)}" for one in chosen]
+    return "|".join(f"({one})" for one in (*before, *(f"{re.escape(part)}.*" for part in parts)))
 
 
 def layer_index(name: str, patterns: str | list[str] | None = None) -> int | None:

@@ -44,6 +44,8 @@ class CausalLM(Protocol):
         embedding: path of the module that holds the input embedding `[V, E]`.
         output: path of the module that projects hidden states to logits; the embedding if the two are tied.
         ignored: suffixes of tensor names that older exports contain and the model does not need.
+        carried: prefixes of the names of tensors that the model does not use and that an export keeps: of image encoders, of
+            layers that predict further tokens.
         ropes: rotary embeddings of the layers; empty for learned positions.
         notes: remarks on config.json for the user.
         max_positions: number of rows of the table of learned positions (GPT-2); None without such a table.
@@ -53,6 +55,7 @@ class CausalLM(Protocol):
     embedding: str
     output: str
     ignored: tuple[str, ...]
+    carried: tuple[str, ...]
     ropes: tuple[Rope, ...]
     notes: tuple[str, ...]
     max_positions: int | None

@@ -12,12 +12,16 @@ from flax import nnx
 
 from ftjax.errors import UserError
 from ftjax.models.causal_lm import CausalLM
+from ftjax.models.composite import text_of, with_text
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.layers import Linear
 
 HEAD = "score"
 ARCHITECTURE = "ForSequenceClassification"
-OTHERS = ("granite",)  # families without such a class in transformers
+OTHERS = (  # families without such a class in transformers
+    "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "glm4_moe", "glm4_moe_lite", "granite", "granitemoe",
+    "llama4", "llama4_text", "olmoe",
+)  # fmt: skip
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 
 
@@ -72,14 +76,13 @@ def classifier_config(
     from transformers import CONFIG_MAPPING
 
     name = CONFIG_MAPPING[kind].__name__.removesuffix("Config") + ARCHITECTURE
-    pad = config.get("pad_token_id")
+    pad = text_of(config).get("pad_token_id")
     return {
-        **config,
+        **with_text(config, pad_token_id=pad_token_id if pad is None else pad),
         "architectures": [name],
         "id2label": {str(number): label for number, label in enumerate(classes)},
         "label2id": {label: number for number, label in enumerate(classes)},
         "problem_type": problem_type,
-        "pad_token_id": pad_token_id if pad is None else pad,
     }
 
 

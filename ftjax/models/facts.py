@@ -19,7 +19,8 @@ INERT = {
     "max_length", "max_position_embeddings", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
     "problem_type", "return_dict", "rope_interleaved", "sep_token_id", "task_specific_params", "tokenizer_class",
     "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
-    "use_cache", "use_bfloat16", "prefix", "pruned_heads", "finetuning_task", "_attn_implementation", "name_or_path",
+    "use_cache", "use_bfloat16", "prefix", "pruned_heads", "finetuning_task", "_attn_implementation",
+    "_attn_implementation_autoset", "name_or_path",
     "cache_implementation", "_num_labels", "gradient_checkpointing", "tie_last_hidden_states",
     "original_max_position_embeddings",  # read by Phi-3; elsewhere only by transformers 4
 }  # fmt: skip
@@ -41,6 +42,8 @@ class Facts:
     Attributes:
         notes: remarks for the user.
         max_positions: rows of the table of learned positions; set by families with such a table, otherwise None.
+        carried: prefixes of the names of tensors that the model does not use and that an export keeps.
+        read_in_rope: keys of `rope_parameters` that this family reads, beside those that every family does.
     """
 
     def __init__(self, values: Mapping[str, Any]):
@@ -49,6 +52,8 @@ class Facts:
         self.model_type: str = values["model_type"]
         self.notes: list[str] = []
         self.max_positions: int | None = None
+        self.carried: list[str] = []
+        self.read_in_rope: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
         """Read a field that the family honours. Raises UserError if it is missing."""

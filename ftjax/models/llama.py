@@ -74,9 +74,13 @@ class LlamaAttention(nnx.Module):
 
     def attend(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: Memories):
         """Map the result of `project` to `([B, T, E], cache)`."""
-        sinks = None if self.sinks is None else self.sinks[...]
-        y, cache = self_attention(*qkv, ctx, pattern, layer, cache, sinks)
+        y, cache = self.mixed(qkv, ctx, pattern, layer, cache)
         return self.o_proj(y, ctx), cache
+
+    def mixed(self, qkv: tuple[jax.Array, ...], ctx: Context, pattern: Pattern, layer, cache: Memories):
+        """Map the result of `project` to the heads' outputs, `([B, T, N H], cache)`."""
+        sinks = None if self.sinks is None else self.sinks[...]
+        return self_attention(*qkv, ctx, pattern, layer, cache, sinks)
 
 
 class LlamaMLP(nnx.Module):
@@ -133,7 +137,10 @@ class LlamaModel(nnx.Module):
         x = constrain(self.embed(tokens, ctx.dtype), "batch", "length", None)
         ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids))
         x, cache, aux = self.layers(x, ctx, cache)
-        return self.norm(x), cache, aux
+        return self.last_norm(x), cache, aux
+
+    def last_norm(self, x: jax.Array) -> jax.Array:
+        return self.norm(x)
 
 
 class LlamaForCausalLM(nnx.Module):

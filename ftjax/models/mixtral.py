@@ -1,5 +1,6 @@
 """Mixtral: Llama's block with eight experts in place of its MLP (Jiang et al. 2024, arXiv:2401.04088)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, Shaped
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
-from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, LlamaModel, attention
+from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, LlamaMLP, LlamaModel, attention
 from ftjax.models.nn.cache import Memories
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.experts import Experts, Router, SparseMoe, balance_loss
@@ -58,6 +59,22 @@ def router_loss(facts: Facts) -> float:
     """Return the coefficient of the load-balancing loss; 0 unless `output_router_logits` is set, as in transformers."""
     coefficient = facts.get("router_aux_loss_coef", 0.0)
     return float(coefficient) if facts.get("output_router_logits", False) else 0.0
+
+
+def dense_mlp(embed: int, mlp: int, act: str, bias: bool = False) -> LlamaMLP:
+    """Build the feed-forward layer of a model whose other layers have experts, or one that all tokens share beside experts."""
+    layer = LlamaMLP(embed, mlp, act, bias)
+    # PEFT treats layers with these names as experts of transformers 4 checkpoints, wherever they are.
+    layer.gate_proj.adaptable = layer.up_proj.adaptable = layer.down_proj.adaptable = False
+    return layer
+
+
+def moe_stack(block: Callable[[bool], nnx.Module], kinds: tuple[Pattern, ...], sparse: tuple[bool, ...]) -> Stack:
+    """Stack the layers with experts and the dense ones separately; `block` builds a layer with experts or a dense one."""
+    if len(set(sparse)) == 1:
+        return Stack(block(sparse[0]), kinds)
+    blocks = {"sparse": block(True), "dense": block(False)}
+    return Stack(blocks, kinds, tuple("sparse" if here else "dense" for here in sparse))
 
 
 def build(facts: Facts) -> LlamaForCausalLM:

@@ -15,11 +15,12 @@ from ftjax import tree
 from ftjax.models.causal_lm import CausalLM, Sizes
 from ftjax.models.classifier import classes_of, to_classifier
 from ftjax.models.facts import Facts
+from ftjax.models.inside import put_inside, text_facts
 from ftjax.models.nn.memory import Memory
 from ftjax.models.nn.param import Buffer, Spec, specs, variables
 from ftjax.models.nn.rope import Rope, unread
 from ftjax.models.nn.stack import memories
-from ftjax.models.registry import FAMILIES
+from ftjax.models.registry import FAMILIES, check_supported
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Model:
         config: config.json, completed by transformers.
         specs: the spec of every parameter, by path.
         buffers: arrays that are neither loaded nor trained (LoRA scales), by path.
-        sizes, ignored, output, ropes, notes, max_positions: attributes of the root module (`ftjax.models.causal_lm.CausalLM`).
+        sizes, ignored, carried, output, ropes, notes, max_positions: attributes of the root module
+            (`ftjax.models.causal_lm.CausalLM`).
         embedding: the spec of the input embedding `[V, E]`.
         memories: memory records of each layer, for decoding.
     """
@@ -46,6 +48,7 @@ class Model:
     memories: tuple[tuple[Memory, ...], ...]
     output: str
     ignored: tuple[str, ...]
+    carried: tuple[str, ...]
     ropes: tuple[Rope, ...]
     notes: tuple[str, ...]
     max_positions: int | None
@@ -61,8 +64,8 @@ class Model:
         [embedding] = (spec for spec in rows.values() if spec.hf_template == f"{module.embedding}.weight")
         return cls(
             config, rows, buffers, graphdef, jax.tree.structure(state), order, sizes=module.sizes, embedding=embedding,
-            memories=memories(module), output=module.output, ignored=module.ignored, ropes=module.ropes, notes=module.notes,
-            max_positions=module.max_positions,
+            memories=memories(module), output=module.output, ignored=module.ignored, carried=module.carried,
+            ropes=module.ropes, notes=module.notes, max_positions=module.max_positions,
         )  # fmt: skip
 
     def bind(self, params: Mapping[str, jax.Array]) -> Any:
@@ -83,7 +86,7 @@ def note_unread(facts: Facts) -> None:
     """Add a note for each RoPE parameter that has no effect."""
     ropes = facts.get("rope_parameters") or {}
     nested = [value for value in ropes.values() if isinstance(value, Mapping)]
-    for key in sorted({key for one in nested or [ropes] for key in unread(one)}):
+    for key in sorted({key for one in nested or [ropes] for key in unread(one)} - facts.read_in_rope):
         facts.note(
             f"config.json of this {facts.model_type} model has {key} in its RoPE parameters, which transformers ignores too"
         )
@@ -91,11 +94,19 @@ def note_unread(facts: Facts) -> None:
 
 def build_module(config: Mapping[str, Any]) -> CausalLM:
     """Build the abstract module of a completed config.json (`ftjax.models.facts`); every field is honoured or rejected."""
-    facts = Facts(config)
-    module = FAMILIES[facts.model_type].build(facts)
+    whole = Facts(config)
+    composite = FAMILIES[whole.model_type].composite
+    facts = whole if composite is None else text_facts(whole, composite)
+    if composite is None or facts.model_type != FAMILIES[whole.model_type].module:  # some text models occur only inside
+        check_supported(facts.model_type, "config.json")
+    module = FAMILIES.get(facts.model_type, FAMILIES[whole.model_type]).build(facts)
     facts.finish()
     note_unread(facts)
+    if composite is not None:
+        whole.finish()
+        module = put_inside(module, facts, composite)
+        facts.carried += composite.carried
     if classes_of(config):
         to_classifier(module, config)
-    module.notes, module.max_positions = tuple(facts.notes), facts.max_positions
+    module.notes, module.max_positions, module.carried = tuple(facts.notes), facts.max_positions, tuple(facts.carried)
     return module

@@ -5,13 +5,12 @@ Source: Qwen Team 2025 (arXiv:2505.09388).
 
 from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
-from ftjax.models.llama import LlamaForCausalLM, LlamaMLP, attention
-from ftjax.models.mixtral import MoeBlock, MoeModel, router_loss
+from ftjax.models.llama import LlamaForCausalLM, attention
+from ftjax.models.mixtral import MoeBlock, MoeModel, dense_mlp, moe_stack, router_loss
 from ftjax.models.nn.experts import Experts, Router, SparseMoe
 from ftjax.models.nn.layer_types import Pattern, window
 from ftjax.models.nn.layers import RMSNorm
 from ftjax.models.nn.rope import make_rope, refuse_partial
-from ftjax.models.nn.stack import Stack
 
 
 def sparse_layers(facts: Facts, layers: int, experts: int) -> tuple[bool, ...]:
@@ -38,18 +37,12 @@ def build(facts: Facts) -> LlamaForCausalLM:
                 Router(embed, experts, top_k, normalise=normalise), Experts(embed, small, experts, act, names, None)
             )
         else:
-            mlp = LlamaMLP(embed, dense, act, False)
-            # PEFT treats layers with these names as experts of transformers 4 checkpoints, wherever they are.
-            mlp.gate_proj.adaptable = mlp.up_proj.adaptable = mlp.down_proj.adaptable = False
+            mlp = dense_mlp(embed, dense, act)
         return MoeBlock(attention(facts, bias=facts["attention_bias"], **norms), mlp, embed, eps, max(experts, 1))
 
     sparse = sparse_layers(facts, layers, experts)
     kinds = (Pattern(head_dim**-0.5, window(facts)),) * layers
-    if len(set(sparse)) == 1:
-        stack = Stack(block(sparse[0]), kinds)
-    else:
-        blocks = {"sparse": block(True), "dense": block(False)}
-        stack = Stack(blocks, kinds, tuple("sparse" if here else "dense" for here in sparse))
+    stack = moe_stack(block, kinds, sparse)
     rope = make_rope(rope, head_dim, facts["max_position_embeddings"])
     model = MoeModel(vocab, embed, eps, stack, rope, router_loss(facts), sum(sparse))
     return LlamaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"])

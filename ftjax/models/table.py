@@ -47,8 +47,12 @@ def families() -> list[Support]:
 
     found = []
     for name, family in sorted(FAMILIES.items()):
-        fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[name])}
-        root = build_module(complete_config(CONFIG_MAPPING[name]().to_dict(), name))
+        text = family.module if family.composite else name
+        fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[text])}
+        defaults = CONFIG_MAPPING[name]().to_dict()
+        if "num_experts_per_tok" in defaults:  # some classes have no default for it
+            defaults["num_experts_per_tok"] = defaults["num_experts_per_tok"] or 1
+        root = build_module(complete_config(defaults, name))
         axes = {axis for spec in specs(root).values() for axis in spec.row.axes}
         found.append(
             Support(
@@ -58,7 +62,7 @@ def families() -> list[Support]:
                 packing=packs(memories(root)),
                 tensor_parallel={"heads", "mlp"} <= axes,
                 windows="sliding_window" in fields,
-                experts="num_experts_per_tok" in fields,
+                experts=not fields.isdisjoint({"num_experts_per_tok", "top_k_experts"}),
                 positions="rotary" if "rope_parameters" in fields else "learned",
             )
         )

@@ -86,7 +86,7 @@ def next_commands(folder: Path, config: Config) -> list[str]:
     return [
         *lines,
         f"  vLLM:       vllm serve {merged}",
-        f"  llama.cpp:  python convert_hf_to_gguf.py {merged} --outfile model.gguf",
+        f"  llama.cpp:  ftjax export {folder} --gguf f16 --out {folder / 'model.gguf'}",
         f"  benchmarks: lm_eval --model hf --model_args pretrained={merged} --tasks hellaswag",
     ]
 

@@ -33,6 +33,7 @@ from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.vocabulary import refuse_untrained_rows, tokens_of, with_new_tokens
 from ftjax.mesh import devices_or_all, make_mesh, parts, replicated, sharding
 from ftjax.methods import method_of
+from ftjax.models.composite import text_of
 from ftjax.models.model import Model, build_module
 from ftjax.models.nn.attention import choose
 from ftjax.models.nn.memory import packs
@@ -286,7 +287,7 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Setu
     """
     adapter = starting_adapter(config.method)
     path, hf_config, source = open_base(config.model.path, config.model.revision, adapter)
-    had = hf_config["vocab_size"]
+    had = text_of(hf_config)["vocab_size"]
     hf_config, source = with_new_tokens(config.model, hf_config, source)
     hf_config, source = with_objectives_head(config, hf_config, source)
     mesh, why = mesh_of(config, hf_config, devices)

@@ -46,6 +46,19 @@ def test_prompts_that_are_text(values, prompt, completion, turns):
     assert example.references == (completion.strip(),)
 
 
+def test_rows_with_images_are_refused():
+    said = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]},
+        {"role": "assistant", "content": "A"},
+    ]
+    with pytest.raises(UserError, match=r"a\.jsonl:1: .*'image'; only text can be trained"):
+        read({"messages": said})
+    row = {"prompt": "<image>Q", "completion": "A"}
+    with pytest.raises(UserError, match=r'a\.jsonl:1: it has "images", and only text can be trained'):
+        read({**row, "images": ["q.png"]})
+    assert read({**row, "images": []}).prompt == "<image>Q"
+
+
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
 

@@ -7,7 +7,8 @@ import pytest
 import real
 
 from ftjax.config import ModelConfig
-from ftjax.generate.text import StopStrings, TextStream, turn_end
+from ftjax.generate.text import StopStrings, TextStream
+from ftjax.hub.tokenizer.ends import turn_end
 from ftjax.hub.tokenizer.load import load_tokenizer
 
 TEXTS = ["Once upon a time, there was  a fox.\n\n  It said: “hé!” 🦊🎉 done", "日本語のテキスト 🇩🇪 ok", "   leading", "x", ""]

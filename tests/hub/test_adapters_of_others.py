@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from ftjax.config import LoraConfig
 from ftjax.errors import UserError
-from ftjax.generate.context import generation_config
 from ftjax.generate.load import load
 from ftjax.hub.adapter.peft import write_adapter
+from ftjax.hub.tokenizer.ends import generation_config
 from ftjax.methods.lora import from_saved
 from ftjax.models.facts import read_config, read_object
 

@@ -174,8 +174,8 @@ def test_it_says_what_it_wrote(tmp_path, capsys):
         for file in files:
             assert f"{file.name} {readable(file.stat().st_size)}" in said[name]
     assert "wrote a whole model (LlamaForCausalLM, float32)" in said["merged"] and "PEFT" not in said["merged"]
-    assert f"vllm serve {tmp_path / 'merged'}\n" in said["merged"] and "convert_hf_to_gguf.py" in said["merged"]
-    assert "wrote an adapter (LORA) for base" in said["portable"] and "convert_lora_to_gguf.py" in said["portable"]
+    assert f"vllm serve {tmp_path / 'merged'}\n" in said["merged"] and "--gguf f16 --out model.gguf" in said["merged"]
+    assert "wrote an adapter (LORA) for base" in said["portable"] and "--gguf --lora --out" in said["portable"]
     assert f"--enable-lora --lora-modules tuned={tmp_path / 'portable'}\n" in said["portable"]
     assert "only with --portable: vLLM ignores rank_pattern and alpha_pattern\n" in said["as-it-is"]
     assert f"PeftModel.from_pretrained(model, {str(tmp_path / 'as-it-is')!r})" in said["as-it-is"]

@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf.rope import llama3_factors, rope_parameters
+from ftjax.hub.gguf.rope import FACTORS, LONG, SHORT, llama3_factors, rope_keys, rope_parameters
 
 
 def frequencies(parameters: dict, head_dim: int, length: int = 131072) -> tuple[np.ndarray, float]:
@@ -39,36 +39,37 @@ def test_llama3_is_found_in_its_factors(tmp_path, head_dim, theta, asked):
     scaled, _ = frequencies(original, head_dim)
     factors = (plain / scaled).astype(np.float32)
     np.testing.assert_allclose(llama3_factors(theta, head_dim // 2, asked), factors, rtol=1e-5)
-    found = rope_parameters(tmp_path, {"freq_base": theta, "dimension_count": head_dim}, head_dim, factors)
+    keys = {"freq_base": theta, "dimension_count": head_dim}
+    found = rope_parameters(tmp_path, keys, head_dim, {FACTORS: factors}, context=0)
     if asked["low_freq_factor"] == 1.0:
         assert found == original
     np.testing.assert_allclose(frequencies(found, head_dim)[0], scaled, rtol=2e-5)
 
 
 def test_factors_of_one_are_no_scaling(tmp_path):
-    found = rope_parameters(tmp_path, {"freq_base": 1e4}, 8, np.ones(4, np.float32))
+    found = rope_parameters(tmp_path, {"freq_base": 1e4}, 8, {FACTORS: np.ones(4, np.float32)}, context=0)
     assert found == {"rope_type": "default", "rope_theta": 1e4}
 
 
 def test_other_factors_are_refused(tmp_path):
     factors = np.linspace(1, 9, 32, dtype=np.float32)
     with pytest.raises(UserError, match=r"rope_freqs\.weight\) that is not Llama 3's"):
-        rope_parameters(tmp_path, {"freq_base": 5e5}, 64, factors)
+        rope_parameters(tmp_path, {"freq_base": 5e5}, 64, {FACTORS: factors}, context=0)
     with pytest.raises(UserError, match="both linear scaling and a table"):
-        rope_parameters(tmp_path, {"scaling.type": "linear", "scaling.factor": 2.0}, 64, factors)
+        rope_parameters(tmp_path, {"scaling.type": "linear", "scaling.factor": 2.0}, 64, {FACTORS: factors}, context=0)
 
 
 @pytest.mark.parametrize(
     "keys", [{"scaling.type": "linear", "scaling.factor": 2.5}, {"scale_linear": 2.5}, {"scaling.factor": 2.5}]
 )
 def test_linear(tmp_path, keys):
-    found = rope_parameters(tmp_path, {"freq_base": 10000.0, **keys}, 64, None)
+    found = rope_parameters(tmp_path, {"freq_base": 10000.0, **keys}, 64, {}, context=0)
     assert found == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 
 
 @pytest.mark.parametrize("keys", [{}, {"scaling.type": "none", "scaling.factor": 4.0}, {"scaling.factor": 1.0}])
 def test_none(tmp_path, keys):
-    assert rope_parameters(tmp_path, keys, 64, None) == {"rope_type": "default", "rope_theta": 10000.0}
+    assert rope_parameters(tmp_path, keys, 64, {}, context=0) == {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @pytest.mark.parametrize("attention", [None, 0.5])
@@ -77,7 +78,7 @@ def test_yarn(tmp_path, attention):
     keys = {"scaling.type": "yarn", "scaling.factor": 16.0, "scaling.original_context_length": 4096, "scaling.finetuned": True}
     if attention is not None:
         keys |= {"scaling.attn_factor": attention, "scaling.yarn_beta_fast": 16.0, "scaling.yarn_beta_slow": 2.0}
-    found = rope_parameters(tmp_path, {"freq_base": 10000.0, **keys}, 64, None)
+    found = rope_parameters(tmp_path, {"freq_base": 10000.0, **keys}, 64, {}, context=0)
     inv_freq, scale = frequencies(found, 64, 65536)
     assert scale == pytest.approx((attention or 1.0) * (1 + 0.1 * np.log(16.0)))
     plain, _ = frequencies({"rope_type": "default", "rope_theta": 10000.0}, 64)
@@ -91,4 +92,47 @@ def test_yarn(tmp_path, attention):
 
 def test_unknown_settings_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"scaling\.yarn_ext_factor"):
-        rope_parameters(tmp_path, {"freq_base": 1e4, "scaling.yarn_ext_factor": 0.5}, 64, None)
+        rope_parameters(tmp_path, {"freq_base": 1e4, "scaling.yarn_ext_factor": 0.5}, 64, {}, context=0)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096, "factor": 32.0}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+        {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, **LLAMA3},
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32768},
+        {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32768,
+            "attention_factor": 1.25, "beta_fast": 16.0, "beta_slow": 2.0,
+        },
+        {**LONGROPE, "attention_factor": 1.25, "short_factor": [1.0, 1.5] * 16, "long_factor": [2.0, 4.0] * 16},
+    ],
+    ids=["default", "linear", "llama3", "yarn", "yarn-all", "longrope"],
+)  # fmt: skip
+def test_keys_and_tables_are_read_as_they_were_written(tmp_path, parameters):
+    keys, factors = rope_keys(parameters, 64, 131072)
+    kept = {key: float(np.float32(value)) if isinstance(value, float) else value for key, value in keys.items()}  # as in a file
+    found = rope_parameters(tmp_path, kept, 64, factors, context=131072)
+    assert found.keys() == parameters.keys()
+    for name, value in parameters.items():
+        assert found[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
+    assert set(factors) == (
+        {FACTORS} if "low_freq_factor" in parameters else {SHORT, LONG} if "long_factor" in parameters else set()
+    )
+
+
+def test_attention_factors_of_yarn():
+    """llama.cpp multiplies by 1 + 0.1 ln factor itself: the file gives what is left of the model's factor."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert "scaling.attn_factor" not in rope_keys(yarn, 64, 131072)[0]
+    left = rope_keys({**yarn, "mscale": 1.0, "mscale_all_dim": 1.0}, 64, 131072)[0]["scaling.attn_factor"]
+    assert left == pytest.approx(1 / (1 + 0.1 * np.log(4.0)))
+
+
+def test_what_llama_cpp_has_not_is_refused():
+    with pytest.raises(UserError, match="type dynamic cannot be written"):
+        rope_keys({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, 64, 4096)

@@ -150,18 +150,13 @@ def test_llama_cpp_continues_texts_as_ftjax_does(older, llama_cpp, trained_llama
     write_tokenizer(written, tokenizer, ModelConfig(path=str(trained_llama)), trained_llama)
     assert ask(older, llama_cpp, tmp_path, [{"folder": str(written)}]) == [None]
 
-    (tmp_path / "texts.json").write_text(json.dumps(texts))
-    command = [
-        "node",
-        HERE / "llama_cpp.mjs",
-        llama_cpp,
-        written / "model.gguf",
-        tmp_path / "texts.json",
-        tmp_path / "found.json",
-    ]
+    asked = [{"file": str(written / "model.gguf"), "texts": texts}]
+    (tmp_path / "told.json").write_text(json.dumps(asked))
+    command = ["node", HERE / "llama_cpp.mjs", llama_cpp, tmp_path / "told.json", tmp_path / "found.json"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for text, found in zip(texts, json.loads((tmp_path / "found.json").read_text()), strict=True):
+    [answer] = json.loads((tmp_path / "found.json").read_text())
+    for text, found in zip(texts, answer["found"], strict=True):
         assert found["ids"] == tokenizer(text).input_ids, text
         whole = found["ids"] + found["next"]
         best = logits(model, params, np.array([whole[:-1]], np.int32))[0].argmax(-1).tolist()

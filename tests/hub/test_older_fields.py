@@ -27,14 +27,45 @@ WANT = {
         "sliding_window_pattern": 3,
     },
     "gemma3-ropes": {"rope_theta": 500.0, "rope_local_base_freq": 300.0, "rope_scaling": YARN},
+    "gemma4": {"rope_theta": "absent", "rope_scaling": "absent"},  # transformers 4 does not have it
+    "gemma4-images-and-sound": {},
+    "gemma4-unified": {"rope_theta": "absent", "rope_scaling": "absent"},
+    "gemma4-unified-images": {},
     "mixtral": {"rope_theta": 1e6, "rope_scaling": None, "num_local_experts": 4},
     "qwen3-moe": {**NONE, "num_experts": 6},
+    "deepseek-v3": {
+        "rope_theta": 500.0, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}, "n_routed_experts": 8,
+    },
+    "deepseek-v2": {
+        "rope_theta": 500.0, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}, "n_routed_experts": 8,
+    },
+    "glm4-moe-lite": {"rope_theta": 10000.0, "rope_scaling": SCALING, "n_routed_experts": 8},
+    "glm4": {**NONE, "partial_rotary_factor": 0.5},
+    "glm4-moe": {**NONE, "partial_rotary_factor": 0.5, "n_routed_experts": 8},
+    "olmoe": {**NONE, "num_experts": 6},
     "gpt-oss": {"rope_theta": 500.0, "rope_scaling": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}},
     "gpt-oss-plain": {"rope_theta": 500.0, "rope_scaling": None},  # without the field, transformers 4 uses the published YaRN
+    "llama4": {"rope_theta": 500.0, "rope_scaling": YARN, "num_local_experts": 4},
+    "llama4-images": {},
     "mistral": NONE,
     "ministral": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "qwen2": {"rope_theta": 500.0, "rope_scaling": {**YARN, "truncate": False}},
     "qwen3-tied": {"rope_theta": 10000.0, "rope_scaling": SCALING},
+    "qwen3.5": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None},
+    "gemma3-images": {},
+    "ministral3": {
+        "rope_theta": 500.0, "rope_scaling": {
+            **YARN, "original_max_position_embeddings": 8, "beta_fast": 16.0, "beta_slow": 1.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.7,
+        },
+    },
+    "mistral3": {},
+    "qwen3-vl": {},
+    "lfm2": {"rope_theta": 1e6, "rope_scaling": None},
+    "qwen3.5-images": {},
+    "qwen3.5-moe": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None, "num_experts": 4},
+    "qwen3.5-moe-images": {},
+    "qwen3-next": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None, "num_experts": 4},
     "gpt2": {},
     "gpt-neox": {"rotary_pct": 0.5, "rotary_emb_base": 500, "rope_scaling": None},
     "gpt-neox-serial": {
@@ -44,10 +75,17 @@ WANT = {
         "rope_theta": 500.0, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 16,
         "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]},
     },
+    "phimoe": {
+        "rope_theta": 500.0, "num_local_experts": 4, "original_max_position_embeddings": 16, "rope_scaling": {
+            "rope_type": "longrope", "short_factor": [1.0, 1.5, 1.2, 1.3], "long_factor": [2.0, 4.0, 3.0, 3.5],
+            "short_mscale": 1.2, "long_mscale": 0.8, "original_max_position_embeddings": 16,
+        },
+    },
     "olmo2": NONE,
     "olmo3": {"rope_theta": 500.0, "rope_scaling": YARN},
     "smollm3": {"rope_theta": 10000.0, "rope_scaling": SCALING},
     "granite": NONE,
+    "granitemoe": {**NONE, "num_local_experts": 6},
 }  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
 LINEAR_OLMO = Case("olmo2-linear", "olmo2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4}})
@@ -83,6 +121,7 @@ def test_nothing_changes_for_transformers_5(case, tmp_path):
     config, _, again = written(case, tmp_path)
     for one in (config, again):
         one.pop("dtype")
+        one.get("text_config", {}).pop("dtype", None)
         one["partial_rotary_factor"] = None  # a field of Phi-3, also in rope_parameters
         for rope in (one.get("rope_parameters") or {}, *(one.get("rope_parameters") or {}).values()):
             if isinstance(rope, dict):

@@ -27,8 +27,12 @@ CASES = {
         "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     }),
     "gpt_oss": Case("gpt_oss", "gpt_oss", {**SMALL, "intermediate_size": 16, "sliding_window": 8}),
+    "gemma4": Case("gemma4", "gemma4_text", {
+        "num_hidden_layers": 2, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16,
+        "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0,
+    }),
 }  # fmt: skip
-BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 VARIANTS = {
     "both": {"target_parameters": BOTH, "target_modules": ["q_proj"], "r": 3, "lora_alpha": 6},
     "one": {"target_parameters": ["experts.down_proj"], "target_modules": [], "r": 2, "use_rslora": True},
@@ -42,6 +46,7 @@ MESHES = {
     "mixtral": [{"fsdp": 2, "expert": 2, "tensor": 2}],
     "qwen3_moe": [{"fsdp": 4, "expert": 2}],
     "gpt_oss": [{"fsdp": 4, "tensor": 2}],
+    "gemma4": [{"fsdp": 2, "expert": 2, "tensor": 2}],
 }
 # PEFT warns that it ignores patterns of parameters, and honours them.
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")

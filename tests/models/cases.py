@@ -7,6 +7,22 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 
+SIGLIP = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
+IMAGES = {
+    "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+    "num_position_embeddings": 16, "patch_size": 2,
+}  # fmt: skip
+
+EXPERTS = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3}
+LATENT = {
+    **EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}  # fmt: skip
+
 CASES: list[Case] = [
     Case("llama", "llama"),
     Case("llama-tied-biases", "llama", {
@@ -57,6 +73,59 @@ CASES: list[Case] = [
         },
         "max_position_embeddings": 32,
     }),
+    Case("gemma4", "gemma4_text", {
+        "head_dim": 12, "global_head_dim": 16, "num_key_value_heads": 2, "num_global_key_value_heads": 1,
+        "num_hidden_layers": 4, "sliding_window": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 98, "attention_k_eq_v": True,
+        "final_logit_softcapping": 6.0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": 16, "rms_norm_eps": 1e-3, "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 0.4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    }),
+    Case("gemma4-dense", "gemma4_text", {
+        "head_dim": 8, "global_head_dim": 8, "num_hidden_layers": 5, "sliding_window": 6, "tie_word_embeddings": False,
+        "attention_bias": True, "hidden_activation": "silu", "hidden_size_per_layer_input": 0, "num_key_value_heads": 4,
+        "use_bidirectional_attention": "vision",
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "rope_theta": 500.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.0},
+        },
+    }),
+    Case("gemma4-own-inputs", "gemma4_text", {
+        "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 6, "sliding_window": 6,
+        "hidden_size_per_layer_input": 10, "vocab_size_per_layer_input": 96, "final_logit_softcapping": 6.0,
+    }),
+    Case("gemma4-images-and-sound", "gemma4", {
+        "text_config": {
+            "model_type": "gemma4_text", "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 8, "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 4, "num_kv_shared_layers": 4,
+            "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+        },
+        "vision_config": {**SIGLIP, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 8},
+        "audio_config": {
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "subsampling_conv_channels": [4, 4],
+            "output_proj_dims": 12,
+        },
+        "image_token_id": 200, "audio_token_id": 201, "video_token_id": 202,
+    }),
+    Case("gemma4-unified", "gemma4_unified_text", {
+        "head_dim": 12, "global_head_dim": 16, "num_key_value_heads": 2, "num_global_key_value_heads": 1,
+        "num_hidden_layers": 5, "sliding_window": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "attention_k_eq_v": True, "final_logit_softcapping": 6.0, "rms_norm_eps": 1e-3,
+    }),
+    Case("gemma4-unified-images", "gemma4_unified", {
+        "text_config": {
+            "model_type": "gemma4_unified_text", "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 3,
+            "sliding_window": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        "vision_config": {"patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 16, "mm_posemb_size": 8,
+                          "output_proj_dims": 16},
+        "audio_config": {"audio_embed_dim": 8}, "image_token_id": 200, "audio_token_id": 201, "video_token_id": 202,
+    }),
     Case("mixtral", "mixtral", {"num_local_experts": 4, "num_hidden_layers": 3, "output_router_logits": True}),
     Case("mixtral-window", "mixtral", {
         "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8, "head_dim": 12, "tie_word_embeddings": True,
@@ -89,6 +158,103 @@ CASES: list[Case] = [
         "layer_types": ["full_attention", "sliding_attention"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     }),
+    Case("deepseek-v3", "deepseek_v3", {
+        **LATENT, "num_hidden_layers": 4, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
+    }),
+    Case("deepseek-v3-plain-queries", "deepseek_v3", {
+        **LATENT, "q_lora_rank": None, "v_head_dim": 16, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1,
+        "rope_interleave": False, "norm_topk_prob": False, "tie_word_embeddings": True, "hidden_act": "gelu",
+        "n_shared_experts": 2, "num_mtp_layers": 0,
+    }),
+    Case("glm4-moe-lite", "glm4_moe_lite", {
+        **LATENT, "num_hidden_layers": 4, "mlp_layer_types": ["dense", "sparse", "dense", "sparse"], "norm_topk_prob": False,
+        "n_group": 2, "topk_group": 1, "n_shared_experts": 2, "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("glm4-moe-lite-biases", "glm4_moe_lite", {
+        **LATENT, "q_lora_rank": None, "v_head_dim": 20, "rope_interleave": False, "attention_bias": True, "hidden_act": "gelu",
+        "rms_norm_eps": 1e-3, "tie_word_embeddings": True, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "mscale_all_dim": 1.0,
+        },
+    }),
+    Case("deepseek-v2", "deepseek_v2", {
+        **LATENT, "num_hidden_layers": 4, "first_k_dense_replace": 2, "n_group": 4, "topk_group": 3, "mlp_bias": True,
+        "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5, "num_experts_per_tok": 2, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
+    }),
+    Case("deepseek-v2-groups", "deepseek_v2", {  # fewer groups than experts per token: only then do groups limit the choice
+        **LATENT, "num_hidden_layers": 3, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "mlp_bias": True,
+        "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
+    }),
+    Case("deepseek-v2-lite", "deepseek_v2", {
+        **LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "attention_bias": True, "tie_word_embeddings": True,
+        "hidden_act": "gelu", "rms_norm_eps": 1e-3, "n_shared_experts": 1,
+    }),
+    Case("glm4", "glm4", {"num_hidden_layers": 3, "head_dim": 12, "partial_rotary_factor": 0.5}),
+    Case("glm4-whole-heads", "glm4", {
+        "head_dim": 8, "partial_rotary_factor": 1.0, "attention_bias": False, "tie_word_embeddings": True, "hidden_act": "gelu",
+        "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 4,
+    }),
+    Case("glm4-moe", "glm4_moe", {
+        **EXPERTS, "num_hidden_layers": 4, "head_dim": 12, "use_qk_norm": True, "attention_bias": True, "n_group": 2,
+        "topk_group": 1, "routed_scaling_factor": 1.5,
+    }),
+    Case("glm4-moe-plain", "glm4_moe", {
+        **EXPERTS, "first_k_dense_replace": 0, "norm_topk_prob": False, "tie_word_embeddings": True, "hidden_act": "gelu",
+        "rms_norm_eps": 1e-3, "n_shared_experts": 2, "num_mtp_layers": 0, "rope_parameters": {
+            "rope_type": "linear", "rope_theta": 500.0, "factor": 4.0, "partial_rotary_factor": 0.75,
+        },
+    }),
+    Case("olmoe", "olmoe", {
+        "num_experts": 6, "num_experts_per_tok": 3, "num_hidden_layers": 3, "clip_qkv": 0.8, "norm_topk_prob": True,
+        "attention_bias": True,
+    }),
+    Case("olmoe-tied", "olmoe", {
+        "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4, "tie_word_embeddings": True, "hidden_act": "gelu",
+        "rms_norm_eps": 1e-3, "output_router_logits": True, "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("granitemoe", "granitemoe", {
+        "num_local_experts": 6, "num_experts_per_tok": 3, "num_hidden_layers": 3, "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
+    }),
+    Case("granitemoe-tied-biases", "granitemoe", {
+        "num_local_experts": 4, "attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": True,
+        "hidden_act": "gelu", "rms_norm_eps": 1e-3, "output_router_logits": True, "attention_multiplier": 0.3,
+        "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("llama4", "llama4_text", {
+        "head_dim": 12, "num_hidden_layers": 5, "attention_chunk_size": 8, "floor_scale": 6, "attn_scale": 0.7,
+        "no_rope_layers": [0, 1, 1, 0, 1], "intermediate_size_mlp": 40, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "interleave_moe_layer_step": 2, "rms_norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16},
+    }),
+    Case("llama4-plain", "llama4_text", {
+        "head_dim": 8, "num_hidden_layers": 4, "attention_chunk_size": 5, "attn_temperature_tuning": False,
+        "use_qk_norm": False, "attention_bias": True, "num_local_experts": 4, "num_experts_per_tok": 1,
+        "moe_layers": [0, 1, 2, 3], "no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True, "hidden_act": "gelu",
+        "layer_types": ["chunked_attention", "chunked_attention", "full_attention", "full_attention"],
+        "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("llama4-images", "llama4", {
+        "text_config": {
+            "model_type": "llama4_text", "head_dim": 8, "num_hidden_layers": 4, "attention_chunk_size": 8, "floor_scale": 8,
+            "intermediate_size_mlp": 40, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+        },
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+            "patch_size": 14, "vision_output_dim": 12, "projector_input_dim": 8, "projector_output_dim": 12,
+        },
+        "image_token_index": 200, "boi_token_index": 201, "eoi_token_index": 202,
+    }),
     Case("mistral", "mistral", {"sliding_window": 8, "head_dim": 12, "num_hidden_layers": 3}),
     Case("mistral-no-window", "mistral", {
         "sliding_window": None, "tie_word_embeddings": True, "hidden_act": "gelu", "rms_norm_eps": 1e-3,
@@ -119,6 +285,103 @@ CASES: list[Case] = [
         "head_dim": 8, "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1, "hidden_act": "gelu",
         "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE,
     }, tensor=1),
+    Case("qwen3.5", "qwen3_5_text", {
+        "head_dim": 16, "num_hidden_layers": 4, "rms_norm_eps": 1e-3, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 6, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    }),
+    Case("qwen3.5-tied", "qwen3_5_text", {
+        "head_dim": 8, "num_hidden_layers": 3, "linear_key_head_dim": 12, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3, "tie_word_embeddings": True,
+        "attention_bias": True, "hidden_act": "gelu", "rms_norm_eps": 1e-3,
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 0.5,
+        },
+    }),
+    Case("qwen3.5-images", "qwen3_5", {
+        "text_config": {
+            "model_type": "qwen3_5_text", "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-3,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 0, 0],
+            },
+        },
+        "vision_config": IMAGES,
+        "tie_word_embeddings": True, "image_token_id": 200, "video_token_id": 201,
+    }),
+    Case("ministral3", "ministral3", {
+        "head_dim": 12, "sliding_window": 12, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 16.0,
+            "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.7,
+        },
+    }),
+    Case("mistral3", "mistral3", {
+        "text_config": {
+            "model_type": "ministral3", "tie_word_embeddings": False, "sliding_window": 9, "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 500.0, "factor": 2.0, "original_max_position_embeddings": 6,
+                "llama_4_scaling_beta": 0.4,
+            },
+        },
+        "vision_config": {**SIGLIP, "model_type": "pixtral"}, "image_token_index": 200, "tie_word_embeddings": False,
+    }),
+    Case("mistral3-mistral", "mistral3", {
+        "text_config": {"model_type": "mistral", "sliding_window": 7}, "vision_config": {**SIGLIP, "model_type": "pixtral"},
+        "image_token_index": 200, "tie_word_embeddings": True,
+    }),
+    Case("gemma3-images", "gemma3", {
+        "text_config": {
+            "model_type": "gemma3_text", "head_dim": 12, "num_hidden_layers": 3, "sliding_window": 8,
+            "query_pre_attn_scalar": 20, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        "vision_config": {**SIGLIP, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4, "image_token_index": 200,
+        "boi_token_index": 201, "eoi_token_index": 202,
+    }),
+    Case("qwen3-vl", "qwen3_vl", {
+        "text_config": {
+            "model_type": "qwen3_vl_text", "head_dim": 8, "attention_bias": True, "rope_parameters": {
+                "rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {**IMAGES, "deepstack_visual_indexes": [0]},
+        "image_token_id": 200, "video_token_id": 201, "tie_word_embeddings": False,
+    }),
+    Case("lfm2", "lfm2", {
+        "num_hidden_layers": 5, "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+        "block_multiple_of": 12, "num_attention_heads": 4, "num_key_value_heads": 2,
+    }),
+    Case("lfm2-untied", "lfm2", {
+        "num_hidden_layers": 3, "full_attn_idxs": [1], "conv_L_cache": 4, "conv_bias": True, "norm_eps": 1e-3,
+        "tie_word_embeddings": False, "block_auto_adjust_ff_dim": False, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("qwen3.5-moe", "qwen3_5_moe_text", {
+        "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-3, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+        "output_router_logits": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    }),
+    Case("qwen3.5-moe-images", "qwen3_5_moe", {
+        "text_config": {
+            "model_type": "qwen3_5_moe_text", "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-3,
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        },
+        "vision_config": IMAGES, "image_token_id": 200, "video_token_id": 201,
+    }),
+    Case("qwen3-next", "qwen3_next", {
+        "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-3, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+        "mlp_only_layers": [1], "rope_parameters": {
+            "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5,
+        },
+    }),
     Case("gpt2", "gpt2", {
         "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48, "scale_attn_by_inverse_layer_idx": True,
         "layer_norm_epsilon": 1e-3,
@@ -151,6 +414,19 @@ CASES: list[Case] = [
             "rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.5, 1.0, 2.0],
             "long_factor": [2.0, 4.0, 5.0, 6.0], "attention_factor": 1.3, "factor": 8.0,
         },
+    }),
+    Case("phimoe", "phimoe", {
+        "num_hidden_layers": 3, "num_local_experts": 4, "router_jitter_noise": 0.2, "lm_head_bias": True,
+        "attention_bias": True, "sliding_window": 9, "max_position_embeddings": 64, "rms_norm_eps": 1e-3,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.5, 1.2, 1.3],
+            "long_factor": [2.0, 4.0, 3.0, 3.5], "short_mscale": 1.2, "long_mscale": 0.8,
+            "original_max_position_embeddings": 16,
+        },
+    }),
+    Case("phimoe-tied", "phimoe", {
+        "num_local_experts": 3, "tie_word_embeddings": True, "hidden_act": "gelu", "output_router_logits": True,
+        "num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     }),
     Case("olmo2", "olmo2", {"num_hidden_layers": 3, "attention_bias": True}),
     Case("olmo2-tied", "olmo2", {
@@ -186,3 +462,13 @@ CASES: list[Case] = [
 ]  # fmt: skip
 
 ONE_OF_EACH = list({case.model_type: case for case in reversed(CASES)}.values())[::-1]
+
+# Families that are others under another name, inside a checkpoint with more parts, or with parts of two of them. Logits,
+# checkpoints and config.json prove what differs; the laws that take long are tried on the family to the right.
+LIKE = {
+    "deepseek_v2": "deepseek_v3", "gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_text",
+    "gemma4_unified_text": "gemma4_text", "llama4": "llama4_text", "glm4_moe": "deepseek_v3", "glm4_moe_lite": "deepseek_v3",
+    "ministral3": "mistral", "mistral3": "mistral", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_next",
+    "qwen3_5_moe_text": "qwen3_next", "qwen3_vl": "qwen3",
+}  # fmt: skip
+UNLIKE = [case for case in ONE_OF_EACH if case.model_type not in LIKE]

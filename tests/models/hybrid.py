@@ -20,8 +20,9 @@ from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.layers import Linear, RMSNorm
 from ftjax.models.nn.memory import ConvState, KeysValues, RecurrentState, Shared
 from ftjax.models.nn.param import param
-from ftjax.models.nn.recurrence import causal_conv, recur
+from ftjax.models.nn.recurrence import recur
 from ftjax.models.nn.rope import Rope
+from ftjax.models.nn.short_convolution import causal_conv
 from ftjax.models.nn.stack import Stack
 
 V, E, N, H = 96, 24, 4, 8
@@ -131,7 +132,7 @@ def make(choice: tuple[str, ...], *, trainable: bool = False, seed: int = 0) -> 
     stack = Stack(blocks, (Pattern(H**-0.5),) * len(choice), choice)
     sizes = Sizes(len(choice), N, 2, H, E, V, positions=256)
     root = LlamaForCausalLM(LlamaModel(V, E, 1e-5, stack, Rope((1.0, 0.3, 0.1, 0.03))), sizes, tied=False)
-    root.notes, root.max_positions = (), None
+    root.notes, root.max_positions, root.carried = (), None, ()
     if trainable:
         for _, variable in nnx.iter_graph(root):
             if isinstance(variable, nnx.Param):

@@ -9,8 +9,9 @@ from ftjax.config import MeshConfig
 from ftjax.errors import UserError
 from ftjax.mesh import make_mesh
 from ftjax.models.nn import attention_blockwise
-from ftjax.models.nn.attention import AUTO_CUDNN, attend, choose
+from ftjax.models.nn.attention import AUTO_CUDNN, attend, choose, self_attention
 from ftjax.models.nn.attention_cudnn import documents, missing_for
+from ftjax.models.nn.context import Context
 from ftjax.models.nn.layer_types import Pattern
 
 B, T, N, K, H = 2, 37, 4, 2, 8
@@ -65,6 +66,22 @@ def test_documents_do_not_see_each_other(inputs, backend):
     second = np.asarray(segments == 2)
     np.testing.assert_array_equal(before[second], after[second])
     assert np.abs(before - after)[np.asarray(segments == 1)].max() > 0.1
+
+
+@pytest.mark.parametrize("backend", ["xla", *HERE])
+def test_chunks_count_from_the_start_of_a_document(inputs, backend):
+    """Each chunk of a document of a packed row is attended to as if it were a document of its own, and nothing else is."""
+    *qkv, segments = inputs
+    lengths = [[12, 20, 3, 2], [30, 7]]
+    positions = jnp.asarray([np.concatenate([np.arange(n) for n in row]) for row in lengths], jnp.int32)
+    ctx = Context(positions, segments, attention=backend)
+    got, _ = self_attention(*qkv, ctx, Pattern(0.35, chunk=5), 0, None)
+    alone = jnp.asarray([[number for number, size in enumerate(row, 1) for _ in range(size)] for row in (
+        [5, 5, 2, 5, 5, 5, 5, 3, 2], [5, 5, 5, 5, 5, 5, 7],
+    )])  # fmt: skip
+    want = attend(*qkv, alone, alone, 0, Pattern(0.35), "xla").reshape(got.shape)
+    real = np.asarray(segments > 0)
+    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from typing import get_type_hints
+from typing import get_origin, get_type_hints
 
 import jax
 import pytest
@@ -35,9 +35,9 @@ def test_a_configuration_leaves_its_case_alone():
 def test_a_root_keeps_the_contract(case):
     root = build_module(config_of(case))
     assert isinstance(root, CausalLM)
-    for name in ("sizes", "embedding", "output", "ignored", "ropes", "notes", "max_positions"):
+    for name in ("sizes", "embedding", "output", "ignored", "carried", "ropes", "notes", "max_positions"):
         value, kind = getattr(root, name), get_type_hints(CausalLM)[name]
-        plain = {"ignored": tuple, "ropes": tuple, "notes": tuple, "max_positions": int | None}.get(name, kind)
+        plain = int | None if name == "max_positions" else get_origin(kind) or kind
         assert isinstance(value, plain), name
     for name in ("hidden", "unembed"):
         promised, kept = (inspect.signature(getattr(one, name)).parameters for one in (CausalLM, root))
@@ -47,16 +47,18 @@ def test_a_root_keeps_the_contract(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sizes_are_those_of_transformers(case, tmp_path):
     hf = make_hf(case, tmp_path)
-    config, module = hf.config, dict(hf.named_modules())
+    config, module = hf.config.get_text_config(), dict(hf.named_modules())
     model = Model.of(build_module(config_of(case)), config_of(case))
     sizes, rows = model.sizes, hf.get_input_embeddings().weight
     assert (sizes.layers, sizes.heads) == (config.num_hidden_layers, config.num_attention_heads)
     assert (sizes.vocab, sizes.embed) == tuple(rows.shape)
-    one = hf.model.layers[0].self_attn if hasattr(hf, "model") else None  # GPT-2 and GPT-NeoX have a key for each query
-    heads = sizes.heads if one is None else config.num_key_value_heads
-    assert (sizes.kv_heads, sizes.head_dim) == (heads, sizes.embed // sizes.heads if one is None else one.head_dim)
+    # GPT-2 and GPT-NeoX have a key for each query.
+    one = next((part for name, part in module.items() if name.endswith(".self_attn") and "vision" not in name), None)
+    size = getattr(one, "head_dim", getattr(one, "qk_head_dim", None))  # latent attention has the latter
+    heads = sizes.heads if one is None else max(layer.num_key_value_heads for layer in config.per_layer_config)
+    assert (sizes.kv_heads, sizes.head_dim) == (heads, sizes.embed // sizes.heads if one is None else size)
     assert module[model.embedding.module] is hf.get_input_embeddings() and model.embedding.shape == tuple(rows.shape)
-    if not config.tie_word_embeddings:
+    if not hf.config.tie_word_embeddings:
         head = "embed_out" if case.model_type == "gpt_neox" and model.output not in module else model.output
         assert module[head] is hf.get_output_embeddings()
     else:
@@ -65,7 +67,7 @@ def test_sizes_are_those_of_transformers(case, tmp_path):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_positions_are_what_the_model_is_made_for(case):
-    config = hf_config(case)
+    config = hf_config(case).get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
     want = config.max_position_embeddings
     for rope in [ropes, *(value for value in ropes.values() if isinstance(value, dict))]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cases import ONE_OF_EACH
+from cases import UNLIKE
 from oracle import TINY, attach_full, hf_config, one_device
 from tiny_run import make_batch, make_config, run_steps
 
@@ -60,7 +60,7 @@ def two_steps(case) -> dict[str, list[float]]:
     return {name: [float(getattr(out, name)) for out in metrics] for name in NAMES}
 
 
-@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@pytest.mark.parametrize("case", UNLIKE, ids=str)
 def test_golden_steps(case):
     pinned = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     new = two_steps(case)
@@ -74,4 +74,4 @@ def test_golden_steps(case):
 
 
 def test_nothing_is_pinned_for_nothing():
-    assert set(json.loads(GOLDEN.read_text())) == {case.name for case in ONE_OF_EACH}
+    assert set(json.loads(GOLDEN.read_text())) == {case.name for case in UNLIKE}

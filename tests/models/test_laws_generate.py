@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import CASES, ONE_OF_EACH
+from cases import CASES, LIKE, ONE_OF_EACH, UNLIKE
 from generate.words import words
 from oracle import assert_cached_is_uncached, hf_logits, load, make_hf, one_device, tokens
 from processes import ALL
@@ -20,12 +20,17 @@ LENGTHS = (7, 24, 16)  # shorter and longer than the windows of the cases; 24 + 
 
 
 # What a variant of a family changes is proved by its logits, with and without a cache; only a RoPE that depends on the length
-# of the text changes what a batch of rows must do. `make test-all` generates with every variant.
-GENERATING = [case for case in CASES if ALL or case in ONE_OF_EACH or "dynamic" in str(case)]
+# of the text changes what a batch of rows must do. `make test-all` generates with every variant, and with families like others.
+GENERATING = [case for case in CASES if ALL or case in UNLIKE or "dynamic" in str(case)]
+CACHED = [case for case in CASES if ALL or case.model_type not in LIKE or case.name == "ministral3"]  # it scales by position
 
 # What devices share while they generate is what layers remember: keys and values of whole texts, of windows, of both in turn,
-# and beside experts. tests/models/test_laws.py has the logits of every family on eight devices.
-KINDS = ("llama", "gpt2", "mistral", "gemma3_text", "mixtral", "gpt_oss")
+# and beside experts; latents; states and inputs of convolutions; shared keys and values; chunks. tests/models/test_laws.py has
+# logits on eight devices.
+KINDS = (
+    "llama", "gpt2", "mistral", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_5_text", "gemma4_text",
+    "llama4_text",
+)  # fmt: skip
 SPREAD = [case for case in ONE_OF_EACH if ALL or case.model_type in KINDS]
 
 
@@ -81,7 +86,7 @@ def test_greedy_text_is_transformers(case, made, answers):
     assert answers(case.name) == [hf_generate(hf, prompt) for prompt in prompts()]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CACHED, ids=str)
 def test_cached_is_uncached(case, made):
     """Several tokens at once and one by one, each row at its own pace, give the logits of one uncached pass."""
     _, _, model, params = made(case.name)

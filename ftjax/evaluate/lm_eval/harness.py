@@ -21,10 +21,10 @@ from tqdm import tqdm
 from ftjax.errors import UserError
 from ftjax.evaluate.likelihood import batches
 from ftjax.evaluate.target import find_target
-from ftjax.generate.context import end_ids
 from ftjax.generate.finite import require_finite
 from ftjax.generate.score import Query, arrays
 from ftjax.generate.session import BATCH_SIZE, Generator
+from ftjax.hub.tokenizer.ends import end_ids
 from ftjax.models.classifier import classes_of
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

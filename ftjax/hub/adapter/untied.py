@@ -16,6 +16,7 @@ from ftjax.hub.load import check_tied
 from ftjax.hub.source import TensorSource
 from ftjax.methods.tied import tied_names
 from ftjax.methods.walk import matches
+from ftjax.models.composite import with_text
 from ftjax.models.model import build_module
 
 
@@ -54,7 +55,7 @@ def with_adapters_output(
     if not _apart(saved, stored, *names):
         return hf_config, source
     if source is None:
-        return {**hf_config, "tie_word_embeddings": False}, None
+        return with_text(hf_config, tie_word_embeddings=False), None
     check_tied(root, source, str(adapter))
     tables = [f"{name}.weight" for name in names]
     # The base has one table, which the file may name after either side.
@@ -63,7 +64,7 @@ def with_adapters_output(
     found = [(stored, name) for name in held if name in stored.keys()]
     found += [(stored.original, name) for name in kept if name in stored.original.keys()]
     table = found[0] if found else (source, tables[0])
-    return {**hf_config, "tie_word_embeddings": False}, Beside(source, Renamed(table[0], dict.fromkeys(tables, table[1])))
+    return with_text(hf_config, tie_word_embeddings=False), Beside(source, Renamed(table[0], dict.fromkeys(tables, table[1])))
 
 
 def _apart(saved: Mapping[str, Any], stored: AdapterFile, embedding: str, output: str) -> bool:

@@ -6,11 +6,15 @@ llama.cpp quotes them, and lists the pattern of each name, in `src/llama-vocab.c
 `llama_vocab::impl::load`).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Regex, normalizers
-from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Split
+from tokenizers.pre_tokenizers import Sequence as Steps
 
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SYMBOLS_AND_SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_SYMBOLS_AND_SPACES}"
@@ -46,7 +50,7 @@ class Splitting:
         steps: list[PreTokenizer] = [Split(Regex(pattern), "isolated") for pattern in self.steps]
         if self.digits:
             steps.append(Digits(individual_digits=True))
-        return Sequence([*steps, ByteLevel(add_prefix_space=False, use_regex=self.gpt2)])
+        return Steps([*steps, ByteLevel(add_prefix_space=False, use_regex=self.gpt2)])
 
     def normalizer(self) -> normalizers.Normalizer | None:
         return normalizers.NFC() if self.nfc else None
@@ -68,3 +72,25 @@ SPLITTINGS: dict[str, Splitting] = {
     "tekken": Splitting((_TEKKEN,), ignore_merges=True, add_bos=True),
     "deepseek-coder": Splitting((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+"), digits=True),
 }
+
+
+def names_of(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return all names of a pre-tokenisation, given the steps that a tokenizer.json has for it; none if it has no name."""
+    *before, last = steps or [{}]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return []
+    patterns, digits, gpt2 = [], False, last.get("use_regex", True)
+    for step in before:
+        if step["type"] == "Digits" and step["individual_digits"]:
+            digits = True
+            continue
+        isolated = step.get("behavior") == "Isolated" and not step["invert"]
+        # Keeping only what matches is the same where all of a text does.
+        kept = step.get("behavior") == "Removed" and step["invert"] and len(before) == 1
+        if step["type"] != "Split" or not (isolated or kept) or digits:
+            return []
+        patterns.append(step["pattern"].get("Regex"))
+    if patterns[-1:] == [GPT2] and not gpt2:
+        patterns, gpt2 = patterns[:-1], True
+    found = tuple(patterns), gpt2, digits
+    return [name for name, one in SPLITTINGS.items() if (one.steps, one.gpt2, one.digits) == found]

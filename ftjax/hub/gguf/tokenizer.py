@@ -37,6 +37,23 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """
     metadata = open_gguf(path).metadata
     values = {key[len(PREFIX) :]: value for key, value in metadata.items() if key.startswith(PREFIX)}
+    context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    return build_tokenizer(path, values, **{
+        **({"model_max_length": context} if context else {}),
+        **({"chat_template": templates} if (templates := _chat_templates(metadata)) else {}),
+    })  # fmt: skip
+
+
+def build_tokenizer(path: Path, values: dict[str, Any], **more: Any) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that a file describes.
+
+    Args:
+        path: for messages.
+        values: the keys under `tokenizer.ggml.`, without that prefix.
+        more: further attributes of the tokenizer.
+
+    Raises UserError for an unknown tokenizer kind or pre-tokenisation, and for damaged lists.
+    """
     kind = values.get("model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
@@ -59,14 +76,7 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     eos = special.get("eos_token") if values.get("add_eos_token", False) else None
     if bos or eos:
         tokenizer.post_processor = template(tokenizer, bos, eos)
-    context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        clean_up_tokenization_spaces=False,
-        **special,
-        **({"model_max_length": context} if context else {}),
-        **({"chat_template": templates} if (templates := _chat_templates(metadata)) else {}),
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special, **more)
 
 
 def _byte_level(path: Path, values: dict[str, Any], pieces: list[str], kinds: list[int]) -> tuple[Tokenizer, bool]:

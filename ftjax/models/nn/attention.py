@@ -142,20 +142,22 @@ def attend(
         k_segments: None for a KV cache, whose rows are one document each.
         offset: slot of the first query, per row or the same for all.
         pattern: scale, window and softcap of this layer.
-        backend: the result of `choose`. Attention over a KV cache (few queries, so few scores), with a prefix, or with values
-            of another size than keys falls back to plain XLA.
+        backend: the result of `choose`. Attention over a KV cache (few queries, so few scores) or with a prefix falls back to
+            plain XLA.
         sinks: a learned score per head that takes part in the softmax without a value (gpt-oss); or None.
         prefix: keys and values that precede every document, and a mask of who sees them; or None.
     """
-    if backend in ("cudnn", AUTO_CUDNN) and (reason := missing_for(pattern, sinks, q.dtype, q.shape[-1])):
+    size, values = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    if backend in ("cudnn", AUTO_CUDNN) and (reason := missing_for(pattern, sinks, q.dtype, size)):
         if backend == "cudnn":
             raise UserError(f"model.attention: cudnn cannot compute this model: {reason}; auto uses xla for such layers")
         backend = "xla"
-    other_values = v.shape[-1] != q.shape[-1]  # the kernels support a single head size
-    if backend == "xla" or k_segments is not q_segments or prefix is not None or other_values:
+    if backend == "xla" or k_segments is not q_segments or prefix is not None:
         return xla(q, k, v, q_segments, k_segments, offset, pattern, sinks, prefix)
     kernel = KERNELS["cudnn" if backend == AUTO_CUDNN else backend]
-    return on_each_device(partial(_with_pattern, kernel, pattern), q, k, v, q_segments, sinks)
+    # The kernels support a single head size; zeros change neither scores nor the other values.
+    q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, size - x.shape[-1]),)) if x.shape[-1] < size else x for x in (q, k, v))
+    return on_each_device(partial(_with_pattern, kernel, pattern), q, k, v, q_segments, sinks)[..., :values]
 
 
 def _with_pattern(kernel, pattern, q, k, v, segments, sinks):
@@ -172,6 +174,7 @@ def self_attention(
     cache: Memories,
     sinks: Float[Array, " N"] | None = None,
     name: str = "",
+    rotate: Callable[..., jax.Array] = apply,
 ) -> tuple[Float[Array, "B T _"], Memories]:
     """Compute attention of q over the cache and the tokens' k and v; return it, heads side by side, and the cache.
 
@@ -179,28 +182,56 @@ def self_attention(
 
     Args:
         k, v: None in a layer that shares those of the last layer that wrote under `name` (`ftjax.models.nn.memory`).
+        rotate: applies RoPE, to pairs of dimensions as the family's weights have them.
     """
     b, t = q.shape[:2]
     if ctx.rope is not None:
-        q, k = apply(q, *ctx.rope), None if k is None else apply(k, *ctx.rope)
+        q, k = rotate(q, *ctx.rope), None if k is None else rotate(k, *ctx.rope)
     q = constrain(q, "batch", "length", "heads", None)
-    segments, offset = ctx.segment_ids, 0
+    own = seen = _chunks(ctx, pattern)
+    offset = 0
     if cache is not None:
         if k is None:
             k, v = cache.shared(layer, name)
         else:
             cache, k, v = cache.write(layer, k, v, name)
         if cache.lengths is not None:  # a row that decodes is one document
-            segments, offset = None, cache.lengths
-    y = attend(q, k, v, ctx.segment_ids, segments, offset, pattern, ctx.attention, sinks, _before(ctx, pattern, layer))
+            own, seen = _chunks_of_slots(ctx, pattern, k.shape[1])
+            offset = cache.lengths
+    y = attend(q, k, v, own, seen, offset, pattern, ctx.attention, sinks, _before(ctx, pattern, layer))
     return y.reshape(b, t, -1), cache
 
 
+def _chunks(ctx: Context, pattern: Pattern) -> Int[Array, "B T"]:
+    """Return segment ids in which each chunk is a document of its own, so that every backend keeps to chunks."""
+    if pattern.chunk is None:
+        return ctx.segment_ids
+    each = -(-(ctx.positions.shape[1] + _virtual(ctx)) // pattern.chunk)  # chunks of a document at most
+    return jnp.where(ctx.segment_ids == 0, 0, ctx.segment_ids * each + ctx.positions // pattern.chunk)
+
+
+def _chunks_of_slots(ctx: Context, pattern: Pattern, slots: int) -> tuple[Int[Array, "B T"], Int[Array, "B {slots}"] | None]:
+    """Return segment ids of queries and of the slots of a KV cache, whose rows are one document each."""
+    if pattern.chunk is None:
+        return ctx.segment_ids, None
+    place = (jnp.arange(slots, dtype=jnp.int32) + _virtual(ctx)) // pattern.chunk
+    return ctx.positions // pattern.chunk, jnp.broadcast_to(place, (ctx.positions.shape[0], slots))
+
+
+def _virtual(ctx: Context) -> int:
+    """Return the number of virtual tokens before each document."""
+    return 0 if ctx.prefix is None else ctx.prefix.keys.shape[1]
+
+
 def _before(ctx: Context, pattern: Pattern, layer) -> tuple[jax.Array, jax.Array, jax.Array] | None:
-    """Return this layer's virtual tokens `[V, K, H]`, and a mask of the tokens whose window reaches them, or None."""
+    """Return this layer's virtual tokens `[V, K, H]`, and a mask of the tokens whose window or chunk has them, or None."""
     if ctx.prefix is None:
         return None
     keys, values = ctx.prefix.keys[layer], ctx.prefix.values[layer]
-    distance = ctx.positions[:, :, None] - jnp.arange(keys.shape[0], dtype=jnp.int32)
-    seen = jnp.ones(distance.shape, bool) if pattern.window is None else distance < pattern.window
+    positions, virtual = ctx.positions[:, :, None], jnp.arange(keys.shape[0], dtype=jnp.int32)
+    seen = jnp.ones((*ctx.positions.shape, keys.shape[0]), bool)
+    if pattern.window is not None:
+        seen &= positions - virtual < pattern.window
+    if pattern.chunk is not None:
+        seen &= positions // pattern.chunk == virtual // pattern.chunk
     return keys, values, seen

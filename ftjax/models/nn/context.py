@@ -1,6 +1,6 @@
 """Inputs shared by all layers in one forward pass.
 
-Legend: B batch, T query length, K kv heads, H head dim, L layers, V virtual tokens.
+Legend: B batch, T query length, K kv heads, H head dim, L layers, V virtual tokens, P size of a layer's own input.
 """
 
 from dataclasses import dataclass, replace
@@ -31,6 +31,7 @@ class Context:
         remat: what a block saves for its backward pass (`ftjax.models.nn.remat.REMAT_POLICIES`), or `none` to save everything.
         dropout: PRNG key of this layer's dropout masks; None outside training.
         rope: the family's position embedding, computed once for all layers.
+        own_input: inputs of the layers besides x, `[L, B, T, P]`; a layer gets its own, `[B, T, P]`. None without such inputs.
         prefix: virtual tokens that precede every document (`after_virtual_tokens`), or None.
         whole_weights: whether weights have been gathered already (`ftjax.models.nn.chunks`).
     """
@@ -42,6 +43,7 @@ class Context:
     remat: str = "none"
     dropout: jax.Array | None = None
     rope: Any = None
+    own_input: Float[Array, "*layers B T P"] | None = None
     prefix: Prefix | None = None
     whole_weights: bool = False
 

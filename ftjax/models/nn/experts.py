@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from ftjax.mesh import fitting
 from ftjax.models.nn.context import Context
-from ftjax.models.nn.layers import activation, project
+from ftjax.models.nn.layers import Linear, activation, project
 from ftjax.models.nn.param import Init, Layout, param
 from ftjax.models.nn.remat import saved_product
 
@@ -167,10 +167,12 @@ class ExpertMatrices(nnx.Module):
     Attributes:
         AXES: logical axes of each parameter.
         INPUT_AXES: the axis of the inputs of each weight, in the order of the parameters of transformers' module.
+        ADAPTABLE: False if PEFT would take outputs of the weights for inputs, because transformers' module does not tell it.
     """
 
     AXES: ClassVar[dict[str, tuple[str | None, ...]]]
     INPUT_AXES: ClassVar[dict[str, int]]
+    ADAPTABLE: ClassVar[bool] = True
 
     def leave_room(self) -> None:
         """Make room for updates; to be called once the weights are there."""
@@ -196,14 +198,16 @@ class ExpertMatrices(nnx.Module):
             part: of outputs that are in several parts.
         """
 
-        def of_part(weight: jax.Array) -> jax.Array:
-            return weight if part is None else weight[:, part]
-
-        weight = of_part(params[name])
-        y = grouped(x, weight, group.sizes, weight.ndim + self.INPUT_AXES[name])
-        if f"{name}.lora_A" in params:
+        weight = params[name]
+        inputs, outputs = weight.ndim + self.INPUT_AXES[name], params.get(f"{name}.lora_B")
+        if part is not None:  # on the axis before or after that of the inputs
+            parts = 2 if inputs == 1 else 1
+            weight, inputs = jax.lax.index_in_dim(weight, part, parts, keepdims=False), inputs - (parts < inputs)
+            outputs = None if outputs is None else outputs[:, part]
+        y = grouped(x, weight, group.sizes, inputs)
+        if outputs is not None:
             low = grouped(x, params[f"{name}.lora_A"], group.sizes, 2)
-            y = y + grouped(low, of_part(params[f"{name}.lora_B"]), group.sizes, 2)
+            y = y + grouped(low, outputs, group.sizes, 2)
         return y
 
 
@@ -218,18 +222,28 @@ class Experts(ExpertMatrices):
     INPUT_AXES = {"gate_up_proj": -1, "down_proj": -1}  # noqa: RUF012
 
     def __init__(
-        self, embed: int, mlp: int, experts: int, act: str, names: tuple[str, str, str], module: tuple[str, str] | None
+        self, embed: int, mlp: int, experts: int, act: str, names: tuple[str, str, str] | None, module: tuple[str, str] | None
     ):
-        """`names` are those of gate, up and down in checkpoints; `module` is the part of the module name that differs there."""
+        """Create abstract weights.
+
+        Args:
+            names: those of gate, up and down in checkpoints; None if checkpoints have the tensors of transformers' modules.
+            module: the part of the module name that differs in checkpoints.
+        """
         self.act = activation(act)
-        gate, up, down = names
+        of_two, of_one = (), ()
+        if names is not None:
+            gate, up, down = names
+            of_two, of_one = (
+                (Layout("{}.{}.weight", (None, (gate, up)), module),),
+                (Layout(f"{{}}.{down}.weight", (None,), module),),
+            )
         self.gate_up_proj = param(
             (experts, 2, mlp, embed), self.AXES["gate_up_proj"], "gate_up_proj", hf_shape=(experts, 2 * mlp, embed),
-            layouts=(Layout("{}.{}.weight", (None, (gate, up)), module),),
+            layouts=of_two,
         )  # fmt: skip
         self.down_proj = param(
-            (experts, embed, mlp), self.AXES["down_proj"], "down_proj",
-            layouts=(Layout(f"{{}}.{down}.weight", (None,), module),),
+            (experts, embed, mlp), self.AXES["down_proj"], "down_proj", layouts=of_one,
         )  # fmt: skip
         self.leave_room()
 
@@ -270,13 +284,34 @@ def balance_loss(sums: dict[str, Float[Array, " X"]], layers: int, segment_ids: 
 class SparseMoe(nnx.Module):
     """A router and its experts, under transformers' names."""
 
-    def __init__(self, router: Router, experts: nnx.Module, name: str = "gate"):
-        """`name` is the attribute name of the router."""
+    def __init__(self, router: nnx.Module, experts: nnx.Module, name: str = "gate", shared: nnx.Module | None = None):
+        """Hold a router, which is called like `Router`, and its experts.
+
+        Args:
+            name: attribute name of the router.
+            shared: a feed-forward layer that every token goes through too.
+        """
         self.gate = router if name == "gate" else None
         self.router = router if name == "router" else None
-        self.experts = experts
+        self.experts, self.shared_experts = experts, shared
 
     def __call__(self, x: Float[Array, "B T E"], ctx: Context) -> tuple[Float[Array, "B T E"], dict[str, Float32[Array, " X"]]]:
         """Return the output and `statistics`."""
         logits, chosen, weights = (self.gate or self.router)(x)
-        return self.experts(x, chosen, weights), statistics(logits, chosen, ctx.segment_ids)
+        y = self.experts(x, chosen, weights)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x, ctx)
+        return y, statistics(logits, chosen, ctx.segment_ids)
+
+
+class SharedMoe(SparseMoe):
+    """Experts beside one that every token uses, multiplied by the sigmoid of a gate."""
+
+    def __init__(self, router: Router, experts: nnx.Module, shared: nnx.Module, embed: int):
+        super().__init__(router, experts)
+        self.shared_expert = shared
+        self.shared_expert_gate = Linear(embed, 1, ("embed", "gate"))
+
+    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+        y, sums = super().__call__(x, ctx)
+        return y + jax.nn.sigmoid(self.shared_expert_gate(x, ctx)) * self.shared_expert(x, ctx), sums

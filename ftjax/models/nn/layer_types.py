@@ -1,5 +1,6 @@
 """Read `layer_types` of a config.json: which layers use full or sliding-window attention, and the RoPE of each type."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,11 +17,13 @@ class Pattern:
         scale: factor on the scores.
         window: number of keys that a query attends to, including its own; None for all.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2); None for no cap.
+        chunk: a query attends only to keys of its chunk of so many tokens, counted from its document's start (Llama 4).
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
+    chunk: int | None = None
 
 
 class Kind(NamedTuple):
@@ -62,8 +65,12 @@ def patterns(facts: Facts, scale: float, softcap: float | None = None) -> tuple[
     return tuple(Pattern(scale, window if kind == "sliding_attention" else None, softcap) for kind in types)
 
 
-def ropes(facts: Facts, head_dim: int) -> dict[str, Rope]:
-    """Build the RoPE of each layer type. Raises UserError for parameters that belong to no layer type."""
+def ropes(facts: Facts, head_dim: int | Mapping[str, int]) -> dict[str, Rope]:
+    """Build the RoPE of each layer type. Raises UserError for parameters that belong to no layer type.
+
+    Args:
+        head_dim: the same for all layers, or of each layer type.
+    """
     parameters = facts["rope_parameters"]
     other = sorted(key for key in parameters if key not in ("full_attention", "sliding_attention"))
     if other:
@@ -73,12 +80,15 @@ def ropes(facts: Facts, head_dim: int) -> dict[str, Rope]:
         )
 
     def make(kind: str) -> Rope:
-        own = refuse_partial(parameters[kind])
+        own = parameters[kind]
+        if own.get("rope_type") != "proportional":  # rotates whole heads too, with a part of its frequencies at zero
+            refuse_partial(own)
         if own.get("truncate") is False:
             raise UserError(
                 f"rope_parameters.{kind}: truncate = False is not supported (transformers ignores it where each layer type "
                 "has parameters of its own); remove it"
             )
-        return make_rope(own, head_dim, facts["max_position_embeddings"])
+        size = head_dim if isinstance(head_dim, int) else head_dim[kind]
+        return make_rope(own, size, facts["max_position_embeddings"])
 
     return {kind: make(kind) for kind in sorted(set(facts["layer_types"]))}

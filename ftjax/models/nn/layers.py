@@ -160,6 +160,16 @@ class IdentityAdapter(nnx.Module):
         return o
 
 
+def unit_rms(x: Float[Array, "*of size"], eps: float) -> Float[Array, "*of size"]:
+    """Return `x / rms(x)`, computed in float32: a norm without weights."""
+    return _unit_rms(x, eps).astype(x.dtype)
+
+
+def _unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """`x / rms(x) * weight` in float32 (Zhang and Sennrich 2019, arXiv:1910.07467).
 
@@ -172,8 +182,7 @@ class RMSNorm(nnx.Module):
         self.weight = param((size,), (axis,), "weight", init=Init("zeros" if offset else "ones"))
 
     def __call__(self, x: Float[Array, "*of size"]) -> Float[Array, "*of size"]:
-        x32 = x.astype(jnp.float32)
-        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        y = _unit_rms(x, self.eps)
         weight = self.weight[...].astype(jnp.float32) + self.offset
         if self.round_first:
             return y.astype(x.dtype) * weight.astype(x.dtype)

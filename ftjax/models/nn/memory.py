@@ -12,15 +12,17 @@ from flax import nnx
 
 from ftjax.errors import UserError
 
+LATENT = "latent"  # name of the record of latent attention
+
 
 @dataclass(frozen=True)
 class KeysValues:
     """Keys and values of every token: keys `[K, D]` after RoPE, and values `[K, V]`.
 
-    A latent from which keys and values are computed (MLA) counts as one head with its own sizes.
+    A latent from which keys and values are computed counts as the values of one head (`ftjax.models.nn.latent_attention`).
 
     Attributes:
-        name: name under which later layers may read them (`Shared`).
+        name: name under which later layers may read them (`Shared`), or LATENT.
     """
 
     kv_heads: int
@@ -94,7 +96,7 @@ def one_for_all(layers: Iterable[tuple[Memory, ...]]) -> KeysValues:
     """
     found = set(layers)
     record = next(iter(found))[0] if len(found) == 1 and len(next(iter(found))) == 1 else None
-    if not isinstance(record, KeysValues) or record.key_dim != record.value_dim:
+    if not isinstance(record, KeysValues) or record.key_dim != record.value_dim or record.name == LATENT:
         raise UserError(
             "method.name: virtual tokens are keys and values of one size in every layer, and the layers of this model have "
             "another kind of memory; use method.name: lora"

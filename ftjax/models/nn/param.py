@@ -74,10 +74,13 @@ class Row:
         adapter: whether a method added the parameter; it is then initialised, not loaded with the base model.
         ranks: for each stacked index, the used length of the `rank` axis (0: that layer has no adapter, whether or not the
             parameter has that axis). The rest is padding, which is neither trained nor exported.
-        hf_shape: Hugging Face's shape of one layer's tensor, if one of its dimensions is split in two in memory.
+        hf_shape: Hugging Face's shape of one layer's tensor, if one of its dimensions is split in two in memory and no layout
+            splits the tensor.
         layouts: layouts in checkpoints, if different from one tensor per layer; the first is used for writing. The parameter
             can always be read under its own name.
         quantization: quantization of a frozen weight, whose value is then a pytree of arrays.
+        constant: trained by no method: a buffer of transformers, such as the scalar of a layer of Gemma 4.
+        float32: float32 in memory and in checkpoints, whatever the model's dtype, such as the correction bias of a router.
     """
 
     axes: tuple[str | None, ...]
@@ -89,6 +92,8 @@ class Row:
     hf_shape: tuple[int, ...] | None = None
     layouts: tuple[Layout, ...] = ()
     quantization: Quantization | None = None
+    constant: bool = False
+    float32: bool = False
 
 
 def param(shape: tuple[int, ...], axes: tuple[str | None, ...], name: str, dtype=jnp.float32, **row) -> nnx.Param:
@@ -163,7 +168,7 @@ class Spec:
                 if "rank" in self.row.axes:
                     at = self.row.axes.index("rank") - depth
                     slices = (*slices[:at], slice(0, self.row.ranks[number]), *slices[at + 1 :])
-            shape = self.row.hf_shape if self.row.hf_shape and layout is None else tuple(s.stop for s in slices)
+            shape = self.row.hf_shape if self.row.hf_shape and not labels else tuple(s.stop for s in slices)
             yield Piece(template.format(*self._labels(index, labels)), index + slices, shape)
 
     def _labels(self, index: tuple[int, ...], labels: tuple[tuple[str, ...] | None, ...]) -> Iterator[int | str]:
@@ -183,7 +188,8 @@ class Spec:
         return self.pieces(self.row.layouts[0] if self.row.layouts else None)
 
     def astype(self, dtype) -> "Spec":
-        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+        """Return the spec with another dtype; some keep theirs."""
+        return self if self.row.float32 else dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     @property
     def size(self) -> int:

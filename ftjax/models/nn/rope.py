@@ -21,11 +21,12 @@ from ftjax.errors import UserError
 _KEYS = {
     "default": set(),
     "linear": {"factor"},
+    "proportional": {"factor"},
     "dynamic": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
         "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-        "mscale_all_dim", "truncate",
+        "mscale_all_dim", "truncate", "llama_4_scaling_beta",
     },
     "longrope": {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"},
 }  # fmt: skip
@@ -38,6 +39,7 @@ class Rope:
     Attributes:
         inv_freq: one float32 per pair of rotated dimensions, in radians per token.
         scaling: factor on cos and sin (attention factor of YaRN and LongRoPE).
+        long_scaling: that of documents longer than `switch`, if it is another one (Phi-3.5-MoE).
         base, dim, factor: used by `dynamic` to recompute frequencies.
         switch: documents longer than this use `long_inv_freq` (longrope) or a recomputed base (dynamic).
     """
@@ -49,6 +51,7 @@ class Rope:
     factor: float = 1.0
     switch: int | None = None
     long_inv_freq: tuple[float, ...] | None = None
+    long_scaling: float | None = None
 
     @property
     def by_length(self) -> bool:
@@ -71,9 +74,11 @@ class Rope:
         Types that depend on the length of the text use the length of each token's own document, so that packed documents give
         the same results as separate ones.
         """
-        inv_freq = jnp.asarray(self.inv_freq, jnp.float32)
+        inv_freq, scaling = jnp.asarray(self.inv_freq, jnp.float32), self.scaling
         if self.switch is not None:
             length = document_lengths(positions, segment_ids)[..., None]
+            if self.long_scaling is not None:
+                scaling = jnp.where(length > self.switch, self.long_scaling, self.scaling)
             if self.long_inv_freq is not None:
                 inv_freq = jnp.where(length > self.switch, jnp.asarray(self.long_inv_freq, jnp.float32), inv_freq)
             else:
@@ -81,7 +86,7 @@ class Rope:
                 base = self.base * (self.factor * stretched - (self.factor - 1)) ** (self.dim / (self.dim - 2))
                 inv_freq = 1.0 / base ** (jnp.arange(0, self.dim, 2, dtype=jnp.float32) / self.dim)
         angle = positions[..., None].astype(jnp.float32) * inv_freq
-        return jnp.cos(angle) * self.scaling, jnp.sin(angle) * self.scaling
+        return jnp.cos(angle) * scaling, jnp.sin(angle) * scaling
 
 
 def angles(rope: "Rope | Mapping[str, Rope]", positions: jax.Array, segment_ids: jax.Array) -> Any:
@@ -113,6 +118,20 @@ def apply(x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[
     return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
 
 
+def apply_interleaved(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+) -> Float[Array, "B T N H"]:
+    """Rotate the first `2 * half` dimensions of each head, where a pair is two neighbours.
+
+    `apply` instead pairs each dimension of the first half with one of the second.
+    """
+    size = 2 * cos.shape[-1]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    a, b = x[..., :size:2].astype(jnp.float32), x[..., 1:size:2].astype(jnp.float32)
+    rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(*x.shape[:-1], size).astype(x.dtype)
+    return rotated if size == x.shape[-1] else jnp.concatenate([rotated, x[..., size:]], axis=-1)
+
+
 def longest_text(parameters: Mapping[str, Any], max_position_embeddings: int) -> int:
     """Return the maximum text length in tokens: that of config.json, or a longer one that RoPE scaling extends it to.
 
@@ -133,11 +152,9 @@ def unread(parameters: Mapping[str, Any]) -> list[str]:
     """Return the keys of `rope_parameters` that are set but not read by transformers for their type, such as `finetuned` of
     early YaRN models and `short_mscale` of Phi-3.5 MoE."""
     known = _KEYS.get(parameters.get("rope_type", "default"), set()) | {
-        "rope_type",
-        "type",
-        "rope_theta",
-        "partial_rotary_factor",
-    }
+        "rope_type", "type", "rope_theta", "partial_rotary_factor",
+        "mrope_section", "mrope_interleaved",  # of the positions in an image; those of a text are equal
+    }  # fmt: skip
     return sorted(key for key, value in parameters.items() if key not in known and value is not None)
 
 
@@ -172,6 +189,8 @@ def make_rope(parameters: dict[str, Any], head_dim: int, max_position_embeddings
         return Rope(floats(inv_freq))
     if kind == "linear":
         return Rope(floats(inv_freq / np.float32(parameters["factor"])))
+    if kind == "proportional":
+        return Rope(floats(_proportional(base, head_dim, parameters)))
     if kind == "dynamic":
         return Rope(
             floats(inv_freq), base=float(base), dim=dim, factor=float(parameters["factor"]), switch=max_position_embeddings
@@ -193,10 +212,18 @@ def make_rope(parameters: dict[str, Any], head_dim: int, max_position_embeddings
     return Rope(floats(inv_freq / short), scaling=float(scaling), switch=int(original), long_inv_freq=floats(inv_freq / long))
 
 
+def _proportional(base: float, head_dim: int, p: dict[str, Any]) -> np.ndarray:
+    """Return the frequencies of a whole head of which only a part turns: the others are zero."""
+    part, half = p.get("partial_rotary_factor"), head_dim // 2
+    turning = int((1.0 if part is None else part) * head_dim // 2)
+    inv_freq = np.float32(1) / np.float32(base) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    return np.where(np.arange(half) < turning, inv_freq, np.float32(0)) / np.float32(p.get("factor") or 1)
+
+
 def _llama3(inv_freq: np.ndarray, p: dict[str, Any]) -> np.ndarray:
     low, high, length = p["low_freq_factor"], p["high_freq_factor"], p["original_max_position_embeddings"]
     wavelength = 2 * math.pi / inv_freq
-    smooth = (length / wavelength - low) / (high - low)
+    smooth = (length / wavelength - low) / ((high - low) or np.inf)  # Llama 4 Scout has nothing in between
     between = (1 - smooth) * inv_freq / p["factor"] + smooth * inv_freq
     slow = np.where(wavelength > length / low, inv_freq / p["factor"], inv_freq)
     return np.where((wavelength >= length / high) & (wavelength <= length / low), between, slow)

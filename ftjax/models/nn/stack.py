@@ -149,36 +149,45 @@ class Stack(nnx.Module):
             return leaf.reshape(repeats, count, *leaf.shape[1:]) if count > 1 else leaf
 
         def body(carry, scanned):
-            states, keys, group = scanned
+            states, keys, inputs, group = scanned
             for i, name in enumerate(chosen):
                 number, count = chosen[:i].count(name), chosen.count(name)
 
-                def run(x, cache, state, whole, keys, i=i, name=name, number=number, count=count):
+                def run(x, cache, state, whole, keys, inputs, i=i, name=name, number=number, count=count):
                     # Index inside the recomputed function: the backward pass then saves the stacked parameters
                     # themselves, not a copy for every layer.
                     state = jax.tree.map(lambda leaf: leaf[number], state) if count > 1 else state
                     at = before[name] + group * count + number
                     whole = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False), whole)
                     block = nnx.merge(split[name][0], state, whole)
-                    key = None if keys is None else keys[i]
+                    own = replace(
+                        ctx,
+                        dropout=None if keys is None else keys[i],
+                        own_input=None if inputs is None else inputs[i],
+                    )
                     if ctx.remat == "offload":
                         x = checkpoint_name(x, BLOCK_INPUT)
-                    return block(x, replace(ctx, dropout=key), self.kinds[start + i], start + group * width + i, cache)
+                    return block(x, own, self.kinds[start + i], start + group * width + i, cache)
 
                 x, cache, aux = carry
                 if ctx.remat != "none" and not isinstance(cache, Cache):
                     # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier of
                     # prevent_cse is only needed for layers outside a scan.
                     run = jax.checkpoint(run, policy=REMAT_POLICIES[ctx.remat], prevent_cse=repeats == 1)
-                x, cache, more = run(x, cache, states[name], split[name][2], keys)
+                x, cache, more = run(x, cache, states[name], split[name][2], keys, inputs)
                 carry = x, cache, more if aux is None else jax.tree.map(jnp.add, aux, more)
             return carry, None
 
         states = {name: jax.tree.map(lambda leaf, n=name: grouped(n, leaf), split[name][1]) for name in set(chosen)}
-        scanned = (states, None if keys is None else keys[start:end].reshape(repeats, width), jnp.arange(repeats))
+
+        def by_period(leaf: jax.Array | None) -> jax.Array | None:
+            """Return the segment's part of what each layer has one of, as `[repeats, width, ...]`."""
+            return None if leaf is None else leaf[start:end].reshape(repeats, width, *leaf.shape[1:])
+
+        scanned = (states, by_period(keys), by_period(ctx.own_input), jnp.arange(repeats))
         if repeats == 1:
-            states, keys, _ = jax.tree.map(lambda leaf: leaf[0], scanned)
-            return body(carry, (states, keys, 0))[0]
+            states, keys, inputs, _ = jax.tree.map(lambda leaf: leaf[0], scanned)
+            return body(carry, (states, keys, inputs, 0))[0]
         if carry[2] is None:  # the shape of aux is known once a layer has run
             aux = jax.eval_shape(lambda: body(carry, jax.tree.map(lambda leaf: leaf[0], scanned))[0][2])
             carry = (*carry[:2], jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux))

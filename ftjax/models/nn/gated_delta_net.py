@@ -1,0 +1,171 @@
+"""Gated DeltaNet: a layer with a short convolution, the gated delta rule, and a gated norm.
+
+Sources: Yang et al. 2024 (arXiv:2412.06464); transformers, models/qwen3_5 (`Qwen3_5GatedDeltaNet`). Families differ in how
+they project queries, keys, values and gates; a family's subclass defines `project`.
+
+Under a mesh, each device has all tokens of its rows for some of the heads, so that neither convolution nor state crosses
+devices. Along `sequence`, that exchanges "all heads of some tokens" for "some heads of all tokens", as attention does in
+`ftjax.models.nn.attention_sharded`.
+
+Legend: B batch, T length, E embed, K key heads, N value heads, D key size, V value size, W kernel size.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from ftjax.errors import UserError
+from ftjax.mesh import RULES, fitting
+from ftjax.models.nn.cache import Memories, recall, remember
+from ftjax.models.nn.context import Context
+from ftjax.models.nn.delta_rule import gated_delta_rule
+from ftjax.models.nn.layer_types import Pattern
+from ftjax.models.nn.layers import Linear, RMSNorm, activation
+from ftjax.models.nn.memory import ConvState, RecurrentState
+from ftjax.models.nn.param import Init, param
+from ftjax.models.nn.short_convolution import ShortConvolution, causal_conv
+
+
+class DeltaSizes(NamedTuple):
+    """Heads and sizes of a gated DeltaNet; K divides N."""
+
+    key_heads: int  # K
+    value_heads: int  # N
+    key_size: int  # D
+    value_size: int  # V
+    width: int  # W
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Channels of queries, keys and values."""
+        keys = self.key_heads * self.key_size
+        return keys, keys, self.value_heads * self.value_size
+
+    @property
+    def state(self) -> int:
+        """Numbers in the state of all heads."""
+        return self.value_heads * self.key_size * self.value_size
+
+
+class Projected(NamedTuple):
+    """What a gated DeltaNet computes of a token alone.
+
+    Attributes:
+        q, k: [B, T, K, D], before the convolution and without normalisation.
+        v: [B, T, N, V], before the convolution.
+        gate: [B, T, N, V], of the outputs.
+        a, b: [B, T, N], of which the decay and the strength of a token are computed.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    gate: jax.Array
+    a: jax.Array
+    b: jax.Array
+
+
+class GatedNorm(RMSNorm):
+    """`norm(x) * silu(gate)`, the gate in float32."""
+
+    def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
+        return (super().__call__(x).astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+
+
+class GatedDeltaNet(nnx.Module):
+    """A gated DeltaNet without its input projections, which a subclass adds."""
+
+    def __init__(self, embed: int, sizes: DeltaSizes, act: str, eps: float):
+        self.sizes, self.act = sizes, activation(act)
+        self.state_flops = 6 * sizes.state  # a token reads the state, corrects it and reads it again
+        self.memory = (
+            ConvState(sum(sizes.channels), sizes.width - 1),
+            RecurrentState((sizes.value_heads, sizes.key_size, sizes.value_size)),
+        )
+        self.conv1d = ShortConvolution(sum(sizes.channels), sizes.width)
+        self.dt_bias = param((sizes.value_heads,), ("heads",), "dt_bias", init=Init("ones"))
+        self.A_log = param((sizes.value_heads,), ("heads",), "A_log", init=Init("zeros"))
+        self.norm = GatedNorm(sizes.value_size, eps)
+        self.out_proj = Linear(sizes.channels[2], embed, ("heads", "embed"))
+
+    def project(self, x: jax.Array, ctx: Context) -> Projected:
+        """Project `x [B, T, E]`."""
+        raise NotImplementedError
+
+    def attend(self, found: Projected, ctx: Context, pattern: Pattern, layer, cache: Memories):
+        """Map the result of `project` to `([B, T, E], cache)`."""
+        inputs, memory = self.memory
+        b, t = found.a.shape[:2]
+        decay = -jnp.exp(self.A_log[...].astype(jnp.float32))
+        g = decay * jax.nn.softplus(found.a.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
+        before = self.by_heads(recall(cache, layer, inputs, b, found.q.dtype))
+        state = recall(cache, layer, memory, b, jnp.float32)
+        taps = self.by_heads(self.conv1d.taps[None])
+
+        def mix(parts: tuple, before: tuple, taps: tuple, g, beta, state, segments):
+            mixed, last = zip(*map(lambda *own: self._convolved(*own, segments), parts, before, taps), strict=True)
+            y, state = gated_delta_rule(*mixed, g, beta, state, segments)
+            return y.astype(parts[0].dtype), last, state
+
+        y, last, state = _on_each_device(
+            mix,
+            self.sizes.key_heads,
+            (found.q, found.k, found.v),
+            before,
+            taps,
+            g,
+            jax.nn.sigmoid(found.b),
+            state,
+            ctx.segment_ids,
+        )
+        last = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in last], axis=-1)
+        cache = remember(remember(cache, layer, inputs, last), layer, memory, state)
+        return self.out_proj(self.norm(y, found.gate).reshape(b, t, -1), ctx), cache
+
+    def by_heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Split `[..., channels]` into `[..., heads, size]` of queries, keys and values."""
+        sizes, (keys, _, _) = self.sizes, self.sizes.channels
+        heads = (sizes.key_heads, sizes.key_heads, sizes.value_heads)
+        return tuple(
+            part.reshape(*part.shape[:-1], own, -1)
+            for part, own in zip(jnp.split(x, (keys, 2 * keys), axis=-1), heads, strict=True)
+        )
+
+    def _convolved(self, x: jax.Array, before: jax.Array, taps: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return `act(conv(x))` and the inputs to remember; all by heads, `[B, T, heads, size]`."""
+        x_, before_, taps_ = (part.reshape(*part.shape[:2], -1) for part in (x, before, taps))
+        y, last = causal_conv(x_, taps_[0], before_, segments)
+        return self.act(y).reshape(x.shape), last.reshape(before.shape)
+
+
+def _on_each_device(mix: Callable, key_heads: int, parts, before, taps, g, beta, state, segments):
+    """Run `mix` on each device's rows and heads under the current mesh; call it directly without a mesh.
+
+    Raises UserError if the key heads do not divide by `mesh.tensor` times `mesh.sequence`, and `sequence` is more than 1.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    values = parts, before, taps, g, beta, state, segments
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return mix(*values)
+    over = (*RULES["heads"], *RULES["length"])
+    if key_heads % math.prod(mesh.shape[axis] for axis in over):
+        if mesh.shape["sequence"] > 1:
+            here = math.prod(mesh.shape[axis] for axis in RULES["heads"])
+            works = [size for size in range(1, key_heads + 1) if key_heads % (here * size) == 0]
+            raise UserError(
+                f"mesh.sequence: {mesh.shape['sequence']} does not divide the {key_heads} key heads of the linear attention "
+                f"(linear_num_key_heads) with mesh.tensor = {here}; "
+                + (f"choose one of {', '.join(map(str, works))}" if works else "set both to 1")
+            )
+        over = ()
+    rows = fitting(mesh, "batch", g.shape[0])
+    tokens, weights = PartitionSpec(rows, None, over, None), PartitionSpec(None, None, over, None)
+    heads, states = PartitionSpec(rows, None, over), PartitionSpec(rows, over, None, None)
+    places = (tokens,) * 3, (tokens,) * 3, (weights,) * 3, heads, heads, states, PartitionSpec(rows, None)
+    out = tokens, (tokens,) * 3, states
+    return jax.shard_map(mix, mesh=mesh, in_specs=places, out_specs=out, check_vma=False)(*values)

@@ -1,0 +1,81 @@
+"""Tiny models that llama.cpp computes as they are: the cases of the families, with what it does not know taken out."""
+
+import copy
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from cases import CASES
+from oracle import Case, load, make_hf, one_device
+from qwen_tokenizer import qwen
+
+from ftjax.config import LoraConfig
+from ftjax.hub.adapter.peft import write_adapter
+from ftjax.hub.load import init_params
+from ftjax.methods import lora
+
+SILU = {"hidden_act": "silu"}
+PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LOCAL = {"rope_type": "default", "rope_theta": 500.0}
+# Changes by the name of a case; windows that llama.cpp lacks are longer than the tests' texts.
+CHANGES = {
+    "llama": {}, "llama-tied-biases": SILU, "llama3.1": {}, "llama-linear": {}, "llama-yarn": {},
+    "gemma": {}, "gemma2": {"query_pre_attn_scalar": 12},
+    "gemma3": {"query_pre_attn_scalar": 12, "attn_logit_softcapping": None},
+    "mixtral": {}, "mixtral-window": SILU | {"sliding_window": 64}, "qwen3-moe": {},
+    "gpt-oss": {"swiglu_limit": 7.0, "rope_parameters": YARN}, "gpt-oss-plain": {"swiglu_alpha": 1.702, "attention_bias": True},
+    "mistral": {"sliding_window": 48}, "mistral-no-window": SILU, "ministral": {"sliding_window": 48},
+    "qwen2": {"use_sliding_window": False, "rope_parameters": YARN}, "qwen2-tied": SILU | {"head_dim": 8},
+    "qwen3": {"use_sliding_window": False, "layer_types": None}, "qwen3-tied": SILU | PLAIN | {"attention_bias": False},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": False}, "gpt-neox": {"hidden_act": "gelu"},
+    "gpt-neox-serial": {"attention_bias": True},
+    "phi3": {"sliding_window": None}, "phi3-plain": SILU | {"head_dim": 8}, "phi3-whole-heads": {},
+    "olmo2": {"attention_bias": False}, "olmo2-tied": SILU | PLAIN | {"head_dim": 8},
+    "olmo3": {"rope_parameters": {"full_attention": YARN, "sliding_attention": LOCAL}},
+    "olmo3-other-layers": SILU | {
+        "attention_bias": False, "rope_parameters": {"full_attention": LOCAL, "sliding_attention": LOCAL}
+    },
+    "smollm3": SILU | PLAIN | {
+        "no_rope_layers": [1, 1, 1, 0], "use_sliding_window": False, "layer_types": None, "attention_bias": False
+    },
+    "smollm3-no-windows": {"no_rope_layer_interval": 4, "mlp_bias": False},
+    "granite": {}, "granite-tied-biases": SILU,
+}  # fmt: skip
+WRITTEN = {
+    case.name: replace(case, values=copy.deepcopy({**case.values, **CHANGES[case.name], "vocab_size": 304}))
+    for case in CASES
+    if case.name in CHANGES
+}
+
+
+def with_tokenizer(folder: Path, **changes) -> Path:
+    """Add a byte-level tokenizer of 304 tokens to a folder."""
+    files = qwen(folder / "tokenizer", **{"tokenizer_class": "GPT2Tokenizer", "chat_template": "left out", **changes})
+    for file in files.iterdir():
+        shutil.move(file, folder / file.name)
+    files.rmdir()
+    return folder
+
+
+def make_base(case: Case, folder: Path) -> Path:
+    """Write a model of random weights with a tokenizer."""
+    make_hf(case, folder)
+    return with_tokenizer(folder)
+
+
+def adapted(base: Path, folder: Path, method: LoraConfig):
+    """Write an adapter with random weights; return the model and its parameters."""
+    model, params = load(base, lambda root: lora.attach(root, method))
+    params |= init_params({path: spec for path, spec in model.specs.items() if spec.row.adapter}, one_device(), 0)
+    rng = np.random.default_rng(0)
+    for path, spec in model.trainable.items():
+        value = np.zeros(spec.shape, np.float32)
+        for piece in spec.pieces():
+            value[piece.index] = rng.normal(size=piece.shape) * 0.3
+        params[path] = jax.device_put(value, params[path].sharding)
+    folder.mkdir()
+    write_adapter(folder, model, params, method, str(base))
+    return model, params
