@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GGMLType
-from gguf_cases import WRITTEN, adapted, make_base
-from oracle import Case, hf_config, load
+from gguf_cases import WRITTEN, make_base
+from oracle import Case, adapted, hf_config, load
 from safetensors.numpy import load_file, save_file
 from verbs import ftjax
 
