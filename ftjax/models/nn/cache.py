@@ -1,6 +1,6 @@
 """Caches that hold the memory of a model's layers (`ftjax.models.nn.memory`), for decoding and for passes over whole rows.
 
-Legend: B batch, T query length, S cache slots, K kv heads, D key size, V value size, l layers with the same record.
+Legend: B batch, R some of its rows, T queries, S slots, K kv heads, D key size, V value size, l layers with the same record.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from ftjax.models.nn.memory import KeysValues, Memory, Shared, State
 
@@ -97,10 +98,12 @@ class Cache:
 
     # ---- called by layers ----
 
-    def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array, name: str = "") -> tuple["Cache", jax.Array, jax.Array]:
-        """Write k `[B, T, K, D]` and v `[B, T, K, V]` to the next T slots of each row of a layer.
+    def write(
+        self, layer: jax.Array | int, k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], name: str = ""
+    ) -> tuple["Cache", Float[Array, "B S K D"], Float[Array, "B S K V"]]:
+        """Write keys and values to the next T slots of each row of a layer.
 
-        Returns the cache, and the layer's keys and values `[B, S, K, ...]`, including unwritten slots. The row lengths do not
+        Returns the cache, and the layer's keys and values, including unwritten slots. The row lengths do not
         change; `advance` updates them once for all layers.
         """
         record = KeysValues(*k.shape[2:], v.shape[-1], name)
@@ -109,17 +112,18 @@ class Cache:
         cache = replace(self, keys=_with(self.keys, group, keys), values=_with(self.values, group, values))
         return cache, self._read(keys, place), self._read(values, place)
 
-    def shared(self, layer: jax.Array | int, name: str = "") -> tuple[jax.Array, jax.Array]:
-        """Return the keys and values `[B, S, K, ...]` that the last layer before this one wrote under this name."""
+    def shared(self, layer: jax.Array | int, name: str = "") -> tuple[Float[Array, "B S K D"], Float[Array, "B S K V"]]:
+        """Return the keys and values that the last layer before this one wrote under this name."""
         record = self.layout.named(name)
         place, group = self.layout.place(record, layer), self.layout.keys_values.index(record)
         return self._read(self.keys[group], place), self._read(self.values[group], place)
 
-    def state(self, layer: jax.Array | int, record: State) -> jax.Array:
-        """Return the state `[B, ...]` of a layer."""
+    def state(self, layer: jax.Array | int, record: State) -> Float[Array, "B ..."]:
+        """Return the state of a layer."""
         return self.states[self.layout.states.index(record)][self.layout.place(record, layer)]
 
-    def with_state(self, layer: jax.Array | int, record: State, new: jax.Array) -> "Cache":
+    def with_state(self, layer: jax.Array | int, record: State, new: Float[Array, "B ..."]) -> "Cache":
+        """Return the cache with another state of a layer."""
         group, place = self.layout.states.index(record), self.layout.place(record, layer)
         whole = self.states[group]
         changed = jax.lax.dynamic_update_index_in_dim(whole, new.astype(whole.dtype), place, axis=0)
@@ -148,16 +152,16 @@ class Cache:
 
     # ---- called by decoding ----
 
-    def expecting(self, counts: jax.Array) -> "Cache":
-        """Return the cache for a step that writes `counts [B]` valid tokens, and padding after them."""
+    def expecting(self, counts: Int32[Array, " B"]) -> "Cache":
+        """Return the cache for a step that writes `counts` valid tokens, and padding after them."""
         return self
 
-    def advance(self, counts: jax.Array) -> "Cache":
-        """Advance the row lengths by `counts [B]`, the number of valid tokens in the last write."""
+    def advance(self, counts: Int32[Array, " B"]) -> "Cache":
+        """Advance the row lengths by `counts`, the number of valid tokens in the last write."""
         return replace(self, lengths=self.lengths + counts)
 
-    def take(self, rows: jax.Array, kept: jax.Array) -> "Cache":
-        """Return a cache of only these rows `[R]`, with the first `kept [R]` tokens of each.
+    def take(self, rows: Int32[Array, " R"], kept: Int32[Array, " R"]) -> "Cache":
+        """Return a cache of only these rows, with the first `kept` tokens of each.
 
         Later slots are zero: values of an earlier answer that are not finite would otherwise leak through masked slots. States
         are zero too: a state cannot be rewound to an earlier token, so rows of a layout with states start with `kept = 0`.
@@ -173,8 +177,8 @@ class Cache:
             self, keys=tuple(map(part, self.keys)), values=tuple(map(part, self.values)), states=states, lengths=kept
         )
 
-    def put(self, rows: jax.Array, part: "Cache") -> "Cache":
-        """Return the cache with rows `[R]` replaced by those of another cache of R rows; indices past the end are dropped."""
+    def put(self, rows: Int32[Array, " R"], part: "Cache") -> "Cache":
+        """Return the cache with rows replaced by those of another cache of R rows; indices past the end are dropped."""
 
         def by_layer(whole: jax.Array, new: jax.Array) -> jax.Array:
             return whole.at[:, rows].set(new, mode="drop")
@@ -212,29 +216,29 @@ class Handed:
         return cls({name: zeros(name) for name in sorted(names)})
 
     def write(
-        self, layer: jax.Array | int, k: jax.Array, v: jax.Array, name: str = ""
-    ) -> tuple["Handed", jax.Array, jax.Array]:
+        self, layer: jax.Array | int, k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], name: str = ""
+    ) -> tuple["Handed", Float[Array, "B T K D"], Float[Array, "B T K V"]]:
         """Return the layer's own keys and values, and store them for later layers if the name is shared."""
         if name not in self.last:
             return self, k, v
         dtype = self.last[name][0].dtype
         return Handed({**self.last, name: (k.astype(dtype), v.astype(dtype))}), k, v
 
-    def shared(self, layer: jax.Array | int, name: str = "") -> tuple[jax.Array, jax.Array]:
+    def shared(self, layer: jax.Array | int, name: str = "") -> tuple[Float[Array, "B T K D"], Float[Array, "B T K V"]]:
         return self.last[name]
 
 
 Memories = Cache | Handed | None  # carried through the layers; None if there is nothing to remember
 
 
-def recall(cache: Memories, layer: jax.Array | int, record: State, batch: int, dtype) -> jax.Array:
-    """Return a layer's state `[B, ...]` from the cache, or the zeros that a whole row starts with."""
+def recall(cache: Memories, layer: jax.Array | int, record: State, batch: int, dtype) -> Float[Array, "B ..."]:
+    """Return a layer's state from the cache, or the zeros that a whole row starts with."""
     if isinstance(cache, Cache):
         return cache.state(layer, record)
     return jnp.zeros((batch, *record.shape), dtype if record.dtype is None else record.dtype)
 
 
-def remember(cache: Memories, layer: jax.Array | int, record: State, new: jax.Array) -> Memories:
+def remember(cache: Memories, layer: jax.Array | int, record: State, new: Float[Array, "B ..."]) -> Memories:
     """Store a layer's state after the current tokens, if there is a decoding cache."""
     return cache.with_state(layer, record, new) if isinstance(cache, Cache) else cache
 
