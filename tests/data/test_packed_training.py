@@ -46,7 +46,7 @@ def talks(data_sets, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("truncation", ["right", "split"])
+@pytest.mark.parametrize("truncation", ["split", pytest.param("right", marks=pytest.mark.sweep)])
 def test_packed_is_unpacked(reader, talks, truncation):
     from transformers import AutoTokenizer
 

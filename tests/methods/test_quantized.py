@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import ONE, Case, load, logits, make_hf, one_device, tokens
+from processes import ALL
 from safetensors.numpy import load_file
 from tiny_run import make_batch, make_config, run_steps
 from tiny_tokenizer import save_tokenizer
@@ -118,6 +119,7 @@ CASES = [
     Case("gemma2", "gemma2", {"num_hidden_layers": 3, "head_dim": 8, "sliding_window": 8}),  # layers outside of a scan
     Case("qwen3", "qwen3", {"tie_word_embeddings": True}),
 ]
+UNLIKE = [case for case in CASES if case.name in ("llama", "gpt2", "gemma2")]  # by how they store and stack their layers
 
 
 @pytest.fixture(scope="module")
@@ -142,20 +144,21 @@ def quantised(kind, method=None):
     return attach
 
 
+@jax.jit
 def dense(params):
     """Return the dequantised weights as plain arrays."""
     return {path: leaf.dequantise(jnp.float32) if isinstance(leaf, Int8 | Nf4) else leaf for path, leaf in params.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES if ALL else UNLIKE, ids=str)
 def test_logits_are_those_of_what_the_weights_stand_for(bases, case, kind):
     folder = bases(case)
     model, params = load(folder, quantised(kind))
     plain, exact = load(folder)
     ids = tokens(2, 20)
     stand = dense(params)
-    held = {path for path, leaf in params.items() if stand[path] is not leaf}
+    held = {path for path, leaf in params.items() if isinstance(leaf, Int8 | Nf4)}
     linears = {path for path, spec in plain.specs.items() if len(spec.shape) == 3}
     assert held == linears, "every dense layer inside the blocks and nothing else"
     got = logits(model, params, ids)

@@ -1,6 +1,7 @@
 """Lists tiny configurations, on which every law is tried; each optional feature of a family is on in at least one."""
 
 from oracle import Case
+from processes import ALL
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -472,3 +473,11 @@ LIKE = {
     "qwen3_5_moe_text": "qwen3_next", "qwen3_vl": "qwen3",
 }  # fmt: skip
 UNLIKE = [case for case in ONE_OF_EACH if case.model_type not in LIKE]
+
+# One family for each thing that layers do in their own way: norms, positions and biases of two kinds; windows; experts, alone,
+# with sinks, and beside the MLP; latents; linear attention; convolutions; shared keys and values; chunks. Laws that compile
+# gradients or decoding try these in `make test`, and every family in `make test-all`.
+KINDS = (
+    "llama", "gpt2", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_5_text", "lfm2", "gemma4_text", "llama4_text",
+)  # fmt: skip
+OF_EACH_KIND = ONE_OF_EACH if ALL else [case for case in ONE_OF_EACH if case.model_type in KINDS]

@@ -5,9 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import LIKE
+from cases import OF_EACH_KIND
 from oracle import Case, hf_config
-from processes import ALL
 
 from ftjax.config import Config, LoraConfig
 from ftjax.methods import method_of
@@ -58,7 +57,7 @@ def operations(family: str, layers: int) -> int:
     return len(jax.jit(jax.grad(loss)).lower(*parts, batch).as_text().splitlines())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES if ALL else FAMILIES.keys() - LIKE))
+@pytest.mark.parametrize("family", [case.model_type for case in OF_EACH_KIND])
 def test_deep_programs_are_as_long_as_shallow_ones(family):
     count = functools.partial(operations, family)
     shallow, deep = map(count, DEPTHS)

@@ -6,10 +6,11 @@ The fields come from transformers' own configuration classes, so new ones are tr
 import dataclasses
 import json
 import shutil
+from functools import cache
 
 import numpy as np
 import pytest
-from cases import CASES, ONE_OF_EACH
+from cases import CASES, ONE_OF_EACH, UNLIKE
 from oracle import TINY, eager_logits, hf_logits, load, load_hf, logits, make_hf, tokens
 from processes import ALL
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -149,12 +150,24 @@ RICHEST = {"deepseek_v2": "deepseek-v2-groups", "qwen3_moe": "qwen3-moe-dense-fi
 TRIED = [next((c for c in CASES if c.name == RICHEST.get(case.model_type)), case) for case in ONE_OF_EACH]
 
 
-@pytest.fixture(scope="module", params=TRIED, ids=str)
-def family(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hf")
-    hf = make_hf(request.param, folder)
-    ids = tokens(1, 24, vocab=TINY["vocab_size"])
-    return folder, hf, ids, eager_logits(*load(folder), ids)
+OWN = [case for case in TRIED if ALL or case.model_type in {one.model_type for one in UNLIKE}]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return a function from a case to (its folder, transformers' model), made once."""
+
+    @cache
+    def of(name: str):
+        folder = tmp_path_factory.mktemp("hf")
+        return folder, make_hf(next(case for case in TRIED if case.name == name), folder)
+
+    return of
+
+
+@pytest.fixture(params=TRIED, ids=str)
+def family(request, made):
+    return made(request.param.name)
 
 
 def fields_of(model_type):
@@ -163,9 +176,12 @@ def fields_of(model_type):
     return {kind.attribute_map.get(field.name, field.name) for field in dataclasses.fields(kind)}
 
 
-def test_every_field_means_what_it_means_in_transformers(family, tmp_path):
+@pytest.mark.parametrize("case", OWN, ids=str)
+def test_every_field_means_what_it_means_in_transformers(case, made, tmp_path):
     """With any one field changed, the model is refused or gives transformers' logits."""
-    folder, hf, ids, base = family
+    folder, hf = made(case.name)
+    ids = tokens(1, 24, vocab=TINY["vocab_size"])
+    base = eager_logits(*load(folder), ids)
     stored = hf.config.to_dict()
     declared = fields_of(stored["model_type"])
     assert declared <= set(stored) | COMMON, "a field that is not written to config.json cannot be tried here"
@@ -198,7 +214,7 @@ def test_every_field_means_what_it_means_in_transformers(family, tmp_path):
 
 def test_facts_have_no_defaults(family):
     """A field that changes the model must not be missing from a completed config.json."""
-    folder, hf, _, _ = family
+    folder, hf = family
     stored = hf.config.to_dict()
     config = complete_config(stored, str(folder))
     silent = NO_EFFECT | NO_EFFECT_IN[stored["model_type"]] | COMMON | CARRIED | MAY_BE_MISSING
@@ -214,7 +230,7 @@ def test_facts_have_no_defaults(family):
 
 
 def test_unknown_field_is_refused(family, tmp_path):
-    folder, hf, _, _ = family
+    folder, hf = family
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(json.dumps({**hf.config.to_dict(), "attention_twist": 0.5}))
     with pytest.raises(UserError, match=r"attention_twist = 0\.5"):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import CASES, LIKE, ONE_OF_EACH, UNLIKE
+from cases import CASES, OF_EACH_KIND, UNLIKE
 from generate.words import words
 from oracle import assert_cached_is_uncached, hf_logits, load, make_hf, one_device, tokens
 from processes import ALL
@@ -20,18 +20,10 @@ LENGTHS = (7, 24, 16)  # shorter and longer than the windows of the cases; 24 + 
 
 
 # What a variant of a family changes is proved by its logits, with and without a cache; only a RoPE that depends on the length
-# of the text changes what a batch of rows must do. `make test-all` generates with every variant, and with families like others.
-GENERATING = [case for case in CASES if ALL or case in UNLIKE or "dynamic" in str(case)]
-CACHED = [case for case in CASES if ALL or case.model_type not in LIKE or case.name == "ministral3"]  # it scales by position
-
-# What devices share while they generate is what layers remember: keys and values of whole texts, of windows, of both in turn,
-# and beside experts; latents; states and inputs of convolutions; shared keys and values; chunks. tests/models/test_laws.py has
-# logits on eight devices.
-KINDS = (
-    "llama", "gpt2", "mistral", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_5_text", "gemma4_text",
-    "llama4_text",
-)  # fmt: skip
-SPREAD = [case for case in ONE_OF_EACH if ALL or case.model_type in KINDS]
+# of the text changes what a batch of rows must do. `make test-all` generates with every family and variant.
+GENERATING = [case for case in CASES if ALL or case in OF_EACH_KIND or "dynamic" in str(case)]
+SCALED = "ministral3"  # its queries are, by their position
+CACHED = [case for case in CASES if ALL or case in UNLIKE or case in GENERATING or case.name == SCALED]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +91,7 @@ def test_cached_is_uncached(case, made):
     assert_cached_is_uncached(model, params, ids, portions, 2 * part + 5)
 
 
-@pytest.mark.parametrize("case", SPREAD, ids=str)
+@pytest.mark.parametrize("case", OF_EACH_KIND, ids=str)
 def test_eight_devices_answer_as_one(case, made, answers):
     folder, _, _, _ = made(case.name)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4 // case.tensor, tensor=case.tensor))

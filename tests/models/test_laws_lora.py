@@ -3,24 +3,25 @@
 import jax
 import numpy as np
 import pytest
-from cases import CASES, ONE_OF_EACH, UNLIKE
+from cases import CASES, OF_EACH_KIND, ONE_OF_EACH
 from oracle import hf_logits, load, load_hf, logits, make_hf, one_device, tokens, write_merged
 from peft import PeftModel
+from processes import ALL
 
 from ftjax.config import LoraConfig
 from ftjax.hub.adapter.peft import load_adapter, write_adapter
 from ftjax.hub.load import init_params
 from ftjax.methods import lora
 
-MIXED = [case for case in CASES if case.name.startswith("qwen3-moe-") and case not in ONE_OF_EACH]
-
+# Experts and MLPs in turn: stacks of unlike layers.
+MIXED = [case for case in CASES if case.name == "qwen3-moe-every-other" or (ALL and case.name.startswith("qwen3-moe-"))]
 
 # One with other parts whose layers have other names, one whose other parts have layers of the same names, and one whose text
 # stands with its output in the whole.
-COMPOSITE = [case for case in ONE_OF_EACH if case.model_type in ("qwen3_5", "gemma4", "llama4")]
+COMPOSITE = [case for case in ONE_OF_EACH if not ALL and case.model_type in ("qwen3_5", "gemma4", "llama4")]
 
 
-@pytest.mark.parametrize("case", UNLIKE + MIXED + COMPOSITE, ids=str)
+@pytest.mark.parametrize("case", OF_EACH_KIND + [case for case in MIXED if case not in OF_EACH_KIND] + COMPOSITE, ids=str)
 def test_adapter_and_merged_folder(case, tmp_path):
     base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
     hf = make_hf(case, base)

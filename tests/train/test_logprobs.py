@@ -58,11 +58,11 @@ def test_chunked_is_full(problem, chunk, masked):
         return curved(found.logprobs, found.entropy, problem), found
 
     arguments = problem["params"], problem["hidden"]
-    want, want_grads = jax.value_and_grad(lambda p, h: curved(*full(p, h, problem), problem), (0, 1))(*arguments)
-    (got, found), got_grads = jax.value_and_grad(chunked, (0, 1), has_aux=True)(*arguments)
+    want, want_grads = jax.jit(jax.value_and_grad(lambda p, h: curved(*full(p, h, problem), problem), (0, 1)))(*arguments)
+    (got, found), got_grads = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(*arguments)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=2e-5), got_grads, want_grads)
-    for one, other in zip((found.logprobs, found.entropy), full(*arguments, problem), strict=True):
+    for one, other in zip((found.logprobs, found.entropy), jax.jit(lambda p, h: full(p, h, problem))(*arguments), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-6)
 
 

@@ -46,7 +46,8 @@ SPLITS = {
     "sequence": (True, 1, SEQUENCE),
 }  # fmt: skip
 MESH_OF = {name: list(SPLITS)[1 + number % 2] for number, name in enumerate(PREFERENCES)}  # one of the two meshes for each
-LINES = [(name, split) for name in PREFERENCES for split in SPLITS if ALL or split in ("unpacked, microbatches", MESH_OF[name])]
+BOTH = [("dpo", "unpacked, microbatches"), ("kto", "unpacked, microbatches")]
+LINES = [(name, split) for name in PREFERENCES for split in SPLITS if ALL or split == MESH_OF[name] or (name, split) in BOTH]
 
 
 @pytest.fixture(scope="module")
