@@ -71,6 +71,7 @@ def test_the_peer_does_the_work_of_the_reference(shared, model, tmp_path):
     assert run("step", tmp_path / "step.json", *options)["lora"]["PEFT"]["loss_difference"] < 1e-4
 
 
+@pytest.mark.sweep
 def test_generate(model, tmp_path):
     found = run("generate", tmp_path / "generate.json", "--model", model, "--rows", 2, "--prompt", 8, "--new", 4, "--times", 1)
     assert found["same"] == 1  # greedy: the answers are transformers' own
@@ -89,6 +90,7 @@ def test_end_to_end(model, tmp_path):
     assert abs(found["ftjax"]["validation_loss"] / found["TRL"]["validation_loss"] - 1) < 0.02
 
 
+@pytest.mark.sweep
 def test_preference(model, tmp_path):
     pairs = [{"prompt": f"{n} ab", "chosen": f" {'cd' * n}", "rejected": " fe"} for n in range(1, 9)]
     data = tmp_path / "pairs.jsonl"

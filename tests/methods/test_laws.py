@@ -239,7 +239,7 @@ def test_merged_or_refused(base, name, tmp_path):
     np.testing.assert_allclose(logits(plain, weights, ids), logits(model, params, ids), atol=1e-5, rtol=1e-5)
 
 
-@on(FEWER, ADAPTERS)
+@on(FAMILIES if ALL else [LLAMA], ADAPTERS)
 def test_packed_is_unpacked(base, name):
     """The method keeps documents of a row apart: two in a row give what each gives alone."""
     _, folder = base
@@ -255,7 +255,7 @@ def test_packed_is_unpacked(base, name):
         np.testing.assert_allclose(found, alone[:, :8], atol=1e-5)
 
 
-@on(FEWER, ADAPTERS)
+@on(FAMILIES if ALL else [LLAMA], ADAPTERS)
 def test_cached_is_uncached(base, name):
     """Several tokens at a time through the KV cache, with padding after some, give the logits of the whole text at once."""
     _, folder = base
