@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ftjax import __version__
-from ftjax.errors import UserError
+from ftjax.errors import Interrupted, UserError
+from ftjax.version import __version__
 
 
 class Verbs(TyperGroup):
@@ -24,6 +24,8 @@ class Verbs(TyperGroup):
         except UserError as error:
             _say("error", str(error))
             raise typer.Exit(2) from None
+        except Interrupted:  # which has said so
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             _say("interrupted", "stopped by the keyboard")
             raise typer.Exit(130) from None
@@ -161,15 +163,13 @@ def train(
     set_flags()
     with joined(coordinator, num_processes, process_id):
         settings = load_config(config, overrides or [])
-        from ftjax.rl.learn import Learning
-        from ftjax.train.run import train as run
+        from ftjax.api.run import train_config
 
         given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
         joined_by = [word for name, value in given.items() if value is not None for word in (name, str(value))]
         joined_by += ["--allow-code-execution"] if allow_code_execution else []
         command = shlex.join(["ftjax", "train", str(config), *(overrides or []), *joined_by])
-        learning = Learning(settings, allow_code_execution)
-        run(settings, command=command, make_observer=learning.make_observer, make_source=learning.make_source)
+        train_config(settings, command=command, allow_code_execution=allow_code_execution)
 
 
 @app.command(cls=Configured)
@@ -186,24 +186,11 @@ def preview(
     """
     from ftjax.config.load import load_config
 
-    settings, embeddings = load_config(config, overrides or []), None
-    from contextlib import suppress
-
+    settings = load_config(config, overrides or [])
+    from ftjax.api.look import preview_config
     from ftjax.console import make_console
-    from ftjax.data.preview import preview as show
-    from ftjax.hub.load import positions_of
-    from ftjax.hub.tokenizer.load import load_tokenizer
-    from ftjax.hub.vocabulary import embeddings_of
-    from ftjax.objectives import encoding_of, objective_of
 
-    settings = objective_of(settings).complete(settings)
-    with suppress(UserError):  # data can be looked at without a model that can be trained
-        embeddings = embeddings_of(settings)
-    show(
-        settings, load_tokenizer(settings.model), html=html, as_json=as_json, console=make_console(), examples=examples,
-        positions=positions_of(settings.model.path, settings.model.revision), embeddings=embeddings,
-        encoding=encoding_of(settings),
-    )  # fmt: skip
+    preview_config(settings, html=html, as_json=as_json, console=make_console(), examples=examples)
 
 
 @app.command(cls=Configured)
@@ -499,18 +486,13 @@ def export(
     from ftjax.distributed.join import alone
 
     alone("export")
-    if gguf is not None:
-        from ftjax.hub.export_gguf import export_gguf
+    from ftjax.api.export import export as write
 
-        if portable or push_to_hub or (merge and lora):
-            raise UserError("export: --gguf writes one file, merged or with --lora the adapter; leave the other options out")
-        export_gguf(run, out, asked=gguf or None, adapter=adapter, lora=lora)
-        return
-    if lora:
-        raise UserError("export: --lora belongs to --gguf; an adapter's folder is written without both")
-    from ftjax.hub.export import export as write
-
-    write(run, out, adapter=adapter, merge=merge, portable=portable, push_to_hub=push_to_hub, private=not public)
+    kind = "auto" if gguf == "" else gguf
+    write(
+        run, out, adapter=adapter, merge=merge, portable=portable, gguf=kind, lora=lora, push_to_hub=push_to_hub,
+        private=not public,
+    )  # fmt: skip
 
 
 @app.command(cls=Configured)

@@ -28,7 +28,7 @@ from ftjax.train.precompute import with_reference_values
 from ftjax.train.same_run import facts_to_agree, fingerprints, refuse_other_documents
 from ftjax.train.setup import Setup, prepare
 from ftjax.train.source import BatchSource, DatasetBatches, steps_of_run
-from ftjax.train.track import check_report_to
+from ftjax.train.track import Heard, check_report_to
 
 
 def train(
@@ -38,6 +38,7 @@ def train(
     command: str = "the same command",
     make_observer: Callable[[Setup, Any, Split | None], Observer | None] | None = None,
     make_source: Callable[[Setup, Any, PackedSplit], BatchSource] | None = None,
+    heard: Heard | None = None,
 ) -> None:
     """Fine-tune from the start, or from the newest checkpoint in `output_dir`, to the end; writes the run folder.
 
@@ -47,6 +48,7 @@ def train(
         command: the command that resumes this run, for messages.
         make_observer: called with set-up, tokenizer and validation data; the observer is called at every evaluation.
         make_source: called with set-up, tokenizer and prompts, for an objective that generates answers (`ftjax.rl.learn`).
+        heard: called with every row of metrics.jsonl after it is written, on the first process.
 
     Raises UserError for anything wrong in the configuration, the model or the data; with several processes, all of them then
     end the same way (`ftjax.distributed.ending`).
@@ -91,7 +93,7 @@ def train(
                 options = config.training
                 layout = BatchLayout(setup.mesh, options.global_batch_size, options.gradient_accumulation_steps)
                 source = DatasetBatches(train_split, options, layout, steps)
-            Run(setup, tokenizer, source, validation, checkpoints, documents, command, observer).go()
+            Run(setup, tokenizer, source, validation, checkpoints, documents, command, observer, heard).go()
 
 
 def _facts(devices: Sequence[jax.Device]) -> dict[str, Any]:

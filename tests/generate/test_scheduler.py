@@ -226,7 +226,11 @@ def test_embeddings_of_prompts(generator, batch):
     from ftjax.models.nn.context import Context
 
     scheduler, rows = Scheduler(batch), [tokens(1, length, seed=length)[0].tolist() for length in (5, 37, 16)]
-    jobs = {(n, pool): Job(generator.begin(Request(rows[n], max_new_tokens=1)), pool=pool) for n in range(3) for pool in ("last", "mean")}
+    jobs = {
+        (n, pool): Job(generator.begin(Request(rows[n], max_new_tokens=1)), pool=pool)
+        for n in range(3)
+        for pool in ("last", "mean")
+    }
     for job in jobs.values():
         scheduler.submit(job)
     run(scheduler)
