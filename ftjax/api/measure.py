@@ -42,12 +42,14 @@ def evaluate(
     set_threads()
     with joined():
         from ftjax.evaluate.command import evaluate as run
+        from ftjax.evaluate.result import plain
 
-        return run(
+        found = run(
             os.fspath(target), overrides_of({**overrides, **_given(given)}), adapter=_path(adapter), out=_path(out),
             compare_base=compare_base, allow_code_execution=allow_code_execution, devices=devices,
             console=make_console(quiet=True),
         )  # fmt: skip
+        return plain(found)
 
 
 def check(
@@ -80,11 +82,13 @@ def check(
     set_threads()
     with joined():
         from ftjax.evaluate.check.command import check as run
+        from ftjax.evaluate.result import plain
 
-        return run(
+        found = run(
             os.fspath(target), overrides_of({**overrides, **_given(given)}), adapter=_path(adapter), out=_path(out),
             compare_base=compare_base, devices=devices, console=make_console(quiet=True),
         )  # fmt: skip
+        return plain(found)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

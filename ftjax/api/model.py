@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
 import numpy as np
 
@@ -68,6 +68,8 @@ def load(
 class Model:
     """A loaded model; `load` and `Run.model` return one.
 
+    >>> model = ftjax.load("runs/first")
+
     Attributes:
         name: what it was loaded from.
         tokenizer: its tokenizer, of transformers.
@@ -102,7 +104,6 @@ class Model:
     ) -> str | list[str]:  # fmt: skip
         """Answer a prompt, or a list of prompts in batches.
 
-        >>> model = ftjax.load("runs/first")
         >>> len(model.generate(["Tom went", "The dog"], max_new_tokens=4, temperature=0.7, seed=1))
         2
 
@@ -115,7 +116,8 @@ class Model:
         Raises UserError for settings out of range, and for a prompt that is empty or does not fit into the context.
         """
         several = _several(prompt)
-        found = self.answer(prompt if several else [prompt], system=system, raw=raw, batch_size=batch_size, **settings)  # type: ignore[arg-type]
+        prompts = cast(list[Prompt], prompt if several else [prompt])
+        found = self.answer(prompts, system=system, raw=raw, batch_size=batch_size, **settings)
         return [one.text for one in found] if several else found[0].text
 
     def answer(
@@ -124,7 +126,6 @@ class Model:
     ) -> list[Generation]:  # fmt: skip
         """Answer prompts like `generate`, with the tokens, why each answer ended and, if asked for, log-probabilities.
 
-        >>> model = ftjax.load("runs/first")
         >>> answer = model.answer(["Tom went"], max_new_tokens=4, logprobs=True)[0]
         >>> answer.finish_reason, len(answer.logprobs)
         ('length', 4)
@@ -137,7 +138,6 @@ class Model:
     ) -> Iterator[str]:
         """Yield the answer to one prompt piece by piece; arguments and errors are those of `generate`.
 
-        >>> model = ftjax.load("runs/first")
         >>> text = "".join(model.stream("Tom went", max_new_tokens=4))
         """
         request = self._request(prompt, system, raw, 0, settings)
@@ -146,7 +146,7 @@ class Model:
     def chat(self, system: str | None = None, **settings: Unpack[Sampled]) -> "Chat":
         """Begin a conversation. Sampling settings that are not given are the model's own, of its generation_config.json.
 
-        >>> talk = ftjax.load("runs/first").chat(system="Be brief.", max_new_tokens=4)
+        >>> talk = model.chat(system="Be brief.", max_new_tokens=4)
         >>> answer = talk.say("Where did Tom go?")
         >>> [message["role"] for message in talk.messages]
         ['system', 'user', 'assistant']
@@ -169,7 +169,6 @@ class Model:
     ) -> Score | list[Score]:
         """Return the log-likelihood of a completion after its prompt, token by token; for lists, of each pair.
 
-        >>> model = ftjax.load("runs/first")
         >>> model.score("Tom went", " home").total < 0
         True
 
@@ -178,18 +177,17 @@ class Model:
         if isinstance(completion, str):
             if _several(prompt):
                 raise UserError(f"score: {len(prompt)} prompts and one completion; give as many completions as prompts")
-            return self._generator.score([prompt], [completion], chat=self._chat)[0]  # type: ignore[list-item]
+            return self._generator.score([cast(Prompt, prompt)], [completion], chat=self._chat)[0]
         if not _several(prompt) or len(prompt) != len(completion):
             count = len(prompt) if _several(prompt) else 1
             raise UserError(f"score: {count} prompts and {len(completion)} completions; give one completion for each prompt")
-        return self._generator.score(prompt, completion, batch_size=batch_size, chat=self._chat)  # type: ignore[arg-type]
+        return self._generator.score(cast(list[Prompt], prompt), completion, batch_size=batch_size, chat=self._chat)
 
     def embed(
         self, texts: str | Sequence[str], *, pooling: Literal["last", "mean"] = "last", batch_size: int = 32
     ) -> np.ndarray:
         """Return an embedding of a text, float32 `[E]`, or of each text in a list, `[N, E]`.
 
-        >>> model = ftjax.load("runs/first")
         >>> model.embed(["Tom went", "The dog"], pooling="mean").shape[0]
         2
 
@@ -210,7 +208,10 @@ class Model:
 
 
 class Chat:
-    """A conversation with a model, which keeps the earlier turns in its cache; `Model.chat` returns one."""
+    """A conversation with a model, which keeps the earlier turns in its cache; `Model.chat` returns one.
+
+    >>> talk = ftjax.load("runs/first").chat(max_new_tokens=4)
+    """
 
     def __init__(self, conversation: Conversation):
         """Wrap a conversation; callers use `Model.chat`."""
@@ -224,7 +225,7 @@ class Chat:
     def say(self, text: str) -> str:
         """Return the answer to a message.
 
-        >>> answer = ftjax.load("runs/first").chat(max_new_tokens=4).say("Where did Tom go?")
+        >>> answer = talk.say("Where did Tom go?")
 
         Raises UserError if the conversation no longer fits into the model's context.
         """
@@ -233,16 +234,15 @@ class Chat:
     def stream(self, text: str) -> Iterator[str]:
         """Yield the answer to a message piece by piece.
 
-        >>> for piece in ftjax.load("runs/first").chat(max_new_tokens=4).stream("Where did Tom go?"):
-        ...     shown = piece
+        >>> pieces = list(talk.stream("And then?"))
         """
         return self._conversation.ask(text)
 
     def undo(self) -> str | None:
         """Forget the last message and its answer; return the message, or None if there is none.
 
-        >>> ftjax.load("runs/first").chat().undo() is None
-        True
+        >>> talk.undo()
+        'And then?'
         """
         return self._conversation.undo()
 

@@ -77,7 +77,7 @@ class Run(os.PathLike[str]):
     def model(self, which: Literal["final", "best"] = "final", **options: Any) -> Model:
         """Load the result.
 
-        >>> model = ftjax.Run("runs/first").model()
+        >>> model = run.model()
 
         Args:
             options: those of `load`.

@@ -8,7 +8,7 @@ import jax
 
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
-from ftjax.data.pipeline import PackedSplit, Split, load_splits
+from ftjax.data.pipeline import PackedSplit, load_splits
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree
 from ftjax.distributed.ending import fail_together
@@ -36,7 +36,7 @@ def train(
     *,
     devices: Sequence[jax.Device] | None = None,
     command: str = "the same command",
-    make_observer: Callable[[Setup, Any, Split | None], Observer | None] | None = None,
+    make_observer: Callable[[Setup, Any, PackedSplit | None], Observer | None] | None = None,
     make_source: Callable[[Setup, Any, PackedSplit], BatchSource] | None = None,
     heard: Heard | None = None,
 ) -> None:

@@ -7,18 +7,10 @@ import shutil
 import jax
 import pytest
 from oracle import ONE, Case, make_hf
+from tiny_settings import ROWS, SETTINGS
 from tiny_tokenizer import save_tokenizer
 
 import ftjax
-
-ROWS = [{"prompt": f"Tom has {n} ", "completion": "dogs" * (n % 3 + 1)} for n in range(12)]
-SETTINGS = {
-    "model": {"path": "model", "dtype": "float32", "compute_dtype": "float32", "remat": "none"},
-    "method": {"name": "lora", "r": 4, "lora_alpha": 8},
-    "data": {"train": "train.jsonl", "max_length": 64},
-    "optimizer": {"learning_rate": 1e-2},
-    "training": {"max_steps": 4, "global_batch_size": 4, "logging_steps": 1, "report_to": []},
-}
 
 
 @pytest.fixture(scope="session")
