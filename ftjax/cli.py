@@ -289,21 +289,44 @@ def check(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output_dir, finished or not.", show_default=False)],
+    run: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="A run's output_dir, finished or not; several are compared.", show_default=False),
+    ],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="HTML file to write.", show_default="RUN/report.html")
+        Path | None,
+        typer.Option(metavar="FILE", help="HTML file to write.", show_default="RUN/report.html, or comparison.html beside"),
     ] = None,
 ) -> None:
-    """Write a report of a run as one HTML page.
+    """Write a report of a run as one HTML page, or compare several.
 
-    The page has curves, results, samples, data and configuration. Also prints a summary.
+    The page has curves, results, samples, data and configuration; of several runs, their curves in one picture, the settings
+    that differ, and metrics side by side. Also prints a summary.
     """
     from ftjax.distributed.join import alone
 
     alone("report")
+    from ftjax.report.command import compare
     from ftjax.report.command import report as write
 
-    write(run, out=out)
+    if len(run) > 1:
+        compare(run, out=out)
+    else:
+        write(run[0], out=out)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of runs.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """List the runs in a folder.
+
+    Shows state, objective, model, steps, the best metric and the time of each, the newest last.
+    """
+    from ftjax.report.runs import runs as show
+
+    show(folder, as_json=as_json)
 
 
 @app.command()

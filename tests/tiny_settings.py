@@ -1,4 +1,4 @@
-"""A tiny run's rows and settings, as a caller of the Python API writes them; paths are of the folder that `tests/api` works in."""
+"""A tiny run's rows and settings, as a caller of the Python API writes them; paths are in the folder of `tests/api`."""
 
 ROWS = [{"prompt": f"Tom has {n} ", "completion": "dogs" * (n % 3 + 1)} for n in range(12)]
 SETTINGS = {

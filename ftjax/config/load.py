@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ftjax.config import Config
 from ftjax.config.alias import CASELESS, VALUES, Alias, plain_name
@@ -126,6 +126,16 @@ def diff_configs(a: Config, b: Config) -> list[str]:
         if variants(field) and name in differing:
             differing = [key for key in differing if key == name or not key.startswith(f"{section}.")]
     return differing
+
+
+def shown_value(value: object) -> str:
+    """Return a setting on one line, as a configuration file has it but for braces; long ones are cut."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(value, list):
+        value = [one.model_dump(mode="json", exclude_defaults=True) if isinstance(one, BaseModel) else one for one in value]
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def _read_text(path: FilePath) -> str:
@@ -283,6 +293,7 @@ class _Loading:
                 )
 
     def finish(self) -> Config:
+        self.move_aliases()  # those in the sections that overrides gave as a whole
         for name, field in section_fields().items():
             if field.is_required():
                 self.tree.setdefault(name, {})  # so that errors name the missing keys themselves

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,11 @@ class Run:
         handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         try:
             done = self.loop(first)
+        except Exception:
+            if not store.several():  # with several processes, closing would wait for others that may be gone
+                with suppress(Exception):  # the first error counts
+                    self.checkpoints.close()  # completes a save, so that the folder can be used again in this process
+            raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

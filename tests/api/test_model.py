@@ -27,8 +27,8 @@ def test_answers(model, made, monkeypatch):
     assert model.generate(prompts, **settings) == want
     assert model.generate(prompts[0], **settings) == model.generate(SAID, **settings) == want[0]
     assert "".join(model.stream(prompts[0], **settings)) == want[0]
-    assert model.generate(prompts[0], raw=True, **settings) != want[0]
-    assert model.answer([prompts[0]], system="Be kind.", **settings)[0].prompt_tokens > len(prompts[0])
+    sizes = [model.answer([prompts[0]], **how)[0].prompt_tokens for how in ({"raw": True}, {}, {"system": "Be kind."})]
+    assert sizes == sorted(set(sizes))
     talk = model.chat(**settings)
     assert talk.say(prompts[0]) == want[0]
     assert [one["role"] for one in talk.messages] == ["user", "assistant"]
@@ -73,7 +73,7 @@ def test_the_format_of_training_is_kept(home):
 @pytest.mark.parametrize(
     "call, said",
     [
-        (lambda model: model.generate(""), "is empty|at least one word"),
+        (lambda model: model.generate("Tom" * 99), "context"),
         (lambda model: model.generate("Tom", temperature=-1), "temperature"),
         (lambda model: model.generate("Tom", system="x", raw=True), "choose one"),
         (lambda model: model.score(["a", "b"], "c"), "2 prompts and one completion"),
