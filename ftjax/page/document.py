@@ -50,6 +50,7 @@ svg .line, svg .whisker { stroke: var(--own); } svg .line { fill: none; stroke-w
 svg .dot { stroke: none; fill: var(--own); } svg .whisker { stroke-width: 2; }
 .key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin: 0 .3rem 0 .8rem; vertical-align: -1px;
   background: var(--own); }
+.named { display: inline-block; }
 .k1 { --own: var(--a); } .k2 { --own: var(--b); } .k3 { --own: var(--k3); } .k4 { --own: var(--k4); }
 .k5 { --own: var(--k5); } .k6 { --own: var(--k6); } .k7 { --own: var(--k7); } .k8 { --own: var(--k8); }
 .keys { position: sticky; top: 0; z-index: 1; background: var(--paper); padding: .3rem 0; overflow-wrap: anywhere; }
@@ -117,7 +118,7 @@ def section(title: str, parts: Iterable[str]) -> list[str]:
 
 def key(name: str, colour: str) -> str:
     """Return the HTML of a coloured square and the name of its series."""
-    return f'<span class="key {colour}"></span>{escape(name)}'
+    return f'<span class="named"><span class="key {colour}"></span>{escape(name)}</span>'
 
 
 def keys(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ftjax.config import Config
 from ftjax.config.load import flatten_config, shown_value
 from ftjax.evaluate.lm_eval.scores import harness_scores
 from ftjax.evaluate.statistic import format_interval, interval_name
@@ -61,9 +62,12 @@ def figures(runs: Mapping[str, Run]) -> list[list[str]]:
 def settings(runs: Mapping[str, Run]) -> list[list[str]]:
     """Return the settings that differ, and what else does: the documents, the devices and the versions."""
     each = [flatten_config(run.config) for run in runs.values()]
+    own = [{key for key in flat if not _is_default(key, run.config)} for flat, run in zip(each, runs.values(), strict=True)]
     rows = []
     for key in dict.fromkeys(key for found in each for key in found):
         values = [shown_value(found[key]) if key in found else NONE for found in each]
+        if NONE in values and not any(key in changed for changed in own):
+            continue  # another method has no such setting, and this one leaves it as it is
         if key not in NOT_COMPARED and len(set(values)) > 1:
             rows.append([key, *values])
     for label, read in FACTS.items():
@@ -71,6 +75,14 @@ def settings(runs: Mapping[str, Run]) -> list[list[str]]:
         if len(set(values)) > 1:
             rows.append([label, *values])
     return rows
+
+
+def _is_default(key: str, config: Config) -> bool:
+    *sections, name = key.split(".")
+    part = config
+    for section in sections:
+        part = getattr(part, section)
+    return getattr(part, name) == type(part).model_fields[name].get_default(call_default_factory=True)
 
 
 def _documents(which: str) -> Callable[[Mapping[str, Any]], str]:
