@@ -610,6 +610,32 @@ def merge_adapters(
     write(parse(adapters), out)
 
 
+@app.command(name="config")
+def show_config(
+    key: Annotated[
+        str | None,
+        typer.Argument(metavar="[SECTION|KEY]", help="A section, a method, an objective or a key.", show_default="all"),
+    ] = None,
+    example: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Print a commented file to begin with, such as lora.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """Explain the keys of a configuration.
+
+    Shows type, default, meaning, and the names that other tools have for a key.
+    """
+    if example is not None:
+        from ftjax.config.examples import example as text
+
+        print(text(example), end="")
+        return
+    from ftjax.config.show import show
+
+    show(key, as_json=as_json)
+
+
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Show versions, devices and caches.
