@@ -8,7 +8,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ftjax.errors import Interrupted, UserError
+from ftjax.errors import Interrupted, OutOfMemory, UserError
 from ftjax.version import __version__
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ftjax.api.run import Run, train
 
 __all__ = [
-    "Chat", "Interrupted", "Model", "Run", "UserError", "__version__", "check", "evaluate", "export", "load", "plan", "preview",
-    "train",
+    "Chat", "Interrupted", "Model", "OutOfMemory", "Run", "UserError", "__version__", "check", "evaluate", "export", "load",
+    "plan", "preview", "train",
 ]  # fmt: skip
 
 _HOMES = {

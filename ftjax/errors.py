@@ -14,6 +14,10 @@ class UserError(Exception):
         super().__init__(printable(str(message)))
 
 
+class OutOfMemory(UserError):
+    """A device or the host has no memory left; the message says what to change."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A run was stopped by a signal, after it had saved its state; the message says how to resume it.
 

@@ -38,9 +38,10 @@ BELOW = {
     "evaluate": {"generate", "train", "hub", "objectives", "version"},
     "rl": {"generate", "train", "evaluate"},
     "report": {"page", "data", "config", "evaluate"},
-    "plan": {"train", "hub", "objectives", "chips", "torus", "version"},
+    "plan": {"train", "hub", "objectives", "chips", "torus", "version", "out_of_memory"},
     "doctor": {"compile_cache", "console", "version"},
     "version": set(),
+    "out_of_memory": set(),
     "api": {
         "config",
         "console",
@@ -58,8 +59,11 @@ BELOW = {
         "rl",
         "train",
     },
+    "demo": {"api"},
     "cli": {
         "api",
+        "demo",
+        "out_of_memory",
         "version",
         "console",
         "report",

@@ -134,6 +134,7 @@ def train_config(
     allow_code_execution: bool = False, devices: Sequence[Any] | None = None,
 ) -> None:  # fmt: skip
     """Train a validated configuration; both `train` and the command call this. Args: command: what resumes the run."""
+    from ftjax.plan.out_of_memory import explain
     from ftjax.rl.learn import Learning
     from ftjax.train.progress import silent
     from ftjax.train.run import train as run
@@ -142,5 +143,5 @@ def train_config(
     with silent() if quiet else nullcontext():
         run(
             config, devices=devices, command=command, make_observer=learning.make_observer, make_source=learning.make_source,
-            heard=on_log,
+            heard=on_log, explain=lambda error, config: explain(error, config, devices),
         )  # fmt: skip

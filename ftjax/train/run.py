@@ -1,7 +1,7 @@
 """`ftjax train`: open the run folder, load data and model, make the processes agree, and start the loop."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ def train(
     make_observer: Callable[[Setup, Any, PackedSplit | None], Observer | None] | None = None,
     make_source: Callable[[Setup, Any, PackedSplit], BatchSource] | None = None,
     heard: Heard | None = None,
+    explain: Callable[[Exception, Config], Exception | None] | None = None,
 ) -> None:
     """Fine-tune from the start, or from the newest checkpoint in `output_dir`, to the end; writes the run folder.
 
@@ -49,6 +50,7 @@ def train(
         make_observer: called with set-up, tokenizer and validation data; the observer is called at every evaluation.
         make_source: called with set-up, tokenizer and prompts, for an objective that generates answers (`ftjax.rl.learn`).
         heard: called with every row of metrics.jsonl after it is written, on the first process.
+        explain: called with an error that ended the run, and its configuration; may return an error that says more.
 
     Raises UserError for anything wrong in the configuration, the model or the data; with several processes, all of them then
     end the same way (`ftjax.distributed.ending`).
@@ -58,6 +60,7 @@ def train(
         devices = devices_or_all(devices)
         agree("the choice of devices", _facts(devices))
         config = objective_of(config).complete(config)
+        held.enter_context(_explained(explain, config))
         generates = objective_of(config).generates
         if generates and make_source is None:
             raise UserError(
@@ -94,6 +97,17 @@ def train(
                 layout = BatchLayout(setup.mesh, options.global_batch_size, options.gradient_accumulation_steps)
                 source = DatasetBatches(train_split, options, layout, steps)
             Run(setup, tokenizer, source, validation, checkpoints, documents, command, observer, heard).go()
+
+
+@contextmanager
+def _explained(explain: Callable[[Exception, Config], Exception | None] | None, config: Config) -> Iterator[None]:
+    """Raise the error that `explain` returns in place of another; on all processes, it is the one that is reported."""
+    try:
+        yield
+    except Exception as error:
+        if explain is not None and (told := explain(error, config)) is not None:
+            raise told from error
+        raise
 
 
 def _facts(devices: Sequence[jax.Device]) -> dict[str, Any]:

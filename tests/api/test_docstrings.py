@@ -7,7 +7,7 @@ import pytest
 
 import ftjax
 
-PLAIN = {"Interrupted", "UserError", "__version__"}
+PLAIN = {"Interrupted", "OutOfMemory", "UserError", "__version__"}
 
 
 @pytest.mark.parametrize("name", sorted({*ftjax.__all__} - PLAIN))
