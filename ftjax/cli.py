@@ -50,7 +50,7 @@ class Exporting(TyperCommand):
     """A command whose option `--gguf` may stand alone: a type is then chosen."""
 
     def parse_args(self, ctx, args):
-        following = [*args[1:], "--"]
+        following = [*args, "--"][1:]
         alone = [one == "--gguf" and after.startswith("-") for one, after in zip(args, following, strict=True)]
         return super().parse_args(ctx, [f"{one}=" if here else one for one, here in zip(args, alone, strict=True)])
 
@@ -81,7 +81,6 @@ app = typer.Typer(
     cls=Verbs,
     help="Fine-tune Hugging Face language models in JAX, on TPUs, GPUs and CPUs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich" if sys.stdout.isatty() and sys.stderr.isatty() else None,  # plain text in pipes and logs
     context_settings={
@@ -90,10 +89,40 @@ app = typer.Typer(
     },
 )
 
+
+def _keys(incomplete: str) -> list[str]:
+    """Complete a setting: keys of the configuration, each with `=`."""
+    from ftjax.config.reference import parts
+
+    names = dict.fromkeys(key.name for part in parts() for key in part.keys if "[]" not in key.name)
+    return [f"{name}=" for name in names if name.startswith(incomplete)]
+
+
+def _asked(incomplete: str) -> list[str]:
+    """Complete what `ftjax config` explains: sections, methods, objectives and keys."""
+    from ftjax.config.reference import parts
+
+    everything = parts()
+    names = dict.fromkeys(name for part in everything for name in (part.name, part.variant) if name)
+    names |= dict.fromkeys(key.name for part in everything for key in part.keys)
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _examples(incomplete: str) -> list[str]:
+    from ftjax.config.examples import EXAMPLES
+
+    return [name for name in EXAMPLES if name.startswith(incomplete)]
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML (or JSON) configuration file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Overrides for the file's settings, such as method.r=16.", show_default=False),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Overrides for the file's settings, such as method.r=16.",
+        show_default=False,
+        autocompletion=_keys,
+    ),
 ]
 
 Target = Annotated[
@@ -658,11 +687,21 @@ def demo(
 def show_config(
     key: Annotated[
         str | None,
-        typer.Argument(metavar="[SECTION|KEY]", help="A section, a method, an objective or a key.", show_default="all"),
+        typer.Argument(
+            metavar="[SECTION|KEY]",
+            help="A section, a method, an objective or a key.",
+            show_default="all",
+            autocompletion=_asked,
+        ),
     ] = None,
     example: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Print a commented file to begin with, such as lora.", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help="Print a commented file to begin with, such as lora.",
+            show_default=False,
+            autocompletion=_examples,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> None:

@@ -100,6 +100,7 @@ def example(name: str) -> str:
         "#   ftjax train run.yaml     trains, and resumes if it was stopped",
         "#   ftjax config KEY         explains a key",
         "#",
+        "# Lines like `#key: value`, without a space, are settings that are often changed, with their defaults.",
         f"# A row of the data: {chosen.row}",
     ]
     for section in Config.model_fields:
@@ -115,7 +116,7 @@ def example(name: str) -> str:
             meaning = described[key].meaning if key in described else _names(section)
             lines += [*_comment(meaning, "  "), f"  {key.partition('.')[2]}: {_value(value)}"]
         for key in more:
-            lines += [*_comment(described[key].meaning, "  "), f"  # {key.partition('.')[2]}: {described[key].default}"]
+            lines += [*_comment(described[key].meaning, "  "), f"  #{key.partition('.')[2]}: {described[key].default}"]
     return "\n".join(lines) + "\n"
 
 

@@ -75,10 +75,11 @@ def look_up(asked: str | None) -> tuple[list[Part], str]:
         return whole, ""
     word = plain_name(name.rpartition(".")[2])
     explained = f"{word}, as a key of other tools: {EXPLAINED[word]}" if word in EXPLAINED else ""
-    if found := _with_key(everything, name):
+    found, alias = _with_key(everything, name), ALIASES.get(word)
+    if alias is not None and not any(key.name == alias.target for part in found for key in part.keys):
+        return [*_with_key(everything, alias.target), *found], f"{word} is read as {alias.target}"
+    if found:
         return found, explained
-    if word in ALIASES:
-        return _with_key(everything, ALIASES[word].target), f"{name} is read as {ALIASES[word].target}"
     if explained:
         raise UserError(explained)
     known = dict.fromkeys([*section_fields(), *homes(), *(part.variant for part in everything if part.variant), *ALIASES])
