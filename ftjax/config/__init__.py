@@ -1,6 +1,6 @@
 """The configuration of a run: a strict schema with one section per file."""
 
-from pydantic import PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from ftjax.config.base import Section
 from ftjax.config.check import CheckConfig
@@ -47,7 +47,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     check: CheckConfig = CheckConfig()
     mesh: MeshConfig = MeshConfig()
-    output_dir: str = "runs/default"
+    output_dir: str = Field("runs/default", description="folder of the run; an unfinished run there is resumed")
     _unasked: frozenset[str] = PrivateAttr(frozenset())
 
     @property

@@ -13,6 +13,7 @@ from ftjax.generate.answer import Answer
 from ftjax.generate.batch import block_length
 from ftjax.generate.cache import bucket
 from ftjax.generate.decode import CHUNK, Runner, Start, State, View
+from ftjax.generate.embed import Pooling, embed_step
 from ftjax.generate.sample import Sampling, row_sampling, uses_of
 from ftjax.generate.score import head_step, score_step
 from ftjax.mesh import parts, spec
@@ -37,6 +38,9 @@ class Engine:
         self._score = jax.jit(
             partial(score_step, runner), static_argnames="temperature", out_shardings=NamedSharding(mesh, spec(()))
         )
+        self._embed = jax.jit(
+            partial(embed_step, runner), static_argnames="pooling", out_shardings=NamedSharding(mesh, spec(()))
+        )
         self._head = jax.jit(partial(head_step, runner), out_shardings=NamedSharding(mesh, spec(())))
         self.whole_prompts = any(rope.by_length for rope in model.ropes)  # RoPE needs the full length
         self.keeps_prefixes = not (self.whole_prompts or Layout(model.memories).states)  # states cannot be rewound
@@ -54,6 +58,11 @@ class Engine:
         """Run `head_step` on host arrays."""
         with jax.set_mesh(self.mesh):
             return np.asarray(self._head(params, *map(self.shard_rows, batch)))
+
+    def embed(self, params: Mapping[str, jax.Array], *batch: np.ndarray, pooling: Pooling) -> np.ndarray:
+        """Run `embed_step` on host arrays."""
+        with jax.set_mesh(self.mesh):
+            return np.asarray(self._embed(params, *map(self.shard_rows, batch), pooling=pooling))
 
     def block(self, rows: int, length: int, slots: int) -> int:
         """Return the number of prompt tokens per prefill step."""

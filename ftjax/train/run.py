@@ -1,14 +1,14 @@
 """`ftjax train`: open the run folder, load data and model, make the processes agree, and start the loop."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
 
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
-from ftjax.data.pipeline import PackedSplit, Split, load_splits
+from ftjax.data.pipeline import PackedSplit, load_splits
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree
 from ftjax.distributed.ending import fail_together
@@ -28,7 +28,7 @@ from ftjax.train.precompute import with_reference_values
 from ftjax.train.same_run import facts_to_agree, fingerprints, refuse_other_documents
 from ftjax.train.setup import Setup, prepare
 from ftjax.train.source import BatchSource, DatasetBatches, steps_of_run
-from ftjax.train.track import check_report_to
+from ftjax.train.track import Heard, check_report_to
 
 
 def train(
@@ -36,8 +36,10 @@ def train(
     *,
     devices: Sequence[jax.Device] | None = None,
     command: str = "the same command",
-    make_observer: Callable[[Setup, Any, Split | None], Observer | None] | None = None,
+    make_observer: Callable[[Setup, Any, PackedSplit | None], Observer | None] | None = None,
     make_source: Callable[[Setup, Any, PackedSplit], BatchSource] | None = None,
+    heard: Heard | None = None,
+    explain: Callable[[Exception, Config], Exception | None] | None = None,
 ) -> None:
     """Fine-tune from the start, or from the newest checkpoint in `output_dir`, to the end; writes the run folder.
 
@@ -47,6 +49,8 @@ def train(
         command: the command that resumes this run, for messages.
         make_observer: called with set-up, tokenizer and validation data; the observer is called at every evaluation.
         make_source: called with set-up, tokenizer and prompts, for an objective that generates answers (`ftjax.rl.learn`).
+        heard: called with every row of metrics.jsonl after it is written, on the first process.
+        explain: called with an error that ended the run, and its configuration; may return an error that says more.
 
     Raises UserError for anything wrong in the configuration, the model or the data; with several processes, all of them then
     end the same way (`ftjax.distributed.ending`).
@@ -56,6 +60,7 @@ def train(
         devices = devices_or_all(devices)
         agree("the choice of devices", _facts(devices))
         config = objective_of(config).complete(config)
+        held.enter_context(_explained(explain, config))
         generates = objective_of(config).generates
         if generates and make_source is None:
             raise UserError(
@@ -91,7 +96,18 @@ def train(
                 options = config.training
                 layout = BatchLayout(setup.mesh, options.global_batch_size, options.gradient_accumulation_steps)
                 source = DatasetBatches(train_split, options, layout, steps)
-            Run(setup, tokenizer, source, validation, checkpoints, documents, command, observer).go()
+            Run(setup, tokenizer, source, validation, checkpoints, documents, command, observer, heard).go()
+
+
+@contextmanager
+def _explained(explain: Callable[[Exception, Config], Exception | None] | None, config: Config) -> Iterator[None]:
+    """Raise the error that `explain` returns in place of another; on all processes, it is the one that is reported."""
+    try:
+        yield
+    except Exception as error:
+        if explain is not None and (told := explain(error, config)) is not None:
+            raise told from error
+        raise
 
 
 def _facts(devices: Sequence[jax.Device]) -> dict[str, Any]:
