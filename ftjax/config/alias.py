@@ -223,7 +223,8 @@ VALUES: dict[str, dict[str, dict[str, Any]]] = {
         "pissa": {**_LORA, "method.init_lora_weights": "pissa"},
     },
     "objective.name": {
-        **{name: {"objective.name": name} for name in ("sft", "dpo", "simpo", "cpo", "orpo", "kto", "reward", "grpo", "rloo")},
+        **{name: {"objective.name": name} for name in ("sft", "dpo", "simpo", "cpo", "orpo", "kto", "reward", "grpo", "rloo", "distill")},
+        **dict.fromkeys(("distillation", "gkd"), {"objective.name": "distill"}),
         **dict.fromkeys(("rm", "reward_model", "reward_modeling"), _REWARD),
         "ipo": {"objective.name": "dpo", "objective.loss_type": "ipo"},
     },
