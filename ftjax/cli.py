@@ -187,7 +187,7 @@ def teach(config: ConfigFile, overrides: Overrides = None) -> None:
     with joined():
         settings = load_config(config, overrides or [])
         from ftjax.compile_cache import keep_compiled_programs
-        from ftjax.train.teach import teach as run
+        from ftjax.rl.teach import teach as run
 
         keep_compiled_programs()
         run(settings)

@@ -19,6 +19,9 @@ class DistillConfig(Sampled):
         None, min_length=1, description="the teacher: a Hub id, a model's folder, a .gguf file, a run or a PEFT folder"
     )
     teacher_model_revision: str | None = Field(None, description="branch, tag or commit of a teacher on the Hub")
+    teacher_model_server_url: str | None = Field(
+        None, min_length=1, description="ftjax teach: ask this server with OpenAI's interface, such as http://host:8000/v1"
+    )
     teacher_logprobs: str | None = Field(
         None, min_length=1, description="folder in which `ftjax teach` writes; training then reads it instead of the teacher"
     )
@@ -58,6 +61,11 @@ class DistillConfig(Sampled):
                     "teacher_logprobs has its predictions for the data; set lmbda: 0, or leave teacher_logprobs out"
                 )
             object.__setattr__(self, "lmbda", 0.0)
+        if self.teacher_model_server_url is not None and (self.teacher_logprobs is None or self.temperature != 1):
+            raise ValueError(
+                "teacher_model_server_url: a server's predictions are written by ftjax teach, at temperature 1; set "
+                "teacher_logprobs to a folder, and leave temperature out"
+            )
         if not self.distillation_weight:
             raise ValueError("distillation_weight 0 does not use the teacher; write objective: {name: sft}")
         without_effect(self, {

@@ -29,6 +29,7 @@ from ftjax.data.rollout import AnsweredTokens, PromptTokens, TaughtTokens
 from ftjax.objectives.logprobs import per_token
 from ftjax.objectives.loss import LossTotals
 from ftjax.objectives.objective import Forward, LossInputs, Objective
+from ftjax.objectives.projection import Projection
 from ftjax.objectives.sft import perplexity
 
 NOTHING = -1e30  # a log-probability in place of minus infinity, whose products with 0 are 0
@@ -55,7 +56,7 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
         return _of_predictions(inputs), inputs.auxiliary
     own = batch["labels"] if section.mixed and "labels" in batch else jnp.full(batch["weights"].shape, float(section.lmbda < 1))
     lesson = Lesson(batch["targets"], own, jax.lax.stop_gradient(teacher.hidden))
-    return inputs.token_totals(lesson, partial(_measure, section, teacher)), inputs.auxiliary
+    return inputs.token_totals(lesson, partial(_measure, section, teacher.output)), inputs.auxiliary
 
 
 def _of_predictions(inputs: LossInputs) -> LossTotals:
@@ -109,10 +110,10 @@ def _likeliest(
 
 
 def _measure(
-    section: DistillConfig, teacher: Forward, logits: Float[Array, "B C V"], lesson: Lesson, weights: Float[Array, "B C"]
+    section: DistillConfig, teacher: Projection, logits: Float[Array, "B C V"], lesson: Lesson, weights: Float[Array, "B C"]
 ) -> LossTotals:
     """Sum the losses of a chunk of tokens."""
-    wanted = teacher.output.unembed(teacher.output.trained, lesson.hidden)
+    wanted = teacher.unembed(teacher.trained, lesson.hidden)
     shared = min(logits.shape[-1], wanted.shape[-1])
     student, wanted = (log_probabilities(x[..., :shared], section.temperature) for x in (logits, wanted))
     found = totals(section, logits, lesson.tokens, lesson.own, weights, student, jax.lax.stop_gradient(wanted))
