@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from oracle import ONE, Case, make_hf
 from reward_runs import logged, run, settings
+from safetensors.numpy import load_file
 from tiny_tokenizer import make_tokenizer, save_tokenizer
+from transformers import AutoTokenizer
+from verbs import ftjax
 from whole_runs import rows, same_adapter
 
 from ftjax.config import Config
@@ -15,9 +19,12 @@ from ftjax.data.encoder import Encoded
 from ftjax.data.pipeline import load_splits
 from ftjax.errors import UserError
 from ftjax.objectives import encoding_of
+from ftjax.report.command import report
 from ftjax.rl.distill import LessonBatches, prompt_of
 from ftjax.rl.sampler import Sampler
 from ftjax.train.setup import prepare
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +119,61 @@ def test_resumed(name, model, prompts, answers, teacher, tmp_path):
     evaluated = [row for row in rows(whole) if "eval/loss" in row]
     assert evaluated[-1]["eval/loss"] < evaluated[0]["eval/loss"]
     assert ("eval/completions/mean_length" in evaluated[0]) == (name == "prompts")
+
+
+# ---- commands ----
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    make_hf(Case("llama", "llama", {"initializer_range": 0.05, "max_position_embeddings": 512}), folder)
+    save_tokenizer(folder, chat=True)
+    return folder
+
+
+def test_the_demo(chat, tmp_path, capsys, monkeypatch):
+    """The example's configuration, on eight devices that share fewer documents, with a share for the student; then from
+    predictions that `ftjax teach` has written."""
+    monkeypatch.chdir(ROOT)
+    given = [
+        "configs/demo/distill.yaml", f"model.path={chat}", f"objective.teacher_model_name_or_path={chat}", "data.limit=6",
+        "data.train=configs/demo/data/train.jsonl", "data.validation=configs/demo/data/validation.jsonl",
+        "training.max_steps=2", "training.eval_steps=2", "evaluate.training_examples=0", "mesh.fsdp=2", "mesh.data=4",
+        "training.report_to=[]",
+    ]  # fmt: skip
+    own = ["objective.lmbda=0.5", "objective.max_completion_length=4", f"output_dir={tmp_path / 'own'}"]
+    assert ftjax("train", *given, *own) == 0, capsys.readouterr()
+    assert "4 documents; 50% of them are answered by the model in training, with up to 4 tokens" in capsys.readouterr().out
+    found = {name for row in rows(tmp_path / "own") for name in row}
+    assert {"train/divergence", "train/cross_entropy", "train/completions/mean_length", "eval/perplexity"} <= found
+    page = report(tmp_path / "own", out=tmp_path / "report.html").read_text()
+    assert "Answers of the student" in page and "divergence from the teacher" in page
+
+    files = [f"objective.teacher_logprobs={tmp_path / 'predictions'}", "objective.loss_top_k=8", "training.global_batch_size=8"]
+    assert ftjax("teach", *given, *files) == 0, capsys.readouterr()
+    assert ftjax("train", *given, *files, f"output_dir={tmp_path / 'files'}") == 0, capsys.readouterr()
+    first = next(row for row in rows(tmp_path / "files") if "eval/loss" in row)
+    assert abs(first["eval/divergence"]) < 0.1 < first["eval/cross_entropy"], "the teacher is the student at its start"
+
+
+def test_teach_says_what_it_needs(chat, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(f"model: {{path: {chat}}}\ndata: {{train: x.jsonl}}\n")
+    assert ftjax("teach", str(tmp_path / "run.yaml")) == 2
+    assert "found objective sft. Set the three of them" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_student_of_some_layers(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from make_student import make_student
+
+    make_hf(Case("qwen3", "qwen3", {"num_hidden_layers": 4}), tmp_path / "whole")
+    save_tokenizer(tmp_path / "whole")
+    make_student(str(tmp_path / "whole"), tmp_path / "student", 2)
+    whole, student = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "student"))
+    layers = {"model.layers.0.": "model.layers.0.", "model.layers.1.": "model.layers.3."}
+    for name, value in student.items():
+        of = next((name.replace(new, old) for new, old in layers.items() if name.startswith(new)), name)
+        np.testing.assert_array_equal(value, whole[of], err_msg=name)
+    assert len(whole) - len(student) == 2 * sum(name.startswith("model.layers.1.") for name in student)
+    assert make_tokenizer().get_vocab() == AutoTokenizer.from_pretrained(tmp_path / "student").get_vocab()

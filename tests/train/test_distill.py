@@ -160,6 +160,11 @@ def test_it_learns(taught):
     assert evaluated[-1]["eval/perplexity"] == pytest.approx(np.exp(evaluated[-1]["eval/cross_entropy"]))
 
 
+def test_its_card_names_the_teacher_without_its_place(taught, teacher):
+    card = (taught / "final" / "README.md").read_text()
+    assert f"teacher_model_name_or_path: {teacher.name}\n" in card and str(teacher.parent) not in card
+
+
 def test_it_is_resumed(taught, model, data, teacher, tmp_path):
     shutil.copytree(taught, tmp_path / "run")
     for path in ("checkpoints/4", "final"):
