@@ -217,6 +217,27 @@ def train(
 
 
 @app.command(cls=Configured)
+def teach(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Write a teacher's predictions for the data of a run.
+
+    For objective distill: the likeliest tokens with their log-probabilities go to the folder objective.teacher_logprobs, and
+    ftjax train learns from them without the teacher.
+    """
+    from ftjax.config.load import load_config
+    from ftjax.distributed.join import joined
+    from ftjax.gpu import set_flags
+
+    set_flags()
+    with joined():
+        settings = load_config(config, overrides or [])
+        from ftjax.compile_cache import keep_compiled_programs
+        from ftjax.rl.teach import teach as run
+
+        keep_compiled_programs()
+        run(settings)
+
+
+@app.command(cls=Configured)
 def preview(
     config: ConfigFile,
     overrides: Overrides = None,

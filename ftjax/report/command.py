@@ -85,7 +85,7 @@ def html(run: Run) -> str:
         ("Before and after", evaluations(run)),
         ("Safety and stability", checks(run)),
         ("Answers while training", generations(run)),
-        ("Answers and their rewards", rewarded(run)),
+        ("Answers of the student" if run.config.objective.name == "distill" else "Answers and their rewards", rewarded(run)),
         ("Data", data(run)),
         ("Configuration", configuration(run)),
         ("Environment", environment(run)),

@@ -21,6 +21,7 @@ from ftjax.distributed import store
 from ftjax.distributed.ending import asked_to_stop
 from ftjax.errors import Interrupted, UserError
 from ftjax.hub.output import write_output
+from ftjax.mesh import parts
 from ftjax.objectives import objective_of
 from ftjax.train.announce import announce, next_commands
 from ftjax.train.checkpoint import Checkpoints
@@ -34,7 +35,7 @@ from ftjax.train.progress import Progress, say
 from ftjax.train.record import finished_at, split_record, write_finished, write_record
 from ftjax.train.reference import MovingReference
 from ftjax.train.same_run import Documents
-from ftjax.train.setup import Setup, compile_steps
+from ftjax.train.setup import Setup, compile_steps, rows_at_a_time
 from ftjax.train.source import BatchSource
 from ftjax.train.step import abstract_state, init_state
 from ftjax.train.track import Heard, Tracker
@@ -281,8 +282,7 @@ class Run:
 
     def losses(self) -> dict[str, float]:
         """Return the loss and metrics on the whole validation set."""
-        options = self.options
-        rows = options.eval_batch_size or options.global_batch_size // options.gradient_accumulation_steps
+        rows = self.options.eval_batch_size or rows_at_a_time(self.config, parts(self.setup.mesh.shape, "batch"))
         layout = BatchLayout(self.setup.mesh, rows)
         batches = self.validation.batches(
             rows, seed=0, shuffle=False, epochs=1, rows=layout.own, width_multiple=layout.length_parts

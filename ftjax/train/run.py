@@ -17,7 +17,7 @@ from ftjax.hub.load import positions_of
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.vocabulary import embeddings_of
 from ftjax.mesh import devices_or_all
-from ftjax.objectives import encoding_of, objective_of
+from ftjax.objectives import encoding_of, generates, objective_of
 from ftjax.train.checkpoint import Checkpoints
 from ftjax.train.folder import checkpoints_of, open_run_folder
 from ftjax.train.layout import BatchLayout
@@ -28,6 +28,8 @@ from ftjax.train.precompute import with_reference_values
 from ftjax.train.same_run import facts_to_agree, fingerprints, refuse_other_documents
 from ftjax.train.setup import Setup, prepare
 from ftjax.train.source import BatchSource, DatasetBatches, steps_of_run
+from ftjax.train.teach import with_predictions
+from ftjax.train.teacher import refuse_other_vocabulary
 from ftjax.train.track import Heard, check_report_to
 
 
@@ -61,8 +63,8 @@ def train(
         agree("the choice of devices", _facts(devices))
         config = objective_of(config).complete(config)
         held.enter_context(_explained(explain, config))
-        generates = objective_of(config).generates
-        if generates and make_source is None:
+        generated = generates(config)
+        if generated and make_source is None:
             raise UserError(
                 f"objective {config.objective.name} generates answers: pass make_source (ftjax.rl.learn) to train()"
             )
@@ -71,17 +73,19 @@ def train(
         open_run_folder(config)
         checkpoints = Checkpoints(checkpoints_of(config), config.training.save_total_limit)
         tokenizer = load_tokenizer(config.model)
+        refuse_other_vocabulary(config, tokenizer)
         train_split, validation = load_splits(
             config.data, tokenizer, seed=config.training.seed, encoding=encoding_of(config),
             positions=positions_of(config.model.path, config.model.revision),
         )  # fmt: skip
+        train_split, validation = with_predictions(config, (train_split, validation))
         embeddings = embeddings_of(config)
         for split in (train_split, validation):
             if split is not None:
                 split.refuse_unknown(embeddings, tokenizer)
         documents = fingerprints(train_split, validation)
         refuse_other_documents(checkpoints, documents, config)
-        steps = None if generates else steps_of_run(train_split, config.training)
+        steps = None if generated else steps_of_run(train_split, config.training)
         if store.several():
             agree("this run", facts_to_agree(config, documents, steps, checkpoints.latest))
         setup = prepare(config, devices)
@@ -89,8 +93,10 @@ def train(
             observer = make_observer(setup, tokenizer, validation) if make_observer else None
             agree("what is evaluated while training", observer.facts if observer is not None else {})
             check_early_stopping(config, evaluates=validation is not None or observer is not None)
-            if generates:
-                source, validation = make_source(setup, tokenizer, train_split), None  # the observer answers its prompts
+            if generated:
+                source = make_source(setup, tokenizer, train_split)
+                # Of prompts there is no loss: the observer answers them.
+                validation = validation if encoding_of(config).imitated else None
             else:
                 train_split, validation = (with_reference_values(setup, split) for split in (train_split, validation))
                 options = config.training
