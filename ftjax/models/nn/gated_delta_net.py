@@ -79,7 +79,13 @@ class GatedNorm(RMSNorm):
 
 
 class GatedDeltaNet(nnx.Module):
-    """A gated DeltaNet without its input projections, which a subclass adds."""
+    """A gated DeltaNet without its input projections, which a subclass adds.
+
+    Attributes:
+        strongest: how strongly a token may overwrite what is held under its key, at most. Above 1, states may change sign.
+    """
+
+    strongest = 1.0
 
     def __init__(self, embed: int, sizes: DeltaSizes, act: str, eps: float):
         self.sizes, self.act = sizes, activation(act)
@@ -101,26 +107,35 @@ class GatedDeltaNet(nnx.Module):
     def attend(self, found: Projected, ctx: Context, pattern: Pattern, layer, cache: Memories):
         """Map the result of `project` to `([B, T, E], cache)`."""
         inputs, memory = self.memory
-        b, t = found.a.shape[:2]
+        b = found.a.shape[0]
         decay = -jnp.exp(self.A_log[...].astype(jnp.float32))
         g = decay * jax.nn.softplus(found.a.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         before = self.by_heads(recall(cache, layer, inputs, b, found.q.dtype))
         state = recall(cache, layer, memory, b, jnp.float32)
-        taps = self.by_heads(self.conv1d.taps[None])
+        taps = self.taps()
 
         def mix(parts: tuple, before: tuple, taps: tuple, g, beta, state, segments):
             mixed, last = zip(*map(lambda *own: self._convolved(*own, segments), parts, before, taps), strict=True)
             y, state = gated_delta_rule(*mixed, g, beta, state, segments)
             return y.astype(parts[0].dtype), last, state
 
-        values = (found.q, found.k, found.v), before, taps, g, jax.nn.sigmoid(found.b), state, ctx.segment_ids
+        strength = self.strongest * jax.nn.sigmoid(found.b)
+        values = (found.q, found.k, found.v), before, taps, g, strength, state, ctx.segment_ids
         keys = self.sizes.key_heads
         what = f"the {keys} key heads of the linear attention (linear_num_key_heads)"
         over = {"heads": head_axes(keys, lambda devices: keys % devices == 0, what)}
         y, last, state = on_each_device(mix, values, PLACES, OUT, over, b)
         last = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in last], axis=-1)
         cache = remember(remember(cache, layer, inputs, last), layer, memory, state)
-        return self.out_proj(self.norm(y, found.gate).reshape(b, t, -1), ctx), cache
+        return self.output(y, found.gate, ctx), cache
+
+    def output(self, y: jax.Array, gate: jax.Array, ctx: Context) -> jax.Array:
+        """Map the values that were read, and their gate, both `[B, T, N, V]`, to `[B, T, E]`."""
+        return self.out_proj(self.norm(y, gate).reshape(*y.shape[:2], -1), ctx)
+
+    def taps(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the kernels of the convolutions of queries, keys and values, `[1, W, heads, size]`."""
+        return self.by_heads(self.conv1d.taps[None])
 
     def by_heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Split `[..., channels]` into `[..., heads, size]` of queries, keys and values."""
