@@ -472,13 +472,13 @@ CASES: list[Case] = [
         "num_hidden_layers": 5, "layer_types": ["mamba", "mamba", "attention", "mamba", "attention"], "mamba_n_heads": 4,
         "mamba_n_groups": 2, "mamba_d_state": 8, "shared_intermediate_size": 24, "num_local_experts": 6,
         "num_experts_per_tok": 3, "embedding_multiplier": 3, "logits_scaling": 2, "residual_multiplier": 0.5,
-        "attention_multiplier": 0.2, "output_router_logits": True,
+        "attention_multiplier": 0.2, "output_router_logits": True, "position_embedding_type": "rope",
     }),
     Case("granitemoehybrid-dense", "granitemoehybrid", {
         "num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 8, "mamba_d_state": 12,
         "mamba_conv_bias": False, "mamba_proj_bias": True, "attention_bias": True, "shared_intermediate_size": 40,
-        "num_local_experts": 0, "attention_multiplier": 0.3, "position_embedding_type": "rope", "hidden_act": "gelu",
-        "tie_word_embeddings": True, "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE,
+        "num_local_experts": 0, "attention_multiplier": 0.3, "position_embedding_type": "nope", "hidden_act": "gelu",
+        "tie_word_embeddings": True, "rms_norm_eps": 1e-3,
     }),
     Case("nemotron-h", "nemotron_h", {
         **EXPERTS, "layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba", "moe"], "head_dim": 12,
