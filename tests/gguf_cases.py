@@ -5,16 +5,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-import numpy as np
 from cases import CASES
-from oracle import Case, load, make_hf, one_device
+from oracle import Case, make_hf
 from qwen_tokenizer import qwen
-
-from ftjax.config import LoraConfig
-from ftjax.hub.adapter.peft import write_adapter
-from ftjax.hub.load import init_params
-from ftjax.methods import lora
 
 SILU = {"hidden_act": "silu"}
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
@@ -64,18 +57,3 @@ def make_base(case: Case, folder: Path) -> Path:
     """Write a model of random weights with a tokenizer."""
     make_hf(case, folder)
     return with_tokenizer(folder)
-
-
-def adapted(base: Path, folder: Path, method: LoraConfig):
-    """Write an adapter with random weights; return the model and its parameters."""
-    model, params = load(base, lambda root: lora.attach(root, method))
-    params |= init_params({path: spec for path, spec in model.specs.items() if spec.row.adapter}, one_device(), 0)
-    rng = np.random.default_rng(0)
-    for path, spec in model.trainable.items():
-        value = np.zeros(spec.shape, np.float32)
-        for piece in spec.pieces():
-            value[piece.index] = rng.normal(size=piece.shape) * 0.3
-        params[path] = jax.device_put(value, params[path].sharding)
-    folder.mkdir()
-    write_adapter(folder, model, params, method, str(base))
-    return model, params

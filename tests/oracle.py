@@ -19,12 +19,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ftjax.config import FullConfig, MeshConfig
+from ftjax.config import FullConfig, LoraConfig, MeshConfig
 from ftjax.generate.cache import forward, new_cache
-from ftjax.hub.load import load_base, open_model
+from ftjax.hub.adapter.peft import write_adapter
+from ftjax.hub.load import init_params, load_base, open_model
 from ftjax.hub.model_folder import from_params, model_tensors, write_folder
 from ftjax.mesh import make_mesh
-from ftjax.methods import method_of
+from ftjax.methods import lora, method_of
 from ftjax.models.model import Model, build_module
 from ftjax.models.nn.context import Context
 from ftjax.models.registry import FAMILIES
@@ -155,6 +156,21 @@ def load(folder: Path, attach: Callable | None = None, mesh=None, dtype=jnp.floa
         attach(root)
     model = Model.of(root, config)
     return model, load_base(model, source, mesh or one_device(), dtype, str(folder))
+
+
+def adapted(base: Path, folder: Path, method: LoraConfig) -> tuple[Model, dict[str, jax.Array]]:
+    """Write an adapter with random weights to a new folder; return the model and its parameters."""
+    model, params = load(base, lambda root: lora.attach(root, method))
+    params |= init_params({path: spec for path, spec in model.specs.items() if spec.row.adapter}, one_device(), 0)
+    rng = np.random.default_rng(0)
+    for path, spec in model.trainable.items():
+        value = np.zeros(spec.shape, np.float32)
+        for piece in spec.pieces():
+            value[piece.index] = rng.normal(size=piece.shape) * 0.3
+        params[path] = jax.device_put(value, params[path].sharding)
+    folder.mkdir(parents=True)
+    write_adapter(folder, model, params, method, str(base))
+    return model, params
 
 
 def attach_full(root) -> None:

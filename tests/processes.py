@@ -4,28 +4,20 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import jax
 import numpy as np
 import yaml
+from forked import Server, Started
 from oracle import Case, make_hf
 from quick_compile import QUICK
 from tiny_tokenizer import save_tokenizer
 
-# The command `ftjax` without PyTorch, which only tests have installed and which would take a third of the import time:
-# transformers and datasets look for it when they are imported.
-COMMAND = """import sys
-sys.modules['torch'] = None
-import transformers, datasets
-del sys.modules['torch']
-from ftjax.cli import main
-main()
-"""
+COMMAND = "from ftjax.cli import main\nmain()\n"
 
 
 def make_settings(folder: Path, family: str = "llama", **values) -> dict:
@@ -67,16 +59,20 @@ def address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def start(command: Sequence[str], code: str = COMMAND, **options) -> subprocess.Popen:
-    """Start `ftjax` with these arguments."""
-    whole = [sys.executable, "-c", code, *map(str, command)]
-    return subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+@cache
+def _server() -> Server:
+    return Server()
+
+
+def start(command: Sequence[str], code: str = COMMAND, *, env: Mapping[str, str], cwd: Path | None = None) -> Started:
+    """Start `ftjax` with these arguments, without PyTorch, which only tests have installed."""
+    return _server().start(code, [str(word) for word in command], env, cwd)
 
 
 def launch(
     count: int, settings: dict, out: Path, *, devices: int | Sequence[int] = 1, own: Mapping[int, Sequence[str]] | None = None,
     wait: Mapping[int, float] | None = None, more: Mapping[str, str] | None = None, code: Mapping[int, str] | None = None,
-) -> list[subprocess.Popen]:  # fmt: skip
+) -> list[Started]:  # fmt: skip
     """Start `count` training processes, as a user would.
 
     Args:
@@ -101,7 +97,7 @@ def launch(
 def launch_verb(
     count: int, arguments: Sequence[str], folder: Path, own: Mapping[int, Sequence[str]] | None = None,
     instead: Mapping[int, Sequence[str]] | None = None,
-) -> list[subprocess.Popen]:  # fmt: skip
+) -> list[Started]:  # fmt: skip
     """Start `count` processes of any command, joined by JAX's environment variables, in `folder`.
 
     Args:
@@ -126,7 +122,7 @@ def rows(out: Path, name: str = "train/loss") -> dict[int, dict]:
     return {row["step"]: row for row in map(json.loads, lines) if name in row}
 
 
-def wait_for_step(running: list[subprocess.Popen], out: Path, step: int) -> None:
+def wait_for_step(running: list[Started], out: Path, step: int) -> None:
     """Wait until this update is logged or a process has ended."""
     deadline = time.monotonic() + 900
     while step not in rows(out) and all(process.poll() is None for process in running):
@@ -134,7 +130,7 @@ def wait_for_step(running: list[subprocess.Popen], out: Path, step: int) -> None
         time.sleep(0.005)
 
 
-def end(running: list[subprocess.Popen], kill: bool = False, timeout: float = 900) -> list[str]:
+def end(running: list[Started], kill: bool = False, timeout: float = 900) -> list[str]:
     """Wait for all processes; return the output of each."""
     if kill:
         for process in running:
@@ -143,8 +139,8 @@ def end(running: list[subprocess.Popen], kill: bool = False, timeout: float = 90
 
 
 def run(
-    count: int, settings: dict, out: Path, then: Callable[[list[subprocess.Popen]], None] = lambda running: None, **options
-) -> tuple[list[subprocess.Popen], list[str]]:
+    count: int, settings: dict, out: Path, then: Callable[[list[Started]], None] = lambda running: None, **options
+) -> tuple[list[Started], list[str]]:
     """Launch processes, act on them while they run, and wait; return `(processes, their outputs)`.
 
     Gloo, which connects CPUs, gives each process 30 seconds after the first; on a machine too busy for that, the launch is

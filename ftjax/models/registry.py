@@ -183,8 +183,8 @@ def check_supported(model_type: str, where: str, text: Any = None) -> None:
         known = FAMILIES.get(kind)
         instead = f"take a text model, such as {known.example} ({kind})" if known else "take a text model of these families"
         raise UserError(
-            f"{where}: model_type {model_type!r} wraps a text model ({kind}) with parts for images or sound, but ftjax "
-            f"supports text models only; {instead}. Supported are {', '.join(sorted(FAMILIES))}"
+            f"{where}: model_type {model_type!r} wraps a text model ({kind}) with parts for images or sound, and ftjax knows "
+            f"where that is in the files of other families only; {instead}. Supported are {', '.join(sorted(FAMILIES))}"
         )
     raise UserError(
         f"{where}: model_type {model_type!r} is not supported; supported families are {', '.join(sorted(FAMILIES))}"

@@ -3,10 +3,9 @@
 import json
 import warnings
 
-import jax
 import numpy as np
 import pytest
-from oracle import Case, hf_logits, load, logits, make_hf, one_device, tokens
+from oracle import Case, adapted, hf_logits, logits, make_hf, tokens
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from tiny_tokenizer import make_tokenizer, save_tokenizer
@@ -16,11 +15,8 @@ from ftjax.config import Config, LoraConfig
 from ftjax.config.load import save_config
 from ftjax.errors import UserError
 from ftjax.hub.adapter.own_base import base_of
-from ftjax.hub.adapter.peft import write_adapter
 from ftjax.hub.export import export
-from ftjax.hub.load import init_params
 from ftjax.hub.written import readable
-from ftjax.methods import lora
 
 MIXED = LoraConfig(
     r=4, lora_alpha=10, target_modules=["q_proj", "v_proj", "down_proj"],
@@ -38,17 +34,8 @@ def make_run(folder, method, tied=False, dtype="float32"):
     base = folder / "base"
     make_hf(Case("llama", "llama", {"tie_word_embeddings": tied}), base)
     save_tokenizer(base)
-    model, params = load(base, lambda root: lora.attach(root, method))
-    params |= init_params({p: s for p, s in model.specs.items() if s.row.adapter}, one_device(), 0)
-    rng = np.random.default_rng(0)
-    for path, spec in model.trainable.items():
-        value = np.zeros(spec.shape, np.float32)
-        for piece in spec.pieces():
-            value[piece.index] = rng.normal(size=piece.shape) * 0.3
-        params[path] = jax.device_put(value, params[path].sharding)
     final = folder / "run" / "final"
-    final.mkdir(parents=True)
-    write_adapter(final, model, params, method, str(base))
+    model, params = adapted(base, final, method)
     save_tokenizer(final)
     settings = {"model": {"path": str(base), "dtype": dtype, "compute_dtype": dtype}, "data": {"train": "x.jsonl"}}
     save_config(Config.model_validate({**settings, "method": method.model_dump()}), folder / "run" / "config.yaml")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_cases import WRITTEN, adapted, make_base
+from gguf_cases import WRITTEN, make_base
 from gguf_writing import demo_model
-from oracle import load, logits
+from oracle import adapted, load, logits
 from processes import ALL
 
 from ftjax.config import LoraConfig, ModelConfig

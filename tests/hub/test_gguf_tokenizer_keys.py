@@ -48,9 +48,9 @@ def changed(tokenizer: PreTrainedTokenizerFast, change, **options) -> PreTrained
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(made)), **options)
 
 
-def keys_of(tokenizer, rows: int = ROWS, ends=(), folder: Path | None = None) -> tuple[dict, list[str]]:
+def keys_of(tokenizer, rows: int = ROWS, ends=(), folder: Path | None = None, bos=None) -> tuple[dict, list[str]]:
     notes: list[str] = []
-    keys = tokenizer_keys(tokenizer, rows, ends, folder, notes.append)
+    keys = tokenizer_keys(tokenizer, rows, ends, bos, folder, notes.append)
     return {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in keys.items()}, notes
 
 
@@ -100,6 +100,7 @@ def test_special_tokens():
         keys_of(tokenizer)
     keys, _ = keys_of(byte_level())
     assert keys["bos_token_id"] == 2  # llama.cpp would take token 11
+    assert [keys_of(byte_level(), bos=bos)[0]["bos_token_id"] for bos in (0, ROWS)] == [0, 2]
 
 
 def test_ends():

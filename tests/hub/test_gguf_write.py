@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GGMLType
-from gguf_cases import WRITTEN, adapted, make_base
-from oracle import Case, hf_config, load
+from gguf_cases import WRITTEN, make_base
+from oracle import Case, adapted, hf_config, load
 from safetensors.numpy import load_file, save_file
 from verbs import ftjax
 
@@ -142,6 +142,11 @@ def settings_of(model_type: str, **values):
     notes = []
     made = gguf_settings(config, Model.of(build_module(config), config).sizes, notes.append)
     return made, notes
+
+
+def test_phi3_says_that_it_has_no_window():
+    assert settings_of("phi3", sliding_window=None)[0][0]["attention.sliding_window"] == 0
+    assert settings_of("phi3", sliding_window=16)[0][0]["attention.sliding_window"] == 16
 
 
 def test_yarn_of_gpt_oss_is_noted():

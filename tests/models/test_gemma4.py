@@ -38,6 +38,7 @@ def folder(tmp_path_factory):
 def test_tensors_that_nobody_reads_are_carried(folder, tmp_path):
     """Every tensor comes back with its name, dtype and bits, scalars of layers among them."""
     model, params = load(folder, dtype=ml_dtypes.bfloat16)
+    assert all(value.dtype == ml_dtypes.bfloat16 for value in params.values())
     tensors = model_tensors(model, from_params(params), params, FullConfig(), ml_dtypes.bfloat16)
     write_folder(tmp_path, model, tensors, "bfloat16", folder)
     before, after = (load_file(where / "model.safetensors") for where in (folder, tmp_path))

@@ -16,10 +16,12 @@ from ftjax.models.table import families, show
 
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.model_type)
 def test_the_table_is_true(family):
-    """The table agrees with the family's cases, in which each feature is on at least once."""
+    """The table agrees with the cases of the family and of its text model, in which each feature is on at least once."""
     windows, experts, learned = set(), set(), set()
+    entry = FAMILIES[family.model_type]
+    names = {family.model_type, entry.module} if entry.composite else {family.model_type}
     for case in CASES:
-        if case.model_type != family.model_type:
+        if case.model_type not in names:
             continue
         root = build_module(complete_config(hf_config(case).to_dict(), case.name))
         (stack,) = [node for _, node in nnx.iter_graph(root) if isinstance(node, Stack)]

@@ -2,13 +2,14 @@
 
 import dataclasses
 from itertools import islice
+from typing import get_args
 
 import numpy as np
 import pytest
 from tiny_run import run_steps
 from trl_oracle import FULL, LORA, PAIRS, Ours, Theirs, make_model
 
-from ftjax.config.preference import DIFFERENCES, SMOOTHED
+from ftjax.config.preference import SMOOTHED, DpoLoss
 from ftjax.data import unpaired
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -24,12 +25,11 @@ LABELLED = [
     for index, row in enumerate(PAIRED)
     for kind in [("chosen", "rejected")[index % 3 == 1]]
 ]
-OTHERS = ("nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down")
 # Each loss: the objective, TRL's trainer, and settings that differ between the two.
 LOSSES = {
     **{
         name: ({"name": "dpo", "loss_type": [name], **({"label_smoothing": 0.2} if name in SMOOTHED else {})}, "dpo", {})
-        for name in (*DIFFERENCES, *OTHERS)
+        for name in get_args(DpoLoss)
         if name != "sft"
     },
     "sigmoid+sft": ({"name": "dpo", "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, "dpo", {}),

@@ -42,7 +42,7 @@ def gguf_settings(
     if values["feed_forward_length"] is None:  # GPT-2's default
         values["feed_forward_length"] = 4 * sizes.embed
     values |= {
-        CONTEXT: sizes.positions, "vocab_size": sizes.vocab,
+        CONTEXT: _context(config, sizes), "vocab_size": sizes.vocab,
         "attention.key_length": sizes.head_dim, "attention.value_length": sizes.head_dim,
         **_windows(family, config, sizes, note),
     }  # fmt: skip
@@ -58,6 +58,10 @@ def _number(name: str, value: Any) -> Any:
     return float(value) if name.endswith(floats) and value is not None else value
 
 
+def _context(config: Mapping[str, Any], sizes: Sizes) -> int:
+    return config.get("max_position_embeddings") or sizes.positions
+
+
 def _refused(family: Family, config: Mapping[str, Any], name: str, known: str) -> UserError:
     return UserError(
         f"this {config['model_type']} model cannot be written as GGUF: its config.json has {name} = {config.get(name)!r}, but "
@@ -70,14 +74,16 @@ def _windows(family: Family, config: Mapping[str, Any], sizes: Sizes, note: Call
     if family.windows is not None:
         local = [kind == SLIDING for kind in kinds]
         return {WINDOW: window, PATTERN: local} if any(local) or family.always_windows else {}
+    # An older llama.cpp takes another window of its own for Phi-3 if a file does not say.
+    own = {WINDOW: window or 0} if family.architecture == "phi3" else {}
     if not window or (kinds is not None and SLIDING not in kinds):
-        return {}
-    if window < sizes.positions:
+        return own
+    if window < _context(config, sizes):
         note(
             f"llama.cpp has no sliding windows for this architecture ({family.architecture}). The file gives this model's "
             f"window, {window} tokens, as the longest text: up to there llama.cpp computes the same"
         )
-    return {CONTEXT: min(window, sizes.positions)}
+    return {CONTEXT: min(window, _context(config, sizes)), **own}
 
 
 def _rope(

@@ -45,7 +45,7 @@ UNSTRIPPED, STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}, ("phi-3", "phi3")
 
 
 def tokenizer_keys(
-    tokenizer: Any, rows: int, ends: Collection[int], folder: Path | None, note: Callable[[str], None]
+    tokenizer: Any, rows: int, ends: Collection[int], bos: int | None, folder: Path | None, note: Callable[[str], None]
 ) -> dict[str, Any]:
     """Return the keys under `tokenizer.` and their values.
 
@@ -53,6 +53,7 @@ def tokenizer_keys(
         tokenizer: a `PreTrainedTokenizerFast`.
         rows: rows of the embedding.
         ends: ids that end an answer.
+        bos: config.json's `bos_token_id`, for a tokenizer without BOS.
         folder: where the tokenizer comes from, for SentencePiece's model.
         note: called with remarks for the user.
 
@@ -86,7 +87,7 @@ def tokenizer_keys(
         candidates = [{**values, "add_space_prefix": prefix} for prefix in (True, False)]
     else:
         raise _refused("it is a BPE that is neither over bytes nor SentencePiece's")
-    more = {"tokens": tokens, **_special(tokenizer, ends, rows), **_added_around(tokenizer)}
+    more = {"tokens": tokens, **_special(tokenizer, ends, bos, rows), **_added_around(tokenizer)}
     chosen = _agreeing(tokenizer, [{**values, **more} for values in candidates], note)
     _note_ends(tokenizer, chosen, ends, note)
     return {f"tokenizer.ggml.{key}": value for key, value in chosen.items()} | _templates(tokenizer.chat_template)
@@ -143,14 +144,16 @@ def _kind(
     return Kind.NORMAL if token is None or (unknown is not None and SPACE in text) else Kind.USER_DEFINED
 
 
-def _special(tokenizer: Any, ends: Collection[int], rows: int) -> dict[str, int]:
+def _special(tokenizer: Any, ends: Collection[int], bos: int | None, rows: int) -> dict[str, int]:
     """Return the ids of special tokens; llama.cpp ends an answer at three of them."""
     end = tokenizer.eos_token_id
     ordered = sorted(ends, key=lambda index: (index != end, index))
     ids = dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), ordered, strict=False))
     if not ids and end is not None:
         ids["eos_token_id"] = end
-    ids["bos_token_id"] = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else ids.get("eos_token_id")
+    # Without any, llama.cpp would take token 11 for BOS.
+    known = (tokenizer.bos_token_id, bos, ids.get("eos_token_id"))
+    ids["bos_token_id"] = next((index for index in known if index is not None and index < rows), None)
     ids |= {"unknown_token_id": tokenizer.unk_token_id, "padding_token_id": tokenizer.pad_token_id}
     return {key: int(index) for key, index in ids.items() if index is not None and index < rows}
 

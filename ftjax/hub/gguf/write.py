@@ -85,7 +85,7 @@ def write_model(
         "general.type": GGUFType.MODEL, "general.name": model_name(name, tokenizer),
         "general.file_type": int(TYPES[asked][1]), "general.quantization_version": GGML_QUANT_VERSION,
         **{f"{family.architecture}.{key}": value for key, value in settings.items()},
-        **tokenizer_keys(tokenizer, model.sizes.vocab, ends, folder, note),
+        **tokenizer_keys(tokenizer, model.sizes.vocab, ends, model.config.get("bos_token_id"), folder, note),
     }  # fmt: skip
     stored = [Stored(n, table.shape, GGMLType.F32, lambda table=table: table) for n, table in factors.items()]
     write_file(path, family.architecture, values, [*stored, *model_tensors(family, model, tensors, asked)])
