@@ -86,7 +86,7 @@ NO_EFFECT_IN = {
         "attention_bias", "chunk_size", "expand", "hidden_dropout", "mamba_proj_bias", "mamba_ssm_cache_dtype",
         "max_position_embeddings", "moe_shared_expert_overlap", "mtp_layers_block_type", "n_shared_experts",
         "num_logits_to_keep", "num_nextn_predict_layers", "output_router_logits", "rescale_prenorm_residual",
-        "residual_in_fp32", "sliding_window", "time_step_floor", "time_step_max", "use_mamba_kernels",
+        "residual_in_fp32", "sliding_window", "time_step_floor", "time_step_limit", "time_step_max", "use_mamba_kernels",
     },
     "olmo_hybrid": {
         "linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min",

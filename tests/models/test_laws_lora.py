@@ -6,6 +6,7 @@ import pytest
 from cases import CASES, ONE_OF_EACH, UNLIKE
 from oracle import hf_logits, load, load_hf, logits, make_hf, one_device, tokens, write_merged
 from peft import PeftModel
+from processes import ALL
 
 from ftjax.config import LoraConfig
 from ftjax.hub.adapter.peft import load_adapter, write_adapter
@@ -18,9 +19,10 @@ MIXED = [case for case in CASES if case.name.startswith("qwen3-moe-") and case n
 # One with other parts whose layers have other names, one whose other parts have layers of the same names, and one whose text
 # stands with its output in the whole.
 COMPOSITE = [case for case in ONE_OF_EACH if case.model_type in ("qwen3_5", "gemma4", "llama4")]
+TRIED = MIXED + (ONE_OF_EACH if ALL else UNLIKE + COMPOSITE)
 
 
-@pytest.mark.parametrize("case", UNLIKE + MIXED + COMPOSITE, ids=str)
+@pytest.mark.parametrize("case", TRIED, ids=str)
 def test_adapter_and_merged_folder(case, tmp_path):
     base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
     hf = make_hf(case, base)
