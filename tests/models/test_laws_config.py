@@ -129,7 +129,7 @@ def others(name, value):
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [value * 2 or 3, value // 2 if value > 1 and value % 2 == 0 else value + 1][: 2 if ALL else 1]
+        return [value * 2 or 3, value // 2 if value > 1 and value % 2 == 0 else value + 1]
     if isinstance(value, float):
         return [value * 1.5 + 0.25]
     if isinstance(value, list):
