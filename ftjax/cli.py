@@ -147,6 +147,14 @@ TopP = Annotated[
 MinP = Annotated[
     float | None, typer.Option(help="Drop tokens less likely than this share of the most likely one.", show_default=False)
 ]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option(min=-2, max=2, help="Subtracted from the logits of tokens that the answer already has.", show_default=False),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    typer.Option(min=-2, max=2, help="The same, once for each time that the answer has the token.", show_default=False),
+]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text; repeatable.", show_default=False)]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 SpecialTokens = Annotated[
@@ -418,6 +426,8 @@ def generate(
     top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that already occurred become less likely.")] = 1.0,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     stop: Stop = None,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of prompts answered at a time.")] = 32,
@@ -436,7 +446,8 @@ def generate(
 
         request = Request.of(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-            max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=seed,
+            presence_penalty=presence_penalty or 0.0, frequency_penalty=frequency_penalty or 0.0, max_new_tokens=max_new_tokens,
+            stop=tuple(stop or ()), seed=seed,
         )  # fmt: skip
         options = LoadOptions(adapter, revision, tokenizer, chat_template, quantization, special_tokens_in_text, dtype)
         run(
@@ -464,6 +475,8 @@ def chat(
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1: tokens that already occurred become less likely.", show_default="the model's")
     ] = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     stop: Stop = None,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     dtype: DType = "auto",
@@ -478,10 +491,13 @@ def chat(
     from ftjax.generate.named import LoadOptions
     from ftjax.generate.request import Request
 
-    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    asked = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
+    }  # fmt: skip
     options = LoadOptions(adapter, revision, tokenizer, chat_template, quantization, special_tokens_in_text, dtype)
     request = Request(max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=seed)
-    run(model, request, options, system=system, sampling={**asked, "repetition_penalty": repetition_penalty})
+    run(model, request, options, system=system, sampling=asked)
 
 
 @app.command()

@@ -139,7 +139,8 @@ def test_export_of_what_is_no_run(capsys, tmp_path, given, said):
 
 OPTIONS = {
     "adapter": "a", "revision": "b", "tokenizer": "c", "chat_template": "d", "system": "e", "max_new_tokens": 7,
-    "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5, "stop": ["x", "y"], "seed": 5,
+    "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 0.3,
+    "frequency_penalty": -0.2, "stop": ["x", "y"], "seed": 5,
     "dtype": "float32", "quantization": "nf4", "special_tokens_in_text": "encode",
 }  # fmt: skip
 GENERATE_ONLY = {"prompt": ["p", "-"], "prompts": "f.txt", "raw": True, "batch_size": 4, "as_json": True}

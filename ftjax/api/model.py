@@ -18,7 +18,9 @@ from ftjax.generate.score import Score
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 
 
 class Sampled(TypedDict, total=False):
@@ -33,6 +35,8 @@ class Sampled(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
     stop: str | Sequence[str]
     seed: int
 

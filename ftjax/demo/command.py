@@ -13,15 +13,13 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ftjax.api.export import export
 from ftjax.api.model import load
 from ftjax.api.run import train_config
 from ftjax.config.load import load_config
 from ftjax.config.yaml_text import dump
-from ftjax.console import make_console, say
+from ftjax.console import make_console, print_table, say
 from ftjax.demo.model import fetch
 
 LONGEST_ANSWER = 48  # tokens; the forms take 25 to 36
@@ -126,13 +124,13 @@ def rate(given: list[str], forms: list[dict]) -> str:
 
 def show(console: Console, prompts: list[list[dict]], forms: list[dict], before: list[str], after: list[str]) -> None:
     """Print three messages with the answers before and after."""
-    table = Table(show_lines=True, title=f"three of the {len(forms)} held-out messages", title_justify="left")
-    for heading in ("message", "before", "after"):
-        table.add_column(heading, overflow="fold", ratio=1)
+    rows = []
     for number in range(3):
         mark = "exact" if exact(after[number], forms[number]) else f"expected {json.dumps(forms[number])}"
-        wrapped = after[number].strip().replace(",", ", ")  # for reading; the answer itself is compact
-        cells = (prompts[number][-1]["content"], before[number].strip(), f"{wrapped}\n({mark})")
-        table.add_row(*map(Text, cells))  # unformatted: answers may contain rich markup
+        told, answered = (
+            text.strip().replace(",", ", ") for text in (before[number], after[number])
+        )  # so that lines can break
+        rows.append((prompts[number][-1]["content"], told, f"{answered}\n({mark})"))
     say(console)
-    console.print(table, width=None if console.is_terminal else 120)
+    title = f"three of the {len(forms)} held-out messages"
+    print_table(console, ("message", "before", "after"), rows, title=title, left=(0, 1, 2))
