@@ -26,8 +26,7 @@ CACHED = [case for case in CASES if ALL or case.model_type not in LIKE or case.n
 
 # What devices share while they generate is what layers remember: keys and values of whole texts, of windows, of both in turn,
 # and beside experts; latents; states and inputs of convolutions, by linear attention and by Mamba-2; shared keys and values;
-# chunks. tests/models/test_laws.py has
-# logits on eight devices.
+# chunks. tests/models/test_laws.py has logits on eight devices.
 KINDS = (
     "llama", "gpt2", "mistral", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_5_text", "gemma4_text",
     "llama4_text", "bamba",
