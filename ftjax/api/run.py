@@ -16,6 +16,7 @@ from ftjax.cpu_threads import set_threads
 from ftjax.distributed.join import joined
 from ftjax.errors import UserError
 from ftjax.gpu import set_flags
+from ftjax.report.read import Run as Files
 from ftjax.report.read import read_run
 
 
@@ -28,14 +29,28 @@ class Run(os.PathLike[str]):
 
     Attributes:
         folder: the run's output_dir.
-        config: its configuration.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
         """Read a run, finished or not. Raises UserError if the folder is not a run's, or one of its files is damaged."""
-        self._read = read_run(Path(folder))
-        self.folder: Path = self._read.folder
-        self.config: Config = self._read.config
+        self.folder: Path = Path(folder)
+        self.folder = self._read.folder
+
+    @classmethod
+    def _trained(cls, folder: str) -> "Run":
+        """Return a run that this process took part in; only the first process of several may have its files."""
+        self = cls.__new__(cls)
+        self.folder = Path(folder)
+        return self
+
+    @cached_property
+    def _read(self) -> Files:
+        return read_run(self.folder)
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration, with every setting."""
+        return self._read.config
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -126,7 +141,7 @@ def train(
             settings, command="call ftjax.train as before", on_log=on_log, quiet=quiet,
             allow_code_execution=allow_code_execution, devices=devices,
         )  # fmt: skip
-    return Run(settings.output_dir)
+    return Run._trained(settings.output_dir)
 
 
 def train_config(

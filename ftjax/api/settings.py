@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.config import Config
-from ftjax.config.load import Override, config_of, load_config, print_note
+from ftjax.config.load import config_of, load_config, print_note
 from ftjax.config.moved import alias_at
 from ftjax.data.memory import is_rows, keep
 from ftjax.errors import UserError
@@ -31,7 +31,10 @@ def settings_of(
     if isinstance(config, Config):
         if not changed:
             return config
-        return config_of(config.model_dump(mode="json", exclude_unset=True), changed, source="the configuration", note=note)
+        made = config_of(config.model_dump(mode="json", exclude_unset=True), changed, source="the configuration", note=note)
+        given = [_target(tuple(key.split("."))) for key, _ in changed]
+        made._unasked = frozenset(key for key in config.unasked if not any(f"{key}.".startswith(f"{one}.") for one in given))
+        return made
     if isinstance(config, Mapping):
         return config_of(_plain((), config), changed, source="the configuration", note=note)
     if not isinstance(config, str | os.PathLike):
@@ -39,12 +42,12 @@ def settings_of(
     return load_config(os.fspath(config), changed, note=note)
 
 
-def overrides_of(values: Mapping[str, Any]) -> list[Override]:
+def overrides_of(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Return overrides for `load_config`: in `training__max_steps=100`, two underscores stand for the dot.
 
     A section's value replaces the section. Names that can mean one key only need no section: `learning_rate=1e-4`.
     """
-    found: list[Override] = []
+    found: list[tuple[str, Any]] = []
     for name, value in values.items():
         key = name.replace("__", ".")
         found.append((key, _plain(tuple(key.split(".")), value)))
@@ -53,8 +56,7 @@ def overrides_of(values: Mapping[str, Any]) -> list[Override]:
 
 def _plain(path: tuple[str, ...], value: Any) -> Any:
     """Return the value as a configuration file would hold it; rows in memory are kept and named."""
-    alias = alias_at(path) if path else None
-    key = ".".join(path) if alias is None else alias.target
+    key = _target(path)
     if key in DATA:
         return _named(value, DATA[key])
     if isinstance(value, Mapping):
@@ -64,6 +66,12 @@ def _plain(path: tuple[str, ...], value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _target(path: tuple[str, ...]) -> str:
+    """Return the dotted key that is meant, which may be written as another tool's."""
+    alias = alias_at(path) if path else None
+    return ".".join(path) if alias is None else alias.target
 
 
 def _named(value: Any, label: str) -> Any:

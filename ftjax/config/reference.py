@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -117,11 +118,15 @@ def _key(dotted: str, info: FieldInfo, variant: str | None = None) -> Key:
     default = REQUIRED if info.is_required() else shown_value(info.get_default(call_default_factory=True))
     if sections_in(info.annotation) and default not in (REQUIRED, "null", "[]"):
         default = "its defaults"
-    return Key(dotted, _type(info), default, info.description or "", variant, _aliases(dotted))
+    return Key(dotted, _type(info), default, info.description or "", variant, _names_of_others().get(dotted, []))
 
 
-def _aliases(dotted: str) -> list[str]:
-    return [name for name, alias in ALIASES.items() if alias.target == dotted]
+@cache
+def _names_of_others() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, alias in ALIASES.items():
+        found.setdefault(alias.target, []).append(name)
+    return found
 
 
 def _type(info: FieldInfo) -> str:

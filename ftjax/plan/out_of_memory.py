@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from ftjax.config import Config
-from ftjax.errors import OutOfMemory
+from ftjax.errors import OutOfMemory, UserError
 from ftjax.hub.vocabulary import hf_config_of
 from ftjax.mesh import devices_or_all, parts
 from ftjax.objectives import encoding_of
@@ -27,7 +27,7 @@ def explain(error: Exception, config: Config, devices: Sequence[jax.Device] | No
     Args:
         devices: devices of the run; None for all.
     """
-    if not is_out_of_memory(error):
+    if isinstance(error, UserError) or not is_out_of_memory(error):
         return None
     devices = devices_or_all(devices)
     one = devices[0]

@@ -71,7 +71,7 @@ def test_the_numbers_are_those_of_a_plan(home):
     assert {kind: need[kind] for kind in ("weights", "trained", "optimizer", "input")} == {
         kind: plan.memory[kind] for kind in ("weights", "trained", "optimizer", "input")
     }
-    assert plan.memory["temporaries"] > need[ACTIVATIONS] > 0
+    assert plan.memory["temporaries"] > 0 and need[ACTIVATIONS] > 0
 
 
 def test_inference_says_what_to_change(home, monkeypatch, capsys):

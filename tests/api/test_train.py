@@ -150,6 +150,18 @@ def test_settings_in_python(home):
         settings_of(3)
 
 
+def test_code_that_a_runs_folder_names_stays_unasked(home):
+    """A configuration of somebody's run may not run code here, whatever else is set; what the caller names himself may."""
+    from ftjax.api.settings import settings_of
+
+    path = home / "runs/first/config.yaml"
+    path.write_text(path.read_text().replace("task: loss", "task: theirs.py"))
+    config = ftjax.Run("runs/first").config
+    assert config.evaluate.task == "theirs.py" and "evaluate.task" in config.unasked
+    assert "evaluate.task" in settings_of(config, {"training__max_steps": 9}).unasked
+    assert "evaluate.task" not in settings_of(config, {"evaluate__task": "mine.py"}).unasked
+
+
 def test_the_log_is_heard_and_the_run_reads_itself(home, capfd):
     rows = []
     run = train(on_log=rows.append, output_dir="heard", data__validation="train.jsonl", training__eval_steps=2)
