@@ -1,7 +1,7 @@
 """`ftjax teach`: predictions of a teacher that runs here (`ftjax.train.teach`), or behind an address.
 
 A server with OpenAI's interface of completions scores the documents as they are: each is sent as token ids, with `echo` and
-`logprobs`, and nothing is generated. vLLM and SGLang do this; OpenAI's own models do not echo.
+`logprobs`, and the one token that is generated is not used. The server has to name likely tokens by their ids, as vLLM does.
 """
 
 import math
@@ -48,14 +48,15 @@ def teach(config: Config) -> list[Path]:
     splits = load_splits(config.data, tokenizer, seed=config.training.seed, encoding=encoding_of(config))
     where = {"server": section.teacher_model_server_url, "model": section.teacher_model_name_or_path}
     facts = {"teacher": where, "temperature": section.temperature, "vocabulary": embeddings_of(config)}
-    return write(config, splits, facts, lambda: ServerRows(section, tokenizer))
+    return write(config, splits, facts, lambda: ServerRows(section, tokenizer, facts["vocabulary"]))
 
 
 class ServerRows:
     """Asks a server to score documents."""
 
-    def __init__(self, section: DistillConfig, tokenizer: Any):
-        self._tokenizer, self._top = tokenizer, section.loss_top_k
+    def __init__(self, section: DistillConfig, tokenizer: Any, vocabulary: int):
+        """Args: vocabulary: ids that count; further ones pad the teacher's."""
+        self._tokenizer, self._top, self._vocabulary = tokenizer, section.loss_top_k, vocabulary
         self._address = f"{section.teacher_model_server_url.rstrip('/')}/completions"
         self._asked = {
             "model": section.teacher_model_name_or_path, "echo": True, "max_tokens": 1, "temperature": 0, "logprobs": self._top,
@@ -87,7 +88,7 @@ class ServerRows:
     def _of(self, split: PackedSplit, place: int) -> Rows:
         document = split.documents.document(place)
         ids, places = document.tokens.tolist(), np.flatnonzero(document.weights[1:]) + 1
-        tops = self._ask({"prompt": ids}, lambda found: [_likeliest(found["top_logprobs"][at]) for at in places])
+        tops = self._ask({"prompt": ids}, lambda found: [self._likeliest(found["top_logprobs"][at]) for at in places])
         if not all(len(one) >= self._top for one in tops):
             raise UserError(
                 f"{self._address}: it names {min(map(len, tops))} likely tokens, and objective.loss_top_k is {self._top}; "
@@ -106,8 +107,12 @@ class ServerRows:
             timeout=TIMEOUT,
         )  # fmt: skip
 
-
-def _likeliest(top: dict[str, float]) -> list[tuple[int, float]]:
-    """Return ids with log-probabilities, the likeliest first. Raises ValueError if tokens are not named by their ids."""
-    found = [(int(name.removeprefix(ID)) if name.startswith(ID) else int("?"), value) for name, value in top.items()]
-    return sorted(found, key=lambda pair: -pair[1])
+    def _likeliest(self, top: dict[str, float]) -> list[tuple[int, float]]:
+        """Return ids with log-probabilities, the likeliest first. Raises UserError if tokens are not named by their ids."""
+        if texts := [name for name in top if not name.startswith(ID)]:
+            raise UserError(
+                f"{self._address}: it names likely tokens by their texts, such as {texts[0]!r}, from which ids cannot be told; "
+                "use a server that knows return_tokens_as_token_ids, such as vLLM"
+            )
+        found = [(int(name.removeprefix(ID)), value) for name, value in top.items()]
+        return sorted((pair for pair in found if pair[0] < self._vocabulary), key=lambda pair: -pair[1])

@@ -95,10 +95,8 @@ def write(
     for name, split in zip(NAMES, splits, strict=True):
         if split is None:
             continue
-        path, own = (
-            path_of(config, name),
-            {**facts, "documents": split.fingerprint()["digest"], "top_k": config.objective.loss_top_k},
-        )
+        path = path_of(config, name)
+        own = {**facts, "documents": split.fingerprint()["digest"], "top_k": config.objective.loss_top_k}
         paths.append(path)
         there = facts_of(path)
         if all(store.gathered("predictions", there is not None and there.items() >= own.items())):

@@ -132,28 +132,35 @@ def chat(tmp_path_factory):
     return folder
 
 
-def test_the_demo(chat, tmp_path, capsys, monkeypatch):
-    """The example's configuration, on eight devices that share fewer documents, with a share for the student; then from
-    predictions that `ftjax teach` has written."""
-    monkeypatch.chdir(ROOT)
-    given = [
-        "configs/demo/distill.yaml", f"model.path={chat}", f"objective.teacher_model_name_or_path={chat}", "data.limit=6",
-        "data.train=configs/demo/data/train.jsonl", "data.validation=configs/demo/data/validation.jsonl",
-        "training.max_steps=2", "training.eval_steps=2", "evaluate.training_examples=0", "mesh.fsdp=2", "mesh.data=4",
-        "training.report_to=[]",
+def demo(chat, answers, out) -> list[str]:
+    return [
+        "configs/demo/distill.yaml", f"model.path={chat}", f"objective.teacher_model_name_or_path={chat}",
+        f"data.train={answers / 'prompts.jsonl'}", "data.validation=null", "data.validation_split=2", "data.max_length=32",
+        "training.max_steps=1", "training.eval_steps=1", "evaluate.training_examples=0", "mesh.fsdp=1", "mesh.data=8",
+        "training.report_to=[]", f"output_dir={out}", "model.remat=none",
     ]  # fmt: skip
-    own = ["objective.lmbda=0.5", "objective.max_completion_length=4", f"output_dir={tmp_path / 'own'}"]
-    assert ftjax("train", *given, *own) == 0, capsys.readouterr()
+
+
+def test_the_demo(chat, answers, tmp_path, capsys, monkeypatch):
+    """The example's configuration, on eight devices that share fewer documents, with a share for the student."""
+    monkeypatch.chdir(ROOT)
+    own = ["objective.lmbda=0.5", "objective.max_completion_length=4"]
+    assert ftjax("train", *demo(chat, answers, tmp_path / "run"), *own) == 0, capsys.readouterr()
     assert "4 documents; 50% of them are answered by the model in training, with up to 4 tokens" in capsys.readouterr().out
-    found = {name for row in rows(tmp_path / "own") for name in row}
+    found = {name for row in rows(tmp_path / "run") for name in row}
     assert {"train/divergence", "train/cross_entropy", "train/completions/mean_length", "eval/perplexity"} <= found
-    page = report(tmp_path / "own", out=tmp_path / "report.html").read_text()
+    page = report(tmp_path / "run", out=tmp_path / "report.html").read_text()
     assert "Answers of the student" in page and "divergence from the teacher" in page
 
+
+@pytest.mark.sweep
+def test_the_demo_from_predictions(chat, answers, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     files = [f"objective.teacher_logprobs={tmp_path / 'predictions'}", "objective.loss_top_k=8", "training.global_batch_size=8"]
-    assert ftjax("teach", *given, *files) == 0, capsys.readouterr()
-    assert ftjax("train", *given, *files, f"output_dir={tmp_path / 'files'}") == 0, capsys.readouterr()
-    first = next(row for row in rows(tmp_path / "files") if "eval/loss" in row)
+    given = [*demo(chat, answers, tmp_path / "run"), *files]
+    assert ftjax("teach", *given) == 0, capsys.readouterr()
+    assert ftjax("train", *given) == 0, capsys.readouterr()
+    first = next(row for row in rows(tmp_path / "run") if "eval/loss" in row)
     assert abs(first["eval/divergence"]) < 0.1 < first["eval/cross_entropy"], "the teacher is the student at its start"
 
 

@@ -29,13 +29,13 @@ def predicted(prefix: list[int]) -> np.ndarray:
 
 
 class Teacher(BaseHTTPRequestHandler):
-    shift, most = 0, 20  # of the texts of tokens; likely tokens that are named
+    shift, most, ids = 0, 20, True  # of the texts of tokens; likely tokens that are named; whether by their ids
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(asked)
         ids, tops = asked["prompt"], [None]
-        by_id = asked["return_tokens_as_token_ids"]
+        by_id = self.ids and asked["return_tokens_as_token_ids"]
         for at in range(1, len(ids) + 1):  # one more, for the token that is generated
             row = predicted(ids[:at])
             best = np.argsort(-row)[: min(self.most, asked["logprobs"])].tolist()
@@ -101,8 +101,10 @@ def test_a_server_scores_the_documents(model, serve, tmp_path):
 
 
 def test_what_a_server_cannot_give_is_refused(model, serve, tmp_path):
-    with pytest.raises(UserError, match=r"it names 3 likely tokens, and objective.loss_top_k is 4"):
+    with pytest.raises(UserError, match=r"it names [23] likely tokens, and objective.loss_top_k is 4"):
         teach(config(model, tmp_path, serve(most=2)))
+    with pytest.raises(UserError, match="it names likely tokens by their texts"):
+        teach(config(model, tmp_path, serve(ids=False)))
     with pytest.raises(UserError, match="another tokenizer than the student: '<s>' is '</s>' there"):
         teach(config(model, tmp_path, serve(shift=1)))
     assert not (tmp_path / "predictions" / "train.arrow").exists()
