@@ -24,13 +24,14 @@ TOGETHER = ("gpt_oss", "llama4_text", "gemma4_text")  # families whose checkpoin
 
 def has_experts(case: Case) -> bool:
     config = hf_config(case)
-    named = hasattr(config, "num_experts_per_tok") and "all-dense" not in case.name
+    named = hasattr(config, "num_experts_per_tok") and case.name not in ("qwen3-moe-all-dense", "nemotron-h-dense")
     return named or getattr(config, "enable_moe_block", False)
 
 
 ROUTED = [case for case in CASES if has_experts(case)]
 MOE = [case for case in ROUTED if ALL or case.model_type not in LIKE]
-FUSED = [case for case in MOE if case.model_type not in TOGETHER]
+# Nemotron-H has other names for all tensors there (`model.` for `backbone.`), and such a file is refused.
+FUSED = [case for case in MOE if case.model_type not in (*TOGETHER, "nemotron_h")]
 # The routers of two families, and three experts, which divide by no axis.
 SPREAD = [case for case in MOE if ALL or case.name in ("mixtral", "deepseek-v3", "mixtral-window")]
 
