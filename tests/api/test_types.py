@@ -43,7 +43,7 @@ ftjax.export(run, "file", gguf="q9")  # pyright: ignore[reportArgumentType]
 
 def test_pyright_finds_nothing(tmp_path):
     if importlib.util.find_spec("pyright") is None:
-        pytest.skip("pyright is not installed")
+        pytest.skip("pyright is not installed (extra: types)")
     caller = tmp_path / "caller.py"
     caller.write_text(CALLER)
     own = [ROOT / "ftjax" / "__init__.py", *sorted((ROOT / "ftjax" / "api").glob("*.py"))]
