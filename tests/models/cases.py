@@ -528,8 +528,8 @@ CASES: list[Case] = [
 
 ONE_OF_EACH = list({case.model_type: case for case in reversed(CASES)}.values())[::-1]
 
-# Families that are others under another name, inside a checkpoint with more parts, or with parts of two of them. Logits,
-# checkpoints and config.json prove what differs; the laws that take long are tried on the family to the right.
+# Families that are others under another name, inside a checkpoint with more parts, or with parts of two of them: on the right
+# the one whose layers, and so whose golden steps and FLOPs, are theirs.
 LIKE = {
     "deepseek_v2": "deepseek_v3", "gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_text",
     "gemma4_unified_text": "gemma4_text", "llama4": "llama4_text", "glm4_moe": "deepseek_v3", "glm4_moe_lite": "deepseek_v3",

@@ -44,7 +44,7 @@ def aux_of(model, params, ids, segments):
     return model.bind(params).hidden(jnp.asarray(ids), context(ids, segments))[2]
 
 
-@pytest.mark.parametrize("case", [case for case in UNLIKE if case.model_type in WITH_LOSS], ids=str)
+@pytest.mark.parametrize("case", [case for case in (MOE if ALL else UNLIKE) if case.model_type in WITH_LOSS], ids=str)
 def test_balance_loss_and_its_gradient(case, tmp_path):
     """The loss is transformers' `aux_loss` with padding, and so is its gradient for the routers."""
     hf = make_hf(with_router_loss(case), tmp_path)

@@ -1,10 +1,8 @@
 """Tests layers of Mamba-2: limits of its steps, and rows, heads and tokens over devices."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import Case, attach_full, context, hf_logits, load, logits, make_hf, tokens
+from oracle import Case, hf_logits, load, logits, make_hf, packed_gradients, tokens
 
 from ftjax.config import MeshConfig
 from ftjax.errors import UserError
@@ -33,30 +31,12 @@ def test_groups_that_do_not_divide_the_heads_are_refused(tmp_path):
         load(tmp_path)
 
 
-def gradients(folder, mesh=None):
-    """Return the loss and the gradients of all weights for packed rows with padding."""
-    model, params = load(folder, attach_full, mesh=mesh)
-    ids = tokens(4, 24)
-    segments = np.array([[1] * 9 + [2] * 13 + [0] * 2, [0] * 3 + [1] * 21, [1] * 24, [0] * 24], np.int32)
-    weights = np.random.default_rng(1).normal(size=(4, 24, 96)).astype(np.float32) * (segments != 0)[..., None]
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss(params):
-        ctx = context(ids, segments)
-        module = model.bind(params)
-        return jnp.sum(module.unembed(module.hidden(jnp.asarray(ids), ctx)[0], ctx) * weights)
-
-    with jax.set_mesh(mesh or make_mesh(MeshConfig(), jax.devices()[:1])):
-        return jax.device_get(loss(params))
-
-
 @pytest.mark.parametrize("groups", [2, 4])
 def test_gradients_on_a_mesh_are_those_of_one_device(groups, tmp_path):
     """Over four devices, each has two of eight heads: those of a whole group, or half of a group that another has too."""
     make_hf(Case("bamba", "bamba", {**SIZES, "mamba_n_groups": groups}), tmp_path)
-    want, wanted = gradients(tmp_path)
-    got, found = gradients(tmp_path, make_mesh(MeshConfig(fsdp=2, tensor=2, sequence=2)))
+    want, wanted = packed_gradients(tmp_path)
+    got, found = packed_gradients(tmp_path, make_mesh(MeshConfig(fsdp=2, tensor=2, sequence=2)))
     np.testing.assert_allclose(got, want, rtol=1e-4)
     for path, gradient in wanted.items():
         np.testing.assert_allclose(found[path], gradient, atol=1e-3 * np.abs(gradient).max(), rtol=0, err_msg=path)
@@ -68,4 +48,4 @@ def test_heads_that_do_not_divide_are_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"mesh\.sequence: 4 does not divide the 2 heads of Mamba-2, in 1 groups, .*choose one of 1, 2"
     ):
-        gradients(tmp_path, make_mesh(MeshConfig(fsdp=2, sequence=4)))
+        packed_gradients(tmp_path, make_mesh(MeshConfig(fsdp=2, sequence=4)))

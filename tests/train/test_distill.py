@@ -13,7 +13,7 @@ import pytest
 import torch
 from oracle import ONE, Case, make_hf, one_device
 from processes import ALL
-from tiny_run import make_config, run_steps
+from tiny_run import make_config, reported, run_steps
 from tiny_tokenizer import make_tokenizer, save_tokenizer
 from transformers import AutoModelForCausalLM
 from whole_runs import config, losses, rows
@@ -83,12 +83,7 @@ def update(model, data, teacher):
         documents, _ = load_splits(settings.data, make_tokenizer(), seed=0, encoding=encoding_of(settings))
         (batch,) = documents.batches(16, seed=0, shuffle=True, epochs=1)
         metrics, params = run_steps(setup, [batch] * 2, microbatches)
-        found = {}
-        for step, out in enumerate(metrics):
-            values = {"loss": out.loss, "weight": out.weight, "grad_norm": out.grad_norm}
-            values |= {name: total / count for name, (total, count) in out.metrics.items()}
-            found |= {f"{name} {step}": float(value) for name, value in values.items()}
-        return found, params
+        return reported(metrics), params
 
     return run
 
