@@ -114,6 +114,12 @@ def _examples(incomplete: str) -> list[str]:
     return [name for name in EXAMPLES if name.startswith(incomplete)]
 
 
+def _goals(incomplete: str) -> list[str]:
+    from ftjax.propose.goals import GOALS
+
+    return [name for name in GOALS if name.startswith(incomplete)]
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML (or JSON) configuration file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -183,6 +189,41 @@ def root(
     from ftjax.cpu_threads import set_threads
 
     set_threads()
+
+
+@app.command()
+def init(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A file, a folder, a glob or a Hub data set.", show_default=False)
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A Hub id, a model folder or a .gguf file.", show_default="one for this machine"),
+    ] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GOAL",
+            help="chat, classify, summarise, code, qa, extract, preference, reward or text.",
+            show_default="as the data shows",
+            autocompletion=_goals,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write.")] = Path("run.yaml"),
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Propose a configuration for your data on this machine.
+
+    Writes a file that ftjax train runs, with a reason for each setting. Asks in a terminal, and nothing with --yes.
+    """
+    from ftjax.distributed.join import alone
+
+    alone("init")
+    from ftjax.propose.command import init as run
+
+    asking = not yes and sys.stdin.isatty() and sys.stdout.isatty()
+    run(data, out, model=model, goal=goal, force=force, ask=(lambda text, value: typer.prompt(text, value)) if asking else None)
 
 
 @app.command(cls=Configured)

@@ -60,6 +60,7 @@ BELOW = {
         "train",
     },
     "demo": {"api"},
+    "propose": {"plan", "train", "hub", "objectives", "models", "data", "config", "console", "errors", "version"},
     "cli": {
         "api",
         "demo",
@@ -71,6 +72,7 @@ BELOW = {
         "evaluate",
         "generate",
         "plan",
+        "propose",
         "hub",
         "doctor",
         "distributed",
