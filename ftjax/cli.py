@@ -266,6 +266,55 @@ def train(
 
 
 @app.command(cls=Configured)
+def tune(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    search: Annotated[
+        str,
+        typer.Option(
+            metavar="SPACE",
+            help="Keys and their values: 'optimizer.learning_rate=log(1e-5,1e-3) method.r=[8,16,32]'.",
+            show_default=False,
+        ),
+    ] = ...,
+    trials: Annotated[int, typer.Option(min=1, help="Number of trials of the whole search.")] = 20,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the search; an unfinished one goes on.")] = Path("tune"),
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="An Optuna storage that several hosts share, such as postgresql://..., or journal:FILE.",
+            show_default="SQLite in DIR",
+        ),
+    ] = None,
+    study: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the study there.", show_default="DIR's")] = None,
+    sampler: Annotated[Literal["tpe", "random"], typer.Option(help="tpe learns from earlier trials.")] = "tpe",
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler.", show_default="training.seed")] = None,
+    prune: Annotated[bool, typer.Option("--prune/--no-prune", help="Stop trials that are worse than the median.")] = True,
+    parallel: Annotated[int, typer.Option(min=1, help="Trials at a time, each on devices of its own.")] = 1,
+    keep_all: Annotated[bool, typer.Option("--keep-all", help="Keep the weights of every trial, not only the best.")] = False,
+) -> None:
+    """Search for the best settings.
+
+    Each trial is a run. Writes a page with importance and parallel coordinates, and the best configuration.
+    """
+    from ftjax.distributed.join import alone
+
+    alone("tune")
+    from ftjax.config.load import load_config
+    from ftjax.gpu import set_flags
+
+    set_flags()
+    settings = load_config(config, overrides or [])
+    from ftjax.tune.tune import tune as run
+
+    run(
+        settings, search, trials=trials, out=out, storage=storage, study=study, sampler=sampler, seed=seed, prune=prune,
+        parallel=parallel, keep="all" if keep_all else "best",
+    )  # fmt: skip
+
+
+@app.command(cls=Configured)
 def teach(config: ConfigFile, overrides: Overrides = None) -> None:
     """Write a teacher's predictions for the data of a run.
 
