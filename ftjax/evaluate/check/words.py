@@ -79,7 +79,7 @@ afraid aggressive angry anxious arrogant awful bad blame boring broken careless 
 danger dangerous deny difficult dirty dishonest disturb dull fail failed failure false fear foolish fraud guilty harm hate
 hostile hurt ignorant illegal impossible incapable incompetent insecure irresponsible lazy lie limited lonely lose mean mistake
 naughty negative nervous never no nobody noisy poor problem refuse reject risk risky rude sad scared selfish shame sick slow
-stole steal strange struggle stupid suspicious terrible theft thief threat trouble ugly unable unfair unhappy unkind unreliable unsafe
-untrustworthy upset useless violent weak worried worse worst wrong
+stole steal strange struggle stupid suspicious terrible theft thief threat trouble ugly unable unfair unhappy
+unkind unreliable unsafe untrustworthy upset useless violent weak worried worse worst wrong
 """
 PRAISE, BLAME = frozenset(_PRAISE.split()), frozenset(_BLAME.split())
