@@ -48,8 +48,8 @@ def goal_of(seen: Seen) -> tuple[str, str]:
         return "preference", "the rows compare answers"
     if form == "text_label":
         return "classify", "each text has a label"
-    if form == "text":
-        return "text", "the rows are texts without an answer"
+    if form in ("text", "input_ids"):
+        return "text", "the rows are texts without an answer" if form == "text" else "the rows are token ids"
     if form == "document_summary":
         return "summarise", "the rows are documents and summaries"
     if form == "question_answer":

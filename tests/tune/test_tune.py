@@ -124,7 +124,7 @@ def test_a_search_finds_the_best_and_writes_it(home, capsys):
 
 def test_the_same_seed_gives_the_same_search(home):
     one, two, other = (
-        settings(ftjax.tune(CONFIG, SPACE, trials=12, out=out, seed=seed, quiet=True))
+        settings(ftjax.tune(CONFIG, SPACE, trials=6, out=out, seed=seed, quiet=True))
         for out, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     assert one == two != other
@@ -185,12 +185,12 @@ def test_more_trials_continue_a_search_and_another_one_is_refused(home):
 
 
 def test_a_bad_trial_is_pruned(home):
-    found = ftjax.tune(CONFIG, SPACE, trials=20, quiet=True)
+    found = ftjax.tune(CONFIG, SPACE, trials=12, quiet=True)
     pruned = [one for one in found.trials if one["state"] == "pruned"]
     assert pruned and all(one["value"] is None or one["value"] > found.value for one in pruned)
     steps = [len((Path(one["folder"]) / "metrics.jsonl").read_text().splitlines()) for one in pruned]
     assert min(steps) < 4
-    every = ftjax.tune(CONFIG, SPACE, trials=20, out="every", prune=False, quiet=True)
+    every = ftjax.tune(CONFIG, SPACE, trials=12, out="every", prune=False, quiet=True)
     assert {one["state"] for one in every.trials} == {"complete"}
 
 
