@@ -65,8 +65,8 @@ def test_every_mesh_is_one_device(folder, alone, mesh):
 
 @pytest.mark.parametrize(
     ("mesh", "halves"),
-    [(SEQUENCE, False), ({"data": 2, "fsdp": 4}, False), ({"data": 2, "fsdp": 4}, True)],
-    ids=["tensor, sequence", "fsdp", "fsdp, by halves"],
+    [(SEQUENCE, False), ({"data": 2, "fsdp": 4}, True), *[({"data": 2, "fsdp": 4}, False)] * ALL],
+    ids=["tensor, sequence", "fsdp, by halves", *["fsdp"] * ALL],
 )
 def test_feed_forward_layers_in_parts(folder, alone, monkeypatch, mesh, halves):
     """With remat and sharded weights, hidden activations exist for a few tokens at a time, or for few hidden units where
