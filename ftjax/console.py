@@ -26,7 +26,7 @@ _UNIT = re.compile(rf"(?:{COMMAND}|\(\S+ to \S+\)|\S)+")  # units that never wra
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Create a console that prints text as it is: no markup, no emoji, no highlighted numbers."""
     console = Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
+    if not (console.is_terminal or console.is_jupyter):
         console.width = UNKNOWN
     return console
 

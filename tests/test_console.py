@@ -151,3 +151,12 @@ def test_a_file_name_that_is_no_text(tmp_path, capsysbinary):
     print_table(console, ["file"], [[os.fsdecode(b"caf\xe9.jsonl")]])
     assert capsysbinary.readouterr().out.split() == [rb"caf\xe9.jsonl", b"and", rb"\ud83d", b"file", rb"caf\xe9.jsonl"]
     assert str(UserError(os.fsdecode(b"\xff"))) == r"\xff"
+
+
+def test_tables_fit_a_notebook(monkeypatch):
+    """A notebook is no terminal, and has a width all the same."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert make_console().width < 200
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: False)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert make_console().width > 10_000
