@@ -873,4 +873,5 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON li
 
 def main() -> None:
     """Entry point."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # each command would say that there is no PyTorch
     app(prog_name="ftjax")

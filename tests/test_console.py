@@ -132,7 +132,7 @@ def in_terminal(width, *arguments):
     return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", read.decode()).replace("\r\n", "\n")
 
 
-@pytest.mark.parametrize("width", [80, 60])
+@pytest.mark.parametrize("width", [pytest.param(80, marks=pytest.mark.sweep), 60])
 def test_a_command_in_a_terminal(width, tmp_path):
     shown = in_terminal(width, "models")
     assert max(map(cell_len, shown.splitlines())) <= width

@@ -121,6 +121,11 @@ def reasons(template: str) -> bool:
     return THINK[1] in template
 
 
+def thinks(prompt: str) -> bool:
+    """Return whether a prompt ends within reasoning that the template has opened."""
+    return prompt.rfind(THINK[0]) > prompt.rfind(THINK[1])
+
+
 class Speech:
     """Splits one answer. What may still become a mark is held back, and white space beside marks is left out."""
 
