@@ -13,7 +13,7 @@ from verbs import ftjax as command
 import ftjax
 from ftjax.config.load import load_config
 from ftjax.propose.command import init
-from ftjax.propose.goals import GOALS, goal_of, with_goal
+from ftjax.propose.goals import GOALS, goal_of, settings, with_goal
 from ftjax.propose.lengths import Lengths
 from ftjax.propose.machine import MODELS, Machine, _free
 from ftjax.propose.propose import TEMPLATE, stem
@@ -46,25 +46,23 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("goal", ROWS)
-def test_the_data_shows_the_goal_and_the_file_previews(goal, home, untrained):
-    data = write(home / "rows.jsonl", ROWS[goal])
-    found = init(data, Path("run.yaml"), model=str(untrained), machine=MACHINE)
-    assert found.goal == goal
+def test_the_data_shows_the_goal(goal, home):
+    seen = look(write(home / "rows.jsonl", ROWS[goal]))
+    assert goal_of(seen)[0] == goal and with_goal(seen, goal) is seen
+    assert settings(seen, goal)["objective.name"][0] == {"classify": "classification", "preference": "dpo"}.get(goal, "sft")
+
+
+@pytest.mark.parametrize("goal, wanted", [
+    ("chat", {"model.chat_template": TEMPLATE}),
+    ("preference", {"objective.name": "dpo", "optimizer.learning_rate": 1e-5, "training.num_train_epochs": 1.0}),
+])  # fmt: skip
+def test_the_file_previews(goal, wanted, home, untrained):
+    found = init(write(home / "rows.jsonl", ROWS[goal]), Path("run.yaml"), model=str(untrained), machine=MACHINE)
+    proposed = {one.key: one.value for one in found.settings}
+    assert {key: proposed.get(key) for key in wanted} == wanted
     seen = ftjax.preview("run.yaml", examples=0)
     assert seen["train"]["kept"] + seen["train"]["held_out"] == 24
     assert seen["validation"]["kept"] >= 1
-
-
-@pytest.mark.parametrize("goal, settings", [
-    ("chat", {"objective.name": "sft", "model.chat_template": TEMPLATE}),
-    ("classify", {"objective.name": "classification", "objective.head": False}),
-    ("preference", {"objective.name": "dpo", "optimizer.learning_rate": 1e-5, "training.num_train_epochs": 1.0}),
-    ("text", {"objective.name": "sft"}),
-])  # fmt: skip
-def test_a_goal_decides_the_objective(goal, settings, home, untrained):
-    found = init(write(home / "rows.jsonl", ROWS[goal]), Path("run.yaml"), model=str(untrained), machine=MACHINE)
-    proposed = {one.key: one.value for one in found.settings}
-    assert {key: proposed.get(key) for key in settings} == settings
 
 
 def test_what_it_writes_trains(home, untrained):
@@ -110,11 +108,11 @@ def test_files_of_other_splits_are_found(home, untrained):
     ([0.5, 2.25], "regression"),
     (["yes", "no"], "single_label_classification"),
 ])  # fmt: skip
-def test_kinds_of_labels(labels, kind, home, untrained):
-    data = write(home / "rows.jsonl", [{"text": f"text {n}", "label": labels[n % 2]} for n in range(24)])
-    init(data, Path("run.yaml"), model=str(untrained), machine=MACHINE)
-    assert load_config("run.yaml").objective.problem_type == kind
-    assert ftjax.preview("run.yaml", examples=0)["train"]["rows"] == 24
+def test_kinds_of_labels(labels, kind, home):
+    seen = look(write(home / "rows.jsonl", [{"text": f"text {n}", "label": labels[n % 2]} for n in range(24)]))
+    found = settings(seen, "classify")
+    assert found.get("objective.problem_type", ("single_label_classification", ""))[0] == kind
+    assert ("objective.head" in found) == (kind == "single_label_classification")
 
 
 def test_a_few_answers_that_recur_are_classes_if_asked_for(home):
