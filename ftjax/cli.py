@@ -302,9 +302,7 @@ def tune(
 
     alone("tune")
     from ftjax.config.load import load_config
-    from ftjax.gpu import set_flags
 
-    set_flags()
     settings = load_config(config, overrides or [])
     from ftjax.tune.tune import tune as run
 

@@ -60,7 +60,7 @@ BELOW = {
         "train",
     },
     "demo": {"api"},
-    "tune": {"api", "config", "console", "data", "errors", "gpu", "page"},
+    "tune": {"api", "config", "console", "cpu_threads", "data", "errors", "gpu", "page"},
     "propose": {"plan", "train", "hub", "objectives", "models", "data", "config", "console", "errors", "version"},
     "cli": {
         "api",

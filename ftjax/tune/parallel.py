@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ftjax.config.load import load_config, save_config
+from ftjax.cpu_threads import set_threads
 from ftjax.data.memory import is_kept
 from ftjax.errors import Interrupted, UserError
+from ftjax.gpu import set_flags
 from ftjax.tune.shares import Share, shares
 from ftjax.tune.space import parse
 from ftjax.tune.study import Plan
@@ -33,8 +35,10 @@ def work_in_parallel(plan: Plan, count: int, say: Callable[[str], None]) -> None
         raise UserError("parallel trials are processes of their own, which do not have rows in memory; write them to a file")
     parts = shares(count)
     save_config(plan.config, plan.folder / CONFIG)
-    processes = [_start(plan, part) for part in parts]
+    logs = [plan.folder / f"process-{number}.log" for number in range(count)]
+    processes = [_start(plan, part, log) for part, log in zip(parts, logs, strict=True)]
     lines = [threading.Thread(target=_forward, args=(one, say), daemon=True) for one in processes]
+    ended = _terminated_like_interrupted()
     try:
         for thread in lines:
             thread.start()
@@ -48,28 +52,48 @@ def work_in_parallel(plan: Plan, count: int, say: Callable[[str], None]) -> None
             one.wait()
         raise Interrupted("the search was stopped; run the same command to go on") from None
     finally:
+        ended()
         for one in processes:
             if one.poll() is None:
                 one.terminate()
     for thread in lines:
         thread.join()
-    errors = [one.stderr.read() for one in processes if one.returncode]
-    if errors:
-        raise UserError(f"{len(errors)} of {count} processes failed: {errors[0].strip() or 'they were ended'}")
+    failed = [log for one, log in zip(processes, logs, strict=True) if one.returncode]
+    if failed:
+        said = failed[0].read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise UserError(f"{len(failed)} of {count} processes failed: {said[-1] if said else 'they were ended'} ({failed[0]})")
 
 
-def _start(plan: Plan, part: Share) -> subprocess.Popen:
+def _start(plan: Plan, part: Share, log: Path) -> subprocess.Popen:
+    """Start a process. Args: log: its standard error, which has its last words."""
     work = {
         "folder": str(plan.folder), "space": plan.space, "trials": plan.trials, "seed": plan.seed, "sampler": plan.sampler,
         "prune": plan.prune, "storage": plan.storage, "name": plan.name, "keep": plan.keep, "cores": part.cores,
     }  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ftjax.tune.parallel"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, **part.environment},
-    )  # fmt: skip
+    with log.open("w", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ftjax.tune.parallel"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            text=True, env={**os.environ, **part.environment},
+        )  # fmt: skip
     process.stdin.write(json.dumps(work))
     process.stdin.close()
     return process
+
+
+def _terminated_like_interrupted() -> Callable[[], None]:
+    """Let SIGTERM stop the search as Ctrl-C does; return a function that takes this back."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+
+    def back() -> None:
+        signal.signal(signal.SIGTERM, before)
+
+    return back
 
 
 def _forward(process: subprocess.Popen, say: Callable[[str], None]) -> None:
@@ -81,6 +105,8 @@ def _run(given: dict[str, Any]) -> None:
     cores: Sequence[int] = given.pop("cores")
     if cores:
         os.sched_setaffinity(0, cores)  # before JAX makes its threads
+    set_threads()
+    set_flags()
     from ftjax.tune.work import work
 
     folder = Path(given.pop("folder"))

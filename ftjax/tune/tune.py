@@ -11,7 +11,9 @@ from ftjax.api.settings import Settings, settings_of
 from ftjax.config import Config
 from ftjax.config.load import load_config, save_config
 from ftjax.console import make_console, print_table, say
-from ftjax.errors import UserError
+from ftjax.cpu_threads import set_threads
+from ftjax.errors import Interrupted, UserError
+from ftjax.gpu import set_flags
 from ftjax.tune.space import check, parse
 from ftjax.tune.study import Plan, best_of, ended, open_study
 
@@ -84,6 +86,8 @@ def tune(
     from ftjax.tune.parallel import work_in_parallel
     from ftjax.tune.work import tidy, work
 
+    set_threads()
+    set_flags()
     console = make_console(quiet=quiet)
     settings = settings_of(config, overrides)
     dimensions = tuple(parse(search))
@@ -112,6 +116,9 @@ def tune(
             work_in_parallel(plan, parallel, tell)
         else:
             work(plan, tell, devices)
+    except Interrupted:
+        tell(f"stopped; the same command goes on with the search in {folder}")
+        raise
     finally:
         done = ended(opened)
         _write(plan, opened, done)
