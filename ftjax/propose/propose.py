@@ -109,7 +109,7 @@ def propose(
     tell("planning the memory of a step")
     chosen = fit(objective_of(config).complete(_config(found)), hf_config, machine)
     if chosen.quantization:
-        found["model.quantization"] = (chosen.quantization, "in 16 bits the frozen weights leave too little memory")
+        found["model.quantization"] = (chosen.quantization, "otherwise the frozen weights leave too little memory")
     if chosen.microbatches > 1:
         found["training.gradient_accumulation_steps"] = (chosen.microbatches, "so many microbatches take less memory")
     size, words = found["training.global_batch_size"]
