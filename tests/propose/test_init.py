@@ -73,10 +73,10 @@ def test_what_it_writes_trains(home, untrained):
 
 def test_reasons_stand_before_their_settings(home, untrained):
     found = init(write(home / "rows.jsonl", ROWS["qa"]), Path("run.yaml"), model=str(untrained), machine=MACHINE)
-    lines = Path("run.yaml").read_text().splitlines()
-    for one in found.settings:
+    lines, at = Path("run.yaml").read_text().splitlines(), 0
+    for one in found.settings:  # in the order of the file
         name = one.key.rpartition(".")[2]
-        at = next(n for n, line in enumerate(lines) if line.split(":")[0].strip() == name)
+        at = next(n for n, line in enumerate(lines) if n > at and line.split(":")[0].strip() == name)
         assert lines[at - 1].lstrip().startswith("# ") and one.why.split()[-1] in lines[at - 1]
     assert "LoRA Without Regret" in " ".join(lines)
 
