@@ -13,6 +13,7 @@ SILU = {"hidden_act": "silu"}
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LOCAL = {"rope_type": "default", "rope_theta": 500.0}
+MAMBA = {"mamba_conv_bias": True, "mamba_proj_bias": False}
 # Changes by the name of a case; windows that llama.cpp lacks are longer than the tests' texts.
 CHANGES = {
     "llama": {}, "llama-tied-biases": SILU, "llama3.1": {}, "llama-linear": {}, "llama-yarn": {},
@@ -36,6 +37,18 @@ CHANGES = {
     },
     "smollm3-no-windows": {"no_rope_layer_interval": 4, "mlp_bias": False},
     "granite": {}, "granite-tied-biases": SILU,
+    "bamba": {}, "bamba-tied-biases": SILU | {"mamba_expand": 2} | MAMBA,
+    "granitemoehybrid": {}, "granitemoehybrid-dense": SILU | MAMBA,
+    "nemotron-h": {"layers_block_type": ["mamba", "moe", "attention", "mamba", "moe"], "time_step_min": 0.0},
+    "nemotron-h-dense": {
+        "mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "mlp_bias": False, "use_bias": False, "use_conv_bias": True,
+        "time_step_min": 0.0,
+    },
+    "falcon-h1": {}, "falcon-h1-without-norm": {},
+    "falcon-h1-norm-first": SILU | MAMBA | PLAIN | {
+        "mamba_norm_before_gate": False, "projectors_bias": False, "attention_bias": False, "embedding_multiplier": 2.0
+    },
+    "lfm2": {}, "lfm2-untied": PLAIN | {"conv_bias": False}, "lfm2-moe": {"routed_scaling_factor": 1.0},
 }  # fmt: skip
 WRITTEN = {
     case.name: replace(case, values=copy.deepcopy({**case.values, **CHANGES[case.name], "vocab_size": 304}))

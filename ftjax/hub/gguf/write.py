@@ -1,5 +1,6 @@
 """Writes a model as one GGUF file, tensor by tensor."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from gguf.constants import GGML_QUANT_VERSION, GGUFType
 from gguf.quants import quantize
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf.families import Family, family_of, parts
+from ftjax.hub.gguf.families import copies_output, family_of, parts
+from ftjax.hub.gguf.family import Family
 from ftjax.hub.gguf.layout import One, Part, Same
 from ftjax.hub.gguf.settings import gguf_settings
 from ftjax.hub.gguf.tokenizer_keys import model_name, tokenizer_keys
@@ -28,8 +30,8 @@ TYPES = {
     "q4_0": (GGMLType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 WHOLE = ("token_embd.weight", "output.weight")  # which 4 bits would hurt most
-# llama.cpp computes with these in float32: positions, and scores of experts.
-ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight")
+# llama.cpp computes with these in float32: positions, scores of experts, convolutions, and norms of groups.
+ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight", "conv1d.weight", "shortconv.conv.weight", "ssm_norm.weight")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def write_model(
 
     Raises UserError if llama.cpp cannot compute this model as it is, or its tokenizer gives other ids.
     """
-    family = family_of(model.config["model_type"])
+    family = family_of(model.config)
     settings, factors = gguf_settings(model.config, model.sizes, note)
     values: dict[str, Any] = {
         "general.type": GGUFType.MODEL, "general.name": model_name(name, tokenizer),
@@ -97,8 +99,9 @@ def model_tensors(family: Family, model: Model, tensors: Sequence[Tensor], asked
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     found: list[Part] = parts(family, model.config, model.sizes.layers, by_name)
     names = {name for part in found for name in part.gguf}
-    if family.copied_output and "output.weight" not in names:
-        found.append(One(f"{model.output}.weight", "output.weight", Same()))
+    if "output.weight" not in names and copies_output(family, model.config):
+        change = next((make(model.config) for end, make in family.changes.items() if re.search(end, "lm_head.weight")), Same())
+        found.append(One(f"{model.output}.weight", "output.weight", change))
     for part in sorted(found, key=_place):
         for name, shape in part.shapes(shapes).items():
             yield Stored(
