@@ -39,10 +39,9 @@ CHANGES = {
     "granite": {}, "granite-tied-biases": SILU,
     "bamba": {}, "bamba-tied-biases": SILU | {"mamba_expand": 2} | MAMBA,
     "granitemoehybrid": {}, "granitemoehybrid-dense": SILU | MAMBA,
-    "nemotron-h": {"layers_block_type": ["mamba", "moe", "attention", "mamba", "moe"], "time_step_min": 0.0},
+    "nemotron-h": {"layers_block_type": ["mamba", "moe", "attention", "mamba", "moe"]},
     "nemotron-h-dense": {
         "mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "mlp_bias": False, "use_bias": False, "use_conv_bias": True,
-        "time_step_min": 0.0,
     },
     "falcon-h1": {}, "falcon-h1-without-norm": {},
     "falcon-h1-norm-first": SILU | MAMBA | PLAIN | {

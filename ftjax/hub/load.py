@@ -44,7 +44,8 @@ def open_model(path: Path) -> tuple[dict, TensorSource]:
     family = FAMILIES[hf_config["model_type"]]
     if family.composite is not None:
         source.rename(family.composite.in_model)
-    source.add_prefix(family.prefix, but=("lm_head.", "embed_out.", "score.", "mtp."))
+    # transformers' own names begin with `model.`, whatever those of published files do.
+    source.add_prefix(family.prefix, but=("lm_head.", "embed_out.", "score.", "mtp."), but_with=("model.",))
     unpack = dequantiser(read_config(path), str(path))
     return hf_config, _with_embedding(hf_config, unpack(source) if unpack else source)
 

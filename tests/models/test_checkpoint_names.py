@@ -65,6 +65,22 @@ def test_the_head_of_gpt_neox_has_two_names(tmp_path):
     np.testing.assert_array_equal(logits(*load(tmp_path), ids), want)
 
 
+@pytest.mark.parametrize("embedding", ["model.embeddings", "backbone.embedding"])
+def test_nemotron_h_has_three_sets_of_names(embedding, tmp_path):
+    """Published files begin with `backbone.`; in memory transformers has `model.`, and some releases wrote
+    `backbone.embedding`."""
+    hf = make_hf(BY_NAME["nemotron-h"], tmp_path / "published")
+    stored = load_file(tmp_path / "published" / "model.safetensors")
+    assert "backbone.embeddings.weight" in stored
+    hf.save_pretrained(tmp_path / "other", save_original_format=not embedding.startswith("model."))
+    if not embedding.startswith("model."):
+        stored[f"{embedding}.weight"] = stored.pop("backbone.embeddings.weight")
+        save_file(stored, tmp_path / "other" / "model.safetensors")
+    assert f"{embedding}.weight" in load_file(tmp_path / "other" / "model.safetensors")
+    ids = tokens(1, 9)
+    np.testing.assert_array_equal(logits(*load(tmp_path / "other"), ids), logits(*load(tmp_path / "published"), ids))
+
+
 def test_no_position_past_the_table_is_another_position(tmp_path):
     make_hf(BY_NAME["gpt2"], tmp_path)
     model, params = load(tmp_path)

@@ -127,7 +127,7 @@ def family_of(config: Config) -> Family:
 
 def families_as(architecture: str) -> list[tuple[str, Family]]:
     """Return model types and families whose files are of this architecture."""
-    every = [(name, one) for name, family in FAMILIES.items() for one in (family, *family.variants)]
+    every = [(name, one) for name, family in FAMILIES.items() for one in (*family.variants, family)]
     return [(name, family) for name, family in every if family.architecture == architecture]
 
 

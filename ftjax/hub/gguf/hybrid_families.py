@@ -231,12 +231,17 @@ NEMOTRON_KEYS = {
 }  # fmt: skip
 NEMOTRON_ONLY = (
     silu("mamba_hidden_act"), Only("mlp_hidden_act", ("relu2",)), NO_MLP_BIAS, Only("use_bias", (False,)),
-    Only("use_conv_bias", (True,)), Only("time_step_min", (0.0,)),
+    Only("use_conv_bias", (True,)),
 )  # fmt: skip
 NEMOTRON_RENAMED = STEP | {
     r"\.e_score_correction_bias$": ".e_score_correction.bias",
     r"^backbone\.(layers\.\d+\.)mixer(\.experts\.)": r"model.\1mlp\2",
 }
+
+
+def _step_limit(config: Config) -> str | None:
+    least = config["time_step_min"]
+    return f"llama.cpp has no smallest step of Mamba-2; this model's is {least}, so answers may differ a little" if least else None
 
 
 def nemotron_layers(feed_forward: str, width: str) -> Computed:
@@ -288,7 +293,7 @@ def _expert_fields(settings: Taken, config: Config) -> dict[str, Any]:
 
 NEMOTRON_H = Family(
     MODEL_ARCH.NEMOTRON_H, NEMOTRON_KEYS, only=NEMOTRON_ONLY, changes=mamba_changes("n_groups"),
-    computed=(nemotron_layers(DENSE, "intermediate_size"),), renamed=NEMOTRON_RENAMED, ropes=(),
+    computed=(nemotron_layers(DENSE, "intermediate_size"),), renamed=NEMOTRON_RENAMED, ropes=(), remark=_step_limit,
     variants=(
         Family(
             MODEL_ARCH.NEMOTRON_H_MOE,
@@ -300,7 +305,7 @@ NEMOTRON_H = Family(
             only=(*NEMOTRON_ONLY, Only("layers_block_type", lambda c: ([k for k in c["layers_block_type"] if k != DENSE],))),
             changes=mamba_changes("n_groups"),
             computed=(nemotron_layers(EXPERTS, "moe_intermediate_size"), Computed(_expert_keys, _expert_fields)),
-            renamed=NEMOTRON_RENAMED, ropes=(), of=lambda c: EXPERTS in c["layers_block_type"],
+            renamed=NEMOTRON_RENAMED, ropes=(), remark=_step_limit, of=lambda c: EXPERTS in c["layers_block_type"],
         ),
     ),
 )  # fmt: skip
