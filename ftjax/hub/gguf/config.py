@@ -108,7 +108,8 @@ def _tensor_shape(file: GGUFFile, name: str) -> tuple[int, ...]:
 
 
 def _bias(file: GGUFFile, modules: Sequence[str], layers: int) -> bool:
-    names = [f"blk.{layer}.{module}.bias" for layer in range(layers) for module in modules]
+    here = [f"blk.{layer}.{module}" for layer in range(layers) for module in modules]
+    names = [f"{module}.bias" for module in here if f"{module}.weight" in file.tensors]  # other layers are of another kind
     have = [name in file.tensors for name in names]
     if any(have) and not all(have):
         present, absent = names[have.index(True)], names[have.index(False)]

@@ -253,8 +253,9 @@ def nemotron_layers(feed_forward: str, width: str) -> Computed:
     """
 
     def keys(config: Config) -> dict[str, Any]:
-        types = config["layers_block_type"]
+        types, eps = config["layers_block_type"], config["layer_norm_epsilon"]
         return {
+            "attention.layer_norm_epsilon": float(eps),  # llama.cpp asks for it, and uses the other
             "block_count": len(types), "ssm.inner_size": config["mamba_num_heads"] * config["mamba_head_dim"],
             KV: [config["num_key_value_heads"] * (kind == ATTENTION) for kind in types],
             FEED_FORWARD: [config[width] * (kind == feed_forward) for kind in types],
