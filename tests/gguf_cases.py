@@ -47,13 +47,27 @@ CHANGES = {
     "falcon-h1-norm-first": SILU | MAMBA | PLAIN | {
         "mamba_norm_before_gate": False, "projectors_bias": False, "attention_bias": False, "embedding_multiplier": 2.0
     },
+    "granitemoe": {}, "granitemoe-tied-biases": SILU,
+    "olmoe": {"clip_qkv": None, "norm_topk_prob": False, "attention_bias": False}, "olmoe-tied": SILU | PLAIN,
+    "glm4": {}, "glm4-whole-heads": SILU | PLAIN,
+    "glm4-moe": {"n_group": 1, "topk_group": 1}, "glm4-moe-plain": SILU,
+    "qwen3.5": {"linear_value_head_dim": 8},
+    "qwen3.5-tied": SILU | {"linear_value_head_dim": 12, "attention_bias": False},
+    "qwen3.5-moe": {}, "qwen3.5-images": {}, "qwen3-next": {"linear_value_head_dim": 8, "mlp_only_layers": []},
+    "qwen3-vl": {"attention_bias": False}, "gemma3-images": {"query_pre_attn_scalar": 12},
     "lfm2": {}, "lfm2-untied": PLAIN | {"conv_bias": False}, "lfm2-moe": {"routed_scaling_factor": 1.0},
 }  # fmt: skip
-WRITTEN = {
-    case.name: replace(case, values=copy.deepcopy({**case.values, **CHANGES[case.name], "vocab_size": 304}))
-    for case in CASES
-    if case.name in CHANGES
-}
+
+
+def changed(values: dict, changes: dict) -> dict:
+    """Return the values with these changes of the text model."""
+    changes = {**changes, "vocab_size": 304}
+    if "text_config" in values:
+        changes = {"text_config": {**values["text_config"], **changes}}
+    return copy.deepcopy({**values, **changes})
+
+
+WRITTEN = {case.name: replace(case, values=changed(case.values, CHANGES[case.name])) for case in CASES if case.name in CHANGES}
 
 
 def with_tokenizer(folder: Path, **changes) -> Path:

@@ -174,7 +174,7 @@ def store_as_backbone(model: nnx.Module) -> None:
         row = variable.row
         own = row.layouts or (Layout(row.name),)
         layouts = tuple(dataclasses.replace(layout, module=STORED) for layout in own)
-        if path == "model.embeddings.weight":
+        if path == "embeddings.weight":
             layouts = (*layouts, SINGULAR)
         variable.set_metadata("row", dataclasses.replace(row, layouts=layouts))
 

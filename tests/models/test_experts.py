@@ -116,7 +116,7 @@ def test_gradients_on_eight_devices(case, tmp_path):
         return {path: found[path] for path in model.trainable}  # that of a constant may be rounding alone
 
     alone = gradient(one_device())
-    experts = next(leaf.shape[1] for path, leaf in alone.items() if path.endswith("experts.gate_up_proj"))
+    experts = next(leaf.shape[1] for path, leaf in alone.items() if path.endswith(("experts.gate_up_proj", "experts.up_proj")))
     meshes = [
         {"fsdp": 2, "expert": 2, "tensor": 2},
         {"fsdp": 2, "tensor": 2, "sequence": 2},

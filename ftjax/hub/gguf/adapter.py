@@ -12,6 +12,7 @@ from ftjax.errors import UserError
 from ftjax.hub.adapter.plain_lora import Update, read_updates
 from ftjax.hub.gguf.families import copies_output, family_of, parts
 from ftjax.hub.gguf.write import TYPES, Stored, write_file
+from ftjax.models.composite import text_of
 from ftjax.models.model import Model, build_module
 
 ASKED = ("f32", "f16", "bf16")  # llama.cpp has no products for others here
@@ -30,8 +31,9 @@ def write_adapter(path: Path, adapter: Path, config: Mapping[str, Any], asked: s
     """
     if asked not in ASKED:
         raise UserError(f"export: an adapter is written as {', '.join(ASKED)}, not as {asked}: --gguf f16 --lora")
-    family = family_of(config)
     layers = Model.of(build_module(config), config).sizes.layers
+    config = text_of(config)
+    family = family_of(config)
     _, updates = read_updates(adapter, "llama.cpp reads plain LoRA only")
     rank = max(update.a.shape[0] for update in updates.values())
     stored = []

@@ -10,19 +10,24 @@ from gguf import MODEL_ARCH, get_tensor_name_map
 
 from ftjax.errors import UserError
 from ftjax.hub.gguf.family import (
-    ALL_ROPES, BIASES, Config, EVERY_FOURTH, EXPERTS, Family, LLAMA, NO_BIAS, NO_MLP_BIAS, ONE_PLUS, Only, ROTATED, SIZES,
+    ALL_ROPES, ATTENTION, BIASES, Computed, Config, EVERY_FOURTH, EXPERTS, Family, LLAMA, NO_BIAS, NO_MLP_BIAS, ONE_PLUS, Only, ROTATED, SIZES,
     SOFTCAP, TIED, gelu, score_scalar, silu,
 )
-from ftjax.hub.gguf.hybrid_families import HYBRIDS
+from ftjax.hub.gguf.hybrid_families import GRANITE, HALVES_OF_EXPERTS, HYBRIDS, SIGMOID
+from ftjax.hub.gguf.linear_families import LINEAR_FAMILIES, MROPE
 from ftjax.hub.gguf.layout import Experts, Halves, Interleaved, One, Part, Same, Transposed, grouped_rows
+from ftjax.models.composite import text_of
 
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 SUFFIXES = (".weight", ".bias")
 
 
 
+QUERY_NORMS = Computed(lambda _: {}, lambda settings, _: {"use_qk_norm": "blk.0.attn_q_norm.weight" in settings.tensors})
+
+
 def never(settings: object) -> bool:
-    """The files of this family are read as another."""
+    """Of a family whose files are read as another, or that files only are of."""
     return False
 
 
@@ -38,7 +43,7 @@ FAMILIES: dict[str, Family] = {
         renamed={r"model\.(layers\.\d+)\.block_sparse_moe\.experts": r"\1.feed_forward.experts"},
     ),
     "qwen2": Family(MODEL_ARCH.QWEN2, only=(silu(),), fixed_heads=True),
-    "qwen3": Family(MODEL_ARCH.QWEN3),
+    "qwen3": Family(MODEL_ARCH.QWEN3, variants=(Family(MODEL_ARCH.QWEN3VL, computed=(MROPE,), of=never),)),
     "qwen3_moe": Family(
         MODEL_ARCH.QWEN3MOE, LLAMA | EXPERTS | {"expert_feed_forward_length": "moe_intermediate_size"},
         only=(
@@ -67,12 +72,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo3": Family(MODEL_ARCH.OLMO2, local_rope=True, one_theta=True, windows=4, fixed_heads=True, copied_output=True),
     "granite": Family(
-        MODEL_ARCH.GRANITE,
-        LLAMA | {
-            "logit_scale": "logits_scaling", "residual_scale": "residual_multiplier",
-            "embedding_scale": "embedding_multiplier", "attention.scale": "attention_multiplier",
-        },
-        only=(silu(),), biases=BIASES, changes=ROTATED, ropes=ALL_ROPES,
+        MODEL_ARCH.GRANITE, LLAMA | GRANITE, only=(silu(),), biases=BIASES, changes=ROTATED, ropes=ALL_ROPES,
     ),
     "gpt_oss": Family(
         MODEL_ARCH.GPT_OSS, LLAMA | EXPERTS | {"expert_feed_forward_length": "intermediate_size"},
@@ -105,7 +105,29 @@ FAMILIES: dict[str, Family] = {
         changes={r"\.query_key_value\.(weight|bias)": lambda c: grouped_rows(c["num_attention_heads"])},
         partial_rope=True, fixed_heads=True, copied_output=True,
     ),
-} | HYBRIDS  # fmt: skip
+    "granitemoe": Family(
+        MODEL_ARCH.GRANITE_MOE, LLAMA | GRANITE | EXPERTS, only=(silu(),), biases={"attention_bias": ATTENTION},
+        changes=ROTATED, ropes=ALL_ROPES, halves={key: both for key, both in HALVES_OF_EXPERTS.items() if "sparse" in key},
+        told_by=lambda settings: not settings.get("expert_shared_feed_forward_length"),
+    ),
+    "olmoe": Family(
+        MODEL_ARCH.OLMOE, LLAMA | {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
+        only=(silu(), NO_BIAS, Only("norm_topk_prob", (False,)), Only("clip_qkv", (None,))), fixed_heads=True,
+    ),
+    "glm4": Family(MODEL_ARCH.GLM4, only=(silu(),), biases={"attention_bias": ATTENTION[:3]}, partial_rope=True),
+    "glm4_moe": Family(
+        MODEL_ARCH.GLM4_MOE,
+        LLAMA | {
+            "expert_count": "n_routed_experts", "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "moe_intermediate_size", "leading_dense_block_count": "first_k_dense_replace",
+            "expert_shared_count": "n_shared_experts", "expert_weights_scale": "routed_scaling_factor",
+            "expert_weights_norm": "norm_topk_prob",
+        },
+        only=(silu(), Only("n_group", (1,)), Only("topk_group", (1,))),
+        biases={"attention_bias": ATTENTION[:3]}, partial_rope=True, computed=(SIGMOID, QUERY_NORMS),
+        renamed={r"\.e_score_correction_bias$": ".e_score_correction.bias"},
+    ),
+} | HYBRIDS | LINEAR_FAMILIES  # fmt: skip
 
 # Families that llama.cpp cannot load, or not as they are.
 REFUSED = {"olmo_hybrid": "llama.cpp has no such architecture"}
@@ -114,7 +136,7 @@ INSTEAD = "Export a folder (--merge) instead, for transformers or vLLM"
 
 def family_of(config: Config) -> Family:
     """Return the family of a model, by its config.json. Raises UserError if ftjax does not write it as GGUF."""
-    model_type = config["model_type"]
+    model_type = text_of(config)["model_type"]
     if model_type in REFUSED:
         raise UserError(f"model_type {model_type!r} cannot be written as GGUF: {REFUSED[model_type]}. {INSTEAD}")
     if model_type not in FAMILIES:
@@ -122,7 +144,7 @@ def family_of(config: Config) -> Family:
             f"model_type {model_type!r} cannot be written as GGUF; ftjax writes {', '.join(sorted(FAMILIES))}. {INSTEAD}"
         )
     family = FAMILIES[model_type]
-    return next((variant for variant in family.variants if variant.of(config)), family)
+    return next((variant for variant in family.variants if variant.of(text_of(config))), family)
 
 
 def families_as(architecture: str) -> list[tuple[str, Family]]:
@@ -149,6 +171,7 @@ def parts(family: Family, config: Config, layers: int, names: Iterable[str]) -> 
 
     def find(name: str, whole: str) -> str:
         """Return the name in the file of a tensor, which is a part of a `whole` in the checkpoint."""
+        name = name.replace("model.language_model.", "model.", 1)  # where a text model is inside another
         for pattern, instead in family.renamed.items():
             name = re.sub(pattern, instead, name)
         stored = known.get_name(name, SUFFIXES)

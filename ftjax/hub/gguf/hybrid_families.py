@@ -13,7 +13,7 @@ from gguf import MODEL_ARCH, ExpertGatingFuncType
 from ftjax.hub.gguf.family import (
     ALL_ROPES, BIASES, LLAMA, MLP, NO_BIAS, NO_MLP_BIAS, RMS, ROTATED, TIED, Computed, Config, Family, Only, Taken, silu,
 )  # fmt: skip
-from ftjax.hub.gguf.layout import Change, Decay, Folded, Scaled, Squeezed
+from ftjax.hub.gguf.layout import Change, Folded, RateColumn, Scaled, Squeezed
 from ftjax.models.lfm2 import hidden_size
 
 KV, FEED_FORWARD = "attention.head_count_kv", "feed_forward_length"
@@ -32,7 +32,7 @@ STEP = {r"\.dt_bias$": ".dt_proj.bias"}
 def mamba_changes(groups: str) -> dict[str, Callable[[Config], Change]]:
     """Return the changes of Mamba-2's tensors; `groups` is the field with the number of groups."""
     return {
-        r"\.A_log": lambda _: Decay(), r"\.D": lambda _: Folded(), r"\.conv1d\.weight": lambda _: Squeezed(),
+        r"\.A_log": lambda _: RateColumn(), r"\.D": lambda _: Folded(), r"\.conv1d\.weight": lambda _: Squeezed(),
         r"\.(mamba|mixer)\.norm\.weight": lambda config: Folded(config[groups]),
     }  # fmt: skip
 

@@ -1,11 +1,11 @@
 """How the tensors of a GGUF file are made of those of a Hugging Face checkpoint, and the way back.
 
 A `Part` connects some tensors of one to some of the other. What it changes, it can undo: bit for bit, except where it computes
-(`Plus`, `Scaled`, `Decay`).
+(`Plus`, `Scaled`, `Rate`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -27,7 +27,7 @@ class Change(Protocol):
         """Return the tensor as the file has it."""
         ...
 
-    def restored(self, read: Callable[[Rows], np.ndarray], shape: tuple[int, ...], rows: slice) -> np.ndarray:
+    def restored(self, read: Callable[[Rows], np.ndarray], shape: tuple[int, ...], rows: Rows) -> np.ndarray:
         """Return these rows of Hugging Face's tensor of this shape; `read` gives rows of the file's."""
         ...
 
@@ -54,20 +54,56 @@ class Same:
 
 @dataclass(frozen=True)
 class Reordered(Same):
-    """The rows in another order: `order(count)` gives the place in the file of each of Hugging Face's rows."""
+    """The rows in another order, and then perhaps another change of each row: `order(count)` gives the place in the file of
+    each of Hugging Face's rows."""
+
+    order: Callable[[int], np.ndarray]
+    then: Change = field(default_factory=Same)
+
+    def shape(self, shape):
+        return self.then.shape(shape)
+
+    def stored(self, tensor):
+        return self.then.stored(self._placed(tensor))
+
+    def restored(self, read, shape, rows):
+        return self.then.restored(read, shape, self.order(shape[0])[rows])
+
+    def update(self, a, b):
+        return a, self._placed(b)
+
+    def _placed(self, tensor: np.ndarray) -> np.ndarray:
+        out = np.empty_like(tensor)
+        out[self.order(len(tensor))] = tensor
+        return out
+
+
+@dataclass(frozen=True)
+class ReorderedColumns(Same):
+    """The columns of a matrix in another order, as in `Reordered`."""
 
     order: Callable[[int], np.ndarray]
 
     def stored(self, tensor):
         out = np.empty_like(tensor)
-        out[self.order(len(tensor))] = tensor
+        out[:, self.order(tensor.shape[1])] = tensor
         return out
 
     def restored(self, read, shape, rows):
-        return read(self.order(shape[0])[rows])
+        return np.ascontiguousarray(read(rows)[:, self.order(shape[1])])
 
     def update(self, a, b):
-        return a, self.stored(b)
+        return self.stored(a), b
+
+
+class Rate(Same):
+    """The logarithm of a rate of decay, `A_log`, as the rate itself, which is negative."""
+
+    def stored(self, tensor):
+        return -np.exp(tensor)
+
+    def restored(self, read, shape, rows):
+        return np.log(-read(rows))
 
 
 @dataclass(frozen=True)
@@ -152,8 +188,8 @@ class Folded(Same):
         return read(slice(None)).reshape(-1)[rows]
 
 
-class Decay(Folded):
-    """The logarithm of a rate of decay, `A_log`, as the rate itself, which is negative."""
+class RateColumn(Folded):
+    """A `Rate` as a column."""
 
     def stored(self, tensor):
         return super().stored(-np.exp(tensor))
