@@ -50,7 +50,9 @@ def _model(folder: Path) -> tuple[str, dict[str, str]]:
     return kind, {
         "transformers": f"AutoModelForCausalLM.from_pretrained({str(folder)!r})",
         "vLLM": f"vllm serve {folder}",
-        **({"llama.cpp": f"ftjax export {folder} --gguf f16 --out model.gguf"} if text_of(config)["model_type"] in GGUF else {}),
+        **(
+            {"llama.cpp": f"ftjax export {folder} --gguf f16 --out model.gguf"} if text_of(config)["model_type"] in GGUF else {}
+        ),
         **({"MLX": f"mlx_lm.generate --model {folder} --prompt TEXT"} if config["model_type"] in MLX else {}),
         "ftjax": f"ftjax generate {folder} --prompt TEXT",
     }

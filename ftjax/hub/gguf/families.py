@@ -10,20 +10,39 @@ from gguf import MODEL_ARCH, get_tensor_name_map
 
 from ftjax.errors import UserError
 from ftjax.hub.gguf.family import (
-    ALL_ROPES, ATTENTION, BIASES, Computed, Config, EVERY_FOURTH, EXPERTS, Family, LLAMA, NO_BIAS, NO_MLP_BIAS, ONE_PLUS, Only, ROTATED, SIZES,
-    SOFTCAP, TIED, gelu, score_scalar, silu,
+    ALL_ROPES,
+    ATTENTION,
+    BIASES,
+    EVERY_FOURTH,
+    EXPERTS,
+    LLAMA,
+    NO_BIAS,
+    NO_MLP_BIAS,
+    ONE_PLUS,
+    ROTATED,
+    SIZES,
+    SOFTCAP,
+    TIED,
+    Computed,
+    Config,
+    Family,
+    Only,
+    gelu,
+    score_scalar,
+    silu,
 )
 from ftjax.hub.gguf.hybrid_families import GRANITE, HALVES_OF_EXPERTS, HYBRIDS, SIGMOID
-from ftjax.hub.gguf.linear_families import LINEAR_FAMILIES, MROPE
 from ftjax.hub.gguf.layout import Experts, Halves, Interleaved, One, Part, Same, Transposed, grouped_rows
+from ftjax.hub.gguf.linear_families import LINEAR_FAMILIES, MROPE
 from ftjax.models.composite import text_of
 
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 SUFFIXES = (".weight", ".bias")
 
 
-
 QUERY_NORMS = Computed(lambda _: {}, lambda settings, _: {"use_qk_norm": "blk.0.attn_q_norm.weight" in settings.tensors})
+# The norm of all keys is as wide as that of all queries.
+ONE_TO_ONE = Only("num_key_value_heads", lambda c: (c["num_attention_heads"],))
 
 
 def never(settings: object) -> bool:
@@ -112,7 +131,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmoe": Family(
         MODEL_ARCH.OLMOE, LLAMA | {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
-        only=(silu(), NO_BIAS, Only("norm_topk_prob", (False,)), Only("clip_qkv", (None,))), fixed_heads=True,
+        only=(silu(), NO_BIAS, Only("norm_topk_prob", (False,)), Only("clip_qkv", (None,)), ONE_TO_ONE),
+        fixed_heads=True, copied_output=True,
     ),
     "glm4": Family(MODEL_ARCH.GLM4, only=(silu(),), biases={"attention_bias": ATTENTION[:3]}, partial_rope=True),
     "glm4_moe": Family(

@@ -28,7 +28,6 @@ EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_expert
 SOFTCAP = {"final_logit_softcapping": "final_logit_softcapping"}
 
 
-
 @dataclass(frozen=True)
 class Only:
     """A field of config.json that llama.cpp takes for granted.

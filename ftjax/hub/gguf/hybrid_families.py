@@ -11,7 +11,21 @@ import numpy as np
 from gguf import MODEL_ARCH, ExpertGatingFuncType
 
 from ftjax.hub.gguf.family import (
-    ALL_ROPES, BIASES, LLAMA, MLP, NO_BIAS, NO_MLP_BIAS, RMS, ROTATED, TIED, Computed, Config, Family, Only, Taken, silu,
+    ALL_ROPES,
+    BIASES,
+    LLAMA,
+    MLP,
+    NO_BIAS,
+    NO_MLP_BIAS,
+    RMS,
+    ROTATED,
+    TIED,
+    Computed,
+    Config,
+    Family,
+    Only,
+    Taken,
+    silu,
 )  # fmt: skip
 from ftjax.hub.gguf.layout import Change, Folded, RateColumn, Scaled, Squeezed
 from ftjax.models.lfm2 import hidden_size
@@ -241,7 +255,9 @@ NEMOTRON_RENAMED = STEP | {
 
 def _step_limit(config: Config) -> str | None:
     least = config["time_step_min"]
-    return f"llama.cpp has no smallest step of Mamba-2; this model's is {least}, so answers may differ a little" if least else None
+    return (
+        f"llama.cpp has no smallest step of Mamba-2; this model's is {least}, so answers may differ a little" if least else None
+    )
 
 
 def nemotron_layers(feed_forward: str, width: str) -> Computed:

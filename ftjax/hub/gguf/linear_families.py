@@ -47,7 +47,10 @@ DELTA_KEYS = LLAMA | {
     "ssm.group_count": "linear_num_key_heads", "ssm.time_step_rank": "linear_num_value_heads",
 }  # fmt: skip
 DELTA_LAYERS = Computed(_layer_keys, _layer_fields)
-DELTA_ONLY = (silu(), NO_BIAS, Only("linear_value_head_dim", lambda c: (c["linear_key_head_dim"],)))
+# llama.cpp normalises queries and keys of a gated DeltaNet with the epsilon of the norms; transformers always takes 1e-6.
+DELTA_ONLY = (
+    silu(), NO_BIAS, Only("linear_value_head_dim", lambda c: (c["linear_key_head_dim"],)), Only("rms_norm_eps", (1e-6,)),
+)  # fmt: skip
 SHARED = {
     "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size", "expert_shared_feed_forward_length": "shared_expert_intermediate_size",

@@ -58,7 +58,14 @@ def gguf_settings(
 
 
 def _number(name: str, value: Any) -> Any:
-    floats = ("_eps", "_epsilon", "_multiplier", "_scaling", "_softcapping", "_factor")  # config.json may have 2 where 2.0 is meant
+    floats = (
+        "_eps",
+        "_epsilon",
+        "_multiplier",
+        "_scaling",
+        "_softcapping",
+        "_factor",
+    )  # config.json may have 2 where 2.0 is meant
     return float(value) if name.endswith(floats) and value is not None else value
 
 
