@@ -28,8 +28,8 @@ def family_in(file: GGUFFile) -> tuple[str, Family]:
         if family.told_by(settings):
             return model_type, family
     raise UserError(
-        f"{file.path}: a GGUF file of architecture {architecture!r}; ftjax reads those of {', '.join(architectures())}. Use the "
-        "model's Hugging Face folder instead"
+        f"{file.path}: a GGUF file of architecture {architecture!r}; ftjax reads those of {', '.join(architectures())}. Use "
+        "the model's Hugging Face folder instead"
     )
 
 

@@ -53,7 +53,8 @@ DELTA_ONLY = (
 )  # fmt: skip
 SHARED = {
     "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size", "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }  # fmt: skip
 NORMS = {r"(?<!linear_attn\.)norm\.weight": lambda _: Plus(1.0)}
 STEP = {r"\.dt_bias$": ".dt_proj.bias"}
@@ -119,7 +120,8 @@ LINEAR_FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(
         MODEL_ARCH.QWEN3NEXT, DELTA_KEYS | SHARED,
         only=(
-            *DELTA_ONLY, Only("norm_topk_prob", (True,)), Only("mlp_only_layers", ([], None)), Only("decoder_sparse_step", (1,)),
+            *DELTA_ONLY, Only("norm_topk_prob", (True,)), Only("mlp_only_layers", ([], None)),
+            Only("decoder_sparse_step", (1,)),
         ),
         changes=NORMS | {r"\.conv1d\.weight": lambda _: Squeezed(), r"\.A_log": lambda _: Rate()}, computed=(DELTA_LAYERS,),
         renamed=STEP, partial_rope=True,
