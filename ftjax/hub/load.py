@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ftjax.errors import UserError
 from ftjax.hub.adapter.file import Renamed
 from ftjax.hub.fetch import resolve_config
+from ftjax.hub.joined import Joined
 from ftjax.hub.narrow import narrowed
 from ftjax.hub.packed.formats import dequantiser
 from ftjax.hub.quantize import abstract_quantised, quantised_array
@@ -22,7 +23,7 @@ from ftjax.mesh import sharding
 from ftjax.methods.tied import OUTPUTS, tied_names
 from ftjax.models.facts import INSTEAD, complete_config, read_config
 from ftjax.models.model import Model, build_module
-from ftjax.models.nn.param import Layout, Spec
+from ftjax.models.nn.param import Layout, Spec, specs
 from ftjax.models.nn.quantized import Quantized
 from ftjax.models.registry import FAMILIES
 
@@ -44,9 +45,16 @@ def open_model(path: Path) -> tuple[dict, TensorSource]:
     family = FAMILIES[hf_config["model_type"]]
     if family.composite is not None:
         source.rename(family.composite.in_model)
-    source.add_prefix(family.prefix, but=("lm_head.", "embed_out.", "score.", "mtp."))
+    # transformers' own names begin with `model.`, whatever those of published files do.
+    source.add_prefix(family.prefix, but=("lm_head.", "embed_out.", "score.", "mtp."), but_with=("model.",))
+    if family.from_composite:
+        start = family.from_composite
+        source.rename(lambda name: f"{family.prefix}.{name.removeprefix(start)}" if name.startswith(start) else name)
     unpack = dequantiser(read_config(path), str(path))
-    return hf_config, _with_embedding(hf_config, unpack(source) if unpack else source)
+    found = unpack(source) if unpack else source
+    if any(f".{module}." in name for module in family.joined for name in source.keys()):
+        found = Joined(found, specs(build_module(hf_config)), family.joined)
+    return hf_config, _with_embedding(hf_config, found)
 
 
 def _with_embedding(hf_config: Mapping[str, Any], source: TensorSource) -> TensorSource:
