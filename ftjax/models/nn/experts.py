@@ -1,27 +1,29 @@
 """Mixture of experts: each token is routed to the k experts with the highest router scores; no token is ever dropped.
 
-Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot_general`: one kernel on TPU and GPU; on CPU JAX
-masks a dense product, which costs as much as all experts). Each device sorts its own tokens.
+Tokens are sorted by expert and multiplied group by group (`ftjax.models.nn.grouped`; `jax.lax.ragged_dot_general` is one kernel
+on TPU and GPU, and on CPU a masked dense product, which costs as much as all experts). Each device sorts its own tokens.
 
 Sources: Shazeer et al. 2017 (arXiv:1701.06538); load-balancing loss: Fedus et al. 2021 (arXiv:2101.03961, eq. 4 to 6).
 
 Legend: B batch, T length, M rows on one device, E embed, X experts, k experts per token, I in, O out.
 """
 
+import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from ftjax.mesh import fitting
 from ftjax.models.nn.context import Context
+from ftjax.models.nn.grouped import grouped
 from ftjax.models.nn.layers import Linear, activation, project
 from ftjax.models.nn.param import Init, Layout, param
-from ftjax.models.nn.remat import saved_product
+from ftjax.models.nn.quantized import Nf4, Place, Quantized
 
 
 class Router(nnx.Module):
@@ -49,22 +51,6 @@ class Router(nnx.Module):
         return logits, chosen, weights
 
 
-def grouped(
-    x: Float[Array, "M I"], weight: Float[Array, "X _ _"], sizes: Int[Array, " X"], contract: int
-) -> Float[Array, "M O"]:
-    """Multiply the rows of x, sorted by expert, by the matrix of their expert.
-
-    Args:
-        weight: [X, I, O] or [X, O, I]; `contract` is the axis of its input dimension.
-        sizes: number of rows per expert.
-    """
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dims = jax.lax.RaggedDotDimensionNumbers(
-        (((1,), (contract,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-    )
-    return saved_product(jax.lax.ragged_dot_general(x, weight.astype(x.dtype), sizes, dims, precision=precision))
-
-
 class Group(NamedTuple):
     """Rows that one device processes, sorted by expert.
 
@@ -79,7 +65,7 @@ class Group(NamedTuple):
 
 
 # (rows, parameters) -> [M, E]
-Feedforward = Callable[[Group, dict[str, jax.Array]], jax.Array]
+Feedforward = Callable[[Group, dict[str, jax.Array | Quantized]], jax.Array]
 
 
 def dispatch(
@@ -87,7 +73,7 @@ def dispatch(
     chosen: Int[Array, "B T k"],
     weights: Float[Array, "B T k"],
     feedforward: Feedforward,
-    params: dict[str, Float[Array, "X ..."]],
+    params: dict[str, Float[Array, "X ..."] | Quantized],
     axes: dict[str, tuple[str | None, ...]],
 ) -> Float[Array, "B T E"]:
     """Return the weighted sum of the chosen experts' outputs for each token.
@@ -125,12 +111,14 @@ def dispatch(
 
     token = PartitionSpec(fitting(mesh, "batch", x.shape[0]), fitting(mesh, "length", x.shape[1]), None)
     places = {
-        name: PartitionSpec(
-            *(
-                fitting(mesh, axis, size) if axis in ("experts", "mlp") else None
-                for axis, size in zip(axes[name], leaf.shape, strict=True)
-            )
+        name: tuple(
+            fitting(mesh, axis, size) if axis in ("experts", "mlp") else None
+            for axis, size in zip(axes[name], leaf.shape, strict=True)
         )
+        for name, leaf in params.items()
+    }
+    held = {
+        name: leaf.placed(places[name], mesh.shape) if isinstance(leaf, Quantized) else PartitionSpec(*places[name])
         for name, leaf in params.items()
     }
     over = next((part for place in places.values() for part in place[1:] if part), None)
@@ -138,6 +126,7 @@ def dispatch(
     gathers = spread and token[0] is not None
 
     def shard(x, chosen, weights, params):
+        params = {name: _share(mesh, leaf, places[name]) for name, leaf in params.items()}
         first = 0
         if spread:
             first = jax.lax.axis_index("expert") * next(iter(params.values())).shape[0]
@@ -154,8 +143,16 @@ def dispatch(
         return y.astype(x.dtype)
 
     # check_vma=False: with the check, jax 0.12 cannot type the erf of the exact GELU.
-    mapped = jax.shard_map(shard, mesh=mesh, in_specs=(token, token, token, places), out_specs=token, check_vma=False)
+    mapped = jax.shard_map(shard, mesh=mesh, in_specs=(token, token, token, held), out_specs=token, check_vma=False)
     return mapped(x, chosen, weights, params)
+
+
+def _share(mesh: AbstractMesh, leaf: jax.Array | Quantized, place: Place) -> jax.Array | Quantized:
+    """Return what a device has of a parameter, inside of `shard_map`."""
+    if not isinstance(leaf, Nf4) or place[-1] is None:
+        return leaf
+    columns = leaf.columns // math.prod(mesh.shape[axis] for axis in place[-1])
+    return leaf.share(columns, jax.lax.axis_index(place[-1]) * columns)
 
 
 UPDATE = "_update"  # `<weight>_update` holds the low-rank update of a weight of experts
@@ -181,7 +178,7 @@ class ExpertMatrices(nnx.Module):
 
     def routed(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, feedforward: Feedforward) -> jax.Array:
         """Dispatch `x [B, T, D]` to the chosen experts, with weights and updates as parameters of `feedforward`."""
-        params, axes = {name: getattr(self, name)[...] for name in self.AXES}, dict(self.AXES)
+        params, axes = {name: getattr(self, name).get_value() for name in self.AXES}, dict(self.AXES)
         for name in self.INPUT_AXES:
             if (update := getattr(self, name + UPDATE)) is not None:
                 params[f"{name}.lora_A"] = update.lora_A[...] * update.scale[...][:, None]
@@ -191,18 +188,24 @@ class ExpertMatrices(nnx.Module):
                     axes[f"{name}.{side}"] = row[row.index("experts") :]
         return dispatch(x, chosen, weights, feedforward, params, axes)
 
-    def product(self, group: Group, x: jax.Array, params: dict[str, jax.Array], name: str, part: int | None = None):
+    def product(
+        self, group: Group, x: jax.Array, params: dict[str, jax.Array | Quantized], name: str, part: int | None = None
+    ) -> jax.Array:
         """Multiply rows `[M, in]` by the weight of their expert, and add its update.
 
         Args:
             part: of outputs that are in several parts.
         """
-
         weight = params[name]
-        inputs, outputs = weight.ndim + self.INPUT_AXES[name], params.get(f"{name}.lora_B")
+        inputs, outputs = len(weight.shape) + self.INPUT_AXES[name], params.get(f"{name}.lora_B")
         if part is not None:  # on the axis before or after that of the inputs
             parts = 2 if inputs == 1 else 1
-            weight, inputs = jax.lax.index_in_dim(weight, part, parts, keepdims=False), inputs - (parts < inputs)
+            weight = (
+                weight.take(parts, part)
+                if isinstance(weight, Quantized)
+                else jax.lax.index_in_dim(weight, part, parts, keepdims=False)
+            )
+            inputs -= parts < inputs
             outputs = None if outputs is None else outputs[:, part]
         y = grouped(x, weight, group.sizes, inputs)
         if outputs is not None:
