@@ -125,7 +125,8 @@ class Program:
         noted = re.search(r'"?known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.text)
         if noted:
             return int(noted[1])
-        if (name := re.search(r'op_name="([^"]*)', loop.text)) and (runs := named_runs(name[1])):
+        name = re.search(r'op_name="([^"]*)', loop.text)
+        if name and (runs := named_runs(name[1])) is not None:
             return runs
         bounds = [
             int(instruction.text[1:].split(")")[0])

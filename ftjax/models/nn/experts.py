@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from ftjax.mesh import fitting
 from ftjax.models.nn.context import Context
+from ftjax.models.nn.exchange import exchanged
 from ftjax.models.nn.grouped import grouped
 from ftjax.models.nn.layers import Linear, activation, project
 from ftjax.models.nn.param import Init, Layout, param
@@ -75,39 +76,48 @@ def dispatch(
     feedforward: Feedforward,
     params: dict[str, Float[Array, "X ..."] | Quantized],
     axes: dict[str, tuple[str | None, ...]],
+    trained: frozenset[str] = frozenset(),
 ) -> Float[Array, "B T E"]:
     """Return the weighted sum of the chosen experts' outputs for each token.
 
     Under a mesh, tokens are sharded, whole experts are sharded along `expert`, and the experts' `mlp` dimension may be sharded
-    too. Devices along `expert` all-gather their tokens, each applies its experts to all of them, and the results are
-    reduce-scattered; partial sums over `mlp` are added over the devices with the same tokens.
+    too. Tokens that are sharded along `expert` go to the devices of their experts and back (`ftjax.models.nn.exchange`); others
+    are there already, and each device's sums are added. So are partial sums over `mlp` of devices with the same tokens.
 
     Args:
         axes: logical axes of each parameter; `experts` and `mlp` stay sharded, other axes are gathered.
+        trained: names of the parameters that get a gradient.
     """
     experts = next(iter(params.values())).shape[0]
 
-    def local(x, chosen, weights, params, once=1, first=0):
-        """Apply the experts in `params`, the first of which is number `first`; tokens of other experts get zeros."""
-        b, t, d = x.shape
-        k = chosen.shape[-1]
+    def compute(rows, owner, params, once=1):
+        """Apply the experts in `params` to rows `[M, E]`; rows whose owner is beyond them get zeros."""
         here = next(iter(params.values())).shape[0]
-        owner = chosen.reshape(-1) - first
-        if here < experts:
-            owner = jnp.where((owner < 0) | (owner >= here), here, owner)
         order = jnp.argsort(owner)
         sizes = jnp.bincount(owner, length=here + 1)[:here].astype(jnp.int32)
-        rows = jnp.broadcast_to(x.reshape(b * t, 1, d), (b * t, k, d)).reshape(-1, d)
         rows = rows.at[order].get(unique_indices=True)
         y = feedforward(Group(rows, sizes, jnp.minimum(owner[order], here - 1), once), params)
         if here < experts:
             y = jnp.where((owner[order] < here)[:, None], y, 0)
-        y = y.at[jnp.argsort(order)].get(unique_indices=True).reshape(b, t, k, d)
-        return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=2)
+        return y.at[jnp.argsort(order)].get(unique_indices=True)
+
+    def local(x, chosen, params, once=1, first=0):
+        """Apply the experts in `params`, the first of which is number `first`, to all tokens."""
+        tokens, d = x.shape
+        here = next(iter(params.values())).shape[0]
+        owner = chosen.reshape(-1) - first
+        if here < experts:
+            owner = jnp.where((owner < 0) | (owner >= here), here, owner)
+        rows = jnp.broadcast_to(x[:, None], (tokens, chosen.shape[-1], d)).reshape(-1, d)
+        return compute(rows, owner, params, once)
+
+    def total(y, weights):
+        return jnp.sum(y.reshape(*weights.shape, -1).astype(jnp.float32) * weights[..., None], axis=2)
 
     mesh = jax.sharding.get_abstract_mesh()
+    flat, dtype = (-1, x.shape[-1]), x.dtype
     if mesh.empty or mesh.size == 1:
-        return local(x, chosen, weights, params).astype(x.dtype)
+        return total(local(x.reshape(flat), chosen.reshape(-1, chosen.shape[-1]), params), weights).astype(x.dtype)
 
     token = PartitionSpec(fitting(mesh, "batch", x.shape[0]), fitting(mesh, "length", x.shape[1]), None)
     places = {
@@ -123,24 +133,26 @@ def dispatch(
     }
     over = next((part for place in places.values() for part in place[1:] if part), None)
     spread = mesh.shape["expert"] > 1 and fitting(mesh, "experts", experts) is not None
-    gathers = spread and token[0] is not None
+
+    def once():
+        return 1 if over is None else (jax.lax.axis_index(over) == 0).astype(dtype)
 
     def shard(x, chosen, weights, params):
         params = {name: _share(mesh, leaf, places[name]) for name, leaf in params.items()}
-        first = 0
-        if spread:
-            first = jax.lax.axis_index("expert") * next(iter(params.values())).shape[0]
-        if gathers:
-            x, chosen, weights = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, chosen, weights))
-        once = 1 if over is None else (jax.lax.axis_index(over) == 0).astype(x.dtype)
-        y = local(x, chosen, weights, params, once, first)
-        if over is not None:
-            y = jax.lax.psum(y, over)
-        if gathers:
-            y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
-        elif spread:
-            y = jax.lax.psum(y, "expert")
-        return y.astype(x.dtype)
+        here = next(iter(params.values())).shape[0]
+        own, experts_of = x.reshape(flat), chosen.reshape(-1, chosen.shape[-1])
+        if spread and token[0] is not None:
+            split = [{name: leaf for name, leaf in params.items() if (name in trained) == kept} for kept in (True, False)]
+
+            def run(rows, owner, trained, frozen):
+                return compute(rows, owner, {**trained, **frozen}, once())
+
+            y = total(exchanged(own, experts_of, here, run, *split), weights)
+        else:
+            first = jax.lax.axis_index("expert") * here if spread else 0
+            y = total(local(own, experts_of, params, once(), first), weights)
+            y = jax.lax.psum(y, "expert") if spread else y
+        return (y if over is None else jax.lax.psum(y, over)).astype(x.dtype)
 
     # check_vma=False: with the check, jax 0.12 cannot type the erf of the exact GELU.
     mapped = jax.shard_map(shard, mesh=mesh, in_specs=(token, token, token, held), out_specs=token, check_vma=False)
@@ -178,15 +190,18 @@ class ExpertMatrices(nnx.Module):
 
     def routed(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, feedforward: Feedforward) -> jax.Array:
         """Dispatch `x [B, T, D]` to the chosen experts, with weights and updates as parameters of `feedforward`."""
-        params, axes = {name: getattr(self, name).get_value() for name in self.AXES}, dict(self.AXES)
+        own, axes = {name: getattr(self, name) for name in self.AXES}, dict(self.AXES)
+        params = {name: weight.get_value() for name, weight in own.items()}
+        trained = {name for name, weight in own.items() if weight.row.trainable}
         for name in self.INPUT_AXES:
             if (update := getattr(self, name + UPDATE)) is not None:
                 params[f"{name}.lora_A"] = update.lora_A[...] * update.scale[...][:, None]
                 params[f"{name}.lora_B"] = update.lora_B[...]
                 for side in ("lora_A", "lora_B"):
+                    trained.add(f"{name}.{side}")
                     row = getattr(update, side).row.axes
                     axes[f"{name}.{side}"] = row[row.index("experts") :]
-        return dispatch(x, chosen, weights, feedforward, params, axes)
+        return dispatch(x, chosen, weights, feedforward, params, axes, frozenset(trained))
 
     def product(
         self, group: Group, x: jax.Array, params: dict[str, jax.Array | Quantized], name: str, part: int | None = None
