@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from ftjax.mesh import fitting
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.exchange import exchanged
-from ftjax.models.nn.grouped import grouped
+from ftjax.models.nn.grouped import Part, grouped
 from ftjax.models.nn.layers import Linear, activation, project
 from ftjax.models.nn.param import Init, Layout, param
 from ftjax.models.nn.quantized import Nf4, Place, Quantized
@@ -213,16 +213,12 @@ class ExpertMatrices(nnx.Module):
         """
         weight = params[name]
         inputs, outputs = len(weight.shape) + self.INPUT_AXES[name], params.get(f"{name}.lora_B")
+        chosen = None
         if part is not None:  # on the axis before or after that of the inputs
-            parts = 2 if inputs == 1 else 1
-            weight = (
-                weight.take(parts, part)
-                if isinstance(weight, Quantized)
-                else jax.lax.index_in_dim(weight, part, parts, keepdims=False)
-            )
-            inputs -= parts < inputs
+            chosen = Part(2 if inputs == 1 else 1, part)
+            inputs -= chosen.axis < inputs
             outputs = None if outputs is None else outputs[:, part]
-        y = grouped(x, weight, group.sizes, inputs)
+        y = grouped(x, weight, group.sizes, inputs, chosen)
         if outputs is not None:
             low = grouped(x, params[f"{name}.lora_A"], group.sizes, 2)
             y = y + grouped(low, outputs, group.sizes, 2)
