@@ -206,7 +206,7 @@ def test_a_shorter_window_is_said():
          "layers_block_type"),
         ("falcon_h1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_rms_norm": True, "mamba_norm_before_gate": True},
          "mamba_norm_before_gate = True"),
-        ("lfm2_moe", {"layer_types": ["conv", "full_attention"], "routed_scaling_factor": 1.5}, r"routed_scaling_factor = 1\.5"),
+        ("lfm2_moe", {"layer_types": ["conv", "full_attention"], "routed_scaling_factor": 1.5}, r"scaling_factor = 1\.5"),
         ("qwen3_5_text", {"linear_value_head_dim": 8, "linear_key_head_dim": 4}, "linear_value_head_dim = 8"),
         ("olmo_hybrid", {}, "cannot be written as GGUF: llama.cpp has no such architecture. Export a folder"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights = False"),
