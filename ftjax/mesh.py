@@ -236,6 +236,21 @@ def fitting(mesh: Mesh | jax.sharding.AbstractMesh, axis: str, size: int) -> tup
     return rule if rule and size % parts(mesh.shape, axis) == 0 else None
 
 
+def dividing(
+    mesh: Mesh | jax.sharding.AbstractMesh, shape: tuple[int, ...], axes: tuple[str | None, ...], without: tuple[str, ...] = ()
+) -> PartitionSpec:
+    """Return the PartitionSpec of an array, with the dimensions that do not divide replicated.
+
+    Args:
+        without: mesh axes that the array is not sharded along.
+    """
+    entries = []
+    for size, rule in zip(shape, _rules(axes, shape, mesh.shape), strict=True):
+        rule = tuple(name for name in rule if name not in without)
+        entries.append(rule if rule and size % math.prod(mesh.shape[name] for name in rule) == 0 else None)
+    return PartitionSpec(*entries)
+
+
 def constrain(x: jax.Array, *axes: str | None, without: tuple[str, ...] = ()) -> jax.Array:
     """Constrain the sharding of an activation by its logical axes, under `jax.set_mesh`.
 
@@ -248,8 +263,4 @@ def constrain(x: jax.Array, *axes: str | None, without: tuple[str, ...] = ()) ->
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return x
-    entries = []
-    for size, rule in zip(x.shape, _rules(axes, x.shape, mesh.shape), strict=True):
-        rule = tuple(name for name in rule if name not in without)
-        entries.append(rule if rule and size % math.prod(mesh.shape[name] for name in rule) == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+    return jax.lax.with_sharding_constraint(x, dividing(mesh, x.shape, axes, without))

@@ -5,6 +5,8 @@ python scripts/models_table.py
 
 from pathlib import Path
 
+from smallest_slice import smallest_slice
+
 from ftjax.models.registry import FAMILIES
 from ftjax.models.table import families
 
@@ -14,12 +16,14 @@ START, END = "<!-- table: scripts/models_table.py -->", "<!-- end of table -->"
 
 def table() -> str:
     """Return the table in Markdown, a line for each family."""
-    lines = ["| model_type | models | example | windows | experts | beside the text |", "|---|---|---|---|---|---|"]
+    head = "| model_type | models | example | windows | experts | LoRA at 4,096 | beside the text |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
     for one in families():
         composite = FAMILIES[one.model_type].composite
         parts = ", ".join(f"`{prefix.removesuffix('.')}`" for prefix in composite.carried) if composite else ""
         marks = ["yes" if yes else "" for yes in (one.windows, one.experts)]
-        lines.append(f"| `{one.model_type}` | {one.notes} | {one.example} | {' | '.join(marks)} | {parts} |")
+        cells = (f"`{one.model_type}`", one.notes, one.example, *marks, smallest_slice(one.model_type), parts)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -13,6 +13,8 @@ SILU = {"hidden_act": "silu"}
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LOCAL = {"rope_type": "default", "rope_theta": 500.0}
+EPS = {"rms_norm_eps": 1e-6}
+MAMBA = {"mamba_conv_bias": True, "mamba_proj_bias": False}
 # Changes by the name of a case; windows that llama.cpp lacks are longer than the tests' texts.
 CHANGES = {
     "llama": {}, "llama-tied-biases": SILU, "llama3.1": {}, "llama-linear": {}, "llama-yarn": {},
@@ -36,12 +38,38 @@ CHANGES = {
     },
     "smollm3-no-windows": {"no_rope_layer_interval": 4, "mlp_bias": False},
     "granite": {}, "granite-tied-biases": SILU,
+    "bamba": {}, "bamba-tied-biases": SILU | {"mamba_expand": 2} | MAMBA,
+    "granitemoehybrid": {}, "granitemoehybrid-dense": SILU | MAMBA,
+    "nemotron-h": {"layers_block_type": ["mamba", "moe", "attention", "mamba", "moe"]},
+    "nemotron-h-dense": {
+        "mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "mlp_bias": False, "use_bias": False, "use_conv_bias": True,
+    },
+    "falcon-h1": {}, "falcon-h1-without-norm": {},
+    "falcon-h1-norm-first": SILU | MAMBA | PLAIN | {
+        "mamba_norm_before_gate": False, "projectors_bias": False, "attention_bias": False, "embedding_multiplier": 2.0
+    },
+    "granitemoe": {}, "granitemoe-tied-biases": SILU,
+    "olmoe": {"clip_qkv": None, "norm_topk_prob": False, "attention_bias": False, "num_key_value_heads": 4},
+    "olmoe-tied": SILU | PLAIN,
+    "glm4": {}, "glm4-whole-heads": SILU | PLAIN,
+    "glm4-moe": {"n_group": 1, "topk_group": 1}, "glm4-moe-plain": SILU,
+    "qwen3.5": EPS | {"linear_value_head_dim": 8},
+    "qwen3.5-tied": SILU | EPS | {"linear_value_head_dim": 12, "attention_bias": False},
+    "qwen3.5-moe": EPS, "qwen3.5-images": EPS, "qwen3-next": EPS | {"linear_value_head_dim": 8, "mlp_only_layers": []},
+    "qwen3-vl": {"attention_bias": False}, "gemma3-images": {"query_pre_attn_scalar": 12},
+    "lfm2": {}, "lfm2-untied": PLAIN | {"conv_bias": False}, "lfm2-moe": {"routed_scaling_factor": 1.0},
 }  # fmt: skip
-WRITTEN = {
-    case.name: replace(case, values=copy.deepcopy({**case.values, **CHANGES[case.name], "vocab_size": 304}))
-    for case in CASES
-    if case.name in CHANGES
-}
+
+
+def changed(values: dict, changes: dict) -> dict:
+    """Return the values with these changes of the text model."""
+    changes = {**changes, "vocab_size": 304}
+    if "text_config" in values:
+        changes = {"text_config": {**values["text_config"], **changes}}
+    return copy.deepcopy({**values, **changes})
+
+
+WRITTEN = {case.name: replace(case, values=changed(case.values, CHANGES[case.name])) for case in CASES if case.name in CHANGES}
 
 
 def with_tokenizer(folder: Path, **changes) -> Path:

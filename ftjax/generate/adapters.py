@@ -20,7 +20,7 @@ from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.mesh import make_mesh
 from ftjax.methods.lora_stack import attach_stack, filling
 from ftjax.models.model import Model, build_module
-from ftjax.models.nn.quantized_linear import quantise
+from ftjax.models.nn.quantise import quantise
 
 
 class AdapterStack:

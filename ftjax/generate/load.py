@@ -19,8 +19,8 @@ from ftjax.hub.open import open_adapted, open_base
 from ftjax.hub.safetensors import Tensor
 from ftjax.methods import method_of
 from ftjax.models.model import Model, build_module
+from ftjax.models.nn.quantise import quantise
 from ftjax.models.nn.quantized import FORMATS
-from ftjax.models.nn.quantized_linear import quantise
 
 DTYPES = ("float32", "bfloat16", "float16")
 

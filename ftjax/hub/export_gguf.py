@@ -108,7 +108,7 @@ def _whole(run: str) -> Merged:
 
 def _write(out: Path, modelfile: Path, made: Merged, asked: str) -> None:
     model = made.model
-    family_of(model.config["model_type"])
+    family_of(model.config)
     if classes_of(model.config):
         raise UserError("export: --gguf: this model classifies with a head, and llama.cpp has no such model of this kind")
     tokenizer = load_tokenizer(made.settings)

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ftjax.errors import UserError
 from ftjax.hub.adapter.file import Renamed
 from ftjax.hub.fetch import resolve_config
+from ftjax.hub.joined import Joined
 from ftjax.hub.narrow import narrowed
 from ftjax.hub.packed.formats import dequantiser
 from ftjax.hub.quantize import abstract_quantised, quantised_array
@@ -22,7 +23,7 @@ from ftjax.mesh import sharding
 from ftjax.methods.tied import OUTPUTS, tied_names
 from ftjax.models.facts import INSTEAD, complete_config, read_config
 from ftjax.models.model import Model, build_module
-from ftjax.models.nn.param import Layout, Spec
+from ftjax.models.nn.param import Layout, Spec, specs
 from ftjax.models.nn.quantized import Quantized
 from ftjax.models.registry import FAMILIES
 
@@ -44,9 +45,16 @@ def open_model(path: Path) -> tuple[dict, TensorSource]:
     family = FAMILIES[hf_config["model_type"]]
     if family.composite is not None:
         source.rename(family.composite.in_model)
-    source.add_prefix(family.prefix, but=("lm_head.", "embed_out.", "score.", "mtp."))
+    # transformers' own names begin with `model.`, whatever those of published files do.
+    source.add_prefix(family.prefix, but=("lm_head.", "embed_out.", "score.", "mtp."), but_with=("model.",))
+    if family.from_composite:
+        start = family.from_composite
+        source.rename(lambda name: f"{family.prefix}.{name.removeprefix(start)}" if name.startswith(start) else name)
     unpack = dequantiser(read_config(path), str(path))
-    return hf_config, _with_embedding(hf_config, unpack(source) if unpack else source)
+    found = unpack(source) if unpack else source
+    if any(f".{module}." in name for module in family.joined for name in source.keys()):
+        found = Joined(found, specs(build_module(hf_config)), family.joined)
+    return hf_config, _with_embedding(hf_config, found)
 
 
 def _with_embedding(hf_config: Mapping[str, Any], source: TensorSource) -> TensorSource:
@@ -192,29 +200,35 @@ def layout_in(spec: Spec, have: Container[str]) -> Layout | None:
     return max(layouts, key=present)  # first among equals: a missing tensor is reported under the name that is written
 
 
-def read_block(spec: Spec, source: TensorSource, index: tuple[slice, ...], layout: Layout | None, dtype=None) -> np.ndarray:
-    """Read a part of a parameter from the tensors that hold it, in `dtype` or in the source's dtype."""
+def block_reader(
+    spec: Spec, source: TensorSource, layout: Layout | None, dtype=None
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """Return a function that reads a part of a parameter from the tensors that hold it, in `dtype` or in the source's dtype."""
     pieces = list(spec.pieces(layout))
     depth = len(spec.stacked) + (len(layout.labels) if layout else 0)
     names = np.array([piece.name for piece in pieces], dtype=object).reshape(spec.shape[:depth])
-    chosen = list(np.ravel(names[index[:depth]])) if depth else [str(names)]
-    shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, spec.shape, strict=True))
-    out = aligned_empty(shape, dtype or source.dtype(chosen[0]))
-    flat = out.reshape(len(chosen), *shape[depth:])
     inside, stored = spec.shape[depth:], pieces[0].shape
     # If memory splits a dimension of the tensor, slice the dimensions before it while reading, and the rest afterwards.
     common = next((i for i, (a, b) in enumerate(zip(inside, stored, strict=False)) if a != b), min(len(inside), len(stored)))
-    direct = shape[depth:] == inside and isinstance(source, SafetensorsFolder)
-    for number, name in enumerate(chosen):
-        if direct and source.dtype(name) == out.dtype:
-            source.read_into(name, flat[number])
-        elif inside == stored:
-            flat[number] = narrowed(name, source.read(name, index[depth:]), out.dtype)
-        else:
-            part = source.read(name, index[depth : depth + common])
-            part = part.reshape(*part.shape[:common], *inside[common:])
-            flat[number] = narrowed(name, part[(slice(None),) * common + index[depth + common :]], out.dtype)
-    return out
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        chosen = list(np.ravel(names[index[:depth]])) if depth else [str(names)]
+        shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, spec.shape, strict=True))
+        out = aligned_empty(shape, dtype or source.dtype(chosen[0]))
+        flat = out.reshape(len(chosen), *shape[depth:])
+        direct = shape[depth:] == inside and isinstance(source, SafetensorsFolder)
+        for number, name in enumerate(chosen):
+            if direct and source.dtype(name) == out.dtype:
+                source.read_into(name, flat[number])
+            elif inside == stored:
+                flat[number] = narrowed(name, source.read(name, index[depth:]), out.dtype)
+            else:
+                part = source.read(name, index[depth : depth + common])
+                part = part.reshape(*part.shape[:common], *inside[common:])
+                flat[number] = narrowed(name, part[(slice(None),) * common + index[depth + common :]], out.dtype)
+        return out
+
+    return read
 
 
 def _load(spec: Spec, source: TensorSource, mesh: Mesh, have: Container[str]) -> jax.Array | Quantized:
@@ -227,9 +241,9 @@ def _load(spec: Spec, source: TensorSource, mesh: Mesh, have: Container[str]) ->
         return jax.make_array_from_callback(spec.shape, where, lambda index: whole[index])
     layout = layout_in(spec, have)
     if spec.row.quantization is not None:
-        return quantised_array(spec, mesh, lambda index: read_block(spec, source, index, layout))
+        return quantised_array(spec, mesh, block_reader(spec, source, layout))
     # Each device asks for its shard; devices with the same shard share one read.
-    return jax.make_array_from_callback(spec.shape, where, lambda index: read_block(spec, source, index, layout, spec.dtype))
+    return jax.make_array_from_callback(spec.shape, where, block_reader(spec, source, layout, spec.dtype))
 
 
 def aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:

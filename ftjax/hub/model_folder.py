@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from ftjax.config import MethodConfig
 from ftjax.hub.gather import host_piece
-from ftjax.hub.load import layout_in, open_model, read_block
+from ftjax.hub.load import block_reader, layout_in, open_model
 from ftjax.hub.narrow import narrowed
 from ftjax.hub.older_fields import REPLACED, older_fields
 from ftjax.hub.safetensors import Tensor, write_model
@@ -40,6 +40,7 @@ def from_source(source: TensorSource, trained: Mapping[str, jax.Array]) -> ReadW
     """Return a reader of the weights as stored on disk, one at a time, except trained ones."""
     on_device = from_params(trained)
     have = set(source.keys())
+    readers = cache(lambda spec: block_reader(spec, source, layout_in(spec, have)))
 
     def read(spec: Spec, piece: Piece) -> np.ndarray:
         if spec.path in trained:
@@ -47,7 +48,7 @@ def from_source(source: TensorSource, trained: Mapping[str, jax.Array]) -> ReadW
         if piece.name in have:
             return source.read(piece.name)
         index = tuple(slice(i, i + 1) if isinstance(i, int) else i for i in piece.index)
-        return read_block(spec, source, index, layout_in(spec, have)).reshape(piece.shape)
+        return readers(spec)(index).reshape(piece.shape)
 
     return read
 

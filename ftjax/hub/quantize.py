@@ -1,6 +1,5 @@
 """Quantises weights while they are read: one layer at a time, and only the part on this host's devices."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -9,8 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float
 
-from ftjax.mesh import RULES, sharding
-from ftjax.mesh import spec as partition
+from ftjax.mesh import dividing, sharding
 from ftjax.models.nn.param import Spec
 from ftjax.models.nn.quantized import Part, Quantization, Quantized
 
@@ -18,7 +16,7 @@ from ftjax.models.nn.quantized import Part, Quantization, Quantized
 def quantised_array(spec: Spec, mesh: Mesh, read: Callable[[tuple[slice, ...]], np.ndarray]) -> Quantized:
     """Return a sharded parameter in its row's format.
 
-    Host memory: the quantised shards of this host's devices, and one layer in full precision.
+    Host memory: the quantised shards of this host's devices, and one layer (of one expert) in full precision.
 
     Args:
         read: returns a part of the weight in the source's dtype.
@@ -26,15 +24,16 @@ def quantised_array(spec: Spec, mesh: Mesh, read: Callable[[tuple[slice, ...]], 
     how, shape = spec.row.quantization, spec.shape
     sharding(mesh, spec.path, shape, spec.row.axes)  # refuses sizes that do not divide
     parts = how.parts(shape, spec.row.axes)
-    along = len(shape) - 3 - how.whole_axis  # the shardable one of a matrix's two axes
-    made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    whole = len(shape) + how.whole_axis
+    made: dict[tuple[tuple[int, int], ...], dict[str, np.ndarray]] = {}
 
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        start, stop, _ = index[along].indices(shape[along])
-        if (start, stop) not in made:
-            made[start, stop] = _quantise(spec, along, slice(start, stop), read)
-        rest = (*index[:along], slice(None), *index[along + 1 :])
-        return made[start, stop][name][rest]
+        bounds = [one.indices(size)[:2] for one, size in zip(index, parts[name].shape, strict=True)]
+        bounds[whole] = (0, shape[whole])
+        key = tuple(bounds)
+        if key not in made:
+            made[key] = _quantise(spec, key, read)
+        return made[key][name][(slice(None),) * whole + (index[whole],)]
 
     arrays = {
         name: jax.make_array_from_callback(one.shape, _where(mesh, one), partial(part, name)) for name, one in parts.items()
@@ -51,31 +50,28 @@ def abstract_quantised(spec: Spec, mesh: Mesh) -> Quantized:
 
 def _where(mesh: Mesh, part: Part) -> NamedSharding:
     """Return the weight's own sharding; an axis of its scales that does not divide is replicated."""
-    axes = [
-        axis if axis and size % math.prod(mesh.shape[name] for name in RULES.get(axis) or ()) == 0 else None
-        for size, axis in zip(part.shape, part.axes, strict=True)
-    ]
-    return NamedSharding(mesh, partition(tuple(axes)))
+    return NamedSharding(mesh, dividing(mesh, part.shape, part.axes))
 
 
-def _quantise(spec: Spec, along: int, chosen: slice, read: Callable) -> dict[str, np.ndarray]:
-    """Quantise all layers for the rows (or columns) `chosen`."""
+def _quantise(spec: Spec, bounds: tuple[tuple[int, int], ...], read: Callable) -> dict[str, np.ndarray]:
+    """Quantise a part of a weight, each layer and expert by itself."""
     how, depth = spec.row.quantization, len(spec.stacked)
-    matrix = tuple(chosen if depth + axis == along else slice(0, size) for axis, size in enumerate(spec.shape[depth:]))
+    depth += spec.row.axes[depth] == "experts"
+    stack, matrix = bounds[:depth], tuple(slice(*bound) for bound in bounds[depth:])
     out: dict[str, np.ndarray] = {}
-    for layer in np.ndindex(spec.stacked):
-        weight = read((*(slice(i, i + 1) for i in layer), *matrix))
+    for place in np.ndindex(*(stop - start for start, stop in stack)):
+        weight = read((*(slice(start + i, start + i + 1) for i, (start, _) in zip(place, stack, strict=True)), *matrix))
         weight = weight.reshape(weight.shape[depth:])
         for name, value in vars(_on_host(how, weight)).items():
             if not isinstance(value, np.ndarray):  # a size
                 continue
             if name not in out:
-                out[name] = np.empty((*spec.stacked, *value.shape), value.dtype)
-            out[name][layer] = value
+                out[name] = np.empty((*(stop - start for start, stop in stack), *value.shape), value.dtype)
+            out[name][place] = value
     return out
 
 
-def _on_host(how: Quantization, weight: Float[np.ndarray, "R C"]) -> Quantized:
+def _on_host(how: Quantization, weight: Float[np.ndarray, "*parts R C"]) -> Quantized:
     """Quantise with XLA on the host's CPU, several times faster than numpy; accelerator memory stays free."""
     try:
         host = jax.local_devices(backend="cpu")[0]

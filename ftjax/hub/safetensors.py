@@ -136,14 +136,15 @@ class SafetensorsFolder:
             start = 8 + length + entry["data_offsets"][0]
             self._entries[name] = _Entry(path, start, tuple(entry["shape"]), DTYPES[entry["dtype"]])
 
-    def add_prefix(self, prefix: str, but: tuple[str, ...]) -> None:
+    def add_prefix(self, prefix: str, but: tuple[str, ...], but_with: tuple[str, ...] = ()) -> None:
         """Rename tensors of a model without a head, `h.0.ln_1.bias`, to those of one with a head,
         `transformer.h.0.ln_1.bias`; transformers loads either.
 
         Args:
             but: prefixes of names that stay unchanged.
+            but_with: prefixes of names of which one says that this file needs no other.
         """
-        if not any(name.startswith(f"{prefix}.") for name in self._entries):
+        if not any(name.startswith((f"{prefix}.", *but_with)) for name in self._entries):
             self._entries = {n if n.startswith(but) else f"{prefix}.{n}": entry for n, entry in self._entries.items()}
 
     def rename(self, to: Callable[[str], str]) -> None:

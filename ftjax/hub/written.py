@@ -9,6 +9,7 @@ from ftjax.hub.adapter.peft import CONFIG as ADAPTER
 from ftjax.hub.adapter.peft import adapter_file, method_that_reads, read_adapter_config
 from ftjax.hub.adapter.plain_lora import PATTERNS, beyond_plain
 from ftjax.hub.gguf.families import FAMILIES as GGUF
+from ftjax.models.composite import text_of
 
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 HEAD = "ForSequenceClassification"
@@ -49,7 +50,9 @@ def _model(folder: Path) -> tuple[str, dict[str, str]]:
     return kind, {
         "transformers": f"AutoModelForCausalLM.from_pretrained({str(folder)!r})",
         "vLLM": f"vllm serve {folder}",
-        **({"llama.cpp": f"ftjax export {folder} --gguf f16 --out model.gguf"} if config["model_type"] in GGUF else {}),
+        **(
+            {"llama.cpp": f"ftjax export {folder} --gguf f16 --out model.gguf"} if text_of(config)["model_type"] in GGUF else {}
+        ),
         **({"MLX": f"mlx_lm.generate --model {folder} --prompt TEXT"} if config["model_type"] in MLX else {}),
         "ftjax": f"ftjax generate {folder} --prompt TEXT",
     }

@@ -39,6 +39,8 @@ OF_EXPERTS = (
     "norm_topk_prob", "num_experts_per_tok", "routed_scaling_factor", "topk_group",
 )  # fmt: skip
 STORED = ("model.", "backbone.")  # checkpoints use the name of NVIDIA's code
+# What releases of transformers 5 wrote until huggingface/transformers#48075.
+SINGULAR = Layout("weight", module=("model.embeddings", "backbone.embedding"))
 
 
 class NemotronMLP(nnx.Module):
@@ -168,10 +170,12 @@ def moe(facts: Facts) -> NemotronMoe:
 
 def store_as_backbone(model: nnx.Module) -> None:
     """Give all parameters the names that they have in checkpoints."""
-    for _, variable in variables(model):
+    for path, variable in variables(model):
         row = variable.row
         own = row.layouts or (Layout(row.name),)
         layouts = tuple(dataclasses.replace(layout, module=STORED) for layout in own)
+        if path == "embeddings.weight":
+            layouts = (*layouts, SINGULAR)
         variable.set_metadata("row", dataclasses.replace(row, layouts=layouts))
 
 

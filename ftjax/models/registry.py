@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ftjax.errors import UserError
@@ -18,6 +18,8 @@ class Family:
     notes: str = ""
     prefix: str = "model"  # the first part of tensor names, missing in checkpoints without a head
     composite: Composite | None = None  # for a checkpoint in which this family is one part
+    from_composite: str = ""  # the first part of names if transformers' text class saved what it had loaded from a composite
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # modules that transformers has as one in memory
 
     @property
     def build(self) -> Callable[..., Any]:
@@ -136,7 +138,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo2": Family("olmo2", "allenai/OLMo-2-0425-1B-Instruct", "OLMo 2"),
     "olmo3": Family("olmo3", "allenai/Olmo-3-7B-Instruct", "OLMo 3; three windowed layers to one global"),
-    "olmo_hybrid": Family("olmo_hybrid", "allenai/Olmo-Hybrid-7B", "OLMo Hybrid; linear attention"),
+    "olmo_hybrid": Family(
+        "olmo_hybrid",
+        "allenai/Olmo-Hybrid-7B",
+        "OLMo Hybrid; linear attention",
+        joined={"conv1d": ("q_conv1d", "k_conv1d", "v_conv1d")},
+    ),
     "olmoe": Family("olmoe", "allenai/OLMoE-1B-7B-0924-Instruct", "OLMoE; routed experts"),
     "phi3": Family("phi3", "microsoft/Phi-4-mini-instruct", "Phi-3 and Phi-3.5 mini, Phi-4, Phi-4-mini"),
     "phimoe": Family("phimoe", "microsoft/Phi-3.5-MoE-instruct", "Phi-3.5-MoE; routed experts"),
@@ -148,7 +155,9 @@ FAMILIES: dict[str, Family] = {
         "Qwen 3.5, dense; linear attention; the text is trained, image parts are kept",
         composite=IMAGES_OF_QWEN,
     ),
-    "qwen3_5_text": Family("qwen3_5_text", "Qwen/Qwen3.5-4B", "Qwen 3.5 without its parts for images"),
+    "qwen3_5_text": Family(
+        "qwen3_5_text", "Qwen/Qwen3.5-4B", "Qwen 3.5 without its parts for images", from_composite="model.language_model."
+    ),
     "qwen3_5_moe": Family(
         "qwen3_5_moe_text",
         "Qwen/Qwen3.5-35B-A3B",
@@ -156,7 +165,10 @@ FAMILIES: dict[str, Family] = {
         composite=IMAGES_OF_QWEN,
     ),
     "qwen3_5_moe_text": Family(
-        "qwen3_5_moe_text", "Qwen/Qwen3.5-35B-A3B", "Qwen 3.5 with experts, without its parts for images"
+        "qwen3_5_moe_text",
+        "Qwen/Qwen3.5-35B-A3B",
+        "Qwen 3.5 with experts, without its parts for images",
+        from_composite="model.language_model.",
     ),
     "qwen3_moe": Family("qwen3_moe", "Qwen/Qwen3-30B-A3B", "Qwen 3 with routed experts"),
     "qwen3_vl": Family(

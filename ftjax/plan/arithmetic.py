@@ -13,6 +13,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 from jax.interpreters import partial_eval
 
+from ftjax.models.nn.loops import named_runs
+
 Values = Mapping[Any, np.ndarray]
 
 
@@ -69,7 +71,8 @@ def _of(eqn: JaxprEqn, known: Values) -> float:
     if name == "pallas_call":
         return _kernel(eqn, known)
     if name == "while":
-        return _inside(eqn, params["body_jaxpr"], known, skip=params["cond_nconsts"])
+        runs = named_runs(str(eqn.source_info.name_stack))
+        return (1 if runs is None else runs) * _inside(eqn, params["body_jaxpr"], known, skip=params["cond_nconsts"])
     if name in ("custom_vjp_call", "custom_jvp_call"):
         return _inside(eqn, params["call_jaxpr"], known)
     return sum(_inside(eqn, inner, known) for inner in jaxprs_in_params(params))

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from ftjax.models.nn.loops import named_runs
 from ftjax.plan.groups import balanced, groups_of, slice_groups
 
 _HEAD = re.compile(r"^(?:ENTRY )?%([\w.$-]+) .*\{$")
@@ -119,10 +120,14 @@ class Program:
         return counts
 
     def trip_count(self, loop: Instruction) -> int:
-        """Return XLA's annotation if there is one, else the bound that the condition compares the counter with."""
+        """Return XLA's annotation if there is one, else the runs that the program names, else the bound that the condition
+        compares the counter with."""
         noted = re.search(r'"?known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.text)
         if noted:
             return int(noted[1])
+        name = re.search(r'op_name="([^"]*)', loop.text)
+        if name and (runs := named_runs(name[1])) is not None:
+            return runs
         bounds = [
             int(instruction.text[1:].split(")")[0])
             for instruction in self._with_fused(loop.called("condition"))

@@ -43,7 +43,6 @@ def choose_mesh(
     rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
     length = config.data.max_length
     state = state_bytes(config, model) + sum(frozen_bytes(config, other.specs) for other in others)
-    saved = 2 * model.sizes.layers * model.sizes.embed  # per token: the input of every layer, which remat `full` keeps
     models = (model, *others)
     found = []
     for data, fsdp, tensor, sequence in divisions(count // slices, 4):
@@ -52,7 +51,7 @@ def choose_mesh(
             continue
         if any(one.sizes.heads % (tensor * sequence) or not _divides(one, fsdp, tensor) for one in models):
             continue
-        need = state / (fsdp * tensor) + saved * (rows // spread) * (length // sequence)
+        need = device_bytes(model, state, fsdp * tensor, (rows // spread) * (length // sequence))
         fits = need <= ROOM * memory
         found.append(((not fits, 0 if fits else need, tensor * sequence, tensor, fsdp), (data, fsdp, tensor, sequence), need))
     if not found:
@@ -63,6 +62,16 @@ def choose_mesh(
     (no_room, *_), (data, fsdp, tensor, sequence), need = min(found)
     chosen = MeshConfig(data=slices * data, fsdp=fsdp, tensor=tensor, sequence=sequence, slices=slices)
     return chosen, _reason(chosen, rows, state, need, memory, bool(no_room))
+
+
+def device_bytes(model: Model, state: float, parts: int, tokens: int) -> float:
+    """Return the bytes that a device needs: its part of the state, and the inputs of all layers, which remat `full` keeps.
+
+    Args:
+        state: bytes of one full copy, which is in so many `parts`.
+        tokens: of a microbatch, on the device.
+    """
+    return state / parts + 2 * model.sizes.layers * model.sizes.embed * tokens
 
 
 def state_bytes(config: Config, model: Model) -> int:

@@ -38,7 +38,7 @@ from ftjax.models.model import Model, build_module
 from ftjax.models.nn.attention import choose
 from ftjax.models.nn.memory import packs
 from ftjax.models.nn.param import Spec, variables
-from ftjax.models.nn.quantized_linear import quantise
+from ftjax.models.nn.quantise import quantise
 from ftjax.objectives import encoding_of, generates, objective_of
 from ftjax.objectives.objective import Forward, LossInputs
 from ftjax.train.auto_mesh import choose_mesh

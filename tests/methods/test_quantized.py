@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +9,18 @@ import numpy as np
 import pytest
 from oracle import ONE, Case, load, logits, make_hf, one_device, tokens
 from processes import ALL
+from quantised import KINDS, compiled_step, dense, lora_model, quantised, sizes_read, with_model
 from safetensors.numpy import load_file
 from tiny_run import make_batch, make_config, run_steps
 from tiny_tokenizer import save_tokenizer
 
 from ftjax import tree
-from ftjax.config import Config, LoraConfig, OptimizerConfig
+from ftjax.config import Config, LoraConfig
 from ftjax.errors import UserError
-from ftjax.flops import train_flops
-from ftjax.methods import lora
 from ftjax.models.facts import complete_config
-from ftjax.models.model import Model, build_module
 from ftjax.models.nn.quantized import NF4, Int8, Nf4, Quantization
-from ftjax.models.nn.quantized_linear import quantise
-from ftjax.train.optimizer import make_optimizer
 from ftjax.train.run import train
-from ftjax.train.setup import Setup, prepare
-from ftjax.train.step import Runtime, TrainState, make_train_step
-
-KINDS = ("int8", "nf4")
+from ftjax.train.setup import prepare
 
 
 def normal(*shape, seed=0):
@@ -57,7 +49,7 @@ def test_errors_are_those_of_bitsandbytes():
     """Errors are those of its kernels, 0.0728 and 0.2033; its own tests require mean |error| below 0.1 and mean relative error
     below 0.28, for normal weights in blocks of 64."""
     weight = normal(1024, 1024)
-    error = np.abs(back(Quantization("nf4", False), weight) - weight)
+    error = np.abs(back(Quantization("nf4"), weight) - weight)
     assert abs(error.mean() - 0.0728) < 3e-4
     assert abs((error / (np.abs(weight) + 1e-8)).mean() - 0.2033) < 2e-3
 
@@ -68,7 +60,7 @@ def test_double_quantisation_costs_a_hundredth_of_the_error():
     scale = np.abs(weight.reshape(256, -1, 64)).max(-1, keepdims=True)
     book = np.array(NF4, np.float32)
     exact = book[np.abs(weight.reshape(256, -1, 64, 1) / scale[..., None] - book).argmin(-1)] * scale
-    plain, double = (np.abs(x.reshape(256, 1024) - weight).mean() for x in (exact, back(Quantization("nf4", False), weight)))
+    plain, double = (np.abs(x.reshape(256, 1024) - weight).mean() for x in (exact, back(Quantization("nf4"), weight)))
     assert plain < double * 1.001 and double < plain * 1.01
 
 
@@ -77,7 +69,7 @@ def test_double_quantisation_costs_a_hundredth_of_the_error():
 def test_every_size(shape, conv1d):
     """The formats' error bounds hold for rows that end within a block or byte, and for several groups."""
     weight = normal(*shape, seed=1)
-    int8 = back(Quantization("int8", conv1d), weight)
+    int8 = back(Quantization("int8", -2 if conv1d else -1), weight)
     step = np.abs(weight).max(axis=0 if conv1d else 1, keepdims=True) / 127
     assert (np.abs(int8 - weight) <= step * 0.5001).all()
     padded = np.pad(weight, ((0, 0), (0, -shape[1] % 64)))
@@ -85,16 +77,16 @@ def test_every_size(shape, conv1d):
     # Half of the widest gap in the code book (1 - 0.696), plus the error of the scale: half a step of its group.
     spread = (largest.max(1) - largest.min(1)) / 254
     bound = np.repeat(largest * 0.152 + spread[:, None], 64, axis=1)[:, : shape[1]]
-    assert (np.abs(back(Quantization("nf4", conv1d), weight) - weight) <= bound * 1.001).all()
+    assert (np.abs(back(Quantization("nf4", -2 if conv1d else -1), weight) - weight) <= bound * 1.001).all()
 
 
 def test_extremes():
     """Zeros stay zeros; the largest weight of a block with an exact scale is unchanged."""
     zeros = np.zeros((4, 128), np.float32)
     for kind in KINDS:
-        np.testing.assert_array_equal(back(Quantization(kind, False), zeros), zeros)
+        np.testing.assert_array_equal(back(Quantization(kind), zeros), zeros)
     weight = normal(4, 64)
-    got = back(Quantization("nf4", False), weight)
+    got = back(Quantization("nf4"), weight)
     at = np.abs(weight).argmax(1)
     np.testing.assert_allclose(np.abs(got[np.arange(4), at]), np.abs(weight).max(1), rtol=1e-6)
 
@@ -106,7 +98,7 @@ def test_bits():
 
 
 def abstract(kind):
-    return Quantization(kind, False).abstract((14336, 14336))
+    return Quantization(kind).abstract((14336, 14336))
 
 
 # ---- in a model ----
@@ -135,21 +127,6 @@ def bases(tmp_path_factory):
     return of
 
 
-def quantised(kind, method=None):
-    def attach(root):
-        if method is not None:
-            lora.attach(root, method)
-        quantise(root, kind)
-
-    return attach
-
-
-@jax.jit
-def dense(params):
-    """Return the dequantised weights as plain arrays."""
-    return {path: leaf.dequantise(jnp.float32) if isinstance(leaf, Int8 | Nf4) else leaf for path, leaf in params.items()}
-
-
 @pytest.mark.parametrize(("case", "kind"), [
     (case, kind) for case in (CASES if ALL else UNLIKE) for kind in KINDS if ALL or kind == "nf4" or case.name == "llama"
 ], ids=str)  # fmt: skip
@@ -173,27 +150,6 @@ def small_llama(kind, layers):
         "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64,
     }, "here")  # fmt: skip
     return lora_model(facts, kind)
-
-
-def lora_model(facts, kind):
-    root = build_module(facts)
-    lora.attach(root, LoraConfig(r=8))
-    quantise(root, kind)
-    return Model.of(root, facts)
-
-
-def compiled_step(model, remat, length, dtype):
-    """Compile the training step of one row, from shapes alone."""
-    frozen = {p: s.abstract if s.row.quantization else jax.ShapeDtypeStruct(s.shape, dtype) for p, s in model.frozen.items()}
-    params = {path: spec.abstract for path, spec in model.trainable.items()}
-    optimizer = make_optimizer(OptimizerConfig(), model.trainable, 10)
-    state = TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
-    ints, floats = (jax.ShapeDtypeStruct((1, 1, length), kind) for kind in (jnp.int32, jnp.float32))
-    batch = {"tokens": ints, "targets": ints, "weights": floats, "positions": ints, "segment_ids": ints}
-    setup = Setup(make_config("none"), one_device(), model, None)
-    step = make_train_step(setup.loss_fn, optimizer, Runtime(dtype, "xla", remat), train_flops(model))
-    key, limit = jax.eval_shape(partial(jax.random.key, 0)), jax.ShapeDtypeStruct((), jnp.float32)
-    return jax.jit(step, donate_argnums=0).lower(state, frozen, batch, key, limit).compile().memory_analysis()
 
 
 @pytest.mark.parametrize(("kind", "remat"), [("nf4", "full"), ("int8", "none"), *[("nf4", "none"), ("int8", "full")] * ALL])
@@ -242,10 +198,6 @@ def test_training_is_that_of_what_the_weights_stand_for(bases, name, kind):
         np.testing.assert_allclose(value, results[1][1][path], atol=2e-5, err_msg=path)
 
 
-def with_model(config, **values):
-    return config.model_copy(update={"model": config.model.model_copy(update=values)})
-
-
 @pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.sweep)])
 def test_sharded_is_one_device(bases, kind, tmp_path):
     """On several devices the weights have the same bits, and training is the same."""
@@ -266,18 +218,7 @@ def test_sharded_is_one_device(bases, kind, tmp_path):
 
 def test_one_layer_is_read_at_a_time(bases, monkeypatch):
     """The host never holds more than one layer's matrix in full precision."""
-    from ftjax.hub import load as loading
-
-    sizes = []
-    original = loading.read_block
-
-    def spy(spec, source, index, layout, dtype=None):
-        out = original(spec, source, index, layout, dtype)
-        if spec.row.quantization:
-            sizes.append(out.size)
-        return out
-
-    monkeypatch.setattr(loading, "read_block", spy)
+    sizes = sizes_read(monkeypatch)
     model, _ = load(bases(CASES[0]), quantised("nf4"))
     held = [spec for spec in model.specs.values() if spec.row.quantization]
     assert sorted(sizes) == sorted(spec.size // 2 for spec in held for _ in range(2))
@@ -380,12 +321,6 @@ def test_full_training_is_refused(tiny, tmp_path):
     path.write_text("model: {path: x, quantization: nf4}\nmethod: {name: full}\ndata: {train: y.jsonl}\n")
     with pytest.raises(UserError, match=r"model\.quantization: nf4 .* method full"):
         load_config(path)
-
-
-def test_experts_are_refused(tmp_path):
-    make_hf(Case("mixtral", "mixtral", {"num_local_experts": 2}), tmp_path)
-    with pytest.raises(UserError, match="experts"):
-        load(tmp_path, quantised("nf4"))
 
 
 def test_an_unknown_format_is_refused(tiny):

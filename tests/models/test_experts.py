@@ -30,8 +30,7 @@ def has_experts(case: Case) -> bool:
 
 ROUTED = [case for case in CASES if has_experts(case)]
 MOE = [case for case in ROUTED if ALL or case.model_type not in LIKE]
-# Nemotron-H has other names for all tensors there (`model.` for `backbone.`), and such a file is refused.
-FUSED = [case for case in (MOE if ALL else UNLIKE) if case in MOE and case.model_type not in (*TOGETHER, "nemotron_h")]
+FUSED = [case for case in (MOE if ALL else UNLIKE) if case in MOE and case.model_type not in TOGETHER]
 # The routers of two families, and three experts, which divide by no axis.
 SPREAD = [case for case in MOE if ALL or case.name in ("mixtral", "deepseek-v3")]
 
@@ -79,7 +78,7 @@ def test_fused_checkpoints_are_read_and_written_per_expert(case, tmp_path):
     hf = make_hf(case, tmp_path / "each")
     hf.save_pretrained(tmp_path / "fused", save_original_format=False)
     fused = load_file(tmp_path / "fused" / "model.safetensors")
-    assert any(name.endswith("experts.gate_up_proj") for name in fused)
+    assert any(name.endswith(("experts.gate_up_proj", "experts.up_proj")) for name in fused)
     want_model, want = load(tmp_path / "each")
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     for where in (one_device(), mesh):
@@ -117,7 +116,7 @@ def test_gradients_on_eight_devices(case, tmp_path):
         return {path: found[path] for path in model.trainable}  # that of a constant may be rounding alone
 
     alone = gradient(one_device())
-    experts = next(leaf.shape[1] for path, leaf in alone.items() if path.endswith("experts.gate_up_proj"))
+    experts = next(leaf.shape[1] for path, leaf in alone.items() if path.endswith(("experts.gate_up_proj", "experts.up_proj")))
     meshes = [
         {"fsdp": 2, "expert": 2, "tensor": 2},
         {"fsdp": 2, "tensor": 2, "sequence": 2},

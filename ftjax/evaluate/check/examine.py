@@ -9,7 +9,7 @@ import numpy as np
 from ftjax.config import CheckConfig, DataConfig
 from ftjax.config.evaluate import LmEvalConfig
 from ftjax.evaluate.check.answers import judge, languages, shares
-from ftjax.evaluate.check.counterfactual import Measured, measure
+from ftjax.evaluate.check.counterfactual import Measured, gaps, measure
 from ftjax.evaluate.check.material import Asked, Material, Piece, spread
 from ftjax.evaluate.check.speed import speed
 from ftjax.evaluate.check.stability import in_company, whitespace
@@ -65,9 +65,9 @@ def examine(
     prompts = [one.text for one in spread(material.general, settings.stability_prompts)]
     if prompts:
         tell("the same prompts alone, in a batch, padded, and with other whitespace")
-        alone, gaps = in_company(generator, prompts, settings.stability_max_new_tokens)
-        found.numbers |= {name: float(np.max(values)) for name, values in gaps.items()}
-        found.counts |= dict.fromkeys(gaps, len(prompts))
+        alone, apart = in_company(generator, prompts, settings.stability_max_new_tokens)
+        found.numbers |= {name: float(np.max(values)) for name, values in apart.items()}
+        found.counts |= dict.fromkeys(apart, len(prompts))
         lost = [{"whitespace": loss} for loss in whitespace(generator, prompts, alone)]
         found.scores["whitespace"] = means(lost, shares=False)
     else:

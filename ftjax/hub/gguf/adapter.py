@@ -10,9 +10,9 @@ from gguf.constants import GGUFType
 
 from ftjax.errors import UserError
 from ftjax.hub.adapter.plain_lora import Update, read_updates
-from ftjax.hub.gguf.families import family_of, parts
-from ftjax.hub.gguf.layout import One
+from ftjax.hub.gguf.families import copies_output, family_of, parts
 from ftjax.hub.gguf.write import TYPES, Stored, write_file
+from ftjax.models.composite import text_of
 from ftjax.models.model import Model, build_module
 
 ASKED = ("f32", "f16", "bf16")  # llama.cpp has no products for others here
@@ -31,21 +31,23 @@ def write_adapter(path: Path, adapter: Path, config: Mapping[str, Any], asked: s
     """
     if asked not in ASKED:
         raise UserError(f"export: an adapter is written as {', '.join(ASKED)}, not as {asked}: --gguf f16 --lora")
-    family = family_of(config["model_type"])
     layers = Model.of(build_module(config), config).sizes.layers
+    config = text_of(config)
+    family = family_of(config)
     _, updates = read_updates(adapter, "llama.cpp reads plain LoRA only")
     rank = max(update.a.shape[0] for update in updates.values())
     stored = []
     for part in parts(family, config, layers, [f"{module}.weight" for module in updates]):
-        if not isinstance(part, One):
-            raise UserError(f"{adapter}: llama.cpp has no adapters of single experts; ftjax export --merge folds them in")
-        [hub], [gguf] = part.hub, part.gguf
-        if gguf == "output.weight" and config.get("tie_word_embeddings") and not family.copied_output:
+        hub = part.hub[0]
+        if "output.weight" in part.gguf and config.get("tie_word_embeddings") and not copies_output(family, config):
             raise UserError(f"{adapter}: it adapts {hub}, which is the embedding too; ftjax export --merge makes them two")
-        a, b = padded(updates[hub.removesuffix(".weight")], rank)
-        for end, value in zip(("lora_a", "lora_b"), part.change.update(a, b), strict=True):
-            kind = TYPES[asked][0] if value.ndim == 2 else GGMLType.F32
-            stored.append(Stored(f"{gguf}.{end}", value.shape, kind, lambda value=value: value))
+        found = None if len(part.hub) > 1 else part.updates(*padded(updates[hub.removesuffix(".weight")], rank))
+        if found is None:
+            raise UserError(f"{adapter}: llama.cpp has no adapters of single experts; ftjax export --merge folds them in")
+        for name, factors in found.items():
+            for end, value in zip(("lora_a", "lora_b"), factors, strict=True):
+                kind = TYPES[asked][0] if value.ndim == 2 else GGMLType.F32
+                stored.append(Stored(f"{name}.{end}", value.shape, kind, lambda value=value: value))
     values = {
         "general.type": GGUFType.ADAPTER, "general.name": name, "general.file_type": int(TYPES[asked][1]),
         "adapter.type": "lora", "adapter.lora.alpha": float(rank),

@@ -9,71 +9,28 @@ from gguf import GGMLQuantizationType as GGMLType
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf.families import FAMILIES, Family
+from ftjax.hub.gguf.families import architectures, families_as
+from ftjax.hub.gguf.family import Family
 from ftjax.hub.gguf.file import GGUFFile, open_gguf, shortest
 from ftjax.hub.gguf.rope import FACTORS, LONG, SHORT, rope_parameters
 from ftjax.hub.gguf.settings import CONTEXT, FULL, PATTERN, SLIDING, WINDOW
+from ftjax.hub.gguf.taken import Settings
 
-# Settings of other architectures that llama.cpp's converter writes with neutral values.
-WITHOUT_EFFECT = {
-    "expert_count": 0, "expert_used_count": 0, "attention.causal": True, "attention.layer_norm_epsilon": None, WINDOW: 0,
-}  # fmt: skip
 # Tokens that end a turn, besides the end of the text: llama.cpp stops at each of them.
 END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
-class Settings:
-    """The settings of a file under its architecture's name, each to be taken once."""
-
-    def __init__(self, file: GGUFFile, architecture: str):
-        self.path, self.start = file.path, f"{architecture}."
-        length = len(self.start)
-        self.left = {key[length:]: value for key, value in file.metadata.items() if key.startswith(self.start)}
-
-    def take(self, key: str, *default: Any) -> Any:
-        """Return a setting that is the same for all layers."""
-        if key in self.left:
-            value = self.left.pop(key)
-            if isinstance(value, list) and len(set(value)) != 1:
-                raise UserError(
-                    f"{self.path}: {self.start}{key} differs from layer to layer, which a Hugging Face configuration of this "
-                    f"model cannot express: {value}"
-                )
-            return value[0] if isinstance(value, list) else value
-        if default:
-            return default[0]
-        lacks = f"the file lacks {self.start}{key}"
-        raise UserError(f"{self.path}: {lacks}; it is damaged or was not made by llama.cpp's converter")
-
-    def finish(self) -> None:
-        """Raise UserError for settings that nobody took, unless they have no effect."""
-        unknown = {
-            key: value
-            for key, value in self.left.items()
-            if key != "tensor_data_layout" and not (key in WITHOUT_EFFECT and WITHOUT_EFFECT[key] in (None, value)) and value
-        }
-        if unknown:
-            found = ", ".join(f"{self.start}{key} = {value}" for key, value in sorted(unknown.items()))
-            raise UserError(
-                f"{self.path}: settings that ftjax does not know: {found}. Use the model's Hugging Face folder instead"
-            )
-
-
-def model_type_of(file: GGUFFile) -> str:
-    """Return Hugging Face's `model_type` of a file. Raises UserError if ftjax does not read its architecture."""
+def family_in(file: GGUFFile) -> tuple[str, Family]:
+    """Return `(Hugging Face's model_type, family)` of a file. Raises UserError if ftjax does not read its architecture."""
     architecture = file.metadata.get("general.architecture")
-    if architecture == "llama":
-        return "mixtral" if file.metadata.get("llama.expert_count") else "llama"
-    if architecture == "olmo2":
-        return "olmo3" if file.metadata.get(f"olmo2.{WINDOW}") else "olmo2"
-    found = [name for name, family in FAMILIES.items() if family.architecture == architecture]
-    if not found:
-        known = ", ".join(sorted({family.architecture for family in FAMILIES.values()}))
-        raise UserError(
-            f"{file.path}: a GGUF file of architecture {architecture!r}; ftjax reads those of {known}. Use the model's Hugging "
-            "Face folder instead"
-        )
-    return found[0]
+    settings = Settings(file, str(architecture)).left
+    for model_type, family in families_as(str(architecture)):
+        if family.told_by(settings):
+            return model_type, family
+    raise UserError(
+        f"{file.path}: a GGUF file of architecture {architecture!r}; ftjax reads those of {', '.join(architectures())}. Use "
+        "the model's Hugging Face folder instead"
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -82,17 +39,17 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises UserError for an architecture that ftjax does not read, and for settings that config.json cannot express.
     """
     file = open_gguf(path)
-    model_type = model_type_of(file)
-    family = FAMILIES[model_type]
+    model_type, family = family_in(file)
     settings = Settings(file, family.architecture)
     config: dict[str, Any] = {"architectures": [CLASSES[model_type]], "model_type": model_type}
-    heads = settings.left.get("attention.head_count")
+    layers, embed, heads = (settings.left.get(key) for key in ("block_count", "embedding_length", "attention.head_count"))
     for key, name in family.keys.items():
         default = [heads] if key == "attention.head_count_kv" else []
         default += [family.defaults[key]] if key in family.defaults else [None] if key.endswith("softcapping") else []
         value = settings.take(key, *default)
         config[name] = shortest(value) if isinstance(value, float) else value
-    layers, embed, heads = (config[family.keys[key]] for key in ("block_count", "embedding_length", "attention.head_count"))
+    for computed in family.computed:
+        config |= computed.fields(settings, config)
     head_dim = settings.take("attention.key_length", embed // heads)
     if settings.take("attention.value_length", head_dim) != head_dim:
         raise UserError(f"{path}: keys and values of different sizes, which a Hugging Face {model_type} cannot express")
@@ -151,7 +108,8 @@ def _tensor_shape(file: GGUFFile, name: str) -> tuple[int, ...]:
 
 
 def _bias(file: GGUFFile, modules: Sequence[str], layers: int) -> bool:
-    names = [f"blk.{layer}.{module}.bias" for layer in range(layers) for module in modules]
+    here = [f"blk.{layer}.{module}" for layer in range(layers) for module in modules]
+    names = [f"{module}.bias" for module in here if f"{module}.weight" in file.tensors]  # other layers are of another kind
     have = [name in file.tensors for name in names]
     if any(have) and not all(have):
         present, absent = names[have.index(True)], names[have.index(False)]

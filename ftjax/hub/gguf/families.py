@@ -1,159 +1,68 @@
-"""The families that llama.cpp has: what is what in config.json and in a GGUF file, for reading and writing.
+"""The families that llama.cpp has, and the tensors of their files.
 
-Names of tensors come from the `gguf` package (`TensorNameMap`); what is here is what it does not know: keys for fields of
-config.json, how tensors are changed, and what llama.cpp takes for granted (its `src/models/<architecture>.cpp`).
+Those whose layers are of several kinds are in `ftjax.hub.gguf.hybrid_families`.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable
 
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf import MODEL_ARCH, get_tensor_name_map
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf.layout import (
-    Change,
-    Experts,
-    Interleaved,
-    One,
-    Part,
-    Plus,
-    Same,
-    Transposed,
-    grouped_rows,
-    interleaved_rows,
+from ftjax.hub.gguf.family import (
+    ALL_ROPES,
+    ATTENTION,
+    BIASES,
+    EVERY_FOURTH,
+    EXPERTS,
+    LLAMA,
+    NO_BIAS,
+    NO_MLP_BIAS,
+    ONE_PLUS,
+    ROTATED,
+    SIZES,
+    SOFTCAP,
+    TIED,
+    Computed,
+    Config,
+    Family,
+    Only,
+    gelu,
+    score_scalar,
+    silu,
 )
-
-Config = Mapping[str, Any]
-
-# GGUF key, without the architecture's name -> field of config.json
-SIZES = {
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-}
-RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
-LLAMA = SIZES | RMS
-EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
-SOFTCAP = {"final_logit_softcapping": "final_logit_softcapping"}
+from ftjax.hub.gguf.hybrid_families import GRANITE, HALVES_OF_EXPERTS, HYBRIDS, SIGMOID
+from ftjax.hub.gguf.layout import Experts, Halves, Interleaved, One, Part, Same, Transposed, grouped_rows
+from ftjax.hub.gguf.linear_families import LINEAR_FAMILIES, MROPE
+from ftjax.models.composite import text_of
 
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 SUFFIXES = (".weight", ".bias")
 
 
-@dataclass(frozen=True)
-class Only:
-    """A field of config.json that llama.cpp takes for granted.
-
-    Attributes:
-        name: the field.
-        values: the values that are as llama.cpp computes, or a function of the other fields that returns them; the first is
-            what a GGUF file stands for.
-    """
-
-    name: str
-    values: tuple[Any, ...] | Callable[[Config], tuple[Any, ...]]
-
-    def allowed(self, config: Config) -> tuple[Any, ...]:
-        return self.values(config) if callable(self.values) else self.values
+QUERY_NORMS = Computed(lambda _: {}, lambda settings, _: {"use_qk_norm": "blk.0.attn_q_norm.weight" in settings.tensors})
+# The norm of all keys is as wide as that of all queries.
+ONE_TO_ONE = Only("num_key_value_heads", lambda c: (c["num_attention_heads"],))
 
 
-def silu(name: str = "hidden_act") -> Only:
-    return Only(name, ("silu", "swish"))
+def never(settings: object) -> bool:
+    """Of a family whose files are read as another, or that files only are of."""
+    return False
 
-
-def gelu(name: str, first: str = "gelu_pytorch_tanh") -> Only:
-    # llama.cpp computes every GELU by its approximation with tanh, from a table in float16.
-    return Only(name, tuple(dict.fromkeys((first, "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu"))))
-
-
-def score_scalar(wide: int) -> Only:
-    """Gemma's scores are scaled by a head's size; in its largest model, of `wide` layers, by hidden_size / heads."""
-
-    def values(config: Config) -> tuple[int]:
-        heads = config["num_attention_heads"]
-        return (config["hidden_size"] // heads if config["num_hidden_layers"] == wide else config["head_dim"],)
-
-    return Only("query_pre_attn_scalar", values)
-
-
-NO_BIAS, NO_MLP_BIAS, TIED = Only("attention_bias", (False,)), Only("mlp_bias", (False,)), Only("tie_word_embeddings", (True,))
-EVERY_FOURTH = Only("no_rope_layers", lambda c: ([int((layer + 1) % 4 != 0) for layer in range(c["num_hidden_layers"])],))
-ATTENTION, MLP = ("attn_q", "attn_k", "attn_v", "attn_output"), ("ffn_gate", "ffn_up", "ffn_down")
-
-
-@dataclass(frozen=True)
-class Family:
-    """One model type.
-
-    Attributes:
-        arch: llama.cpp's architecture.
-        keys: GGUF keys and the fields of config.json that they hold; fields that are None are left out.
-        only: fields that llama.cpp takes for granted.
-        defaults: llama.cpp's values where a file lacks a key, so that None cannot be written.
-        biases: fields that say whether modules, all or none, have a bias.
-        changes: for ends of Hugging Face names (a regular expression), the change that a tensor undergoes.
-        renamed: parts of Hugging Face names that the `gguf` package knows under another name.
-        ropes: types of RoPE that llama.cpp computes for this architecture.
-        partial_rope: whether a part of each head may rotate.
-        local_rope: whether layers with windows have a RoPE of their own.
-        one_theta: whether llama.cpp uses one `rope_theta` for both all the same.
-        rounded_yarn: YaRN's bounds may be rounded though config.json says not to.
-        windows: if llama.cpp has sliding windows for this architecture: every n-th layer is without one where a file does not
-            say which.
-        always_windows: whether a file without windows would get some.
-        fixed_heads: whether a head's size is always hidden_size / num_attention_heads.
-        copied_output: llama.cpp wants an output matrix, so that a tied one is written twice.
-    """
-
-    arch: MODEL_ARCH
-    keys: Mapping[str, str] = field(default_factory=lambda: LLAMA)
-    only: tuple[Only, ...] = (silu(), NO_BIAS)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    changes: Mapping[str, Callable[[Config], Change]] = field(default_factory=dict)
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    ropes: tuple[str, ...] = ("default", "linear", "yarn")
-    partial_rope: bool = False
-    local_rope: bool = False
-    one_theta: bool = False
-    rounded_yarn: bool = False
-    windows: int | None = None
-    always_windows: bool = False
-    fixed_heads: bool = False
-    copied_output: bool = False
-
-    @property
-    def architecture(self) -> str:
-        return MODEL_ARCH_NAMES[self.arch]
-
-
-def _rotated(heads: str) -> Callable[[Config], Change]:
-    return lambda config: interleaved_rows(config.get(heads) or config["num_attention_heads"])
-
-
-# llama.cpp rotates neighbouring dimensions of these.
-ROTATED = {
-    r"\.q_proj\.(weight|bias)": _rotated("num_attention_heads"),
-    r"\.k_proj\.(weight|bias)": _rotated("num_key_value_heads"),
-}
-ALL_ROPES = ("default", "linear", "yarn", "llama3", "longrope")
-ONE_PLUS = {r"norm\.weight": lambda _: Plus(1.0)}
-BIASES = {"attention_bias": ATTENTION, "mlp_bias": MLP}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(MODEL_ARCH.LLAMA, only=(silu(),), biases=BIASES, changes=ROTATED, ropes=ALL_ROPES),
-    "mistral": Family(MODEL_ARCH.LLAMA, only=(silu(),), changes=ROTATED, ropes=ALL_ROPES),
-    "ministral": Family(MODEL_ARCH.LLAMA, only=(silu(),), changes=ROTATED, ropes=ALL_ROPES),
+    "llama": Family(
+        MODEL_ARCH.LLAMA, only=(silu(),), biases=BIASES, changes=ROTATED, ropes=ALL_ROPES,
+        told_by=lambda settings: not settings.get("expert_count"),
+    ),
+    "mistral": Family(MODEL_ARCH.LLAMA, only=(silu(),), changes=ROTATED, ropes=ALL_ROPES, told_by=never),
+    "ministral": Family(MODEL_ARCH.LLAMA, only=(silu(),), changes=ROTATED, ropes=ALL_ROPES, told_by=never),
     "mixtral": Family(
         MODEL_ARCH.LLAMA, LLAMA | EXPERTS, only=(silu(),), changes=ROTATED, ropes=ALL_ROPES,
         renamed={r"model\.(layers\.\d+)\.block_sparse_moe\.experts": r"\1.feed_forward.experts"},
     ),
     "qwen2": Family(MODEL_ARCH.QWEN2, only=(silu(),), fixed_heads=True),
-    "qwen3": Family(MODEL_ARCH.QWEN3),
+    "qwen3": Family(MODEL_ARCH.QWEN3, variants=(Family(MODEL_ARCH.QWEN3VL, computed=(MROPE,), of=never),)),
     "qwen3_moe": Family(
         MODEL_ARCH.QWEN3MOE, LLAMA | EXPERTS | {"expert_feed_forward_length": "moe_intermediate_size"},
         only=(
@@ -176,15 +85,13 @@ FAMILIES: dict[str, Family] = {
         MODEL_ARCH.PHI3, only=(silu(),), ropes=("default", "linear", "longrope"), partial_rope=True, fixed_heads=True
     ),
     "smollm3": Family(MODEL_ARCH.SMOLLM3, only=(silu(), NO_BIAS, NO_MLP_BIAS, EVERY_FOURTH), changes=ROTATED),
-    "olmo2": Family(MODEL_ARCH.OLMO2, fixed_heads=True, copied_output=True),
+    "olmo2": Family(
+        MODEL_ARCH.OLMO2, fixed_heads=True, copied_output=True,
+        told_by=lambda settings: not settings.get("attention.sliding_window"),
+    ),
     "olmo3": Family(MODEL_ARCH.OLMO2, local_rope=True, one_theta=True, windows=4, fixed_heads=True, copied_output=True),
     "granite": Family(
-        MODEL_ARCH.GRANITE,
-        LLAMA | {
-            "logit_scale": "logits_scaling", "residual_scale": "residual_multiplier",
-            "embedding_scale": "embedding_multiplier", "attention.scale": "attention_multiplier",
-        },
-        only=(silu(),), biases=BIASES, changes=ROTATED, ropes=ALL_ROPES,
+        MODEL_ARCH.GRANITE, LLAMA | GRANITE, only=(silu(),), biases=BIASES, changes=ROTATED, ropes=ALL_ROPES,
     ),
     "gpt_oss": Family(
         MODEL_ARCH.GPT_OSS, LLAMA | EXPERTS | {"expert_feed_forward_length": "intermediate_size"},
@@ -217,17 +124,62 @@ FAMILIES: dict[str, Family] = {
         changes={r"\.query_key_value\.(weight|bias)": lambda c: grouped_rows(c["num_attention_heads"])},
         partial_rope=True, fixed_heads=True, copied_output=True,
     ),
-}  # fmt: skip
+    "granitemoe": Family(
+        MODEL_ARCH.GRANITE_MOE, LLAMA | GRANITE | EXPERTS, only=(silu(),), biases={"attention_bias": ATTENTION},
+        changes=ROTATED, ropes=ALL_ROPES, halves={key: both for key, both in HALVES_OF_EXPERTS.items() if "sparse" in key},
+        told_by=lambda settings: not settings.get("expert_shared_feed_forward_length"),
+    ),
+    "olmoe": Family(
+        MODEL_ARCH.OLMOE, LLAMA | {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
+        only=(silu(), NO_BIAS, Only("norm_topk_prob", (False,)), Only("clip_qkv", (None,)), ONE_TO_ONE),
+        fixed_heads=True, copied_output=True,
+    ),
+    "glm4": Family(MODEL_ARCH.GLM4, only=(silu(),), biases={"attention_bias": ATTENTION[:3]}, partial_rope=True),
+    "glm4_moe": Family(
+        MODEL_ARCH.GLM4_MOE,
+        LLAMA | {
+            "expert_count": "n_routed_experts", "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "moe_intermediate_size", "leading_dense_block_count": "first_k_dense_replace",
+            "expert_shared_count": "n_shared_experts", "expert_weights_scale": "routed_scaling_factor",
+            "expert_weights_norm": "norm_topk_prob",
+        },
+        only=(silu(), Only("n_group", (1,)), Only("topk_group", (1,))),
+        biases={"attention_bias": ATTENTION[:3]}, partial_rope=True, computed=(SIGMOID, QUERY_NORMS),
+        renamed={r"\.e_score_correction_bias$": ".e_score_correction.bias"},
+    ),
+} | HYBRIDS | LINEAR_FAMILIES  # fmt: skip
+
+# Families that llama.cpp cannot load, or not as they are.
+REFUSED = {"olmo_hybrid": "llama.cpp has no such architecture"}
+INSTEAD = "Export a folder (--merge) instead, for transformers or vLLM"
 
 
-def family_of(model_type: str) -> Family:
-    """Return a model type's family. Raises UserError if ftjax does not write it as GGUF."""
+def family_of(config: Config) -> Family:
+    """Return the family of a model, by its config.json. Raises UserError if ftjax does not write it as GGUF."""
+    model_type = text_of(config)["model_type"]
+    if model_type in REFUSED:
+        raise UserError(f"model_type {model_type!r} cannot be written as GGUF: {REFUSED[model_type]}. {INSTEAD}")
     if model_type not in FAMILIES:
         raise UserError(
-            f"model_type {model_type!r} cannot be written as GGUF; ftjax writes {', '.join(sorted(FAMILIES))}. Export a folder "
-            "(--merge) instead"
+            f"model_type {model_type!r} cannot be written as GGUF; ftjax writes {', '.join(sorted(FAMILIES))}. {INSTEAD}"
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    return next((variant for variant in family.variants if variant.of(text_of(config))), family)
+
+
+def families_as(architecture: str) -> list[tuple[str, Family]]:
+    """Return model types and families whose files are of this architecture."""
+    every = [(name, one) for name, family in FAMILIES.items() for one in (*family.variants, family)]
+    return [(name, family) for name, family in every if family.architecture == architecture]
+
+
+def architectures() -> list[str]:
+    return sorted({one.architecture for family in FAMILIES.values() for one in (family, *family.variants)})
+
+
+def copies_output(family: Family, config: Config) -> bool:
+    """Return whether the file of a model with a tied output has it twice all the same."""
+    return family.copied_output(config) if callable(family.copied_output) else family.copied_output
 
 
 def parts(family: Family, config: Config, layers: int, names: Iterable[str]) -> list[Part]:
@@ -237,28 +189,31 @@ def parts(family: Family, config: Config, layers: int, names: Iterable[str]) -> 
     """
     known = get_tensor_name_map(family.arch, layers)
 
-    def find(name: str) -> str | None:
+    def find(name: str, whole: str) -> str:
+        """Return the name in the file of a tensor, which is a part of a `whole` in the checkpoint."""
+        name = name.replace("model.language_model.", "model.", 1)  # where a text model is inside another
         for pattern, instead in family.renamed.items():
             name = re.sub(pattern, instead, name)
-        return known.get_name(name, SUFFIXES)
+        stored = known.get_name(name, SUFFIXES)
+        if stored is None:
+            raise UserError(f"{whole} cannot be written as GGUF: llama.cpp's {family.architecture!r} has no such tensor")
+        return stored
 
     found: list[Part] = []
     experts: dict[str, dict[int, str]] = {}
     for name in names:
+        halves = next(((end, both) for end, both in family.halves.items() if re.search(end, name)), None)
         if match := EXPERT.fullmatch(name):
             experts.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = name
+        elif halves is not None:
+            end, both = halves
+            found.append(Halves(name, *(find(re.sub(end, one, name), name) for one in both)))
         elif ".experts.gate_up_proj" in name:
-            gate, up = (find(name.replace("gate_up_proj", f"{one}_proj")) for one in ("gate", "up"))
-            found.append(Interleaved(name, _known(gate, name, family), _known(up, name, family), name.endswith("_bias")))
+            gate, up = (find(name.replace("gate_up_proj", f"{one}_proj"), name) for one in ("gate", "up"))
+            found.append(Interleaved(name, gate, up, name.endswith("_bias")))
         else:
             change = next((make(config) for end, make in family.changes.items() if re.search(f"{end}$", name)), Same())
-            found.append(One(name, _known(find(name), name, family), change))
+            found.append(One(name, find(name, name), change))
     for name, each in experts.items():
-        found.append(Experts([each[number] for number in range(len(each))], _known(find(name), name, family)))
+        found.append(Experts([each[number] for number in range(len(each))], find(name, each[0])))
     return found
-
-
-def _known(stored: str | None, name: str, family: Family) -> str:
-    if stored is None:
-        raise UserError(f"{name} cannot be written as GGUF: llama.cpp's {family.architecture!r} has no such tensor")
-    return stored

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf.config import model_type_of, read_config
-from ftjax.hub.gguf.families import FAMILIES, parts
+from ftjax.hub.gguf.config import family_in, read_config
+from ftjax.hub.gguf.families import parts
 from ftjax.hub.gguf.file import open_gguf
 from ftjax.hub.gguf.layout import Part
 from ftjax.hub.gguf.rope import FACTORS, LONG, SHORT
@@ -26,7 +26,7 @@ class GGUFSource:
 
     def __init__(self, path: Path):
         self._file = open_gguf(path)
-        model_type = model_type_of(self._file)
+        model_type, family = family_in(self._file)
         config = complete_config(read_config(path), str(path))
         model = Model.of(build_module(config), config)
         names = [piece.name for spec in model.specs.values() for piece in spec.written()]
@@ -34,7 +34,7 @@ class GGUFSource:
         self._shapes = {name: tensor.shape for name, tensor in stored.items()}
         self._parts: dict[str, Part] = {
             name: part
-            for part in parts(FAMILIES[model_type], config, model.sizes.layers, names)
+            for part in parts(family, config, model.sizes.layers, names)
             if all(one in stored for one in part.gguf)
             for name in part.hub
         }

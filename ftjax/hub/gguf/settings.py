@@ -1,6 +1,6 @@
 """Writes config.json as the settings of a GGUF file.
 
-llama.cpp's `src/llama-arch.cpp` lists the keys; which fields of config.json they hold stands in `ftjax.hub.gguf.families`.
+llama.cpp's `src/llama-arch.cpp` lists the keys; which fields of config.json they hold stands in `ftjax.hub.gguf.family`.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf.families import Family, family_of
+from ftjax.hub.gguf.families import family_of
+from ftjax.hub.gguf.family import Family
 from ftjax.hub.gguf.rope import rope_keys
 from ftjax.models.causal_lm import Sizes
 
@@ -28,8 +29,7 @@ def gguf_settings(
 
     Raises UserError if llama.cpp cannot compute this model as it is.
     """
-    model_type = config["model_type"]
-    family = family_of(model_type)
+    family = family_of(config)
     for only in family.only:
         if config.get(only.name) not in only.allowed(config):
             raise _refused(family, config, only.name, " or ".join(map(repr, only.allowed(config))))
@@ -39,8 +39,12 @@ def gguf_settings(
     for key, name in family.keys.items():
         if values[key] is None and key in family.defaults:
             raise _refused(family, config, name, f"{family.defaults[key]} where a file does not say")
-    if values["feed_forward_length"] is None:  # GPT-2's default
+    if values.get("feed_forward_length", 0) is None:  # GPT-2's default
         values["feed_forward_length"] = 4 * sizes.embed
+    for computed in family.computed:
+        values |= computed.keys(config)
+    if (remark := family.remark(config)) is not None:
+        note(remark)
     values |= {
         CONTEXT: _context(config, sizes), "vocab_size": sizes.vocab,
         "attention.key_length": sizes.head_dim, "attention.value_length": sizes.head_dim,
@@ -54,7 +58,14 @@ def gguf_settings(
 
 
 def _number(name: str, value: Any) -> Any:
-    floats = ("_eps", "_epsilon", "_multiplier", "_scaling", "_softcapping")  # config.json may have 2 where 2.0 is meant
+    floats = (
+        "_eps",
+        "_epsilon",
+        "_multiplier",
+        "_scaling",
+        "_softcapping",
+        "_factor",
+    )  # config.json may have 2 where 2.0 is meant
     return float(value) if name.endswith(floats) and value is not None else value
 
 

@@ -1,5 +1,6 @@
 """Writes a model as one GGUF file, tensor by tensor."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ from gguf.constants import GGML_QUANT_VERSION, GGUFType
 from gguf.quants import quantize
 
 from ftjax.errors import UserError
-from ftjax.hub.gguf.families import Family, family_of, parts
+from ftjax.hub.gguf.families import copies_output, family_of, parts
+from ftjax.hub.gguf.family import Family
 from ftjax.hub.gguf.layout import One, Part, Same
 from ftjax.hub.gguf.settings import gguf_settings
 from ftjax.hub.gguf.tokenizer_keys import model_name, tokenizer_keys
 from ftjax.hub.narrow import narrowed
 from ftjax.hub.safetensors import Tensor
+from ftjax.models.composite import text_of
 from ftjax.models.model import Model
 
 TYPES = {
@@ -28,8 +31,8 @@ TYPES = {
     "q4_0": (GGMLType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 WHOLE = ("token_embd.weight", "output.weight")  # which 4 bits would hurt most
-# llama.cpp computes with these in float32: positions, and scores of experts.
-ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight")
+# llama.cpp computes with these in float32: positions, scores of experts, convolutions, and norms of groups.
+ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight", "conv1d.weight", "shortconv.conv.weight", "ssm_norm.weight")
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,14 @@ def write_model(
 
     Raises UserError if llama.cpp cannot compute this model as it is, or its tokenizer gives other ids.
     """
-    family = family_of(model.config["model_type"])
-    settings, factors = gguf_settings(model.config, model.sizes, note)
+    config = text_of(model.config)
+    family = family_of(config)
+    settings, factors = gguf_settings(config, model.sizes, note)
     values: dict[str, Any] = {
         "general.type": GGUFType.MODEL, "general.name": model_name(name, tokenizer),
         "general.file_type": int(TYPES[asked][1]), "general.quantization_version": GGML_QUANT_VERSION,
         **{f"{family.architecture}.{key}": value for key, value in settings.items()},
-        **tokenizer_keys(tokenizer, model.sizes.vocab, ends, model.config.get("bos_token_id"), folder, note),
+        **tokenizer_keys(tokenizer, model.sizes.vocab, ends, config.get("bos_token_id"), folder, note),
     }  # fmt: skip
     stored = [Stored(n, table.shape, GGMLType.F32, lambda table=table: table) for n, table in factors.items()]
     write_file(path, family.architecture, values, [*stored, *model_tensors(family, model, tensors, asked)])
@@ -93,12 +97,14 @@ def write_model(
 
 def model_tensors(family: Family, model: Model, tensors: Sequence[Tensor], asked: str) -> Iterator[Stored]:
     """Yield the tensors of a file, in the order of the layers."""
+    config = text_of(model.config)
     by_name = {tensor.name: tensor for tensor in tensors}
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    found: list[Part] = parts(family, model.config, model.sizes.layers, by_name)
+    found: list[Part] = parts(family, config, model.sizes.layers, by_name)
     names = {name for part in found for name in part.gguf}
-    if family.copied_output and "output.weight" not in names:
-        found.append(One(f"{model.output}.weight", "output.weight", Same()))
+    if "output.weight" not in names and copies_output(family, config):
+        change = next((make(config) for end, make in family.changes.items() if re.search(end, "lm_head.weight")), Same())
+        found.append(One(f"{model.output}.weight", "output.weight", change))
     for part in sorted(found, key=_place):
         for name, shape in part.shapes(shapes).items():
             yield Stored(

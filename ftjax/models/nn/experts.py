@@ -1,27 +1,30 @@
 """Mixture of experts: each token is routed to the k experts with the highest router scores; no token is ever dropped.
 
-Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot_general`: one kernel on TPU and GPU; on CPU JAX
-masks a dense product, which costs as much as all experts). Each device sorts its own tokens.
+Tokens are sorted by expert and multiplied group by group (`ftjax.models.nn.grouped`; `jax.lax.ragged_dot_general` is one kernel
+on TPU and GPU, and on CPU a masked dense product, which costs as much as all experts). Each device sorts its own tokens.
 
 Sources: Shazeer et al. 2017 (arXiv:1701.06538); load-balancing loss: Fedus et al. 2021 (arXiv:2101.03961, eq. 4 to 6).
 
 Legend: B batch, T length, M rows on one device, E embed, X experts, k experts per token, I in, O out.
 """
 
+import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from ftjax.mesh import fitting
 from ftjax.models.nn.context import Context
+from ftjax.models.nn.exchange import exchanged
+from ftjax.models.nn.grouped import Part, grouped
 from ftjax.models.nn.layers import Linear, activation, project
 from ftjax.models.nn.param import Init, Layout, param
-from ftjax.models.nn.remat import saved_product
+from ftjax.models.nn.quantized import Nf4, Place, Quantized
 
 
 class Router(nnx.Module):
@@ -49,22 +52,6 @@ class Router(nnx.Module):
         return logits, chosen, weights
 
 
-def grouped(
-    x: Float[Array, "M I"], weight: Float[Array, "X _ _"], sizes: Int[Array, " X"], contract: int
-) -> Float[Array, "M O"]:
-    """Multiply the rows of x, sorted by expert, by the matrix of their expert.
-
-    Args:
-        weight: [X, I, O] or [X, O, I]; `contract` is the axis of its input dimension.
-        sizes: number of rows per expert.
-    """
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dims = jax.lax.RaggedDotDimensionNumbers(
-        (((1,), (contract,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-    )
-    return saved_product(jax.lax.ragged_dot_general(x, weight.astype(x.dtype), sizes, dims, precision=precision))
-
-
 class Group(NamedTuple):
     """Rows that one device processes, sorted by expert.
 
@@ -79,7 +66,7 @@ class Group(NamedTuple):
 
 
 # (rows, parameters) -> [M, E]
-Feedforward = Callable[[Group, dict[str, jax.Array]], jax.Array]
+Feedforward = Callable[[Group, dict[str, jax.Array | Quantized]], jax.Array]
 
 
 def dispatch(
@@ -87,75 +74,97 @@ def dispatch(
     chosen: Int[Array, "B T k"],
     weights: Float[Array, "B T k"],
     feedforward: Feedforward,
-    params: dict[str, Float[Array, "X ..."]],
+    params: dict[str, Float[Array, "X ..."] | Quantized],
     axes: dict[str, tuple[str | None, ...]],
+    trained: frozenset[str] = frozenset(),
 ) -> Float[Array, "B T E"]:
     """Return the weighted sum of the chosen experts' outputs for each token.
 
     Under a mesh, tokens are sharded, whole experts are sharded along `expert`, and the experts' `mlp` dimension may be sharded
-    too. Devices along `expert` all-gather their tokens, each applies its experts to all of them, and the results are
-    reduce-scattered; partial sums over `mlp` are added over the devices with the same tokens.
+    too. Tokens that are sharded along `expert` go to the devices of their experts and back (`ftjax.models.nn.exchange`); others
+    are there already, and each device's sums are added. So are partial sums over `mlp` of devices with the same tokens.
 
     Args:
         axes: logical axes of each parameter; `experts` and `mlp` stay sharded, other axes are gathered.
+        trained: names of the parameters that get a gradient.
     """
     experts = next(iter(params.values())).shape[0]
 
-    def local(x, chosen, weights, params, once=1, first=0):
-        """Apply the experts in `params`, the first of which is number `first`; tokens of other experts get zeros."""
-        b, t, d = x.shape
-        k = chosen.shape[-1]
+    def compute(rows, owner, params, once=1):
+        """Apply the experts in `params` to rows `[M, E]`; rows whose owner is beyond them get zeros."""
         here = next(iter(params.values())).shape[0]
-        owner = chosen.reshape(-1) - first
-        if here < experts:
-            owner = jnp.where((owner < 0) | (owner >= here), here, owner)
         order = jnp.argsort(owner)
         sizes = jnp.bincount(owner, length=here + 1)[:here].astype(jnp.int32)
-        rows = jnp.broadcast_to(x.reshape(b * t, 1, d), (b * t, k, d)).reshape(-1, d)
         rows = rows.at[order].get(unique_indices=True)
         y = feedforward(Group(rows, sizes, jnp.minimum(owner[order], here - 1), once), params)
         if here < experts:
             y = jnp.where((owner[order] < here)[:, None], y, 0)
-        y = y.at[jnp.argsort(order)].get(unique_indices=True).reshape(b, t, k, d)
-        return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=2)
+        return y.at[jnp.argsort(order)].get(unique_indices=True)
+
+    def local(x, chosen, params, once=1, first=0):
+        """Apply the experts in `params`, the first of which is number `first`, to all tokens."""
+        tokens, d = x.shape
+        here = next(iter(params.values())).shape[0]
+        owner = chosen.reshape(-1) - first
+        if here < experts:
+            owner = jnp.where((owner < 0) | (owner >= here), here, owner)
+        rows = jnp.broadcast_to(x[:, None], (tokens, chosen.shape[-1], d)).reshape(-1, d)
+        return compute(rows, owner, params, once)
+
+    def total(y, weights):
+        return jnp.sum(y.reshape(*weights.shape, -1).astype(jnp.float32) * weights[..., None], axis=2)
 
     mesh = jax.sharding.get_abstract_mesh()
+    flat, dtype = (-1, x.shape[-1]), x.dtype
     if mesh.empty or mesh.size == 1:
-        return local(x, chosen, weights, params).astype(x.dtype)
+        return total(local(x.reshape(flat), chosen.reshape(-1, chosen.shape[-1]), params), weights).astype(x.dtype)
 
     token = PartitionSpec(fitting(mesh, "batch", x.shape[0]), fitting(mesh, "length", x.shape[1]), None)
     places = {
-        name: PartitionSpec(
-            *(
-                fitting(mesh, axis, size) if axis in ("experts", "mlp") else None
-                for axis, size in zip(axes[name], leaf.shape, strict=True)
-            )
+        name: tuple(
+            fitting(mesh, axis, size) if axis in ("experts", "mlp") else None
+            for axis, size in zip(axes[name], leaf.shape, strict=True)
         )
+        for name, leaf in params.items()
+    }
+    held = {
+        name: leaf.placed(places[name], mesh.shape) if isinstance(leaf, Quantized) else PartitionSpec(*places[name])
         for name, leaf in params.items()
     }
     over = next((part for place in places.values() for part in place[1:] if part), None)
     spread = mesh.shape["expert"] > 1 and fitting(mesh, "experts", experts) is not None
-    gathers = spread and token[0] is not None
+
+    def once():
+        return 1 if over is None else (jax.lax.axis_index(over) == 0).astype(dtype)
 
     def shard(x, chosen, weights, params):
-        first = 0
-        if spread:
-            first = jax.lax.axis_index("expert") * next(iter(params.values())).shape[0]
-        if gathers:
-            x, chosen, weights = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, chosen, weights))
-        once = 1 if over is None else (jax.lax.axis_index(over) == 0).astype(x.dtype)
-        y = local(x, chosen, weights, params, once, first)
-        if over is not None:
-            y = jax.lax.psum(y, over)
-        if gathers:
-            y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
-        elif spread:
-            y = jax.lax.psum(y, "expert")
-        return y.astype(x.dtype)
+        params = {name: _share(mesh, leaf, places[name]) for name, leaf in params.items()}
+        here = next(iter(params.values())).shape[0]
+        own, experts_of = x.reshape(flat), chosen.reshape(-1, chosen.shape[-1])
+        if spread and token[0] is not None:
+            split = [{name: leaf for name, leaf in params.items() if (name in trained) == kept} for kept in (True, False)]
+
+            def run(rows, owner, trained, frozen):
+                return compute(rows, owner, {**trained, **frozen}, once())
+
+            y = total(exchanged(own, experts_of, here, run, *split), weights)
+        else:
+            first = jax.lax.axis_index("expert") * here if spread else 0
+            y = total(local(own, experts_of, params, once(), first), weights)
+            y = jax.lax.psum(y, "expert") if spread else y
+        return (y if over is None else jax.lax.psum(y, over)).astype(x.dtype)
 
     # check_vma=False: with the check, jax 0.12 cannot type the erf of the exact GELU.
-    mapped = jax.shard_map(shard, mesh=mesh, in_specs=(token, token, token, places), out_specs=token, check_vma=False)
+    mapped = jax.shard_map(shard, mesh=mesh, in_specs=(token, token, token, held), out_specs=token, check_vma=False)
     return mapped(x, chosen, weights, params)
+
+
+def _share(mesh: AbstractMesh, leaf: jax.Array | Quantized, place: Place) -> jax.Array | Quantized:
+    """Return what a device has of a parameter, inside of `shard_map`."""
+    if not isinstance(leaf, Nf4) or place[-1] is None:
+        return leaf
+    columns = leaf.columns // math.prod(mesh.shape[axis] for axis in place[-1])
+    return leaf.share(columns, jax.lax.axis_index(place[-1]) * columns)
 
 
 UPDATE = "_update"  # `<weight>_update` holds the low-rank update of a weight of experts
@@ -181,30 +190,35 @@ class ExpertMatrices(nnx.Module):
 
     def routed(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, feedforward: Feedforward) -> jax.Array:
         """Dispatch `x [B, T, D]` to the chosen experts, with weights and updates as parameters of `feedforward`."""
-        params, axes = {name: getattr(self, name)[...] for name in self.AXES}, dict(self.AXES)
+        own, axes = {name: getattr(self, name) for name in self.AXES}, dict(self.AXES)
+        params = {name: weight.get_value() for name, weight in own.items()}
+        trained = {name for name, weight in own.items() if weight.row.trainable}
         for name in self.INPUT_AXES:
             if (update := getattr(self, name + UPDATE)) is not None:
                 params[f"{name}.lora_A"] = update.lora_A[...] * update.scale[...][:, None]
                 params[f"{name}.lora_B"] = update.lora_B[...]
                 for side in ("lora_A", "lora_B"):
+                    trained.add(f"{name}.{side}")
                     row = getattr(update, side).row.axes
                     axes[f"{name}.{side}"] = row[row.index("experts") :]
-        return dispatch(x, chosen, weights, feedforward, params, axes)
+        return dispatch(x, chosen, weights, feedforward, params, axes, frozenset(trained))
 
-    def product(self, group: Group, x: jax.Array, params: dict[str, jax.Array], name: str, part: int | None = None):
+    def product(
+        self, group: Group, x: jax.Array, params: dict[str, jax.Array | Quantized], name: str, part: int | None = None
+    ) -> jax.Array:
         """Multiply rows `[M, in]` by the weight of their expert, and add its update.
 
         Args:
             part: of outputs that are in several parts.
         """
-
         weight = params[name]
-        inputs, outputs = weight.ndim + self.INPUT_AXES[name], params.get(f"{name}.lora_B")
+        inputs, outputs = len(weight.shape) + self.INPUT_AXES[name], params.get(f"{name}.lora_B")
+        chosen = None
         if part is not None:  # on the axis before or after that of the inputs
-            parts = 2 if inputs == 1 else 1
-            weight, inputs = jax.lax.index_in_dim(weight, part, parts, keepdims=False), inputs - (parts < inputs)
+            chosen = Part(2 if inputs == 1 else 1, part)
+            inputs -= chosen.axis < inputs
             outputs = None if outputs is None else outputs[:, part]
-        y = grouped(x, weight, group.sizes, inputs)
+        y = grouped(x, weight, group.sizes, inputs, chosen)
         if outputs is not None:
             low = grouped(x, params[f"{name}.lora_A"], group.sizes, 2)
             y = y + grouped(low, outputs, group.sizes, 2)

@@ -15,13 +15,16 @@ Legend: R rows, C columns of a matrix in memory.
 """
 
 import itertools
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Integer, UInt8
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Float32, Int, Integer, Shaped, UInt8
 
 BLOCK = 64  # weights per scale
 GROUP = 256  # scales per group scale
@@ -32,6 +35,9 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+
+
+Place = tuple[tuple[str, ...] | None, ...]  # the mesh axes of each dimension
 
 
 class Part(NamedTuple):
@@ -49,47 +55,57 @@ class Int8:
 
     Attributes:
         values: int8 [..., R, C].
-        scale: float32 [..., R, 1], or [..., 1, C] if columns are the outputs.
+        scale: float32, like `values` but with one entry along the axis of the inputs.
     """
 
     values: jax.Array
     scale: jax.Array
 
     @staticmethod
-    def parts(shape: tuple[int, ...], axes: tuple[str | None, ...], conv1d: bool) -> dict[str, Part]:
-        along = -2 if conv1d else -1  # the inputs
+    def parts(shape: tuple[int, ...], axes: tuple[str | None, ...], inputs: int) -> dict[str, Part]:
         scale_shape, scale_axes = list(shape), list(axes)
-        scale_shape[along], scale_axes[along] = 1, None
+        scale_shape[inputs], scale_axes[inputs] = 1, None
         return {
             "values": Part(shape, jnp.dtype(jnp.int8), axes),
             "scale": Part(tuple(scale_shape), jnp.dtype(jnp.float32), tuple(scale_axes)),
         }
 
     @staticmethod
-    def whole_axis(conv1d: bool) -> int:
+    def whole_axis(inputs: int) -> int:
         """Return the axis that must be whole for quantization."""
-        return -2 if conv1d else -1
+        return inputs
 
     @classmethod
     def of_parts(cls, shape: tuple[int, ...], parts: dict) -> Self:
         return cls(**parts)
 
     @classmethod
-    def quantise(cls, weight: Float[Array, "*stack R C"], conv1d: bool) -> "Int8":
+    def quantise(cls, weight: Float[Array, "*stack R C"], inputs: int) -> "Int8":
         weight = weight.astype(jnp.float32)
-        scale = jnp.max(jnp.abs(weight), axis=cls.whole_axis(conv1d), keepdims=True) / 127
+        scale = jnp.max(jnp.abs(weight), axis=inputs, keepdims=True) / 127
         return cls(jnp.round(weight / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
+    def placed(self, place: Place, sizes: Mapping[str, int]) -> "Int8":
+        """Return where the arrays are on a mesh of these sizes, if the weight is at `place`."""
+        both = zip(place, self.scale.shape, self.shape, strict=True)
+        return Int8(PartitionSpec(*place), PartitionSpec(*(axis if size == whole else None for axis, size, whole in both)))
+
+    def take(self, axis: int, index: int | Int[Array, ""]) -> "Int8":
+        """Return one index of an axis before those of the matrix."""
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, axis, keepdims=False), self)
+
     def dequantise(self, dtype) -> Float[Array, "*stack R C"]:
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["codes", "scales", "group_scale", "group_middle"], meta_fields=["columns"]
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scales", "group_scale", "group_middle", "start"],
+    meta_fields=["columns"],
 )
 @dataclass(frozen=True)
 class Nf4:
@@ -100,6 +116,8 @@ class Nf4:
         scales: int8 [..., R, blocks].
         group_scale, group_middle: float32 [..., R, groups].
         columns: C.
+        start: of a device's share of the columns, the first of them: the share need not begin with a block. Scales are then
+            those of all columns, and codes those of the share or of all.
     """
 
     codes: jax.Array
@@ -107,9 +125,10 @@ class Nf4:
     group_scale: jax.Array
     group_middle: jax.Array
     columns: int
+    start: jax.Array | None = None
 
     @staticmethod
-    def parts(shape: tuple[int, ...], axes: tuple[str | None, ...], conv1d: bool) -> dict[str, Part]:
+    def parts(shape: tuple[int, ...], axes: tuple[str | None, ...], inputs: int) -> dict[str, Part]:
         rows, columns = shape[:-1], shape[-1]
         blocks = -(-columns // BLOCK)
         groups = Part((*rows, -(-blocks // GROUP)), jnp.dtype(jnp.float32), (*axes[:-1], None))
@@ -121,7 +140,7 @@ class Nf4:
         }
 
     @staticmethod
-    def whole_axis(conv1d: bool) -> int:
+    def whole_axis(inputs: int) -> int:
         return -1
 
     @classmethod
@@ -129,7 +148,7 @@ class Nf4:
         return cls(**parts, columns=shape[-1])
 
     @classmethod
-    def quantise(cls, weight: Float[Array, "*stack R C"], conv1d: bool) -> "Nf4":
+    def quantise(cls, weight: Float[Array, "*stack R C"], inputs: int) -> "Nf4":
         columns = weight.shape[-1]
         blocks = -(-columns // BLOCK)
         padding = [(0, 0)] * (weight.ndim - 1) + [(0, blocks * BLOCK - columns)]
@@ -148,10 +167,36 @@ class Nf4:
     def shape(self) -> tuple[int, ...]:
         return (*self.codes.shape[:-1], self.columns)
 
+    def placed(self, place: Place, sizes: Mapping[str, int]) -> "Nf4":
+        """Return where the arrays are on a mesh of these sizes, if the weight is at `place`: see `share`."""
+        *rows, last = place
+        count = math.prod(sizes[axis] for axis in last or ())
+        whole = PartitionSpec(*rows, None)
+        alone = self.columns % (2 * count) == 0  # two columns per byte
+        return replace(
+            self, codes=PartitionSpec(*rows, last if alone else None), scales=whole, group_scale=whole, group_middle=whole
+        )
+
+    def take(self, axis: int, index: int | Int[Array, ""]) -> "Nf4":
+        """Return one index of an axis before those of the matrix."""
+        parts = self.codes, self.scales, self.group_scale, self.group_middle
+        parts = (jax.lax.dynamic_index_in_dim(part, index, axis, keepdims=False) for part in parts)
+        return Nf4(*parts, self.columns, self.start)
+
+    def share(self, columns: int, start: Int[Array, ""]) -> "Nf4":
+        """Return a device's share of the columns, whose codes it may have alone."""
+        return replace(self, columns=columns, start=start)
+
     def dequantise(self, dtype) -> Float[Array, "*stack R C"]:
         codes = jnp.stack([self.codes & 15, self.codes >> 4], axis=-1).reshape(*self.codes.shape[:-1], -1)
         s = jnp.repeat(_scales(self.scales, self.group_scale, self.group_middle), BLOCK, axis=-1)
-        return (_look_up(codes[..., : self.columns]) * s[..., : self.columns]).astype(dtype)
+        return (_look_up(self._own(codes)) * self._own(s)).astype(dtype)
+
+    def _own(self, x: Shaped[Array, "*stack R _"]) -> Shaped[Array, "*stack R C"]:
+        """Return the columns that are here, of all or of these with padding."""
+        if self.start is None or x.shape[-1] == self.columns:
+            return x[..., : self.columns]
+        return jax.lax.dynamic_slice_in_dim(x, self.start, self.columns, axis=-1)
 
 
 def _double(
@@ -200,15 +245,15 @@ class Quantization:
 
     Attributes:
         kind: the format.
-        conv1d: whether columns are the outputs and rows the inputs, as in GPT-2, rather than the other way round.
+        inputs: axis of the inputs, counted from the end: -1, or -2 where columns are the outputs, as in GPT-2.
     """
 
     kind: Literal["int8", "nf4"]
-    conv1d: bool
+    inputs: int = -1
 
     def parts(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, Part]:
         """Describe the arrays of a quantised weight with this shape and these logical axes."""
-        return FORMATS[self.kind].parts(shape, axes, self.conv1d)
+        return FORMATS[self.kind].parts(shape, axes, self.inputs)
 
     def of_parts(self, shape: tuple[int, ...], parts: dict) -> Quantized:
         return FORMATS[self.kind].of_parts(shape, parts)
@@ -219,8 +264,8 @@ class Quantization:
 
     @property
     def whole_axis(self) -> int:
-        """Axis that must be whole for quantization, -1 or -2."""
-        return FORMATS[self.kind].whole_axis(self.conv1d)
+        """Axis that must be whole for quantization, counted from the end."""
+        return FORMATS[self.kind].whole_axis(self.inputs)
 
     def quantise(self, weight: Float[Array, "*stack R C"]) -> Quantized:
-        return FORMATS[self.kind].quantise(weight, self.conv1d)
+        return FORMATS[self.kind].quantise(weight, self.inputs)

@@ -10,10 +10,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ftjax.errors import UserError
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.layers import Linear, project
-from ftjax.models.nn.param import specs
 from ftjax.models.nn.quantized import Quantization, Quantized
 from ftjax.models.nn.remat import saved_product
 
@@ -48,7 +46,7 @@ class QuantizedLinear(Linear):
         """Replace `linear`, whose weight must be abstract and frozen."""
         for name in ("adaptable", "size_in", "size_out", "axes", "conv1d"):
             setattr(self, name, getattr(linear, name))
-        quantization = Quantization(kind, linear.conv1d)
+        quantization = Quantization(kind, -2 if linear.conv1d else -1)
         row = dataclasses.replace(linear.weight.row, quantization=quantization)
         self.weight = nnx.Param(quantization.abstract(tuple(linear.weight.get_value().shape)), row=row)
         self.bias = linear.bias
@@ -56,28 +54,3 @@ class QuantizedLinear(Linear):
     def __call__(self, x: Float[Array, "*of I"], ctx: Context) -> Float[Array, "*of O"]:
         y = project_quantized(x, self.weight.get_value(), self.conv1d)
         return saved_product(y if self.bias is None else y + self.bias[...].astype(x.dtype))
-
-
-def quantise(root: nnx.Module, kind: str) -> None:
-    """Quantise every frozen dense layer of an abstract model, except the output projection, in place.
-
-    Embeddings, norms, biases and routers are not quantised. Raises UserError for a mixture of experts, whose expert weights are
-    not in dense layers, and if there is nothing to quantise.
-    """
-    experts = [spec.hf_template.format(*"*" * 9) for spec in specs(root).values() if "experts" in spec.row.axes[:-2]]
-    if experts:
-        raise UserError(
-            f"model.quantization: {kind} supports dense layers only, and most of this model is in its experts ({experts[0]}); "
-            "leave model.quantization out"
-        )
-    nodes = {path: node for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Module)}
-    found = False
-    for path, node in nodes.items():
-        output = ".".join(map(str, path)).removesuffix(".base") == root.output  # may be wrapped by a method
-        if isinstance(node, Linear) and not output and not node.weight.row.trainable:
-            setattr(nodes[path[:-1]], str(path[-1]), QuantizedLinear(node, kind))
-            found = True
-    if not found:
-        raise UserError(
-            f"model.quantization: {kind} supports frozen weights only, and this method trains all weights; leave it out"
-        )
