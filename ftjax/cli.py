@@ -256,6 +256,10 @@ def train(
     set_flags()
     with joined(coordinator, num_processes, process_id):
         settings = load_config(config, overrides or [])
+        from ftjax.hub.no_torch import names_python_file, start_transformers
+
+        if not names_python_file(settings.model_dump()):
+            start_transformers()
         from ftjax.api.run import train_config
 
         given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}

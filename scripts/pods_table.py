@@ -68,7 +68,7 @@ def main() -> None:
     for what, name, slice_, rows, said in CASES:
         kept = options.plans / ("_".join(["plan", name, slice_, *said]) + ".json")
         if not kept.exists() and not options.have:
-            ask = [sys.executable, "-m", "ftjax.cli", *command(name, slice_, rows, said), "--json"]
+            ask = [sys.executable, "-m", "ftjax", *command(name, slice_, rows, said), "--json"]
             done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
             if done.returncode not in (0, 1) or not done.stdout:
                 raise SystemExit(f"{name} on {slice_}: {done.stderr[-2000:]}")

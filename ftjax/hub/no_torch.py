@@ -1,0 +1,34 @@
+"""Starts transformers without PyTorch, which it otherwise imports with itself wherever it is installed.
+
+ftjax uses transformers for configurations, tokenizers and chat templates; PyTorch, which none of them needs, takes seconds of a
+start.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def names_python_file(settings: Any) -> bool:
+    """Return whether settings name a Python file of the user's, such as a reward or a metric; it may use PyTorch."""
+    if isinstance(settings, Mapping):
+        return any(map(names_python_file, settings.values()))
+    if isinstance(settings, list | tuple):
+        return any(map(names_python_file, settings))
+    return isinstance(settings, str) and ".py" in settings
+
+
+def start_transformers() -> None:
+    """Import the base of transformers as where PyTorch is not installed, so that its further modules do not import it either.
+
+    This is for commands, whose process is theirs alone: afterwards transformers' own PyTorch models cannot be used in it. It does
+    nothing if transformers or PyTorch is imported already.
+    """
+    if {"torch", "transformers"} & sys.modules.keys():
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # as Python itself marks what cannot be imported
+    try:
+        import transformers.configuration_utils
+        import transformers.tokenization_utils_base  # noqa: F401
+    finally:
+        del sys.modules["torch"]
