@@ -21,8 +21,8 @@ def names_python_file(settings: Any) -> bool:
 def start_transformers() -> None:
     """Import the base of transformers as where PyTorch is not installed, so that its further modules do not import it either.
 
-    This is for commands, whose process is theirs alone: afterwards transformers' own PyTorch models cannot be used in it. It does
-    nothing if transformers or PyTorch is imported already.
+    This is for commands, whose process is theirs alone: afterwards transformers' own PyTorch models cannot be used in it. It
+    does nothing if transformers or PyTorch is imported already.
     """
     if {"torch", "transformers"} & sys.modules.keys():
         return
