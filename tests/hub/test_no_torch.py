@@ -44,7 +44,9 @@ print(torch.zeros(1).item())
 
 def test_a_command_starts_transformers_without_torch():
     """Where it is installed too."""
-    done = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED], capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
     assert done.returncode == 0 and done.stdout == "0.0\n", done.stderr
 
 
