@@ -4,9 +4,12 @@ ftjax uses transformers for configurations, tokenizers and chat templates; PyTor
 start.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 
 def names_python_file(settings: Any) -> bool:
@@ -21,14 +24,18 @@ def names_python_file(settings: Any) -> bool:
 def start_transformers() -> None:
     """Import the base of transformers as where PyTorch is not installed, so that its further modules do not import it either.
 
-    This is for commands, whose process is theirs alone: afterwards transformers' own PyTorch models cannot be used in it. It does
-    nothing if transformers or PyTorch is imported already.
+    This is for commands, whose process is theirs alone: afterwards transformers' own PyTorch models cannot be used in it. It
+    does nothing if transformers or PyTorch is imported already.
     """
     if {"torch", "transformers"} & sys.modules.keys():
         return
+    told = os.environ.get(QUIET)
+    os.environ[QUIET] = "1"  # or else transformers says that there is no PyTorch
     sys.modules["torch"] = None  # type: ignore[assignment]  # as Python itself marks what cannot be imported
     try:
         import transformers.configuration_utils
         import transformers.tokenization_utils_base  # noqa: F401
     finally:
         del sys.modules["torch"]
+        if told is None:
+            del os.environ[QUIET]

@@ -48,6 +48,7 @@ def test_a_command_starts_transformers_without_torch():
         [sys.executable, "-c", STARTED], capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
     )
     assert done.returncode == 0 and done.stdout == "0.0\n", done.stderr
+    assert "not found" not in done.stderr
 
 
 def test_python_files_of_the_user_may_need_torch():
