@@ -27,6 +27,10 @@ CASES = [  # label, configuration, slice, rows, overrides
     ("Llama-3.1-8B, full", "8b-full", "v6e-8", 16, BFLOAT16),
     ("Llama-3.1-8B, full, float32", "8b-full", "v5p-16", 16, ()),
     ("Llama-3.1-70B, LoRA", "70b-lora", "v5p-64", 64, ()),
+    ("Qwen3-30B-A3B, LoRA with experts", "30b-a3b-lora", "v5e-16", 16, ()),
+    ("Qwen3-30B-A3B, LoRA with experts", "30b-a3b-lora", "v6e-16", 16, ()),
+    ("Qwen3-30B-A3B, nf4, LoRA with experts", "30b-a3b-lora", "v5e-16", 16, ("model.quantization=nf4",)),
+    ("Qwen3-30B-A3B, nf4, LoRA with experts", "30b-a3b-lora", "v6e-16", 16, ("model.quantization=nf4",)),
 ]
 COLUMNS = (
     "", "slice", "chips", "rows", "tokens per row", "mesh", "arguments + temporaries", "alive at one time",
