@@ -15,7 +15,7 @@ from ftjax.config.load import load_config
 from ftjax.propose.command import init
 from ftjax.propose.goals import GOALS, goal_of, settings, with_goal
 from ftjax.propose.lengths import Lengths
-from ftjax.propose.machine import MODELS, Machine, _free
+from ftjax.propose.machine import MODELS, SHARE, Machine, _free
 from ftjax.propose.propose import TEMPLATE, stem
 from ftjax.propose.rate import learning_rate
 from ftjax.propose.seen import look
@@ -161,13 +161,18 @@ def test_data_that_is_not_understood(home):
 
 def test_little_memory_takes_microbatches_then_fewer_bits(home, untrained):
     data = write(home / "rows.jsonl", ROWS["qa"] * 40)
-    wanted = {}
-    for memory in (8 * 10**9, 6 * 10**6, 10**5):
-        found = init(data, Path("run.yaml"), model=str(untrained), machine=Machine(ONE, memory), force=True)
-        wanted[memory] = found.fit.microbatches, found.fit.fits, bool(found.warnings)
-    assert wanted[8 * 10**9] == (1, True, False)
-    assert wanted[6 * 10**6][0] > 1 and wanted[6 * 10**6][1]
-    assert wanted[10**5][1:] == (False, True)
+
+    def fit(memory):
+        return init(data, Path("run.yaml"), model=str(untrained), machine=Machine(ONE, memory), force=True)
+
+    plenty = fit(8 * 10**9)
+    assert (plenty.fit.microbatches, plenty.fit.fits, plenty.warnings) == (1, True, [])
+    need = sum(plenty.fit.memory.values())
+    less = fit(int(need))  # a part of it is for what the plan does not count
+    assert less.fit.microbatches > 1 and less.fit.fits and sum(less.fit.memory.values()) < SHARE * need
+    assert load_config("run.yaml").training.gradient_accumulation_steps == less.fit.microbatches
+    none = fit(10**5)
+    assert not none.fit.fits and "too large for" in none.warnings[0]
 
 
 def test_a_row_holds_the_longest_document_or_nearly_all():
