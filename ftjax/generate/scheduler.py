@@ -1,4 +1,4 @@
-"""Schedule requests on the serving engine: who gets a row and pages, what is read and decoded next, and who waits."""
+"""Schedule requests on the engine: who gets a row and pages, what is read and decoded next, and who waits."""
 
 import math
 import time
@@ -81,9 +81,13 @@ class Scheduler:
         running: jobs by row.
     """
 
-    def __init__(self, batch: PagedBatch, *, steps: int | None = None):
-        """`steps`: tokens per row and call; None takes the engine's most."""
-        self.batch = batch
+    def __init__(self, batch: PagedBatch, *, steps: int | None = None, reads_first: bool = False):
+        """
+        Args:
+            steps: tokens per row and call; None takes the engine's most.
+            reads_first: rows decode once all prompts have been read: better for all of them together, while the others wait.
+        """
+        self.batch, self.reads_first = batch, reads_first
         self.steps = steps or batch.sizes.steps
         self.pools = [PagePool(batch.sizes.pages - 1, batch.sizes.page) for _ in range(batch.sizes.groups)]
         self.waiting: deque[Job] = deque()
@@ -109,12 +113,13 @@ class Scheduler:
         job.cancelled = True
 
     def step(self) -> None:
-        """Let requests leave and join, read one part of the prompts that wait to be read, and decode a few tokens."""
+        """Let requests leave and join, read one part of the prompts that wait to be read (or all), and decode a few tokens."""
         for job in [job for job in (*self.running.values(), *self.waiting) if job.cancelled]:
             self._end(job)
         self._switch()
         self._admit()
-        self._read()
+        while self._read() and self.reads_first:
+            self._admit()
         self._decode()
 
     # ---- joining and leaving ----
@@ -143,17 +148,20 @@ class Scheduler:
     def _place(self, job: Job, text: Sequence[int], group: int) -> tuple[int, list[int], list[int]] | None:
         """Return `(group, pages that hold the beginning of the text, new pages for the rest)`; None if there are too few.
 
-        A page is left for each row that runs there, so that this job is not the next to give its pages back.
+        A page is left for each row that runs there and may take more, so that this job is not the next to give its own back.
         """
         pool, known = self.pools[group], self._known(job, text, group)
         pool.share(known)
         lacking = self._pages(len(text)) - len(known)
-        others = sum(self.batch.group(row) == group for row in self.running)
+        others = sum(self.batch.group(row) == group and self._grows(other) for row, other in self.running.items())
         taken = pool.take(lacking) if pool.available >= lacking + others else None
         if taken is None:
             pool.give_back(known)
             return None
         return group, known, taken
+
+    def _grows(self, job: Job) -> bool:
+        return len(self.batch.tables[job.row]) < self._pages(len(job.answer.prompt) + job.answer.limit)
 
     def _start(self, job: Job, text: list[int], row: int, known: list[int], taken: list[int]) -> None:
         batch = self.batch
@@ -164,7 +172,7 @@ class Scheduler:
         job.cached = job.filled if not job.answer.tokens else job.cached
         self.running[row] = job
         batch.tables[row], batch.adapters[row] = [*known, *taken], job.adapter
-        batch.join(row, job.answer)
+        batch.answers[row] = job.answer
 
     def _known(self, job: Job, text: Sequence[int], group: int) -> list[int]:
         """Return the pages that hold the beginning of a text; its last token is read again, for its logits."""
@@ -173,11 +181,11 @@ class Scheduler:
         return self.pools[group].find(job.space, text[:-1])
 
     def _soon(self, job: Job, text: Sequence[int], group: int) -> bool:
-        """Return whether a row of the group is reading a beginning of the text that is worth waiting for."""
+        """Return whether a row of the group is reading a beginning of the text that is worth waiting for: at least a half."""
         if not self.batch.engine.keeps_prefixes or job.pool:
             return False
         known, size = len(self._known(job, text, group)), self.batch.sizes.page
-        upto = (known + 1) * size
+        upto = (known + math.ceil((len(text) - known * size) / 2 / size)) * size
         return len(text) > upto and any(
             other.reading and other.space == job.space and not other.pool and self.batch.group(row) == group
             and len(other.text) >= upto and other.text[:upto] == text[:upto]
@@ -193,7 +201,7 @@ class Scheduler:
         else:
             self._publish(job)
         pool.give_back(pages)
-        batch.tables[job.row], batch.adapters[job.row] = [], 0
+        batch.tables[job.row], batch.adapters[job.row], batch.answers[job.row] = [], 0, None
         del self.running[job.row]
         job.row = -1
 
@@ -226,11 +234,12 @@ class Scheduler:
 
     # ---- reading and decoding ----
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Read a part of the prompts; return whether there was one to read."""
         batch = self.batch
         jobs = sorted((job for job in self.running.values() if job.reading), key=lambda job: job.started)
         if not jobs:
-            return
+            return False
         longest = max(length for _, length in batch.shapes)
         waiting = [
             Reading(job.row, job.text[job.filled : job.filled + longest], job.filled, len(job.text), self._last(job, longest))
@@ -246,6 +255,7 @@ class Scheduler:
                 self._pool(job, np.asarray(pooled.last[at]), np.asarray(pooled.total[at]))
             elif not job.reading:
                 self._take(job, seen, at)
+        return True
 
     def _last(self, job: Job, length: int) -> bool:
         return len(job.text) - job.filled <= length and job.pool is None
