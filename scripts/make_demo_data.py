@@ -1,6 +1,6 @@
 """Writes the demo's data: messages to a shop, each with the one JSON object that a clerk would fill in.
 
-    python scripts/make_demo_data.py [FOLDER]       # default: configs/demo/data
+    python scripts/make_demo_data.py [FOLDER]       # default: ftjax/demo/data
 
 Every run writes the same bytes. One row, as an example:
 
@@ -194,5 +194,5 @@ def write(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the demo's train, validation and test messages.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("configs/demo/data"))
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("ftjax/demo/data"))
     write(parser.parse_args().folder)

@@ -174,9 +174,9 @@ def sentencepiece_keys(file: Path, **ids: int):
 
 
 def demo_model() -> Path:
-    """Return SmolLM2-135M-Instruct as GGUF; skip the test if `scripts/get_demo_model.py` has not downloaded it."""
+    """Return SmolLM2-135M-Instruct as GGUF; skip the test if `ftjax demo --only-model` has not downloaded it."""
     place = Path(os.environ.get("FTJAX_DEMO_MODEL") or Path(__file__).resolve().parents[1] / "demo" / "model")
     found = [place] if place.is_file() else sorted(place.glob("*.gguf"))
     if not found or not re.search("smollm2", found[0].name, re.IGNORECASE):
-        pytest.skip("no SmolLM2 GGUF in demo/model or FTJAX_DEMO_MODEL; scripts/get_demo_model.py fetches it")
+        pytest.skip("no SmolLM2 GGUF in demo/model or FTJAX_DEMO_MODEL; ftjax demo --only-model fetches it")
     return found[0]

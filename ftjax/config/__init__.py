@@ -1,10 +1,11 @@
 """The configuration of a run: a strict schema with one section per file."""
 
-from pydantic import PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from ftjax.config.base import Section
 from ftjax.config.check import CheckConfig
 from ftjax.config.data import DataConfig
+from ftjax.config.distill import DistillConfig
 from ftjax.config.evaluate import EvaluateConfig
 from ftjax.config.method import (
     BottleneckConfig,
@@ -47,7 +48,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     check: CheckConfig = CheckConfig()
     mesh: MeshConfig = MeshConfig()
-    output_dir: str = "runs/default"
+    output_dir: str = Field("runs/default", description="folder of the run; an unfinished run there is resumed")
     _unasked: frozenset[str] = PrivateAttr(frozenset())
 
     @property
@@ -112,6 +113,27 @@ class Config(Section):
         if "metric_for_best_model" not in options.model_fields_set:
             options = options.model_copy(update={"metric_for_best_model": "eval/reward"})
             object.__setattr__(self, "training", options)
+        return self
+
+    @model_validator(mode="after")
+    def _distillation(self) -> "Config":
+        """Check that a distillation can have its answers, or its teacher's predictions, at hand."""
+        objective = self.objective
+        if not isinstance(objective, DistillConfig):
+            return self
+        problems = []
+        if self.data.streaming and (objective.on_policy or objective.teacher_logprobs is not None):
+            what = (
+                "lmbda above 0 draws documents" if objective.on_policy else "teacher_logprobs has predictions for the documents"
+            )
+            problems.append(f"data.streaming: objective.{what} of the whole set; leave it out")
+        if objective.lmbda == 1 and self.data.max_length <= objective.max_completion_length:
+            problems.append(
+                f"data.max_length {self.data.max_length} must hold prompt and answer, and objective.max_completion_length is "
+                f"{objective.max_completion_length}; raise the first or lower the second"
+            )
+        if problems:
+            raise ValueError(join_problems(problems, "objective distill"))
         return self
 
     @model_validator(mode="after")

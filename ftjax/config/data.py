@@ -62,6 +62,7 @@ def _checked_delimiter(value: str | None) -> str | None:
 Delimiter = Annotated[str | None, BeforeValidator(_checked_delimiter)]
 Encoding = Annotated[str | None, BeforeValidator(_checked_encoding)]
 SampleBy = Literal["line", "paragraph", "document"] | None
+OF_DATA = "of this source; null: as in data"
 
 
 class SourceConfig(Section):
@@ -74,14 +75,14 @@ class SourceConfig(Section):
     split: str | None = Field(None, description="split of a Hub data set; null: train, or validation")
     subset: str | None = Field(None, description="configuration of a Hub data set that has several")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub data set")
-    format: Format | None = None
-    columns: dict[str, str] | None = None
-    template: str | None = None
-    completion_template: str | None = None
-    delimiter: Delimiter = None
-    encoding: Encoding = None
-    sample_by: SampleBy = None
-    limit: int | None = Field(None, ge=1)
+    format: Format | None = Field(None, description=OF_DATA)
+    columns: dict[str, str] | None = Field(None, description=OF_DATA)
+    template: str | None = Field(None, description=OF_DATA)
+    completion_template: str | None = Field(None, description=OF_DATA)
+    delimiter: Delimiter = Field(None, description=OF_DATA)
+    encoding: Encoding = Field(None, description=OF_DATA)
+    sample_by: SampleBy = Field(None, description=OF_DATA)
+    limit: int | None = Field(None, ge=1, description=OF_DATA)
 
     _check = field_validator("template", "completion_template")(_checked_template)
 
@@ -97,11 +98,11 @@ class DataConfig(Section):
     """Training and validation data."""
 
     train: Sources = Field(description="a file, a folder, a glob, a Hub id, or a list of {path, weight, ...}")
-    validation: Sources | None = None
+    validation: Sources | None = Field(None, description="validation data, named as train; null: none, or validation_split")
     validation_split: float | None = Field(
         None, gt=0, description="if validation is null: a share (below 1) or number of train rows to hold out, by content"
     )
-    format: Format = "auto"
+    format: Format = Field("auto", description="what the columns mean; auto: found from their names and values")
     columns: dict[str, str] = Field(default_factory=dict, description="ftjax's column name: the file's column name")
     template: str | None = Field(None, description="the prompt, with columns as {name}: 'Question: {question}\\nAnswer:'")
     completion_template: str | None = Field(None, description="the completion, with columns as {name}, used exactly")
@@ -113,10 +114,12 @@ class DataConfig(Section):
     prompt_format: Literal["auto", "chat", "raw"] = Field(
         "auto", description="apply the chat template to text prompts: if there is one (auto), always, or never"
     )
-    max_length: int = Field(1024, ge=2)
-    packing: bool = True
+    max_length: int = Field(1024, ge=2, description="tokens of a row of the batch, and the most of a document")
+    packing: bool = Field(True, description="fill rows with several documents, which do not see each other")
     mix_epochs: bool = Field(False, description="fill the last batch of an epoch with the first rows of the next")
-    truncation: Literal["drop", "right", "left", "middle", "split", "error"] = "drop"
+    truncation: Literal["drop", "right", "left", "middle", "split", "error"] = Field(
+        "drop", description="documents over max_length: dropped, cut at one side or in the middle, split, or an error"
+    )
     train_on_inputs: bool = Field(False, description="train every token, not only the completion or the assistant's turns")
     last_turn_only: bool = Field(False, description="train only the assistant's last turn of a conversation")
     special_tokens_in_text: Literal["encode", "split", "error"] = Field(
@@ -131,9 +134,13 @@ class DataConfig(Section):
     drop_empty: bool = Field(False, description="drop and count rows whose text or completion is empty")
     min_tokens: int | None = Field(None, ge=1, description="drop rows of fewer tokens")
     max_tokens: int | None = Field(None, ge=1, description="drop rows of more tokens, before truncation")
-    deduplicate: Literal["none", "exact", "near"] = "none"
+    deduplicate: Literal["none", "exact", "near"] = Field(
+        "none", description="drop rows whose text is that of another, or nearly"
+    )
     near_duplicate_threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of 3-grams of words")
-    unicode_normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
+    unicode_normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = Field(
+        None, description="form into which all texts are brought; null: as they are"
+    )
     contamination: Literal["ignore", "report", "drop"] = Field(
         "report", description="rows of validation that are also in train: report them, or drop them from train"
     )

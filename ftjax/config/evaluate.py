@@ -19,9 +19,9 @@ class LmEvalConfig(Section):
     tasks: list[str] = Field(default_factory=list, description="names, groups, or .yaml files of tasks")
     include_path: str | None = Field(None, description="a folder with more tasks")
     num_fewshot: int | None = Field(None, ge=0, description="null: as each task says")
-    apply_chat_template: bool = False
+    apply_chat_template: bool = Field(False, description="ask in the chat template's form")
     fewshot_as_multiturn: bool = Field(True, description="with the chat template: each example is a separate turn")
-    system_instruction: str | None = None
+    system_instruction: str | None = Field(None, description="a system message, or text before each prompt")
 
 
 class EvaluateConfig(Section):
@@ -30,12 +30,14 @@ class EvaluateConfig(Section):
     task: str = Field("loss", description=f"{', '.join(TASKS)}, or a Python file with one function")
     data: str | SourceConfig | None = Field(None, description="evaluation data; null: data.validation")
     limit: int | None = Field(None, ge=1, description="at most this many rows, evenly spread over the data; null: all")
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(256, ge=1, description="length limit of an answer, in tokens")
     temperature: float = Field(0.0, ge=0, description="0: greedy decoding")
-    top_k: int | None = Field(None, ge=1)
-    top_p: float | None = Field(None, gt=0, le=1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    top_k: int | None = Field(None, ge=1, description="sample from so many tokens; null: all")
+    top_p: float | None = Field(None, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="sample from tokens at least so likely, relative to the likeliest"
+    )
+    repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens that already occurred become less likely")
     stop: list[str] = Field(default_factory=list, description="strings that end an answer and are not part of it")
     num_samples: int = Field(1, ge=1, description="answers per prompt, for pass@k")
     batch_size: int = Field(32, ge=1, description="prompts per batch")
@@ -47,7 +49,7 @@ class EvaluateConfig(Section):
         0.5, description="for several labels per row: the minimum probability of a label, or {label: probability}"
     )
     rouge_types: list[Literal["rouge1", "rouge2", "rouge3", "rouge4", "rougeL", "rougeLsum"]] = Field(
-        default_factory=lambda: ["rouge1", "rouge2", "rougeL"]
+        default_factory=lambda: ["rouge1", "rouge2", "rougeL"], description="which of the scores task rouge computes"
     )
     rouge_stemmer: bool = Field(False, description="compare words by their stems")
     fields: list[str] | None = Field(None, description="json_match: the fields that count; null: those of the references")
@@ -55,8 +57,8 @@ class EvaluateConfig(Section):
     code_timeout: float = Field(10.0, gt=0, description="code: seconds that one program may run")
     code_memory: int = Field(1024, ge=64, description="code: MiB that one program, and each process that it starts, may take")
     code_processes: int = Field(32, ge=1, description="code: concurrent processes of one program")
-    lm_eval: LmEvalConfig = Field(default_factory=LmEvalConfig)
-    confidence: float = Field(0.95, gt=0, lt=1)
+    lm_eval: LmEvalConfig = Field(default_factory=LmEvalConfig, description="settings of lm-evaluation-harness")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
     resamples: int = Field(1000, ge=100, description="for the bootstrap and the paired test")
     training_rows: int | None = Field(
         None, ge=1, description="rows on which every evaluation during training measures `task`; null: none"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ftjax.config import Config
 from ftjax.config.alias import CASELESS, VALUES, Alias, plain_name
@@ -24,6 +24,7 @@ from ftjax.config.unusual import unusual
 from ftjax.config.yaml_text import Path, Place, Problem, Reader, dump, resolve_plain
 from ftjax.errors import UserError
 
+Override = str | tuple[str, Any]  # `dotted.key=value` with the value in YAML, or key and value in Python
 _MISSING = object()
 _KEY = re.compile(r"^[^\s=.\[\]{}]+(?:\.[^\s=.\[\]{}]+)*$")
 
@@ -36,13 +37,13 @@ def print_note(text: str) -> None:
 
 
 def load_config(
-    path: str | FilePath, overrides: Sequence[str] = (), *, note: Callable[[str], None] = print_note, asked: bool = True
+    path: str | FilePath, overrides: Sequence[Override] = (), *, note: Callable[[str], None] = print_note, asked: bool = True
 ) -> Config:
     """Read, override and validate a configuration.
 
     Args:
         overrides: `dotted.key=value` with the value in YAML (`method.r=16`, `method.target_modules=[q_proj, v_proj]`,
-            `method={name: full}` to replace a section).
+            `method={name: full}` to replace a section), or pairs of key and value.
         note: called with one line for each accepted alias.
         asked: False if the user named a run and not this file, which then may not run code (`ftjax.config.code`) or read the
             environment.
@@ -66,7 +67,7 @@ def load_config(
 
 def config_of(
     tree: dict[str, Any],
-    overrides: Sequence[str] = (),
+    overrides: Sequence[Override] = (),
     *,
     source: str = "the command line",
     note: Callable[[str], None] = print_note,
@@ -77,7 +78,8 @@ def config_of(
         UserError: names every mistake found.
     """
     loading = _Loading(source, note)
-    loading.tree = escape(tree)
+    loading.tree = escape({name: {} if value is None and name in section_fields() else value for name, value in tree.items()})
+    loading.move_aliases()
     for override in overrides:
         loading.override(override)
     return loading.finish()
@@ -124,6 +126,16 @@ def diff_configs(a: Config, b: Config) -> list[str]:
         if variants(field) and name in differing:
             differing = [key for key in differing if key == name or not key.startswith(f"{section}.")]
     return differing
+
+
+def shown_value(value: object) -> str:
+    """Return a setting on one line, as a configuration file has it but for braces; long ones are cut."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(value, list):
+        value = [one.model_dump(mode="json", exclude_defaults=True) if isinstance(one, BaseModel) else one for one in value]
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def _read_text(path: FilePath) -> str:
@@ -192,8 +204,9 @@ class _Loading:
         if self._holds(alias, value):
             self.note(f"{place}: {_dotted(path)}: false changes nothing: {alias.target} is not {alias.switch}")
         elif target[-1] in section:
-            written = self.keys.get(target, self.values.get(target))
-            self._problem(place, f"{_dotted(path)} means {alias.target}, which is given too ({written}); keep one of them")
+            self._problem(
+                place, f"{_dotted(path)} means {alias.target}, which is given too ({self._place(target)}); keep one of them"
+            )
         else:
             self.keys[target] = place
             self._forget(target, self.values)
@@ -213,17 +226,27 @@ class _Loading:
         section, key = alias.target.split(".")
         return {**defaults({}).get(section, {}), **_mapping(self.tree.get(section))}.get(key) != alias.switch
 
-    def override(self, text: str) -> None:
-        """Apply one `dotted.key=value`."""
-        place = Place(f"override '{text}'")
+    def override(self, given: Override) -> None:
+        """Apply one override."""
+        if not isinstance(given, str):
+            key, value = given
+            place = Place(f"argument {key}")
+            self.override_sources.append(place.source)
+            if not _KEY.match(key):
+                return self._problem(place, "not a key; write section__key=value, for example training__max_steps=100")
+            return self._set(key, escape(value), place)
+        place = Place(f"override '{given}'")
         self.override_sources.append(place.source)
-        key, equals, written = text.partition("=")
+        key, equals, written = given.partition("=")
         key = key.strip()
         if not equals or not _KEY.match(key):
             return self._problem(place, "write overrides as key=value, for example training.max_steps=100")
         if not written.strip():
             return self._problem(place, f"the value is empty; write {key}=null for none, or {key}='\"\"' for an empty string")
-        value = self._override_value(written.strip(), place)
+        return self._set(key, self._override_value(written.strip(), place), place)
+
+    def _set(self, key: str, value: Any, place: Place) -> None:
+        """Set the value of a dotted key, which may be another tool's name."""
         path: Path = tuple(key.split("."))
         alias = alias_at(path)
         self._forget(path, self.per_device)
@@ -270,6 +293,7 @@ class _Loading:
                 )
 
     def finish(self) -> Config:
+        self.move_aliases()  # those in the sections that overrides gave as a whole
         for name, field in section_fields().items():
             if field.is_required():
                 self.tree.setdefault(name, {})  # so that errors name the missing keys themselves

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from ftjax.config.base import Section
 
 NITER = r"^pissa_niter_[1-9]\d*$"
+REDUCTION = "size of the hidden states over that of the bottleneck"
+NON_LINEARITY = "activation in the bottleneck, such as relu, gelu or swish"
 
 
 class FullConfig(Section):
@@ -33,18 +35,18 @@ class LoraConfig(Section):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
 
     name: Literal["lora"] = "lora"
-    r: int = Field(8, ge=1)
-    lora_alpha: float = Field(8, gt=0)
-    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    r: int = Field(8, ge=1, description="rank of the update")
+    lora_alpha: float = Field(8, gt=0, description="the update is scaled by lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of the inputs of lora_A that are dropped")
     target_modules: str | list[str] = Field(
         "all-linear", description="`all-linear`, a list of module names, or a regex that matches whole module paths"
     )
-    exclude_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = Field(None, description="modules that are left out, named as in target_modules")
     target_parameters: list[str] = Field(
         default_factory=list,
         description="weights of routed experts to adapt: [mlp.experts.gate_up_proj, mlp.experts.down_proj]",
     )
-    use_rslora: bool = False
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) (arXiv:2312.03732)")
     use_dora: bool = Field(False, description="train each output's magnitude separately from its direction (arXiv:2402.09353)")
     init_lora_weights: Literal[True, "gaussian", "orthogonal", "pissa"] | Annotated[str, Field(pattern=NITER)] = Field(
         True,
@@ -54,13 +56,13 @@ class LoraConfig(Section):
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="biases of the base model to train too: all, or those of the adapted layers"
     )
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
-    layers_to_transform: list[int] | int | None = None
+    rank_pattern: dict[str, int] = Field(default_factory=dict, description="other ranks, by module: {q_proj: 16}")
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="other alphas, by module")
+    layers_to_transform: list[int] | int | None = Field(None, description="layers to adapt, counted from 0; null: all")
     layers_pattern: list[str] | str | None = Field(
         None, description="name of the layer list that `layers_to_transform` indexes; null: any"
     )
-    modules_to_save: list[str] = Field(default_factory=list)
+    modules_to_save: list[str] = Field(default_factory=list, description="modules that are trained and saved as a whole")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = Field(
         None,
         description="tokens whose embedding rows are trained; per module: {embed_tokens: [..], lm_head: [..]}",
@@ -103,10 +105,10 @@ class BottleneckConfig(Section):
     """Settings shared by the bottleneck adapters; names and defaults are those of the `adapters` library (1.3)."""
 
     name: str
-    reduction_factor: float = Field(gt=0, description="size of the hidden states over that of the bottleneck")
-    non_linearity: str
-    scaling: float = 1.0
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    reduction_factor: float = Field(gt=0, description=REDUCTION)
+    non_linearity: str = Field(description=NON_LINEARITY)
+    scaling: float = Field(1.0, description="factor on the output of the adapter")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of the inputs of the adapter that are dropped")
     adapter_name: str = Field("default", pattern=r"^\w+$", description="name of the adapter in the file")
     adapter_path: str | None = Field(None, description="start from this folder, or a run's; its settings replace these")
 
@@ -115,25 +117,25 @@ class SeqBnConfig(BottleneckConfig):
     """A bottleneck after each feed-forward layer (Pfeiffer et al. 2020, arXiv:2005.00247)."""
 
     name: Literal["seq_bn"] = "seq_bn"
-    reduction_factor: float = Field(16, gt=0)
-    non_linearity: str = "relu"
+    reduction_factor: float = Field(16, gt=0, description=REDUCTION)
+    non_linearity: str = Field("relu", description=NON_LINEARITY)
 
 
 class DoubleSeqBnConfig(BottleneckConfig):
     """Bottlenecks after attention and feed-forward layers (Houlsby et al. 2019, arXiv:1902.00751)."""
 
     name: Literal["double_seq_bn"] = "double_seq_bn"
-    reduction_factor: float = Field(16, gt=0)
-    non_linearity: str = "swish"
+    reduction_factor: float = Field(16, gt=0, description=REDUCTION)
+    non_linearity: str = Field("swish", description=NON_LINEARITY)
 
 
 class ParBnConfig(BottleneckConfig):
     """A bottleneck beside each feed-forward layer (He et al. 2021, arXiv:2110.04366)."""
 
     name: Literal["par_bn"] = "par_bn"
-    reduction_factor: float = Field(2, gt=0)
-    non_linearity: str = "relu"
-    scaling: float = 4.0
+    reduction_factor: float = Field(2, gt=0, description=REDUCTION)
+    non_linearity: str = Field("relu", description=NON_LINEARITY)
+    scaling: float = Field(4.0, description="factor on the output of the adapter")
 
 
 class IA3Config(Section):
@@ -143,11 +145,11 @@ class IA3Config(Section):
     target_modules: str | list[str] | None = Field(
         None, description="as for LoRA; null: keys, values and the second feed-forward layer, as in the paper"
     )
-    exclude_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = Field(None, description="modules that are left out, named as in target_modules")
     feedforward_modules: str | list[str] | None = Field(
         None, description="targets whose input is scaled; null: second feed-forward layers"
     )
-    modules_to_save: list[str] = Field(default_factory=list)
+    modules_to_save: list[str] = Field(default_factory=list, description="modules that are trained and saved as a whole")
     adapter_path: str | None = Field(None, description="start from this PEFT folder, or a run's; its settings replace these")
 
 
@@ -155,7 +157,7 @@ class PrefixTuningConfig(Section):
     """Learned keys and values before every text, in every layer (Li and Liang 2021, arXiv:2101.00190)."""
 
     name: Literal["prefix_tuning"] = "prefix_tuning"
-    num_virtual_tokens: int = Field(20, ge=1)
+    num_virtual_tokens: int = Field(20, ge=1, description="how many are put before every text")
     prefix_projection: bool = Field(False, description="compute them with a two-layer MLP during training")
     encoder_hidden_size: int | None = Field(None, ge=1, description="of that MLP; null: kv heads times head size")
     init_weights: Literal["zero"] | None = Field(None, description="`zero`: the (projected) prefix starts at zero")
@@ -172,8 +174,10 @@ class PromptTuningConfig(Section):
     """Learned embeddings before every text (Lester et al. 2021, arXiv:2104.08691)."""
 
     name: Literal["prompt_tuning"] = "prompt_tuning"
-    num_virtual_tokens: int = Field(20, ge=1)
-    prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = "RANDOM"
+    num_virtual_tokens: int = Field(20, ge=1, description="how many are put before every text")
+    prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = Field(
+        "RANDOM", description="start from random numbers, from the embeddings of a text, or from those of random tokens"
+    )
     prompt_tuning_init_text: str | None = Field(None, description="with TEXT: initial text of the embeddings")
     adapter_path: str | None = Field(None, description="start from this PEFT folder, or a run's; its settings replace these")
 
@@ -188,7 +192,7 @@ class PTuningConfig(Section):
     """Learned embeddings before every text, computed by an MLP during training (Liu et al. 2021, arXiv:2103.10385)."""
 
     name: Literal["p_tuning"] = "p_tuning"
-    num_virtual_tokens: int = Field(20, ge=1)
+    num_virtual_tokens: int = Field(20, ge=1, description="how many are put before every text")
     encoder_hidden_size: int | None = Field(None, ge=1, description="of the MLP; null: the model's width")
     adapter_path: str | None = Field(None, description="start from this PEFT folder, or a run's; its settings replace these")
 

@@ -29,10 +29,12 @@ class ModelConfig(Section):
     pad_vocab_to_multiple_of: int | None = Field(
         None, ge=1, description="for the embedding's rows, if mesh.tensor does not divide them"
     )
-    dtype: DType = "bfloat16"
-    compute_dtype: DType = "bfloat16"
-    attention: Attention = "auto"
-    remat: Remat = "auto"
+    dtype: DType = Field("bfloat16", description="in which frozen weights are stored; trained ones are float32")
+    compute_dtype: DType = Field("bfloat16", description="of activations and matrix products; on CPUs float32 is faster")
+    attention: Attention = Field("auto", description="auto: the fastest kernel that device and model allow")
+    remat: Remat = Field(
+        "auto", description="what is recomputed in the backward pass, from none to full (least memory); auto: as little as fits"
+    )
     quantization: Literal["int8", "nf4"] | None = Field(
         None, description="store the frozen weights of dense layers in 8 or 4 bits (QLoRA); null: in `dtype`"
     )

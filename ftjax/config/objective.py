@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ftjax.config.base import Section
+from ftjax.config.distill import DistillConfig
 from ftjax.config.preference import CpoConfig, DpoConfig, KtoConfig, OrpoConfig, RewardConfig, SimpoConfig
 from ftjax.config.rewards import GrpoConfig, RlooConfig
 
@@ -80,6 +81,7 @@ ObjectiveConfig = Annotated[
     | KtoConfig
     | RewardConfig
     | GrpoConfig
-    | RlooConfig,
+    | RlooConfig
+    | DistillConfig,
     Field(discriminator="name"),
 ]

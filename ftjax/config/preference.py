@@ -125,7 +125,9 @@ class CpoConfig(Section):
     """Contrastive preference optimisation: a preference loss without a reference model, plus the loss of the chosen answer."""
 
     name: Literal["cpo"] = "cpo"
-    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"] = "sigmoid"
+    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"] = Field(
+        "sigmoid", description="loss of the difference between the two answers"
+    )
     beta: float = Field(0.1, gt=0, description="factor on the difference of the log-probabilities")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of pairs taken as flipped (sigmoid, simpo, alphapo)")
     cpo_alpha: float = Field(1.0, ge=0, description="factor on the loss of the chosen answer")
@@ -153,7 +155,9 @@ class KtoConfig(Section):
     """KTO: answers that are wanted or not, one at a time, relative to the model before training."""
 
     name: Literal["kto"] = "kto"
-    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
+        "kto", description="relative to the mean divergence of the batch, or to zero"
+    )
     beta: float = Field(0.1, gt=0, description="higher: stays closer to the reference model")
     desirable_weight: float = Field(1.0, ge=0, description="factor on the loss of wanted answers")
     undesirable_weight: float = Field(1.0, ge=0, description="factor on the loss of unwanted answers")

@@ -36,12 +36,9 @@ class RewardSpec(Section):
         return self.name.partition(":")[0].endswith(".py")
 
 
-class Rollouts(Section):
-    """What `grpo` and `rloo` share: how answers are generated and rewarded."""
+class Sampled(Section):
+    """How the model in training generates answers."""
 
-    rewards: list[RewardSpec] = Field([], description="reward functions, added with their weights")
-    num_generations: int = Field(8, ge=2, description="answers to one prompt, which are compared with each other")
-    num_iterations: int = Field(1, ge=1, description="updates for each batch of answers")
     max_completion_length: int = Field(256, ge=1, description="maximum tokens of an answer")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; probabilities in the loss have it, too")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
@@ -49,10 +46,18 @@ class Rollouts(Section):
     min_p: float = Field(0.0, ge=0, le=1, description="sample from tokens at least so likely, relative to the likeliest")
     repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens of prompt and answer become less likely")
     generation_batch_rows: int = Field(64, ge=1, description="answers that are generated at a time")
+    logged_completions: int = Field(4, ge=0, description="answers that are logged at every logged step")
+
+
+class Rollouts(Sampled):
+    """What `grpo` and `rloo` share: how answers are generated and rewarded."""
+
+    rewards: list[RewardSpec] = Field([], description="reward functions, added with their weights")
+    num_generations: int = Field(8, ge=2, description="answers to one prompt, which are compared with each other")
+    num_iterations: int = Field(1, ge=1, description="updates for each batch of answers")
     reward_timeout: float = Field(
         600.0, gt=0, description="seconds that one reward function may take for the answers of an update"
     )
-    logged_completions: int = Field(4, ge=0, description="answers that are logged with their rewards, at every logged step")
     mask_truncated_completions: bool = Field(False, description="do not train answers that end at max_completion_length")
     loss_chunk: int = Field(512, ge=1, description=LOSS_CHUNK)
 

@@ -11,11 +11,11 @@ from ftjax.config import Config, Section
 from ftjax.config.yaml_text import Path
 
 
-def _sections(annotation: Any) -> list[type[Section]]:
+def sections_in(annotation: Any) -> list[type[Section]]:
     """Return every section class inside an annotation: `list[GroupConfig]` -> [GroupConfig], a union -> its members."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections(argument)]
+    return [section for argument in get_args(annotation) for section in sections_in(argument)]
 
 
 def _tag(model: type[Section], discriminator: str) -> str:
@@ -26,13 +26,13 @@ def variants(field: FieldInfo) -> dict[str, type[Section]]:
     """Return the members of a discriminated union by name (`full`, `lora`, ...); empty for any other field."""
     if not isinstance(field.discriminator, str):
         return {}
-    return {_tag(model, field.discriminator): model for model in _sections(field.annotation)}
+    return {_tag(model, field.discriminator): model for model in sections_in(field.annotation)}
 
 
 @cache
 def section_fields() -> dict[str, FieldInfo]:
     """Return the fields of `Config` that are sections: model, method, data, ..."""
-    return {name: field for name, field in Config.model_fields.items() if _sections(field.annotation)}
+    return {name: field for name, field in Config.model_fields.items() if sections_in(field.annotation)}
 
 
 def add_objective(section: type[Section]) -> str:
@@ -69,7 +69,7 @@ def models_at(path: Path, tree: Any) -> list[type[Section]]:
         for field in fields:
             by_name = variants(field)
             chosen = by_name.get(value.get(field.discriminator)) if by_name and isinstance(value, dict) else None
-            inside += [chosen] if chosen else _sections(field.annotation)
+            inside += [chosen] if chosen else sections_in(field.annotation)
         models = inside
     return models
 
@@ -93,7 +93,7 @@ def _places() -> dict[str, tuple[str, ...]]:
         for name, field in model.model_fields.items():
             dotted = f"{prefix}{name}"
             found.setdefault(name, {})[dotted] = None
-            inner = _sections(field.annotation)
+            inner = sections_in(field.annotation)
             for section in inner:
                 walk(section, f"{dotted}." if field.annotation is section or variants(field) else f"{dotted}[].")
 

@@ -10,24 +10,24 @@ from ftjax.config.base import Section
 class TrainingConfig(Section):
     """`global_batch_size` counts rows over all devices for one optimizer update."""
 
-    num_train_epochs: float = Field(1.0, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data; 0.5: half of it")
     max_steps: int | None = Field(None, ge=1, description="takes precedence over num_train_epochs")
-    global_batch_size: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    global_batch_size: int = Field(8, ge=1, description="rows of one update, over all devices and microbatches")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="microbatches of one update; more of them take less memory")
     eval_steps: int | None = Field(None, ge=1, description="null: once, at the end, if there is validation data")
     eval_batch_size: int | None = Field(None, ge=1, description="null: the rows of one micro-batch")
-    save_steps: int = Field(200, ge=1)
-    save_total_limit: int = Field(2, ge=1)
+    save_steps: int = Field(200, ge=1, description="updates between two checkpoints")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints that are kept, the newest ones")
     checkpoint_dir: str | None = Field(
         None, description="a folder that all hosts share, such as gs://bucket/run; null: checkpoints/ of output_dir"
     )
     allow_changed_data: bool = Field(False, description="resume from a checkpoint even if the documents changed since")
-    logging_steps: int = Field(10, ge=1)
-    seed: int = 42
+    logging_steps: int = Field(10, ge=1, description="updates between two logged rows")
+    seed: int = Field(42, description="of the order of the data, new parameters, dropout and sampling")
     metric_for_best_model: str = Field("eval/loss", description="any metric of an evaluation, or the latest train/ one")
     greater_is_better: bool | None = Field(None, description="null: no for losses, errors and perplexity, yes for all others")
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without improvement before the run stops")
-    early_stopping_threshold: float = Field(0.0, ge=0)
+    early_stopping_threshold: float = Field(0.0, ge=0, description="a smaller improvement counts as none")
     loss_spike_factor: float | None = Field(
         10.0, gt=1,
         description="skip an update whose loss is this many times further above the median of the latest 32 than their 90th "
@@ -35,7 +35,9 @@ class TrainingConfig(Section):
     )  # fmt: skip
     max_skipped_updates: int = Field(5, ge=0, description="updates in a row that may be skipped before the run gives up")
     profile_steps: tuple[int, int] | None = Field(None, description="first and last update of a trace, in profile/ of the run")
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=lambda: ["tensorboard"], description="trackers that get the metrics, beside metrics.jsonl"
+    )
 
     @field_validator("profile_steps")
     @classmethod

@@ -17,7 +17,7 @@ from ftjax.data.encoder import Encoded, RowEncoder, Unit
 from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.example import Example
 from ftjax.data.faults import SHOWN, Faults
-from ftjax.data.find import Files, HubSet, find
+from ftjax.data.find import Files, Found, find
 from ftjax.data.reader import Reader, read_source
 from ftjax.data.remarks import BROKEN, EMPTY, LONG, LONG_PROMPT, MASKED, UNWANTED, warnings_of
 from ftjax.data.report import DataReport
@@ -56,7 +56,7 @@ def build_documents(
 
 
 def cache_key(
-    sources: Sequence[SourceConfig], found: Sequence[Files | HubSet], config: DataConfig, tokenizer: Any,
+    sources: Sequence[SourceConfig], found: Sequence[Found], config: DataConfig, tokenizer: Any,
     encoding: RowEncoding = ANSWERS,
 ) -> str:  # fmt: skip
     """Return a digest of everything that determines the documents."""
@@ -75,7 +75,7 @@ def cache_key(
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogateescape"))
 
 
-def _names(source: SourceConfig, found: Files | HubSet) -> Any:
+def _names(source: SourceConfig, found: Found) -> Any:
     """Return the file names of a source. Documents record them, so other paths to the same bytes get another cache entry."""
     return [str(path) for path in found.paths] if isinstance(found, Files) else source.path
 
@@ -85,7 +85,7 @@ class Build:
     """One pass over the sources."""
 
     sources: Sequence[SourceConfig]
-    found: Sequence[Files | HubSet]
+    found: Sequence[Found]
     config: DataConfig
     tokenizer: Any
     encoding: RowEncoding = ANSWERS

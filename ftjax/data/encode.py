@@ -44,7 +44,7 @@ class Encoder(RowEncoder):
         if example.prompt is not None and example.completion is None:
             raise UserError(
                 f"{example.where}: there is a prompt and no answer to imitate (data.format: prompt); expected columns prompt "
-                "and completion, or an objective that generates the answers: grpo or rloo"
+                "and completion, or an objective that generates the answers: grpo, rloo, or distill with lmbda: 1"
             )
         return [self._ready(example) if example.input_ids is not None else self._text(example)]
 

@@ -1,4 +1,4 @@
-"""Resolves a path to data files or a Hub data set; the fingerprint changes when one byte of them does."""
+"""Resolves a path to data files, a Hub data set or rows in memory; the fingerprint changes when one byte of them does."""
 
 import glob
 import json
@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from ftjax.config.data import SourceConfig
+from ftjax.data.memory import Memory, is_kept, kept
 from ftjax.errors import UserError
 
 PLAIN = (".txt", ".md")
@@ -76,14 +77,19 @@ class HubSet:
             ) from None
 
 
-def find(source: SourceConfig) -> Files | HubSet:
-    """Return the files, or the Hub data set, that `source.path` names.
+Found = Files | HubSet | Memory
+
+
+def find(source: SourceConfig) -> Found:
+    """Return the files, the Hub data set, or the rows in memory that `source.path` names.
 
     Raises UserError if there are none.
     """
     path = source.path
     if not path.strip() or "\0" in path:
         raise UserError(f"{path!r} names no data; write a file, a folder, a glob or a Hub id")
+    if is_kept(path):
+        return kept(path)
     location = Path(path).expanduser()
     try:
         if location.is_file():

@@ -4,6 +4,7 @@ The plan of an epoch depends only on the documents' lengths, the seed and the ep
 and builds only the rows of each global batch that its devices hold, and a position is a single row count.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from ftjax.data.clean import held_out
 from ftjax.data.encoder import Unit
 from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.pack import Plan, in_order, pack
+from ftjax.data.predictions import Predictions
 from ftjax.data.report import DataReport
 from ftjax.data.store import Documents
 from ftjax.data.unknown import refuse_unknown
@@ -181,6 +183,7 @@ class PackedSplit:
     seed: int
     report: DataReport
     sequences: int = 1  # documents per row of data, consecutive in `chosen`
+    predictions: Predictions | None = None  # of a teacher, which batches carry as `labels`
 
     @classmethod
     def of(
@@ -221,9 +224,11 @@ class PackedSplit:
         return np.diff(self.documents.starts)[self.chosen]
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `Split.fingerprint`; the choice of documents and the weights of sources count too."""
+        """See `Split.fingerprint`; the choice of documents, the weights of sources and a teacher's predictions count too."""
         digest = xxhash.xxh3_128(self.documents.content.encode())
         digest.update(np.ascontiguousarray(self.chosen, np.int64).tobytes() + repr(self.weights).encode())
+        if self.predictions is not None:
+            digest.update(json.dumps(self.predictions.facts, sort_keys=True).encode())
         return {"documents": len(self.chosen), "tokens": int(self.lengths.sum()), "digest": digest.hexdigest()}
 
     def places(self) -> frozenset[tuple[int, str]]:
@@ -316,7 +321,12 @@ class PackedSplit:
         documents, count = plan.take(numbers)
         starts = self.documents.starts
         labels = None if self.documents.labels is None else self.documents.labels[documents]
-        return fill(self.documents, starts[documents], starts[documents + 1] - starts[documents], count, width, labels)
+        batch = fill(self.documents, starts[documents], starts[documents + 1] - starts[documents], count, width, labels)
+        if self.predictions is not None:
+            found = np.zeros((*batch["weights"].shape, self.predictions.width), np.float32)
+            found[batch["weights"] != 0] = self.predictions.of(documents)
+            batch["labels"] = found.reshape(len(found), -1)
+        return batch
 
     def batches(
         self, batch_size: int, *, seed: int, shuffle: bool, epochs: int | None, rows: Sequence[int] | None = None,

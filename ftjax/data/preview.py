@@ -19,15 +19,17 @@ BAR = 40  # characters
 
 
 def preview(
-    config: Config, tokenizer: Any, *, html: Path | None = None, as_json: bool = False, console: Any, examples: int = EXAMPLES,
-    positions: int | None = None, embeddings: int | None = None, encoding: RowEncoding = ANSWERS,
-) -> None:  # fmt: skip
+    config: Config, tokenizer: Any, *, html: Path | None = None, as_json: bool = False, console: Any = None,
+    examples: int = EXAMPLES, positions: int | None = None, embeddings: int | None = None, encoding: RowEncoding = ANSWERS,
+) -> dict[str, Any]:  # fmt: skip
     """Print (or write) the first examples with their trained tokens, the counts, a histogram of lengths, and warnings.
+
+    Returns everything as JSON.
 
     Args:
         html: a file to write the same to, with a chart.
         as_json: print one JSON object instead.
-        console: a `rich.console.Console`.
+        console: a `rich.console.Console`; None prints nothing.
         positions: the longest text in tokens that the model was made for, if known.
         embeddings: the number of the model's embeddings, if known: a token id beyond them is an error.
         encoding: how the objective's rows become documents.
@@ -45,15 +47,18 @@ def preview(
             write_html(html, shown, {name: (split.report, histogram(split.lengths)) for name, split in sets.items()})
         except OSError as error:
             raise UserError(f"{html}: cannot be written: {error.strerror or error}") from None
+    found = as_object(shown, sets)
     if as_json:
-        print(json.dumps(as_object(shown, sets), ensure_ascii=False))
-        return
+        print(json.dumps(found, ensure_ascii=False))
+    if as_json or console is None:
+        return found
     for number, example in enumerate(shown):
         print_example(console, example, number)
     for name, split in sets.items():
         print_report(console, name, split.report, histogram(split.lengths))
     if html is not None:
         say(console, f"written: {html}")
+    return found
 
 
 def show_examples(split: Split, tokenizer: Any, count: int = EXAMPLES, encoding: RowEncoding = ANSWERS) -> list[list[Shown]]:

@@ -1,4 +1,4 @@
-"""Reads rows from files and Hub data sets, each with its location.
+"""Reads rows from files, Hub data sets and memory, each with its location.
 
 `{"prompt": "Hi", "completion": "Hello"}` on line 7 of a.jsonl becomes `Row({"prompt": ..., "completion": ...}, "a.jsonl:7")`.
 """
@@ -15,8 +15,9 @@ from typing import Any
 
 from ftjax.config.data import SourceConfig
 from ftjax.data.faults import Faults
-from ftjax.data.find import PLAIN, TABLES, Files, HubSet, find, kind
+from ftjax.data.find import PLAIN, TABLES, Found, HubSet, find, kind
 from ftjax.data.json_files import read_json, read_jsonl
+from ftjax.data.memory import Memory
 from ftjax.data.row import Row
 from ftjax.data.text_encoding import LOOKED_AT, as_utf8, found_encoding
 from ftjax.data.text_files import read_csv, read_plain
@@ -27,7 +28,7 @@ __all__ = ["Row", "read_rows"]
 
 
 def read_rows(
-    source: SourceConfig | str, faults: Faults | None = None, *, found: Files | HubSet | None = None, streaming: bool = False
+    source: SourceConfig | str, faults: Faults | None = None, *, found: Found | None = None, streaming: bool = False
 ) -> Iterator[Row]:
     """Yield every row of a source in order, or the first `source.limit` of them.
 
@@ -50,7 +51,10 @@ def read_rows(
         raise UserError(f"{source.path}: the data is empty: no rows; expected at least one example{skipped}")
 
 
-def _rows(source: SourceConfig, found: Files | HubSet, faults: Faults, streaming: bool) -> Iterator[Row]:
+def _rows(source: SourceConfig, found: Found, faults: Faults, streaming: bool) -> Iterator[Row]:
+    if isinstance(found, Memory):
+        yield from found.rows()
+        return
     if isinstance(found, HubSet):
         number = 0
         try:

@@ -15,7 +15,7 @@ from ftjax.config.data import SourceConfig, template_fields
 from ftjax.data.advice import advise
 from ftjax.data.example import Example
 from ftjax.data.faults import Faults
-from ftjax.data.find import Files, HubSet
+from ftjax.data.find import Found
 from ftjax.data.formats import CHAT, FORMATS, asked, is_verdict
 from ftjax.data.read import read_rows
 from ftjax.data.row import Row
@@ -28,7 +28,7 @@ MEDIA = ("images", "videos", "audios")  # columns of lists, by the names that TR
 
 
 def read_source(
-    source: SourceConfig, faults: Faults | None = None, *, found: Files | HubSet | None = None, streaming: bool = False,
+    source: SourceConfig, faults: Faults | None = None, *, found: Found | None = None, streaming: bool = False,
     normalize: Callable[[str], str] | None = None, label: Callable[[Any, str], Any] | None = None, prefers: Sequence[str] = (),
 ) -> Iterator[tuple["Reader", Row]]:  # fmt: skip
     """Yield every row of a source with its reader; see `read_rows` and `Reader` for the arguments.

@@ -15,7 +15,7 @@ import numpy as np
 
 from ftjax.config.data import DataConfig
 from ftjax.data.encoder import Encoded, RowEncoder, TextPlan, Unit
-from ftjax.data.encoding import RowEncoding
+from ftjax.data.encoding import Answers, RowEncoding
 from ftjax.data.example import Example
 from ftjax.data.template import example_prompt
 from ftjax.errors import UserError
@@ -55,7 +55,34 @@ class PromptEncoder(RowEncoder):
 
 
 @dataclass(frozen=True)
-class RolloutTokens(RowEncoding):
+class TaughtTokens(Answers):
+    """Each row has an answer, for each of whose tokens there are predictions of a teacher.
+
+    Attributes:
+        width: their values (`ftjax.data.predictions`).
+    """
+
+    width: int = 0
+
+    @property
+    def values(self) -> int:
+        return self.width
+
+
+@dataclass(frozen=True)
+class AnsweredTokens(Answers):
+    """Each row has an answer; in a batch, generated answers take the place of some.
+
+    Each token has one value: 1 if it is one of the data's.
+    """
+
+    @property
+    def values(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class PromptTokens(RowEncoding):
     """Each row is a prompt; the documents of a batch are prompts with generated answers.
 
     Attributes:
@@ -66,10 +93,6 @@ class RolloutTokens(RowEncoding):
     answers = False
     imitated = False
     formats = ("prompt",)
-
-    @property
-    def values(self) -> int:
-        return len(VALUES)
 
     def key(self) -> Any:
         return ["prompts", self.reserved]
@@ -88,3 +111,12 @@ class RolloutTokens(RowEncoding):
 
     def captions(self, unit: Unit) -> Sequence[str]:
         return ["prompt"] * len(unit)
+
+
+@dataclass(frozen=True)
+class RolloutTokens(PromptTokens):
+    """The same, with the values of each token that learning from rewards needs."""
+
+    @property
+    def values(self) -> int:
+        return len(VALUES)

@@ -20,7 +20,8 @@ from ftjax.data.batch import Batch, batch_arrays, fill, own_rows
 from ftjax.data.build import Build
 from ftjax.data.encoder import Encoded, Unit
 from ftjax.data.encoding import ANSWERS, RowEncoding
-from ftjax.data.find import Files, HubSet, find
+from ftjax.data.find import Files, Found, HubSet, find
+from ftjax.data.memory import Memory
 from ftjax.data.pack import Plan, in_order, pack
 from ftjax.data.report import DataReport
 from ftjax.data.unknown import refuse_unknown
@@ -78,7 +79,7 @@ class StreamSplit:
     """One data set that is read from its beginning in each epoch."""
 
     sources: list[SourceConfig]
-    found: list[Files | HubSet]
+    found: list[Found]
     config: DataConfig
     tokenizer: Any
     seed: int
@@ -161,6 +162,8 @@ class StreamSplit:
             if isinstance(found, HubSet):
                 splits = getattr(found.load(streaming=True).info, "splits", None) or {}
                 known = splits[source.split].num_examples if source.split in splits else 0
+            elif isinstance(found, Memory):
+                known = len(found)
             else:
                 mean = np.mean([len(self.tokenizer.decode(document.tokens)) for document in self._first[:64]])
                 known = sum(size for size, _ in found.state()) / max(float(mean), 1.0)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ftjax.distributed import store
-from ftjax.errors import UserError
+from ftjax.errors import Interrupted, UserError
 
 FAILED, TOLD = "ftjax/failed", "ftjax/told"
 # Words of errors that are only consequences of another process's exit.
@@ -43,7 +43,7 @@ def fail_together() -> Iterator[None]:
     try:
         yield
         store.wait_for_all("done")  # the first process may still write files, and may fail
-    except SystemExit:
+    except Interrupted:
         store.wait_for_all("done")
         raise
     except BaseException as error:

@@ -1,0 +1,1 @@
+"""Evaluation. As `ftjax.evaluate(target, data)`, this package is the function `ftjax.api.measure.evaluate`."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from ftjax import __version__
 from ftjax.compile_cache import keep_compiled_programs
+from ftjax.config.load import Override
 from ftjax.console import make_console, say
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
@@ -25,10 +25,11 @@ from ftjax.evaluate.target import Target, find_target
 from ftjax.evaluate.tasks.preference import implicit_rewards
 from ftjax.hub.same_model import model_facts
 from ftjax.mesh import devices_or_all
+from ftjax.version import __version__
 
 
 def evaluate(
-    target: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, data: str | None = None,
+    target: str, overrides: Sequence[Override] = (), *, adapter: Path | None = None, data: str | None = None,
     task: str | None = None, limit: int | None = None, out: Path | None = None, compare_base: bool = False,
     allow_code_execution: bool = False, as_json: bool = False, console: Any = None,
     devices: Sequence[jax.Device] | None = None,

@@ -18,7 +18,7 @@ from ftjax.evaluate.rows import Item, read_items, splits_off
 from ftjax.generate.finite import NotFinite
 from ftjax.generate.session import Generator
 from ftjax.generate.text import TextStream
-from ftjax.objectives import head_of, objective_of
+from ftjax.objectives import encoding_of, head_of
 from ftjax.train.observer import Observation
 from ftjax.train.setup import Setup
 
@@ -31,11 +31,11 @@ def make_observer(setup: Setup, tokenizer: Any, validation: PackedSplit | None) 
     Raises UserError, before training starts, if rows or prompts cannot be used.
     """
     settings = setup.config.evaluate
-    head, generates = head_of(setup.config) is not None, objective_of(setup.config).generates
+    head, answers = head_of(setup.config) is not None, encoding_of(setup.config).imitated
     if head and settings.training_prompts:
         raise UserError("evaluate.training_prompts: a classification head generates no answers; use evaluate.training_rows")
     # The first document of a row: the chosen answer of a pair.
-    first = validation.first(settings.training_examples) if validation and not head and not generates else []
+    first = validation.first(settings.training_examples) if validation and not head and answers else []
     documents = [unit[0] for unit, _ in first]
     if not documents and not settings.training_prompts and not settings.training_rows:
         return None

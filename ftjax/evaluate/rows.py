@@ -18,7 +18,7 @@ from ftjax.data.reader import read_source
 from ftjax.data.rollout import as_prompt
 from ftjax.data.values import EmptyRow
 from ftjax.errors import UserError
-from ftjax.objectives import encoding_of, objective_of
+from ftjax.objectives import encoding_of
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ def items_of(
 ) -> tuple[list[Item], int]:
     """Return the rows of these sources and how many are left out; see `read_items`.
 
-    Rows of an objective that generates answers are read as prompts.
+    Rows of an objective that generates all answers are read as prompts.
     """
     faults, empty, found = Faults(config.data.on_error == "skip"), 0, []
-    normalize, prompts = normalizer(config.data.unicode_normalization), objective_of(config).generates
+    normalize, prompts = normalizer(config.data.unicode_normalization), not encoding_of(config).imitated
     options: dict[str, Any] = {"normalize": normalize, "label": labels and labels.read}
     options["prefers"] = encoding_of(config).formats if prompts else ()
     for number, source in enumerate(sources):

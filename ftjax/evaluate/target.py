@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ftjax.config import Config
-from ftjax.config.load import config_of, load_config, print_note
+from ftjax.config.load import Override, config_of, load_config, print_note
 from ftjax.errors import UserError
 from ftjax.generate.named import LoadOptions, Named, find_named
 from ftjax.generate.session import Generator
@@ -48,7 +48,7 @@ class Target(Named):
 
 
 def find_target(
-    given: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, note: Callable[[str], None] = print_note
+    given: str, overrides: Sequence[Override] = (), *, adapter: Path | None = None, note: Callable[[str], None] = print_note
 ) -> Target:
     """Find a model as `find_named`, with a configuration: for a model without a run the defaults and the overrides.
 
@@ -58,7 +58,7 @@ def find_target(
     return Target(**{**vars(found), "config": _settings(found, overrides, note)})
 
 
-def _settings(found: Named, overrides: Sequence[str], note: Callable[[str], None]) -> Config:
+def _settings(found: Named, overrides: Sequence[Override], note: Callable[[str], None]) -> Config:
     """Return a run's configuration, with the labels found in its data; for a model without a run the defaults, the overrides,
     and a classifier's own objective."""
     config = found.config

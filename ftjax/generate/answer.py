@@ -28,6 +28,11 @@ class Generation:
     logprobs: list[float] | None
     prompt_tokens: int
 
+    @property
+    def truncated(self) -> bool:
+        """Whether it reached the token limit."""
+        return self.finish_reason == "length"
+
 
 GREEDY = Sampling()
 

@@ -47,18 +47,16 @@ def chat(
 
     Raises UserError if the model, the adapter or a setting is invalid, or if piped input is not text.
     """
-    from ftjax.compile_cache import keep_compiled_programs
     from ftjax.console import make_console
     from ftjax.generate.context import recommended
     from ftjax.generate.conversation import Conversation
-    from ftjax.generate.session import Generator
+    from ftjax.generate.open import open_named
 
     system = None if system is None else checked(system, "--system")
     found = find_named(model, adapter=options.adapter)
-    keep_compiled_programs()
     notes = make_console(stderr=True)
     with notes.status(f"loading {found.name}"):
-        generator = Generator(found.model, found.adapter, dtype=options.dtype, **found.options(options))
+        generator = open_named(found, options).generator
     asked = dict.fromkeys(SAMPLING) | dict(sampling)
     request = replace(request, sampling=recommended(generator.settings, asked))
     talk = Conversation(generator, request, system=system)

@@ -46,8 +46,6 @@ def generate(
     if not given:
         raise UserError("generate: no prompt; give --prompt TEXT (- reads the standard input) or --prompts FILE")
     found = find_named(model, adapter=options.adapter)
-    learnt = "raw" if raw else found.config.data.prompt_format if found.config else "auto"  # the prompt format of training
-    request = replace(request, chat={"raw": False, "chat": True}.get(learnt))
     if system is not None:
         if raw:
             raise UserError("generate: --system needs the chat template, which --raw leaves out; choose one")
@@ -59,18 +57,16 @@ def generate(
     given = [replace(one, **reading) if isinstance(one, Example) else one for one in given]
     if store.several():
         facts = {"prompts": len(given), "digest of the prompts": digest(given)}
-        facts["options"] = repr((request, batch_size, options.dtype, reading))
+        facts["options"] = repr((request, raw, batch_size, options.dtype, reading))
         agree("what is asked", {**facts, **model_facts(found.model, loading["revision"], found.adapter)})
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from ftjax.compile_cache import keep_compiled_programs
     from ftjax.console import make_console
-    from ftjax.generate.session import Generator
+    from ftjax.generate.open import open_named
 
-    keep_compiled_programs()
     notes = make_console(stderr=True, quiet=store.index() > 0)
     with notes.status(f"loading {found.name}"):
-        generator = Generator(found.model, found.adapter, dtype=options.dtype, **loading)
+        opened = open_named(found, options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task("answers", total=len(given))
@@ -78,8 +74,9 @@ def generate(
         def show(done: int, tokens: int) -> None:
             bar.update(task, completed=done, description=f"{tokens:,} tokens")
 
+        request = replace(request, chat=False if raw else opened.chat)
         requests = [replace(request, prompt=one, number=number) for number, one in enumerate(given)]
-        answers = generator.answer(requests, batch_size=batch_size, progress=show)
+        answers = opened.generator.answer(requests, batch_size=batch_size, progress=show)
     if store.index():
         return
     clean = printable if sys.stdout.isatty() else str  # files get the model's text unchanged

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ftjax.generate.answer import Answer
 from ftjax.generate.decode import Runner
+from ftjax.generate.embed import Pooling, embed_step
 from ftjax.generate.score import head_step, score_step
 from ftjax.generate.steps import Sizes, Steps
 from ftjax.mesh import parts, spec
@@ -38,6 +39,9 @@ class Engine:
         self._programs: dict[Sizes, Programs] = {}
         self._score = jax.jit(
             partial(score_step, runner), static_argnames="temperature", out_shardings=NamedSharding(mesh, spec(()))
+        )
+        self._embed = jax.jit(
+            partial(embed_step, runner), static_argnames="pooling", out_shardings=NamedSharding(mesh, spec(()))
         )
         self._head = jax.jit(partial(head_step, runner), out_shardings=NamedSharding(mesh, spec(())))
         self.whole_prompts = any(rope.by_length for rope in model.ropes)  # RoPE needs the full length
@@ -69,6 +73,11 @@ class Engine:
         """Run `head_step` on host arrays."""
         with jax.set_mesh(self.mesh):
             return np.asarray(self._head(params, *map(self.shard_rows, batch)))
+
+    def embed(self, params: Mapping[str, jax.Array], *batch: np.ndarray, pooling: Pooling) -> np.ndarray:
+        """Run `embed_step` on host arrays."""
+        with jax.set_mesh(self.mesh):
+            return np.asarray(self._embed(params, *map(self.shard_rows, batch), pooling=pooling))
 
     def steps_to_switch(self, answer: Answer) -> float:
         """Return the number of tokens until LongRoPE switches frequencies, so that cached keys become invalid; 0 means now."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ftjax.config import Config
-from ftjax.config.load import load_config, print_note
+from ftjax.config.load import Override, load_config, print_note
 from ftjax.data.control import Mode
 from ftjax.errors import UserError
 from ftjax.hub.adapter.own_base import base_of
@@ -76,7 +76,7 @@ class Named:
 
 
 def find_named(
-    given: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, note: Callable[[str], None] = print_note
+    given: str, overrides: Sequence[Override] = (), *, adapter: Path | None = None, note: Callable[[str], None] = print_note
 ) -> Named:
     """Resolve a run folder (or its `final/` or `best/`), a configuration file, a PEFT folder or a model.
 

@@ -81,15 +81,17 @@ def head_step(
     return module.unembed(hidden, ctx)[:, 0]
 
 
-def completion_ids(prompt: Any, ids: Sequence[int], completion: str | Sequence[int], tokenizer: Any) -> list[int]:
+def completion_ids(
+    prompt: Any, ids: Sequence[int], completion: str | Sequence[int], tokenizer: Any, chat: bool | None = None
+) -> list[int]:
     """Return the token ids of a completion after a prompt with these ids, tokenised as in training, without an EOS token.
 
     Plain text is tokenised together with its prompt, unless tokens would merge across the boundary.
     """
     if not isinstance(completion, str):
         return [int(token) for token in completion]
-    if isinstance(prompt, str) and not tokenizer.chat_template:
-        whole = render_prompt(prompt + completion, tokenizer)
+    if isinstance(prompt, str) and (chat is False or not tokenizer.chat_template):
+        whole = render_prompt(prompt + completion, tokenizer, chat=chat)
         if whole[: len(ids)] == list(ids):
             return whole[len(ids) :]
     return tokenizer(completion, add_special_tokens=False)["input_ids"]

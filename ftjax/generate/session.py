@@ -17,6 +17,7 @@ from ftjax.data.template import example_prompt, render_prompt
 from ftjax.errors import UserError
 from ftjax.generate.answer import Answer, Generation
 from ftjax.generate.batch import groups
+from ftjax.generate.embed import Pooling
 from ftjax.generate.engine import Engine
 from ftjax.generate.finite import not_finite, require_finite
 from ftjax.generate.load import choose_dtype, load
@@ -186,13 +187,14 @@ class Generator:
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]], *, batch_size: int = BATCH_SIZE,
-        temperature: float = 1.0, progress: Callable[[int], None] | None = None,
+        temperature: float = 1.0, chat: bool | None = None, progress: Callable[[int], None] | None = None,
     ) -> list[Score]:  # fmt: skip
         """Return the log-likelihood of each completion given its prompt, token by token; no EOS token is added.
 
         Args:
             completions: texts (tokenised by `ftjax.generate.score.completion_ids`) or token ids.
             temperature: divides the logits.
+            chat: whether to render a text with the chat template; None: if the tokenizer has one.
             progress: called with the number of scored completions so far.
 
         Raises UserError for an empty completion or a text that does not fit into the model's context, and NotFinite if the
@@ -200,8 +202,8 @@ class Generator:
         """
         pairs = []
         for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            ids = self.encode(prompt, number)
-            pairs.append((ids, completion_ids(prompt, ids, completion, self.tokenizer)))
+            ids = self.encode(prompt, number, chat)
+            pairs.append((ids, completion_ids(prompt, ids, completion, self.tokenizer, chat)))
             size = len(ids) + len(pairs[-1][1])
             if size == len(ids) or size > self.context:
                 problem = "is empty" if size == len(ids) else f"ends at token {size}, and the model's context is {self.context}"
@@ -220,6 +222,26 @@ class Generator:
             if progress:
                 progress(len(found))
         return [found[i] for i in range(len(pairs))]
+
+    def embed(
+        self, texts: Sequence[str | Sequence[int]], *, pooling: Pooling = "last", batch_size: int = BATCH_SIZE
+    ) -> np.ndarray:
+        """Return an embedding of each text, float32 `[N, E]`, without the chat template.
+
+        Args:
+            texts: texts, or token ids.
+            pooling: the last hidden state (`last`), or the mean of all (`mean`).
+
+        Raises UserError as `answer` does, and NotFinite if a hidden state is not finite.
+        """
+        ids = [self.encode(text, number, chat=False) for number, text in enumerate(texts)]
+        batches, rows = groups([len(one) for one in ids], batch_size, self.engine.shards)
+        found = np.zeros((len(ids), self.model.sizes.embed), np.float32)
+        for batch in batches:
+            tokens, segments, *_ = arrays([Query(ids[i], [0], [0]) for i in batch], rows)
+            found[batch] = self.engine.embed(self.params, tokens, segments, pooling=pooling)[: len(batch)]
+            require_finite(found[batch], "a text", self.model, self.params)
+        return found
 
     def encode(
         self, prompt: Prompt, number: int = 0, chat: bool | None = None, tools: list[Any] | None = None,

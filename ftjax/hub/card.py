@@ -18,7 +18,8 @@ from ftjax.models.classifier import REGRESSION, SINGLE
 from ftjax.objectives import head_of
 
 LOADING = "How to load it"
-PLACES = ("adapter_path", "checkpoint_dir")  # settings that are local paths
+# Settings that are local paths or addresses
+PLACES = ("adapter_path", "checkpoint_dir", "teacher_logprobs", "teacher_model_server_url")
 PACKAGES = ("ftjax", "jax", "flax", "optax", "transformers", "tokenizers", "datasets")
 
 
@@ -108,7 +109,7 @@ def run_card(
             objective=config.objective.name,
             kind="model" if whole else "adapter",
             method_settings={key: value for key, value in sections["method"].items() if key not in PLACES},
-            training={name: sections[name] for name in ("objective", "optimizer")}
+            training={"objective": _public(sections["objective"]), "optimizer": sections["optimizer"]}
             | {"training": {key: value for key, value in sections["training"].items() if key not in PLACES}}
             | {"model": {key: sections["model"][key] for key in ("dtype", "compute_dtype")}}
             | {"data": {key: sections["data"][key] for key in ("max_length", "packing")}},
@@ -124,6 +125,14 @@ def run_card(
             problem_type=head and head.problem_type,
         )
     )
+
+
+def _public(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an objective without local paths; a teacher keeps its name."""
+    kept = {key: value for key, value in objective.items() if key not in PLACES}
+    if teacher := kept.get("teacher_model_name_or_path"):
+        kept["teacher_model_name_or_path"] = public_name(teacher)
+    return kept
 
 
 def with_section(card: str, title: str, text: str) -> str:

@@ -1,6 +1,7 @@
 """`ftjax export`: writes a run's result as a folder that other tools load."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,16 +35,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def export(
     run: Path | str, out: Path, *, adapter: Path | None = None, merge: bool = False, portable: bool = False,
-    push_to_hub: str | None = None, private: bool = True,
+    push_to_hub: str | None = None, private: bool = True, say: Callable[[str], None] = print,
 ) -> None:  # fmt: skip
-    """Export a run's `final/`, `final/` or `best/` itself, or any adapter folder to `out`; print what was written and what
-    loads it.
+    """Export a run's `final/`, `final/` or `best/` itself, or any adapter folder to `out`.
 
     Args:
         run: with `adapter`, its base model.
         merge: one model with the adapter's update added in float32, in the run's `model.dtype`, or else the base's dtype.
         portable: an adapter in the subset that vLLM and llama.cpp read: one rank, alpha = rank, plain LoRA keys.
         push_to_hub: a repository to upload `out` to, private unless told otherwise.
+        say: called with what was written and what loads it.
 
     Raises UserError if the folder is none of these, or its method cannot do what is asked.
     """
@@ -71,7 +72,7 @@ def export(
         for extra in ("README.md",):
             if (result / extra).exists() and not (folder / extra).exists():
                 shutil.copyfile(result / extra, folder / extra)
-    print("\n".join(describe(out)), flush=True)
+    say("\n".join(describe(out)))
     if push_to_hub:
         from ftjax.hub.push import push_folder
 

@@ -1,5 +1,6 @@
 """`ftjax export --gguf`: writes a run's result, or any model, as a GGUF file for llama.cpp, with a Modelfile for Ollama."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -27,13 +28,17 @@ from ftjax.models.classifier import classes_of
 from ftjax.models.model import Model, build_module
 
 
-def export_gguf(run: str, out: Path, *, asked: str | None, adapter: Path | None = None, lora: bool = False) -> None:
-    """Write a GGUF file and a Modelfile; print what was written and what loads it.
+def export_gguf(
+    run: str, out: Path, *, asked: str | None, adapter: Path | None = None, lora: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:  # fmt: skip
+    """Write a GGUF file and a Modelfile.
 
     Args:
         run: a run, its `final/` or `best/`, an adapter folder, or a model; with `adapter`, that adapter's base model.
         asked: one of `TYPES`; f16 by default, f32 for an adapter.
         lora: an adapter's update alone, for `llama-cli --lora`.
+        say: called with what was written and what loads it.
 
     Raises UserError if llama.cpp cannot compute the model as it is, or its tokenizer gives other ids.
     """
@@ -53,10 +58,11 @@ def export_gguf(run: str, out: Path, *, asked: str | None, adapter: Path | None 
         config = read_hf_config(resolve_config(base, revision))
         write_adapter(out, result, config, asked, out.stem)
         write_modelfile(modelfile, out)
-        _say(out, modelfile, f"an adapter for {public_name(base)}", f"llama-cli -m BASE.gguf --lora {out}")
+        say(_described(out, modelfile, f"an adapter for {public_name(base)}", f"llama-cli -m BASE.gguf --lora {out}"))
         return
     made = _whole(run) if result is None else _merged(result, run if adapter is not None else None)
     _write(out, modelfile, made, asked)
+    say(_described(out, modelfile, f"a whole model ({asked})", f"llama-cli -m {out}"))
 
 
 def _adapter_folder(run: str, adapter: Path | None) -> Path | None:
@@ -116,9 +122,10 @@ def _write(out: Path, modelfile: Path, made: Merged, asked: str) -> None:
     )  # fmt: skip
     stops = [tokenizer.convert_ids_to_tokens(index) for index in sorted(ends)]
     write_modelfile(modelfile, out, tokenizer=tokenizer, stops=stops, settings=settings)
-    _say(out, modelfile, f"a whole model ({asked})", f"llama-cli -m {out}")
 
 
-def _say(out: Path, modelfile: Path, what: str, command: str) -> None:
-    print(f"wrote {what} to {out}: {readable(out.stat().st_size)}, and {modelfile.name}")
-    print(f"  llama.cpp: {command}\n  Ollama:    ollama create {out.stem} -f {modelfile}", flush=True)
+def _described(out: Path, modelfile: Path, what: str, command: str) -> str:
+    return (
+        f"wrote {what} to {out}: {readable(out.stat().st_size)}, and {modelfile.name}\n"
+        f"  llama.cpp: {command}\n  Ollama:    ollama create {out.stem} -f {modelfile}"
+    )

@@ -1,10 +1,12 @@
 """Writes a merged model as a Hugging Face folder for `AutoModelForCausalLM.from_pretrained`."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from ftjax.config import MethodConfig
 from ftjax.hub.gather import host_piece
 from ftjax.hub.load import layout_in, open_model, read_block
 from ftjax.hub.narrow import narrowed
-from ftjax.hub.older_fields import older_fields
+from ftjax.hub.older_fields import REPLACED, older_fields
 from ftjax.hub.safetensors import Tensor, write_model
 from ftjax.hub.source import TensorSource
 from ftjax.methods import method_of
@@ -86,6 +88,17 @@ def model_tensors(
     ]
 
 
+def _tagged(value: Any) -> Any:
+    """Return the value with infinite numbers, which JSON lacks, as transformers writes them."""
+    if isinstance(value, Mapping):
+        return {key: _tagged(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_tagged(inner) for inner in value]
+    if isinstance(value, float) and math.isinf(value):
+        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+    return value
+
+
 def write_config(folder: Path, config: Mapping, dtype: str, source: Path) -> None:
     """Write config.json with the fields of transformers 5 and 4, and generation_config.json from the source or from
     `config`."""
@@ -94,7 +107,9 @@ def write_config(folder: Path, config: Mapping, dtype: str, source: Path) -> Non
     whole = {**with_text(config, dtype=dtype), "dtype": dtype}
     written = CONFIG_MAPPING[config["model_type"]].from_dict(whole).to_diff_dict()
     written.pop("_name_or_path", None)
-    text = json.dumps({**written, **older_fields(written)}, indent=2, sort_keys=True)
+    fields = {**written, **older_fields(written)}
+    fields.pop(REPLACED.get(config["model_type"]), None)
+    text = json.dumps(_tagged(fields), indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     generation = source / "generation_config.json"
     if source.is_dir() and generation.is_file():

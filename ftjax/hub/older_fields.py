@@ -10,6 +10,9 @@ from typing import Any
 # transformers 4 accepts a scaling of these families only as {type, factor} or {type, short_factor, long_factor}.
 NAMED_TYPE = {"olmo2", "phi3"}
 NEWER = {"gemma4_text", "gemma4_unified_text"}  # families that transformers 4 lacks, and whose classes take only new fields
+OLDER_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}  # of layers; transformers 5 reads both
+LETTERS = {"linear_attention": "M", "full_attention": "*", "moe": "E", "mlp": "-"}  # of layers, in a pattern
+REPLACED = {"nemotron_h": "layers_block_type"}  # a field that older code refuses, and transformers 5 does without
 
 
 def older_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,6 +27,11 @@ def older_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         fields["num_experts"] = config["num_local_experts"]
     if family == "gemma3_text" and (pattern := _pattern(config["layer_types"])):
         fields["sliding_window_pattern"] = pattern
+    if family == "granitemoehybrid" and config.get("layer_types"):
+        fields["layer_types"] = [OLDER_TYPES.get(kind, kind) for kind in config["layer_types"]]
+    if family == "nemotron_h" and (kinds := config.get("layers_block_type")):
+        fields["hybrid_override_pattern"] = "".join(LETTERS[kind] for kind in kinds)
+        fields["num_hidden_layers"] = len(kinds)
     if (rope := config.get("rope_parameters")) and family not in NEWER:
         fields |= _rope(family, rope, config)
     return fields

@@ -19,8 +19,8 @@ from ftjax.models.nn.layers import Linear
 HEAD = "score"
 ARCHITECTURE = "ForSequenceClassification"
 OTHERS = (  # families without such a class in transformers
-    "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "glm4_moe", "glm4_moe_lite", "granite", "granitemoe",
-    "llama4", "llama4_text", "olmoe",
+    "bamba", "falcon_h1", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "glm4_moe", "glm4_moe_lite",
+    "granite", "granitemoe", "granitemoehybrid", "lfm2_moe", "llama4", "llama4_text", "nemotron_h", "olmo_hybrid", "olmoe",
 )  # fmt: skip
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 

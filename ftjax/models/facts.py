@@ -149,6 +149,15 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def _untagged(value: Any) -> Any:
+    """Return the value with `{"__float__": "Infinity"}`, as transformers writes what JSON lacks, replaced by the number."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _untagged(inner) for key, inner in value.items()}
+    return [_untagged(inner) for inner in value] if isinstance(value, list) else value
+
+
 def complete_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Complete a raw config with the defaults of transformers' class; `rope_theta` and `rope_scaling` of older checkpoints
     become `rope_parameters`."""
@@ -163,7 +172,7 @@ def complete_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     try:
-        config = CONFIG_MAPPING[model_type].from_dict({**raw, "model_type": model_type})
+        config = CONFIG_MAPPING[model_type].from_dict({**_untagged(raw), "model_type": model_type})
     except Exception as error:  # transformers raises several kinds for values it refuses
         raise UserError(f"{where}: transformers refuses this configuration: {error}") from None
     return {**config.to_dict(), "model_type": model_type}

@@ -55,17 +55,22 @@ def stored_as(variable: nnx.Variable, module: str) -> None:
     variable.set_metadata("row", dataclasses.replace(variable.row, layouts=(layout,)))
 
 
-def build(facts: Facts) -> GraniteForCausalLM:
-    """Build the abstract model of a `granitemoe` config.json."""
-    embed, eps, vocab, layers = facts["hidden_size"], facts["rms_norm_eps"], facts["vocab_size"], facts["num_hidden_layers"]
-    count, top_k, act = facts["num_local_experts"], facts["num_experts_per_tok"], facts["hidden_act"]
+def routed(facts: Facts) -> SparseMoe:
+    """Build the layer of experts."""
+    embed, count, top_k = facts["hidden_size"], facts["num_local_experts"], facts["num_experts_per_tok"]
     router = Router(embed, count, top_k, normalise=True)
-    experts = Experts(embed, facts["intermediate_size"], count, act, ("gate", "up", "down"), None)
+    experts = Experts(embed, facts["intermediate_size"], count, facts["hidden_act"], ("gate", "up", "down"), None)
     stored_as(router.weight, "router.layer")
     stored_as(experts.gate_up_proj, "input_linear")
     stored_as(experts.down_proj, "output_linear")
-    moe = SparseMoe(router, experts, name="router")
-    block = GraniteMoeBlock(attention(facts, bias=facts["attention_bias"]), moe, embed, eps, facts["residual_multiplier"])
+    return SparseMoe(router, experts, name="router")
+
+
+def build(facts: Facts) -> GraniteForCausalLM:
+    """Build the abstract model of a `granitemoe` config.json."""
+    embed, eps, vocab, layers = facts["hidden_size"], facts["rms_norm_eps"], facts["vocab_size"], facts["num_hidden_layers"]
+    parts = attention(facts, bias=facts["attention_bias"]), routed(facts)
+    block = GraniteMoeBlock(*parts, embed, eps, facts["residual_multiplier"])
     stack = Stack(block, (Pattern(facts["attention_multiplier"]),) * layers)
     model = GraniteMoeModel(vocab, embed, eps, stack, whole_rope(facts), router_loss(facts), layers)
     model.multiplier = facts["embedding_multiplier"]

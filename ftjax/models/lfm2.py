@@ -123,7 +123,7 @@ class Lfm2Model(LlamaModel):
 def layer_types(facts: Facts) -> tuple[str, ...]:
     """Read the kind of each layer. Raises UserError for other kinds."""
     facts.inert("full_attn_idxs")  # transformers has computed `layer_types` from it
-    types = tuple(facts["layer_types"])
+    types = tuple(facts["layer_types"] or ())
     if set(types) - {"full_attention", "conv"} or len(types) != facts["num_hidden_layers"]:
         raise UserError(
             f"config.json of this {facts.model_type} model has layer_types {', '.join(map(str, types))} for "
@@ -142,22 +142,24 @@ def hidden_size(facts: Facts) -> int:
     return size if factor is None else multiple * -(-int(factor * size) // multiple)
 
 
+def mixer(facts: Facts, kind: str) -> Lfm2Attention | GatedConvolution:
+    """Build the mixer of a layer of this kind."""
+    embed, heads, kv_heads = facts["hidden_size"], facts["num_attention_heads"], facts["num_key_value_heads"]
+    if kind == "conv":
+        return GatedConvolution(embed, facts["conv_L_cache"], facts["conv_bias"])
+    return Lfm2Attention(embed, heads, kv_heads, head_size(facts), facts["norm_eps"])
+
+
 def build(facts: Facts) -> LlamaForCausalLM:
     """Build the abstract model of a `lfm2` config.json."""
     embed, eps, head_dim, types = facts["hidden_size"], facts["norm_eps"], head_size(facts), layer_types(facts)
-    heads, kv_heads, mlp = facts["num_attention_heads"], facts["num_key_value_heads"], hidden_size(facts)
+    mlp = hidden_size(facts)
     # Of the original implementation; transformers reads none of them.
     facts.inert("block_dim", "block_mlp_init_scale", "block_norm_eps", "block_out_init_scale", "block_use_swiglu",
                 "block_use_xavier_init", "conv_dim", "conv_dim_out", "conv_use_xavier_init", "num_heads",
                 "use_pos_enc", "theta")  # fmt: skip
-
-    def mixer(kind: str) -> Lfm2Attention | GatedConvolution:
-        if kind == "conv":
-            return GatedConvolution(embed, facts["conv_L_cache"], facts["conv_bias"])
-        return Lfm2Attention(embed, heads, kv_heads, head_dim, eps)
-
     facts.inert("conv_L_cache", "conv_bias")  # where no layer is a convolution
-    blocks = {kind: Lfm2Block(mixer(kind), Lfm2MLP(embed, mlp), embed, eps) for kind in sorted(set(types))}
+    blocks = {kind: Lfm2Block(mixer(facts, kind), Lfm2MLP(embed, mlp), embed, eps) for kind in sorted(set(types))}
     stack = Stack(blocks, (Pattern(head_dim**-0.5),) * len(types), types)
     model = Lfm2Model(facts["vocab_size"], embed, eps, stack, whole_rope(facts))
     return LlamaForCausalLM(model, read_sizes(facts), facts["tie_word_embeddings"])

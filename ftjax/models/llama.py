@@ -116,7 +116,8 @@ class LlamaBlock(nnx.Module):
 
 
 class LlamaModel(nnx.Module):
-    """The model without its output projection. Blocks get the angles of `rope` as `ctx.rope`: of a single RoPE, or by name."""
+    """The model without its output projection. Blocks get the angles of `rope` as `ctx.rope`: of a single RoPE, or by name;
+    None if it is empty."""
 
     def __init__(self, vocab: int, embed: int, eps: float, layers: Stack, rope: Rope | dict[str, Rope], norm: Norm = RMSNorm):
         self.rope = rope
@@ -135,7 +136,7 @@ class LlamaModel(nnx.Module):
     def __call__(self, tokens: Shaped[Array, "B T ..."], ctx: Context, cache: Memories = None):
         """Map tokens `[B, T]` to hidden states `[B, T, E]`; also return the cache and the auxiliary loss."""
         x = constrain(self.embed(tokens, ctx.dtype), "batch", "length", None)
-        ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids))
+        ctx = replace(ctx, rope=angles(self.rope, ctx.positions, ctx.segment_ids) or None)
         x, cache, aux = self.layers(x, ctx, cache)
         return self.last_norm(x), cache, aux
 

@@ -47,8 +47,10 @@ IMAGES_OF_QWEN = Composite(
 )
 
 FAMILIES: dict[str, Family] = {
+    "bamba": Family("bamba", "ibm-ai-platform/Bamba-9B-v2", "Bamba; Mamba-2, attention in a few layers"),
     "deepseek_v2": Family("deepseek_v2", "deepseek-ai/DeepSeek-V2-Lite-Chat", "DeepSeek V2; latent attention, routed experts"),
     "deepseek_v3": Family("deepseek_v3", "deepseek-ai/DeepSeek-V3", "DeepSeek V3, R1; latent attention, routed experts"),
+    "falcon_h1": Family("falcon_h1", "tiiuae/Falcon-H1-1.5B-Instruct", "Falcon-H1; attention and Mamba-2 side by side"),
     "gemma": Family("gemma", "google/gemma-2b-it", "Gemma, CodeGemma"),
     "gemma2": Family("gemma2", "google/gemma-2-2b-it", "Gemma 2; local and global layers, bounded logits"),
     "gemma3": Family(
@@ -86,6 +88,10 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family("gpt_oss", "openai/gpt-oss-20b", "gpt-oss; routed experts, attention sinks, MXFP4 files"),
     "granite": Family("granite", "ibm-granite/granite-3.3-2b-instruct", "Granite 3, dense"),
     "granitemoe": Family("granitemoe", "ibm-granite/granite-3.1-3b-a800m-instruct", "Granite 3 with routed experts, PowerMoE"),
+    "granitemoehybrid": Family(
+        "granitemoehybrid", "ibm-granite/granite-4.0-h-tiny", "Granite 4; Mamba-2 and attention, with or without experts"
+    ),
+    "lfm2_moe": Family("lfm2_moe", "LiquidAI/LFM2-8B-A1B", "LFM2 with routed experts"),
     "lfm2": Family("lfm2", "LiquidAI/LFM2-1.2B", "LFM2; gated short convolutions between attention layers"),
     "llama4": Family(
         "llama4_text",
@@ -122,8 +128,15 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "mixtral": Family("mixtral", "mistralai/Mixtral-8x7B-Instruct-v0.1", "Mixtral; routed experts"),
+    "nemotron_h": Family(
+        "nemotron_h",
+        "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+        "Nemotron-H, Nemotron 3; Mamba-2, attention, MLPs and experts",
+        prefix="backbone",
+    ),
     "olmo2": Family("olmo2", "allenai/OLMo-2-0425-1B-Instruct", "OLMo 2"),
     "olmo3": Family("olmo3", "allenai/Olmo-3-7B-Instruct", "OLMo 3; three windowed layers to one global"),
+    "olmo_hybrid": Family("olmo_hybrid", "allenai/Olmo-Hybrid-7B", "OLMo Hybrid; linear attention"),
     "olmoe": Family("olmoe", "allenai/OLMoE-1B-7B-0924-Instruct", "OLMoE; routed experts"),
     "phi3": Family("phi3", "microsoft/Phi-4-mini-instruct", "Phi-3 and Phi-3.5 mini, Phi-4, Phi-4-mini"),
     "phimoe": Family("phimoe", "microsoft/Phi-3.5-MoE-instruct", "Phi-3.5-MoE; routed experts"),

@@ -11,6 +11,8 @@ from ftjax.models.nn.param import specs
 from ftjax.models.nn.stack import memories
 from ftjax.models.registry import FAMILIES
 
+WITHOUT_WINDOWS = {"nemotron_h"}  # transformers has the field and does not read it
+
 
 @dataclass(frozen=True)
 class Support:
@@ -24,7 +26,7 @@ class Support:
         tensor_parallel: whether heads and feed-forward layers may be sharded (`mesh.tensor`).
         windows: whether layers may have a sliding window, if config.json has one.
         experts: whether (some) feed-forward layers have routed experts.
-        positions: `rotary`, or `learned` (a table with one row per position).
+        positions: `rotary`, `learned` (a table with one row per position), or `none`.
     """
 
     model_type: str
@@ -52,6 +54,8 @@ def families() -> list[Support]:
         defaults = CONFIG_MAPPING[name]().to_dict()
         if "num_experts_per_tok" in defaults:  # some classes have no default for it
             defaults["num_experts_per_tok"] = defaults["num_experts_per_tok"] or 1
+        if defaults.get("layer_types", ()) is None:  # or for these
+            defaults["layer_types"] = ["full_attention"] * defaults["num_hidden_layers"]
         root = build_module(complete_config(defaults, name))
         axes = {axis for spec in specs(root).values() for axis in spec.row.axes}
         found.append(
@@ -61,9 +65,9 @@ def families() -> list[Support]:
                 family.notes,
                 packing=packs(memories(root)),
                 tensor_parallel={"heads", "mlp"} <= axes,
-                windows="sliding_window" in fields,
+                windows="sliding_window" in fields and name not in WITHOUT_WINDOWS,
                 experts=not fields.isdisjoint({"num_experts_per_tok", "top_k_experts"}),
-                positions="rotary" if "rope_parameters" in fields else "learned",
+                positions="rotary" if "rope_parameters" in fields else "none" if root.max_positions is None else "learned",
             )
         )
     return found

@@ -7,7 +7,7 @@ from ftjax.config.schema import add_objective
 from ftjax.data.encoding import RowEncoding
 from ftjax.objectives.objective import Head, Objective
 
-NAMES = ("sft", "classification", "dpo", "simpo", "cpo", "orpo", "kto", "reward", "grpo", "rloo")
+NAMES = ("sft", "classification", "dpo", "simpo", "cpo", "orpo", "kto", "reward", "grpo", "rloo", "distill")
 
 # name in the configuration -> file, or the record itself
 OBJECTIVES: dict[str, str | Objective] = {name: name for name in NAMES}
@@ -27,6 +27,11 @@ def head_of(config: Config) -> Head | None:
 def encoding_of(config: Config) -> RowEncoding:
     """Return the encoding of rows into documents of the configuration's objective."""
     return objective_of(config).encoding(config.objective)
+
+
+def generates(config: Config) -> bool:
+    """Return whether the configuration's objective trains answers that the model in training generates."""
+    return objective_of(config).generates(config.objective)
 
 
 def register(objective: Objective) -> None:

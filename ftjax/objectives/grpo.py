@@ -227,5 +227,5 @@ OBJECTIVE = Objective(
     reference=lambda section: section.beta > 0,
     statistics=statistics,
     warning=warning,
-    generates=True,
+    generates=lambda section: True,
 )

@@ -68,7 +68,7 @@ def token_logprobs(
     else:
         inputs, length = [hidden, targets, keep], chunk
     of = partial(_of_chunk, entropy, top, temperature)
-    found = _per_token(output.unembed, output.arrange, of, min(length, inputs[1].shape[1]), alone, output.trained, *inputs)
+    found = per_token(output.unembed, output.arrange, of, min(length, inputs[1].shape[1]), alone, output.trained, *inputs)
     if not alone:
         return found
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
@@ -117,17 +117,19 @@ def _of_chunk(
     return TokenLogprobs(logprobs, greedy, spread, best)
 
 
-# (logits [B, C, V], targets [B, C], keep [B, C]) -> result per token
-OfChunk = Callable[[jax.Array, jax.Array, jax.Array], TokenLogprobs]
+# (logits [B, C, V], targets [B, C], keep [B, C]) -> result per token: `TokenLogprobs`, or without gradients any tree of arrays
+OfChunk = Callable[[jax.Array, jax.Array, jax.Array], Any]
 
 
-def _chunk(unembed, arrange, of: OfChunk, params, hidden, targets, keep) -> TokenLogprobs:
+def _chunk(unembed, arrange, of: OfChunk, params, hidden, targets, keep) -> Any:
     found = of(unembed(params, (arranged := arrange(hidden, targets, keep))[0]), *arranged[1:])
     return jax.tree.map(lambda x: constrain(x, "batch", "length", *(None,) * (x.ndim - 2)), found)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _per_token(unembed, arrange, of, length, skip, params, hidden, targets, keep) -> TokenLogprobs:
+def per_token(unembed, arrange, of, length, skip, params, hidden, targets, keep) -> Any:
+    """Return the result of `of` for all tokens, a chunk of `length` tokens per row at a time."""
+
     def body(_, chunk):
         return None, unless_idle(skip, lambda: _chunk(unembed, arrange, of, params, *chunk), chunk[-1])
 
@@ -136,7 +138,7 @@ def _per_token(unembed, arrange, of, length, skip, params, hidden, targets, keep
 
 
 def _forward(unembed, arrange, of, length, skip, params, hidden, targets, keep):
-    return _per_token(unembed, arrange, of, length, skip, params, hidden, targets, keep), (params, hidden, targets, keep)
+    return per_token(unembed, arrange, of, length, skip, params, hidden, targets, keep), (params, hidden, targets, keep)
 
 
 def _backward(unembed, arrange, of, length, skip, inputs: Any, cotangent: TokenLogprobs):
@@ -161,4 +163,4 @@ def _backward(unembed, arrange, of, length, skip, inputs: Any, cotangent: TokenL
     return d_params, joined(d_hidden, hidden.shape[1]), None, None
 
 
-_per_token.defvjp(_forward, _backward)
+per_token.defvjp(_forward, _backward)

@@ -38,8 +38,8 @@ class LossTotals(NamedTuple):
     metrics: Mapping[str, tuple[jax.Array, jax.Array]]
 
 
-# (float32 logits [B, C, V], targets [B, C] or [B, C, ...], weights [B, C]) -> their totals
-Measure = Callable[[jax.Array, jax.Array, jax.Array], LossTotals]
+# (float32 logits [B, C, V], targets [B, C] or [B, C, ...] or a tree of such, weights [B, C]) -> their totals
+Measure = Callable[[jax.Array, Any, jax.Array], LossTotals]
 
 
 def cross_entropy(logits: Float[Array, "B C V"], targets: Int[Array, "B C"], weights: Float[Array, "B C"]) -> LossTotals:
@@ -56,12 +56,12 @@ def cross_entropy(logits: Float[Array, "B C V"], targets: Int[Array, "B C"], wei
 
 
 # (hidden [B, C, E], targets [B, C], weights [B, C]) -> the same, sharded as the projection needs them
-Arrange = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+Arrange = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any, jax.Array]]
 
 
 def keep_sharding(
-    hidden: Float[Array, "B C E"], targets: Shaped[Array, "B C *of"], weights: Float[Array, "B C"]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    hidden: Float[Array, "B C E"], targets: Any, weights: Float[Array, "B C"]
+) -> tuple[jax.Array, Any, jax.Array]:
     """Leave a chunk sharded as it is."""
     return hidden, targets, weights
 
@@ -76,10 +76,10 @@ def reorder(x: Shaped[Array, "B T *of"], order: Int[Array, " tokens"]) -> Shaped
     return jnp.asarray(x).reshape(-1, *x.shape[2:]).at[order].get(unique_indices=True, mode="promise_in_bounds")[None]
 
 
-def trained_first(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def trained_first(hidden: jax.Array, targets: Any, weights: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
     """Put all tokens of a batch into one row, those with weight first: `[B, T, ...]` -> `[1, B * T, ...]`."""
     order = trained_order(weights)
-    return reorder(hidden, order), reorder(targets, order), reorder(weights, order)
+    return jax.tree.map(lambda x: reorder(x, order), (hidden, targets, weights))
 
 
 def zeros_of(run: Callable[[], Any]) -> Any:
@@ -100,7 +100,7 @@ def token_totals(
     length: int,
     params: Any,
     hidden: Float[Array, "B T E"],
-    targets: Shaped[Array, "B T *of"],
+    targets: Any,
     weights: Float[Array, "B T"],
     arrange: Arrange = keep_sharding,
     skip: bool = False,
@@ -112,7 +112,8 @@ def token_totals(
         unembed: the projection to the vocabulary; it may close over frozen arrays, but not over differentiated ones.
         length: tokens per row whose logits exist at one time (C).
         params: differentiated argument of `unembed`: its trained parameters.
-        targets: the token to predict at each position, or what else `measure` takes.
+        targets: the token to predict at each position, or what else `measure` takes: an array `[B, T, ...]` or a tree of them.
+            No gradient flows into it.
         weights: zero for tokens that are not trained.
         arrange: shards each chunk over the devices.
         skip: skip chunks without trained tokens; several devices would have to agree on it first.
@@ -133,8 +134,8 @@ def _totals(unembed, arrange, measure, length, skip, params, hidden, targets, we
     def body(totals, chunk):
         return jax.tree.map(jnp.add, totals, unless_idle(skip, lambda: of(chunk), chunk[-1])), None
 
-    xs = tuple(chunks(x, length) for x in (hidden, targets, weights))
-    return jax.lax.scan(body, zeros_of(lambda: of([x[0] for x in xs])), xs)[0]
+    xs = _in_chunks(length, hidden, targets, weights)
+    return jax.lax.scan(body, zeros_of(lambda: of(_first(xs))), xs)[0]
 
 
 def _forward(unembed, arrange, measure, length, skip, params, hidden, targets, weights):
@@ -154,11 +155,20 @@ def _forward(unembed, arrange, measure, length, skip, params, hidden, targets, w
         carry = jax.tree.map(jnp.add, totals, more), added(d_params, d_more)
         return carry, d_h
 
-    xs = tuple(chunks(x, length) for x in (hidden, targets, weights))
-    totals = zeros_of(lambda: _chunk_totals(unembed, arrange, measure, params, *(x[0] for x in xs)))
+    xs = _in_chunks(length, hidden, targets, weights)
+    totals = zeros_of(lambda: _chunk_totals(unembed, arrange, measure, params, *_first(xs)))
     (totals, d_params), d_hidden = jax.lax.scan(body, (totals, float32_zeros(params)), xs)
     d_params = jax.tree.map(lambda g, x: g.astype(x.dtype), d_params, params)
     return totals, (d_params, joined(d_hidden, hidden.shape[1]))
+
+
+def _in_chunks(length: int, *tokens: Any) -> tuple[Any, ...]:
+    return jax.tree.map(lambda x: chunks(x, length), tokens)
+
+
+def _first(xs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the first chunk."""
+    return jax.tree.map(lambda x: x[0], xs)
 
 
 def float32_zeros(params: Any) -> Any:

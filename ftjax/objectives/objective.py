@@ -14,7 +14,7 @@ from ftjax.models.model import Model
 from ftjax.models.nn.context import Context
 from ftjax.objectives.logprobs import TokenLogprobs, token_logprobs
 from ftjax.objectives.loss import LossTotals, Measure, cross_entropy, token_totals, trained_first
-from ftjax.objectives.projection import one_device, projection
+from ftjax.objectives.projection import Projection, one_device, projection
 
 
 class Head(NamedTuple):
@@ -64,24 +64,29 @@ class Forward:
         """The model's own loss, such as a router's."""
         return self._hidden[1]
 
-    def _chunk_length(self, shape: tuple[int, int]) -> int:
+    def chunk_length(self, shape: tuple[int, int]) -> int:
         """Return the tokens per row `[B, T]` that make a chunk of about `chunk` tokens."""
         rows, length = shape
         return min(length, max(1, self.chunk // rows))
 
-    def token_totals(self, targets: Shaped[Array, "B T ..."] | None = None, measure: Measure = cross_entropy) -> LossTotals:
+    @cached_property
+    def output(self) -> Projection:
+        """The projection of hidden states to the vocabulary."""
+        return projection(self.model, self.trainable, self.frozen, self.ctx)
+
+    def token_totals(self, targets: Any = None, measure: Measure = cross_entropy) -> LossTotals:
         """Sum a loss that is a weighted sum over tokens; its logits are computed once (`ftjax.objectives.loss`).
 
         Args:
-            targets: None for the batch's.
+            targets: `[B, T, ...]`, or a tree of such arrays; None for the batch's.
             measure: function of logits, targets and the batch's weights.
         """
         tokens = self.hidden, self.batch["targets"] if targets is None else targets, self.batch["weights"]
-        output = projection(self.model, self.trainable, self.frozen, self.ctx)
+        output = self.output
         alone = one_device()
         if alone:
             tokens = trained_first(*tokens)
-        length = self._chunk_length(tokens[-1].shape)
+        length = self.chunk_length(tokens[-1].shape)
         return token_totals(output.unembed, length, output.trained, *tokens, output.arrange, alone, measure)
 
     def token_logprobs(
@@ -108,14 +113,12 @@ class Forward:
 
     def _token_logprobs(self, wanted: jax.Array, entropy: bool, top: int, temperature: float) -> TokenLogprobs:
         hidden, targets = self.hidden, self.batch["targets"]
-        output = projection(self.model, self.trainable, self.frozen, self.ctx)
-        length = self._chunk_length(wanted.shape)
-        return token_logprobs(output, hidden, targets, length, wanted, entropy=entropy, top=top, temperature=temperature)
+        length = self.chunk_length(wanted.shape)
+        return token_logprobs(self.output, hidden, targets, length, wanted, entropy=entropy, top=top, temperature=temperature)
 
     def scores(self) -> Float32[Array, "B T classes"]:
         """Compute the outputs of a head at every token."""
-        output = projection(self.model, self.trainable, self.frozen, self.ctx)
-        return output.unembed(output.trained, self.hidden)
+        return self.output.unembed(self.output.trained, self.hidden)
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ class LossInputs(Forward):
     Attributes:
         config: configuration of the run.
         reference: the model as it was before training, on the same batch; None if the objective needs none.
+        teacher: another model, on the same batch; None if the objective has none.
         own_statistics: the objective's `statistics`.
         all_statistics: its statistics of all microbatches of the update, stacked on axis 0; None if this is the only one.
         number: the index of this microbatch.
@@ -132,6 +136,7 @@ class LossInputs(Forward):
 
     config: Config
     reference: Forward | None = None
+    teacher: Forward | None = None
     own_statistics: "Statistics | None" = None
     all_statistics: Any = None
     number: Int[Array, ""] | int = 0
@@ -162,6 +167,7 @@ class Objective:
             evaluation always reports them, and they replace a mean of the same name; training does if it computes metrics.
         head: `(section)` -> the head that is trained in place of the projection to the vocabulary; None for no head.
         reference: `(section)` -> whether the loss needs the model as it was before training.
+        teacher: `(section)` -> the name and the revision of another model that the loss learns from, or None.
         precomputed: `(section)` -> function of the reference model's forward pass that returns a value for each document of a
             batch, `[B, documents]`, computed once before training and carried by the documents; None: no such value.
         moving: `(section)` -> (updates, share): every so many updates the reference model moves by that share towards the
@@ -170,7 +176,8 @@ class Objective:
         statistics: what the loss of an update depends on besides its own microbatch, such as a mean over all rows. Computed for
             every microbatch before the losses, without gradients; None if the loss is a sum over rows.
         warning: `(section, means)` -> what looks wrong in a row of training metrics, or None.
-        generates: rows are prompts, and the documents of a batch are answers that the model in training generates.
+        generates: `(section)` -> whether the documents of a batch are answers to prompts that the model in training generates;
+            an update then counts documents, not rows.
         train_metrics: compute the metrics in updates, too. False leaves them to evaluations, where the loss alone is cheaper.
     """
 
@@ -180,10 +187,11 @@ class Objective:
     derived: Callable[[Any, Mapping[str, float]], dict[str, float]] = lambda section, means: {}
     head: Callable[[Any], Head | None] = lambda section: None
     reference: Callable[[Any], bool] = lambda section: False
+    teacher: Callable[[Any], tuple[str, str | None] | None] = lambda section: None
     precomputed: Callable[[Any], Callable[[Forward], jax.Array] | None] = lambda section: None
     moving: Callable[[Any], tuple[int, float] | None] = lambda section: None
     complete: Callable[[Config], Config] = lambda config: config
     statistics: Statistics | None = None
     warning: Callable[[Any, Mapping[str, float]], str | None] = lambda section, means: None
     train_metrics: bool = True
-    generates: bool = False
+    generates: Callable[[Any], bool] = lambda section: False

@@ -69,8 +69,10 @@ def _sharded_output(model: Model, params: Mapping[str, jax.Array]) -> tuple[dict
         return constrain(own[path], *(None if axis == "embed" else axis for axis in axes))
 
     def arrange(hidden, targets, weights):
-        rows = "batch", "length"
-        return gathered(hidden, (*rows, None)), *(constrain(x, *rows, without=WEIGHT_AXES) for x in (targets, weights))
+        def whole(x):
+            return constrain(x, "batch", "length", *(None,) * (x.ndim - 2), without=WEIGHT_AXES)
+
+        return gathered(hidden, ("batch", "length", None)), *jax.tree.map(whole, (targets, weights))
 
     return {path: lay_out(path) for path in own}, arrange if divides else keep_sharding
 

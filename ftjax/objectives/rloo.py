@@ -41,5 +41,5 @@ OBJECTIVE = Objective(
     loss,
     reference=lambda section: section.beta > 0,  # for the rewards
     warning=warning,
-    generates=True,
+    generates=lambda section: True,
 )

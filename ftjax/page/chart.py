@@ -4,27 +4,31 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from ftjax.page.document import COLOURS, key
+
 WIDTH, HEIGHT = 560, 260
 RIGHT, TOP, FOOT = 14, 14, 54  # margins; the left one fits the labels
 LETTER = 10  # width of a letter in the largest size that the page's style gives it
 NOISE = 1e-6  # relative difference below which values are equal up to rounding
-COLOURS = ("a", "b")
 
 Points = Sequence[tuple[float, float]]
 
 
 def line_chart(title: str, series: Mapping[str, Points], *, across: str = "step") -> str:
-    """Draw one or two series over `across`, without points that are not finite. Empty if no point is left."""
+    """Draw series over `across`, without points that are not finite; a series has the colour of its place. Empty if no point is
+    left.
+    """
     kept = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
     kept = {name: thinned(points) for name, points in kept.items() if points}
     if not kept:
         return ""
     every = [point for points in kept.values() for point in points]
+    colours = dict(zip(series, COLOURS, strict=False))
     y_of, y_ticks = _axis([y for _, y in every], HEIGHT - FOOT, TOP)
     left = _margin(_labels(y_ticks))
     x_of, x_ticks = _axis([x for x, _ in every], left, WIDTH - RIGHT - _half(f"{max(x for x, _ in every):,.0f}"), whole=True)
     parts = [*_grid(y_ticks, y_of, left), *_below(x_ticks, x_of), _label(across, left)]
-    for (name, points), colour in zip(kept.items(), COLOURS, strict=False):
+    for (name, points), colour in ((one, colours[one[0]]) for one in kept.items()):
         places = [(x_of(x), y_of(y)) for x, y in points]
         if len(places) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -36,7 +40,7 @@ def line_chart(title: str, series: Mapping[str, Points], *, across: str = "step"
                 for (x, y), value in zip(places, points, strict=True)
             ]
     told = "; ".join(_described(name, points, across) for name, points in kept.items())
-    return _figure(title, told, parts, HEIGHT, list(kept) if len(kept) > 1 else [])
+    return _figure(title, told, parts, HEIGHT, {name: colours[name] for name in kept} if len(series) > 1 else {})
 
 
 def interval_chart(title: str, values: Mapping[str, tuple[float, float, float]]) -> str:
@@ -62,7 +66,7 @@ def interval_chart(title: str, values: Mapping[str, tuple[float, float, float]])
         if math.isfinite(value):
             parts.append(f'<circle class="dot {colour}" cx="{x_of(value):.1f}" cy="{y:.1f}" r="5"/>')
     told = "; ".join(f"{name}: {value:.4g}, from {low:.4g} to {high:.4g}" for name, (value, low, high) in values.items())
-    return _figure(title, told, parts, height, [])
+    return _figure(title, told, parts, height, {})
 
 
 def histogram_chart(title: str, bins: Sequence[tuple[int, int, int]], across: str, what: str) -> str:
@@ -82,7 +86,7 @@ def histogram_chart(title: str, bins: Sequence[tuple[int, int, int]], across: st
         if number % every == 0:
             parts.append(f'<text x="{x + step / 2:.1f}" y="{HEIGHT - FOOT + 22}" text-anchor="middle">{low:,}</text>')
     told = "; ".join(f"{low:,} to {high:,}: {count:,}" for low, high, count in bins)
-    return _figure(title, f"{what} by {across}: {told}", [*parts, _label(across, left)], HEIGHT, [])
+    return _figure(title, f"{what} by {across}: {told}", [*parts, _label(across, left)], HEIGHT, {})
 
 
 def thinned(points: Points, most: int = 1000) -> Points:
@@ -97,10 +101,10 @@ def thinned(points: Points, most: int = 1000) -> Points:
     return sorted(kept)
 
 
-def _figure(title: str, told: str, parts: Sequence[str], height: float, key: Sequence[str]) -> str:
-    shown = "".join(f'<span class="key {colour}"></span>{escape(name)}' for name, colour in zip(key, COLOURS, strict=False))
+def _figure(title: str, told: str, parts: Sequence[str], height: float, shown: Mapping[str, str]) -> str:
+    named = "".join(key(name, colour) for name, colour in shown.items())
     return (
-        f'<figure><figcaption>{escape(title)}{shown}</figcaption><svg viewBox="0 0 {WIDTH} {height:g}" role="img">'
+        f'<figure><figcaption>{escape(title)}{named}</figcaption><svg viewBox="0 0 {WIDTH} {height:g}" role="img">'
         f"<title>{escape(title)}</title><desc>{escape(told)}</desc>{''.join(parts)}</svg></figure>"
     )
 

@@ -3,12 +3,16 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
+COLOURS = tuple(f"k{number}" for number in range(1, 9))  # of series, as classes
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #5b626c; --line: #d9dce1; --panel: #f6f7f9;
   --a: #2a6fbb; --b: #c2571a; --good: #23763a; --bad: #b3261e; --warn: #8a5a00; --warn-paper: #fff6e0;
+  --k3: #23763a; --k4: #8e44ad; --k5: #0e8a8a; --k6: #b3261e; --k7: #7a6a00; --k8: #555c66;
   --trained: #bfe8c5; --weighted: #f3e2a0; --shade: rgb(0 0 0 / .28); }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #15181c; --soft: #9aa3ae; --line: #363c44;
   --panel: #1e2228; --a: #6fb1f5; --b: #f0935a; --good: #6fce88; --bad: #ff8a80; --warn: #f0c060; --warn-paper: #2f2710;
+  --k3: #6fce88; --k4: #c79be6; --k5: #5fcfcf; --k6: #ff8a80; --k7: #d8c653; --k8: #b5bcc6;
   --trained: #1d5a2a; --weighted: #6b5a10; --shade: rgb(255 255 255 / .3); } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 72rem;
@@ -42,10 +46,14 @@ figure { margin: 0; background: var(--panel); border-radius: 8px; padding: .8rem
 figure svg { display: block; width: 100%; height: auto; } figcaption { margin-bottom: .3rem; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .bar { fill: var(--a); } svg .zero { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
-svg .a { stroke: var(--a); } svg .b { stroke: var(--b); } svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-svg .dot { stroke: none; } svg .dot.a { fill: var(--a); } svg .dot.b { fill: var(--b); } svg .whisker { stroke-width: 2; }
-.key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin: 0 .3rem 0 .8rem; vertical-align: -1px; }
-.key.a { background: var(--a); } .key.b { background: var(--b); }
+svg .line, svg .whisker { stroke: var(--own); } svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+svg .dot { stroke: none; fill: var(--own); } svg .whisker { stroke-width: 2; }
+.key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin: 0 .3rem 0 .8rem; vertical-align: -1px;
+  background: var(--own); }
+.named { display: inline-block; }
+.k1 { --own: var(--a); } .k2 { --own: var(--b); } .k3 { --own: var(--k3); } .k4 { --own: var(--k4); }
+.k5 { --own: var(--k5); } .k6 { --own: var(--k6); } .k7 { --own: var(--k7); } .k8 { --own: var(--k8); }
+.keys { position: sticky; top: 0; z-index: 1; background: var(--paper); padding: .3rem 0; overflow-wrap: anywhere; }
 pre, .text { font: .85rem/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; }
 pre { background: var(--panel); border-radius: 8px; padding: .8rem; max-height: 40rem; overflow: auto; }
 details { margin: .5rem 0; } summary { cursor: pointer; padding: .3rem 0; color: var(--a); }
@@ -100,3 +108,19 @@ def details(summary: str, *inner: str) -> str:
 def text(value: str) -> str:
     """Return the HTML of a text as it is, with its line breaks."""
     return f'<div class="text">{escape(value)}</div>'
+
+
+def section(title: str, parts: Iterable[str]) -> list[str]:
+    """Return the HTML of a section with a heading; empty without parts."""
+    parts = [part for part in parts if part]
+    return [f"<section><h2>{escape(title)}</h2>", *parts, "</section>"] if parts else []
+
+
+def key(name: str, colour: str) -> str:
+    """Return the HTML of a coloured square and the name of its series."""
+    return f'<span class="named"><span class="key {colour}"></span>{escape(name)}</span>'
+
+
+def keys(names: Sequence[str]) -> str:
+    """Return the HTML of a key of all series, which stays in sight."""
+    return f'<p class="keys">{"".join(map(key, names, COLOURS))}</p>'

@@ -1,0 +1,1 @@
+"""Plans. As `ftjax.plan(config, topology)`, this package is the function `ftjax.api.look.plan`."""

@@ -20,7 +20,7 @@ from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.hub.vocabulary import hf_config_of
 from ftjax.mesh import notes
-from ftjax.objectives import objective_of
+from ftjax.objectives import generates
 from ftjax.plan.advice import advice
 from ftjax.plan.arithmetic import program_flops
 from ftjax.plan.hlo import Program
@@ -134,7 +134,7 @@ def _describe(made: Design, topology: Topology, memory: dict[str, float], flops:
         needed_flops=needed.per_token(config.data.max_length) * options.global_batch_size * config.data.max_length,
         formula=needed.formula(config.data.max_length),
         mesh_notes=notes(made.mesh),
-        not_planned=GENERATION if objective_of(config).generates else None,
+        not_planned=GENERATION if generates(config) else None,
     )
 
 

@@ -17,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ftjax import __version__
 from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.hub.run_folder import starting_adapter
@@ -25,6 +24,7 @@ from ftjax.hub.same_model import model_digest
 from ftjax.hub.vocabulary import hf_config_of
 from ftjax.plan.result import Plan, from_json
 from ftjax.plan.topology import parse
+from ftjax.version import __version__
 
 KNEE = 0.9  # of the best tokens/s per chip
 COLUMNS = (

@@ -1,12 +1,14 @@
-"""`ftjax report`: a run on one page, and in a few lines."""
+"""`ftjax report`: a run on one page, and in a few lines; several runs side by side."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ftjax.errors import UserError
-from ftjax.page.document import page
+from ftjax.page.document import page, section
+from ftjax.report.compare import MOST, named, print_comparison
+from ftjax.report.compare_page import comparison
 from ftjax.report.curves import curves
 from ftjax.report.read import Run, read_run
 from ftjax.report.results import checks, evaluations, generations, rewarded
@@ -28,13 +30,43 @@ def report(folder: Path, *, out: Path | None = None, console: Any = None) -> Pat
     console = console or make_console()
     run = read_run(folder)
     out = out or run.folder / "report.html"
-    try:
-        out.write_text(html(run), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another file with --out") from None
+    _write(out, html(run))
     print_summary(run, console)
     say(console, f"written: {out}")
     return out
+
+
+def compare(folders: Sequence[Path], *, out: Path | None = None, console: Any = None) -> Path:
+    """Write the page that compares runs, print the comparison, and return the path of the page.
+
+    Args:
+        folders: output_dirs of runs, finished or not.
+        out: the HTML file; None for `comparison.html` beside the first run.
+
+    Raises UserError as `report` does, for a run that is given twice, and for more runs than can be told apart.
+    """
+    from ftjax.console import make_console, say
+
+    if len(folders) > MOST:
+        raise UserError(
+            f"report: {len(folders)} runs; at most {MOST} can be told apart on one page (ftjax runs lists any number)"
+        )
+    found = [read_run(folder) for folder in folders]
+    if len({run.folder.resolve() for run in found}) < len(found):
+        raise UserError("report: a run is given twice; name each once")
+    console, runs = console or make_console(), named(found)
+    out = out or found[0].folder.resolve().parent / "comparison.html"
+    _write(out, comparison(runs))
+    print_comparison(runs, console)
+    say(console, f"written: {out}")
+    return out
+
+
+def _write(out: Path, text: str) -> None:
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another file with --out") from None
 
 
 def html(run: Run) -> str:
@@ -53,15 +85,10 @@ def html(run: Run) -> str:
         ("Before and after", evaluations(run)),
         ("Safety and stability", checks(run)),
         ("Answers while training", generations(run)),
-        ("Answers and their rewards", rewarded(run)),
+        ("Answers of the student" if run.config.objective.name == "distill" else "Answers and their rewards", rewarded(run)),
         ("Data", data(run)),
         ("Configuration", configuration(run)),
         ("Environment", environment(run)),
     ):
-        body += _section(title, parts)
+        body += section(title, parts)
     return page(f"{name}: ftjax report", [*body, "</main>"])
-
-
-def _section(title: str, parts: Iterable[str]) -> list[str]:
-    parts = [part for part in parts if part]
-    return [f"<section><h2>{escape(title)}</h2>", *parts, "</section>"] if parts else []

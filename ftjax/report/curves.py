@@ -9,6 +9,8 @@ from ftjax.report.read import Run
 RATE = "tokens per second"
 PICTURES = (
     ("loss", {"training": "train/loss", "validation": "eval/loss"}),
+    ("divergence from the teacher (nats)", {"training": "train/divergence", "validation": "eval/divergence"}),
+    ("cross-entropy of the data's answers (nats)", {"training": "train/cross_entropy", "validation": "eval/cross_entropy"}),
     ("reward", {"training": "train/reward", "validation": "eval/reward"}),
     ("share of prompts whose answers are all rewarded alike", {"share": "train/frac_reward_zero_std"}),
     ("tokens of an answer", {"training": "train/completions/mean_length", "validation": "eval/completions/mean_length"}),

@@ -172,7 +172,8 @@ def rewarded(run: Run) -> Iterable[str]:
         prompts: dict[str, dict[str, str]] = {}
         for number, row in enumerate(rows):
             said = ", ".join(f"{name} {value}" for name, value in row.items() if name not in ("prompt", "text"))
-            prompts.setdefault(row.get("prompt", ""), {})[f"answer {number + 1}: {said}"] = row.get("text", "")
+            title = f"answer {number + 1}{f': {said}' if said else ''}"
+            prompts.setdefault(row.get("prompt", ""), {})[title] = row.get("text", "")
         yield from (sample(prompt, sides) for prompt, sides in prompts.items())
 
 

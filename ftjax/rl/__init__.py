@@ -1,1 +1,1 @@
-"""Learning from rewards: answers that the model in training generates, their rewards, and batches made of them."""
+"""Learning from answers that the model in training generates: their rewards, or what a teacher says, and batches of them."""

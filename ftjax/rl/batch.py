@@ -1,4 +1,4 @@
-"""Answers as batches: prompts with answers, packed into rows, each trained token with its values.
+"""Answers as batches: documents packed into rows, each token with its values.
 
 The prompt `5 6` with the answer `7 2`, of advantage 0.5 and log-probabilities -1 and -2 for trainer and sampler alike:
 
@@ -11,14 +11,37 @@ The prompt `5 6` with the answer `7 2`, of advantage 0.5 and log-probabilities -
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Float32, Int32
 
 from ftjax.data.batch import Batch, batch_arrays
 from ftjax.data.pack import Plan, pack
 from ftjax.data.rollout import VALUES
 from ftjax.generate.cache import bucket
+from ftjax.mesh import parts
+from ftjax.objectives import encoding_of
+from ftjax.train.layout import BatchLayout
+from ftjax.train.setup import Setup
+
+
+class Document(Protocol):
+    """A text that is trained.
+
+    Attributes:
+        tokens: of all of it.
+        weights: of each token as a target.
+        values: of each token as a target (`RowEncoding.values`).
+    """
+
+    def __len__(self) -> int: ...
+    @property
+    def tokens(self) -> Int32[np.ndarray, " T"]: ...
+    @property
+    def weights(self) -> Float32[np.ndarray, " T"]: ...
+    @property
+    def values(self) -> Float32[np.ndarray, "T values"]: ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +64,20 @@ class Answered:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
 
+    @property
+    def tokens(self) -> Int32[np.ndarray, " T"]:
+        return np.array([*self.prompt, *self.answer], np.int32)
+
+    @property
+    def weights(self) -> Float32[np.ndarray, " T"]:
+        return np.repeat(np.array([0, self.trained], np.float32), [len(self.prompt), len(self.answer)])
+
+    @property
+    def values(self) -> Float32[np.ndarray, "T values"]:
+        """See `VALUES`; zeros for the prompt."""
+        own = np.stack([np.full(len(self.answer), self.advantage), self.logprobs, self.sampler], axis=-1)
+        return np.concatenate([np.zeros((len(self.prompt), len(VALUES))), own]).astype(np.float32)
+
     def state(self) -> list[Any]:
         """Return it as JSON, exact to the bit."""
         return [list(self.prompt), list(self.answer), self.advantage, list(self.logprobs), list(self.sampler), self.trained]
@@ -51,14 +88,33 @@ class Answered:
         return cls(*state)
 
 
-def arranged(answers: Sequence[Answered], max_length: int, packing: bool, multiple: int) -> tuple[Plan, int]:
+def smallest(setup: Setup) -> BatchLayout:
+    """Return the layout of the smallest update of a run: in each microbatch, one row for each device that shares them."""
+    steps = setup.config.training.gradient_accumulation_steps
+    return BatchLayout(setup.mesh, steps * parts(setup.mesh.shape, "batch"), steps)
+
+
+def laid_out(answers: Sequence[Document], setup: Setup, microbatches: int | None) -> tuple[BatchLayout, Batch]:
+    """Return the layout of a batch of these documents, and this process's rows of it.
+
+    Args:
+        microbatches: None for a batch without that axis, as in evaluation.
+    """
+    data, multiple = setup.config.data, parts(setup.mesh.shape, "batch") * (microbatches or 1)
+    plan, rows = arranged(answers, data.max_length, data.packing, multiple)
+    layout = BatchLayout(setup.mesh, rows, microbatches)
+    width = width_of(answers, data.max_length, data.packing, layout.length_parts)
+    return layout, filled(answers, plan, layout.own.tolist(), width, encoding_of(setup.config).values)
+
+
+def arranged(answers: Sequence[Document], max_length: int, packing: bool, multiple: int) -> tuple[Plan, int]:
     """Return which answers stand in each row, and the number of rows, filled up to one of a few multiples of `multiple`."""
     lengths = np.array([len(answer) for answer in answers])
     plan = pack(lengths, max_length, None) if packing else Plan(np.arange(len(answers)), np.arange(len(answers) + 1))
     return plan, multiple * bucket(math.ceil(len(plan) / multiple))
 
 
-def width_of(answers: Sequence[Answered], max_length: int, packing: bool, multiple: int) -> int:
+def width_of(answers: Sequence[Document], max_length: int, packing: bool, multiple: int) -> int:
     """Return the tokens of a row: `max_length`, or without packing one of a few lengths that hold the longest answer."""
     if packing:
         return max_length
@@ -66,23 +122,25 @@ def width_of(answers: Sequence[Answered], max_length: int, packing: bool, multip
     return min(max_length, math.ceil(longest / multiple) * multiple)
 
 
-def filled(answers: Sequence[Answered], plan: Plan, rows: Sequence[int], width: int) -> Batch:
-    """Build rows of a plan as arrays `[len(rows), width]`; a number past the plan gives a row of padding."""
-    arrays = batch_arrays(len(VALUES))
+def filled(answers: Sequence[Document], plan: Plan, rows: Sequence[int], width: int, values: int) -> Batch:
+    """Build rows of a plan as arrays `[len(rows), width]`; a number past the plan gives a row of padding.
+
+    Args:
+        values: the number of values of a token.
+    """
+    arrays = batch_arrays(values)
     batch = {name: np.zeros((len(rows), width, one.width), one.dtype) for name, one in arrays.items()}
     for row, number in enumerate(rows):
         at = 0
         inside = plan.documents[plan.starts[number] : plan.starts[number + 1]] if number < len(plan) else ()
         for segment, which in enumerate(inside, 1):
             one = answers[which]
-            size, first = len(one), len(one.prompt)
-            here, own = slice(at, at + size), slice(at + first - 1, at + size - 1)  # the token before predicts each
-            tokens = np.array([*one.prompt, *one.answer], np.int32)
+            size, tokens = len(one), one.tokens
+            here, before = slice(at, at + size), slice(at, at + size - 1)  # the token before predicts each
             batch["tokens"][row, here, 0], batch["positions"][row, here, 0] = tokens, np.arange(size)
             batch["segment_ids"][row, here, 0] = segment
-            batch["targets"][row, at : at + size - 1, 0] = tokens[1:]
-            batch["weights"][row, own, 0] = float(one.trained)
-            values = (np.full(len(one.answer), one.advantage), one.logprobs, one.sampler)
-            batch["labels"][row, own] = np.stack(values, axis=-1)
+            batch["targets"][row, before, 0], batch["weights"][row, before, 0] = tokens[1:], one.weights[1:]
+            if values:
+                batch["labels"][row, before] = one.values[1:]
             at += size
-    return {name: values.reshape(len(rows), -1) for name, values in batch.items()}
+    return {name: found.reshape(len(rows), -1) for name, found in batch.items()}

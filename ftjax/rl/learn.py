@@ -1,12 +1,15 @@
-"""What `ftjax.train.run.train` needs to learn from rewards: the source of its batches, and the observer of its evaluations."""
+"""What `ftjax.train.run.train` needs to learn from generated answers: the source of its batches, and the observer of its
+evaluations."""
 
 from typing import Any
 
 from ftjax.config import Config
+from ftjax.config.rewards import Rollouts
 from ftjax.data.pipeline import PackedSplit
 from ftjax.distributed.agree import agree
 from ftjax.evaluate.observe import make_observer
-from ftjax.objectives import objective_of
+from ftjax.objectives import encoding_of, generates
+from ftjax.rl.distill import LessonBatches, LessonObserver
 from ftjax.rl.observe import RewardObserver
 from ftjax.rl.prompts import Prompts
 from ftjax.rl.rewards import load_rewards, refuse_without_answers
@@ -17,7 +20,7 @@ from ftjax.train.setup import Setup
 
 
 class Learning:
-    """Rewards of a configuration, loaded before the model is.
+    """Rewards of a configuration, loaded before the model is; a teacher needs none.
 
     learning = Learning(config)
     train(config, make_observer=learning.make_observer, make_source=learning.make_source)
@@ -25,11 +28,14 @@ class Learning:
 
     def __init__(self, config: Config, allow_code_execution: bool = False):
         """Load the rewards of an objective that generates. Raises UserError for whatever is wrong with them."""
-        self._rewards = load_rewards(config, allow_code_execution) if objective_of(config).generates else []
+        rewarded = isinstance(config.objective, Rollouts)
+        self._rewards = load_rewards(config, allow_code_execution) if rewarded else []
         self._sampler: Sampler | None = None
 
-    def make_source(self, setup: Setup, tokenizer: Any, split: PackedSplit) -> RolloutBatches:
+    def make_source(self, setup: Setup, tokenizer: Any, split: PackedSplit) -> RolloutBatches | LessonBatches:
         """Build the source of batches from the prompts of a run."""
+        if not self._rewards:
+            return LessonBatches(setup, split, self._sampler_of(setup, tokenizer), tokenizer)
         prompts = self._prompts(setup, split, "train")
         agree("the rows of the prompts", prompts.facts)
         return RolloutBatches(setup, prompts, self._sampler_of(setup, tokenizer), self._rewards)
@@ -37,8 +43,10 @@ class Learning:
     def make_observer(self, setup: Setup, tokenizer: Any, validation: PackedSplit | None) -> Observer | None:
         """Build the observer; None if the configuration asks for nothing."""
         other = make_observer(setup, tokenizer, validation)
-        if not self._rewards or validation is None:
+        if validation is None or not generates(setup.config) or encoding_of(setup.config).imitated:
             return other
+        if not self._rewards:
+            return LessonObserver(setup, validation, self._sampler_of(setup, tokenizer), other)
         which = "train" if setup.config.data.validation_split is not None else "validation"
         prompts = self._prompts(setup, validation, which)
         return RewardObserver(setup, prompts, self._sampler_of(setup, tokenizer), self._rewards, other)

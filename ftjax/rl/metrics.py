@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float32
 
+from ftjax.generate.answer import Generation
 from ftjax.rl.advantages import Advantages
 from ftjax.rl.rewards import Reward
 from ftjax.rl.rollout import Rollout
@@ -15,10 +16,10 @@ from ftjax.rl.rollout import Rollout
 LONGEST = 2000  # characters of a logged prompt or answer
 
 
-def answer_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def answer_metrics(answers: Sequence[Rollout | Generation]) -> dict[str, float]:
     """Return lengths in tokens, and how many answers reached the limit."""
-    lengths = np.array([len(one.tokens) for one in rollouts], np.float64)
-    cut = np.array([one.truncated for one in rollouts])
+    lengths = np.array([len(one.tokens) for one in answers], np.float64)
+    cut = np.array([one.truncated for one in answers])
     ended = lengths[~cut] if not cut.all() else np.zeros(1)
     found = {"completions/clipped_ratio": float(cut.mean())}
     for kind, values in (("", lengths), ("terminated_", ended)):

@@ -1,14 +1,13 @@
 """A user's own reward: a function in a Python file, with TRL's signature."""
 
 import asyncio
-import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from ftjax.errors import UserError
+from ftjax.evaluate.own_code import public_functions
 from ftjax.rl.rollout import Rollout
 
 EXPECTED = (
@@ -22,19 +21,7 @@ def load_reward(path: str, name: str | None = None) -> Callable[..., Any]:
 
     Raises UserError if there is none, or several.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"objective.rewards: {path}: no such file; {EXPECTED}")
-    spec = importlib.util.spec_from_file_location("ftjax_own_reward", file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{path}: it cannot be imported: {type(error).__name__}: {error}") from None
-    found = {
-        key: value for key, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
-    }  # fmt: skip
+    found = public_functions(path, "objective.rewards", EXPECTED)
     if name is not None and name in found:
         return found[name]
     if name is not None or len(found) != 1:

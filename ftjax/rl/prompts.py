@@ -48,7 +48,7 @@ class Prompts:
 
     def __init__(self, split: PackedSplit, sources: Sequence[SourceConfig], config: Config):
         """Read the rows of a split again, with all their columns. Raises UserError if they have changed meanwhile."""
-        self.split, self.seed = split, config.training.seed
+        self.split = split
         items, _ = items_of(sources, config, split.places())
         rows = {(item.example.source, item.where): item for item in items}
         self.questions: dict[int, Question] = {}
@@ -63,35 +63,35 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.questions)
 
-    def order(self, epoch: int) -> list[int]:
-        """Return the prompts of an epoch, by place, in the order in which they are drawn."""
-        places = np.sort(self.split.plan(epoch, True, self.seed).documents)
-        if self.split.shuffle:
-            places = np.random.default_rng((self.seed, 0x70726F6D, epoch)).permutation(places)
-        return places.tolist()
-
 
 class Draw:
-    """Draws prompts without end, epoch after epoch; the position is JSON."""
+    """Draws documents of a split without end, epoch after epoch; the position is JSON."""
 
-    def __init__(self, prompts: Prompts):
-        self._prompts = prompts
-        self.epoch, self.row, self.drawn = 0, 0, 0  # prompts of this epoch, and of all epochs, that were drawn
+    def __init__(self, split: PackedSplit, seed: int):
+        self._split, self._seed = split, seed
+        self.epoch, self.row, self.drawn = 0, 0, 0  # documents of this epoch, and of all epochs, that were drawn
         self._order: list[int] = []
         self._of: int | None = None
 
-    def take(self, count: int) -> list[Question]:
-        """Return the next prompts."""
+    def take(self, count: int) -> list[int]:
+        """Return the next documents, by place."""
         found = []
         while len(found) < count:
             if self._of != self.epoch:
-                self._order, self._of = self._prompts.order(self.epoch), self.epoch
+                self._order, self._of = self._places(self.epoch), self.epoch
             if self.row >= len(self._order):
                 self.epoch, self.row = self.epoch + 1, 0
                 continue
-            found.append(self._prompts.questions[self._order[self.row]])
+            found.append(self._order[self.row])
             self.row, self.drawn = self.row + 1, self.drawn + 1
         return found
+
+    def _places(self, epoch: int) -> list[int]:
+        """Return the documents of an epoch in the order in which they are drawn."""
+        places = np.sort(self._split.plan(epoch, True, self._seed).documents)
+        if self._split.shuffle:
+            places = np.random.default_rng((self._seed, 0x70726F6D, epoch)).permutation(places)
+        return places.tolist()
 
     def state(self) -> dict[str, int]:
         """Return the position."""

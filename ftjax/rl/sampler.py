@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from ftjax.generate.answer import Generation
 from ftjax.generate.request import Request
 from ftjax.generate.sample import Sampling
 from ftjax.generate.session import Generator
@@ -41,28 +42,38 @@ class Sampler:
             first: number of the first answer of the run among all, which determines its random key.
             count: answers to each prompt; None for those of the configuration.
         """
-        section, count = self.section, count or self.section.num_generations
+        asked = [question for question in questions for _ in range(count or self.section.num_generations)]
+        numbers = range(first, first + len(asked))
+        found = self.generate(params, [question.ids.tolist() for question in asked], numbers)
+        return [
+            Rollout(question.item, question.prompt, question.ids.tolist(), one.text, one.tokens, one.logprobs, one.truncated)
+            for question, one in zip(asked, found, strict=True)
+        ]
+
+    def generate(
+        self, params: Mapping[str, jax.Array], prompts: Sequence[Sequence[int]], numbers: Sequence[int],
+        limit: int | None = None,
+    ) -> list[Generation]:  # fmt: skip
+        """Generate one answer to each prompt.
+
+        Args:
+            params: the trained parameters.
+            prompts: token ids.
+            numbers: of each answer among all of the run, which determine their random keys.
+            limit: the most tokens of a prompt with its answer; None for any number.
+        """
+        section, seed = self.section, self._setup.config.training.seed
         sampling = Sampling(
             temperature=section.temperature, top_k=section.top_k or None, top_p=section.top_p if section.top_p < 1 else None,
             min_p=section.min_p or None, repetition_penalty=section.repetition_penalty,
         )  # fmt: skip
-        asked = [question for question in questions for _ in range(count)]
+        most = section.max_completion_length
         requests = [
-            Request(
-                question.ids.tolist(), sampling, section.max_completion_length, seed=self._setup.config.training.seed,
-                number=first + number,
-            )
-            for number, question in enumerate(asked)
-        ]  # fmt: skip
+            Request(list(ids), sampling, most if limit is None else min(most, limit - len(ids)), seed=seed, number=number)
+            for ids, number in zip(prompts, numbers, strict=True)
+        ]
         with self._with(self._generator, {**self._setup.frozen, **params}) as generator:
-            found = generator.answer(requests, batch_size=self._rows, logprobs=True)
-        return [
-            Rollout(
-                question.item, question.prompt, question.ids.tolist(), one.text, one.tokens, one.logprobs,
-                one.finish_reason == "length",
-            )
-            for question, one in zip(asked, found, strict=True)
-        ]  # fmt: skip
+            return generator.answer(requests, batch_size=self._rows, logprobs=True)
 
     def logprobs(self, params: Mapping[str, jax.Array], rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Return the log-probability of each token of each answer for the trainer's own program."""

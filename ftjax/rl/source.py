@@ -13,9 +13,7 @@ at any update as if it had not stopped.
 """
 
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,17 +24,16 @@ from ftjax.config import Config
 from ftjax.data.batch import Batch
 from ftjax.data.shown import render, show_unit
 from ftjax.errors import UserError
-from ftjax.mesh import parts
 from ftjax.objectives import encoding_of
 from ftjax.rl.advantages import Advantages, grpo_advantages, rloo_advantages
-from ftjax.rl.batch import Answered, arranged, filled, width_of
+from ftjax.rl.batch import Answered, laid_out, smallest
+from ftjax.rl.clock import Clock
 from ftjax.rl.metrics import answer_metrics, examples, reward_metrics, totals
 from ftjax.rl.own import OwnReward
 from ftjax.rl.prompts import Draw, Prompts
 from ftjax.rl.rewards import Reward, shared_rewards
 from ftjax.rl.rollout import Rollout
 from ftjax.rl.sampler import Sampler
-from ftjax.train.layout import BatchLayout
 from ftjax.train.record import split_record
 from ftjax.train.setup import Setup
 
@@ -54,18 +51,13 @@ class RolloutBatches:
         epoch = len(prompts) / self._groups * self._section.num_iterations
         self.steps: int | None = options.max_steps or max(1, math.ceil(epoch * options.num_train_epochs))
         self.steps_per_epoch: int | None = math.ceil(epoch)
-        self._draw, self._done = Draw(prompts), 0  # updates
+        self._draw, self._done = Draw(prompts.split, options.seed), 0  # updates
         self._kept: list[Answered] | None = None  # the batch, while it is used again
         self._repeats = 0  # how often the kept batch has been returned
         self.metrics: Mapping[str, tuple[float, float]] = {}
         self.texts: Sequence[Mapping[str, str]] = ()
         self.trouble: str | None = None
-        self.layout = BatchLayout(setup.mesh, self._multiple, options.gradient_accumulation_steps)
-
-    @property
-    def _multiple(self) -> int:
-        """Rows of a batch are a multiple of this."""
-        return self._config.training.gradient_accumulation_steps * parts(self._setup.mesh.shape, "batch")
+        self.layout = smallest(setup)
 
     # ---- batches ----
 
@@ -85,11 +77,8 @@ class RolloutBatches:
         return self._rows(answers)
 
     def _rows(self, answers: Sequence[Answered]) -> Batch:
-        data, options = self._config.data, self._config.training
-        plan, rows = arranged(answers, data.max_length, data.packing, self._multiple)
-        self.layout = BatchLayout(self._setup.mesh, rows, options.gradient_accumulation_steps)
-        width = width_of(answers, data.max_length, data.packing, self.layout.length_parts)
-        return filled(answers, plan, self.layout.own.tolist(), width)
+        self.layout, batch = laid_out(answers, self._setup, self._config.training.gradient_accumulation_steps)
+        return batch
 
     def _generated(self, params: Mapping[str, jax.Array]) -> list[Answered]:
         """Return answers to the next prompts, with their advantages."""
@@ -128,7 +117,7 @@ class RolloutBatches:
         kl = np.array([np.sum(np.subtract(*pair)) for pair in zip(old, reference, strict=True)], np.float32)
         return rloo_advantages(self._section, values, kl), {"kl": float(kl.mean())}
 
-    def _rewarded(self, params: Mapping[str, jax.Array], clock: "Clock") -> tuple[list[Rollout], Float32[np.ndarray, "N F"]]:
+    def _rewarded(self, params: Mapping[str, jax.Array], clock: Clock) -> tuple[list[Rollout], Float32[np.ndarray, "N F"]]:
         """Return answers in groups and their rewards; with dynamic sampling, groups whose rewards differ as far as possible."""
         section = self._section
         size, again = section.num_generations, section.name == "grpo" and section.dynamic_sampling
@@ -137,7 +126,7 @@ class RolloutBatches:
         for _ in range(1 + (section.max_redraws if again else 0)):
             missing = self._groups - len(kept)
             first = self._draw.drawn * size
-            questions = self._draw.take(missing)
+            questions = [self._prompts.questions[place] for place in self._draw.take(missing)]
             with clock.of("rollout"):
                 rollouts = self._sampler.answer(params, questions, first)
             with clock.of("reward"):
@@ -200,18 +189,3 @@ class RolloutBatches:
     def record(self) -> dict[str, Any]:
         """Return `split_record` of the prompts."""
         return split_record(self._prompts.split)
-
-
-class Clock:
-    """Seconds spent in each phase of a batch, as metrics."""
-
-    def __init__(self):
-        self.spent: dict[str, float] = {}
-
-    @contextmanager
-    def of(self, phase: str) -> Iterator[None]:
-        """Time a phase."""
-        start = time.perf_counter()
-        yield
-        name = f"time/{phase}"
-        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start

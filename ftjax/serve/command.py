@@ -1,6 +1,5 @@
 """`ftjax serve`: load a model and its adapters, compile, and answer requests over HTTP."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,18 +8,17 @@ from typing import Any
 
 import jax
 
-from ftjax.config import MeshConfig
 from ftjax.console import make_console, say
 from ftjax.errors import UserError
 from ftjax.generate.adapters import AdapterStack, updates_of
 from ftjax.generate.named import LoadOptions, Named, find_named
+from ftjax.generate.open import mesh_of
 from ftjax.generate.paged import PagedBatch, Room
 from ftjax.generate.scheduler import Scheduler
 from ftjax.generate.session import Generator
 from ftjax.hub.fetch import resolve_config
 from ftjax.hub.load import read_hf_config
 from ftjax.hub.run_folder import adapter_folder
-from ftjax.mesh import make_mesh
 from ftjax.models.classifier import classes_of
 
 ROWS = 16
@@ -167,19 +165,6 @@ def read_keys(path: Path | None) -> list[str]:
     if not keys:
         raise UserError(f"--api-key-file {path}: expected a key per line; found none")
     return keys
-
-
-def mesh_of(sizes: Mapping[str, int]) -> Any:
-    """Return the mesh of these sizes; None, one device, for none."""
-    if not sizes:
-        return None
-    known = ("data", "fsdp", "expert", "tensor")  # a row that decodes has one token, which `sequence` cannot cut
-    if wrong := sorted(set(sizes) - set(known)):
-        raise UserError(f"--mesh {wrong[0]}: not an axis that rows which decode can use; choose of {', '.join(known)}")
-    count, there = math.prod(sizes.values()), jax.local_devices()
-    if count > len(there):
-        raise UserError(f"--mesh: {count} devices are asked for; there are {len(there)}")
-    return make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), there[:count])
 
 
 def name_of(found: Named) -> str:

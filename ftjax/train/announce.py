@@ -15,7 +15,7 @@ from ftjax.hub.adapter.plain_lora import PATTERNS
 from ftjax.mesh import describe, notes
 from ftjax.methods import method_of
 from ftjax.models.classifier import MULTI, SINGLE
-from ftjax.objectives import encoding_of, head_of, objective_of
+from ftjax.objectives import encoding_of, generates, head_of
 from ftjax.train.progress import say
 from ftjax.train.setup import Setup
 
@@ -28,7 +28,7 @@ def announce(setup: Setup, data: Sequence[str], flops: TrainFlops, *, steps: int
         first: the step that this start resumes from.
     """
     config, options, device = setup.config, setup.config.training, setup.mesh.devices.flat[0]
-    what = "answers" if objective_of(config).generates else "rows"
+    what = "answers" if generates(config) else "rows"
     say(
         f"devices: {setup.mesh.size} {device.platform} ({device.device_kind}); mesh: {describe(setup.mesh)}",
         *([f"mesh: auto, because {setup.mesh_reason}"] if setup.mesh_reason else []),
@@ -37,6 +37,7 @@ def announce(setup: Setup, data: Sequence[str], flops: TrainFlops, *, steps: int
         setup.trained_line(),
         flops.formula(config.data.max_length),
         *(f"note: {note}" for note in setup.model.notes),
+        *([setup.teacher.line()] if setup.teacher is not None else []),
         *data,
         f"{steps} steps of {options.global_batch_size} {what}{(epoch_steps and f', {epoch_steps} steps per epoch') or ''}; "
         f"remat: {setup.runtime.remat}; attention: {setup.runtime.attention}",

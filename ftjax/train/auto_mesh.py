@@ -6,7 +6,7 @@ the gradients of trained parameters are reduced. It shards weights no further th
 all-gathers them. Next come the tokens of a row, and last the matrices, whose results are reduced in every layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from ftjax.config import Config, MeshConfig
 from ftjax.errors import UserError
 from ftjax.mesh import AXES, divisions, sharding
 from ftjax.models.model import Model
+from ftjax.models.nn.param import Spec
 from ftjax.placement import in_slices, tpu_slices
 from ftjax.train.offload import on_devices
 from ftjax.train.optimizer import make_optimizer
@@ -24,27 +25,32 @@ from ftjax.train.step import optimizer_shapes
 ROOM = 0.8  # share of a device's memory; the rest is for values that live within a layer
 
 
-def choose_mesh(config: Config, model: Model, devices: Sequence[Any], memory: int) -> tuple[MeshConfig, str]:
+def choose_mesh(
+    config: Config, model: Model, devices: Sequence[Any], memory: int, others: Sequence[Model] = ()
+) -> tuple[MeshConfig, str]:
     """Return sizes for `config.mesh`, and the reason in a sentence. TPUs report the number of their slices.
 
     Args:
         model: with its method attached.
-        model: with its method attached.
         devices: all devices, of all slices.
         memory: bytes per device.
+        others: further models that only read each batch, such as a teacher.
+
     Raises UserError if no division fits the batch and the model.
     """
     slices = config.mesh.slices if config.mesh.slices > 1 else tpu_slices(devices) or 1
     count = sum(map(len, in_slices(devices, slices)))
     rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
     length = config.data.max_length
-    state = state_bytes(config, model)
+    state = state_bytes(config, model) + sum(frozen_bytes(config, other.specs) for other in others)
     saved = 2 * model.sizes.layers * model.sizes.embed  # per token: the input of every layer, which remat `full` keeps
-    heads = model.sizes.heads
+    models = (model, *others)
     found = []
     for data, fsdp, tensor, sequence in divisions(count // slices, 4):
         spread = slices * data * fsdp
-        if rows % spread or length % sequence or heads % (tensor * sequence) or not _divides(model, fsdp, tensor):
+        if rows % spread or length % sequence:
+            continue
+        if any(one.sizes.heads % (tensor * sequence) or not _divides(one, fsdp, tensor) for one in models):
             continue
         need = state / (fsdp * tensor) + saved * (rows // spread) * (length // sequence)
         fits = need <= ROOM * memory
@@ -62,12 +68,17 @@ def choose_mesh(config: Config, model: Model, devices: Sequence[Any], memory: in
 def state_bytes(config: Config, model: Model) -> int:
     """Return the bytes of weights, gradients and optimizer state of one full copy, as devices hold them."""
     trained = {path: spec.abstract for path, spec in model.trainable.items()}
-    frozen = [
-        spec.abstract if spec.row.quantization else spec.astype(config.model.dtype).abstract for spec in model.frozen.values()
-    ]
     optimizer = make_optimizer(config.optimizer, model.trainable, steps=1)
     moments = on_devices(optimizer_shapes(trained, optimizer))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves([trained, trained, moments, frozen]))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves([trained, trained, moments])) + frozen_bytes(
+        config, model.frozen
+    )
+
+
+def frozen_bytes(config: Config, specs: Mapping[str, Spec]) -> int:
+    """Return the bytes of frozen parameters as devices hold them."""
+    held = [spec.abstract if spec.row.quantization else spec.astype(config.model.dtype).abstract for spec in specs.values()]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
 
 
 def _divides(model: Model, fsdp: int, tensor: int) -> bool:

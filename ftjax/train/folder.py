@@ -7,10 +7,9 @@ import tempfile
 from pathlib import Path
 
 from etils import epath
-from pydantic import BaseModel
 
 from ftjax.config import Config
-from ftjax.config.load import diff_configs, flatten_config, load_config, save_config
+from ftjax.config.load import diff_configs, flatten_config, load_config, save_config, shown_value
 from ftjax.data.find import find
 from ftjax.distributed import store
 from ftjax.distributed.agree import see_one_folder
@@ -56,7 +55,9 @@ def _create(config: Config, checkpoints: epath.Path) -> None:
         if differences:
             _look_for_data(config, differences)
             values = [flatten_config(one) for one in (before, config)]
-            lines = [f"{key}: {_shown(values[1].get(key))} (before: {_shown(values[0].get(key))})" for key in differences]
+            lines = [
+                f"{key}: {shown_value(values[1].get(key))} (before: {shown_value(values[0].get(key))})" for key in differences
+            ]
             raise UserError(
                 f"output_dir: {config.training.checkpoint_dir or folder} holds checkpoints of another configuration, which "
                 "differs in\n  "
@@ -78,15 +79,6 @@ def _look_for_data(config: Config, differences: list[str]) -> None:
         if f"data.{which}" in differences:
             for source in config.data.sources(which):
                 find(source)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json", exclude_defaults=True)
-    if isinstance(value, list):
-        value = [one.model_dump(mode="json", exclude_defaults=True) if isinstance(one, BaseModel) else one for one in value]
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def wandb_id(config: Config, first: int) -> str | None:

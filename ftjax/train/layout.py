@@ -44,6 +44,11 @@ class BatchLayout:
         return NamedSharding(self.mesh, spec(axes if self.microbatches is None else (None, *axes)))
 
     @property
+    def shards(self) -> int:
+        """Devices that the tokens of a batch are sharded over."""
+        return parts(self.mesh.shape, "batch", "length")
+
+    @property
     def length_parts(self) -> int:
         """Number of shards of a row; its length is a multiple of it."""
         return parts(self.mesh.shape, "length")

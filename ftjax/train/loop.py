@@ -6,8 +6,10 @@ are written while training continues.
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ import numpy as np
 from ftjax.data.pipeline import Split
 from ftjax.distributed import store
 from ftjax.distributed.ending import asked_to_stop
-from ftjax.errors import UserError
+from ftjax.errors import Interrupted, UserError
 from ftjax.hub.output import write_output
+from ftjax.mesh import parts
 from ftjax.objectives import objective_of
 from ftjax.train.announce import announce, next_commands
 from ftjax.train.checkpoint import Checkpoints
@@ -32,10 +35,10 @@ from ftjax.train.progress import Progress, say
 from ftjax.train.record import finished_at, split_record, write_finished, write_record
 from ftjax.train.reference import MovingReference
 from ftjax.train.same_run import Documents
-from ftjax.train.setup import Setup, compile_steps
+from ftjax.train.setup import Setup, compile_steps, rows_at_a_time
 from ftjax.train.source import BatchSource
 from ftjax.train.step import abstract_state, init_state
-from ftjax.train.track import Tracker
+from ftjax.train.track import Heard, Tracker
 from ftjax.train.watch import BestMetric, Diverged, LossWatch, MetricWatch, OverfitWatch, why_skipped
 
 
@@ -45,9 +48,10 @@ class Run:
     def __init__(
         self, setup: Setup, tokenizer: Any, source: BatchSource, validation: Split | None,
         checkpoints: Checkpoints, documents: Documents, command: str, observer: Observer | None = None,
+        heard: Heard | None = None,
     ):  # fmt: skip
         self.setup, self.tokenizer, self.batches, self.validation = setup, tokenizer, source, validation
-        self.config, self.command, self.observer = setup.config, command, observer
+        self.config, self.command, self.observer, self.heard = setup.config, command, observer, heard
         self.evaluates = validation is not None or observer is not None
         self.checkpoints, self.folder = checkpoints, Path(setup.config.output_dir)
         options = self.options = setup.config.training
@@ -81,13 +85,21 @@ class Run:
         self.tracker = Tracker(
             self.folder, self.options.report_to, self.config.model_dump(mode="json"),
             active=jax.process_index() == 0, resume_from=first, run_id=wandb_id(self.config, first),
+            heard=self.heard,
         )  # fmt: skip
         self.announce(first)
         # With several processes, JAX handles SIGTERM: it makes them all agree on the step after which they stop.
         numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread():
+            numbers = ()  # only the main thread may handle signals
         handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         try:
             done = self.loop(first)
+        except Exception:
+            if not store.several():  # with several processes, closing would wait for others that may be gone
+                with suppress(Exception):  # the first error counts
+                    self.checkpoints.close()  # completes a save, so that the folder can be used again in this process
+            raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -96,8 +108,9 @@ class Run:
         if self.interrupted:
             self.checkpoints.close()
             where = ", on all hosts" if store.several() else ""
-            say(f"{self.interrupted}: saved step {done} of {self.total} in {self.folder}. To resume{where}: {self.command}")
-            raise SystemExit(1)
+            told = f"{self.interrupted}: saved step {done} of {self.total} in {self.folder}. To resume{where}: {self.command}"
+            say(told)
+            raise Interrupted(told)
         self.checkpoints.close()
         self.finish(first, done)
 
@@ -269,8 +282,7 @@ class Run:
 
     def losses(self) -> dict[str, float]:
         """Return the loss and metrics on the whole validation set."""
-        options = self.options
-        rows = options.eval_batch_size or options.global_batch_size // options.gradient_accumulation_steps
+        rows = self.options.eval_batch_size or rows_at_a_time(self.config, parts(self.setup.mesh.shape, "batch"))
         layout = BatchLayout(self.setup.mesh, rows)
         batches = self.validation.batches(
             rows, seed=0, shuffle=False, epochs=1, rows=layout.own, width_multiple=layout.length_parts

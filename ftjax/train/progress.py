@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -13,6 +14,16 @@ from ftjax.console import make_console
 from ftjax.console import say as write
 
 _console = make_console()
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Print neither lines nor a progress bar within."""
+    before, _console.quiet = _console.quiet, True
+    try:
+        yield
+    finally:
+        _console.quiet = before
 
 
 def say(*lines: str) -> None:

@@ -34,7 +34,7 @@ def write_record(
         first: the step that this start resumes from.
     """
     path, before = folder / RECORD, _read(folder) if first else {}
-    now = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": first}
+    now = {"time": _now(), "step": first}
     devices = setup.mesh.devices
     record = {
         "starts": [*before.get("starts", []), now], "finished": before.get("finished"),
@@ -51,8 +51,8 @@ def write_record(
 
 
 def write_finished(folder: Path, step: int) -> None:
-    """Record that `final/` holds the run at this step."""
-    _write(folder / RECORD, {**_read(folder), "finished": step})
+    """Record that `final/` holds the run at this step, and when it was written."""
+    _write(folder / RECORD, {**_read(folder), "finished": step, "ended": _now()})
 
 
 def finished_at(folder: Path) -> int | None:
@@ -75,6 +75,10 @@ def split_record(split: Split) -> dict[str, Any]:
     """Return what run.json says of a data set: its report, with a histogram of lengths."""
     bins = [{"from": low, "to": high, "documents": count} for low, high, count in histogram(split.lengths)]
     return {**split.report.state(), "histogram": bins}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from ftjax.errors import UserError
 from ftjax.hub.card import installed_versions
 from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.same_model import model_facts
+from ftjax.objectives import objective_of
 from ftjax.train.checkpoint import Checkpoints
+from ftjax.train.teacher import place_of
 
 # Settings that may differ on resuming: they do not change the results, or only their rounding.
 _FREE = (
@@ -21,7 +23,7 @@ _FREE = (
 # Paths on a host's own disk. Their content is compared instead: documents, files of model and adapter, the run folder.
 PLACES = (
     "data.train", "data.validation", "model.path", "model.tokenizer", "method.adapter_path", "output_dir",
-    "training.checkpoint_dir",
+    "training.checkpoint_dir", "objective.teacher_model_name_or_path", "objective.teacher_logprobs",
 )  # fmt: skip
 
 
@@ -40,6 +42,8 @@ def facts_to_agree(config: Config, documents: Documents, steps: int | None, chec
     facts: dict[str, Any] = {key: str(value) for key, value in flatten_config(config).items() if key not in PLACES}
     facts |= {"total steps": steps, "newest checkpoint": checkpoint}
     facts |= model_facts(config.model.path, config.model.revision, starting_adapter(config.method))
+    if (teacher := objective_of(config).teacher(config.objective)) is not None:
+        facts |= place_of(*teacher).facts()
     for name, found in documents.items():
         facts |= {f"{name}: {part}": value for part, value in found.items() if part != "files"}
     return facts | {f"version of {package}": version for package, version in installed_versions().items()}

@@ -39,7 +39,7 @@ from ftjax.models.nn.attention import choose
 from ftjax.models.nn.memory import packs
 from ftjax.models.nn.param import Spec, variables
 from ftjax.models.nn.quantized_linear import quantise
-from ftjax.objectives import encoding_of, objective_of
+from ftjax.objectives import encoding_of, generates, objective_of
 from ftjax.objectives.objective import Forward, LossInputs
 from ftjax.train.auto_mesh import choose_mesh
 from ftjax.train.optimizer import frozen_by_groups, make_optimizer, make_schedule
@@ -55,6 +55,7 @@ from ftjax.train.step import (
     make_eval_step,
     make_train_step,
 )
+from ftjax.train.teacher import Teacher, teacher_of
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Design:
     runtime: Runtime
     reference: Reference | None = None  # if the objective compares with the initial model in every update
     before_training: Reference | None = None  # if it does so once, before training
+    teacher: Teacher | None = None
 
     @property
     def shards(self) -> int:
@@ -90,12 +92,13 @@ class Design:
         """Specs of all parameters that a step reads but does not change, by path, with the dtypes in which they are held."""
         dtype = jnp.dtype(self.config.model.dtype)
         frozen = {path: spec.astype(dtype) for path, spec in self.model.frozen.items()}
-        return frozen | ({} if self.reference is None else self.reference.copy_specs(self.model, dtype))
+        frozen |= {} if self.reference is None else self.reference.copy_specs(self.model, dtype)
+        return frozen | ({} if self.teacher is None else self.teacher.specs(dtype))
 
     @property
     def train_flops(self) -> TrainFlops:
         """FLOPs per token (`ftjax.flops`)."""
-        return train_flops(self.model, None if self.reference is None else self.reference.model)
+        return train_flops(self.model, self.reference and self.reference.model, self.teacher and self.teacher.model)
 
     def trained_line(self) -> str:
         """Return PEFT's line: `trainable params: X || all params: Y || trainable%: Z`."""
@@ -146,6 +149,10 @@ class Setup(Design):
     frozen: dict[str, jax.Array] = field(default_factory=dict)
     mesh_reason: str | None = None  # set by `mesh: auto`
 
+    def divided(self, params: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Return `(trained, frozen)` of all parameters by path."""
+        return tree.split(dict(params), lambda path: path in self.model.trainable)
+
 
 def _loss(design: Design, trainable, frozen, batch, ctx, statistics=None, number=0):
     """Compute the loss of a microbatch: see `LossFn`."""
@@ -155,12 +162,17 @@ def _loss(design: Design, trainable, frozen, batch, ctx, statistics=None, number
 
 def _loss_inputs(design: Design, trainable, frozen, batch, ctx, statistics=None, number=0) -> LossInputs:
     """Gather what a loss reads. `loss_chunk` counts tokens per device, and a batch is on several devices."""
-    config, chunk, before = design.config, design.config.objective.loss_chunk * design.shards, None
-    if (reference := design.reference) is not None:
-        params = jax.lax.stop_gradient(reference.params(frozen))
-        before = Forward(reference.model, {}, params, batch, dataclasses.replace(ctx, dropout=None), chunk)
+    config, chunk = design.config, design.config.objective.loss_chunk * design.shards
+
+    def reading(other: Reference | Teacher | None) -> Forward | None:
+        if other is None:
+            return None
+        params = jax.lax.stop_gradient(other.params(frozen))
+        return Forward(other.model, {}, params, batch, dataclasses.replace(ctx, dropout=None), chunk)
+
+    others = reading(design.reference), reading(design.teacher)
     own = objective_of(config).statistics
-    return LossInputs(design.model, trainable, frozen, batch, ctx, chunk, config, before, own, statistics, number)
+    return LossInputs(design.model, trainable, frozen, batch, ctx, chunk, config, *others, own, statistics, number)
 
 
 def build(config: Config, hf_config: Mapping[str, Any]) -> tuple[Model, Config]:
@@ -204,7 +216,9 @@ def mesh_of(
     devices = devices_or_all(devices)
     if not config.mesh.auto:
         return make_mesh(config.mesh, devices), None
-    chosen, why = choose_mesh(config, build(config, hf_config)[0], devices, memory or device_memory(devices))
+    teacher = teacher_of(config)
+    others = [] if teacher is None else [teacher.model]
+    chosen, why = choose_mesh(config, build(config, hf_config)[0], devices, memory or device_memory(devices), others)
     return make_mesh(chosen, devices), why
 
 
@@ -220,12 +234,14 @@ def design(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, memory: int
     hf_config, further = objectives_hf_config(config, hf_config), starting_adapter(config.method) is not None
     root, config = _root(config, hf_config)
     model = Model.of(root, hf_config)
-    refuse_packing(config, model)
-    if model.max_positions is not None and config.data.max_length > model.max_positions:
-        raise UserError(
-            f"data.max_length: {config.data.max_length} tokens are more than the {model.max_positions} positions that this "
-            "model has learned"
-        )
+    teacher = teacher_of(config)
+    for one, name in ((model, "this model"), *([] if teacher is None else [(teacher.model, "the teacher")])):
+        refuse_packing(config, one)
+        if one.max_positions is not None and config.data.max_length > one.max_positions:
+            raise UserError(
+                f"data.max_length: {config.data.max_length} tokens are more than the {one.max_positions} positions that {name} "
+                "has learned"
+            )
     options, spread = config.training, parts(mesh.shape, "batch")
     steps = options.gradient_accumulation_steps
     rows = rows_at_a_time(config, spread)
@@ -250,7 +266,7 @@ def design(config: Config, hf_config: Mapping[str, Any], mesh: Mesh, memory: int
         reference = make_reference(root, model, keep_adapter=further)
     elif objective.precomputed(config.objective):
         once = make_reference(root, model, keep_adapter=further)
-    made = Design(config, mesh, model, runtime, reference, once)
+    made = Design(config, mesh, model, runtime, reference, once, teacher)
     shape = rows // spread, max(1, config.data.max_length // mesh.shape["sequence"])
     memory = memory or device_memory(list(mesh.devices.flat))
     remat = choose_remat(made.loss_fn, runtime, model.trainable, made.frozen_specs, shape, memory, encoding_of(config).values)
@@ -265,7 +281,7 @@ def rows_at_a_time(config: Config, spread: int) -> int:
         spread: devices that share the rows; those of generated answers are filled up to a multiple.
     """
     rows = config.training.global_batch_size // config.training.gradient_accumulation_steps
-    return math.ceil(rows / spread) * spread if objective_of(config).generates else rows
+    return math.ceil(rows / spread) * spread if generates(config) else rows
 
 
 def refuse_packing(config: Config, model: Model) -> None:
@@ -309,7 +325,10 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Setu
         _refuse_beyond_float16(model, params)
     if made.reference is not None:
         frozen |= made.reference.copies(model, params, jnp.dtype(config.model.dtype))
-    return Setup(config, mesh, model, made.runtime, made.reference, made.before_training, path, params, frozen, why)
+    if made.teacher is not None:
+        frozen |= made.teacher.load(mesh, config.model.dtype)
+    given = {field.name: getattr(made, field.name) for field in dataclasses.fields(Design)}
+    return Setup(**given, source=path, params=params, frozen=frozen, mesh_reason=why)
 
 
 def _refuse_beyond_float16(model: Model, params: Mapping[str, jax.Array]) -> None:

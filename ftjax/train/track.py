@@ -4,13 +4,14 @@ import importlib.util
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ftjax.errors import UserError
 
+Heard = Callable[[dict[str, Any]], None]  # is called with every row of metrics.jsonl
 COMPARED = ("train/loss", "eval/loss", "eval/token_accuracy")  # beside the settings, where TensorBoard compares runs
 
 
@@ -35,9 +36,15 @@ class Tracker:
         active: bool,
         resume_from: int = 0,
         run_id: str | None = None,
+        heard: Heard | None = None,
     ):
-        """Args: run_id: id of the run at Weights & Biases."""
+        """
+        Args:
+            run_id: id of the run at Weights & Biases.
+            heard: called with each row after it is written.
+        """
         self._file = self._board = self._wandb = None
+        self._heard = heard
         if not active:
             return
         if "wandb" in report_to:
@@ -109,6 +116,8 @@ class Tracker:
                 f"{self._file.name}: metrics could not be written: {error.strerror or error}; make room and run the same "
                 "command again"
             ) from None
+        if self._heard is not None:
+            self._heard(dict(row))
 
     def _quiet_board(self) -> None:
         """Collect errors of TensorBoard's thread, which would print a traceback."""

@@ -12,14 +12,13 @@ many of the generated tokens are the same: if not all are, the comparison is voi
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from sides import printed
 
 
 def arguments() -> argparse.Namespace:
@@ -85,12 +84,7 @@ def main() -> int:
     if a.side:
         print(json.dumps(ours(a) if a.side == "ftjax" else theirs(a)))
         return 0
-    sides = {}
-    for side in ("ftjax", "transformers"):
-        with tempfile.TemporaryFile("w+") as out:
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], check=True, stdout=out)
-            out.seek(0)
-            sides[side] = json.loads(out.read().splitlines()[-1])
+    sides = printed(("ftjax", "transformers"))
     mine, peer = sides["ftjax"], sides["transformers"]
     same = float(np.mean(np.array(mine.pop("tokens")) == np.array(peer.pop("tokens"))))
     print("| tokens a second | ftjax | transformers | ratio |\n|---|---:|---:|---:|")

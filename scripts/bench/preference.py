@@ -18,14 +18,14 @@ weight for the reference model, and attention (`ftjax/flops.py`).
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from sides import worker
 
 
 def arguments() -> argparse.Namespace:
@@ -171,14 +171,7 @@ def trl(a: argparse.Namespace) -> None:
 
 def run(a: argparse.Namespace, side: str, work: Path) -> dict[str, Any]:
     """Run a side in a process of its own; return its figures, with its maximum resident set if it counted no memory."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", side, "--work", str(work)]
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        if code := os.waitstatus_to_exitcode(status):
-            said.seek(0)
-            raise SystemExit(f"{side} ended with {code}:\n{said.read()}")
-    found = {"peak_bytes": usage.ru_maxrss * 1024, **json.loads((work / f"{side}.json").read_text())}
+    found = worker(side, work)
     return found | {"pairs_per_second": a.pairs / statistics.median(found["seconds"][1:])}
 
 

@@ -15,14 +15,14 @@ length, so speed is counted in tokens of answers. Prints for each
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from sides import worker
 
 REWARD = "def digits(completions, **columns):\n    return [sum(c.isdigit() for c in _text(one)) / 10 for one in completions]\n"
 REWARD += "\ndef _text(one):\n    return one if isinstance(one, str) else one[0]['content']\n"
@@ -162,14 +162,7 @@ def trl(a: argparse.Namespace) -> None:
 
 def run(a: argparse.Namespace, side: str, work: Path) -> dict[str, Any]:
     """Run a side in a process of its own; return its figures, without its first update."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", side, "--work", str(work)]
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        if code := os.waitstatus_to_exitcode(status):
-            said.seek(0)
-            raise SystemExit(f"{side} ended with {code}:\n{said.read()}")
-    found = {"peak_bytes": usage.ru_maxrss * 1024, **json.loads((work / f"{side}.json").read_text())}
+    found = worker(side, work)
     rest = {name: values[1:] for name, values in found.items() if isinstance(values, list)}
     return found | rest | {"tokens_per_second": sum(rest["tokens"]) / sum(rest["seconds"])}
 

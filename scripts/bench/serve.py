@@ -13,14 +13,13 @@ does not change, and the median time to the first token of that round; and how m
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import printed
 
 
 def arguments() -> argparse.Namespace:
@@ -118,12 +117,7 @@ def main() -> int:
     if a.side:
         print(json.dumps(ours(a) if a.side == "ftjax" else theirs(a)))
         return 0
-    sides = {}
-    for side in ("ftjax", "transformers"):
-        with tempfile.TemporaryFile("w+") as out:
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], check=True, stdout=out)
-            out.seek(0)
-            sides[side] = json.loads(out.read().splitlines()[-1])
+    sides = printed(("ftjax", "transformers"))
     mine, peer = sides["ftjax"], sides["transformers"]
     same = float(np.mean(np.array(mine.pop("tokens")) == np.array(peer.pop("tokens"))))
     print("| | ftjax | transformers | ratio |\n|---|---:|---:|---:|")

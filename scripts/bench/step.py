@@ -17,7 +17,6 @@ again with gradient checkpointing. Prints for each method
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import measured
 
 PEER = Path(__file__).with_name("peft_step.py")
 RANDOM_MODEL = Path(__file__).with_name("random_model.py")
@@ -160,18 +160,6 @@ def write_base(folder: Path, setup: Any, a: argparse.Namespace) -> None:
     write_folder(folder, setup.model, tensors, a.dtype, a.model)
 
 
-def run(command: list[str], out: Path) -> dict:
-    """Return the figures that a side wrote to `out`, with its maximum resident set if it has no figure of device memory."""
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{said.read()}")
-    return {"peak_bytes": usage.ru_maxrss * 1024, **json.loads(out.read_text())}
-
-
 def theirs(a: argparse.Namespace, method: str, work: Path, compiled: bool) -> dict:
     model = work / "base" if method == "qlora" else a.model
     command = [sys.executable, str(a.peer), "--model", str(model), "--batches", str(work / "batches.npz")]
@@ -180,11 +168,11 @@ def theirs(a: argparse.Namespace, method: str, work: Path, compiled: bool) -> di
     command += ["--quantize"] if method == "qlora" else []
     command += ["--compile"] if compiled else []
     try:
-        found = run(command, work / "theirs.json")
+        found = measured(command, work / "theirs.json")
     except RuntimeError as error:
         if "OutOfMemoryError" not in str(error):
             raise
-        found = run([*command, "--checkpointing"], work / "theirs.json") | {"remat": "gradient checkpointing"}
+        found = measured([*command, "--checkpointing"], work / "theirs.json") | {"remat": "gradient checkpointing"}
     rest = found["seconds"][1:]
     return {"ready_seconds": max(found["seconds"][0] - statistics.median(rest), 0), **found}
 
@@ -192,7 +180,7 @@ def theirs(a: argparse.Namespace, method: str, work: Path, compiled: bool) -> di
 def compare(a: argparse.Namespace, method: str, work: Path) -> dict:
     """Return the figures of one method, by side."""
     command = [sys.executable, __file__, *sys.argv[1:], "--model", str(a.model), "--method", method, "--worker", str(work)]
-    mine = run(command, work / "ours.json")
+    mine = measured(command, work / "ours.json")
     sides = {"ftjax": mine}
     if not a.no_peer:
         sides["PEFT"] = theirs(a, method, work, compiled=False)

@@ -121,14 +121,14 @@ def test_a_template_that_writes_the_last_answer_otherwise():
 
 
 def test_the_template_of_smollm2():
-    """Reads the template from the model that `scripts/get_demo_model.py` downloads."""
+    """Reads the template from the model that `ftjax demo --only-model` downloads."""
     from pathlib import Path
 
     from ftjax.hub.gguf.tokenizer import gguf_tokenizer
 
     model = Path(__file__).parents[2] / "demo" / "model" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not model.is_file():
-        pytest.skip("the demo's model is not there; scripts/get_demo_model.py fetches it")
+        pytest.skip("the demo's model is not there; ftjax demo --only-model fetches it")
     tokenizer = gguf_tokenizer(model)
     document = Encoder(tokenizer)([talk(TALK)])[0]
     assert tokenizer.eos_token == END

@@ -15,6 +15,12 @@ SCALING = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_thet
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 NONE = {"rope_theta": 10000.0, "rope_scaling": None}
 WANT = {
+    "bamba": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5, "rope_scaling": None},
+    "granitemoehybrid": {**NONE, "layer_types": ["mamba", "mamba", "attention", "mamba", "attention"]},
+    "nemotron-h": {"hybrid_override_pattern": "ME*-ME", "num_hidden_layers": 6, "layers_block_type": "absent"},
+    "falcon-h1": NONE,
+    "lfm2-moe": {"rope_theta": 1e6, "rope_scaling": None},
+    "olmo-hybrid": {},
     "llama": NONE,
     "llama3.1": {"rope_theta": 10000.0, "rope_scaling": SCALING},
     "llama-linear": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},

@@ -294,7 +294,7 @@ def peer_losses(stories, setup, name: str, batches, adapter) -> tuple[list[float
     return losses, sum(parameter.numel() for parameter in trained)
 
 
-@pytest.mark.parametrize("name", [name for name in PEFT if name != "lora"])  # LoRA: tests/train/test_step.py
+@pytest.mark.parametrize("name", [name for name in PEFT if name != "lora" and (ALL or name not in ONLY_LLAMA)])  # test_step.py
 def test_ten_steps_of_the_peer(stories, name, tmp_path):
     """PEFT from the same adapter on the same batches: ten losses within 1e-4, in float32."""
     rng = np.random.default_rng(0)

@@ -247,7 +247,7 @@ def with_model(config, **values):
     return config.model_copy(update={"model": config.model.model_copy(update=values)})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.sweep)])
 def test_sharded_is_one_device(bases, kind, tmp_path):
     """On several devices the weights have the same bits, and training is the same."""
     case = Case("wide", "llama", {"intermediate_size": 96, "hidden_size": 64, "tie_word_embeddings": True})
@@ -358,7 +358,7 @@ def test_a_run_is_resumed_generated_from_and_merged(tiny, tmp_path, monkeypatch,
     assert answer.tokens[0] == first
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.sweep)])
 def test_lora_learns_on_a_quantised_base(stories, kind):
     """A real model: forty updates lower the loss by over 4, as far as on the float32 base within 0.1 (int8), 0.6 (nf4)."""
     batches = [make_batch(4, 32, 512, seed) for seed in (0, 1)] * 20

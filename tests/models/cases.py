@@ -460,24 +460,90 @@ CASES: list[Case] = [
         "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 12, "num_key_value_heads": 4,
         "hidden_act": "gelu", "rms_norm_eps": 1e-3, "attention_multiplier": 0.3, "rope_parameters": LLAMA3_ROPE,
     }),
+    Case("bamba", "bamba", {
+        "num_hidden_layers": 4, "attn_layer_indices": [2], "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 12,
+        "rms_norm_eps": 1e-3,
+    }),
+    Case("bamba-tied-biases", "bamba", {
+        "num_hidden_layers": 3, "attn_layer_indices": [0, 2], "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_conv": 3,
+        "mamba_expand": 3, "mamba_proj_bias": True, "mamba_conv_bias": False, "attention_bias": True, "mlp_bias": True,
+        "hidden_act": "gelu", "num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("granitemoehybrid", "granitemoehybrid", {
+        "num_hidden_layers": 5, "layer_types": ["mamba", "mamba", "attention", "mamba", "attention"], "mamba_n_heads": 4,
+        "mamba_n_groups": 2, "mamba_d_state": 8, "shared_intermediate_size": 24, "num_local_experts": 6,
+        "num_experts_per_tok": 3, "embedding_multiplier": 3, "logits_scaling": 2, "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2, "output_router_logits": True, "position_embedding_type": "rope",
+    }),
+    Case("granitemoehybrid-dense", "granitemoehybrid", {
+        "num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 8, "mamba_d_state": 12,
+        "mamba_conv_bias": False, "mamba_proj_bias": True, "attention_bias": True, "shared_intermediate_size": 40,
+        "num_local_experts": 0, "attention_multiplier": 0.3, "position_embedding_type": "nope", "hidden_act": "gelu",
+        "tie_word_embeddings": True, "rms_norm_eps": 1e-3,
+    }),
+    Case("nemotron-h", "nemotron_h", {
+        **EXPERTS, "layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba", "moe"], "head_dim": 12,
+        "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 12, "n_group": 4, "topk_group": 2,
+        "moe_shared_expert_intermediate_size": 24, "moe_latent_size": 20, "routed_scaling_factor": 1.5,
+        "layer_norm_epsilon": 1e-3,
+    }),
+    Case("nemotron-h-dense", "nemotron_h", {
+        "hybrid_override_pattern": "M-*-M", "head_dim": 8, "mamba_num_heads": 8, "mamba_head_dim": 6, "n_groups": 1,
+        "ssm_state_size": 8, "conv_kernel": 3, "mamba_hidden_act": "gelu", "mlp_hidden_act": "gelu", "mlp_bias": True,
+        "use_bias": True, "use_conv_bias": False, "num_key_value_heads": 4,
+    }),
+    Case("falcon-h1", "falcon_h1", {
+        "num_hidden_layers": 3, "mamba_d_ssm": 48, "mamba_n_heads": 6, "mamba_n_groups": 2, "mamba_d_state": 12,
+        "mamba_rms_norm": True, "mamba_norm_before_gate": False, "embedding_multiplier": 2.5, "lm_head_multiplier": 0.5,
+        "mlp_multipliers": [0.8, 0.6], "key_multiplier": 0.7, "attention_in_multiplier": 1.2,
+        "attention_out_multiplier": 0.9, "ssm_multipliers": [0.9, 0.8, 0.7, 1.1, 0.6], "ssm_in_multiplier": 1.25,
+        "ssm_out_multiplier": 0.7,
+    }),
+    Case("falcon-h1-norm-first", "falcon_h1", {
+        "mamba_d_ssm": None, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_rms_norm": True, "mamba_norm_before_gate": True,
+        "mamba_conv_bias": False, "mamba_proj_bias": True, "projectors_bias": True, "attention_bias": True, "mlp_bias": True,
+        "hidden_act": "gelu", "tie_word_embeddings": True, "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("falcon-h1-without-norm", "falcon_h1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_conv": 3}),
+    Case("lfm2-moe", "lfm2_moe", {
+        "num_hidden_layers": 5, "layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"],
+        "num_dense_layers": 2, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16,
+        "routed_scaling_factor": 1.5, "norm_eps": 1e-3,
+    }),
+    Case("lfm2-moe-untied", "lfm2_moe", {
+        "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 0, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "use_expert_bias": False, "norm_topk_prob": False,
+        "conv_bias": True, "conv_L_cache": 4, "tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE,
+    }),
+    Case("olmo-hybrid", "olmo_hybrid", {
+        "num_hidden_layers": 5, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 12,
+        "linear_value_head_dim": 6, "rms_norm_eps": 1e-3,  # parts of equal size: transformers splits others elsewhere on saving
+    }),
+    Case("olmo-hybrid-rope", "olmo_hybrid", {
+        "num_hidden_layers": 3, "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 3, "linear_allow_neg_eigval": False,
+        "attention_bias": True, "hidden_act": "gelu", "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE,
+    }),
 ]  # fmt: skip
 
 ONE_OF_EACH = list({case.model_type: case for case in reversed(CASES)}.values())[::-1]
 
-# Families that are others under another name, inside a checkpoint with more parts, or with parts of two of them. Logits,
-# checkpoints and config.json prove what differs; the laws that take long are tried on the family to the right.
+# Families that are others under another name, inside a checkpoint with more parts, or with parts of two of them: on the right
+# the one whose layers, and so whose golden steps and FLOPs, are theirs.
 LIKE = {
     "deepseek_v2": "deepseek_v3", "gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_text",
     "gemma4_unified_text": "gemma4_text", "llama4": "llama4_text", "glm4_moe": "deepseek_v3", "glm4_moe_lite": "deepseek_v3",
     "ministral3": "mistral", "mistral3": "mistral", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_next",
-    "qwen3_5_moe_text": "qwen3_next", "qwen3_vl": "qwen3",
+    "qwen3_5_moe_text": "qwen3_next", "qwen3_vl": "qwen3", "granitemoehybrid": "bamba", "falcon_h1": "bamba",
+    "lfm2_moe": "lfm2", "olmo_hybrid": "qwen3_5_text",
 }  # fmt: skip
 UNLIKE = [case for case in ONE_OF_EACH if case.model_type not in LIKE]
 
 # One family for each thing that layers do in their own way: norms, positions and biases of two kinds; windows; experts, alone,
-# with sinks, and beside the MLP; latents; linear attention; convolutions; shared keys and values; chunks. Laws that compile
-# gradients or decoding try these in `make test`, and every family in `make test-all`.
+# with sinks, and beside the MLP; latents; linear attention; Mamba-2; convolutions; shared keys and values; chunks. Laws that
+# compile gradients or decoding try these in `make test`, and every family in `make test-all`.
 KINDS = (
-    "llama", "gpt2", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_5_text", "lfm2", "gemma4_text", "llama4_text",
+    "llama", "gpt2", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_5_text", "bamba", "lfm2", "gemma4_text",
+    "llama4_text",
 )  # fmt: skip
 OF_EACH_KIND = ONE_OF_EACH if ALL else [case for case in ONE_OF_EACH if case.model_type in KINDS]

@@ -53,7 +53,12 @@ def test_sizes_are_those_of_transformers(case, tmp_path):
     assert (sizes.layers, sizes.heads) == (config.num_hidden_layers, config.num_attention_heads)
     assert (sizes.vocab, sizes.embed) == tuple(rows.shape)
     # GPT-2 and GPT-NeoX have a key for each query.
-    one = next((part for name, part in module.items() if name.endswith(".self_attn") and "vision" not in name), None)
+    attentions = [
+        part
+        for name, part in module.items()
+        if (name.endswith(".self_attn") and "vision" not in name) or (name.endswith(".mixer") and hasattr(part, "q_proj"))
+    ]
+    one = attentions[0] if attentions else None
     size = getattr(one, "head_dim", getattr(one, "qk_head_dim", None))  # latent attention has the latter
     heads = sizes.heads if one is None else max(layer.num_key_value_heads for layer in config.per_layer_config)
     assert (sizes.kv_heads, sizes.head_dim) == (heads, sizes.embed // sizes.heads if one is None else size)

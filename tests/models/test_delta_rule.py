@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from packed import ROWS, segments
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
 from ftjax.models.nn.delta_rule import gated_delta_rule, normalised, unit_lower_inverse
@@ -14,18 +15,6 @@ from ftjax.models.nn.recurrence import recur
 from ftjax.models.nn.short_convolution import causal_conv
 
 B, K, N, D, V = 2, 2, 6, 8, 10
-ROWS = {  # lengths of the documents of two rows; negative: padding
-    "whole": ([53], [53]),
-    "packed": ([20, 16, 14, -3], [1, 1, 31, -10, 10]),
-    "left padded": ([-5, 48], [-1, 30, 22]),
-    "padding within a chunk": ([7, -20, 9, -17], [-53]),
-}
-
-
-def segments(lengths: list[int]) -> np.ndarray:
-    """Return the segment ids of a row."""
-    ids = np.cumsum(np.array(lengths) > 0) * (np.array(lengths) > 0)
-    return np.repeat(ids, np.abs(lengths)).astype(np.int32)
 
 
 def inputs(t: int, seed: int = 0) -> tuple[np.ndarray, ...]:

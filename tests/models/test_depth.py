@@ -22,6 +22,10 @@ DEPTHS = (12, 36)  # whole periods of every family: the longest is six layers
 
 FEW = {"num_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = {
+    "bamba": {"mamba_n_heads": 4, "attn_layer_indices": list(range(2, 36, 4))},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_ssm": None},
+    "granitemoehybrid": {"mamba_n_heads": 4, "num_local_experts": 4},
+    "lfm2_moe": FEW,
     "deepseek_v3": {"n_routed_experts": 16, "num_key_value_heads": 4},
     "deepseek_v2": {"n_routed_experts": 16, "num_experts_per_tok": 4, "num_key_value_heads": 4},
     "glm4_moe_lite": {"num_key_value_heads": 4},
@@ -37,6 +41,10 @@ def operations(family: str, layers: int) -> int:
     """Return the number of lines of the lowered gradient of a LoRA step."""
     values = {"n_layer" if family == "gpt2" else "num_hidden_layers": layers}
     values |= EXPERTS.get(family, {})
+    if family == "lfm2_moe":
+        values["layer_types"] = ["conv", "conv", "full_attention"] * (layers // 3)
+    if family == "nemotron_h":  # the number of layers follows from their kinds
+        values["layers_block_type"] = ["mamba", "moe", "mamba", "moe", "attention", "mlp"] * (layers // 6)
     if FAMILIES[family].composite:
         values = {"text_config": {"model_type": FAMILIES[family].module, **values}}
     facts = complete_config(hf_config(Case(family, family, values)).to_dict(), family)

@@ -48,6 +48,21 @@ GEMMA4 = {
         "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
     },
 }  # fmt: skip
+NEMOTRON3 = {
+    "model_type": "nemotron_h", "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "chunk_size": 128,
+    "conv_kernel": 4, "eos_token_id": 2, "expand": 2, "head_dim": 128, "hidden_dropout": 0.0, "hidden_size": 2688,
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "initializer_range": 0.02,
+    "intermediate_size": 1856, "layer_norm_epsilon": 1e-05, "mamba_head_dim": 64, "mamba_hidden_act": "silu",
+    "mamba_num_heads": 64, "mamba_proj_bias": False, "mamba_ssm_cache_dtype": "float32", "max_position_embeddings": 262144,
+    "mlp_bias": False, "mlp_hidden_act": "relu2", "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712, "n_group": 1, "n_groups": 8, "n_routed_experts": 128,
+    "n_shared_experts": 1, "norm_eps": 1e-05, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts_per_tok": 6,
+    "num_hidden_layers": 52, "num_key_value_heads": 2, "num_logits_to_keep": 1, "pad_token_id": 0,
+    "partial_rotary_factor": 1.0, "rescale_prenorm_residual": True, "residual_in_fp32": False, "rope_theta": 10000,
+    "routed_scaling_factor": 2.5, "sliding_window": None, "ssm_state_size": 128, "tie_word_embeddings": False,
+    "time_step_floor": 0.0001, "time_step_max": 0.1, "time_step_min": 0.001, "topk_group": 1, "torch_dtype": "bfloat16",
+    "use_bias": False, "use_cache": True, "use_conv_bias": True, "use_mamba_kernels": True, "vocab_size": 131072,
+}  # fmt: skip
 PUBLISHED = {
     "google/gemma-4-E2B-it": (4_628_569_379, {
         "model_type": "gemma4", "text_config": GEMMA4, "audio_token_id": 258881, "boa_token_id": 256000,
@@ -168,6 +183,29 @@ PUBLISHED = {
         "pad_token_id": 0, "residual_multiplier": 0.22, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 10000,
         "router_aux_loss_coef": 0.0, "tie_word_embeddings": True, "vocab_size": 49155,
     }),
+    "ibm-granite/granite-4.0-h-small": (32_207_337_984, {
+        **COMMON, "model_type": "granitemoehybrid", "attention_multiplier": 0.0078125, "bos_token_id": 100257,
+        "embedding_multiplier": 12, "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 4096, "init_method": "mup",
+        "intermediate_size": 768, "layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 4) * 4, "logits_scaling": 16,
+        "mamba_chunk_size": 256, "mamba_conv_bias": True, "mamba_d_conv": 4, "mamba_d_head": 64, "mamba_d_state": 128,
+        "mamba_expand": 2, "mamba_n_groups": 1, "mamba_n_heads": 128, "mamba_proj_bias": False,
+        "max_position_embeddings": 131072, "normalization_function": "rmsnorm", "num_attention_heads": 32,
+        "num_experts_per_tok": 10, "num_hidden_layers": 40, "num_key_value_heads": 8, "num_local_experts": 72,
+        "output_router_logits": False, "pad_token_id": 100256, "position_embedding_type": "nope", "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000, "router_aux_loss_coef": 0.0,
+        "shared_intermediate_size": 1536, "tie_word_embeddings": True, "vocab_size": 100352,
+    }),
+    "LiquidAI/LFM2-8B-A1B": (8_339_929_856 + 22 * 32, {  # and the biases of the routers, which transformers has as buffers
+        "model_type": "lfm2_moe", "bos_token_id": 1, "conv_L_cache": 3, "conv_bias": False, "eos_token_id": 7,
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 7168, "layer_types": [
+            "conv", "conv", *["full_attention", "conv", "conv", "conv"] * 4, *["full_attention", "conv", "conv"] * 2,
+        ],
+        "max_position_embeddings": 128000, "moe_intermediate_size": 1792, "norm_eps": 1e-5, "norm_topk_prob": True,
+        "num_attention_heads": 32, "num_dense_layers": 2, "num_experts": 32, "num_experts_per_tok": 4,
+        "num_hidden_layers": 24, "num_key_value_heads": 8, "pad_token_id": 0, "rope_theta": 1000000.0,
+        "routed_scaling_factor": 1.0, "tie_embedding": True, "torch_dtype": "bfloat16", "use_cache": True,
+        "use_expert_bias": True, "vocab_size": 65536,
+    }),
     "allenai/OLMoE-1B-7B-0924": (6_919_161_856, {
         **COMMON, "model_type": "olmoe", "clip_qkv": None, "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048,
         "intermediate_size": 1024, "max_position_embeddings": 4096, "norm_topk_prob": False, "num_attention_heads": 16,
@@ -199,6 +237,18 @@ QWEN3_5 = {
     },
     "vision_config": {"model_type": "qwen3_5", "depth": 27, "hidden_size": 1152, "out_hidden_size": 5120},
 }  # fmt: skip
+
+
+def test_published_config_of_nemotron_3():
+    """nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16: 23 layers of Mamba-2, 23 with 128 experts, and 6 of attention."""
+    root = build_module(complete_config(NEMOTRON3, "Nemotron-3-Nano"))
+    embed, heads, channels = 2688, 64, 64 * 64 + 2 * 8 * 128
+    mamba = embed * (64 * 64 + channels + heads) + 5 * channels + 3 * heads + 64 * 64 * (1 + embed)
+    experts = 128 * (embed + 1) + 2 * embed * (128 * 1856 + 3712)
+    attention = embed * 2 * (32 + 2) * 128
+    layers = 23 * (mamba + experts) + 6 * attention + 52 * embed
+    assert sum(spec.size for spec in specs(root).values()) == 2 * 131072 * embed + embed + layers
+    assert root.notes == ()
 
 
 def test_published_config_of_a_composite():

@@ -18,10 +18,11 @@ MIXED = [case for case in CASES if case.name == "qwen3-moe-every-other" or (ALL 
 
 # One with other parts whose layers have other names, one whose other parts have layers of the same names, and one whose text
 # stands with its output in the whole.
-COMPOSITE = [case for case in ONE_OF_EACH if not ALL and case.model_type in ("qwen3_5", "gemma4", "llama4")]
+COMPOSITE = [case for case in ONE_OF_EACH if case.model_type in ("qwen3_5", "gemma4", "llama4")]
+TRIED = MIXED + (ONE_OF_EACH if ALL else OF_EACH_KIND + COMPOSITE)
 
 
-@pytest.mark.parametrize("case", OF_EACH_KIND + [case for case in MIXED if case not in OF_EACH_KIND] + COMPOSITE, ids=str)
+@pytest.mark.parametrize("case", TRIED, ids=str)
 def test_adapter_and_merged_folder(case, tmp_path):
     base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
     hf = make_hf(case, base)

@@ -41,7 +41,7 @@ def test_the_demo_by_rewards(chat, tmp_path, capsys, monkeypatch):
     given = ["configs/demo/grpo.yaml", *overrides(chat, tmp_path / "run")]
     assert ftjax("preview", *given, "--examples", "1") == 0
     shown = capsys.readouterr().out
-    assert "example 1, prompt: configs/demo/data/train.jsonl:" in shown and "tokens of prompts" in shown
+    assert "example 1, prompt: ftjax/demo/data/train.jsonl:" in shown and "tokens of prompts" in shown
     assert ftjax("train", *given) == 0, capsys.readouterr()
     said = capsys.readouterr().out
     assert "an update: 2 prompts with 2 answers each, of up to 4 tokens; rewards: json_fields x 1, json_match x 1" in said

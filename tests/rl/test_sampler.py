@@ -75,7 +75,7 @@ def test_rows_of_answers():
     ]
     plan, rows_ = arranged(answers, 8, packing=True, multiple=2)
     assert (len(plan), rows_) == (2, 2)
-    batch = filled(answers, plan, range(3), 8)
+    batch = filled(answers, plan, range(3), 8, 3)
     flat = {name: values.reshape(3, 8, -1) for name, values in batch.items()}
     row = next(number for number in range(2) if 5 in flat["tokens"][number])
     at = int(np.flatnonzero(flat["tokens"][row, :, 0] == 5)[0])

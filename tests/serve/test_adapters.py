@@ -172,7 +172,7 @@ def test_room_for_the_adapters_of_the_start(chatty, folders):
 
 def test_a_stack_on_a_mesh(chatty, folders, alone):
     """Rows on two devices and heads on two give the answers of one device."""
-    from ftjax.serve.command import mesh_of
+    from ftjax.generate.open import mesh_of
 
     stack = AdapterStack.load(
         str(chatty), places=2, rank=6, wanted=lambda name: True, dtype="float32", mesh=mesh_of({"data": 2, "tensor": 2})

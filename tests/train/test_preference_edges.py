@@ -30,7 +30,7 @@ def loss(section, segments, weights, labels, logprobs):
 
     def total(known):
         parts = None, {}, {}, batch, None, 0, config
-        totals, _ = record.loss(Known(*parts, Known(*parts, known=0 * known), record.statistics, known=known))
+        totals, _ = record.loss(Known(*parts, Known(*parts, known=0 * known), own_statistics=record.statistics, known=known))
         return totals.loss, totals
 
     gradient, totals = jax.jit(jax.grad(total, has_aux=True))(jnp.array([logprobs], jnp.float32))

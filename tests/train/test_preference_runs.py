@@ -34,7 +34,7 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ["kto", pytest.param("dpo", marks=pytest.mark.sweep)])  # the first has a batch statistic too
 def test_resumed(name, model, data, tmp_path):
     objective, metric = OBJECTIVES[name]
     whole, out = tmp_path / "whole", tmp_path / "run"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from oracle import Case, make_hf, one_device
 from processes import ALL
-from tiny_run import make_config, run_steps
+from tiny_run import make_config, reported, run_steps
 from tiny_tokenizer import make_tokenizer, save_tokenizer
 
 from ftjax.data.pipeline import load_splits
@@ -97,12 +97,7 @@ def run(folder, objective: dict, method: dict, packing: bool, microbatches: int,
     """What two updates on the same rows report, and the weights after them."""
     setup, batch = prepared(folder, objective, method, packing, mesh)
     metrics, params = run_steps(setup, [batch] * 2, microbatches)
-    found = {}
-    for step, out in enumerate(metrics):
-        values = {"loss": out.loss, "weight": out.weight, "grad_norm": out.grad_norm}
-        values |= {name: total / count for name, (total, count) in out.metrics.items()}
-        found |= {f"{name} {step}": float(value) for name, value in values.items()}
-    return found, params
+    return reported(metrics), params
 
 
 @pytest.mark.parametrize("name, split", LINES, ids=lambda text: text.replace(" ", ""))

@@ -37,7 +37,9 @@ def pair_config(model, pairs, out, *, method=LORA, name="dpo", steps=8, **object
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), [(LORA, "kto"), pytest.param({"name": "full"}, "dpo", marks=pytest.mark.sweep)], ids=["lora", "full"]
+    ("method", "name"),
+    [(LORA, "kto"), *(pytest.param(method, "dpo", marks=pytest.mark.sweep) for method in (LORA, {"name": "full"}))],
+    ids=["kto", "lora", "full"],
 )
 def test_a_reference_computed_before_training_gives_the_same_run(method, name, model, pairs, tmp_path, monkeypatch):
     """The numbers are those of a reference in every update; the second start reads them from the cache."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from ftjax import __version__
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config import Config
 from ftjax.config.code import refuse_unasked
+from ftjax.config.load import Override
 from ftjax.console import make_console, say
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
@@ -27,12 +27,13 @@ from ftjax.generate.session import Generator
 from ftjax.hub.card import with_section
 from ftjax.hub.same_model import model_facts
 from ftjax.mesh import devices_or_all
+from ftjax.version import __version__
 
 VERBATIM = ("verbatim_train", "verbatim_validation", "longest_run_train", "longest_run_validation")
 
 
 def check(
-    target: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, prompts: str | None = None,
+    target: str, overrides: Sequence[Override] = (), *, adapter: Path | None = None, prompts: str | None = None,
     limit: int | None = None, out: Path | None = None, compare_base: bool = True, as_json_object: bool = False,
     console: Any = None, devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, Any]:  # fmt: skip

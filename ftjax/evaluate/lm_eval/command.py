@@ -11,6 +11,7 @@ import jax
 from ftjax.compile_cache import keep_compiled_programs
 from ftjax.config.code import refuse_unasked
 from ftjax.config.evaluate import LmEvalConfig
+from ftjax.config.load import Override
 from ftjax.console import make_console, print_table, say
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree
@@ -24,7 +25,7 @@ from ftjax.hub.same_model import model_facts
 
 
 def evaluate_harness(
-    target: str, overrides: Sequence[str] = (), *, tasks: Sequence[str] | None = None, adapter: Path | None = None,
+    target: str, overrides: Sequence[Override] = (), *, tasks: Sequence[str] | None = None, adapter: Path | None = None,
     limit: int | None = None, out: Path | None = None, compare_base: bool = False, allow_code_execution: bool = False,
     as_json: bool = False, devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, Any]:  # fmt: skip

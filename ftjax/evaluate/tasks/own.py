@@ -1,13 +1,12 @@
 """A user's own metric: a Python file with one function."""
 
-import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 from ftjax.errors import UserError
+from ftjax.evaluate.own_code import public_functions
 from ftjax.evaluate.rows import Item
 from ftjax.evaluate.statistic import Scores, means
 
@@ -20,19 +19,7 @@ EXPECTED = (
 
 def load_metric(path: str) -> Callable[..., Any]:
     """Load the one public function that the file defines. Raises UserError if there is none, or several."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"evaluate.task: {path}: no such file; {EXPECTED}")
-    spec = importlib.util.spec_from_file_location("ftjax_own_metric", file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{path}: it cannot be imported: {type(error).__name__}: {error}") from None
-    found = [
-        value for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
-    ]  # fmt: skip
+    found = list(public_functions(path, "evaluate.task", EXPECTED).values())
     if len(found) != 1:
         names = ", ".join(function.__name__ for function in found) or "none"
         raise UserError(f"{path}: functions found: {names}; {EXPECTED}. Begin the names of helpers with _")

@@ -20,10 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from ftjax.models.nn.recurrence import starts
-
-CHUNK = 64
-SMALLEST = 16  # tokens of a chunk in short rows
+from ftjax.models.nn.decays import CHUNK, chunk_length, chunked, decays
 
 _product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -74,29 +71,12 @@ def _one_token(q, k, v, g, beta, state) -> tuple[jax.Array, jax.Array]:
 
 def _in_chunks(q, k, v, g, beta, state, segment_ids, chunk: int) -> tuple[jax.Array, jax.Array]:
     (b, t, heads, size), n = k.shape, v.shape[2]
-    chunk = min(chunk, max(SMALLEST, 1 << (t - 1).bit_length()))
-
-    def split(x: jax.Array, place: int, mode: str = "constant") -> jax.Array:
-        """Split `[B, T, ...]` into `[c, B, ...]` with the chunk's tokens as axis `place`."""
-        x = jnp.pad(x, ((0, 0), (0, -t % chunk)) + ((0, 0),) * (x.ndim - 2), mode=mode)
-        return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), (1, 2), (0, place))
-
-    q, k = split(q, -2), split(k, -2)  # [c, B, K, C, D]
-    v = split(v.reshape(b, t, heads, n // heads, -1), -2)  # [c, B, K, R, C, V]
-    g, beta = (split(x.reshape(b, t, heads, n // heads), -1) for x in (g, beta))  # [c, B, K, R, C]
-    # Documents are numbered from that of the first token, which goes on from `state`, and padding belongs to the one before it.
-    document = split(jnp.cumsum(starts(segment_ids), axis=1, dtype=jnp.int32), -1, "edge")  # [c, B, C]
-    last = document[..., -1:]
-    before = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
-    sees = jnp.tril(document[..., :, None] == document[..., None, :])
-
-    # Decays, in logarithms: since the start of the chunk or document, and from token j to token i. Exponents are masked, not
-    # their results: those of tokens that do not see each other may be positive and large.
-    decay = _product("cbij,cbkrj->cbkri", sees.astype(jnp.float32), g)
-    between = _exp(sees[:, :, None, None], decay[..., :, None] - decay[..., None, :])
-    enter = _exp((document == before)[:, :, None, None], decay)
-    leave = _exp((document == last)[:, :, None, None], decay[..., -1:] - decay)
-    kept = _exp((last == before)[:, :, None], decay[..., -1])
+    chunk = chunk_length(t, chunk)
+    q, k = chunked(q, chunk, -2), chunked(k, chunk, -2)  # [c, B, K, C, D]
+    v = chunked(v.reshape(b, t, heads, n // heads, -1), chunk, -2)  # [c, B, K, R, C, V]
+    g, beta = (x.reshape(b, t, heads, n // heads) for x in (g, beta))
+    between, enter, leave, kept = decays(g, segment_ids, chunk)
+    beta = chunked(beta, chunk, -1)  # [c, B, K, R, C]
 
     # A token writes its own value less what is held under its key, by tokens of the chunk before it and by the state.
     system = jnp.tril(_product("cbkid,cbkjd->cbkij", k, k), -1)[:, :, :, None] * between * beta[..., None]
@@ -119,10 +99,6 @@ def _in_chunks(q, k, v, g, beta, state, segment_ids, chunk: int) -> tuple[jax.Ar
     y = y + _product("cbkrij,cbkrjv->cbkriv", weights, written)
     y = jnp.moveaxis(y, (0, -2), (1, 2)).reshape(b, -1, n, v.shape[-1])[:, :t]
     return y, state.reshape(b, n, size, -1)
-
-
-def _exp(where: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.exp(jnp.where(where, x, -jnp.inf))
 
 
 @jax.custom_vjp

@@ -3,15 +3,11 @@
 Sources: Yang et al. 2024 (arXiv:2412.06464); transformers, models/qwen3_5 (`Qwen3_5GatedDeltaNet`). Families differ in how
 they project queries, keys, values and gates; a family's subclass defines `project`.
 
-Under a mesh, each device has all tokens of its rows for some of the heads, so that neither convolution nor state crosses
-devices. Along `sequence`, that exchanges "all heads of some tokens" for "some heads of all tokens", as attention does in
-`ftjax.models.nn.attention_sharded`.
+Under a mesh, each device has all tokens of its rows for some of the heads (`ftjax.models.nn.over_heads`).
 
 Legend: B batch, T length, E embed, K key heads, N value heads, D key size, V value size, W kernel size.
 """
 
-import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,16 +15,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from ftjax.errors import UserError
-from ftjax.mesh import RULES, fitting
 from ftjax.models.nn.cache import Memories, recall, remember
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.delta_rule import gated_delta_rule
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.layers import Linear, RMSNorm, activation
 from ftjax.models.nn.memory import ConvState, RecurrentState
+from ftjax.models.nn.over_heads import head_axes, on_each_device
 from ftjax.models.nn.param import Init, param
 from ftjax.models.nn.short_convolution import ShortConvolution, causal_conv
+
+# Places of the inputs and results of a mixer, for `on_each_device`.
+TOKENS, WEIGHTS = PartitionSpec("rows", None, "heads", None), PartitionSpec(None, None, "heads", None)
+BY_HEAD, STATE = PartitionSpec("rows", None, "heads"), PartitionSpec("rows", "heads", None, None)
+PLACES = (TOKENS,) * 3, (TOKENS,) * 3, (WEIGHTS,) * 3, BY_HEAD, BY_HEAD, STATE, PartitionSpec("rows", None)
+OUT = TOKENS, (TOKENS,) * 3, STATE
 
 
 class DeltaSizes(NamedTuple):
@@ -78,7 +79,13 @@ class GatedNorm(RMSNorm):
 
 
 class GatedDeltaNet(nnx.Module):
-    """A gated DeltaNet without its input projections, which a subclass adds."""
+    """A gated DeltaNet without its input projections, which a subclass adds.
+
+    Attributes:
+        strongest: how strongly a token may overwrite what is held under its key, at most. Above 1, states may change sign.
+    """
+
+    strongest = 1.0
 
     def __init__(self, embed: int, sizes: DeltaSizes, act: str, eps: float):
         self.sizes, self.act = sizes, activation(act)
@@ -100,32 +107,35 @@ class GatedDeltaNet(nnx.Module):
     def attend(self, found: Projected, ctx: Context, pattern: Pattern, layer, cache: Memories):
         """Map the result of `project` to `([B, T, E], cache)`."""
         inputs, memory = self.memory
-        b, t = found.a.shape[:2]
+        b = found.a.shape[0]
         decay = -jnp.exp(self.A_log[...].astype(jnp.float32))
         g = decay * jax.nn.softplus(found.a.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         before = self.by_heads(recall(cache, layer, inputs, b, found.q.dtype))
         state = recall(cache, layer, memory, b, jnp.float32)
-        taps = self.by_heads(self.conv1d.taps[None])
+        taps = self.taps()
 
         def mix(parts: tuple, before: tuple, taps: tuple, g, beta, state, segments):
             mixed, last = zip(*map(lambda *own: self._convolved(*own, segments), parts, before, taps), strict=True)
             y, state = gated_delta_rule(*mixed, g, beta, state, segments)
             return y.astype(parts[0].dtype), last, state
 
-        y, last, state = _on_each_device(
-            mix,
-            self.sizes.key_heads,
-            (found.q, found.k, found.v),
-            before,
-            taps,
-            g,
-            jax.nn.sigmoid(found.b),
-            state,
-            ctx.segment_ids,
-        )
+        strength = self.strongest * jax.nn.sigmoid(found.b)
+        values = (found.q, found.k, found.v), before, taps, g, strength, state, ctx.segment_ids
+        keys = self.sizes.key_heads
+        what = f"the {keys} key heads of the linear attention (linear_num_key_heads)"
+        over = {"heads": head_axes(keys, lambda devices: keys % devices == 0, what)}
+        y, last, state = on_each_device(mix, values, PLACES, OUT, over, b)
         last = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in last], axis=-1)
         cache = remember(remember(cache, layer, inputs, last), layer, memory, state)
-        return self.out_proj(self.norm(y, found.gate).reshape(b, t, -1), ctx), cache
+        return self.output(y, found.gate, ctx), cache
+
+    def output(self, y: jax.Array, gate: jax.Array, ctx: Context) -> jax.Array:
+        """Map the values that were read, and their gate, both `[B, T, N, V]`, to `[B, T, E]`."""
+        return self.out_proj(self.norm(y, gate).reshape(*y.shape[:2], -1), ctx)
+
+    def taps(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the kernels of the convolutions of queries, keys and values, `[1, W, heads, size]`."""
+        return self.by_heads(self.conv1d.taps[None])
 
     def by_heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Split `[..., channels]` into `[..., heads, size]` of queries, keys and values."""
@@ -141,31 +151,3 @@ class GatedDeltaNet(nnx.Module):
         x_, before_, taps_ = (part.reshape(*part.shape[:2], -1) for part in (x, before, taps))
         y, last = causal_conv(x_, taps_[0], before_, segments)
         return self.act(y).reshape(x.shape), last.reshape(before.shape)
-
-
-def _on_each_device(mix: Callable, key_heads: int, parts, before, taps, g, beta, state, segments):
-    """Run `mix` on each device's rows and heads under the current mesh; call it directly without a mesh.
-
-    Raises UserError if the key heads do not divide by `mesh.tensor` times `mesh.sequence`, and `sequence` is more than 1.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    values = parts, before, taps, g, beta, state, segments
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-        return mix(*values)
-    over = (*RULES["heads"], *RULES["length"])
-    if key_heads % math.prod(mesh.shape[axis] for axis in over):
-        if mesh.shape["sequence"] > 1:
-            here = math.prod(mesh.shape[axis] for axis in RULES["heads"])
-            works = [size for size in range(1, key_heads + 1) if key_heads % (here * size) == 0]
-            raise UserError(
-                f"mesh.sequence: {mesh.shape['sequence']} does not divide the {key_heads} key heads of the linear attention "
-                f"(linear_num_key_heads) with mesh.tensor = {here}; "
-                + (f"choose one of {', '.join(map(str, works))}" if works else "set both to 1")
-            )
-        over = ()
-    rows = fitting(mesh, "batch", g.shape[0])
-    tokens, weights = PartitionSpec(rows, None, over, None), PartitionSpec(None, None, over, None)
-    heads, states = PartitionSpec(rows, None, over), PartitionSpec(rows, over, None, None)
-    places = (tokens,) * 3, (tokens,) * 3, (weights,) * 3, heads, heads, states, PartitionSpec(rows, None)
-    out = tokens, (tokens,) * 3, states
-    return jax.shard_map(mix, mesh=mesh, in_specs=places, out_specs=out, check_vma=False)(*values)

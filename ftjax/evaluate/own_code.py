@@ -1,0 +1,33 @@
+"""Functions of a user's own Python file."""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ftjax.errors import UserError
+
+
+def public_functions(path: str, setting: str, expected: str) -> dict[str, Callable[..., Any]]:
+    """Run a Python file and return the public functions that it defines, by name.
+
+    Args:
+        setting: the key of the configuration that names the file.
+        expected: what the file should have, for errors.
+
+    Raises UserError if the file is missing or cannot be imported.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{setting}: {path}: no such file; {expected}")
+    spec = importlib.util.spec_from_file_location("ftjax_own_code", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path}: it cannot be imported: {type(error).__name__}: {error}") from None
+    return {
+        name: value for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    }  # fmt: skip
