@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ftjax.generate.answer import Answer
-from ftjax.generate.decode import Runner
+from ftjax.generate.decode import Runner, State
 from ftjax.generate.embed import Pooling, embed_step
 from ftjax.generate.score import head_step, score_step
 from ftjax.generate.steps import Sizes, Steps
@@ -60,6 +60,12 @@ class Engine:
                 jax.jit(steps.clear, donate_argnums=0, out_shardings=where),
             )
         return self._programs[sizes]
+
+    def abstract_state(self, sizes: Sizes) -> State:
+        """Return the state for arrays of these sizes, as shapes with shardings."""
+        steps = Steps(self._runner, sizes, self.whole_prompts)
+        shape = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+        return jax.tree.map(shape, jax.eval_shape(steps.empty), steps.shardings(self.mesh))
 
     def score(
         self, params: Mapping[str, jax.Array], *batch: np.ndarray, temperature: float = 1.0

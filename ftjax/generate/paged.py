@@ -8,7 +8,7 @@ run (`ftjax.generate.scheduler`), by nothing but the requests, so that several p
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,8 +19,7 @@ from ftjax.generate.decode import State
 from ftjax.generate.engine import Engine
 from ftjax.generate.sample import Sampling, row_sampling, uses_of
 from ftjax.generate.steps import Asked, Part, Pooled, Seen, Sizes, Turn
-from ftjax.mesh import parts
-from ftjax.models.model import Model
+from ftjax.mesh import fitting, parts
 from ftjax.models.nn.cache import Layout
 
 TOPS = 20  # most probable tokens that a request may ask for, as in OpenAI's API
@@ -71,7 +70,7 @@ class Room:
         rows = math.ceil(rows / engine.shards) * engine.shards
         longest = math.ceil(context / page)
         most = longest * rows // engine.shards
-        cost = page_bytes(engine.model, page, engine.dtype) // parts(engine.mesh.shape, "kv_heads")
+        cost = page_bytes(engine, page)
         if memory is None or not cost:
             return cls(rows, context, most, page, **rest)
         pages = min(most, memory // cost)
@@ -83,11 +82,15 @@ class Room:
         return cls(rows, context, pages, page, **rest)
 
 
-def page_bytes(model: Model, page: int, dtype: Any) -> int:
-    """Return the bytes of a page's keys and values in all layers."""
-    layout = Layout(model.memories)
-    sizes = (layout.size(one) * one.kv_heads * (one.key_dim + one.value_dim) for one in layout.keys_values)
-    return page * sum(sizes) * np.dtype(dtype).itemsize
+def page_bytes(engine: Engine, page: int) -> int:
+    """Return the bytes of a page's keys and values in all layers, on each device that has the page."""
+    layout = Layout(engine.model.memories)
+
+    def heads(count: int) -> int:  # those that do not divide are on every device, as in `Steps.shardings`
+        return count // (parts(engine.mesh.shape, "kv_heads") if fitting(engine.mesh, "kv_heads", count) else 1)
+
+    sizes = (layout.size(one) * heads(one.kv_heads) * (one.key_dim + one.value_dim) for one in layout.keys_values)
+    return page * sum(sizes) * np.dtype(engine.dtype).itemsize
 
 
 class Reading(NamedTuple):
@@ -264,6 +267,15 @@ class PagedBatch:
     def _run_prefill(
         self, chosen: Sequence[Reading], masks: Mapping[int, np.ndarray], shape: tuple[int, int], width: int
     ) -> tuple[dict[int, Reading], Seen, Pooled]:
+        found, part = self.part(chosen, masks, shape, width)
+        with jax.set_mesh(self.engine.mesh):
+            self._state, seen, pooled = self._programs.prefill(self.params, self._state, part)
+        return found, seen, pooled
+
+    def part(
+        self, chosen: Sequence[Reading], masks: Mapping[int, np.ndarray], shape: tuple[int, int], width: int
+    ) -> tuple[dict[int, Reading], Part]:
+        """Return `({index in the part: what is read}, the inputs of a prefill program of this shape)`."""
         size, length = shape
         each = size // self.sizes.groups
         taken = [0] * self.sizes.groups
@@ -281,23 +293,24 @@ class PagedBatch:
         places = {one.row: at for at, one in found.items()}
         table = self._table(list(places), list(places.values()), size, width)
         part = Part(rows, tokens, counts, before, whole, last, table, adapters, self._asked(places, size), None)
-        part = jax.tree.map(self._shard, part)._replace(mask=self._mask(masks, places, size))
-        with jax.set_mesh(self.engine.mesh):
-            self._state, seen, pooled = self._programs.prefill(self.params, self._state, part)
-        return found, seen, pooled
+        return found, jax.tree.map(self._shard, part)._replace(mask=self._mask(masks, places, size))
 
     def _run_decode(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int) -> Seen:
+        turn = self.turn(rows, steps, listed, masks, width)
+        with jax.set_mesh(self.engine.mesh):
+            self._state, seen = self._programs.decode(self.params, self._state, turn)
+        return seen
+
+    def turn(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int) -> Turn:
+        """Return the inputs of the decode program for tables of `width` pages."""
         size, replicate = self.sizes.rows, self.engine.replicate
         stopped = np.ones(size, bool)
         stopped[list(rows)] = False
-        turn = Turn(
+        return Turn(
             self._shard(stopped), replicate(np.int32(min(steps, self.sizes.steps))), replicate(np.bool_(listed)),
             self._shard(self._table(rows, rows, size, width)), self._shard(np.asarray(self.adapters, np.int32)),
             self._mask(masks, dict(zip(rows, rows, strict=True)), size),
         )  # fmt: skip
-        with jax.set_mesh(self.engine.mesh):
-            self._state, seen = self._programs.decode(self.params, self._state, turn)
-        return seen
 
     def _shard(self, rows: np.ndarray) -> jax.Array:
         return self.engine.shard_rows(rows)
