@@ -55,7 +55,7 @@ class Engine:
             where, everywhere = steps.shardings(self.mesh), NamedSharding(self.mesh, spec(()))
             self._programs[sizes] = Programs(
                 jax.jit(steps.empty, out_shardings=where),
-                jax.jit(steps.prefill, donate_argnums=1, out_shardings=(where, everywhere, everywhere)),
+                jax.jit(steps.prefill, donate_argnums=1, out_shardings=(where, everywhere, everywhere, everywhere)),
                 jax.jit(steps.decode, donate_argnums=1, out_shardings=(where, everywhere)),
                 jax.jit(steps.clear, donate_argnums=0, out_shardings=where),
             )

@@ -126,8 +126,9 @@ def room(answers: Iterable[Answer], rows: int, width: int, pages: int, reads: tu
     few = lambda size: max(1, math.ceil(size / FEW)) * FEW  # noqa: E731
     ends, biased = (few(max(len(one) for one in all_)) for all_ in zip(*((a.ends, a.bias) for a in answers), strict=True))
     return Room(
-        rows, width * PAGE, pages, PAGE, steps=CHUNK, reads=reads, grows=False, ends=ends, biased=biased, tops=0, grammars=False
-    )
+        rows, width * PAGE, pages, PAGE, steps=CHUNK, reads=reads, grows=False, ends=ends, biased=biased, tops=0,
+        grammars=False, scores=False,
+    )  # fmt: skip
 
 
 def _stream(

@@ -18,7 +18,7 @@ from ftjax.generate.answer import Answer
 from ftjax.generate.decode import State
 from ftjax.generate.engine import Engine
 from ftjax.generate.sample import Sampling, row_sampling, uses_of
-from ftjax.generate.steps import Asked, Part, Pooled, Seen, Sizes, Turn
+from ftjax.generate.steps import Asked, Likelihoods, Part, Pooled, Seen, Sizes, Turn
 from ftjax.mesh import fitting, parts
 from ftjax.models.nn.cache import Layout
 
@@ -46,6 +46,7 @@ class Room:
         ends, biased: the most ids that end an answer on the device, and the most tokens that a request may bias.
         tops: the most probable tokens that a request may ask for.
         grammars: whether requests may have one.
+        scores: whether requests may ask for the log-probabilities of their prompts.
     """
 
     rows: int
@@ -60,6 +61,7 @@ class Room:
     biased: int = BIASED
     tops: int = TOPS
     grammars: bool = True
+    scores: bool = True
 
     @classmethod
     def fit(cls, engine: Engine, *, rows: int, context: int, memory: int | None = None, page: int = 32, **rest: int) -> "Room":
@@ -94,13 +96,37 @@ def page_bytes(engine: Engine, page: int) -> int:
 
 
 class Reading(NamedTuple):
-    """A row whose prompt is read on: these tokens, after the first `before` tokens of its `whole` prompt."""
+    """A row whose prompt is read on: these tokens, after the first `before` tokens of its `whole` prompt.
+
+    Attributes:
+        last: the prompt ends here, so that the answer's first token is chosen.
+        follows: the token after each of these, if their log-probabilities are asked for; otherwise empty.
+    """
 
     row: int
     tokens: Sequence[int]
     before: int
     whole: int
     last: bool
+    follows: Sequence[int] = ()
+
+    def cut(self, length: int) -> "Reading":
+        """Return the first tokens of this, of which there are more."""
+        return self._replace(tokens=self.tokens[:length], last=False, follows=self.follows[:length])
+
+
+class Read(NamedTuple):
+    """What a call that reads prompts has read, and what came of it.
+
+    Attributes:
+        found: by index in the results, what was read.
+        expected: None if the room has no `scores`.
+    """
+
+    found: dict[int, Reading]
+    seen: Seen
+    pooled: Pooled
+    expected: Likelihoods | None
 
 
 class PagedBatch:
@@ -171,8 +197,8 @@ class PagedBatch:
             self._run_decode([], 1, False, {}, width)
         self.clear(0, [])
 
-    def read(self, waiting: Sequence[Reading], masks: Mapping[int, np.ndarray]) -> tuple[dict[int, Reading], Seen, Pooled]:
-        """Read the next part of some of these rows' prompts; return `({index in the results: what was read}, results)`.
+    def read(self, waiting: Sequence[Reading], masks: Mapping[int, np.ndarray]) -> Read:
+        """Read the next part of some of these rows' prompts.
 
         Each reading holds at least what is left of the prompt, or a chunk of it, and is cut to the program's size.
 
@@ -180,10 +206,7 @@ class PagedBatch:
             masks: by row, the tokens that a grammar allows first.
         """
         shape = max(self.shapes, key=lambda shape: (self._useful(waiting, shape), math.prod(shape)))
-        chosen = [
-            one if len(one.tokens) <= shape[1] else one._replace(tokens=one.tokens[: shape[1]], last=False)
-            for one in self._fitting(waiting, shape[0])
-        ]
+        chosen = [one if len(one.tokens) <= shape[1] else one.cut(shape[1]) for one in self._fitting(waiting, shape[0])]
         return self._run_prefill(chosen, masks, shape, self._width([one.row for one in chosen]))
 
     def decode(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray]) -> Seen:
@@ -266,11 +289,11 @@ class PagedBatch:
 
     def _run_prefill(
         self, chosen: Sequence[Reading], masks: Mapping[int, np.ndarray], shape: tuple[int, int], width: int
-    ) -> tuple[dict[int, Reading], Seen, Pooled]:
+    ) -> Read:
         found, part = self.part(chosen, masks, shape, width)
         with jax.set_mesh(self.engine.mesh):
-            self._state, seen, pooled = self._programs.prefill(self.params, self._state, part)
-        return found, seen, pooled
+            self._state, *results = self._programs.prefill(self.params, self._state, part)
+        return Read(found, *results)
 
     def part(
         self, chosen: Sequence[Reading], masks: Mapping[int, np.ndarray], shape: tuple[int, int], width: int
@@ -281,7 +304,7 @@ class PagedBatch:
         taken = [0] * self.sizes.groups
         found: dict[int, Reading] = {}
         rows, numbers = np.full(size, self.sizes.rows, np.int32), np.zeros((4, size), np.int32)
-        tokens, last = np.zeros((size, length), np.int32), np.zeros(size, bool)
+        tokens, last, follows = np.zeros((size, length), np.int32), np.zeros(size, bool), np.zeros((size, length), np.int32)
         for one in chosen:
             group = self.group(one.row)
             at = group * each + taken[group]
@@ -289,11 +312,16 @@ class PagedBatch:
             found[at] = one
             rows[at], tokens[at, : len(one.tokens)], last[at] = one.row, one.tokens, one.last
             numbers[:, at] = len(one.tokens), one.before, one.whole, self.adapters[one.row]
+            follows[at, : len(one.follows)] = one.follows
         counts, before, whole, adapters = numbers
         places = {one.row: at for at, one in found.items()}
         table = self._table(list(places), list(places.values()), size, width)
-        part = Part(rows, tokens, counts, before, whole, last, table, adapters, self._asked(places, size), None)
-        return found, jax.tree.map(self._shard, part)._replace(mask=self._mask(masks, places, size))
+        part = Part(rows, tokens, counts, before, whole, last, table, adapters, self._asked(places, size), None, None, None)
+        part = jax.tree.map(self._shard, part)._replace(mask=self._mask(masks, places, size))
+        if self.room.scores:
+            scored = self.engine.replicate(np.bool_(any(one.follows for one in found.values())))
+            part = part._replace(follows=self._shard(follows), scored=scored)
+        return found, part
 
     def _run_decode(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int) -> Seen:
         turn = self.turn(rows, steps, listed, masks, width)

@@ -38,6 +38,7 @@ class Job:
         tops: how many of the most probable tokens to list at each place, in `listed`.
         grammar: what the answer may say, or None.
         pool: for an embedding of the prompt: its last hidden state or the mean of all, then in `hidden`. No answer follows.
+        scored: whether to list the log-probability of each token of the prompt but the first, in `expected`.
         news: called in the engine's thread after tokens have arrived, and at the end.
     """
 
@@ -47,9 +48,11 @@ class Job:
     tops: int = 0
     grammar: Grammar | None = None
     pool: Literal["last", "mean"] | None = None
+    scored: bool = False
     news: Callable[["Job"], None] = lambda job: None
 
     listed: list[list[tuple[int, float]]] = field(default_factory=list)
+    expected: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)  # and the `tops` most probable tokens
     hidden: np.ndarray | None = None
     cached: int = 0  # tokens of the prompt that were in the cache when the request first got a row
     arrived: float = field(default_factory=time.monotonic)
@@ -67,6 +70,11 @@ class Job:
     @property
     def reading(self) -> bool:
         return self.filled < len(self.text)
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether each token of the prompt must be read, even if its keys and values are there already."""
+        return self.pool is not None or (self.scored and not self.answer.tokens)
 
 
 class Scheduler:
@@ -176,13 +184,13 @@ class Scheduler:
 
     def _known(self, job: Job, text: Sequence[int], group: int) -> list[int]:
         """Return the pages that hold the beginning of a text; its last token is read again, for its logits."""
-        if not self.batch.engine.keeps_prefixes or job.pool:
+        if not self.batch.engine.keeps_prefixes or job.reads_all:
             return []
         return self.pools[group].find(job.space, text[:-1])
 
     def _soon(self, job: Job, text: Sequence[int], group: int) -> bool:
         """Return whether a row of the group is reading a beginning of the text that is worth waiting for: at least a half."""
-        if not self.batch.engine.keeps_prefixes or job.pool:
+        if not self.batch.engine.keeps_prefixes or job.reads_all:
             return False
         known, size = len(self._known(job, text, group)), self.batch.sizes.page
         upto = (known + math.ceil((len(text) - known * size) / 2 / size)) * size
@@ -242,13 +250,18 @@ class Scheduler:
             return False
         longest = max(length for _, length in batch.shapes)
         waiting = [
-            Reading(job.row, job.text[job.filled : job.filled + longest], job.filled, len(job.text), self._last(job, longest))
+            Reading(
+                job.row, job.text[job.filled : job.filled + longest], job.filled, len(job.text), self._last(job, longest),
+                job.text[job.filled + 1 : job.filled + 1 + longest] if job.scored and job.reads_all else (),
+            )
             for job in jobs
-        ]
+        ]  # fmt: skip
         masks = {job.row: job.grammar.mask() for job in jobs if job.grammar is not None and self._last(job, longest)}
-        found, seen, pooled = batch.read(waiting, masks)
+        found, seen, pooled, expected = batch.read(waiting, masks)
         for at, one in found.items():
             job = self.running[one.row]
+            if one.follows:
+                self._score(job, one, *(np.asarray(x[at]) for x in expected))
             job.filled += len(one.tokens)
             self.read += len(one.tokens)
             if job.pool:
@@ -256,6 +269,13 @@ class Scheduler:
             elif not job.reading:
                 self._take(job, seen, at)
         return True
+
+    def _score(self, job: Job, one: Reading, logprobs: np.ndarray, tops: np.ndarray, values: np.ndarray) -> None:
+        """List what the model expected of the prompt's tokens."""
+        del job.expected[one.before :]  # of an earlier reading that came to no end
+        places = range(len(one.follows))
+        listed = [list(zip(*(x[n, : job.tops].tolist() for x in (tops, values)), strict=True)) for n in places]
+        job.expected += zip(logprobs[: len(places)].tolist(), listed, strict=True)
 
     def _last(self, job: Job, length: int) -> bool:
         return len(job.text) - job.filled <= length and job.pool is None

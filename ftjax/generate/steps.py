@@ -6,20 +6,25 @@ Legend: B rows of the batch, R rows of a prefill step, G groups of rows, C token
 k most probable tokens.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from ftjax.generate.cache import forward
 from ftjax.generate.decode import Rules, Runner, State
 from ftjax.generate.sample import RowSampling
 from ftjax.mesh import constrain, fitting
 from ftjax.models.nn.cache import Cache, Layout
+from ftjax.models.nn.context import Context
 from ftjax.models.nn.paged import PagedCache
+
+AT_A_TIME = 16  # tokens of a prompt whose logits exist at the same time
 
 
 class Sizes(NamedTuple):
@@ -80,6 +85,8 @@ class Part(NamedTuple):
         adapters: [R] int32.
         asked: what the first token is chosen by.
         mask: [R, words] uint32, tokens that a grammar allows (`ftjax.generate.sample.restrict`), or None without grammars.
+        follows: [R, C] int32, the token after each of `tokens`, whose log-probability may be asked for; or None.
+        scored: bool, whether any row asks for it; or None.
     """
 
     rows: jax.Array
@@ -92,6 +99,8 @@ class Part(NamedTuple):
     adapters: jax.Array
     asked: Asked
     mask: jax.Array | None
+    follows: jax.Array | None
+    scored: jax.Array | None
 
 
 class Turn(NamedTuple):
@@ -126,6 +135,20 @@ class Seen(NamedTuple):
     tokens: jax.Array
     logprobs: jax.Array
     counts: jax.Array
+    tops: jax.Array
+    top_logprobs: jax.Array
+
+
+class Likelihoods(NamedTuple):
+    """Of each token of a prompt's part, what the model expected after it.
+
+    Attributes:
+        logprobs: [R, C] float32, of `Part.follows`.
+        tops: [R, C, k] int32, the most probable tokens.
+        top_logprobs: [R, C, k] float32.
+    """
+
+    logprobs: jax.Array
     tops: jax.Array
     top_logprobs: jax.Array
 
@@ -182,7 +205,9 @@ class Steps:
         )  # fmt: skip
         return found._replace(cache=cache)
 
-    def prefill(self, params: Mapping[str, jax.Array], state: State | None, part: Part) -> tuple[State, Seen, Pooled]:
+    def prefill(
+        self, params: Mapping[str, jax.Array], state: State | None, part: Part
+    ) -> tuple[State, Seen, Pooled, Likelihoods | None]:
         """Read a part of some prompts, and choose the first token of answers whose prompt ends here.
 
         Args:
@@ -206,10 +231,11 @@ class Steps:
         ids, values = self._most_probable(logits)
         rest = jax.tree.map(lambda whole, new: whole.at[part.rows].set(new, mode="drop"), state._replace(cache=None), rows)
         seen = Seen(token[:, None], logprob[:, None], part.last.astype(jnp.int32), ids[:, None], values[:, None])
+        expected = None if part.follows is None else self._expected(module, hidden, part)
         shown = (jnp.arange(hidden.shape[1]) < part.counts[:, None])[..., None]
         hidden = hidden.astype(jnp.float32)
         pooled = Pooled(final.astype(jnp.float32), jnp.sum(jnp.where(shown, hidden, 0), axis=1))
-        return rest._replace(cache=state.cache.join(part.rows, cache)), *_everywhere((seen, pooled))
+        return rest._replace(cache=state.cache.join(part.rows, cache)), *_everywhere((seen, pooled, expected))
 
     def decode(self, params: Mapping[str, jax.Array], state: State, turn: Turn) -> tuple[State, Seen]:
         """Decode at most `turn.steps` more tokens per row."""
@@ -242,6 +268,28 @@ class Steps:
         seen = Seen(tokens, logprobs, state.count - before, tops, top_logprobs)
         state = state._replace(cache=replace(state.cache, table=turn.table[:, :0]))
         return state, _everywhere(seen)
+
+    def _expected(self, module: Any, hidden: Float[Array, "R C E"], part: Part) -> Likelihoods:
+        """Return what the model expected after each token, if a row asks for it; a few tokens at a time have logits."""
+        rows, length, k = *part.follows.shape, self.sizes.tops
+        block = math.gcd(length, AT_A_TIME)
+        context = Context(jnp.ones((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32), self.runner.dtype, adapters=part.adapters)
+
+        def some(at: jax.Array) -> Likelihoods:
+            here, follows = (jax.lax.dynamic_slice_in_dim(x, at * block, block, axis=1) for x in (hidden, part.follows))
+            logprobs = jax.nn.log_softmax(constrain(module.unembed(here, context), "batch", None, "vocab"), axis=-1)
+            values, ids = jax.lax.top_k(logprobs, k)  # of one array with those of the tokens, so that equal ones are equal
+            return Likelihoods(jnp.take_along_axis(logprobs, follows[..., None], axis=-1)[..., 0], ids, values)
+
+        def all_() -> Likelihoods:
+            found = jax.lax.map(some, jnp.arange(length // block))  # [C / block, R, block, ...]
+            return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, length, *x.shape[3:]), found)
+
+        def nothing() -> Likelihoods:
+            whole = (rows, length)
+            return Likelihoods(jnp.zeros(whole), jnp.zeros((*whole, k), jnp.int32), jnp.zeros((*whole, k)))
+
+        return jax.lax.cond(part.scored, all_, nothing)
 
     def _most_probable(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return `(ids, log-probabilities)` of the k most probable tokens."""

@@ -171,7 +171,7 @@ class CompletionRequest(Sampled):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
-    echo: Literal[False] | None = False
+    echo: StrictBool | None = False
     best_of: int | None = None
     suffix: None = None
 

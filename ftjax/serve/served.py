@@ -116,7 +116,17 @@ class Served:
             jobs += self._jobs(asked, voice, ids)
         for job in jobs:
             job.tops = asked.logprobs or 0
+            job.scored = bool(asked.echo) and asked.logprobs is not None
         return jobs
+
+    def echoes(self, asked: CompletionRequest, jobs: Sequence[Job]) -> list[str]:
+        """Return the prompt that each choice's text begins with; nothing unless that is asked for."""
+        if not asked.echo:
+            return [""] * len(jobs)
+        with self._lock:
+            decode = self.voice(asked.model).generator.tokenizer.decode
+            texts = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in asked.prompts]
+        return [text for text in texts for _ in range(len(jobs) // len(texts))]
 
     def embedding(self, asked: EmbeddingRequest) -> list[Job]:
         """Return one job per input."""
