@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftjax.generate.scheduler import Job
-from ftjax.serve.speech import Call, Speech
+from ftjax.serve.speech import Call, Channels, Speech
 
 Bytes = Callable[[int], bytes]  # the bytes of a token
 
@@ -70,7 +70,7 @@ class ChatChoice:
     """One choice of a chat, while it grows."""
 
     number: int
-    speech: Speech
+    speech: Speech | Channels
     with_logprobs: bool
     to_bytes: Bytes
     content: str = ""

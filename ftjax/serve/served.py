@@ -17,7 +17,7 @@ from ftjax.serve.errors import ApiError, invalid
 from ftjax.serve.grammar import Grammars
 from ftjax.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Sampled
 from ftjax.serve.schedule import EngineThread
-from ftjax.serve.speech import THINK, CallForm, Speech, form_of, reasons
+from ftjax.serve.speech import THINK, CallForm, Channels, Speech, form_of, has_channels, reasons, splitter
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class Served:
 
     # ---- requests to jobs ----
 
-    def chat(self, asked: ChatRequest) -> tuple[list[Job], list[Speech]]:
+    def chat(self, asked: ChatRequest) -> tuple[list[Job], list[Speech | Channels]]:
         """Return the jobs of a chat, one per choice, and what splits their answers."""
         voice = self.voice(asked.model)
         if not voice.template:
@@ -99,8 +99,9 @@ class Served:
         arguments = asked.chat_template_kwargs
         ids = self._encode(voice, asked.for_template(), "messages", chat=True, tools=tools, template_arguments=arguments)
         thinking = voice.thinking(ids)
-        speeches = [Speech(form, reasoning=reasons(voice.template), thinking=thinking) for _ in range(asked.n or 1)]
-        jobs = self._jobs(asked, voice, ids, shows_special=form is not None and form.special)
+        speeches = [splitter(voice.template, form, thinking) for _ in range(asked.n or 1)]
+        marked = has_channels(voice.template) or (form is not None and form.special)
+        jobs = self._jobs(asked, voice, ids, shows_special=marked)
         for job in jobs:
             job.tops = asked.top_logprobs or 0
             job.grammar = _grammar(voice, asked, forced, form, thinking)
