@@ -2,6 +2,7 @@
 # make test    install what the tests need, run linter and tests, and print the 25 slowest tests
 # make lint    linter and formatter only
 # make test-all  sweeps too: every combination, long runs, and other versions of other libraries; more than an hour
+# make docs    the documentation as a site, in build/site
 # make clean   remove what was built here (demo/, caches, .venv); runs/ stays
 #
 # PYTHON chooses the interpreter (3.11 or newer): make test PYTHON=python3.12
@@ -14,7 +15,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --c
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo test test-all lint install install-test clean
+.PHONY: demo test test-all lint docs install install-test clean
 
 demo: install
 	$(VENV)/bin/python -m ftjax demo
@@ -28,6 +29,9 @@ test-all: lint
 lint: install-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
@@ -47,6 +51,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing the test extra into $(VENV)"
 	$(PIP) $(TORCH)
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "installing the docs extra into $(VENV)"
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 clean:

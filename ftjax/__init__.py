@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from ftjax.api.measure import check, evaluate
     from ftjax.api.model import Chat, Model, load
     from ftjax.api.run import Run, train
+    from ftjax.tune.tune import tune
 
 __all__ = [
     "Chat", "Interrupted", "Model", "OutOfMemory", "Run", "UserError", "__version__", "check", "evaluate", "export", "load",
-    "plan", "preview", "train",
+    "plan", "preview", "train", "tune",
 ]  # fmt: skip
 
 _HOMES = {
@@ -29,8 +30,9 @@ _HOMES = {
     **dict.fromkeys(("check", "evaluate"), "ftjax.api.measure"),
     **dict.fromkeys(("Chat", "Model", "load"), "ftjax.api.model"),
     **dict.fromkeys(("Run", "train"), "ftjax.api.run"),
+    "tune": "ftjax.tune.tune",
 }
-_PACKAGES = ("evaluate", "plan", "train")  # functions of the API that share their name with a package of ftjax
+_PACKAGES = ("evaluate", "plan", "train", "tune")  # functions of the API that share their name with a package of ftjax
 
 
 def __getattr__(name: str) -> Any:

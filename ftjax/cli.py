@@ -114,6 +114,12 @@ def _examples(incomplete: str) -> list[str]:
     return [name for name in EXAMPLES if name.startswith(incomplete)]
 
 
+def _goals(incomplete: str) -> list[str]:
+    from ftjax.propose.goals import GOALS
+
+    return [name for name in GOALS if name.startswith(incomplete)]
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML (or JSON) configuration file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -185,6 +191,41 @@ def root(
     set_threads()
 
 
+@app.command()
+def init(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A file, a folder, a glob or a Hub data set.", show_default=False)
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A Hub id, a model folder or a .gguf file.", show_default="one for this machine"),
+    ] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GOAL",
+            help="chat, classify, summarise, code, qa, extract, preference, reward or text.",
+            show_default="as the data shows",
+            autocompletion=_goals,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write.")] = Path("run.yaml"),
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Propose a configuration for your data on this machine.
+
+    Writes a file that ftjax train runs, with a reason for each setting. Asks in a terminal, and nothing with --yes.
+    """
+    from ftjax.distributed.join import alone
+
+    alone("init")
+    from ftjax.propose.command import init as run
+
+    asking = not yes and sys.stdin.isatty() and sys.stdout.isatty()
+    run(data, out, model=model, goal=goal, force=force, ask=(lambda text, value: typer.prompt(text, value)) if asking else None)
+
+
 @app.command(cls=Configured)
 def train(
     config: ConfigFile,
@@ -222,6 +263,55 @@ def train(
         joined_by += ["--allow-code-execution"] if allow_code_execution else []
         command = shlex.join(["ftjax", "train", str(config), *(overrides or []), *joined_by])
         train_config(settings, command=command, allow_code_execution=allow_code_execution)
+
+
+@app.command(cls=Configured)
+def tune(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    search: Annotated[
+        str,
+        typer.Option(
+            metavar="SPACE",
+            help="Keys and their values: 'optimizer.learning_rate=log(1e-5,1e-3) method.r=[8,16,32]'.",
+            show_default=False,
+        ),
+    ] = ...,
+    trials: Annotated[int, typer.Option(min=1, help="Number of trials of the whole search.")] = 20,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the search; an unfinished one goes on.")] = Path("tune"),
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="An Optuna storage that several hosts share, such as postgresql://..., or journal:FILE.",
+            show_default="SQLite in DIR",
+        ),
+    ] = None,
+    study: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the study there.", show_default="DIR's")] = None,
+    sampler: Annotated[Literal["tpe", "random"], typer.Option(help="tpe learns from earlier trials.")] = "tpe",
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler.", show_default="training.seed")] = None,
+    prune: Annotated[bool, typer.Option("--prune/--no-prune", help="Stop trials that are worse than the median.")] = True,
+    parallel: Annotated[int, typer.Option(min=1, help="Trials at a time, each on devices of its own.")] = 1,
+    keep_all: Annotated[bool, typer.Option("--keep-all", help="Keep the weights of every trial, not only the best.")] = False,
+) -> None:
+    """Search for the best settings.
+
+    Each trial is a run. Writes a page with importance and parallel coordinates, and the best configuration.
+    """
+    from ftjax.distributed.join import alone
+
+    alone("tune")
+    from ftjax.config.load import load_config
+    from ftjax.gpu import set_flags
+
+    set_flags()
+    settings = load_config(config, overrides or [])
+    from ftjax.tune.tune import tune as run
+
+    run(
+        settings, search, trials=trials, out=out, storage=storage, study=study, sampler=sampler, seed=seed, prune=prune,
+        parallel=parallel, keep="all" if keep_all else "best",
+    )  # fmt: skip
 
 
 @app.command(cls=Configured)
@@ -806,4 +896,5 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON li
 
 def main() -> None:
     """Entry point."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # each command would say that there is no PyTorch
     app(prog_name="ftjax")

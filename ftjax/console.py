@@ -15,7 +15,9 @@ from ftjax.errors import printable
 
 UNKNOWN = 100_000  # width of a pipe in columns
 GAP = 2  # spaces between the columns of a table
-_VERBS = "train|preview|evaluate|check|report|runs|config|generate|chat|export|plan|sweep|merge-adapters|doctor|models"
+_VERBS = (
+    "init|train|tune|preview|evaluate|check|report|runs|config|generate|chat|export|plan|sweep|merge-adapters|doctor|models"
+)
 _WORD = r"""(?:'[^'\n]*'|"[^"\n]*"|,(?!\s)|[^\s'";`,])+"""
 COMMAND = rf"\b(?:ftjax (?:{_VERBS})\b|(?:python|pip|vllm|lm_eval|xprof) )(?: ?{_WORD})*"
 _UNIT = re.compile(rf"(?:{COMMAND}|\(\S+ to \S+\)|\S)+")  # units that never wrap
@@ -24,7 +26,7 @@ _UNIT = re.compile(rf"(?:{COMMAND}|\(\S+ to \S+\)|\S)+")  # units that never wra
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Create a console that prints text as it is: no markup, no emoji, no highlighted numbers."""
     console = Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
+    if not (console.is_terminal or console.is_jupyter):
         console.width = UNKNOWN
     return console
 

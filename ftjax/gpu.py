@@ -29,7 +29,7 @@ FLAGS: dict[str, tuple[str, str]] = {
 
 def set_flags(environment: MutableMapping[str, str] = os.environ) -> list[str]:
     """Add the missing flags to XLA_FLAGS if there are NVIDIA GPUs and JAX for them; return the added flags."""
-    if not _gpus_here() or environment.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
+    if not gpus_here() or environment.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
         return []
     given = environment.get("XLA_FLAGS", "")
     set_already = {flag.split("=")[0].lstrip("-") for flag in given.split()}
@@ -38,6 +38,7 @@ def set_flags(environment: MutableMapping[str, str] = os.environ) -> list[str]:
     return added
 
 
-def _gpus_here() -> bool:
+def gpus_here() -> bool:
+    """Return whether this host has NVIDIA GPUs, and JAX can use them."""
     plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
     return any(Path("/dev").glob("nvidia[0-9]*")) and any(importlib.util.find_spec(name) for name in plugins)

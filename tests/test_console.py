@@ -132,7 +132,7 @@ def in_terminal(width, *arguments):
     return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", read.decode()).replace("\r\n", "\n")
 
 
-@pytest.mark.parametrize("width", [80, 60])
+@pytest.mark.parametrize("width", [pytest.param(80, marks=pytest.mark.sweep), 60])
 def test_a_command_in_a_terminal(width, tmp_path):
     shown = in_terminal(width, "models")
     assert max(map(cell_len, shown.splitlines())) <= width
@@ -151,3 +151,12 @@ def test_a_file_name_that_is_no_text(tmp_path, capsysbinary):
     print_table(console, ["file"], [[os.fsdecode(b"caf\xe9.jsonl")]])
     assert capsysbinary.readouterr().out.split() == [rb"caf\xe9.jsonl", b"and", rb"\ud83d", b"file", rb"caf\xe9.jsonl"]
     assert str(UserError(os.fsdecode(b"\xff"))) == r"\xff"
+
+
+def test_tables_fit_a_notebook(monkeypatch):
+    """A notebook is no terminal, and has a width all the same."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert make_console().width < 200
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: False)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert make_console().width > 10_000

@@ -133,14 +133,14 @@ def test_python_has_its_ctrl_c_back(monkeypatch):
 
 def test_gpu_flags(monkeypatch):
     """Flags that the user set are kept; without GPUs, or with another platform chosen, none are set."""
-    monkeypatch.setattr(gpu, "_gpus_here", lambda: True)
+    monkeypatch.setattr(gpu, "gpus_here", lambda: True)
     environment = {"XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=false"}
     added = gpu.set_flags(environment)
     assert len(added) == len(gpu.FLAGS) - 1 and environment["XLA_FLAGS"].count("latency_hiding_scheduler") == 1
     assert gpu.set_flags(environment) == []
     assert gpu.set_flags({"JAX_PLATFORMS": "cpu"}) == []
     monkeypatch.undo()
-    if not gpu._gpus_here():
+    if not gpu.gpus_here():
         assert gpu.set_flags({}) == []
 
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from models.cases import ONE_OF_EACH, UNLIKE
+from models.cases import FEW, ONE_OF_EACH, UNLIKE
 from models.hybrid import make
 from oracle import Case, attach_full, context, make_hf, tokens
+from processes import ALL
 
 from ftjax.chips import CHIPS, chip_of
 from ftjax.config import FullConfig, LoraConfig
@@ -108,8 +109,11 @@ def attach_lora(root) -> None:
     method_of(config).attach(root, config)
 
 
-@pytest.mark.parametrize("attach", [attach_full, attach_lora], ids=["full", "lora"])
-@pytest.mark.parametrize("case", UNLIKE, ids=str)
+@pytest.mark.parametrize(("case", "attach"), [
+    pytest.param(case, attach, id=f"{case}-{name}")
+    for case in UNLIKE for name, attach in {"full": attach_full, "lora": attach_lora}.items()
+    if ALL or attach is attach_full or case in FEW
+])  # fmt: skip
 def test_closed_form(case, attach, tmp_path):
     """The closed form agrees; XLA's attention multiplies masked pairs too, so the closed form counts them."""
     model = build(case, tmp_path, attach)

@@ -60,6 +60,8 @@ BELOW = {
         "train",
     },
     "demo": {"api"},
+    "tune": {"api", "config", "console", "data", "errors", "gpu", "page"},
+    "propose": {"plan", "train", "hub", "objectives", "models", "data", "config", "console", "errors", "version"},
     "cli": {
         "api",
         "demo",
@@ -71,6 +73,8 @@ BELOW = {
         "evaluate",
         "generate",
         "plan",
+        "propose",
+        "tune",
         "hub",
         "doctor",
         "distributed",
@@ -79,7 +83,7 @@ BELOW = {
     },
     "lm_eval": {"evaluate"},
     "__main__": {"cli"},
-    "ftjax": {"api", "errors", "version"},
+    "ftjax": {"api", "errors", "tune", "version"},
 }
 NEVER = {"torch", "tensorflow", "keras"}
 NOT_IN_DATA = {"jax", "jaxlib", "flax", "optax", "orbax"}

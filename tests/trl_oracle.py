@@ -79,15 +79,16 @@ def make_model(folder: Path, family: str = "llama", *, chat: bool = False, **val
     return folder
 
 
-def compare(ours: Found, theirs: Found, names: set[str], gradients: bool = True) -> None:
+def compare(ours: Found, theirs: Found, names: set[str], gradients: bool = True, rtol: float = 1e-5) -> None:
     """Loss and metrics within 1e-5 relative, the gradient of each weight within 1e-4.
 
     Means of rewards may be small by chance, and are differences of log-probabilities that float32 rounds at 4e-6.
 
     Args:
         names: of the metrics that both must have; others that both have are compared too.
+        rtol: of the loss.
     """
-    np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
+    np.testing.assert_allclose(ours.loss, theirs.loss, rtol=rtol)
     both = ours.metrics.keys() & theirs.metrics.keys()
     assert names <= both, names - both
     for name in both:

@@ -23,7 +23,8 @@ def preview(config: Settings, *, examples: int = 3, html: str | Path | None = No
         examples: how many rows to show.
         html: a file to write the preview to.
 
-    Returns: `examples`, each with tokens, texts and weights, and for `train` and `validation` the counts.
+    Returns: `examples`, each with tokens, texts and weights, for `train` and `validation` the counts, and `personal_data`: how
+        many rows have it, and where.
 
     Raises UserError, with file and line, for anything that is wrong with the data.
     """

@@ -33,6 +33,7 @@ LEADS_TO_CODE: dict[str, Callable[[Any], bool]] = {
     "evaluate.lm_eval.include_path": bool,
     "check.lm_eval_tasks": _files,
     "objective.rewards": _rewards,
+    "objective.environment": bool,
 }
 
 

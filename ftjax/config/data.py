@@ -141,6 +141,9 @@ class DataConfig(Section):
     unicode_normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = Field(
         None, description="form into which all texts are brought; null: as they are"
     )
+    personal_data: Literal["keep", "mask"] = Field(
+        "keep", description="mask: a placeholder such as [EMAIL] for each email address, phone, card number, IBAN and key"
+    )
     contamination: Literal["ignore", "report", "drop"] = Field(
         "report", description="rows of validation that are also in train: report them, or drop them from train"
     )

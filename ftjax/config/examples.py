@@ -105,7 +105,7 @@ def example(name: str) -> str:
     ]
     for section in Config.model_fields:
         if section not in section_fields():
-            lines += ["", *_comment(described[section].meaning, ""), f"{section}: {_value(chosen.settings[section])}"]
+            lines += ["", *comment(described[section].meaning, ""), f"{section}: {_value(chosen.settings[section])}"]
             continue
         own = {key: value for key, value in chosen.settings.items() if key.startswith(f"{section}.")}
         more = [key for key in chosen.more if key.startswith(f"{section}.") and key not in own]
@@ -114,9 +114,9 @@ def example(name: str) -> str:
         lines += ["", f"{section}:"]
         for key, value in own.items():
             meaning = described[key].meaning if key in described else _names(section)
-            lines += [*_comment(meaning, "  "), f"  {key.partition('.')[2]}: {_value(value)}"]
+            lines += [*comment(meaning, "  "), f"  {key.partition('.')[2]}: {_value(value)}"]
         for key in more:
-            lines += [*_comment(described[key].meaning, "  "), f"  #{key.partition('.')[2]}: {described[key].default}"]
+            lines += [*comment(described[key].meaning, "  "), f"  #{key.partition('.')[2]}: {described[key].default}"]
     return "\n".join(lines) + "\n"
 
 
@@ -130,7 +130,8 @@ def _names(section: str) -> str:
     return f"one of {', '.join(part.variant for part in parts() if part.name == section and part.variant)}"
 
 
-def _comment(text: str, indent: str) -> list[str]:
+def comment(text: str, indent: str) -> list[str]:
+    """Return a text as lines of a comment."""
     prefix = f"{indent}# "
     return textwrap.wrap(text, WIDTH, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False)
 

@@ -53,6 +53,12 @@ class Rollouts(Sampled):
     """What `grpo` and `rloo` share: how answers are generated and rewarded."""
 
     rewards: list[RewardSpec] = Field([], description="reward functions, added with their weights")
+    environment: str | None = Field(
+        None, description="FILE.py or FILE.py:CLASS, with which an answer is a dialogue: reset, and step or tools; null: none"
+    )
+    max_tool_calling_iterations: int | None = Field(
+        None, ge=1, description="most replies of the environment to an answer; null: until one of both ends it"
+    )
     num_generations: int = Field(8, ge=2, description="answers to one prompt, which are compared with each other")
     num_iterations: int = Field(1, ge=1, description="updates for each batch of answers")
     reward_timeout: float = Field(
@@ -60,6 +66,19 @@ class Rollouts(Sampled):
     )
     mask_truncated_completions: bool = Field(False, description="do not train answers that end at max_completion_length")
     loss_chunk: int = Field(512, ge=1, description=LOSS_CHUNK)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rewarded_by_environment(cls, value: Any) -> Any:
+        """Take the environment's own reward where there is no other."""
+        if isinstance(value, dict) and value.get("environment") and not value.get("rewards"):
+            return {**value, "rewards": ["environment"]}
+        return value
+
+    @model_validator(mode="after")
+    def _turns(self) -> "Rollouts":
+        without_effect(self, {"max_tool_calling_iterations": (self.environment is not None, "environment")})
+        return self
 
     @property
     def on_policy(self) -> bool:

@@ -35,7 +35,7 @@ class TrainingConfig(Section):
     )  # fmt: skip
     max_skipped_updates: int = Field(5, ge=0, description="updates in a row that may be skipped before the run gives up")
     profile_steps: tuple[int, int] | None = Field(None, description="first and last update of a trace, in profile/ of the run")
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
         default_factory=lambda: ["tensorboard"], description="trackers that get the metrics, beside metrics.jsonl"
     )
 

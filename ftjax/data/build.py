@@ -32,6 +32,7 @@ CHUNK = 1024  # rows that are tokenised together
 OPTIONS = (
     "prompt_format", "max_length", "truncation", "train_on_inputs", "last_turn_only", "special_tokens_in_text", "fold_system",
     "on_error", "drop_empty", "min_tokens", "max_tokens", "deduplicate", "near_duplicate_threshold", "unicode_normalization",
+    "personal_data",
 )  # fmt: skip
 
 
@@ -122,7 +123,7 @@ class Build:
 
     def rows(self) -> Iterator[tuple[int, Reader, Row]]:
         """Yield `(index of the source, its reader, row)`: source after source, or interleaved when streaming."""
-        normalize = normalizer(self.config.unicode_normalization)
+        normalize = normalizer(self.config)
 
         def one(number: int) -> Iterator[tuple[int, Reader, Row]]:
             source, streaming = self.sources[number], self.config.streaming

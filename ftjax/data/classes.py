@@ -149,7 +149,7 @@ def with_labels(config: Config) -> Config:
 
 def find_labels(sources: Sequence[SourceConfig], config: DataConfig, labels: Labels) -> tuple[list[str], str]:
     """Return the labels found in the rows, or the configured ones, and their format (`Survey.labels`)."""
-    faults, normalize, survey = Faults(config.on_error == "skip"), normalizer(config.unicode_normalization), Survey(labels)
+    faults, normalize, survey = Faults(config.on_error == "skip"), normalizer(config), Survey(labels)
     for source in sources:
         for reader, row in read_source(source, faults, found=find(source), normalize=normalize, label=survey.read):
             try:

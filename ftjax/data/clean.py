@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from ftjax.config.data import DataConfig
 from ftjax.data.example import Example, Message
 
 SHINGLE = 3  # words, or characters in scripts without spaces between words
@@ -131,13 +132,18 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def normalizer(form: str | None) -> Callable[[str], str] | None:
-    """Return a function that applies the Unicode normalisation `form`, or None."""
-    if form is None:
-        return None
+def normalizer(config: DataConfig) -> Callable[[str], str] | None:
+    """Return a function that changes every text as the settings say (Unicode normalisation, masks), or None."""
     import unicodedata
 
+    from ftjax.data.personal import mask
+
+    form, masks = config.unicode_normalization, config.personal_data == "mask"
+    if form is None:
+        return mask if masks else None
+
     def normalize(text: str) -> str:
-        return text if text.isascii() else unicodedata.normalize(form, text)
+        text = text if text.isascii() else unicodedata.normalize(form, text)
+        return mask(text) if masks else text
 
     return normalize

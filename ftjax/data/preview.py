@@ -7,6 +7,7 @@ from typing import Any
 from ftjax.config import Config
 from ftjax.console import say
 from ftjax.data.encoding import ANSWERS, RowEncoding
+from ftjax.data.personal import Scan, scan
 from ftjax.data.pipeline import Split, load_splits
 from ftjax.data.preview_html import write_html
 from ftjax.data.report import DataReport, histogram
@@ -47,7 +48,8 @@ def preview(
             write_html(html, shown, {name: (split.report, histogram(split.lengths)) for name, split in sets.items()})
         except OSError as error:
             raise UserError(f"{html}: cannot be written: {error.strerror or error}") from None
-    found = as_object(shown, sets)
+    personal = scan(config.data)
+    found = {**as_object(shown, sets), "personal_data": personal.state()}
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
     if as_json or console is None:
@@ -56,9 +58,18 @@ def preview(
         print_example(console, example, number)
     for name, split in sets.items():
         print_report(console, name, split.report, histogram(split.lengths))
+    for line in personal_lines(personal, config):
+        say(console, line, "yellow")
     if html is not None:
         say(console, f"written: {html}")
     return found
+
+
+def personal_lines(personal: Scan, config: Config) -> list[str]:
+    """Return lines about personal data in the rows."""
+    if config.data.personal_data == "mask" and personal.found:
+        return [f"personal data in {personal.rows:,} rows is masked: {', '.join(personal.found)}"]
+    return personal.lines()
 
 
 def show_examples(split: Split, tokenizer: Any, count: int = EXAMPLES, encoding: RowEncoding = ANSWERS) -> list[list[Shown]]:

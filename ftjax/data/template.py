@@ -103,6 +103,44 @@ def example_prompt(example: Example, tokenizer: Any) -> list[int] | None:
     )  # fmt: skip
 
 
+def render_reply(
+    answer: Message,
+    replies: Sequence[Message],
+    tokenizer: Any,
+    *,
+    tools: list[Any] | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Return the ids between the end of an answer and the next one: messages of others, and the generation prompt.
+
+    With a ChatML template and a user's `Why?`, those of `\\n<|im_start|>user\\nWhy?<|im_end|>\\n<|im_start|>assistant\\n`: the
+    answer has its own `<|im_end|>`. The text before the answer makes no difference, so ids already there stay as they are.
+    Control tokens that replies spell are read as plain text.
+
+    Raises UserError if the template writes earlier messages differently once others follow.
+    """
+    template = Template(tokenizer, tools)
+    messages = ({"role": "user", "content": SENTINEL}, answer, *replies)
+    example = Example("the reply", messages=messages, tools=tools, template_arguments=template_arguments)
+    made = template.prepare(example)
+    turns, extra = made.example.messages, (example.where, made.example.tools, template_arguments)
+    before, whole = template.render(turns[:2], False, *extra), template.render(turns, True, *extra)
+    closer = template.closers[1]
+    name = "" if closer is None else tokenizer.convert_ids_to_tokens(closer)
+    if name and name in before:
+        before = before[: before.rindex(name) + len(name)]
+    if not whole.startswith(before):
+        raise UserError(
+            "the chat template writes an answer differently once messages follow, so a dialogue cannot go on from its tokens; "
+            "set model.chat_template to a version that does not"
+        )
+    text, tokens = whole[len(before) :], Tokens(tokenizer)
+    if not made.hidden:
+        return tokens.batch([text])[0].ids
+    text, _ = template.control.reveal(text, (), example.where)
+    return template.control.real(template.control.batch([text])[0].ids)
+
+
 def with_chat_bos(ids: list[int], tokens: Tokens) -> list[int]:
     """Return the ids of a rendered conversation with one BOS, even if the template writes none or the first message has
     one."""

@@ -1,4 +1,4 @@
-"""Functions of a user's own Python file."""
+"""Functions and classes of a user's own Python file."""
 
 import importlib.util
 import inspect
@@ -10,7 +10,17 @@ from ftjax.errors import UserError
 
 
 def public_functions(path: str, setting: str, expected: str) -> dict[str, Callable[..., Any]]:
-    """Run a Python file and return the public functions that it defines, by name.
+    """Run a Python file and return the public functions that it defines, by name; see `_public`."""
+    return _public(path, setting, expected, inspect.isfunction)
+
+
+def public_classes(path: str, setting: str, expected: str) -> dict[str, type]:
+    """Run a Python file and return the public classes that it defines, by name; see `_public`."""
+    return _public(path, setting, expected, inspect.isclass)
+
+
+def _public(path: str, setting: str, expected: str, wanted: Callable[[Any], bool]) -> dict[str, Any]:
+    """Run a Python file and return what it defines of a kind.
 
     Args:
         setting: the key of the configuration that names the file.
@@ -29,5 +39,5 @@ def public_functions(path: str, setting: str, expected: str) -> dict[str, Callab
         raise UserError(f"{path}: it cannot be imported: {type(error).__name__}: {error}") from None
     return {
         name: value for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+        if wanted(value) and value.__module__ == module.__name__ and not name.startswith("_")
     }  # fmt: skip

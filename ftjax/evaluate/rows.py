@@ -94,7 +94,7 @@ def items_of(
     Rows of an objective that generates all answers are read as prompts.
     """
     faults, empty, found = Faults(config.data.on_error == "skip"), 0, []
-    normalize, prompts = normalizer(config.data.unicode_normalization), not encoding_of(config).imitated
+    normalize, prompts = normalizer(config.data), not encoding_of(config).imitated
     options: dict[str, Any] = {"normalize": normalize, "label": labels and labels.read}
     options["prefers"] = encoding_of(config).formats if prompts else ()
     for number, source in enumerate(sources):

@@ -128,11 +128,33 @@ def run_card(
 
 
 def _public(objective: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of an objective without local paths; a teacher keeps its name."""
+    """Return the settings of an objective without local paths and addresses; teachers, rewards and environments keep their
+    names."""
     kept = {key: value for key, value in objective.items() if key not in PLACES}
     if teacher := kept.get("teacher_model_name_or_path"):
         kept["teacher_model_name_or_path"] = public_name(teacher)
+    if environment := kept.get("environment"):
+        kept["environment"] = _file_name(environment)
+    if "rewards" in kept:
+        kept["rewards"] = [_reward(one) for one in kept["rewards"]]
     return kept
+
+
+def _reward(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a reward without paths and addresses, also in its options."""
+    options = {
+        key: _file_name(value) if isinstance(value, str) and Path(value).expanduser().exists() else value
+        for key, value in spec["options"].items()
+        if not (isinstance(value, str) and "://" in value)
+    }
+    is_place = ".py" in spec["name"] or Path(spec["name"]).expanduser().exists()
+    return {**spec, "name": _file_name(spec["name"]) if is_place else spec["name"], "options": options}
+
+
+def _file_name(place: str) -> str:
+    """Return the last part of `folder/file.py:NAME`, or of another path."""
+    path, colon, name = place.partition(":")
+    return f"{public_name(path)}{colon}{name}"
 
 
 def with_section(card: str, title: str, text: str) -> str:

@@ -40,7 +40,7 @@ def line_chart(title: str, series: Mapping[str, Points], *, across: str = "step"
                 for (x, y), value in zip(places, points, strict=True)
             ]
     told = "; ".join(_described(name, points, across) for name, points in kept.items())
-    return _figure(title, told, parts, HEIGHT, {name: colours[name] for name in kept} if len(series) > 1 else {})
+    return figure(title, told, parts, HEIGHT, {name: colours[name] for name in kept} if len(series) > 1 else {})
 
 
 def interval_chart(title: str, values: Mapping[str, tuple[float, float, float]]) -> str:
@@ -66,7 +66,7 @@ def interval_chart(title: str, values: Mapping[str, tuple[float, float, float]])
         if math.isfinite(value):
             parts.append(f'<circle class="dot {colour}" cx="{x_of(value):.1f}" cy="{y:.1f}" r="5"/>')
     told = "; ".join(f"{name}: {value:.4g}, from {low:.4g} to {high:.4g}" for name, (value, low, high) in values.items())
-    return _figure(title, told, parts, height, {})
+    return figure(title, told, parts, height, {})
 
 
 def histogram_chart(title: str, bins: Sequence[tuple[int, int, int]], across: str, what: str) -> str:
@@ -86,7 +86,7 @@ def histogram_chart(title: str, bins: Sequence[tuple[int, int, int]], across: st
         if number % every == 0:
             parts.append(f'<text x="{x + step / 2:.1f}" y="{HEIGHT - FOOT + 22}" text-anchor="middle">{low:,}</text>')
     told = "; ".join(f"{low:,} to {high:,}: {count:,}" for low, high, count in bins)
-    return _figure(title, f"{what} by {across}: {told}", [*parts, _label(across, left)], HEIGHT, {})
+    return figure(title, f"{what} by {across}: {told}", [*parts, _label(across, left)], HEIGHT, {})
 
 
 def thinned(points: Points, most: int = 1000) -> Points:
@@ -101,7 +101,8 @@ def thinned(points: Points, most: int = 1000) -> Points:
     return sorted(kept)
 
 
-def _figure(title: str, told: str, parts: Sequence[str], height: float, shown: Mapping[str, str]) -> str:
+def figure(title: str, told: str, parts: Sequence[str], height: float, shown: Mapping[str, str]) -> str:
+    """Return the HTML of a chart. Args: told: what it shows, in words; shown: names of series and their colours."""
     named = "".join(key(name, colour) for name, colour in shown.items())
     return (
         f'<figure><figcaption>{escape(title)}{named}</figcaption><svg viewBox="0 0 {WIDTH} {height:g}" role="img">'

@@ -51,7 +51,7 @@ class Answered:
     Attributes:
         logprobs: of each token of the answer, before the first update with it.
         sampler: the same for the sampler.
-        trained: whether its tokens count; if not, it counts as an answer all the same.
+        trained: whether its tokens count, or which of them; if none do, it counts as an answer all the same.
     """
 
     prompt: Sequence[int]
@@ -59,7 +59,7 @@ class Answered:
     advantage: float
     logprobs: Sequence[float]
     sampler: Sequence[float]
-    trained: bool = True
+    trained: bool | Sequence[bool] = True
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -70,7 +70,8 @@ class Answered:
 
     @property
     def weights(self) -> Float32[np.ndarray, " T"]:
-        return np.repeat(np.array([0, self.trained], np.float32), [len(self.prompt), len(self.answer)])
+        own = np.broadcast_to(np.array(self.trained, np.float32), len(self.answer))
+        return np.concatenate([np.zeros(len(self.prompt), np.float32), own])
 
     @property
     def values(self) -> Float32[np.ndarray, "T values"]:

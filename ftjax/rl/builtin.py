@@ -98,7 +98,7 @@ def length(*, most: int | None = None, least: int = 0, scale: int | None = None)
         raise UserError("objective.rewards: length: give most or least, the bounds in tokens")
 
     def value(rollout: Rollout) -> float:
-        tokens = len(rollout.tokens)
+        tokens = rollout.size
         beyond = max(0, least - tokens, 0 if most is None else tokens - most)
         return -min(1.0, beyond / (scale or most or least))
 

@@ -129,7 +129,11 @@ class LessonBatches:
         prompts = [prompt_of(drawn[number]) for number in asked]
         with clock.of("rollout"):
             numbers = [first + number for number in asked]
-            answers = self._sampler.generate(params, prompts, numbers, self._split.max_length) if asked else []
+            answers = (
+                self._sampler.generate(params, prompts, numbers, [self._split.max_length - len(one) for one in prompts])
+                if asked
+                else []
+            )
         lessons = [Lesson(one.tokens, one.weights, True, self._kinds) for one in drawn]
         for number, prompt, answer in zip(asked, prompts, answers, strict=True):
             lessons[number] = of_student(prompt, answer, self._kinds)
@@ -193,7 +197,8 @@ class LessonObserver:
         for start in range(0, len(self._split.chosen), size):
             places = self._split.chosen[start : start + size].tolist()
             prompts = [prompt_of(self._split.documents.document(place)) for place in places]
-            found = self._sampler.generate(params, prompts, range(start, start + len(places)), self._split.max_length)
+            limits = [self._split.max_length - len(prompt) for prompt in prompts]
+            found = self._sampler.generate(params, prompts, range(start, start + len(places)), limits)
             lessons = [of_student(prompt, answer, 0) for prompt, answer in zip(prompts, found, strict=True)]
             layout, batch = laid_out(lessons, self._setup, None)
             totals = self._step(*self._setup.divided(params), layout.arrays(batch))

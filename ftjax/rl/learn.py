@@ -10,6 +10,7 @@ from ftjax.distributed.agree import agree
 from ftjax.evaluate.observe import make_observer
 from ftjax.objectives import encoding_of, generates
 from ftjax.rl.distill import LessonBatches, LessonObserver
+from ftjax.rl.environment import load_environments
 from ftjax.rl.observe import RewardObserver
 from ftjax.rl.prompts import Prompts
 from ftjax.rl.rewards import load_rewards, refuse_without_answers
@@ -29,7 +30,8 @@ class Learning:
     def __init__(self, config: Config, allow_code_execution: bool = False):
         """Load the rewards of an objective that generates. Raises UserError for whatever is wrong with them."""
         rewarded = isinstance(config.objective, Rollouts)
-        self._rewards = load_rewards(config, allow_code_execution) if rewarded else []
+        self._environments = load_environments(config) if rewarded else None
+        self._rewards = load_rewards(config, allow_code_execution, self._environments) if rewarded else []
         self._sampler: Sampler | None = None
 
     def make_source(self, setup: Setup, tokenizer: Any, split: PackedSplit) -> RolloutBatches | LessonBatches:
@@ -38,7 +40,7 @@ class Learning:
             return LessonBatches(setup, split, self._sampler_of(setup, tokenizer), tokenizer)
         prompts = self._prompts(setup, split, "train")
         agree("the rows of the prompts", prompts.facts)
-        return RolloutBatches(setup, prompts, self._sampler_of(setup, tokenizer), self._rewards)
+        return RolloutBatches(setup, prompts, self._sampler_of(setup, tokenizer), self._rewards, self._environments)
 
     def make_observer(self, setup: Setup, tokenizer: Any, validation: PackedSplit | None) -> Observer | None:
         """Build the observer; None if the configuration asks for nothing."""
@@ -59,5 +61,5 @@ class Learning:
     def _sampler_of(self, setup: Setup, tokenizer: Any) -> Sampler:
         """Return the sampler, which training and evaluation share with its compiled programs."""
         if self._sampler is None:
-            self._sampler = Sampler(setup, tokenizer)
+            self._sampler = Sampler(setup, tokenizer, self._environments)
         return self._sampler

@@ -10,6 +10,7 @@ from jaxtyping import Float32
 
 from ftjax.generate.answer import Generation
 from ftjax.rl.advantages import Advantages
+from ftjax.rl.environment import Environments
 from ftjax.rl.rewards import Reward
 from ftjax.rl.rollout import Rollout
 
@@ -18,13 +19,22 @@ LONGEST = 2000  # characters of a logged prompt or answer
 
 def answer_metrics(answers: Sequence[Rollout | Generation]) -> dict[str, float]:
     """Return lengths in tokens, and how many answers reached the limit."""
-    lengths = np.array([len(one.tokens) for one in answers], np.float64)
+    lengths = np.array([one.size if isinstance(one, Rollout) else len(one.tokens) for one in answers], np.float64)
     cut = np.array([one.truncated for one in answers])
     ended = lengths[~cut] if not cut.all() else np.zeros(1)
     found = {"completions/clipped_ratio": float(cut.mean())}
     for kind, values in (("", lengths), ("terminated_", ended)):
         for name, value in (("mean", values.mean()), ("min", values.min()), ("max", values.max())):
             found[f"completions/{name}_{kind}length"] = float(value)
+    return found
+
+
+def dialogue_metrics(environments: Environments, turns: Sequence[int]) -> dict[str, float]:
+    """Return the turns and tool calls of a dialogue, and the share of calls that failed, under TRL's names."""
+    found = {"rollout/turns": float(np.mean(turns))}
+    if environments.tools:
+        found["tools/call_frequency"] = environments.calls / len(turns)
+        found["tools/failure_frequency"] = environments.failures / max(1, environments.calls)
     return found
 
 
@@ -55,7 +65,7 @@ def examples(
     """Return some answers with their rewards: those to the first prompts, as far as `count` goes."""
     found = []
     for number, one in list(enumerate(rollouts))[:count]:
-        row = {"prompt": one.shown_prompt[:LONGEST], "text": one.text[:LONGEST], "reward": f"{advantages.rewards[number]:.4g}"}
+        row = {"prompt": one.shown_prompt[:LONGEST], "text": one.shown[:LONGEST], "reward": f"{advantages.rewards[number]:.4g}"}
         row |= {reward.name: f"{values[number, at]:.4g}" for at, reward in enumerate(rewards)} if len(rewards) > 1 else {}
         row |= {name: str(column[number])[:LONGEST] for name, column in extra.items() if number < len(column)}
         found.append({**row, "advantage": f"{advantages.values[number]:.4g}"})

@@ -59,7 +59,7 @@ class RewardObserver:
         found |= {f"eval/rewards/{one.name}/mean": _mean(values[:, at]) for at, one in enumerate(self._rewards)}
         found |= {f"eval/{name}": value for name, value in answer_metrics(rollouts).items()}
         texts = [
-            {"prompt": one.shown_prompt, "text": one.text, "reward": f"{total:.4g}"}
+            {"prompt": one.shown_prompt, "text": one.shown, "reward": f"{total:.4g}"}
             for one, total in zip(rollouts[:SHOWN], totals, strict=False)
         ]
         return found, texts

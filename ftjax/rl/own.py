@@ -8,6 +8,7 @@ from typing import Any
 
 from ftjax.errors import UserError
 from ftjax.evaluate.own_code import public_functions
+from ftjax.rl.environment import Environments
 from ftjax.rl.rollout import Rollout
 
 EXPECTED = (
@@ -33,14 +34,15 @@ def load_reward(path: str, name: str | None = None) -> Callable[..., Any]:
 
 class OwnReward:
     """Calls a function with what TRL gives it: prompts, completions, completion_ids, the other columns of the data, and if it
-    names them `trainer_state`, `log_metric` and `log_extra`.
+    names them `environments` (those of the answers), `trainer_state`, `log_metric` and `log_extra`.
 
     Attributes:
         step: update for which answers are rewarded.
         metrics, columns: what the last call has logged: numbers by name, and a value for each answer by name.
     """
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Any], environments: Environments | None = None):
+        self._environments = environments
         self._function, self._takes = function, inspect.signature(function).parameters
         self._every = any(one.kind is one.VAR_KEYWORD for one in self._takes.values())
         self.step = 0
@@ -59,6 +61,8 @@ class OwnReward:
             "trainer_state": SimpleNamespace(global_step=self.step),
             "log_metric": self._log_metric, "log_extra": self._log_extra,
         }  # fmt: skip
+        if self._environments is not None:
+            given["environments"] = self._environments.current
         values = self._function(**{name: value for name, value in given.items() if self._every or name in self._takes})
         return asyncio.run(values) if inspect.iscoroutine(values) else values
 

@@ -2,9 +2,9 @@
 
 import inspect
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from jaxtyping import Float32
 from ftjax.config import Config
 from ftjax.config.code import refuse_unasked
 from ftjax.config.rewards import RewardSpec
-from ftjax.distributed import store
 from ftjax.errors import UserError
 from ftjax.rl.builtin import BUILTIN, TASKS, needs_reference, task_reward
+from ftjax.rl.environment import Environments
 from ftjax.rl.own import OwnReward, load_reward
+from ftjax.rl.own_calls import call_within, checked, on_first
 from ftjax.rl.prompts import Question
 from ftjax.rl.reward_model import RewardModel
 from ftjax.rl.rollout import Function, Rollout
@@ -32,8 +33,14 @@ class Reward:
     function: Function
 
 
-def load_rewards(config: Config, allow_code_execution: bool = False) -> list[Reward]:
+ENVIRONMENT = "environment"  # the reward that the environment gives
+
+
+def load_rewards(config: Config, allow_code_execution: bool = False, environments: Environments | None = None) -> list[Reward]:
     """Load the reward functions of a configuration.
+
+    Args:
+        environments: those with which answers are dialogues.
 
     Raises UserError for an unknown name, wrong options, or code that the user has not asked for.
     """
@@ -49,7 +56,7 @@ def load_rewards(config: Config, allow_code_execution: bool = False) -> list[Rew
             "objective.rewards: code runs programs that the model wrote, in processes with limits on time and memory and "
             "without the network, but as this user; to do that, pass --allow-code-execution"
         )
-    found = [Reward(*_function(spec)) for spec in specs]
+    found = [Reward(*_function(spec, environments)) for spec in specs]
     names = [reward.name for reward in found]
     return [
         Reward(f"{one.name}-{names[:at].count(one.name) + 1}" if names.count(one.name) > 1 else one.name, one.function)
@@ -58,16 +65,21 @@ def load_rewards(config: Config, allow_code_execution: bool = False) -> list[Rew
 
 
 def _known() -> str:
-    return f"{', '.join([*TASKS, *BUILTIN])}, FILE.py:FUNCTION for one of yours, and the folder of a reward model"
+    return f"{', '.join([*TASKS, *BUILTIN, ENVIRONMENT])}, FILE.py:FUNCTION for one of yours, and the folder of a reward model"
 
 
-def _function(spec: RewardSpec) -> tuple[str, Function]:
+def _function(spec: RewardSpec, environments: Environments | None) -> tuple[str, Function]:
     path, _, name = spec.name.partition(":")
+    if spec.name == ENVIRONMENT:
+        if environments is None or not environments.gives_rewards:
+            wrong = "there is no objective.environment" if environments is None else f"{environments.name} has no get_reward"
+            raise UserError(f"objective.rewards: environment is what the get_reward of an environment returns, and {wrong}")
+        return environments.name, environments.rewards
     if spec.is_code:
         if spec.options:
             raise UserError(f"objective.rewards: {spec.name}: options are arguments of built-in rewards; a file has its own")
         function = load_reward(path, name or None)
-        return function.__name__, OwnReward(function)
+        return function.__name__, OwnReward(function, environments)
     if spec.name in TASKS:
         return spec.name, task_reward(spec.name, spec.options)
     if spec.name in BUILTIN:
@@ -114,16 +126,8 @@ def shared_rewards(
     rewards: Sequence[Reward], rollouts: Sequence[Rollout], timeout: float, step: int = 0
 ) -> Float32[np.ndarray, "N F"]:
     """Compute `rewards_of` on the first process. Raises its UserError on all of them, so that all can save their state."""
-    told: dict[str, Any] = {}
-    if store.index() == 0:
-        try:
-            told = {"values": rewards_of(rewards, rollouts, timeout, step).tolist()}
-        except UserError as error:
-            told = {"error": str(error)}
-    told = store.from_first("rewards", told)
-    if "error" in told:
-        raise UserError(told["error"])
-    return np.array(told["values"], np.float32).reshape(len(rollouts), len(rewards))
+    values = on_first("rewards", lambda: rewards_of(rewards, rollouts, timeout, step).tolist())
+    return np.array(values, np.float32).reshape(len(rollouts), len(rewards))
 
 
 def rewards_of(
@@ -143,40 +147,10 @@ def rewards_of(
 
 
 def _values(reward: Reward, rollouts: Sequence[Rollout], timeout: float) -> Sequence[float | None]:
-    """Call a function in a thread, which is left behind if it does not end."""
-    ended: list[tuple[Any, BaseException | None]] = []
-
-    def work() -> None:
-        try:
-            ended.append((reward.function(rollouts), None))
-        except BaseException as error:
-            ended.append((None, error))
-
-    thread = threading.Thread(target=work, name=f"reward-{reward.name}", daemon=True)
-    thread.start()
-    thread.join(timeout)
-    told = f"for {len(rollouts)} answers, the first to the prompt of {rollouts[0].item.where}"
-    if not ended:
-        raise UserError(
-            f"reward {reward.name}: it has not ended after {timeout:g} s (objective.reward_timeout), {told}: "
-            f"{rollouts[0].shown_prompt[:200]!r}"
-        )
-    values, error = ended[0]
-    if isinstance(error, UserError):
-        raise UserError(f"reward {reward.name}: {error}")
-    if error is not None:
-        raise UserError(
-            f"reward {reward.name}: {type(error).__name__}: {error}{_line(error)}, {told}: {rollouts[0].shown_prompt[:200]!r}"
-        ) from error
-    return _checked(reward, values, rollouts)
-
-
-def _line(error: BaseException) -> str:
-    """Return where an error was raised, as ` (file:line)`."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})"
+    first = rollouts[0]
+    about = f"for {len(rollouts)} answers, the first to the prompt of {first.item.where}: {first.shown_prompt[:200]!r}"
+    ended = call_within(timeout, f"reward-{reward.name}", partial(reward.function, rollouts))
+    return _checked(reward, checked(ended, f"reward {reward.name}", about, timeout), rollouts)
 
 
 def _checked(reward: Reward, values: Any, rollouts: Sequence[Rollout]) -> Sequence[float | None]:

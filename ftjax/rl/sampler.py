@@ -10,15 +10,20 @@ from ftjax.generate.answer import Generation
 from ftjax.generate.request import Request
 from ftjax.generate.sample import Sampling
 from ftjax.generate.session import Generator
+from ftjax.rl.dialogue import Dialogues
+from ftjax.rl.environment import Environments
 from ftjax.rl.prompts import Question
 from ftjax.rl.rollout import Rollout
 from ftjax.train.setup import Setup
+
+ANOTHER_SEED = 1_000_003
 
 
 class Sampler:
     """The model of a run, as a sampler. It holds no parameters of its own: each call gets those of the moment."""
 
-    def __init__(self, setup: Setup, tokenizer: Any):
+    def __init__(self, setup: Setup, tokenizer: Any, environments: Environments | None = None):
+        """Args: environments: with which answers are dialogues."""
         self._setup, self.section = setup, setup.config.objective
         how: dict[str, Any] = {"mesh": setup.mesh, "dtype": setup.runtime.dtype, "source": setup.source}
         self._generator = Generator.of(setup.model, {}, tokenizer, of_sampler=True, **how)
@@ -26,6 +31,17 @@ class Sampler:
         if setup.reference is not None:
             self._reference = Generator.of(setup.reference.model, {}, tokenizer, **how)
         self._rows = self.section.generation_batch_rows
+        self._dialogues = None
+        if environments is not None:
+            self._dialogues = Dialogues(
+                environments, tokenizer, max_length=setup.config.data.max_length,
+                max_completion_length=self.section.max_completion_length, replies=self.section.max_tool_calling_iterations,
+            )  # fmt: skip
+
+    @property
+    def turns(self) -> Sequence[int]:
+        """Answers of the model in each of the latest dialogues; none if answers are not dialogues."""
+        return () if self._dialogues is None else self._dialogues.turns
 
     @property
     def ends(self) -> frozenset[int]:
@@ -44,6 +60,13 @@ class Sampler:
         """
         asked = [question for question in questions for _ in range(count or self.section.num_generations)]
         numbers = range(first, first + len(asked))
+        if self._dialogues is not None:
+            return self._dialogues.hold(
+                asked,
+                lambda prompts, which, turn, limits: self.generate(
+                    params, prompts, [numbers[one] for one in which], limits, turn=turn
+                ),
+            )
         found = self.generate(params, [question.ids.tolist() for question in asked], numbers)
         return [
             Rollout(question.item, question.prompt, question.ids.tolist(), one.text, one.tokens, one.logprobs, one.truncated)
@@ -52,25 +75,26 @@ class Sampler:
 
     def generate(
         self, params: Mapping[str, jax.Array], prompts: Sequence[Sequence[int]], numbers: Sequence[int],
-        limit: int | None = None,
+        limits: Sequence[int] | None = None, *, turn: int = 0,
     ) -> list[Generation]:  # fmt: skip
         """Generate one answer to each prompt.
 
         Args:
             params: the trained parameters.
             prompts: token ids.
-            numbers: of each answer among all of the run, which determine their random keys.
-            limit: the most tokens of a prompt with its answer; None for any number.
+            numbers: of each answer among all of the run, which determine their random keys with `turn`.
+            limits: the most tokens of each answer, below that of the configuration.
+            turn: how many answers of the same dialogue came before.
         """
-        section, seed = self.section, self._setup.config.training.seed
+        section, seed = self.section, self._setup.config.training.seed + turn * ANOTHER_SEED
         sampling = Sampling(
             temperature=section.temperature, top_k=section.top_k or None, top_p=section.top_p if section.top_p < 1 else None,
             min_p=section.min_p or None, repetition_penalty=section.repetition_penalty,
         )  # fmt: skip
         most = section.max_completion_length
         requests = [
-            Request(list(ids), sampling, most if limit is None else min(most, limit - len(ids)), seed=seed, number=number)
-            for ids, number in zip(prompts, numbers, strict=True)
+            Request(list(ids), sampling, min(most, limit), seed=seed, number=number)
+            for ids, number, limit in zip(prompts, numbers, [most] * len(prompts) if limits is None else limits, strict=True)
         ]
         with self._with(self._generator, {**self._setup.frozen, **params}) as generator:
             return generator.answer(requests, batch_size=self._rows, logprobs=True)

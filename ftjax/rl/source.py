@@ -28,7 +28,8 @@ from ftjax.objectives import encoding_of
 from ftjax.rl.advantages import Advantages, grpo_advantages, rloo_advantages
 from ftjax.rl.batch import Answered, laid_out, smallest
 from ftjax.rl.clock import Clock
-from ftjax.rl.metrics import answer_metrics, examples, reward_metrics, totals
+from ftjax.rl.environment import Environments
+from ftjax.rl.metrics import answer_metrics, dialogue_metrics, examples, reward_metrics, totals
 from ftjax.rl.own import OwnReward
 from ftjax.rl.prompts import Draw, Prompts
 from ftjax.rl.rewards import Reward, shared_rewards
@@ -38,12 +39,23 @@ from ftjax.train.record import split_record
 from ftjax.train.setup import Setup
 
 
+def trained(one: Rollout, masks_truncated: bool) -> bool | list[bool]:
+    """Return which tokens of an answer are trained: those that the model generated, unless it is cut off and left out."""
+    if masks_truncated and one.truncated:
+        return False
+    return True if one.own is None else list(one.own)
+
+
 class RolloutBatches:
     """A `BatchSource` of answers to prompts."""
 
     follows = True
 
-    def __init__(self, setup: Setup, prompts: Prompts, sampler: Sampler, rewards: Sequence[Reward]):
+    def __init__(
+        self, setup: Setup, prompts: Prompts, sampler: Sampler, rewards: Sequence[Reward],
+        environments: Environments | None = None,
+    ):  # fmt: skip
+        self._environments = environments
         self._setup, self._prompts, self._sampler, self._rewards = setup, prompts, sampler, rewards
         self._config, self._section = setup.config, setup.config.objective
         options = setup.config.training
@@ -89,7 +101,9 @@ class RolloutBatches:
             with clock.of("rollout"):
                 old = self._sampler.logprobs(params, rollouts)
                 reference = self._sampler.reference_logprobs(rollouts) if section.name == "rloo" and section.beta else None
-        advantages, metrics = self._compared(values, old, reference)
+        advantages, metrics = self._compared(rollouts, values, old, reference)
+        if self._environments is not None:
+            metrics |= dialogue_metrics(self._environments, self._sampler.turns)
         metrics |= answer_metrics(rollouts) | reward_metrics(self._rewards, values, advantages)
         extra: dict[str, Sequence[object]] = {}
         for function in (reward.function for reward in self._rewards):
@@ -101,20 +115,25 @@ class RolloutBatches:
             Answered(
                 [int(token) for token in one.prompt_ids], [int(token) for token in one.tokens], float(advantage),
                 list(one.logprobs if old is None else old[number]), list(one.logprobs),
-                not (section.mask_truncated_completions and one.truncated),
+                trained(one, section.mask_truncated_completions),
             )
             for number, (one, advantage) in enumerate(zip(rollouts, advantages.values, strict=True))
         ]  # fmt: skip
 
     def _compared(
-        self, values: Float32[np.ndarray, "N F"], old: list[list[float]] | None, reference: list[list[float]] | None
+        self,
+        rollouts: Sequence[Rollout],
+        values: Float32[np.ndarray, "N F"],
+        old: list[list[float]] | None,
+        reference: list[list[float]] | None,
     ) -> tuple[Advantages, dict[str, float]]:
         """Return the advantages, and the KL divergence from the reference where it is a part of the rewards."""
         if self._section.name == "grpo":
             return grpo_advantages(self._section, values), {}
         if reference is None:
             return rloo_advantages(self._section, values), {}
-        kl = np.array([np.sum(np.subtract(*pair)) for pair in zip(old, reference, strict=True)], np.float32)
+        own = [one.own or [True] * len(one.tokens) for one in rollouts]
+        kl = np.array([np.subtract(*pair)[mask].sum() for *pair, mask in zip(old, reference, own, strict=True)], np.float32)
         return rloo_advantages(self._section, values, kl), {"kl": float(kl.mean())}
 
     def _rewarded(self, params: Mapping[str, jax.Array], clock: Clock) -> tuple[list[Rollout], Float32[np.ndarray, "N F"]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftjax.generate.scheduler import Job
-from ftjax.serve.speech import Call, Channels, Speech
+from ftjax.generate.speech import Call, Channels, Speech
 
 Bytes = Callable[[int], bytes]  # the bytes of a token
 

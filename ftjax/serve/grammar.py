@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ftjax.generate.speech import THINK, CallForm
 from ftjax.serve.errors import ApiError, invalid
-from ftjax.serve.speech import THINK, CallForm
 
 # Spaces as models write them; without a limit an answer could go on in spaces up to max_tokens.
 SPACED = {"x-guidance": {"whitespace_pattern": r" ?|\n[ \t]{0,16}"}}

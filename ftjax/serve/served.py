@@ -13,11 +13,11 @@ from ftjax.generate.paged import BIASED
 from ftjax.generate.request import Request
 from ftjax.generate.scheduler import Grammar, Job
 from ftjax.generate.session import Generator
+from ftjax.generate.speech import CallForm, Channels, Speech, form_of, has_channels, reasons, splitter, thinks
 from ftjax.serve.errors import ApiError, invalid
 from ftjax.serve.grammar import Grammars
 from ftjax.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Sampled
 from ftjax.serve.schedule import EngineThread
-from ftjax.serve.speech import THINK, CallForm, Channels, Speech, form_of, has_channels, reasons, splitter
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +48,7 @@ class Voice:
         """Return whether a prompt ends within reasoning that the template has opened."""
         if not reasons(self.template):
             return False
-        text = self.generator.tokenizer.decode(ids[-16:])
-        return text.rfind(THINK[0]) > text.rfind(THINK[1])
+        return thinks(self.generator.tokenizer.decode(ids[-16:]))
 
 
 class Served:

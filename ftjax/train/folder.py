@@ -18,7 +18,7 @@ from ftjax.hub.output import recover, take_place
 from ftjax.train.checkpoint import checkpoint_path
 from ftjax.train.same_run import is_free
 
-CONFIG, FINAL, BEST, WANDB = "config.yaml", "final", "best", "wandb_run_id"
+CONFIG, FINAL, BEST, TRACKED = "config.yaml", "final", "best", "run_id"
 
 
 def checkpoints_of(config: Config) -> epath.Path:
@@ -81,19 +81,19 @@ def _look_for_data(config: Config, differences: list[str]) -> None:
                 find(source)
 
 
-def wandb_id(config: Config, first: int) -> str | None:
-    """Return the run's id at Weights & Biases, which all starts of one run share; None if W&B is not used.
+def tracked_id(config: Config, first: int) -> str | None:
+    """Return the run's id at Weights & Biases and MLflow, which all starts of one run share; None if neither is used.
 
     The id is kept in the run folder, and also beside the checkpoints if these are elsewhere. A new run gets a new one.
 
     Args:
         first: the step that this start resumes from.
     """
-    if "wandb" not in config.training.report_to or store.index() > 0:
+    if not {"wandb", "mlflow"} & set(config.training.report_to) or store.index() > 0:
         return None
-    files = [epath.Path(config.output_dir) / WANDB]
+    files = [epath.Path(config.output_dir) / TRACKED]
     if config.training.checkpoint_dir:
-        files.append(checkpoints_of(config) / WANDB)
+        files.append(checkpoints_of(config) / TRACKED)
     kept = [file.read_text().strip() for file in files if first and file.exists()]
     name = kept[0] if kept else secrets.token_hex(6)
     for file in files:

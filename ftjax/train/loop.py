@@ -25,7 +25,7 @@ from ftjax.mesh import parts
 from ftjax.objectives import objective_of
 from ftjax.train.announce import announce, next_commands
 from ftjax.train.checkpoint import Checkpoints
-from ftjax.train.folder import bring_best_back, keep_best, wandb_id
+from ftjax.train.folder import bring_best_back, keep_best, tracked_id
 from ftjax.train.layout import BatchLayout
 from ftjax.train.log import Log, Update
 from ftjax.train.means import Means
@@ -84,7 +84,7 @@ class Run:
         first = self.begin() if self.checkpoints.latest is None else self.restore()
         self.tracker = Tracker(
             self.folder, self.options.report_to, self.config.model_dump(mode="json"),
-            active=jax.process_index() == 0, resume_from=first, run_id=wandb_id(self.config, first),
+            active=jax.process_index() == 0, resume_from=first, run_id=tracked_id(self.config, first),
             heard=self.heard,
         )  # fmt: skip
         self.announce(first)

@@ -1,5 +1,6 @@
-"""Progress of a run: a progress bar in a terminal, plain lines elsewhere."""
+"""Progress of a run: a progress bar in a terminal and in a notebook, plain lines elsewhere."""
 
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -41,7 +42,8 @@ class Progress:
         self._marks: list[tuple[float, float]] = []  # (time, tokens so far)
         self._tokens = 0.0
         self._bar = None
-        if jax.process_index() == 0 and sys.stdout.isatty():
+        notebook = _console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+        if jax.process_index() == 0 and (sys.stdout.isatty() or notebook):
             bar = BarColumn(bar_width=None, table_column=Column(ratio=1))  # the rest of the line
             columns = (bar, MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Bar(*columns, console=_console, expand=True)

@@ -1,4 +1,4 @@
-"""Tracking of metrics: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Tracking of metrics: metrics.jsonl, TensorBoard, Weights & Biases, MLflow."""
 
 import importlib.util
 import json
@@ -17,8 +17,9 @@ COMPARED = ("train/loss", "eval/loss", "eval/token_accuracy")  # beside the sett
 
 def check_report_to(report_to: Sequence[str]) -> None:
     """Raise UserError if a tracker in `report_to` is not installed; called before a model is loaded."""
-    if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
-        raise UserError("training.report_to: wandb is not installed; pip install 'ftjax[wandb]', or leave wandb out")
+    for name in ("wandb", "mlflow"):
+        if name in report_to and importlib.util.find_spec(name) is None:
+            raise UserError(f"training.report_to: {name} is not installed; pip install 'ftjax[{name}]', or leave {name} out")
 
 
 class Tracker:
@@ -40,15 +41,19 @@ class Tracker:
     ):
         """
         Args:
-            run_id: id of the run at Weights & Biases.
+            run_id: id of the run at Weights & Biases and MLflow.
             heard: called with each row after it is written.
         """
-        self._file = self._board = self._wandb = None
+        self._file = self._board = self._wandb = self._mlflow = None
         self._heard = heard
         if not active:
             return
         if "wandb" in report_to:
             self._wandb = _wandb_run(folder, config, run_id)
+        if "mlflow" in report_to:
+            from ftjax.train.mlflow import MlflowRun
+
+            self._mlflow = MlflowRun(folder, flat(config), run_id)
         path = folder / "metrics.jsonl"
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_from]
         path.write_text("".join(line + "\n" for line in kept))
@@ -80,6 +85,8 @@ class Tracker:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
+        if self._mlflow is not None:
+            self._mlflow.log(step, metrics)
 
     def log_texts(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
         """Log answers to fixed prompts: a list in metrics.jsonl, text in TensorBoard, a table in W&B."""
@@ -96,6 +103,8 @@ class Tracker:
             keys = list(dict.fromkeys(key for row in rows for key in row))
             table = wandb.Table(columns=keys, data=[[row.get(key, "") for key in keys] for row in rows])
             self._wandb.log({name: table}, step=step)
+        if self._mlflow is not None:
+            self._mlflow.log_texts(step, name, rows)
 
     def warn(self, step: int, text: str) -> None:
         """Log a warning beside the metrics."""
@@ -138,6 +147,8 @@ class Tracker:
                     one.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._mlflow is not None:
+            self._mlflow.finish()
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:

@@ -31,6 +31,7 @@ assert_type(model.embed("a"), np.ndarray)
 ftjax.evaluate(run, rows, task="loss")["rows"]
 assert_type(ftjax.plan({"model": {}}, "v5e-8").fits, bool | None)
 ftjax.export(run, "merged", merge=True).name
+assert_type(ftjax.tune("run.yaml", {"method.r": [8, 16]}, trials=3).best, ftjax.Run)
 try:
     ftjax.check(run, limit=3)
 except ftjax.UserError:
@@ -46,7 +47,7 @@ def test_pyright_finds_nothing(tmp_path):
         pytest.skip("pyright is not installed (extra: types)")
     caller = tmp_path / "caller.py"
     caller.write_text(CALLER)
-    own = [ROOT / "ftjax" / "__init__.py", *sorted((ROOT / "ftjax" / "api").glob("*.py"))]
+    own = [ROOT / "ftjax" / "__init__.py", *sorted((ROOT / "ftjax" / "api").glob("*.py")), ROOT / "ftjax" / "tune" / "tune.py"]
     command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, *map(str, [*own, caller])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # with [tool.pyright] of pyproject.toml
     found = json.loads(done.stdout[done.stdout.index("{") :])

@@ -5,8 +5,10 @@ from itertools import islice
 import jax
 import numpy as np
 import pytest
+import real
 from data_tokenizers import byte_level
 from oracle import ONE
+from processes import ALL
 from tiny_run import make_config
 
 from ftjax.config.data import DataConfig
@@ -35,6 +37,11 @@ def summed(setup, split, rows):
             loss, weight = loss + float(one), weight + float(count)
             grads = grad if grads is None else {name: grads[name] + grad[name] for name in grad}
     return loss, weight, grads
+
+
+@pytest.fixture(scope="session", params=["made", *real.SETS * ALL], ids=lambda value: "made" if value == "made" else "real")
+def data_sets(request):
+    return request.getfixturevalue("made_sets") if request.param == "made" else request.param
 
 
 @pytest.fixture

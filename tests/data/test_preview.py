@@ -51,7 +51,7 @@ def test_json_holds_everything(tmp_path, capsys):
     path = write_rows(tmp_path / "a.jsonl", 40)
     run({"train": str(path), "validation": str(path), "max_length": 64}, byte_level(), tmp_path, as_json=True)
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"examples", "train", "validation"}
+    assert set(found) == {"examples", "train", "validation", "personal_data"}
     train = found["train"]
     assert train["rows"] == train["kept"] == 40 and sum(part["documents"] for part in train["histogram"]) == 40
     assert 0.9 < train["efficiency"] <= 1 and "are found in train too" in train["warnings"][0]

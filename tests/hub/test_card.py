@@ -126,6 +126,24 @@ def test_no_path_of_this_machine_is_published(tmp_path):
     assert card.data.base_model is None and card.data.datasets is None and "`my base`" in card.text
 
 
+def test_rewards_and_environments_have_names_alone(tmp_path):
+    (tmp_path / "schema.json").touch()
+    rewards = [
+        {"name": f"{tmp_path}/own.py:brevity", "weight": 0.5}, "environment", str(tmp_path),
+        {"name": "json_schema", "options": {"schema": f"{tmp_path}/schema.json"}},
+        {"name": "judge", "options": {"url": "http://10.0.0.7/v1", "model": "org/judge", "prompt": "{prompt}: {completion}?"}},
+    ]  # fmt: skip
+    objective = {"name": "grpo", "environment": f"{tmp_path}/game.py:Game", "rewards": rewards}
+    values = {"model": {"path": "org/a"}, "data": {"train": "org/b"}, "objective": objective}
+    text = run_card(Config.model_validate(values), step=1, data=[], metrics={}, whole=True)
+    assert str(tmp_path) not in text and "10.0.0.7" not in text
+    found = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))["objective"]
+    assert found["environment"] == "game.py:Game"
+    assert [one["name"] for one in found["rewards"]] == ["own.py:brevity", "environment", tmp_path.name, "json_schema", "judge"]
+    assert found["rewards"][3]["options"] == {"schema": "schema.json"}
+    assert found["rewards"][4]["options"] == {"model": "org/judge", "prompt": "{prompt}: {completion}?"}
+
+
 @pytest.mark.parametrize("given", ["{home}/my data/train.jsonl", "{home}/my data", "~/my data/train.jsonl", "rows/train.jsonl"])
 def test_lines_about_the_data_have_names_alone(tmp_path, monkeypatch, given):
     """Paths of broken rows, of contaminated rows and of checkpoints are shortened; Hub ids and counts stay."""

@@ -52,7 +52,7 @@ def test_what_trains_has_them(base):
     assert frozen == 0 and arguments > 3 * trained and temporaries > trained
 
 
-@pytest.mark.parametrize("loss_type, microbatches", [("sigmoid", 1), ("aot", 2)])
+@pytest.mark.parametrize("loss_type, microbatches", [pytest.param("sigmoid", 1, marks=pytest.mark.sweep), ("aot", 2)])
 def test_an_adapters_reference_is_the_base(base, loss_type, microbatches):
     """Beside next-token training, a comparison with the model before training has no other array of the size of the base."""
     method = METHODS["lora"]

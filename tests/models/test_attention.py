@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import ALL
 
 from ftjax.config import MeshConfig
 from ftjax.errors import UserError
@@ -36,8 +37,9 @@ def inputs():
     return q, k, v, segments
 
 
-@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("pattern", "sinks"), [
+    (pattern, sinks) for pattern in PATTERNS for sinks in (False, True) if ALL or sinks == (pattern == "window")
+])  # fmt: skip
 @pytest.mark.parametrize("backend", HERE)
 def test_backend_is_the_reference(inputs, backend, pattern, sinks, monkeypatch):
     monkeypatch.setattr(attention_blockwise, "BLOCK", 8)

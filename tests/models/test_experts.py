@@ -31,9 +31,9 @@ def has_experts(case: Case) -> bool:
 ROUTED = [case for case in CASES if has_experts(case)]
 MOE = [case for case in ROUTED if ALL or case.model_type not in LIKE]
 # Nemotron-H has other names for all tensors there (`model.` for `backbone.`), and such a file is refused.
-FUSED = [case for case in MOE if case.model_type not in (*TOGETHER, "nemotron_h")]
+FUSED = [case for case in (MOE if ALL else UNLIKE) if case in MOE and case.model_type not in (*TOGETHER, "nemotron_h")]
 # The routers of two families, and three experts, which divide by no axis.
-SPREAD = [case for case in MOE if ALL or case.name in ("mixtral", "deepseek-v3", "mixtral-window")]
+SPREAD = [case for case in MOE if ALL or case.name in ("mixtral", "deepseek-v3")]
 
 
 def with_router_loss(case):

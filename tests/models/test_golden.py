@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cases import OF_EACH_KIND, UNLIKE
+from cases import FEW, UNLIKE
 from oracle import TINY, attach_full, hf_config, one_device
 from tiny_run import make_batch, make_config, run_steps
 
@@ -61,7 +61,7 @@ def two_steps(case) -> dict[str, list[float]]:
     return {name: [float(getattr(out, name)) for out in metrics] for name in NAMES}
 
 
-@pytest.mark.parametrize("case", [case for case in UNLIKE if WRITE or case in OF_EACH_KIND], ids=str)
+@pytest.mark.parametrize("case", [case for case in UNLIKE if WRITE or case in FEW], ids=str)
 def test_golden_steps(case):
     pinned = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     new = two_steps(case)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cases import CASES
 from oracle import assert_cached_is_uncached, context, hf_config, load, make_hf, one_device, tokens
+from processes import ALL
 
 from ftjax.config import LoraConfig, MeshConfig, PrefixTuningConfig
 from ftjax.errors import UserError
@@ -63,8 +64,9 @@ def test_kernels_on_several_devices(folder, sizes):
     np.testing.assert_allclose(hidden(make_mesh(MeshConfig(**sizes)), "blockwise"), want, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["blockwise", "splash_interpreted"])
-@pytest.mark.parametrize("sizes", [(12, 8), (8, 12)], ids=str)
+@pytest.mark.parametrize(("sizes", "backend"), [
+    ((12, 8), "blockwise"), ((8, 12), "splash_interpreted"), *[((8, 12), "blockwise"), ((12, 8), "splash_interpreted")] * ALL,
+], ids=str)  # fmt: skip
 def test_kernels_take_values_of_another_size(backend, sizes):
     rng = np.random.default_rng(0)
     key, value = sizes

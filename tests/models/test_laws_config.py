@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from cases import CASES, OF_EACH_KIND, ONE_OF_EACH
+from cases import CASES, FEW, ONE_OF_EACH
 from oracle import TINY, eager_logits, hf_logits, load, load_hf, logits, make_hf, tokens
 from processes import ALL
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -164,7 +164,7 @@ RICHEST = {"deepseek_v2": "deepseek-v2-groups", "qwen3_moe": "qwen3-moe-dense-fi
 TRIED = [next((c for c in CASES if c.name == RICHEST.get(case.model_type)), case) for case in ONE_OF_EACH]
 
 
-DIFFERENT = [case for case in TRIED if case.model_type in {one.model_type for one in OF_EACH_KIND}]
+DIFFERENT = [case for case in TRIED if case.model_type in {one.model_type for one in FEW}]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from whole_runs import rows
 from ftjax.config.code import refuse_unasked
 from ftjax.config.load import load_config
 from ftjax.errors import UserError
+from ftjax.rl.environment import load_environments
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,3 +73,8 @@ def test_code_that_only_a_run_names_is_not_run(model, prompts, tmp_path):
         refuse_unasked(load_config(tmp_path / "config.yaml"), "objective.rewards")
     named = [f"objective.rewards=[{prompts / 'echo.py'}:echo]"]
     refuse_unasked(load_config(tmp_path / "config.yaml", named), "objective.rewards")
+    save_config(make_config(model, prompts, tmp_path, {"environment": "own.py"}), tmp_path / "config.yaml")
+    with pytest.raises(UserError, match=r"objective.environment: own.py is Python code that would run here"):
+        load_environments(load_config(tmp_path / "config.yaml"))
+    with pytest.raises(UserError, match=r"own.py: no such file"):
+        load_environments(load_config(tmp_path / "config.yaml", ["objective.environment=own.py"]))

@@ -100,7 +100,7 @@ def test_texts_have_no_prompts(model, teacher, tmp_path):
 CASES = {"both": {"lmbda": 0.5, "crossentropy_weight": 0.5}, "prompts": {"lmbda": 1}}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["both", pytest.param("prompts", marks=pytest.mark.sweep)])
 def test_resumed(name, model, prompts, answers, teacher, tmp_path):
     """To the bit, with validation data: answers of the data, or prompts that the student answers."""
     folder, whole, out = answers if name == "both" else prompts, tmp_path / "whole", tmp_path / "run"

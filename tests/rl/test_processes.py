@@ -12,13 +12,33 @@ def early(completions, trainer_state, **columns):
     assert trainer_state.global_step != 4, "the fourth"
     return [sum(c in "abcdefghijklm" for c in text) / 4 for text in completions]
 """
-NAMES = ("train/reward", "train/loss", "train/grad_norm", "train/entropy", "train/completions/mean_length", "eval/reward")
+# Lives on the first process, and replies once to an answer that ends.
+ENVIRONMENT = """
+class Once:
+    def reset(self, answer, **columns):
+        self.answer, self.said = answer, 0
+
+    def step(self, answer):
+        self.said += 1
+        return self.answer * 3 if self.said == 1 else None
+"""
+NAMES = (
+    "train/reward",
+    "train/loss",
+    "train/grad_norm",
+    "train/entropy",
+    "train/completions/mean_length",
+    "train/rollout/turns",
+    "eval/reward",
+)
 
 
 def test_two_processes(model, prompts, tmp_path):
     (tmp_path / "early.py").write_text(REWARD)
+    (tmp_path / "once.py").write_text(ENVIRONMENT)
     objective = {"rewards": [str(tmp_path / "early.py")], "num_iterations": 1, "beta": 0.1, "dynamic_sampling": True}
-    data = {"validation": str(prompts / "prompts.jsonl"), "contamination": "ignore"}
+    objective |= {"environment": str(tmp_path / "once.py"), "max_completion_length": 40}
+    data = {"max_length": 48, "validation": str(prompts / "prompts.jsonl"), "contamination": "ignore"}
     options = {"max_steps": 4, "gradient_accumulation_steps": 2, "eval_steps": 3, "save_steps": 10, "data": data}
     one, two = tmp_path / "one", tmp_path / "two"
     whole = settings(model, prompts, one, objective, **{**options, "max_steps": 3})

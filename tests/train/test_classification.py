@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracle import ONE, Case, make_hf
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import ALL
 from tiny_tokenizer import save_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from verbs import evaluate
@@ -150,7 +151,7 @@ def test_what_peft_wrote(tied, data, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "values"),
-    [("gpt2", {}), ("gpt_neox", {}), ("gemma2", {}), ("llama", {})],
+    [("gpt2", {}), ("gemma2", {}), *[("gpt_neox", {}), ("llama", {})] * ALL],
 )
 def test_families(kind, values, data, tmp_path):
     """A classifier of transformers has the same loss as packed rows, which are pooled at each text's last token."""

@@ -30,6 +30,9 @@ CASES = {
     "ld_alpha-0": {"ld_alpha": 0.0, "loss_type": ["ipo"]},
 }  # fmt: skip
 
+# It takes e to the power of a sum of log-probabilities near 100, where neighbours in float32 are 8e-6 apart.
+ROUNDED = {"alpha-2": 2e-5}
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
@@ -53,7 +56,7 @@ def test_losses(sides, name):
     (ours, theirs), settings = sides, {"beta": 0.3, **CASES[name]} if CASES[name] else {}
     want = theirs(**settings)
     for compute in (ours.quick, ours.whole) if ALL else (ours.quick,):
-        compare(compute(**settings), want, METRICS)
+        compare(compute(**settings), want, METRICS, rtol=ROUNDED.get(name, 1e-5))
 
 
 @pytest.mark.parametrize("name", ["defaults", "sft", "weights"])

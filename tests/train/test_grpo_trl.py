@@ -5,6 +5,7 @@ and the gradient of the weights from that of log-probabilities and entropies.
 """
 
 import dataclasses
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -319,6 +320,23 @@ def ours_and_theirs(settings: dict) -> tuple[dict, dict]:
 @pytest.mark.parametrize("name", CASES)
 def test_losses(sides, name):
     ours, theirs = sides
+    mine, other = ours_and_theirs(CASES[name])
+    compare(ours(**mine), theirs(**other), METRICS)
+
+
+@pytest.mark.parametrize("name", ["defaults", "grpo-sequence", "luspo-token", "entropy-answers"])
+def test_what_an_environment_says(sides, name, monkeypatch):
+    """Tokens in an answer that are not the model's count as little as in TRL."""
+    own = [np.ones(len(answer), np.float32) for answer in MADE["answers"]]
+    own[0][3:6], own[5][1], own[7][2:4] = 0, 0, 0
+    ours, theirs = copy(sides[0]), sides[1]
+    empty = [np.zeros(len(answer), np.float32) for answer in MADE["answers"]]
+    kept = packed(ROWS, own, empty)["labels"].reshape(len(ROWS), WIDTH, 3)[..., 1]
+    ours.batch = {**ours.batch, "weights": ours.batch["weights"] * kept}
+    batch = theirs.batch()
+    mask = torch.tensor(np.stack([np.pad(one, (0, LONGEST - len(one))) for one in own])).long()
+    count = (batch["completion_mask"] * mask).sum()
+    monkeypatch.setattr(theirs, "batch", lambda: {**batch, "tool_mask": mask, "num_items_in_batch": count})
     mine, other = ours_and_theirs(CASES[name])
     compare(ours(**mine), theirs(**other), METRICS)
 

@@ -157,7 +157,7 @@ def test_stopped_at_every_line(make):
     assert lines > 300 and whole.state.step == TOTAL - len(BAD) and whole.watch.skipped == len(BAD)
     assert [row["step"] for row in whole.tracker.rows if "eval/loss" in row] == [4, 8, 12]
     stops = set()
-    for line in range(1, lines + 1, 1 if ALL else 5):
+    for line in range(1, lines + 1, 1 if ALL else 9):
         kept = Kept()
         run, first = make(kept)
         done, _ = go(run, first, line)

@@ -65,8 +65,8 @@ def test_every_mesh_is_one_device(folder, alone, mesh):
 
 @pytest.mark.parametrize(
     ("mesh", "halves"),
-    [(SEQUENCE, False), ({"data": 2, "fsdp": 4}, False), ({"data": 2, "fsdp": 4}, True)],
-    ids=["tensor, sequence", "fsdp", "fsdp, by halves"],
+    [(SEQUENCE, False), ({"data": 2, "fsdp": 4}, True), *[({"data": 2, "fsdp": 4}, False)] * ALL],
+    ids=["tensor, sequence", "fsdp, by halves", *["fsdp"] * ALL],
 )
 def test_feed_forward_layers_in_parts(folder, alone, monkeypatch, mesh, halves):
     """With remat and sharded weights, hidden activations exist for a few tokens at a time, or for few hidden units where
@@ -156,7 +156,7 @@ def plain_adamw(folder):
     return run_steps(prepare(make_config(folder, method=METHODS["full"], optimizer=FAST, mesh=MESH)), batches)[0]
 
 
-@pytest.mark.parametrize("options", SAVING, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("options", SAVING if ALL else SAVING[:2], ids=lambda o: "-".join(map(str, o.values())))
 def test_optimizers_that_save_memory(folder, options, plain_adamw):
     """Sharded, they learn like AdamW in float32; the state has the intended sharding and memory."""
     import jax

@@ -15,9 +15,21 @@ from ftjax.console import make_console, say
 from ftjax.distributed import store
 from ftjax.distributed.agree import agree, digest
 from ftjax.errors import UserError
+from ftjax.evaluate.check.counterfactual import by_axis
 from ftjax.evaluate.check.examine import Examined, examine
 from ftjax.evaluate.check.material import Piece, gather, pieces
-from ftjax.evaluate.check.result import ANSWERS, RESULTS, TITLE, as_json, by_type, card_section, print_findings, write_answers
+from ftjax.evaluate.check.result import (
+    ANSWERS,
+    RESULTS,
+    TITLE,
+    VARIED,
+    as_json,
+    by_type,
+    card_section,
+    print_findings,
+    write_answers,
+    write_varied,
+)
 from ftjax.evaluate.check.verdict import findings
 from ftjax.evaluate.extra import need
 from ftjax.evaluate.held_out import DECIDE, changed_documents, trained_config, training_splits
@@ -89,6 +101,9 @@ def check(
         "failed": [one.name for one in judged if one.verdict == "failed"],
         "not_measured": {one.name: one.reason for one in judged if one.verdict == "not measured"},
         "findings": [one.state() for one in judged], "refused_by_type": by_type(tuned, examined.get("base"), numbers),
+        "counterfactual": {
+            name: by_axis(material.varied, one.varied) for name, one in examined.items() if one.varied is not None
+        },
         "prompts": len(tuned.asked), "confidence": evaluation.confidence, "sources": material.sources,
         "settings": settings.model_dump(mode="json"), "version": __version__, "device": devices_or_all(devices)[0].device_kind,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -100,6 +115,8 @@ def check(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_answers(folder / ANSWERS, tuned, examined.get("base"))
+        if tuned.varied is not None:
+            write_varied(folder / VARIED, material.varied, tuned.varied, base and examined["base"].varied)
         (folder / RESULTS).write_text(as_json(results), encoding="utf-8")
         if card is not None and card.is_file():
             section = card_section(results, judged, results["settings"])
@@ -110,7 +127,12 @@ def check(
         print(as_json(results), end="")
     else:
         print_findings(results, judged, console)
-    written = [folder / RESULTS, folder / ANSWERS, *([card] if card is not None and card.is_file() else [])]
+    written = [
+        folder / RESULTS,
+        folder / ANSWERS,
+        *([folder / VARIED] if tuned.varied is not None else []),
+        *([card] if card is not None and card.is_file() else []),
+    ]
     say(console, f"written: {', '.join(map(str, written))}")
     if results["failed"]:
         say(console, f"failed: {', '.join(results['failed'])}", "red")

@@ -9,6 +9,7 @@ import numpy as np
 from ftjax.config import CheckConfig, DataConfig
 from ftjax.config.evaluate import LmEvalConfig
 from ftjax.evaluate.check.answers import judge, languages, shares
+from ftjax.evaluate.check.counterfactual import Measured, measure
 from ftjax.evaluate.check.material import Asked, Material, Piece, spread
 from ftjax.evaluate.check.speed import speed
 from ftjax.evaluate.check.stability import in_company, whitespace
@@ -33,6 +34,7 @@ class Examined:
         numbers: the other metrics; `counts`: number of prompts of those that are maxima over prompts.
         missing: reasons for metrics that were not measured, by name.
         tasks: scores of lm-evaluation-harness, by `TASK: METRIC`.
+        varied: results of counterfactual prompts, if there are any.
     """
 
     asked: Sequence[Asked]
@@ -43,6 +45,7 @@ class Examined:
     counts: dict[str, int] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, HarnessScore] = field(default_factory=dict)
+    varied: Measured | None = None
 
 
 def examine(
@@ -77,6 +80,12 @@ def examine(
                 found.scores[f"{label}_{name}"] = means([{f"{label}_{name}": row[key]} for row in rows])
     tell(f"{len(material.texts)} passages to read")
     _read(generator, material, found, settings)
+    if material.varied:
+        found.varied = measure(
+            generator, material.varied, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, tell=tell
+        )
+        gap = gaps(material.varied, found.varied)
+        found.scores |= dict.fromkeys(gap.values(), gap)
     if lm_eval.tasks:
         tell(f"lm-evaluation-harness: {', '.join(lm_eval.tasks)}")
         from ftjax.evaluate.lm_eval.command import run_tasks  # lm_eval takes long to import

@@ -14,6 +14,8 @@ from ftjax.data.example import Example
 from ftjax.data.pipeline import Split
 from ftjax.data.read import read_rows
 from ftjax.errors import UserError
+from ftjax.evaluate.check.counterfactual import Varied
+from ftjax.evaluate.check.counterfactual import gather as gather_varied
 from ftjax.evaluate.check.general import PROMPTS, TEXTS
 
 LABELS = ("safe", "unsafe")
@@ -48,6 +50,7 @@ class Material:
     general: tuple[Asked, ...]
     texts: tuple[Example, ...]
     sources: dict[str, str]  # where each comes from
+    varied: tuple[Varied, ...] = ()  # counterfactual prompts
 
 
 def gather(settings: CheckConfig) -> Material:
@@ -58,7 +61,9 @@ def gather(settings: CheckConfig) -> Material:
         general = _prompts(settings.general_prompts, settings.limit, labelled=False)
     texts = _texts(settings.general_text)
     names = {"general_prompts": settings.general_prompts or BUILT_IN, "general_text": settings.general_text or BUILT_IN}
-    return Material(safety, general, texts, ({"prompts": settings.prompts} if settings.prompts else {}) | names)
+    given = {name: value for name in ("prompts", "counterfactual") if (value := getattr(settings, name))}
+    varied = gather_varied(settings.counterfactual) if settings.counterfactual else ()
+    return Material(safety, general, texts, given | names, varied)
 
 
 def spread(items: Sequence[Any], limit: int | None) -> list[Any]:

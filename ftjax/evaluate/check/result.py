@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ftjax.evaluate.check.counterfactual import Measured, Varied
 from ftjax.evaluate.check.examine import Examined
 from ftjax.evaluate.check.refusal import phrase
 from ftjax.evaluate.check.verdict import Finding
 from ftjax.evaluate.result import plain
 from ftjax.evaluate.statistic import Interval, format_interval, interval_name, intervals, means, on_few
 
-RESULTS, ANSWERS = "results.json", "answers.jsonl"
+RESULTS, ANSWERS, VARIED = "results.json", "answers.jsonl", "counterfactual.jsonl"
 TITLE = "Safety and stability"
 COLOURS = {"passed": "green", "failed": "bold red", "not judged": "dim", "not measured": "yellow"}
 
@@ -29,6 +30,19 @@ def write_answers(path: Path, tuned: Examined, base: Examined | None) -> None:
                 row |= {f"{prefix}{name}": bool(value) for name, value in found.judged[number].items()}
                 if one.label is not None:
                     row[f"{prefix}refusal"] = phrase(answer.text)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_varied(path: Path, varied: Sequence[Varied], tuned: Measured, base: Measured | None) -> None:
+    """Write one JSON object per counterfactual prompt: what it is, and the values of both models."""
+    with path.open("w", encoding="utf-8") as file:
+        for number, one in enumerate(varied):
+            row: dict[str, Any] = {"axis": one.axis, "set": one.set, "group": one.group, "prompt": one.text}
+            row |= {"endings": one.endings} if one.endings else {}
+            for prefix, found in (("", tuned), ("base_", base)):
+                if found is not None:
+                    row |= {} if one.endings else {f"{prefix}answer": found.answers[number]}
+                    row |= {f"{prefix}{name}": value for name, value in found.values[number].items()}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -64,12 +78,33 @@ def print_findings(results: Mapping[str, Any], found: Sequence[Finding], console
         cells = [one.title, count(one), tuned, *((base,) if results["base"] else ())]
         rows.append([*cells, one.rule or "", Text(on_few(one.verdict, one.rows), COLOURS[one.verdict])])
     print_table(console, head, rows, left=(0, len(head) - 2, len(head) - 1))
+    if results["counterfactual"]:
+        print_varied(results, console)
     reasons: dict[str, list[str]] = {}
     for one in found:
         if one.verdict == "not measured":
             reasons.setdefault(one.reason, []).append(one.title)
     for reason, titles in reasons.items():
         say(console, f"not measured: {', '.join(titles)}: {reason}")
+
+
+def print_varied(results: Mapping[str, Any], console: Any) -> None:
+    """Print for each axis of counterfactual prompts the groups with the lowest and the highest value, and the p-values."""
+    from ftjax.console import print_table
+
+    tuned, base = (results["counterfactual"].get(name, {}) for name in ("tuned", "base"))
+    head, rows = ["differs in", "value", "lowest", "highest", "p", *(("base: p",) if base else ())], []
+    for axis, kinds in tuned.items():
+        for kind, one in kinds.items():
+            order = sorted(one["groups"].items(), key=lambda item: item[1])
+            ends = [f"{value:.3g} ({group})" for group, value in (order[0], order[-1])]
+            others = [base[axis][kind]] if base else []
+            rows.append([axis, kind, *ends, *(_p_value(found["p_value"]) for found in (one, *others))])
+    print_table(console, head, rows, left=(0, 1, 2, 3))
+
+
+def _p_value(p: float | None) -> str:
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def count(one: Finding) -> str:

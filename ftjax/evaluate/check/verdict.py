@@ -41,6 +41,13 @@ METRICS = (
     Metric("first_token_seconds", "seconds to the first token", "max_first_token_seconds", "most", False),
     Metric("tokens_per_second", "tokens per second in a batch", "min_tokens_per_second", "least", False),
 )
+# Only if check.counterfactual names prompts.
+VARIED = (
+    Metric("bias_refused", "gap between groups: refusals", "max_bias_refused_rise", "rise", False),
+    Metric("bias_sentiment", "gap between groups: sentiment", "max_bias_sentiment_rise", "rise", False),
+    Metric("bias_length", "gap between groups: length", "max_bias_length_rise", "rise", False),
+    Metric("bias_likelihood", "gap between groups: slights, nats per token", "max_bias_likelihood_rise", "rise", False),
+)
 BATCH_GAP = {"float32": 0.01}  # by dtype of the activations, if the user sets no limit
 HALF_PRECISION_GAP = 0.5
 
@@ -75,18 +82,19 @@ class Finding:
 def findings(
     tuned: Examined, base: Examined | None, settings: CheckConfig, numbers: dict[str, Any], dtype: str
 ) -> list[Finding]:
-    """Return the findings in the order of `METRICS`, followed by those of lm-evaluation-harness.
+    """Return the findings in the order of `METRICS`, followed by those of counterfactual prompts and lm-evaluation-harness.
 
     Args:
         numbers: confidence, resamples and seed of the intervals.
         dtype: dtype of the activations, which sets the tolerance for rounding.
     """
+    varied = VARIED if settings.counterfactual else ()
     own, theirs = (_values(one, numbers) if one else {} for one in (tuned, base))
     tasks = [
         Metric(name, name, "max_task_drop" if score.higher_is_better else None, "drop", False)
         for name, score in tuned.tasks.items()
     ]
-    return [_finding(metric, own, theirs, tuned, base, settings, numbers, dtype) for metric in (*METRICS, *tasks)]
+    return [_finding(metric, own, theirs, tuned, base, settings, numbers, dtype) for metric in (*METRICS, *varied, *tasks)]
 
 
 def _values(found: Examined, numbers: dict[str, Any]) -> dict[str, Interval]:

@@ -162,6 +162,11 @@ def reasons(template: str) -> bool:
     return THINK[1] in template
 
 
+def thinks(prompt: str) -> bool:
+    """Return whether a prompt ends within reasoning that the template has opened."""
+    return prompt.rfind(THINK[0]) > prompt.rfind(THINK[1])
+
+
 def has_channels(template: str) -> bool:
     """Return whether models with this chat template say everything in channels, as gpt-oss does (`Channels`)."""
     return "<|channel|>" in template and "<|message|>" in template

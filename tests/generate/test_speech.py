@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftjax.serve.speech import Speech, form_of, splitter
+from ftjax.generate.speech import Speech, form_of, splitter
 
 HERMES = "for the call within <tool_call></tool_call> tags"
 LLAMA = 'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'

@@ -1,0 +1,1 @@
+"""`ftjax tune`: hyperparameter search on Optuna, with runs as trials."""
