@@ -68,11 +68,11 @@ def hf(chatty):
     return HFLM(pretrained=str(chatty), dtype="float32", device="cpu", batch_size=1, max_length=256)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_local_completions(server, chatty, hf, tasks, batch):
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_local_completions(server, chatty, hf, tasks, prompts):
     """Likelihoods come with `echo`, several prompts a request; prompts are longer than what one step reads."""
     model = LocalCompletionsAPI(
-        base_url=f"{server.url}/v1/completions", model="tiny", tokenizer=str(chatty), batch_size=batch, max_length=257,
+        base_url=f"{server.url}/v1/completions", model="tiny", tokenizer=str(chatty), batch_size=prompts, max_length=257,
         tokenizer_backend="huggingface",
     )  # fmt: skip
     a = score(model, tasks, TASKS)
