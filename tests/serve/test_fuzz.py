@@ -106,11 +106,11 @@ def request(number: int) -> tuple[str, str, bytes, dict[str, str], bool]:
     path = rng.choice(list(ASKED), p=[0.5, 0.3, 0.1, 0.05, 0.05])
     needed, others = ASKED[path]
     known = fields(rng)
-    chosen = [name for name in others.split() if rng.random() < 0.25]
+    chosen = [name for name in others.split() if rng.random() < 0.15]
     body = {"model": "tiny" if rng.random() < 0.95 else "own", **{name: known[name] for name in (*needed, *chosen)}}
     if path.startswith(("/v1/load", "/v1/unload")):
         del body["model"]
-    for _ in range(rng.choice([0, 0, 1, 2])):  # what is wrong
+    for _ in range(rng.choice([0, 0, 0, 1, 2])):  # what is wrong
         body[rng.choice([*known, "model", "unknown"])] = anything(rng)
     raw, headers = json.dumps(body).encode(), {"content-type": "application/json"}
     method = "POST"
@@ -175,7 +175,7 @@ def test_requests_of_all_kinds(open_server, caplog, lowered):
     assert not wrong, "\n".join(wrong[:5])
     assert not caplog.records, caplog.text
     statuses = Counter(status for status, _ in found)
-    assert statuses[200] > COUNT / 5 and statuses[400] > COUNT / 5 and statuses[None] > COUNT / 50, statuses
+    assert statuses[200] > COUNT / 6 and statuses[400] > COUNT / 6 and statuses[None] > COUNT / 50, statuses
     deadline = time.monotonic() + 120
     while server.engine.load:
         assert time.monotonic() < deadline, "a row stays taken"

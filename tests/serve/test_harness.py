@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval's warnings about it
 ROWS = [
     {"question": "Tom went to the", "choices": [" park", " dog and ran", " end"], "gold": 1, "story": "Tom ran. " * 9},
     {"question": "The dog said", "choices": [" yes", " no"], "gold": 0, "story": "The dog and Tom"},
-    {"question": "One day " * 30, "choices": [" a", " Tom"], "gold": 1, "story": "a"},
+    {"question": "One day " * 20, "choices": [" a", " Tom"], "gold": 1, "story": "a"},
 ]
 TASKS = {
     "choosing": {
@@ -65,14 +65,14 @@ def same(a, b) -> None:
 
 @pytest.fixture(scope="module")
 def hf(chatty):
-    return HFLM(pretrained=str(chatty), dtype="float32", device="cpu", batch_size=1, max_length=256)
+    return HFLM(pretrained=str(chatty), dtype="float32", device="cpu", batch_size=1)
 
 
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_local_completions(server, chatty, hf, tasks, prompts):
     """Likelihoods come with `echo`, several prompts a request; prompts are longer than what one step reads."""
     model = LocalCompletionsAPI(
-        base_url=f"{server.url}/v1/completions", model="tiny", tokenizer=str(chatty), batch_size=prompts, max_length=257,
+        base_url=f"{server.url}/v1/completions", model="tiny", tokenizer=str(chatty), batch_size=prompts,
         tokenizer_backend="huggingface",
     )  # fmt: skip
     a = score(model, tasks, TASKS)
