@@ -261,11 +261,11 @@ class Scheduler:
         for at, one in found.items():
             job = self.running[one.row]
             if one.follows:
-                self._score(job, one, *(np.asarray(x[at]) for x in expected))
+                self._score(job, one, *(np.asarray(x)[at] for x in expected))
             job.filled += len(one.tokens)
             self.read += len(one.tokens)
             if job.pool:
-                self._pool(job, np.asarray(pooled.last[at]), np.asarray(pooled.total[at]))
+                self._pool(job, np.asarray(pooled.last)[at], np.asarray(pooled.total)[at])  # indexed on the host, not compiled
             elif not job.reading:
                 self._take(job, seen, at)
         return True

@@ -73,7 +73,7 @@ def test_local_completions(server, chatty, hf, tasks, prompts):
     """Likelihoods come with `echo`, several prompts a request; prompts are longer than what one step reads."""
     model = LocalCompletionsAPI(
         base_url=f"{server.url}/v1/completions", model="tiny", tokenizer=str(chatty), batch_size=prompts,
-        tokenizer_backend="huggingface",
+        tokenizer_backend="huggingface", add_bos_token=True,
     )  # fmt: skip
     a = score(model, tasks, TASKS)
     same(a, score(hf, tasks, TASKS))
