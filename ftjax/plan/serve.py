@@ -127,9 +127,9 @@ def plan_serving(config: Config, topology: Topology, concurrency: int | None = N
 
 
 def mesh_for(config: Config, model: Model, devices: Sequence[Any]) -> Mesh:
-    """Return the configured mesh if it says more than `fsdp`, and else as many devices along `tensor` as the model's heads
+    """Return the configured mesh if it has more than `fsdp`, and else as many devices along `tensor` as the model's heads
     allow: each token needs all weights, which are better read in parts than gathered."""
-    if not config.mesh.auto and config.mesh.model_fields_set & {"data", "expert", "tensor"}:
+    if not config.mesh.auto and any(getattr(config.mesh, axis) != 1 for axis in ("data", "expert", "tensor")):
         return make_mesh(config.mesh, devices)
     sizes = {one.shape[at] for one in model.specs.values() for at, axis in enumerate(one.row.axes) if axis in SHARDED}
     heads = {one.kv_heads for one in Layout(model.memories).keys_values if one.kv_heads > 1}  # a single one is everywhere

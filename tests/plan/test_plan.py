@@ -428,7 +428,7 @@ def test_a_server_for_chips_that_are_not_there(bare):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--serve", "--price", "1"], "--price: not with --serve"),
+        (["--serve", "--price", "1"], "--price: not of a plan with --serve"),
         (["--context", "64"], "--context: only with --serve"),
         (["--serve", "--context", "99999"], "the model's context is"),
     ],
