@@ -27,7 +27,7 @@ from ftjax.hub.vocabulary import hf_config_of
 from ftjax.mesh import make_mesh, notes, spec
 from ftjax.models.model import Model, build_module
 from ftjax.models.nn.cache import Layout
-from ftjax.models.nn.quantized_linear import quantise
+from ftjax.models.nn.quantise import quantise
 from ftjax.plan.arithmetic import program_flops
 from ftjax.plan.hlo import Program
 from ftjax.plan.plan import shard_bytes
