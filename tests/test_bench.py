@@ -112,7 +112,7 @@ def test_data(model, rows, tmp_path):
 def test_load(model, tmp_path):
     found = run("load", tmp_path / "load.json", "--model", model, "--times", 1)
     assert found["bytes"] == sum(p.numel() * 4 for p in AutoModelForCausalLM.from_pretrained(model).parameters())
-    assert set(found["seconds"]) == set(found["peak_bytes"]) == {"plain", "load", "write"}
+    assert set(found["seconds"]) == set(found["cpu_seconds"]) == set(found["peak_bytes"]) == {"plain", "load", "write"}
     assert found["peak_bytes"]["load"] > 0
 
 

@@ -42,7 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
     model_type, family = family_in(file)
     settings = Settings(file, family.architecture)
     config: dict[str, Any] = {"architectures": [CLASSES[model_type]], "model_type": model_type}
-    layers, embed, heads = (settings.left.get(key) for key in ("block_count", "embedding_length", "attention.head_count"))
+    layers, heads = (settings.left.get(key) for key in ("block_count", "attention.head_count"))
     for key, name in family.keys.items():
         default = [heads] if key == "attention.head_count_kv" else []
         default += [family.defaults[key]] if key in family.defaults else [None] if key.endswith("softcapping") else []
@@ -50,6 +50,7 @@ def read_config(path: Path) -> dict[str, Any]:
         config[name] = shortest(value) if isinstance(value, float) else value
     for computed in family.computed:
         config |= computed.fields(settings, config)
+    embed, heads = (config[family.keys[key]] for key in ("embedding_length", "attention.head_count"))
     head_dim = settings.take("attention.key_length", embed // heads)
     if settings.take("attention.value_length", head_dim) != head_dim:
         raise UserError(f"{path}: keys and values of different sizes, which a Hugging Face {model_type} cannot express")
