@@ -256,6 +256,10 @@ def train(
     set_flags()
     with joined(coordinator, num_processes, process_id):
         settings = load_config(config, overrides or [])
+        from ftjax.hub.no_torch import names_python_file, start_transformers
+
+        if not names_python_file(settings.model_dump()):
+            start_transformers()
         from ftjax.api.run import train_config
 
         given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
@@ -702,17 +706,40 @@ def plan(
     slices: Annotated[int, typer.Option(min=1, help="Number of slices, connected over DCN.")] = 1,
     price: Annotated[float | None, typer.Option(help="Price of a chip-hour.", show_default=False)] = None,
     shardings: Annotated[bool, typer.Option("--shardings", help="List how every array is sharded.")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Plan ftjax serve for the model, not its training.")] = False,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="With --serve: requests that run at the same time.", show_default="16")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=16, help="With --serve: most tokens of prompt and answer.", show_default="the model's, up to 8192"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Plan a run for TPUs without having them.
+    """Plan a run, or a server, for TPUs without having them.
 
     Compiles the training step and reports memory, communication and the least step time. Reads only the model's config.json,
     and the tokenizer if you add tokens. Exit code 1 if the run does not fit.
     """
     from ftjax.config.load import load_config
+    from ftjax.errors import UserError
 
+    of_training = {"--price": price is not None, "--shardings": shardings}
+    of_serving = {"--concurrency": concurrency is not None, "--context": context is not None}
+    if wrong := [name for name, given in (of_training if serve else of_serving).items() if given]:
+        raise UserError(
+            f"{' and '.join(wrong)}: {'not of a plan with --serve' if serve else 'only with --serve'}; leave it out"
+        )
     settings = load_config(config, overrides or [])
     os.environ["JAX_PLATFORMS"] = "cpu"  # the chips that are planned for are not this machine's
+    if serve:
+        from ftjax.plan.command import serving
+
+        if not serving(
+            settings, topology, chips=chips, slices=slices, concurrency=concurrency, context=context, as_json=as_json
+        ):
+            raise typer.Exit(1)
+        return
     from ftjax.plan.command import plan as run
 
     fits = run(settings, topology, chips=chips, slices=slices, price=price, as_json=as_json, placed=shardings)

@@ -27,6 +27,10 @@ CASES = [  # label, configuration, slice, rows, overrides
     ("Llama-3.1-8B, full", "8b-full", "v6e-8", 16, BFLOAT16),
     ("Llama-3.1-8B, full, float32", "8b-full", "v5p-16", 16, ()),
     ("Llama-3.1-70B, LoRA", "70b-lora", "v5p-64", 64, ()),
+    ("Qwen3-30B-A3B, LoRA with experts", "30b-a3b-lora", "v5e-16", 16, ()),
+    ("Qwen3-30B-A3B, LoRA with experts", "30b-a3b-lora", "v6e-16", 16, ()),
+    ("Qwen3-30B-A3B, nf4, LoRA with experts", "30b-a3b-lora", "v5e-16", 16, ("model.quantization=nf4",)),
+    ("Qwen3-30B-A3B, nf4, LoRA with experts", "30b-a3b-lora", "v6e-16", 16, ("model.quantization=nf4",)),
 ]
 COLUMNS = (
     "", "slice", "chips", "rows", "tokens per row", "mesh", "arguments + temporaries", "alive at one time",
@@ -68,7 +72,7 @@ def main() -> None:
     for what, name, slice_, rows, said in CASES:
         kept = options.plans / ("_".join(["plan", name, slice_, *said]) + ".json")
         if not kept.exists() and not options.have:
-            ask = [sys.executable, "-m", "ftjax.cli", *command(name, slice_, rows, said), "--json"]
+            ask = [sys.executable, "-m", "ftjax", *command(name, slice_, rows, said), "--json"]
             done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
             if done.returncode not in (0, 1) or not done.stdout:
                 raise SystemExit(f"{name} on {slice_}: {done.stderr[-2000:]}")

@@ -1,9 +1,12 @@
 """Finds the smallest v5e slice on which LoRA fits, by the arithmetic of `mesh: auto`.
 
 Rank 16 on every linear layer, frozen weights in bfloat16, `remat: full`, one row of 4096 tokens per chip, weights sharded over
-all chips of a slice.
+all chips of a slice: whole experts over as many as their number divides by, so that they are not gathered. To what `mesh: auto`
+counts this adds the largest layer's gathered weights, twice: the next layer's are gathered while one computes.
 """
 
+import math
+from collections import Counter
 from functools import cache
 
 from published import FURTHER, NEMOTRON3, PUBLISHED, QWEN3_5
@@ -51,4 +54,19 @@ def _chips(name: str) -> int | None:
     lora.attach(root, config.method)
     model = Model.of(root, facts)
     state = state_bytes(config, model)
-    return next((n for n in SLICES if device_bytes(model, state, n, LENGTH) <= ROOM * CHIPS["v5e"].hbm), None)
+    room = ROOM * CHIPS["v5e"].hbm
+    return next((n for n in SLICES if device_bytes(model, state, n, LENGTH) + 2 * _layer(model, n) <= room), None)
+
+
+def _layer(model: Model, chips: int) -> float:
+    """Return the bytes of the largest layer's weights as one chip gathers them."""
+    if chips == 1:
+        return 0
+    layers: Counter = Counter()
+    for path, spec in model.frozen.items():
+        if spec.stacked:
+            axes = spec.row.axes
+            apart = math.gcd(chips, spec.shape[axes.index("experts")]) if "experts" in axes else 1
+            block = path[: path.index("block") + len("block")]
+            layers[block] += 2 * math.prod(spec.shape) / math.prod(spec.stacked) / apart
+    return max(layers.values())

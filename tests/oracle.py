@@ -20,14 +20,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ftjax.config import FullConfig, LoraConfig, MeshConfig
-from ftjax.generate.cache import forward, new_cache
+from ftjax.generate.cache import forward
 from ftjax.hub.adapter.peft import write_adapter
 from ftjax.hub.load import init_params, load_base, open_model
 from ftjax.hub.model_folder import from_params, model_tensors, write_folder
 from ftjax.mesh import make_mesh
 from ftjax.methods import lora, method_of
 from ftjax.models.model import Model, build_module
+from ftjax.models.nn.cache import Cache, Layout
 from ftjax.models.nn.context import Context
+from ftjax.models.nn.paged import PagedCache
 from ftjax.models.registry import FAMILIES
 
 
@@ -120,6 +122,15 @@ def folders(cases: Mapping[str, Case], tmp_path_factory) -> Callable[[str], Path
     return of
 
 
+def paged(model: Model, rows: int, slots: int) -> PagedCache:
+    """Return an empty cache in which each row has its own pages of four tokens, the last row the first ones."""
+    layout, count = Layout(model.memories), -(-slots // 4)
+    keys, values = PagedCache.pages(layout, 1, rows * count + 1, 4, jnp.float32)
+    states, nothing = Cache.empty(layout, rows, 0, jnp.float32).states, jnp.zeros(rows, jnp.int32)
+    table = 1 + jnp.arange(rows * count, dtype=jnp.int32).reshape(rows, count)[::-1]
+    return PagedCache(keys, values, states, nothing, layout, table, nothing)
+
+
 def assert_cached_is_uncached(
     model: Model, params: Mapping[str, jax.Array], ids: np.ndarray, portions: Sequence[Sequence[int]], slots: int,
     atol: float = 1e-4,
@@ -137,7 +148,7 @@ def assert_cached_is_uncached(
         return module.unembed(hidden, context(ids)), cache
 
     want, longest = logits(model, params, ids), max(map(max, portions))
-    cache, at = new_cache(model, len(ids), slots, jnp.float32), np.zeros(len(ids), np.int32)
+    cache, at = paged(model, len(ids), slots), np.zeros(len(ids), np.int32)
     for counts in portions:
         size = longest if max(counts) > 1 else 1
         part = [np.pad(ids[row, at[row] : at[row] + n], (0, size - n), constant_values=95) for row, n in enumerate(counts)]

@@ -38,7 +38,7 @@ BELOW = {
     "evaluate": {"generate", "train", "hub", "objectives", "version"},
     "rl": {"generate", "train", "evaluate"},
     "report": {"page", "data", "config", "evaluate"},
-    "plan": {"train", "hub", "objectives", "chips", "torus", "version", "out_of_memory"},
+    "plan": {"train", "generate", "hub", "objectives", "chips", "torus", "version", "out_of_memory"},
     "doctor": {"compile_cache", "console", "version"},
     "version": set(),
     "out_of_memory": set(),

@@ -1,31 +1,15 @@
-"""Create a model's cache, run forward passes with it, and round sizes to buckets.
+"""Run forward passes with a cache, and round sizes to buckets.
 
 Legend: B batch, T query length, E embed.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ftjax.mesh import constrain
-from ftjax.models.model import Model
-from ftjax.models.nn.cache import Cache, Layout
+from ftjax.models.nn.cache import Cache
 from ftjax.models.nn.context import Context
-
-
-def new_cache(model: Model, batch: int, slots: int, dtype) -> Cache:
-    """Return an empty cache, with rows sharded along the batch axes of the mesh and heads along `tensor`."""
-    cache = Cache.empty(Layout(model.memories), batch, slots, dtype)
-    axes = (None, "batch", None, "kv_heads", None)
-    return replace(
-        cache,
-        keys=tuple(constrain(keys, *axes) for keys in cache.keys),
-        values=tuple(constrain(values, *axes) for values in cache.values),
-        states=tuple(constrain(state, None, "batch", *(None,) * (state.ndim - 2)) for state in cache.states),
-        lengths=constrain(cache.lengths, "batch"),
-    )
 
 
 def forward(

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 from ftjax.data.example import Message
 from ftjax.errors import UserError
-from ftjax.generate.cache import bucket
-from ftjax.generate.engine import Batch
+from ftjax.generate.answer import Answer
 from ftjax.generate.finite import not_finite
+from ftjax.generate.offline import for_conversation
 from ftjax.generate.request import Request
+from ftjax.generate.scheduler import Job, Scheduler
 from ftjax.generate.session import Generator
 
 CHUNK = 4  # tokens per streamed piece of text
-SMALLEST = 1024  # minimum cache slots of a conversation
 
 
 class Conversation:
@@ -37,7 +37,7 @@ class Conversation:
             )
         self.generator, self.request = generator, request
         self.tokens = 0
-        self._batch: Batch | None = None
+        self._scheduler: Scheduler | None = None
         self._asked = 0
         self.system(system)
 
@@ -71,15 +71,20 @@ class Conversation:
         self.messages.append(question)
         said = ""
         try:
-            batch = self._batch_for(len(answer.prompt) + answer.limit)
-            batch.start({0: answer})
-            while True:
+            scheduler = self._scheduler_for(answer)
+            job = Job(answer)
+            scheduler.submit(job)
+            while not job.ended:
+                scheduler.step()
                 if piece := answer.piece():
                     said += piece
                     yield piece
-                if answer.finish:
-                    break
-                batch.step(CHUNK)
+        except GeneratorExit:  # the pages of what was said stay
+            scheduler.cancel(job)
+            raise
+        except BaseException:  # what the devices hold is not known
+            self._scheduler = None
+            raise
         finally:
             self.tokens = len(answer.tokens)
             if answer.finish == "error":
@@ -89,11 +94,10 @@ class Conversation:
         if answer.finish == "error":
             raise not_finite("the answer", generator.model, generator.params)
 
-    def _batch_for(self, tokens: int) -> Batch:
-        """Return the batch that caches the earlier turns, or a new one if it is too small."""
-        generator, slots = self.generator, SMALLEST
-        while slots < bucket(tokens, 16):
-            slots *= 2
-        if self._batch is None or self._batch.slots < slots or self._batch.params is not generator.params:
-            self._batch = Batch(generator.engine, generator.params, generator.engine.shards, slots)
-        return self._batch
+    def _scheduler_for(self, answer: Answer) -> Scheduler:
+        """Return the scheduler whose pages have the earlier turns, or a new one if they are too few or of other parameters."""
+        generator, found = self.generator, self._scheduler
+        if found is None or not found.fits(len(answer.prompt) + answer.limit) or found.batch.params is not generator.params:
+            self._scheduler = None  # its pages go before there are new ones
+            self._scheduler = for_conversation(generator.engine, generator.params, answer, CHUNK)
+        return self._scheduler

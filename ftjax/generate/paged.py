@@ -1,22 +1,25 @@
-"""`PagedBatch`: the programs and the device state of the serving engine, with every shape fixed at the start."""
+"""`PagedBatch`: the rows and pages of the engine on the devices, all of whose shapes `Room` says.
+
+The server makes one and warms it up, `Generator` makes one for each call (`ftjax.generate.offline`), and a conversation keeps
+one from turn to turn. The programs are those of `Engine`, compiled on first use or by `warm_up`. The host decides which rows
+run (`ftjax.generate.scheduler`), by nothing but the requests, so that several processes decide alike.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from ftjax.errors import UserError
 from ftjax.generate.answer import Answer
-from ftjax.generate.decode import Runner
+from ftjax.generate.decode import State
 from ftjax.generate.engine import Engine
-from ftjax.generate.sample import row_sampling, uses_of
-from ftjax.generate.steps import Join, Part, Pooled, Seen, Sizes, Steps, Turn
-from ftjax.mesh import parts, spec
-from ftjax.models.model import Model
+from ftjax.generate.sample import Sampling, row_sampling, uses_of
+from ftjax.generate.steps import Asked, Likelihoods, Part, Pooled, Seen, Sizes, Turn
+from ftjax.mesh import fitting, parts
 from ftjax.models.nn.cache import Layout
 
 TOPS = 20  # most probable tokens that a request may ask for, as in OpenAI's API
@@ -38,6 +41,12 @@ class Room:
         page: tokens of a page.
         chunk: tokens of a long prompt per step.
         steps: the most tokens per row and decode call.
+        reads: `(rows, tokens)` of the prefill programs; empty for several short prompts, or a part of a long one per shard.
+        grows: whether there are programs for shorter tables of pages, too.
+        ends, biased: the most ids that end an answer on the device, and the most tokens that a request may bias.
+        tops: the most probable tokens that a request may ask for.
+        grammars: whether requests may have one.
+        scores: whether requests may ask for the log-probabilities of their prompts.
     """
 
     rows: int
@@ -46,6 +55,13 @@ class Room:
     page: int = 32
     chunk: int = 256
     steps: int = 4
+    reads: tuple[tuple[int, int], ...] = ()
+    grows: bool = True
+    ends: int = ENDS
+    biased: int = BIASED
+    tops: int = TOPS
+    grammars: bool = True
+    scores: bool = True
 
     @classmethod
     def fit(cls, engine: Engine, *, rows: int, context: int, memory: int | None = None, page: int = 32, **rest: int) -> "Room":
@@ -56,7 +72,7 @@ class Room:
         rows = math.ceil(rows / engine.shards) * engine.shards
         longest = math.ceil(context / page)
         most = longest * rows // engine.shards
-        cost = page_bytes(engine.model, page, engine.dtype) // parts(engine.mesh.shape, "kv_heads")
+        cost = page_bytes(engine, page)
         if memory is None or not cost:
             return cls(rows, context, most, page, **rest)
         pages = min(most, memory // cost)
@@ -68,21 +84,49 @@ class Room:
         return cls(rows, context, pages, page, **rest)
 
 
-def page_bytes(model: Model, page: int, dtype: Any) -> int:
-    """Return the bytes of a page's keys and values in all layers."""
-    layout = Layout(model.memories)
-    sizes = (layout.size(one) * one.kv_heads * (one.key_dim + one.value_dim) for one in layout.keys_values)
-    return page * sum(sizes) * np.dtype(dtype).itemsize
+def page_bytes(engine: Engine, page: int) -> int:
+    """Return the bytes of a page's keys and values in all layers, on each device that has the page."""
+    layout = Layout(engine.model.memories)
+
+    def heads(count: int) -> int:  # those that do not divide are on every device, as in `Steps.shardings`
+        return count // (parts(engine.mesh.shape, "kv_heads") if fitting(engine.mesh, "kv_heads", count) else 1)
+
+    sizes = (layout.size(one) * heads(one.kv_heads) * (one.key_dim + one.value_dim) for one in layout.keys_values)
+    return page * sum(sizes) * np.dtype(engine.dtype).itemsize
 
 
 class Reading(NamedTuple):
-    """A row whose prompt is read on: these tokens, after the first `before` tokens of its `whole` prompt."""
+    """A row whose prompt is read on: these tokens, after the first `before` tokens of its `whole` prompt.
+
+    Attributes:
+        last: the prompt ends here, so that the answer's first token is chosen.
+        follows: the token after each of these, if their log-probabilities are asked for; otherwise empty.
+    """
 
     row: int
     tokens: Sequence[int]
     before: int
     whole: int
     last: bool
+    follows: Sequence[int] = ()
+
+    def cut(self, length: int) -> "Reading":
+        """Return the first tokens of this, of which there are more."""
+        return self._replace(tokens=self.tokens[:length], last=False, follows=self.follows[:length])
+
+
+class Read(NamedTuple):
+    """What a call that reads prompts has read, and what came of it.
+
+    Attributes:
+        found: by index in the results, what was read.
+        expected: None if the room has no `scores`.
+    """
+
+    found: dict[int, Reading]
+    seen: Seen
+    pooled: Pooled
+    expected: Likelihoods | None
 
 
 class PagedBatch:
@@ -93,6 +137,7 @@ class PagedBatch:
     table; on every device this is one gather of what attention reads anyway.
 
     Attributes:
+        answers: the answer of each row, or None; the caller sets them before it reads their prompts.
         tables: for each row, its pages in the order of its text; the caller changes them.
         adapters: for each row, the number of its adapter; 0 is none.
     """
@@ -102,25 +147,21 @@ class PagedBatch:
         self.engine, self.params, self.room = engine, params, room
         vocab = engine.model.sizes.vocab
         self.sizes = Sizes(
-            room.rows, engine.shards, room.pages + 1, room.page, ENDS, BIASED, min(TOPS, vocab), room.steps
+            room.rows, engine.shards, room.pages + 1, room.page, room.ends, room.biased, min(room.tops, vocab), room.steps
         )  # fmt: skip
         self.tables: list[list[int]] = [[] for _ in range(room.rows)]
         self.adapters = [0] * room.rows
-        steps = Steps(Runner(engine.model, engine.dtype), self.sizes, engine.whole_prompts)
-        with jax.set_mesh(engine.mesh):
-            self._state = jax.jit(steps.empty)()
-            where = jax.tree.map(lambda leaf: leaf.sharding, self._state)
-            everywhere = NamedSharding(engine.mesh, spec(()))
-            self._join = jax.jit(steps.join, donate_argnums=0, out_shardings=where)
-            self._prefill = jax.jit(steps.prefill, donate_argnums=1, out_shardings=(where, everywhere, everywhere))
-            self._decode = jax.jit(steps.decode, donate_argnums=1, out_shardings=(where, everywhere))
-            self._clear = jax.jit(steps.clear, donate_argnums=0, out_shardings=where)
+        self.answers: list[Answer | None] = [None] * room.rows
+        self._programs = engine.programs(self.sizes)
+        self._state: State | None = None  # the first read begins with an empty one
         self.words = math.ceil(vocab / 32)
-        self._all = {rows: self._shard(np.full((rows, self.words), EVERY)) for rows in {room.rows, *dict(self.shapes)}}
+        self._all: dict[int, jax.Array] = {}  # by number of rows, masks that allow all tokens
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """`(rows, tokens)` of the prefill programs: several short prompts, or a part of a long one per shard."""
+        """`(rows, tokens)` of the prefill programs."""
+        if self.room.reads:
+            return list(self.room.reads)
         shards, chunk = self.engine.shards, min(self.room.chunk, self.room.context)
         small = max(1, chunk // 8)
         several = min(4 * shards, self.room.rows)
@@ -130,7 +171,7 @@ class PagedBatch:
     def widths(self) -> list[int]:
         """Pages of the tables that programs are compiled for."""
         most, found = math.ceil(self.room.context / self.room.page), []
-        width = math.ceil(SMALLEST / self.room.page)
+        width = math.ceil(SMALLEST / self.room.page) if self.room.grows else most
         while width < most:
             found.append(width)
             width *= GROWTH
@@ -140,10 +181,15 @@ class PagedBatch:
         """Return the group of a row, whose pages it uses."""
         return row * self.sizes.groups // self.sizes.rows
 
+    def open(self) -> None:
+        """Make the state by a program of its own, where several calls will read prompts and one program should do for them."""
+        if self._state is None:
+            with jax.set_mesh(self.engine.mesh):
+                self._state = self._programs.empty()
+
     def warm_up(self) -> None:
         """Run every program once, without effect: no request compiles anything after it."""
-        answer = Answer([0], 1, frozenset(), None, None)
-        self.join(0, answer)
+        self.open()
         for shape in self.shapes:
             for width in self.widths:
                 self._run_prefill([], {}, shape, width)
@@ -151,35 +197,16 @@ class PagedBatch:
             self._run_decode([], 1, False, {}, width)
         self.clear(0, [])
 
-    def join(self, row: int, answer: Answer) -> None:
-        """Give a row to an answer; `read` its prompt next."""
-        sizes, vocab = self.sizes, self.engine.model.sizes.vocab
-        ends, biased = np.full(sizes.ends, -1, np.int32), np.full(sizes.biased, vocab, np.int32)
-        bias = np.zeros(sizes.biased, np.float32)
-        few = sorted(answer.ends)[: sizes.ends]  # `Answer` knows all of them, and ends by the others too
-        ends[: len(few)], biased[: len(answer.bias)] = few, list(answer.bias)
-        bias[: len(answer.bias)] = list(answer.bias.values())
-        new = Join(
-            np.int32(row), np.int32(len(answer.tokens)), uses_of(answer.prompt, answer.tokens, vocab),
-            np.uint32(answer.seed % 2**32), np.uint32(answer.number % 2**32),
-            jax.tree.map(lambda x: x[0], row_sampling([answer.sampling])), ends, np.int32(answer.limit), biased, bias,
-        )  # fmt: skip
-        with jax.set_mesh(self.engine.mesh):
-            self._state = self._join(self._state, jax.tree.map(self.engine.replicate, jax.tree.map(np.asarray, new)))
-
-    def read(self, waiting: Sequence[Reading], masks: Mapping[int, np.ndarray]) -> tuple[dict[int, Reading], Seen, Pooled]:
-        """Read the next part of some of these rows' prompts; return `({index in the results: what was read}, results)`.
+    def read(self, waiting: Sequence[Reading], masks: Mapping[int, np.ndarray]) -> Read:
+        """Read the next part of some of these rows' prompts.
 
         Each reading holds at least what is left of the prompt, or a chunk of it, and is cut to the program's size.
 
         Args:
             masks: by row, the tokens that a grammar allows first.
         """
-        shape = max(self.shapes, key=lambda shape: self._useful(waiting, shape))
-        chosen = [
-            one if len(one.tokens) <= shape[1] else one._replace(tokens=one.tokens[: shape[1]], last=False)
-            for one in self._fitting(waiting, shape[0])
-        ]
+        shape = max(self.shapes, key=lambda shape: (self._useful(waiting, shape), math.prod(shape)))
+        chosen = [one if len(one.tokens) <= shape[1] else one.cut(shape[1]) for one in self._fitting(waiting, shape[0])]
         return self._run_prefill(chosen, masks, shape, self._width([one.row for one in chosen]))
 
     def decode(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray]) -> Seen:
@@ -198,7 +225,7 @@ class PagedBatch:
             some = np.full((self.sizes.groups, size), self.sizes.pages, np.int32)
             some[group, : len(pages[at : at + size])] = pages[at : at + size]
             with jax.set_mesh(self.engine.mesh):
-                self._state = self._clear(self._state, self._shard(some))
+                self._state = self._programs.clear(self._state, self._shard(some))
 
     # ---- arrays ----
 
@@ -228,8 +255,31 @@ class PagedBatch:
             table[at, : len(self.tables[row])] = self.tables[row]
         return table
 
-    def _mask(self, masks: Mapping[int, np.ndarray], places: Mapping[int, int], size: int) -> jax.Array:
+    def _asked(self, places: Mapping[int, int], size: int) -> Asked:
+        """Return the settings of these rows' requests, in an array of so many rows."""
+        room, vocab = self.room, self.engine.model.sizes.vocab
+        uses, numbers = np.zeros((size, vocab), np.int32), np.zeros((4, size), np.int64)
+        ends, biased = np.full((size, room.ends), -1, np.int32), np.full((size, room.biased), vocab, np.int32)
+        bias, sampling = np.zeros((size, room.biased), np.float32), [Sampling()] * size
+        for row, at in places.items():
+            answer = self.answers[row]
+            few = sorted(answer.ends)[: room.ends]  # `Answer` knows all of them, and ends by the others too
+            uses[at], ends[at, : len(few)] = uses_of(answer.prompt, answer.tokens, vocab), few
+            biased[at, : len(answer.bias)], bias[at, : len(answer.bias)] = list(answer.bias), list(answer.bias.values())
+            numbers[:, at] = len(answer.tokens), answer.seed % 2**32, answer.number % 2**32, answer.limit
+            sampling[at] = answer.sampling
+        chosen, seeds, ids, limits = numbers
+        return Asked(
+            chosen.astype(np.int32), uses, seeds.astype(np.uint32), ids.astype(np.uint32), row_sampling(sampling), ends,
+            limits.astype(np.int32), biased, bias,
+        )  # fmt: skip
+
+    def _mask(self, masks: Mapping[int, np.ndarray], places: Mapping[int, int], size: int) -> jax.Array | None:
+        if not self.room.grammars:
+            return None
         if not any(row in masks for row in places):
+            if size not in self._all:
+                self._all[size] = self._shard(np.full((size, self.words), EVERY))
             return self._all[size]
         words = np.full((size, self.words), EVERY)
         for row, at in places.items():
@@ -239,13 +289,22 @@ class PagedBatch:
 
     def _run_prefill(
         self, chosen: Sequence[Reading], masks: Mapping[int, np.ndarray], shape: tuple[int, int], width: int
-    ) -> tuple[dict[int, Reading], Seen, Pooled]:
+    ) -> Read:
+        found, part = self.part(chosen, masks, shape, width)
+        with jax.set_mesh(self.engine.mesh):
+            self._state, *results = self._programs.prefill(self.params, self._state, part)
+        return Read(found, *results)
+
+    def part(
+        self, chosen: Sequence[Reading], masks: Mapping[int, np.ndarray], shape: tuple[int, int], width: int
+    ) -> tuple[dict[int, Reading], Part]:
+        """Return `({index in the part: what is read}, the inputs of a prefill program of this shape)`."""
         size, length = shape
         each = size // self.sizes.groups
         taken = [0] * self.sizes.groups
         found: dict[int, Reading] = {}
         rows, numbers = np.full(size, self.sizes.rows, np.int32), np.zeros((4, size), np.int32)
-        tokens, last = np.zeros((size, length), np.int32), np.zeros(size, bool)
+        tokens, last, follows = np.zeros((size, length), np.int32), np.zeros(size, bool), np.zeros((size, length), np.int32)
         for one in chosen:
             group = self.group(one.row)
             at = group * each + taken[group]
@@ -253,27 +312,33 @@ class PagedBatch:
             found[at] = one
             rows[at], tokens[at, : len(one.tokens)], last[at] = one.row, one.tokens, one.last
             numbers[:, at] = len(one.tokens), one.before, one.whole, self.adapters[one.row]
+            follows[at, : len(one.follows)] = one.follows
         counts, before, whole, adapters = numbers
         places = {one.row: at for at, one in found.items()}
         table = self._table(list(places), list(places.values()), size, width)
-        part = Part(rows, tokens, counts, before, whole, last, table, adapters, None)
+        part = Part(rows, tokens, counts, before, whole, last, table, adapters, self._asked(places, size), None, None, None)
         part = jax.tree.map(self._shard, part)._replace(mask=self._mask(masks, places, size))
-        with jax.set_mesh(self.engine.mesh):
-            self._state, seen, pooled = self._prefill(self.params, self._state, part)
-        return found, seen, pooled
+        if self.room.scores:
+            scored = self.engine.replicate(np.bool_(any(one.follows for one in found.values())))
+            part = part._replace(follows=self._shard(follows), scored=scored)
+        return found, part
 
     def _run_decode(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int) -> Seen:
+        turn = self.turn(rows, steps, listed, masks, width)
+        with jax.set_mesh(self.engine.mesh):
+            self._state, seen = self._programs.decode(self.params, self._state, turn)
+        return seen
+
+    def turn(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int) -> Turn:
+        """Return the inputs of the decode program for tables of `width` pages."""
         size, replicate = self.sizes.rows, self.engine.replicate
         stopped = np.ones(size, bool)
         stopped[list(rows)] = False
-        turn = Turn(
+        return Turn(
             self._shard(stopped), replicate(np.int32(min(steps, self.sizes.steps))), replicate(np.bool_(listed)),
             self._shard(self._table(rows, rows, size, width)), self._shard(np.asarray(self.adapters, np.int32)),
             self._mask(masks, dict(zip(rows, rows, strict=True)), size),
         )  # fmt: skip
-        with jax.set_mesh(self.engine.mesh):
-            self._state, seen = self._decode(self.params, self._state, turn)
-        return seen
 
     def _shard(self, rows: np.ndarray) -> jax.Array:
         return self.engine.shard_rows(rows)

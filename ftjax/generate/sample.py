@@ -5,6 +5,7 @@ tokens and a grammar's mask first, presence and frequency penalties after the re
 Legend: B batch, V vocab.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -54,7 +55,7 @@ class Sampling:
                 refuse(field.name, "a number")
         if self.temperature < 0:
             refuse("temperature", "0 (greedy) or more")
-        if self.top_k is not None and (self.top_k < 0 or self.top_k != int(self.top_k)):
+        if self.top_k is not None and not 0 <= self.top_k == self.top_k // 1 < math.inf:
             refuse("top_k", "a whole number from 1, or 0 for no limit")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             refuse("top_p", "more than 0, at most 1")
@@ -94,16 +95,20 @@ class RowSampling(NamedTuple):
 
 
 def row_sampling(rows: Sequence[Sampling]) -> RowSampling:
-    """Return the settings as host arrays. Greedy rows get no limits: their most probable token is within any limit."""
+    """Return the settings as host arrays. Greedy rows get no limits: their most probable token is within any limit.
+
+    Numbers that the dtypes do not have become the nearest that they have.
+    """
+    most = float(np.finfo(np.float32).max)
     kinds = {"temperature": np.float32, "top_k": np.int32, "tail": np.float32, "min_p": np.float32}
     values = {
-        "temperature": [one.temperature for one in rows],
-        "top_k": [0 if one.greedy else int(one.top_k or 0) for one in rows],
+        "temperature": [min(one.temperature, most) for one in rows],
+        "top_k": [0 if one.greedy else min(int(one.top_k or 0), 2**31 - 1) for one in rows],
         "tail": [0 if one.greedy or one.top_p is None else 1 - one.top_p for one in rows],
         "min_p": [0 if one.greedy else one.min_p or 0 for one in rows],
     }
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-        kinds[name], values[name] = np.float32, [getattr(one, name) for one in rows]
+        kinds[name], values[name] = np.float32, [min(getattr(one, name), most) for one in rows]
     return RowSampling(**{name: np.array(values[name], kind) for name, kind in kinds.items()})
 
 

@@ -1,4 +1,4 @@
-"""Schedule requests on the serving engine: who gets a row and pages, what is read and decoded next, and who waits."""
+"""Schedule requests on the engine: who gets a row and pages, what is read and decoded next, and who waits."""
 
 import math
 import time
@@ -38,6 +38,7 @@ class Job:
         tops: how many of the most probable tokens to list at each place, in `listed`.
         grammar: what the answer may say, or None.
         pool: for an embedding of the prompt: its last hidden state or the mean of all, then in `hidden`. No answer follows.
+        scored: whether to list the log-probability of each token of the prompt but the first, in `expected`.
         news: called in the engine's thread after tokens have arrived, and at the end.
     """
 
@@ -47,9 +48,11 @@ class Job:
     tops: int = 0
     grammar: Grammar | None = None
     pool: Literal["last", "mean"] | None = None
+    scored: bool = False
     news: Callable[["Job"], None] = lambda job: None
 
     listed: list[list[tuple[int, float]]] = field(default_factory=list)
+    expected: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)  # and the `tops` most probable tokens
     hidden: np.ndarray | None = None
     cached: int = 0  # tokens of the prompt that were in the cache when the request first got a row
     arrived: float = field(default_factory=time.monotonic)
@@ -68,6 +71,11 @@ class Job:
     def reading(self) -> bool:
         return self.filled < len(self.text)
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether each token of the prompt must be read, even if its keys and values are there already."""
+        return self.pool is not None or (self.scored and not self.answer.tokens)
+
 
 class Scheduler:
     """Runs jobs: first come, first served, as far as rows and pages reach.
@@ -81,9 +89,13 @@ class Scheduler:
         running: jobs by row.
     """
 
-    def __init__(self, batch: PagedBatch, *, steps: int | None = None):
-        """`steps`: tokens per row and call; None takes the engine's most."""
-        self.batch = batch
+    def __init__(self, batch: PagedBatch, *, steps: int | None = None, reads_first: bool = False):
+        """
+        Args:
+            steps: tokens per row and call; None takes the engine's most.
+            reads_first: rows decode once all prompts have been read: better for all of them together, while the others wait.
+        """
+        self.batch, self.reads_first = batch, reads_first
         self.steps = steps or batch.sizes.steps
         self.pools = [PagePool(batch.sizes.pages - 1, batch.sizes.page) for _ in range(batch.sizes.groups)]
         self.waiting: deque[Job] = deque()
@@ -109,12 +121,13 @@ class Scheduler:
         job.cancelled = True
 
     def step(self) -> None:
-        """Let requests leave and join, read one part of the prompts that wait to be read, and decode a few tokens."""
+        """Let requests leave and join, read one part of the prompts that wait to be read (or all), and decode a few tokens."""
         for job in [job for job in (*self.running.values(), *self.waiting) if job.cancelled]:
             self._end(job)
         self._switch()
         self._admit()
-        self._read()
+        while self._read() and self.reads_first:
+            self._admit()
         self._decode()
 
     # ---- joining and leaving ----
@@ -143,17 +156,20 @@ class Scheduler:
     def _place(self, job: Job, text: Sequence[int], group: int) -> tuple[int, list[int], list[int]] | None:
         """Return `(group, pages that hold the beginning of the text, new pages for the rest)`; None if there are too few.
 
-        A page is left for each row that runs there, so that this job is not the next to give its pages back.
+        A page is left for each row that runs there and may take more, so that this job is not the next to give its own back.
         """
         pool, known = self.pools[group], self._known(job, text, group)
         pool.share(known)
         lacking = self._pages(len(text)) - len(known)
-        others = sum(self.batch.group(row) == group for row in self.running)
+        others = sum(self.batch.group(row) == group and self._grows(other) for row, other in self.running.items())
         taken = pool.take(lacking) if pool.available >= lacking + others else None
         if taken is None:
             pool.give_back(known)
             return None
         return group, known, taken
+
+    def _grows(self, job: Job) -> bool:
+        return len(self.batch.tables[job.row]) < self._pages(len(job.answer.prompt) + job.answer.limit)
 
     def _start(self, job: Job, text: list[int], row: int, known: list[int], taken: list[int]) -> None:
         batch = self.batch
@@ -164,20 +180,20 @@ class Scheduler:
         job.cached = job.filled if not job.answer.tokens else job.cached
         self.running[row] = job
         batch.tables[row], batch.adapters[row] = [*known, *taken], job.adapter
-        batch.join(row, job.answer)
+        batch.answers[row] = job.answer
 
     def _known(self, job: Job, text: Sequence[int], group: int) -> list[int]:
         """Return the pages that hold the beginning of a text; its last token is read again, for its logits."""
-        if not self.batch.engine.keeps_prefixes or job.pool:
+        if not self.batch.engine.keeps_prefixes or job.reads_all:
             return []
         return self.pools[group].find(job.space, text[:-1])
 
     def _soon(self, job: Job, text: Sequence[int], group: int) -> bool:
-        """Return whether a row of the group is reading a beginning of the text that is worth waiting for."""
-        if not self.batch.engine.keeps_prefixes or job.pool:
+        """Return whether a row of the group is reading a beginning of the text that is worth waiting for: at least a half."""
+        if not self.batch.engine.keeps_prefixes or job.reads_all:
             return False
         known, size = len(self._known(job, text, group)), self.batch.sizes.page
-        upto = (known + 1) * size
+        upto = (known + math.ceil((len(text) - known * size) / 2 / size)) * size
         return len(text) > upto and any(
             other.reading and other.space == job.space and not other.pool and self.batch.group(row) == group
             and len(other.text) >= upto and other.text[:upto] == text[:upto]
@@ -193,7 +209,7 @@ class Scheduler:
         else:
             self._publish(job)
         pool.give_back(pages)
-        batch.tables[job.row], batch.adapters[job.row] = [], 0
+        batch.tables[job.row], batch.adapters[job.row], batch.answers[job.row] = [], 0, None
         del self.running[job.row]
         job.row = -1
 
@@ -226,26 +242,40 @@ class Scheduler:
 
     # ---- reading and decoding ----
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Read a part of the prompts; return whether there was one to read."""
         batch = self.batch
         jobs = sorted((job for job in self.running.values() if job.reading), key=lambda job: job.started)
         if not jobs:
-            return
+            return False
         longest = max(length for _, length in batch.shapes)
         waiting = [
-            Reading(job.row, job.text[job.filled : job.filled + longest], job.filled, len(job.text), self._last(job, longest))
+            Reading(
+                job.row, job.text[job.filled : job.filled + longest], job.filled, len(job.text), self._last(job, longest),
+                job.text[job.filled + 1 : job.filled + 1 + longest] if job.scored and job.reads_all else (),
+            )
             for job in jobs
-        ]
+        ]  # fmt: skip
         masks = {job.row: job.grammar.mask() for job in jobs if job.grammar is not None and self._last(job, longest)}
-        found, seen, pooled = batch.read(waiting, masks)
+        found, seen, pooled, expected = batch.read(waiting, masks)
         for at, one in found.items():
             job = self.running[one.row]
+            if one.follows:
+                self._score(job, one, *(np.asarray(x)[at] for x in expected))
             job.filled += len(one.tokens)
             self.read += len(one.tokens)
             if job.pool:
-                self._pool(job, np.asarray(pooled.last[at]), np.asarray(pooled.total[at]))
+                self._pool(job, np.asarray(pooled.last)[at], np.asarray(pooled.total)[at])  # indexed on the host, not compiled
             elif not job.reading:
                 self._take(job, seen, at)
+        return True
+
+    def _score(self, job: Job, one: Reading, logprobs: np.ndarray, tops: np.ndarray, values: np.ndarray) -> None:
+        """List what the model expected of the prompt's tokens."""
+        del job.expected[one.before :]  # of an earlier reading that came to no end
+        places = range(len(one.follows))
+        listed = [list(zip(*(x[n, : job.tops].tolist() for x in (tops, values)), strict=True)) for n in places]
+        job.expected += zip(logprobs[: len(places)].tolist(), listed, strict=True)
 
     def _last(self, job: Job, length: int) -> bool:
         return len(job.text) - job.filled <= length and job.pool is None

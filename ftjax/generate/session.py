@@ -1,10 +1,7 @@
 """`Generator`: generate answers to prompts in batches, on the devices that hold the weights."""
 
 import logging
-import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +17,11 @@ from ftjax.data.template import example_prompt, render_prompt
 from ftjax.errors import UserError
 from ftjax.generate.answer import Answer, Generation
 from ftjax.generate.batch import groups
-from ftjax.generate.cache import bucket
-from ftjax.generate.decode import CHUNK
 from ftjax.generate.embed import Pooling
-from ftjax.generate.engine import Batch, Engine
+from ftjax.generate.engine import Engine
 from ftjax.generate.finite import not_finite, require_finite
 from ftjax.generate.load import choose_dtype, load
+from ftjax.generate.offline import CHUNK, answer_all, stream_all
 from ftjax.generate.request import Piece, Prompt, Request
 from ftjax.generate.score import Query, Score, arrays, completion_ids
 from ftjax.generate.text import StopStrings, TextStream
@@ -135,7 +131,7 @@ class Generator:
         """Answer requests, in order. An answer depends only on its request, not on the batch that it is in.
 
         Args:
-            batch_size: number of requests per batch.
+            batch_size: the most requests that run at the same time.
             logprobs: also return log-probabilities.
             progress: called with the number of finished answers and the number of tokens so far.
 
@@ -146,21 +142,14 @@ class Generator:
             raise UserError(f"batch_size = {batch_size}; expected at least 1")
         answers = [self.begin(request, index) for index, request in enumerate(requests)]
         self._warn_of_limits(answers, requests)
-        batches, rows = groups([len(answer.prompt) for answer in answers], batch_size, self.engine.shards)
-        for numbers in batches:
-            group = [answers[number] for number in numbers]
-            slots = bucket(max(len(a.prompt) for a in group), 16) + bucket(max(a.limit for a in group), 16)
-            batch = Batch(self.engine, self.params, rows, slots)
-            batch.start(dict(enumerate(group)))
-            steps = CHUNK_WITH_STOPS if any(requests[number].stop for number in numbers) else CHUNK
-            while True:
-                for number in numbers:
-                    self._require_finite(answers[number], number)
-                if progress:
-                    progress(sum(a.finish is not None for a in answers), sum(len(a.tokens) for a in answers))
-                if not batch.active:
-                    break
-                batch.step(steps)
+        steps = CHUNK_WITH_STOPS if any(request.stop for request in requests) else CHUNK
+        finished = 0
+        for ended in answer_all(self.engine, self.params, answers, batch_size, steps):
+            for number in sorted(ended):
+                self._require_finite(answers[number], number)
+            finished += len(ended)
+            if progress:
+                progress(finished, sum(len(a.tokens) for a in answers))
         return [answer.generation(logprobs) for answer in answers]
 
     def stream(
@@ -179,31 +168,10 @@ class Generator:
 
         Raises UserError and NotFinite as `answer` does; pieces yielded before that remain valid.
         """
-        rows = math.ceil(max(1, rows) / self.engine.shards) * self.engine.shards
         coming = ((index, self.begin(request, index)) for index, request in enumerate(requests))
-        waiting = deque(islice(coming, rows))
-        batch: Batch | None = None
-        running: dict[int, tuple[int, Answer]] = {}  # by row
-        while waiting or running:
-            if not running and (batch is None or _slots(waiting[0][1]) > batch.slots):
-                needed = max(_slots(answer) for _, answer in waiting)
-                batch = Batch(self.engine, self.params, rows, max(needed, slots or 0))
-            started = {}
-            for row in (row for row in range(rows) if row not in running):
-                waiting.extend(islice(coming, 0 if waiting else 1))
-                if not waiting or _slots(waiting[0][1]) > batch.slots:
-                    break
-                started[row] = waiting.popleft()
-            batch.start({row: answer for row, (_, answer) in started.items()})
-            running |= started
-            batch.step(steps)
-            for row, (index, answer) in list(running.items()):
-                self._require_finite(answer, index)
-                yield Piece(index, *answer.news(), answer.finish)
-                if answer.finish:
-                    del running[row]
-            if not running and not waiting:
-                waiting.extend(islice(coming, 1))
+        for index, answer in stream_all(self.engine, self.params, coming, rows, slots or 0, steps):
+            self._require_finite(answer, index)
+            yield Piece(index, *answer.news(), answer.finish)
 
     def _require_finite(self, answer: Answer, index: int) -> None:
         if answer.finish == "error":
@@ -331,10 +299,6 @@ class Generator:
         """Return the token ids that end an answer, including added tokens that are stop strings: text may not show these."""
         known = self.tokenizer.get_added_vocab() if stops.strings else {}
         return self.ends | {known[string] for string in stops.strings if string in known}
-
-
-def _slots(answer: Answer) -> int:
-    return bucket(len(answer.prompt), 16) + bucket(answer.limit, 16)
 
 
 def _with_adapters_tokenizer(settings: ModelConfig, adapter: str | Path | None) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +33,8 @@ class CallForm:
         read: the text between them -> calls, or None if it is none.
         whole: an answer that begins with `{` may be a call without `opens`.
         special: `opens` is a special token, which text does not show otherwise.
+        around: the marks and texts before and after the arguments of a call of a function of this name, where a call is no JSON
+            with its name.
     """
 
     opens: str
@@ -40,6 +42,7 @@ class CallForm:
     read: Callable[[str], list[Call] | None]
     whole: bool = False
     special: bool = False
+    around: Callable[[str], tuple[Sequence[str], Sequence[str]]] | None = None
 
 
 def _call(value: Any) -> Call | None:
@@ -102,8 +105,46 @@ def read_mistral(body: str) -> list[Call] | None:
     return calls or None
 
 
+DEEPSEEK = tuple(f"<\uff5ctool▁{name}\uff5c>" for name in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep"))
+
+
+def read_deepseek(body: str) -> list[Call] | None:
+    """Read `<call begin>name<sep>{...}<call end>`, or `function<sep>name` and a block of JSON, once or more."""
+    calls = []
+    for one in filter(str.strip, body.replace(DEEPSEEK[3], "").split(DEEPSEEK[2])):
+        name, sep, rest = one.partition(DEEPSEEK[4])
+        older = re.fullmatch(r"\s*(\S+)\s*```json\s*(.*?)\s*```\s*", rest, re.DOTALL) if name.strip() == "function" else None
+        name, arguments = older.groups() if older else (name.strip(), rest)
+        if not sep or not name or not _is_object(arguments):
+            return None
+        calls.append(Call(name, json.dumps(json.loads(arguments), ensure_ascii=False)))
+    return calls or None
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def _deepseek(template: str) -> CallForm:
+    opens, closes, begin, end, sep = DEEPSEEK
+    if "```json" in template:
+        return CallForm(opens, closes, read_deepseek, special=True, around=lambda name: (
+            (opens, begin, "function", sep, f"{name}\n```json\n"), ("\n```", end, closes)
+        ))  # fmt: skip
+    return CallForm(opens, closes, read_deepseek, special=True, around=lambda name: (
+        (opens, begin, name, sep), (end, closes)
+    ))  # fmt: skip
+
+
 def form_of(template: str) -> CallForm | None:
     """Return how models with this chat template write calls; None if the template defines no form that is known."""
+    if has_channels(template):
+        return CHANNELED
+    if DEEPSEEK[0] in template:
+        return _deepseek(template)
     if "<tool_call>" in template:
         return CallForm("<tool_call>", "</tool_call>", read_xml)
     if "[TOOL_CALLS]" in template:
@@ -124,6 +165,94 @@ def reasons(template: str) -> bool:
 def thinks(prompt: str) -> bool:
     """Return whether a prompt ends within reasoning that the template has opened."""
     return prompt.rfind(THINK[0]) > prompt.rfind(THINK[1])
+
+
+def has_channels(template: str) -> bool:
+    """Return whether models with this chat template say everything in channels, as gpt-oss does (`Channels`)."""
+    return "<|channel|>" in template and "<|message|>" in template
+
+
+CHANNELED = CallForm(
+    "<|channel|>commentary to=functions.", None, read_json, special=True,
+    around=lambda name: (("<|channel|>", f"commentary to=functions.{name} ", "<|constrain|>", "json", "<|message|>"), ()),
+)  # fmt: skip
+
+
+class Channels:
+    """Splits one answer in gpt-oss's form (harmony), messages `<|channel|>final<|message|>...<|end|><|start|>assistant`.
+
+    The channel `analysis` is reasoning, a message to `functions.NAME` is a call, and the rest is content.
+    """
+
+    ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
+    BEGINS = ("<|channel|>", "<|start|>", "assistant", "to=", "<|message|>")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._text, self._kind, self._name = "", "header", ""
+
+    def feed(self, text: str, end: bool = False) -> Iterator[Said]:
+        """Yield what is certain now; `end`: nothing follows."""
+        self._text += text
+        while self._text:
+            if self._kind == "header":
+                if not self._header(end):
+                    return
+                continue
+            at = min((at for mark in self.ENDS if (at := self._text.find(mark)) >= 0), default=-1)
+            if at < 0 and not end and self._kind == "call":
+                return
+            sure = self._text[:at] if at >= 0 else self._text if end else self._text[: self._certain()]
+            self._text = self._text[len(sure) :]
+            if sure:
+                yield self._said(sure)
+            if at < 0:
+                return
+            mark = next(mark for mark in self.ENDS if self._text.startswith(mark))
+            self._text, self._kind = self._text[len(mark) :], "header"
+
+    def _header(self, end: bool) -> bool:
+        """Take what stands before a message; return False if more text is needed."""
+        begun = self._text.lstrip()
+        if begun and not any(begun.startswith(one) or one.startswith(begun) for one in self.BEGINS):
+            self._kind = "content"  # no header: under a grammar, for one
+            return True
+        head, mark, rest = self._text.partition("<|message|>")
+        if not mark:
+            if end:
+                self._text = ""
+            return False
+        to = re.search(r"to=functions\.([^\s<]+)", head)
+        self._text, self._name = rest, to[1] if to else ""
+        self._kind = (
+            "call" if to else "reasoning" if re.search(r"<\|channel\|>\s*analysis", head) or "to=" in head else "content"
+        )
+        return True
+
+    def _said(self, text: str) -> Said:
+        if self._kind == "call" and _is_object(text):
+            self.calls += 1
+            return Said(call=Call(self._name, json.dumps(json.loads(text), ensure_ascii=False)))
+        return Said(reasoning=text) if self._kind == "reasoning" else Said(content=text)
+
+    def _certain(self) -> int:
+        """Return the length of the text without an end that may become a mark."""
+        return min(len(self._text) - held_back(self._text, mark) for mark in self.ENDS)
+
+
+def held_back(text: str, mark: str) -> int:
+    """Return the length of the end of the text that may become the mark."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-n:])), 0)
+
+
+def splitter(template: str, form: CallForm | None, thinking: bool) -> "Speech | Channels":
+    """Return what splits an answer of a model with this chat template.
+
+    Args:
+        form: how calls are written; None: there are none.
+        thinking: the prompt has opened the reasoning already.
+    """
+    return Channels() if has_channels(template) else Speech(form, reasoning=reasons(template), thinking=thinking)
 
 
 class Speech:
@@ -197,9 +326,7 @@ class Speech:
 
     def _certain(self, mark: str) -> int:
         """Return the length of the text without an end that may become the mark, and white space before that."""
-        text = self._text
-        held = next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-n:])), 0)
-        return len(text[: len(text) - held].rstrip())
+        return len(self._text[: len(self._text) - held_back(self._text, mark)].rstrip())
 
     def _call(self, end: bool) -> list[Said] | None:
         form = self._form

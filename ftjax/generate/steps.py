@@ -1,25 +1,30 @@
-"""Device code of the serving engine: rows join, read their prompts part by part, and decode, with keys and values in pages.
+"""Device code of the engine: rows read their prompts part by part, and decode, with keys and values in pages.
 
-Every shape is fixed when the engine starts, so that no request compiles anything. All functions are pure;
-`ftjax.generate.paged` compiles them.
+All shapes follow from `Sizes` and from those of a few inputs. All functions are pure; `ftjax.generate.engine` compiles them.
 
 Legend: B rows of the batch, R rows of a prefill step, G groups of rows, C tokens per call, n pages of a row, V vocab, E embed,
 k most probable tokens.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from ftjax.generate.cache import forward
 from ftjax.generate.decode import Rules, Runner, State
 from ftjax.generate.sample import RowSampling
-from ftjax.mesh import constrain
+from ftjax.mesh import constrain, fitting
 from ftjax.models.nn.cache import Cache, Layout
+from ftjax.models.nn.context import Context
 from ftjax.models.nn.paged import PagedCache
+
+AT_A_TIME = 16  # tokens of a prompt whose logits exist at the same time
 
 
 class Sizes(NamedTuple):
@@ -45,24 +50,23 @@ class Sizes(NamedTuple):
     steps: int
 
 
-class Join(NamedTuple):
-    """Settings of a request that takes a row; arrays have no axis of rows.
+class Asked(NamedTuple):
+    """Settings of the requests whose prompts are read.
 
     Attributes:
-        row: int32, index of the row.
-        chosen: int32, tokens that the answer has already.
-        uses: [V] int32, see `State`.
-        seed, number: uint32, which determine the row's PRNG key.
+        chosen: [R] int32, tokens that the answer has already: a row whose text is read again continues its answer.
+        uses: [R, V] int32, see `State`.
+        seeds, numbers: [R] uint32, which determine each row's PRNG key.
+        sampling, ends, limits, biased, bias: see `Rules`.
     """
 
-    row: jax.Array
     chosen: jax.Array
     uses: jax.Array
-    seed: jax.Array
-    number: jax.Array
+    seeds: jax.Array
+    numbers: jax.Array
     sampling: RowSampling
     ends: jax.Array
-    limit: jax.Array
+    limits: jax.Array
     biased: jax.Array
     bias: jax.Array
 
@@ -79,7 +83,10 @@ class Part(NamedTuple):
         last: [R] bool, whether the prompt ends here, so that the answer's first token is chosen.
         table: [R, n] int32, pages of each row.
         adapters: [R] int32.
-        mask: [R, words] uint32, tokens that a grammar allows (`ftjax.generate.sample.restrict`).
+        asked: what the first token is chosen by.
+        mask: [R, words] uint32, tokens that a grammar allows (`ftjax.generate.sample.restrict`), or None without grammars.
+        follows: [R, C] int32, the token after each of `tokens`, whose log-probability may be asked for; or None.
+        scored: bool, whether any row asks for it; or None.
     """
 
     rows: jax.Array
@@ -90,7 +97,10 @@ class Part(NamedTuple):
     last: jax.Array
     table: jax.Array
     adapters: jax.Array
-    mask: jax.Array
+    asked: Asked
+    mask: jax.Array | None
+    follows: jax.Array | None
+    scored: jax.Array | None
 
 
 class Turn(NamedTuple):
@@ -108,7 +118,7 @@ class Turn(NamedTuple):
     listed: jax.Array
     table: jax.Array
     adapters: jax.Array
-    mask: jax.Array
+    mask: jax.Array | None
 
 
 class Seen(NamedTuple):
@@ -129,6 +139,20 @@ class Seen(NamedTuple):
     top_logprobs: jax.Array
 
 
+class Likelihoods(NamedTuple):
+    """Of each token of a prompt's part, what the model expected after it.
+
+    Attributes:
+        logprobs: [R, C] float32, of `Part.follows`.
+        tops: [R, C, k] int32, the most probable tokens.
+        top_logprobs: [R, C, k] float32.
+    """
+
+    logprobs: jax.Array
+    tops: jax.Array
+    top_logprobs: jax.Array
+
+
 class Pooled(NamedTuple):
     """Hidden states of a prefill step, for embeddings: the last one, and the sum of all, `[R, E]` in float32."""
 
@@ -138,7 +162,7 @@ class Pooled(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """A model that serves, with arrays of these sizes; `by_length`: its RoPE depends on the length of the whole prompt."""
+    """A model that generates, with arrays of these sizes; `by_length`: its RoPE depends on the length of the whole prompt."""
 
     runner: Runner
     sizes: Sizes
@@ -150,40 +174,47 @@ class Steps:
         rows, layout = sizes.rows, Layout(model.memories)
 
         def zeros(dtype, *shape: int) -> jax.Array:
-            return constrain(jnp.zeros((rows, *shape), dtype), "batch", *(None,) * len(shape))
-
-        def placed(pages: jax.Array) -> jax.Array:
-            return constrain(pages, "batch", None, None, None, "kv_heads", None)
+            return jnp.zeros((rows, *shape), dtype)
 
         keys, values = PagedCache.pages(layout, sizes.groups, sizes.pages, sizes.page, dtype)
-        states = tuple(
-            constrain(state, None, "batch", *(None,) * (state.ndim - 2)) for state in Cache.empty(layout, rows, 0, dtype).states
-        )
-        cache = PagedCache(
-            tuple(map(placed, keys)), tuple(map(placed, values)), states, zeros(jnp.int32), layout, zeros(jnp.int32, 0),
-            zeros(jnp.int32),
-        )  # fmt: skip
+        states = Cache.empty(layout, rows, 0, dtype).states
+        cache = PagedCache(keys, values, states, zeros(jnp.int32), layout, zeros(jnp.int32, 0), zeros(jnp.int32))
         kinds = {"top_k": jnp.int32}
         sampling = RowSampling(**{name: zeros(kinds.get(name, jnp.float32)) for name in RowSampling._fields})
         rules = Rules(
             sampling, zeros(jnp.uint32, 2), zeros(jnp.int32, sizes.ends), zeros(jnp.int32), zeros(jnp.int32, sizes.biased),
             zeros(jnp.float32, sizes.biased),
         )  # fmt: skip
-        done = constrain(jnp.ones(rows, bool), "batch")
-        return State(cache, zeros(jnp.int32), zeros(jnp.int32), done, zeros(jnp.int32, model.sizes.vocab), rules)
+        token, count, uses = zeros(jnp.int32), zeros(jnp.int32), zeros(jnp.int32, model.sizes.vocab)
+        return State(cache, token, count, jnp.ones(rows, bool), uses, rules)
 
-    def join(self, state: State, new: Join) -> State:
-        """Give a row to a request; it decodes once its prompt has been read."""
-        key = jax.random.key_data(jax.random.fold_in(jax.random.key(new.seed), new.number))
-        rules = Rules(new.sampling, key, new.ends, new.limit, new.biased, new.bias)
-        rest = state._replace(cache=None)
-        values = State(None, jnp.int32(0), new.chosen, jnp.bool_(True), new.uses, rules)
-        rest = jax.tree.map(lambda whole, value: whole.at[new.row].set(value), rest, values)
-        return rest._replace(cache=state.cache)
+    def shardings(self, mesh: Mesh) -> State:
+        """Return where the arrays of the state are: rows and their pages along the batch axes, heads along `tensor`."""
+        state = jax.eval_shape(self.empty)
 
-    def prefill(self, params: Mapping[str, jax.Array], state: State, part: Part) -> tuple[State, Seen, Pooled]:
-        """Read a part of some prompts, and choose the first token of answers whose prompt ends here."""
+        def placed(leaf: jax.ShapeDtypeStruct, *axes: str | None) -> NamedSharding:
+            axes = (*axes, *(None,) * (leaf.ndim - len(axes)))
+            pairs = zip(axes, leaf.shape, strict=True)
+            return NamedSharding(mesh, PartitionSpec(*(axis and fitting(mesh, axis, size) for axis, size in pairs)))
+
+        pages = lambda leaf: placed(leaf, "batch", None, None, None, "kv_heads")  # noqa: E731
+        found = jax.tree.map(lambda leaf: placed(leaf, "batch"), state)
+        cache = replace(
+            found.cache, keys=tuple(map(pages, state.cache.keys)), values=tuple(map(pages, state.cache.values)),
+            states=tuple(placed(leaf, None, "batch") for leaf in state.cache.states),
+        )  # fmt: skip
+        return found._replace(cache=cache)
+
+    def prefill(
+        self, params: Mapping[str, jax.Array], state: State | None, part: Part
+    ) -> tuple[State, Seen, Pooled, Likelihoods | None]:
+        """Read a part of some prompts, and choose the first token of answers whose prompt ends here.
+
+        Args:
+            state: None begins with an empty one.
+        """
         runner, module = self.runner, self.runner.model.bind(params)
+        state = self.empty() if state is None else state
         cache = state.cache.of(part.rows, part.before, part.table)
         hidden, cache = forward(
             module, part.tokens, part.counts, cache, runner.dtype, whole=part.whole if self.by_length else None,
@@ -192,17 +223,19 @@ class Steps:
         ends = jnp.maximum(part.counts - 1, 0)
         final = jnp.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0]
         logits = runner.logits(module, final, part.adapters)
-        rest = state._replace(cache=None)
-        rows = jax.tree.map(lambda whole: whole.at[part.rows].get(mode="clip"), rest)
-        rows, token, logprob = runner.pick(rows._replace(done=~part.last), logits, part.mask)
-        tops = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), self.sizes.tops)
-        rows = rows._replace(done=rows.done | ~part.last, cache=None)
-        rest = jax.tree.map(lambda whole, new: whole.at[part.rows].set(new, mode="drop"), rest, rows)
-        seen = Seen(token[:, None], logprob[:, None], part.last.astype(jnp.int32), tops[1][:, None], tops[0][:, None])
+        asked = part.asked
+        folded = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(asked.seeds, asked.numbers)
+        rules = Rules(asked.sampling, jax.random.key_data(folded), asked.ends, asked.limits, asked.biased, asked.bias)
+        rows = State(None, jnp.zeros_like(part.counts), asked.chosen, ~part.last, asked.uses, rules)
+        rows, token, logprob = runner.pick(rows, logits, part.mask)
+        ids, values = self._most_probable(logits)
+        rest = jax.tree.map(lambda whole, new: whole.at[part.rows].set(new, mode="drop"), state._replace(cache=None), rows)
+        seen = Seen(token[:, None], logprob[:, None], part.last.astype(jnp.int32), ids[:, None], values[:, None])
+        expected = None if part.follows is None else self._expected(module, hidden, part)
         shown = (jnp.arange(hidden.shape[1]) < part.counts[:, None])[..., None]
         hidden = hidden.astype(jnp.float32)
         pooled = Pooled(final.astype(jnp.float32), jnp.sum(jnp.where(shown, hidden, 0), axis=1))
-        return rest._replace(cache=state.cache.join(part.rows, cache)), *_everywhere((seen, pooled))
+        return rest._replace(cache=state.cache.join(part.rows, cache)), *_everywhere((seen, pooled, expected))
 
     def decode(self, params: Mapping[str, jax.Array], state: State, turn: Turn) -> tuple[State, Seen]:
         """Decode at most `turn.steps` more tokens per row."""
@@ -218,10 +251,6 @@ class Steps:
             step, state, _ = carry
             return (step < turn.steps) & ~jnp.all(state.done)
 
-        def most_probable(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-            values, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), k)
-            return ids, values
-
         def body(carry: tuple) -> tuple:
             step, state, found = carry
             active = (~state.done).astype(jnp.int32)
@@ -230,8 +259,7 @@ class Steps:
             )  # fmt: skip
             logits = runner.logits(module, hidden[:, 0], turn.adapters)
             state, token, logprob = runner.pick(state._replace(cache=cache), logits, turn.mask)
-            nothing = lambda logits: (jnp.zeros((rows, k), jnp.int32), jnp.zeros((rows, k), jnp.float32))  # noqa: E731
-            new = (token, logprob, *jax.lax.cond(turn.listed, most_probable, nothing, logits))
+            new = (token, logprob, *jax.lax.cond(turn.listed, self._most_probable, self._nothing, logits))
             put = lambda x, one: jax.lax.dynamic_update_slice_in_dim(x, one[:, None], step, axis=1)  # noqa: E731
             return step + 1, state, tuple(map(put, found, new))
 
@@ -240,6 +268,39 @@ class Steps:
         seen = Seen(tokens, logprobs, state.count - before, tops, top_logprobs)
         state = state._replace(cache=replace(state.cache, table=turn.table[:, :0]))
         return state, _everywhere(seen)
+
+    def _expected(self, module: Any, hidden: Float[Array, "R C E"], part: Part) -> Likelihoods:
+        """Return what the model expected after each token, if a row asks for it; a few tokens at a time have logits."""
+        rows, length, k = *part.follows.shape, self.sizes.tops
+        block = math.gcd(length, AT_A_TIME)
+        context = Context(jnp.ones((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32), self.runner.dtype, adapters=part.adapters)
+
+        def some(at: jax.Array) -> Likelihoods:
+            here, follows = (jax.lax.dynamic_slice_in_dim(x, at * block, block, axis=1) for x in (hidden, part.follows))
+            logprobs = jax.nn.log_softmax(constrain(module.unembed(here, context), "batch", None, "vocab"), axis=-1)
+            values, ids = jax.lax.top_k(logprobs, k)  # of one array with those of the tokens, so that equal ones are equal
+            return Likelihoods(jnp.take_along_axis(logprobs, follows[..., None], axis=-1)[..., 0], ids, values)
+
+        def all_() -> Likelihoods:
+            found = jax.lax.map(some, jnp.arange(length // block))  # [C / block, R, block, ...]
+            return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, length, *x.shape[3:]), found)
+
+        def nothing() -> Likelihoods:
+            whole = (rows, length)
+            return Likelihoods(jnp.zeros(whole), jnp.zeros((*whole, k), jnp.int32), jnp.zeros((*whole, k)))
+
+        return jax.lax.cond(part.scored, all_, nothing)
+
+    def _most_probable(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return `(ids, log-probabilities)` of the k most probable tokens."""
+        if not self.sizes.tops:
+            return self._nothing(logits)
+        values, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), self.sizes.tops)
+        return ids, values
+
+    def _nothing(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shape = (logits.shape[0], self.sizes.tops)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
     def clear(self, state: State, pages: jax.Array) -> State:
         """Fill pages `[G, ...]` with zeros; indices past the end are dropped."""

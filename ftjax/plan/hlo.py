@@ -130,7 +130,7 @@ class Program:
             return runs
         bounds = [
             int(instruction.text[1:].split(")")[0])
-            for instruction in self._with_fused(loop.called("condition"))
+            for instruction in self.with_fused(loop.called("condition"))
             if instruction.opcode == "constant" and re.match(r"\(\d+\)", instruction.text)
         ]
         return -(-max(bounds, default=1) // self._stride(loop))
@@ -155,11 +155,12 @@ class Program:
             at = next((i for i in steps if i not in added), None)
         return stride or 1
 
-    def _with_fused(self, name: str) -> Iterator[Instruction]:
+    def with_fused(self, name: str) -> Iterator[Instruction]:
+        """Yield the instructions of a computation, and of what it has fused."""
         for instruction in self.computations[name].values():
             yield instruction
             if instruction.opcode == "fusion":
-                yield from self._with_fused(instruction.called("calls"))
+                yield from self.with_fused(instruction.called("calls"))
 
     # ---- links ----
 

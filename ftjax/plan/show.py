@@ -7,6 +7,7 @@ from rich.console import Console
 from ftjax.console import print_table
 from ftjax.console import say as write
 from ftjax.plan.result import Plan
+from ftjax.plan.serve import ServePlan
 from ftjax.plan.shardings import Placed
 
 KINDS = {
@@ -66,6 +67,45 @@ def show(plan: Plan, console: Console) -> None:
         say("what to change:" if plan.fits is False else "to be faster:")
         for line in plan.advice:
             say(f"  {line}")
+
+
+SERVED = {
+    "weights": "weights",
+    "cache": "keys and values",
+    "state": "states, settings and counts of rows",
+    "temporaries": "temporaries",
+    "program": "two programs",
+}
+
+
+def show_serving(plan: ServePlan, console: Console) -> None:
+    """Print the plan of a server."""
+
+    def say(text: str) -> None:
+        write(console, text)
+
+    sizes = {axis: count for axis, count in plan.mesh.items() if count > 1}
+    mesh = " ".join(f"--mesh {axis}={count}" for axis, count in sizes.items())
+    say(f"ftjax serve {plan.model} --dtype {plan.dtype} --rows {plan.rows} --context {plan.context} {mesh}".rstrip())
+    say(f"on {plan.topology} ({plan.chips} chips); planned in {plan.plan_seconds:.0f} s; an adapter is merged")
+    for note in plan.mesh_notes:
+        say(f"mesh: {note}")
+    rows = [(label, plan.memory[kind]) for kind, label in SERVED.items()]
+    rows += [("live at one time", plan.peak), ("available", plan.limit)]
+    print_table(console, ("memory per device", ""), [(label, size(value)) for label, value in rows if value])
+    if plan.tokens is not None:
+        say(f"room for the keys and values of {plan.tokens:,} tokens: {plan.texts:,} texts of {plan.context} at the same time")
+    if plan.fits is not None:
+        short = f"it does not fit{' with the whole context of all rows' if plan.texts else ''}"
+        say("it fits" if plan.fits else f"{short}: fewer --rows, a shorter --context, more devices or model.quantization: int8")
+    say(f"a decode step: {plan.flops:.4g} FLOPs; {size(plan.hbm_bytes)} are read on each device")
+    if plan.traffic:
+        moved = [(t.kind, " x ".join(t.axes), f"{t.runs:g}", size(t.ici_bytes), size(t.dcn_bytes)) for t in plan.traffic]
+        print_table(console, ("collective", "along", "runs", "ICI", "DCN"), moved, left=(0, 1))
+    if plan.seconds:
+        parts = ", ".join(f"{name} {1e3 * value:.4g} ms" for name, value in plan.seconds.items())
+        say(f"least time of a token of each row: {1e3 * plan.step_seconds:.4g} ms, bound by {plan.bound} ({parts})")
+        say(f"at most {plan.tokens_per_second:,.0f} tokens/s with {plan.rows} rows, whose contexts are full")
 
 
 def size(count: float) -> str:

@@ -17,7 +17,7 @@ from ftjax.data.rollout import as_prompt
 from ftjax.data.template import Template, example_prompt, render_reply
 from ftjax.errors import UserError
 from ftjax.generate.answer import Generation
-from ftjax.generate.speech import Speech, form_of, reasons, thinks
+from ftjax.generate.speech import form_of, reasons, splitter, thinks
 from ftjax.rl.environment import Environments, call_message
 from ftjax.rl.prompts import Question
 from ftjax.rl.rollout import Rollout
@@ -74,7 +74,7 @@ class Dialogues:
         self._length, self._budget, self._replies = max_length, max_completion_length, replies
         text = Template(tokenizer, environments.tools or None).text if tokenizer.chat_template else ""
         self._form = form_of(text) if environments.tools else None
-        self._reasons = reasons(text)
+        self._template = text
         self.turns: list[int] = []
         if environments.tools and self._form is None:
             raise UserError(
@@ -125,8 +125,8 @@ class Dialogues:
         content, calls = answer.text, []
         if self._form is not None:
             text = self._tokenizer.decode(answer.tokens[: None if answer.truncated else -1], skip_special_tokens=False)
-            thinking = self._reasons and thinks(self._tokenizer.decode(prompt[-16:]))
-            pieces = list(Speech(self._form, reasoning=self._reasons, thinking=thinking).feed(text, end=True))
+            thinking = reasons(self._template) and thinks(self._tokenizer.decode(prompt[-16:]))
+            pieces = list(splitter(self._template, self._form, thinking).feed(text, end=True))
             calls = [(piece.call.name, piece.call.arguments) for piece in pieces if piece.call is not None]
             content = "".join(piece.content for piece in pieces) if calls else content
         one.messages.append(call_message(content, calls))

@@ -35,8 +35,12 @@ class Adapters:
 
     def load(self, name: str, path: str) -> None:
         """Load by request: `path` is below `root`. Raises ApiError."""
-        where = (self.root / path).resolve()
-        if not where.is_relative_to(self.root) or not where.is_dir():
+        try:
+            where = (self.root / path).resolve()
+            there = where.is_relative_to(self.root) and where.is_dir()
+        except (OSError, ValueError):  # a name that no file can have
+            there = False
+        if not there:
             raise invalid(f"lora_path: {path!r} is not a folder below the server's --adapter-root", "lora_path")
         with self._lock:
             if name in self.served.voices:

@@ -64,7 +64,7 @@ class Run:
         self._given[number] = len(answer.tokens)
         listed = job.listed[start:] if job.tops else [[]] * (len(answer.tokens) - start)
         new = zip(answer.tokens[start:], answer.logprobs[start:], listed, strict=True)
-        return News(number, text, [one for one in new if one[0] not in answer.ends], answer.finish)
+        return News(number, text, [one for one in new if job.scored or one[0] not in answer.ends], answer.finish)
 
     async def news(self) -> AsyncIterator[News]:
         """Yield all news up to the end of the last job. Raises ApiError if one has failed."""
@@ -204,7 +204,8 @@ class Routes:
         asked = await read(request, CompletionRequest)
         jobs = await run_in_threadpool(self.served.completion, asked)
         to_bytes = self.served.voice(asked.model).grammars.decode
-        choices = [TextChoice(n, asked.logprobs is not None, to_bytes) for n in range(len(jobs))]
+        echoes = self.served.echoes(asked, jobs)
+        choices = [TextChoice(n, asked.logprobs is not None, to_bytes, job, echoes[n]) for n, job in enumerate(jobs)]
         return await self._answer(
             request, asked, jobs, choices, Envelope("text_completion", asked.model), [], len(asked.prompts)
         )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftjax.generate.scheduler import Job
-from ftjax.generate.speech import Call, Speech
+from ftjax.generate.speech import Call, Channels, Speech
 
 Bytes = Callable[[int], bytes]  # the bytes of a token
 
@@ -21,7 +21,8 @@ class News(NamedTuple):
     Attributes:
         number: index of the job in its request.
         text: text that will not change any more.
-        tokens: `(id, log-probability, [(id, log-probability) of the most probable])`, without those that end an answer.
+        tokens: `(id, log-probability, [(id, log-probability) of the most probable])`, without those that end an answer, unless
+            the prompt has its own before them.
         finish: `stop` or `length` at the end, otherwise None.
     """
 
@@ -69,7 +70,7 @@ class ChatChoice:
     """One choice of a chat, while it grows."""
 
     number: int
-    speech: Speech
+    speech: Speech | Channels
     with_logprobs: bool
     to_bytes: Bytes
     content: str = ""
@@ -132,33 +133,45 @@ class TextChoice:
     number: int
     with_logprobs: bool
     to_bytes: Bytes
+    job: Job
+    echo: str = ""  # the prompt, which the text begins with
     text: str = ""
     finish: str | None = None
     tokens: list[str] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    tops: list[dict[str, float]] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    tops: list[dict[str, float] | None] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     _offset: int = 0
 
     def feed(self, news: News) -> list[dict[str, Any]]:
         """Take what is new; return it as the choices of chunks."""
-        self.text += news.text
+        said = news.text
+        if self.echo and not self.text:
+            said = self.echo + said
+        self.text += said
         self.finish = news.finish
         found = self._listed(news) if self.with_logprobs else None
-        if not news.text and news.finish is None and not (found and found["tokens"]):
+        if not said and news.finish is None and not (found and found["tokens"]):
             return []
-        return [{"index": self.number, "text": news.text, "logprobs": found, "finish_reason": news.finish}]
+        return [{"index": self.number, "text": said, "logprobs": found, "finish_reason": news.finish}]
 
     def _listed(self, news: News) -> dict[str, Any]:
-        start = len(self.tokens)
-        for token, logprob, tops in news.tokens:
+        start, prompt = len(self.tokens), []
+        if self.job.scored and not start:
+            first, *others = self.job.answer.prompt
+            prompt = [(first, None, None), *((token, *one) for token, one in zip(others, self.job.expected, strict=True))]
+        for token, logprob, tops in (*prompt, *news.tokens):
             text = self.to_bytes(token).decode("utf-8", "replace")
             self.tokens.append(text)
             self.logprobs.append(logprob)
-            self.tops.append({self.to_bytes(one).decode("utf-8", "replace"): value for one, value in tops})
+            self.tops.append(None if tops is None else self._named(tops))
             self.offsets.append(self._offset)
             self._offset += len(text)
         return self._part(start)
+
+    def _named(self, tops: list[tuple[int, float]]) -> dict[str, float]:
+        """Return the most probable tokens by their text; of two with one text, the more probable."""
+        return {self.to_bytes(one).decode("utf-8", "replace"): value for one, value in reversed(tops)}
 
     def _part(self, start: int) -> dict[str, Any]:
         return {

@@ -55,6 +55,8 @@ class Grammars:
 
     def of_calls(self, form: CallForm, tools: Sequence[tuple[str, Any]], thinking: bool) -> Follower:
         """Return a follower of a call of one of these `(name, parameters)`."""
+        if form.around is not None:
+            return self._follower(self._around(form, tools), "tools", thinking)
         key = "parameters" if form.whole else "arguments"
         bodies = [
             {
@@ -72,6 +74,15 @@ class Grammars:
         calls = "body" if form.closes else '"[" body "]"'  # without a mark after it, a list of calls ends the answer
         lark = f"start: {self._mark(form.opens)} {calls} {self._mark(form.closes)}\nbody: {rule}\n"
         return self._follower(lark, "tools", thinking)
+
+    def _around(self, form: CallForm, tools: Sequence[tuple[str, Any]]) -> str:
+        """Return the grammar of a call whose name is beside its arguments."""
+        rules = []
+        for number, (name, parameters) in enumerate(tools):
+            before, after = (" ".join(map(self._mark, marks)) for marks in form.around(name))
+            arguments = f"%json {json.dumps({**(parameters or {'type': 'object'}), **SPACED})}"
+            rules.append(f"call{number}: {before} arguments{number} {after}\narguments{number}: {arguments}\n")
+        return f"start: {' | '.join(f'call{number}' for number in range(len(tools)))}\n{''.join(rules)}"
 
     def _mark(self, mark: str | None) -> str:
         """Return a mark as the rule of a grammar: a token of its own, or a text."""

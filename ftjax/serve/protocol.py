@@ -84,8 +84,8 @@ class Sampled(Strict):
         if len(given) > most:
             raise invalid(f"logit_bias has {len(given)} tokens; the most is {most}", "logit_bias")
         for token in given:
-            if not token.isdecimal() or int(token) >= vocab:
-                raise invalid(f"logit_bias: {token!r} is not a token id from 0 to {vocab - 1}", "logit_bias")
+            if not token.isdecimal() or len(token) > 9 or int(token) >= vocab:
+                raise invalid(f"logit_bias: {_short(token)} is not a token id from 0 to {vocab - 1}", "logit_bias")
         return {int(token): value for token, value in given.items()}
 
     @property
@@ -171,7 +171,7 @@ class CompletionRequest(Sampled):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
-    echo: Literal[False] | None = False
+    echo: StrictBool | None = False
     best_of: int | None = None
     suffix: None = None
 
@@ -216,7 +216,11 @@ def parse(kind: type[BaseModel], body: bytes) -> Any:
     """Return a request. Raises ApiError, 400 with the field, for what is not valid."""
     try:
         given = json.loads(body)
-    except ValueError as error:
+        if b"\\u" in body:
+            json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise invalid("the body has half of a surrogate pair, such as \\ud800, which is no character", None) from None
+    except (ValueError, RecursionError) as error:
         raise invalid(f"the body is not JSON: {error}", None) from None
     if not isinstance(given, dict):
         raise invalid(f"expected a JSON object; found {type(given).__name__}", None)
@@ -279,6 +283,8 @@ def _message(message: dict[str, Any], where: str) -> Message:
     elif content is None and role != "assistant":
         raise invalid(f"{where}.content is missing", f"{where}.content", "missing_required_parameter")
     if "tool_calls" in made:
+        if not isinstance(made["tool_calls"], list):
+            raise invalid(f"{where}.tool_calls: expected a list of calls", f"{where}.tool_calls")
         made["tool_calls"] = [_call(call, f"{where}.tool_calls.{n}") for n, call in enumerate(made["tool_calls"])]
     return made
 

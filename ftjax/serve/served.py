@@ -13,7 +13,7 @@ from ftjax.generate.paged import BIASED
 from ftjax.generate.request import Request
 from ftjax.generate.scheduler import Grammar, Job
 from ftjax.generate.session import Generator
-from ftjax.generate.speech import CallForm, Speech, form_of, reasons, thinks
+from ftjax.generate.speech import CallForm, Channels, Speech, form_of, has_channels, reasons, splitter, thinks
 from ftjax.serve.errors import ApiError, invalid
 from ftjax.serve.grammar import Grammars
 from ftjax.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Sampled
@@ -82,7 +82,7 @@ class Served:
 
     # ---- requests to jobs ----
 
-    def chat(self, asked: ChatRequest) -> tuple[list[Job], list[Speech]]:
+    def chat(self, asked: ChatRequest) -> tuple[list[Job], list[Speech | Channels]]:
         """Return the jobs of a chat, one per choice, and what splits their answers."""
         voice = self.voice(asked.model)
         if not voice.template:
@@ -98,8 +98,9 @@ class Served:
         arguments = asked.chat_template_kwargs
         ids = self._encode(voice, asked.for_template(), "messages", chat=True, tools=tools, template_arguments=arguments)
         thinking = voice.thinking(ids)
-        speeches = [Speech(form, reasoning=reasons(voice.template), thinking=thinking) for _ in range(asked.n or 1)]
-        jobs = self._jobs(asked, voice, ids, shows_special=form is not None and form.special)
+        speeches = [splitter(voice.template, form, thinking) for _ in range(asked.n or 1)]
+        marked = has_channels(voice.template) or (form is not None and form.special)
+        jobs = self._jobs(asked, voice, ids, shows_special=marked)
         for job in jobs:
             job.tops = asked.top_logprobs or 0
             job.grammar = _grammar(voice, asked, forced, form, thinking)
@@ -115,7 +116,17 @@ class Served:
             jobs += self._jobs(asked, voice, ids)
         for job in jobs:
             job.tops = asked.logprobs or 0
+            job.scored = bool(asked.echo) and asked.logprobs is not None
         return jobs
+
+    def echoes(self, asked: CompletionRequest, jobs: Sequence[Job]) -> list[str]:
+        """Return the prompt that each choice's text begins with; nothing unless that is asked for."""
+        if not asked.echo:
+            return [""] * len(jobs)
+        with self._lock:
+            decode = self.voice(asked.model).generator.tokenizer.decode
+            texts = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in asked.prompts]
+        return [text for text in texts for _ in range(len(jobs) // len(texts))]
 
     def embedding(self, asked: EmbeddingRequest) -> list[Job]:
         """Return one job per input."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftjax.errors import UserError
+from ftjax.hub.no_torch import hidden_torch
 
 Heard = Callable[[dict[str, Any]], None]  # is called with every row of metrics.jsonl
 COMPARED = ("train/loss", "eval/loss", "eval/token_accuracy")  # beside the settings, where TensorBoard compares runs
@@ -60,8 +61,9 @@ class Tracker:
         self._file = path.open("a", buffering=1)
         self._board_errors: list[BaseException] = []
         if "tensorboard" in report_to:
-            from tensorboardX import SummaryWriter
-            from tensorboardX.summary import hparams
+            with hidden_torch():
+                from tensorboardX import SummaryWriter
+                from tensorboardX.summary import hparams
 
             self._quiet_board()
             # With a queue that a row of metrics fills, logging would wait forever for a writer that has failed.

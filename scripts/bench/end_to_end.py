@@ -95,7 +95,7 @@ def ftjax(a: argparse.Namespace, work: Path) -> int:
         })
     )  # fmt: skip
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(work / "compiled")}
-    subprocess.run([sys.executable, "-m", "ftjax.cli", "train", str(work / "config.yaml")], check=True, env=environment)
+    subprocess.run([sys.executable, "-m", "ftjax", "train", str(work / "config.yaml")], check=True, env=environment)
     return sum(line.get("train/trained_tokens", 0) for line in rows_of(work / "run" / "metrics.jsonl"))
 
 

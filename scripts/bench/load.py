@@ -4,7 +4,7 @@
     python scripts/bench/load.py [--model FOLDER] [--times 5] [--json FILE]
 
 Without a folder, one with the shapes of Llama 3.2 1B in bfloat16 (2.5 GB of random weights) is made in a temporary folder.
-Prints, as medians of `--times` runs that take turns, seconds and seconds of CPU time (which others on the machine change less):
+Prints, as medians of `--times` runs that take turns, seconds and seconds of CPU time, which others on the machine change less:
 - plain: every tensor read through `safetensors` slices (`safe_open(...).get_slice(name)[:]`) into a NumPy array;
 - load: ftjax, from the open folder to arrays on the devices, in the dtype of the files;
 - write: the same arrays into a new model folder;

@@ -33,7 +33,7 @@ def seconds_of_help(times: int) -> float:
     found = []
     for _ in range(times):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "ftjax.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "ftjax", "--help"], check=True, stdout=subprocess.DEVNULL)
         found.append(time.perf_counter() - start)
     return statistics.median(found)
 
@@ -49,7 +49,7 @@ def seconds_to_first_update(a: argparse.Namespace, work: Path, name: str) -> flo
     configuration = work / "config.yaml"
     configuration.write_text("method: {name: lora}\n")
     start = time.time()
-    command = [sys.executable, "-m", "ftjax.cli", "train", str(configuration), *settings]
+    command = [sys.executable, "-m", "ftjax", "train", str(configuration), *settings]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return (work / name / "metrics.jsonl").stat().st_mtime - start
 

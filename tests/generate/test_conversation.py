@@ -6,7 +6,7 @@ from verbs import chat
 from ftjax.errors import UserError
 from ftjax.generate.context import recommended
 from ftjax.generate.conversation import Conversation
-from ftjax.generate.engine import Batch
+from ftjax.generate.paged import PagedBatch
 from ftjax.generate.request import Request
 from ftjax.generate.sample import Sampling
 from ftjax.generate.session import Generator
@@ -21,15 +21,13 @@ def storyteller(stories) -> Generator:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_k=20, repetition_penalty=1.2)], ids=str)
-def test_answers_are_those_without_a_memory(storyteller, sampling, monkeypatch):
+def test_answers_are_those_without_a_memory(storyteller, sampling):
     """The cache of earlier turns equals what would be computed anew."""
     talk = Conversation(storyteller, Request(sampling=sampling, max_new_tokens=24, seed=5))
-    messages, kept = [], []
-    same = Batch._same
+    messages, kept = [], [0]
     for number, text in enumerate(ASKED):
-        with monkeypatch.context() as patched:
-            patched.setattr(Batch, "_same", lambda self, row, text: kept.append(same(self, row, text)) or kept[-1])
-            said = "".join(talk.ask(text))
+        said = "".join(talk.ask(text))
+        kept.append(talk._scheduler.reused - sum(kept))
         messages.append({"role": "user", "content": text})
         padding = [[5]] * number  # the number of a prompt is part of its random key
         alone = storyteller.generate(
@@ -38,7 +36,7 @@ def test_answers_are_those_without_a_memory(storyteller, sampling, monkeypatch):
         assert said == alone.text and talk.tokens == len(alone.tokens)
         messages.append({"role": "assistant", "content": said})
     assert talk.messages == messages
-    assert kept[0] == 0 and len(storyteller.encode(messages[:1])) < kept[1] < kept[2]  # the answer's tokens, too
+    assert kept[1] == 0 and len(storyteller.encode(messages[:1])) < kept[2] < kept[3]  # the answer's pages, too
 
 
 def test_an_answer_that_is_stopped_early(storyteller):
@@ -62,8 +60,8 @@ def test_an_interruption_within_a_step(storyteller, monkeypatch):
         decode(*arguments)
         raise KeyboardInterrupt
 
-    decode = storyteller.engine.decode
-    monkeypatch.setattr(storyteller.engine, "decode", interrupted)
+    decode = PagedBatch.decode
+    monkeypatch.setattr(PagedBatch, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         for _ in pieces:
             pass

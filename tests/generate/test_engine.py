@@ -1,8 +1,7 @@
-"""Tests continuous batching: a row's answer is the one that it has alone, whatever the other rows do and whenever it starts."""
+"""Tests what all users of the engine get: each request its own answer, by few programs, in any company and on any mesh."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from generate.words import words
 from hypothesis import given, settings
@@ -13,14 +12,15 @@ from processes import ALL
 
 from ftjax.config import MeshConfig
 from ftjax.generate.answer import Answer
-from ftjax.generate.engine import Batch
+from ftjax.generate.finite import NotFinite
+from ftjax.generate.offline import PAGE, answer_all
+from ftjax.generate.paged import PagedBatch
 from ftjax.generate.request import Request
 from ftjax.generate.sample import Sampling
 from ftjax.generate.session import Generator
 from ftjax.mesh import make_mesh
 
-ROWS, SLOTS = 3, 64
-LLAMA = Case("llama", "llama", {"initializer_range": 0.1})
+LLAMA = Case("llama", "llama", {"initializer_range": 0.1, "max_position_embeddings": 256})
 ENDS = frozenset(range(0, 600, 9))  # one of nine tokens ends an answer: the model is random
 SAMPLINGS = [
     Sampling(),
@@ -58,19 +58,18 @@ def request(prompt: list[int], limit: int, number: int) -> Request:
     return Request(prompt, SAMPLINGS[number % len(SAMPLINGS)], limit, seed=3, number=number)
 
 
-def answer(generator: Generator, number: int) -> Answer:
-    """Begin the answer to request `number`; each has its own length, limit and sampling."""
+def numbered(number: int) -> Request:
+    """Return request `number`; each has its own length, limit and sampling."""
     length, limit = 3 + number * 5 % 13, 4 + number * 7 % 19
-    prompt = tokens(1, length, seed=number)[0].tolist()
-    return generator.begin(request(prompt, limit, number))
+    return request(tokens(1, length, seed=number)[0].tolist(), limit, number)
 
 
-def alone(generator: Generator, number: int, rows: int = ROWS) -> list[int]:
-    batch, one = Batch(generator.engine, generator.params, rows, SLOTS), answer(generator, number)
-    batch.start({0: one})
-    while batch.active:
-        batch.step()
-    return one.tokens
+def answer(generator: Generator, number: int) -> Answer:
+    return generator.begin(numbered(number))
+
+
+def alone(generator: Generator, number: int) -> list[int]:
+    return generator.answer([numbered(number)])[0].tokens
 
 
 @pytest.fixture(scope="module")
@@ -80,32 +79,12 @@ def want(generator) -> list[list[int]]:
     return found
 
 
-@settings(max_examples=50 if ALL else 10)
-@given(st.data())
-def test_any_order_of_arrivals_and_departures(generator, want, data):
-    """Requests arrive at any time, into any free row, and some are cancelled before they end."""
-    batch, waiting, running = Batch(generator.engine, generator.params, ROWS, SLOTS), list(range(10)), {}
-    waiting = data.draw(st.permutations(waiting))
-    while waiting or batch.active:
-        free = data.draw(st.permutations(batch.free()))
-        come = min(data.draw(st.integers(0, len(free))), len(waiting))
-        if not batch.active and waiting:
-            come = max(come, 1)
-        for row in free[:come]:
-            if row in running:
-                number, one = running.pop(row)
-                assert one.tokens == want[number]
-        started = {row: (number := waiting.pop(), answer(generator, number)) for row in free[:come]}
-        batch.start({row: one for row, (_, one) in started.items()})
-        running |= started
-        batch.step(data.draw(st.integers(1, 9)))
-        if batch.active and data.draw(st.integers(0, 3)) == 0:
-            row = data.draw(st.sampled_from([r for r, (_, one) in running.items() if not one.finish]))
-            number, one = running.pop(row)
-            batch.end(row)
-            assert one.tokens == want[number][: len(one.tokens)]
-    for number, one in running.values():
-        assert one.tokens == want[number]
+@settings(max_examples=30 if ALL else 6)
+@given(order=st.permutations(range(10)), size=st.sampled_from([1, 3, 4, 10, 32] if ALL else [3, 32]))
+def test_an_answer_depends_on_its_request_alone(generator, want, order, size):
+    """In any order, with any number of requests at a time."""
+    found = generator.answer([numbered(number) for number in order], batch_size=size)
+    assert [one.tokens for one in found] == [want[number] for number in order]
 
 
 def poisoned(generator: Generator, token: int) -> dict:
@@ -114,138 +93,116 @@ def poisoned(generator: Generator, token: int) -> dict:
     return {**generator.params, path: generator.params[path].at[token].set(jnp.nan)}
 
 
-def test_logits_that_are_not_finite_end_their_row_alone(generator, want):
-    """Other rows continue unchanged, and the row's next answer is right."""
-    batch = Batch(generator.engine, poisoned(generator, 95), ROWS, SLOTS)
-    numbers = [n for n in range(10) if 95 not in [*answer(generator, n).prompt, *want[n]]]
-    broken = generator.begin(Request([95, *tokens(1, 30, seed=8)[0].tolist()], max_new_tokens=4))
-    first, second, third = (answer(generator, n) for n in numbers[:3])
-    batch.start({0: first, 1: broken})
-    assert broken.finish == "error" and not broken.tokens and 1 in batch.free()
-    batch.step(2)
-    batch.start({1: second})
-    while batch.active:
-        batch.step()
-    batch.start({1: third})
-    while batch.active:
-        batch.step()
-    assert [first.tokens, second.tokens, third.tokens] == [want[n] for n in numbers[:3]]
+def test_logits_that_are_not_finite_are_an_error_that_names_the_prompt(generator, want):
+    clean = [n for n in range(10) if 95 not in [*numbered(n).prompt, *want[n]]]
+    broken = Generator.of(generator.model, poisoned(generator, 95), words(), mesh=one_device(), dtype=jnp.float32)
+    broken.ends = ENDS
+    assert [one.tokens for one in broken.answer([numbered(n) for n in clean])] == [want[n] for n in clean]
+    with pytest.raises(NotFinite, match="prompt 2"):
+        broken.answer([numbered(clean[0]), Request([95, 7, 8]), numbered(clean[1])])
 
 
-def test_an_answer_ends_where_its_logits_are_not_finite(generator, want):
-    places = [(number, at) for number, tokens in enumerate(want) for at in range(1, len(tokens) - 1)]
-    number, at = next((n, at) for n, at in places if want[n][at] not in [*answer(generator, n).prompt, *want[n][:at]])
-    batch, one = Batch(generator.engine, poisoned(generator, want[number][at]), ROWS, SLOTS), answer(generator, number)
-    batch.start({0: one})
-    while batch.active:
-        batch.step()
-    assert one.finish == "error" and one.tokens == want[number][: at + 1]
-
-
-def test_nothing_is_compiled_for_other_requests(generator, want, lowered):
-    def all_of_them(numbers):
-        batch, waiting = Batch(generator.engine, generator.params, ROWS, SLOTS), list(numbers)
-        while waiting or batch.active:
-            for row in batch.free():
-                if waiting:
-                    batch.start({row: answer(generator, waiting.pop())})
-            batch.step(5)
-
-    all_of_them(range(4))
+def test_nothing_is_compiled_for_other_requests(generator, lowered):
+    """Neither by the number of requests nor by their settings; nothing is kept from call to call but programs."""
+    generator.answer([numbered(number) for number in range(7)], batch_size=3)
     first = lowered()
-    all_of_them(range(4, 10))
+    generator.answer([numbered(number) for number in (9, 8, 3, 4, 5, 6, 7)], batch_size=3)
     assert lowered() == first
 
 
 def test_layers_of_several_kinds_take_no_more_programs(tmp_path, lowered):
     def programs(generator) -> int:
         before = lowered()
-        alone(generator, 3)
-        batch = Batch(generator.engine, generator.params, ROWS, SLOTS)
-        batch.start({0: answer(generator, 1)})
-        batch.step(2)
-        batch.start({2: answer(generator, 2)})
-        while batch.active:
-            batch.step()
+        generator.answer([numbered(number) for number in range(7)], batch_size=4)
         return lowered() - before
 
     uniform = made(tmp_path, LLAMA)
-    assert 0 < programs(generator_of(*make(HYBRID))) <= programs(uniform)
+    assert 0 < programs(generator_of(*make(HYBRID))) <= programs(uniform) == 3  # to make arrays, to read and to decode
 
 
-def test_a_prompt_that_a_row_knows_is_not_computed_again(generator, monkeypatch):
-    """Layers with states, which cannot go back to the prompt's end, compute it again as a whole."""
-    batch = Batch(generator.engine, generator.params, ROWS, SLOTS)
-    one = answer(generator, 3)
-    batch.start({1: one})
-    while batch.active:
-        batch.step()
-    more = generator.begin(Request([*one.prompt, *one.tokens, 5, 6], max_new_tokens=8))
-    start, counts = generator.engine.start, []
+def test_requests_that_all_fit_take_two_programs(generator, lowered):
+    generator.answer([numbered(number) for number in range(5)])
+    fresh, before = generator_of(generator.model, generator.params), lowered()
+    fresh.answer([numbered(number) for number in range(5)])
+    assert lowered() - before == 2
 
-    def watched(params, state, given, **sizes):
-        counts.append(np.asarray(given.counts).tolist())
-        return start(params, state, given, **sizes)
 
-    monkeypatch.setattr(generator.engine, "start", watched)
-    batch.start({1: more})
-    while batch.active:
-        batch.step()
-    uniform = len(set(generator.model.memories)) == 1
-    assert counts == [[3 if uniform else len(more.prompt)]]  # the last token of the answer was chosen but not fed to the model
-    again = generator.begin(Request(more.prompt, max_new_tokens=8))
-    fresh = Batch(generator.engine, generator.params, ROWS, SLOTS)
-    fresh.start({0: again})
-    while fresh.active:
-        fresh.step()
-    assert more.tokens == again.tokens
+def reads(generator: Generator, requests: list[Request], monkeypatch, **options) -> tuple[list, list[int]]:
+    """Return the answers, and how many tokens each call that reads prompts has computed."""
+    sizes, read = [], PagedBatch._run_prefill
+
+    def watched(self, chosen, masks, shape, width):
+        sizes.append(shape[0] * shape[1])
+        return read(self, chosen, masks, shape, width)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PagedBatch, "_run_prefill", watched)
+        return [one.tokens for one in generator.answer(requests, **options)], sizes
+
+
+def test_samples_of_one_prompt_read_it_once(generator, monkeypatch):
+    """Of layers with states, which cannot be shared, each sample reads it."""
+    prompts = [tokens(1, 100, seed=seed)[0].tolist() for seed in (1, 2)]
+    sampling = Sampling(temperature=1.0)
+    requests = [Request(prompt, sampling, 8, number=n) for n, prompt in enumerate(p for p in prompts for _ in range(8))]
+    found, sizes = reads(generator, requests, monkeypatch)
+    each = [generator.answer([one])[0].tokens for one in requests]
+    assert found == each and len(set(map(tuple, found))) > 2
+    assert sum(sizes) == (2 * 112 + 16 * PAGE if generator.engine.keeps_prefixes else 16 * 112)
+
+
+def test_a_beginning_that_all_have_is_read_once_if_it_is_long(generator, monkeypatch):
+    beginning = tokens(1, 200, seed=3)[0].tolist()
+    requests = [Request([*beginning, *tokens(1, 20 + n, seed=n)[0].tolist()], max_new_tokens=3) for n in range(4)]
+    found, sizes = reads(generator, requests, monkeypatch)
+    assert found == [generator.answer([one])[0].tokens for one in requests]
+    assert sum(sizes) <= (224 + 4 * 40 if generator.engine.keeps_prefixes else 4 * 224)
+    short = [Request([*beginning[:40], *tokens(1, 60, seed=n)[0].tolist()], max_new_tokens=3) for n in range(4)]
+    assert len(reads(generator, short, monkeypatch)[1]) == 1
+
+
+def test_long_prompts_are_read_in_equal_parts(generator, monkeypatch):
+    """The attention scores of whole prompts never exist at once."""
+    requests = [Request(tokens(1, length, seed=length)[0].tolist(), max_new_tokens=3) for length in (200, 180, 20)]
+    found, sizes = reads(generator, requests, monkeypatch)
+    assert found == [generator.answer([one])[0].tokens for one in requests]
+    monkeypatch.setattr("ftjax.generate.batch.SCORES", 3 * generator.model.sizes.heads * 224 * 56)
+    parts, smaller = reads(generator, requests, monkeypatch)
+    assert parts == found and len(sizes) == 1 and len(smaller) > 3 and len(set(smaller)) == 1
+
+
+def test_pages_for_texts_of_unlike_lengths(generator, monkeypatch):
+    """A long text does not make room of its length for all others."""
+    made, prompts = [], [tokens(1, 150, seed=1)[0].tolist(), *(tokens(1, 9, seed=n)[0].tolist() for n in range(7))]
+    answers = [generator.begin(Request(prompt, max_new_tokens=5)) for prompt in prompts]
+
+    def watched(engine, params, room):
+        made.append(room)
+        return PagedBatch(engine, params, room)
+
+    monkeypatch.setattr("ftjax.generate.offline.PagedBatch", watched)
+    for _ in answer_all(generator.engine, generator.params, answers, 8, 32):
+        pass
+    [room] = made
+    assert room.rows == 8 and 10 <= room.context // PAGE <= 12 and 10 + 7 <= room.pages <= 8 * 12 // 2
+    assert all(one.finish for one in answers)
 
 
 def test_texts_that_outgrow_their_frequencies(tmp_path):
     """With LongRoPE, a row that passes the original length is computed anew, without effect on its neighbours."""
     generator = made(tmp_path, Case("phi3", "phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 64}))
-    expected = {number: alone(generator, number) for number in (1, 2, 3)}
-    batch = Batch(generator.engine, generator.params, ROWS, SLOTS)
-    answers = {number: answer(generator, number) for number in (1, 2, 3)}
-    for row, number in enumerate(answers):
-        batch.start({row: answers[number]})
-        batch.step(3)
-    while batch.active:
-        batch.step(5)
-    assert {number: one.tokens for number, one in answers.items()} == expected
+    found = generator.answer([numbered(number) for number in (1, 2, 3)])
+    assert [one.tokens for one in found] == [alone(generator, number) for number in (1, 2, 3)]
 
 
-def test_a_sharded_cache_is_written_where_it_is(tmp_path):
-    """With rows on four devices and heads on two, decoding moves no keys or values; answers are those of one device."""
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    spread, one = made(tmp_path / "a", LLAMA, mesh), made(tmp_path / "b", LLAMA)
-    for number in (2, 5):
-        assert alone(spread, number, 4) == alone(one, number, 4)
-    batch = Batch(spread.engine, spread.params, 8, 1024)
-    batch.start({0: answer(spread, 1)})
-    text = _decode_program(spread, batch)
-    gathered = [line for line in text.splitlines() if "all-gather(" in line and "1024" in line.split("all-gather(")[0]]
-    assert not gathered, gathered
-
-
-def test_states_are_sharded_by_rows(generator):
+def test_rows_are_sharded(generator):
     """Layers of all kinds, with rows on eight devices, give the answers of one device."""
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     params = jax.device_put(generator.params, jax.NamedSharding(mesh, jax.P()))
     spread = generator_of(generator.model, params, mesh)
-    for number in (2, 5):
-        assert alone(spread, number, 8) == alone(generator, number, 8)
-    batch = Batch(spread.engine, spread.params, 8, SLOTS)
-    batch.start({row: answer(spread, row) for row in range(5)})
-    cache = batch._state.cache
-    assert all(not leaf.sharding.is_fully_replicated for leaf in (*cache.keys, *cache.states))
-
-
-def _decode_program(generator: Generator, batch: Batch) -> str:
-    engine = generator.engine
-    with jax.set_mesh(engine.mesh):
-        stopped, steps = engine.shard_rows(np.zeros(8, bool)), engine.replicate(np.int32(1))
-        return engine.decode.lower(generator.params, batch._state, stopped, steps).compile().as_text()
+    numbers = range(10)
+    found = spread.answer([numbered(number) for number in numbers], batch_size=8)
+    assert [one.tokens for one in found] == [alone(generator, number) for number in numbers]
 
 
 @settings(max_examples=30 if ALL else 6)
@@ -257,8 +214,7 @@ def _decode_program(generator: Generator, batch: Batch) -> str:
 )
 def test_a_stream_gives_each_request_its_own_answer(generator, want, order, rows, steps, slots):
     """In any order of requests and rows, the pieces join to the answer, and other requests continue meanwhile."""
-    numbers = [answer(generator, number) for number in range(8)]
-    requests = [request(numbers[number].prompt, numbers[number].limit, number) for number in order]
+    requests = [numbered(number) for number in order]
     found = {index: [] for index in range(8)}
     ended = set()
     for piece in generator.stream(iter(requests), rows=rows, slots=slots, steps=steps):

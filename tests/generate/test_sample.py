@@ -1,5 +1,7 @@
 """Tests sampling against transformers' logits processors."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,3 +153,11 @@ def test_bias_and_mask_are_each_rows_own():
 def test_settings_out_of_range(settings, says):
     with pytest.raises(UserError, match=says):
         Sampling(**settings)
+
+
+def test_numbers_that_the_arrays_cannot_hold():
+    """A request's numbers may be any that Python has; none of them may stop the engine."""
+    rows = row_sampling([Sampling(temperature=1e300, top_k=2**70, repetition_penalty=10**40), Sampling(temperature=math.inf)])
+    assert rows.top_k.tolist() == [2**31 - 1, 0] and all(np.isfinite(x).all() for x in rows)
+    with pytest.raises(UserError, match="top_k"):
+        Sampling(temperature=1.0, top_k=math.inf)

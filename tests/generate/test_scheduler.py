@@ -1,4 +1,4 @@
-"""Tests the serving engine: each answer is the one that its request has alone, whatever else runs, and nothing is compiled."""
+"""Tests the scheduler: each answer is the one that its request has alone, whatever else runs, and nothing is compiled."""
 
 from dataclasses import replace
 
@@ -170,6 +170,16 @@ def test_logits_that_are_not_finite_end_their_row_alone(generator, want, batch):
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in (*cache.keys, *cache.values))
 
 
+def test_an_answer_ends_where_its_logits_are_not_finite(generator, want):
+    places = [(number, at) for number, tokens in enumerate(want) for at in range(1, len(tokens) - 1)]
+    number, at = next((n, at) for n, at in places if want[n][at] not in [*answer(generator, n).prompt, *want[n][:at]])
+    scheduler = Scheduler(PagedBatch(generator.engine, poisoned(generator, want[number][at]), ROOM))
+    job = Job(answer(generator, number))
+    scheduler.submit(job)
+    run(scheduler)
+    assert job.answer.finish == "error" and job.answer.tokens == want[number][: at + 1]
+
+
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_frequencies_that_depend_on_the_length(tmp_path, kind):
     """A prompt read part by part is rotated as a whole, and a text that outgrows LongRoPE's original length is read again."""
@@ -186,7 +196,7 @@ def test_frequencies_that_depend_on_the_length(tmp_path, kind):
     for job in jobs:
         scheduler.submit(job)
     run(scheduler)
-    assert [job.answer.tokens for job in jobs] == [one.tokens for one in generator.answer(requests)]
+    assert [job.answer.tokens for job in jobs] == [generator.answer([one])[0].tokens for one in requests]
 
 
 def test_pages_on_a_mesh(tmp_path):
@@ -210,13 +220,13 @@ def test_pages_on_a_mesh(tmp_path):
 
 def decode_program(batch: PagedBatch) -> str:
     found = []
-    program = batch._decode
+    program = batch._programs.decode
 
     def lowering(*args):
         found.append(program.lower(*args).compile().as_text())
         return program(*args)
 
-    batch._decode = lowering
+    batch._programs = batch._programs._replace(decode=lowering)
     batch._run_decode([], 1, False, {}, batch.widths[0])
     return found[0]
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ftjax.generate.session as session
 from ftjax.config import MeshConfig
 from ftjax.errors import UserError
+from ftjax.generate.paged import PagedBatch
 from ftjax.generate.session import Generator
 from ftjax.mesh import make_mesh
 
@@ -93,17 +94,6 @@ def test_messages_go_through_the_chat_template(stories):
     storyteller.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     messages = [{"role": "user", "content": "Once upon"}, {"role": "assistant", "content": " a time"}]
     assert storyteller.encode(messages) == storyteller.tokenizer("Once upon a time")["input_ids"]
-
-
-def test_a_long_prompt_goes_through_in_blocks(stories, storyteller, monkeypatch):
-    """The scores of a whole prompt never exist at once; the answers are the same."""
-    import ftjax.generate.batch as batch
-
-    want = storyteller.generate(STORIES, max_new_tokens=12)
-    monkeypatch.setattr(batch, "SCORES", 600)
-    parts = Generator(str(stories), dtype="float32")
-    assert parts.engine.block(3, 16, 32) == 1
-    assert parts.generate(STORIES, max_new_tokens=12) == want
 
 
 def test_logprobs_are_the_models_own(storyteller, hf):
@@ -216,15 +206,14 @@ def test_the_loop_stops_when_all_rows_have(storyteller, full_stop, monkeypatch):
         storyteller.model, storyteller.params, storyteller.tokenizer, mesh=storyteller.engine.mesh, dtype=jnp.float32
     )
     several.ends = frozenset({full_stop})
-    steps = []
-    decode = several.engine.decode
+    steps, decode = [], PagedBatch.decode
 
     def watched(*arguments):
-        state, view = decode(*arguments)
-        steps.append(int(view.counts.max()))
-        return state, view
+        seen = decode(*arguments)
+        steps.append(int(seen.counts.max()))
+        return seen
 
-    monkeypatch.setattr(several.engine, "decode", watched)
+    monkeypatch.setattr(PagedBatch, "decode", watched)
     answers = several.generate(STORIES, max_new_tokens=200)
     assert 1 + sum(steps) == max(len(answer.tokens) for answer in answers) < 200
 

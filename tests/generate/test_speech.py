@@ -6,12 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftjax.generate.speech import Speech, form_of, reasons
+from ftjax.generate.speech import Speech, form_of, splitter
 
 HERMES = "for the call within <tool_call></tool_call> tags"
 LLAMA = 'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
 MISTRAL = "[AVAILABLE_TOOLS] [TOOL_CALLS]"
 PHI = "<|tool|><|/tool|><|tool_call|><|/tool_call|>"
+CALLS = tuple(f"<\uff5ctool▁{name}\uff5c>" for name in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep"))
+DEEPSEEK = f"{{{{ '{CALLS[0]}' }}}}"
+
+DEEP = f'{CALLS[2]}f{CALLS[4]}{{"a": 1}}{CALLS[3]}'
+HARMONY = "<|start|>assistant<|channel|>final<|message|>"
 ONE = '{"name": "f", "arguments": {"a": 1}}'
 F = ("f", {"a": 1})
 
@@ -35,6 +40,30 @@ CASES = [
     (LLAMA, "It is {warm}.", ("It is {warm}.", "", [])),
     (MISTRAL, f"[TOOL_CALLS][{ONE}]", ("", "", [F])),
     (MISTRAL, '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[CALL_ID]x[ARGS]{}', ("", "", [F, ("g", {})])),
+    (DEEPSEEK, f"Well.{CALLS[0]}{DEEP}{CALLS[1]}", ("Well.", "", [F])),
+    (DEEPSEEK, f"{CALLS[0]}{DEEP}{CALLS[2]}g{CALLS[4]}{{}}{CALLS[3]}{CALLS[1]}", ("", "", [F, ("g", {})])),
+    (
+        DEEPSEEK,
+        f"{CALLS[0]}{CALLS[2]}function{CALLS[4]}f\n```json\n{{\"a\": 1}}\n```{CALLS[3]}{CALLS[1]}",
+        ("", "", [F]),
+    ),
+    (DEEPSEEK, f"{CALLS[0]}{CALLS[2]}f{CALLS[1]}", (f"{CALLS[0]}{CALLS[2]}f{CALLS[1]}", "", [])),
+    (HARMONY, "<|channel|>final<|message|>Hello < there", ("Hello < there", "", [])),
+    (
+        HARMONY,
+        "<|channel|>analysis<|message|>Hm <|x|>.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>",
+        ("Yes.", "Hm <|x|>.", []),
+    ),
+    (
+        HARMONY,
+        "<|channel|>analysis<|message|>f?<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json"
+        '<|message|>{"a": 1}',
+        ("", "f?", [F]),
+    ),
+    (HARMONY, '<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{"a": 1}<|call|>', ("", "", [F])),
+    (HARMONY, "<|channel|>commentary to=functions.f<|message|>{oops<|call|>", ("{oops", "", [])),
+    (HARMONY, "<|channel|>commentary<|message|>First this.<|end|><|start|>assistant<|chan", ("First this.", "", [])),
+    (HARMONY, '{"temperature": 3}', ('{"temperature": 3}', "", [])),
     (PHI, f"<|tool_call|>[{ONE}]<|/tool_call|>", ("", "", [F])),
     ("<think></think>", "<think>\nHm.\n</think>\n\nYes", ("Yes", "Hm.", [])),
     ("<think></think>", "<thin", ("<thin", "", [])),
@@ -46,7 +75,7 @@ CASES = [
 
 
 def split(template: str, pieces: list[str], thinking: bool = False) -> tuple[str, str, list]:
-    speech = Speech(form_of(template), reasoning=reasons(template), thinking=thinking)
+    speech = splitter(template, form_of(template), thinking)
     said = [one for piece in pieces for one in speech.feed(piece)] + list(speech.feed("", end=True))
     calls = [(one.call.name, json.loads(one.call.arguments)) for one in said if one.call is not None]
     assert speech.calls == len(calls)

@@ -7,6 +7,8 @@ import sys
 
 from gguf_writing import hub_folder, sentencepiece_keys, write_llama
 
+from ftjax.hub.no_torch import names_python_file
+
 CODE = """
 import sys
 sys.modules["torch"] = None  # as where it is not installed
@@ -23,6 +25,41 @@ for path in sys.argv[1:]:
         print(config["num_hidden_layers"], float(source.read("model.norm.weight").sum()))
 assert not [name for name in sys.modules if name.startswith("torch.")]
 """
+
+
+STARTED = """
+import sys
+from ftjax.hub.no_torch import start_transformers
+start_transformers()
+assert "torch" not in sys.modules  # it is not there yet, and can be imported
+from transformers import CONFIG_MAPPING, AutoTokenizer
+from ftjax.hub.tokenizer.load import load_tokenizer
+from ftjax.models.facts import complete_config
+complete_config({"model_type": "qwen3"}, "x")
+from pathlib import Path
+from ftjax.train.track import Tracker
+Tracker(Path(sys.argv[1]), ["tensorboard"], {}, active=True).log(1, {"train/loss": 2.0})
+assert not [name for name in sys.modules if name.split(".")[0] == "torch"]
+import torch
+print(torch.zeros(1).item())
+"""
+
+
+def test_a_command_starts_without_torch(tmp_path):
+    """Where it is installed too."""
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0 and done.stdout == "0.0\n", done.stderr
+    assert "not found" not in done.stderr
+
+
+def test_python_files_of_the_user_may_need_torch():
+    assert names_python_file({"objective": {"rewards": ["length", "mine.py:reward"]}})
+    assert not names_python_file({"objective": {"rewards": ["length"]}, "model": {"path": "some/model"}, "steps": 3})
 
 
 def test_a_folder_a_gguf_file_and_a_sentencepiece_model(untrained, tmp_path):

@@ -12,13 +12,13 @@ from processes import ALL
 
 from ftjax.config import LoraConfig, MeshConfig, PrefixTuningConfig
 from ftjax.errors import UserError
-from ftjax.generate.cache import new_cache
 from ftjax.hub.load import init_params
 from ftjax.mesh import make_mesh
 from ftjax.methods import method_of
 from ftjax.models.facts import complete_config
 from ftjax.models.model import build_module
 from ftjax.models.nn.attention import attend
+from ftjax.models.nn.cache import Cache, Layout
 from ftjax.models.nn.layer_types import Pattern
 
 CASE = next(case for case in CASES if case.name == "deepseek-v3")
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 def test_the_cache_holds_a_latent_and_one_key(folder):
     model, _ = load(folder)
-    cache = jax.eval_shape(lambda: new_cache(model, 3, 20, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: Cache.empty(Layout(model.memories), 3, 20, jnp.bfloat16))
     assert [k.shape for k in cache.keys] == [(4, 3, 20, 1, 8)]
     assert [v.shape for v in cache.values] == [(4, 3, 20, 1, 16)]
 

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hybrid import HYBRID, SHARING, make
-from oracle import assert_cached_is_uncached, context, tokens
+from oracle import assert_cached_is_uncached, context, paged, tokens
 
 from ftjax.config import Config, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from ftjax.errors import UserError
-from ftjax.generate.cache import new_cache
 from ftjax.methods import method_of
 from ftjax.models.nn.cache import Cache, Layout
 from ftjax.models.nn.memory import ConvState, KeysValues, RecurrentState, Shared
@@ -20,7 +19,7 @@ from ftjax.train.setup import refuse_packing
 
 def test_one_array_for_each_record_and_a_place_for_each_layer():
     model, _ = make(HYBRID)
-    cache = jax.eval_shape(lambda: new_cache(model, 3, 16, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: Cache.empty(Layout(model.memories), 3, 16, jnp.bfloat16))
     arrays = zip(cache.layout.keys_values, cache.keys, cache.values, strict=True)
     shapes = {record: (k.shape, v.shape) for record, k, v in arrays}
     assert shapes == {
@@ -87,15 +86,18 @@ def test_layers_that_share_train_as_they_are(remat):
 
 
 def test_a_row_that_starts_anew_begins_with_nothing():
-    """A row that is reused keeps no state or slot of its predecessor, finite or not."""
-    cache = new_cache(make(HYBRID)[0], 3, 8, jnp.float32)
+    """A row that is reused keeps no state of its predecessor, finite or not; pages that are cleared hold zeros."""
+    cache = paged(make(HYBRID)[0], 3, 8)
     cache = jax.tree.map(lambda x: x if x.dtype == jnp.int32 else jnp.full_like(x, jnp.nan), cache)
-    part = cache.take(jnp.array([2, 9]), jnp.zeros(2, jnp.int32))
-    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(part))
-    back = cache.put(jnp.array([2, 9]), part)
-    for leaf in (*back.keys, *back.values, *back.states):
-        assert np.isfinite(leaf[:, 2]).all() and np.isnan(leaf[:, :2]).all()
-    assert isinstance(back, Cache) and back.layout == cache.layout
+    rows = jnp.array([2, 9])
+    part = cache.of(rows, jnp.zeros(2, jnp.int32), cache.table[:2])
+    assert all(not np.asarray(state).any() for state in part.states)
+    back = cache.join(rows, part).cleared(cache.table[2:])
+    assert all(np.isfinite(state[:, 2]).all() and np.isnan(state[:, :2]).all() for state in back.states)
+    for leaf in (*back.keys, *back.values):
+        clean = np.isfinite(leaf).all(axis=(1, 3, 4, 5))[0]
+        assert np.flatnonzero(clean).tolist() == sorted(np.asarray(cache.table[2]).tolist())
+    assert back.layout == cache.layout
 
 
 @pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig, PTuningConfig])

@@ -14,15 +14,22 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from tiny_run import make_batch, make_config
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from ftjax.cli import app
 from ftjax.errors import UserError
 from ftjax.flops import train_flops
+from ftjax.generate.open import mesh_of
+from ftjax.generate.paged import PagedBatch, Room
+from ftjax.generate.session import Generator
 from ftjax.mesh import spec
 from ftjax.plan.arithmetic import program_flops
 from ftjax.plan.hlo import Program
-from ftjax.plan.plan import design_for, make_plan, trace_step
+from ftjax.plan.plan import design_for, make_plan, shard_bytes, trace_step
 from ftjax.plan.result import as_json, from_json
 from ftjax.plan.roofline import traffic
+from ftjax.plan.serve import as_json as serving_json
+from ftjax.plan.serve import plan_serving
 from ftjax.plan.shardings import shardings
 from ftjax.plan.topology import parse
 from ftjax.train.setup import compile_steps, prepare
@@ -389,3 +396,44 @@ def test_flops_of_a_kernel_that_skips_blocks(window, share):
     x = jax.ShapeDtypeStruct((b, n, t, h), jnp.bfloat16)
     traced = jax.jit(jax.grad(layers, (0, 1, 2))).trace(x, x, x)
     assert program_flops(traced) == pytest.approx(3 * (2 + 3 + 4) * 2 * b * n * t * t * h * share, rel=1e-3)
+
+
+def test_a_server_is_planned_as_it_would_be(bare, folder):
+    """Memory is that of the arrays that a server makes, and the mesh one that the heads allow."""
+    plan = plan_serving(make_config(bare, method=METHODS["lora"]), parse("cpu:4"), 4, 64)
+    assert plan.mesh["tensor"] * plan.mesh["data"] == 4 and plan.rows == 4 and plan.fits is None
+    mesh = mesh_of({"data": plan.mesh["data"], "tensor": plan.mesh["tensor"]})
+    generator = Generator(str(folder), dtype="float32", mesh=mesh)
+    batch = PagedBatch(generator.engine, generator.params, Room.fit(generator.engine, rows=4, context=64, page=32))
+    batch.open()
+    state = batch._state
+    assert plan.memory["weights"] == shard_bytes(generator.params)
+    assert plan.memory["cache"] == shard_bytes((state.cache.keys, state.cache.values))
+    assert plan.memory["weights"] + plan.memory["cache"] + plan.memory["state"] <= plan.peak
+    weights = sum(x.size for path, x in generator.params.items() if "embed" not in path)
+    assert plan.flops >= 2 * 4 * weights  # of four tokens
+    assert json.loads(json.dumps(serving_json(plan)))["rows"] == 4
+
+
+def test_a_server_for_chips_that_are_not_there(bare):
+    """What fits follows from the memory that the pages leave, and a step takes at least the time to read every weight."""
+    pytest.importorskip("libtpu", reason="planning for TPUs needs libtpu")
+    plan = plan_serving(make_config(bare), parse("v5e-1"), 4, 64)
+    assert plan.fits and plan.tokens // 64 >= plan.texts > plan.rows
+    bandwidth = parse("v5e-1").chip.hbm_bandwidth
+    assert plan.step_seconds >= plan.seconds["HBM"] == plan.hbm_bytes / bandwidth > 0.5 * plan.memory["weights"] / bandwidth
+    assert plan.tokens_per_second == pytest.approx(4 / plan.step_seconds)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--serve", "--price", "1"], "--price: not of a plan with --serve"),
+        (["--context", "64"], "--context: only with --serve"),
+        (["--serve", "--context", "99999"], "the model's context is"),
+    ],
+)
+def test_options_of_a_server_plan(bare, tmp_path, options, says):
+    (tmp_path / "run.yaml").write_text(f"model: {{path: {bare}}}\ndata: {{train: x.jsonl}}\n")
+    found = CliRunner().invoke(app, ["plan", str(tmp_path / "run.yaml"), "--topology", "cpu:4", *options])
+    assert found.exit_code == 2 and says in " ".join(found.output.split()), found.output

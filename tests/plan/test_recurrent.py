@@ -1,6 +1,7 @@
 """Tests what linear attention and Mamba-2 compile to for a TPU: matrix products, and loops over chunks, not over tokens."""
 
 import json
+import re
 
 import pytest
 from oracle import Case, hf_config
@@ -12,6 +13,7 @@ from ftjax.plan.plan import design_for, trace_step
 from ftjax.plan.topology import parse
 
 LENGTH = 6 * CHUNK
+PRODUCTS = ("convolution", "dot")  # a TPU's matrix units do both, and its compiler calls them convolutions
 CASES = [
     (
         Case("qwen3.5", "qwen3_5_text", {
@@ -51,3 +53,10 @@ def test_the_training_step_on_a_tpu(case, state, tmp_path):
     assert max(count for _, count in loops) < LENGTH // 8, "no loop over tokens"
     over_chunks = [loop for loop, count in loops if count == LENGTH // CHUNK]
     assert len(over_chunks) >= 2, "forward and backward"
+    carried = "".join(re.search(rf"%{re.escape(loop.name)} = (.*?) while\(", program.text)[1] for loop in over_chunks)
+    arrays = re.findall(r"(\w+)\[([\d,]+)\]", carried)
+    states = {dtype for dtype, sizes in arrays if sorted(size for size in sizes.split(",") if size != "1") == state}
+    assert states == {"f32"}, "the state is in float32"
+    products = [i for name in program.computations for i in program.computations[name].values() if i.opcode in PRODUCTS]
+    inside = [i for loop in over_chunks for i in program.with_fused(loop.called("body")) if i.opcode in PRODUCTS]
+    assert len(products) > 20 and inside, "matrix products, between chunks too"

@@ -227,3 +227,37 @@ def test_embeddings(server, client):
     assert found.usage.prompt_tokens == sum(
         len(server.generator.encode(text, chat=False)) for text in ("Tom went", "The dog ran to the park and Tom")
     )
+
+
+def test_an_echo_has_the_probabilities_of_the_prompt(server, client):
+    """Whether the prompt is short, or read in several parts, or there already; streamed too, with adapters beside."""
+    for text in ("Tom ran", "Tom went to the park and the dog ran. " * 8):
+        ids = server.generator.encode(text, chat=False)
+        expected = server.generator.score([ids[:1]], [ids[1:]])[0]
+        asked = {
+            "model": "tiny",
+            "prompt": text,
+            "temperature": 0,
+            "max_tokens": 4,
+            "logprobs": 2,
+            "extra_body": {"echo": True},
+        }
+        client.completions.create(model="tiny", prompt=text, temperature=0, max_tokens=1)  # its pages are there now
+        found = client.completions.create(**asked).choices[0]
+        alone = client.completions.create(model="tiny", prompt=text, temperature=0, max_tokens=4, logprobs=2).choices[0]
+        assert found.text == text + alone.text
+        listed = found.logprobs
+        assert listed.token_logprobs[0] is None and listed.top_logprobs[0] is None
+        np.testing.assert_allclose(listed.token_logprobs[1 : len(ids)], expected.logprobs, atol=1e-4)
+        own = alone.logprobs.token_logprobs
+        np.testing.assert_allclose(listed.token_logprobs[len(ids) :][: len(own)], own, atol=1e-4)
+        best = [
+            value == max(top.values()) for value, top in zip(listed.token_logprobs[1:], listed.top_logprobs[1:], strict=True)
+        ]
+        assert all(best[: len(ids) - 1]) == expected.greedy and all(best[len(ids) - 1 :])
+        assert all(len(top) <= 2 for top in listed.top_logprobs[1:])
+        stream = list(client.completions.create(**asked, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in stream) == found.text
+        assert [one for chunk in stream for one in chunk.choices[0].logprobs.tokens] == listed.tokens
+    plain = client.completions.create(model="tiny", prompt=[5, 9], temperature=0, max_tokens=2, extra_body={"echo": True})
+    assert plain.choices[0].text.startswith(server.generator.tokenizer.decode([5, 9])) and plain.choices[0].logprobs is None

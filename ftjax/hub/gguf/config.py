@@ -61,7 +61,10 @@ def read_config(path: Path) -> dict[str, Any]:
     config["n_positions" if model_type == "gpt2" else "max_position_embeddings"] = context
     config |= _windows(family, settings, layers)
     config |= _rope(file, family, settings, head_dim, context)
-    config |= {only.name: only.allowed(config)[0] for only in family.only}
+    for only in family.only:
+        if config.setdefault(only.name, only.allowed(config)[0]) not in only.allowed(config):
+            found = f"{only.name} = {config[only.name]}"
+            raise UserError(f"{path}: {found}, which llama.cpp computes otherwise than a Hugging Face {model_type}")
     config |= {name: _bias(file, modules, layers) for name, modules in family.biases.items()}
     config |= {"tie_word_embeddings": "output.weight" not in file.tensors, "dtype": _dtype(file), **_special_ids(file)}
     settings.finish()

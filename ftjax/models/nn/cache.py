@@ -1,6 +1,6 @@
 """Caches that hold the memory of a model's layers (`ftjax.models.nn.memory`), for decoding and for passes over whole rows.
 
-Legend: B batch, R some of its rows, T queries, S slots, K kv heads, D key size, V value size, l layers with the same record.
+Legend: B batch, T queries, S slots, K kv heads, D key size, V value size, l layers with the same record.
 """
 
 from dataclasses import dataclass, field, replace
@@ -159,37 +159,6 @@ class Cache:
     def advance(self, counts: Int32[Array, " B"]) -> "Cache":
         """Advance the row lengths by `counts`, the number of valid tokens in the last write."""
         return replace(self, lengths=self.lengths + counts)
-
-    def take(self, rows: Int32[Array, " R"], kept: Int32[Array, " R"]) -> "Cache":
-        """Return a cache of only these rows, with the first `kept` tokens of each.
-
-        Later slots are zero: values of an earlier answer that are not finite would otherwise leak through masked slots. States
-        are zero too: a state cannot be rewound to an earlier token, so rows of a layout with states start with `kept = 0`.
-        """
-        slots = max((keys.shape[2] for keys in self.keys), default=0)
-        keep = jnp.arange(slots) < kept[:, None]
-
-        def part(whole: jax.Array) -> jax.Array:
-            return jnp.where(keep[None, :, :, None, None], whole[:, rows], 0)
-
-        states = tuple(jnp.zeros((whole.shape[0], rows.shape[0], *whole.shape[2:]), whole.dtype) for whole in self.states)
-        return replace(
-            self, keys=tuple(map(part, self.keys)), values=tuple(map(part, self.values)), states=states, lengths=kept
-        )
-
-    def put(self, rows: Int32[Array, " R"], part: "Cache") -> "Cache":
-        """Return the cache with rows replaced by those of another cache of R rows; indices past the end are dropped."""
-
-        def by_layer(whole: jax.Array, new: jax.Array) -> jax.Array:
-            return whole.at[:, rows].set(new, mode="drop")
-
-        return replace(
-            self,
-            keys=jax.tree.map(by_layer, self.keys, part.keys),
-            values=jax.tree.map(by_layer, self.values, part.values),
-            states=jax.tree.map(by_layer, self.states, part.states),
-            lengths=self.lengths.at[rows].set(part.lengths, mode="drop"),
-        )
 
 
 @jax.tree_util.register_dataclass
