@@ -12,7 +12,9 @@ from verbs import ftjax as command
 
 import ftjax
 from ftjax.config.load import load_config
+from ftjax.hub.vocabulary import hf_config_of
 from ftjax.propose.command import init
+from ftjax.propose.fit import fit
 from ftjax.propose.goals import GOALS, goal_of, settings, with_goal
 from ftjax.propose.lengths import Lengths
 from ftjax.propose.machine import MODELS, SHARE, Machine, _free
@@ -161,18 +163,15 @@ def test_data_that_is_not_understood(home):
 
 def test_little_memory_takes_microbatches_then_fewer_bits(home, untrained):
     data = write(home / "rows.jsonl", ROWS["qa"] * 40)
-
-    def fit(memory):
-        return init(data, Path("run.yaml"), model=str(untrained), machine=Machine(ONE, memory), force=True)
-
-    plenty = fit(8 * 10**9)
-    assert (plenty.fit.microbatches, plenty.fit.fits, plenty.warnings) == (1, True, [])
-    need = sum(plenty.fit.memory.values())
-    less = fit(int(need))  # a part of it is for what the plan does not count
-    assert less.fit.microbatches > 1 and less.fit.fits and sum(less.fit.memory.values()) < SHARE * need
-    assert load_config("run.yaml").training.gradient_accumulation_steps == less.fit.microbatches
-    none = fit(10**5)
-    assert not none.fit.fits and "too large for" in none.warnings[0]
+    found = init(data, Path("run.yaml"), model=str(untrained), machine=Machine(ONE, 10**5))
+    assert not found.fit.fits and "too large for" in found.warnings[0]
+    config = load_config("run.yaml", ["model.remat=none", "model.quantization=null"])  # whatever the memory is
+    hf_config = hf_config_of(config)
+    plenty = fit(config, hf_config, MACHINE)
+    assert (plenty.microbatches, plenty.quantization, plenty.fits) == (1, None, True)
+    need = sum(plenty.memory.values())
+    less = fit(config, hf_config, Machine(ONE, int(need)))  # a part of which is for what the plan does not count
+    assert less.microbatches > 1 and less.fits and sum(less.memory.values()) < SHARE * need
 
 
 def test_a_row_holds_the_longest_document_or_nearly_all():
