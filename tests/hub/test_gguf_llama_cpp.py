@@ -102,6 +102,7 @@ def test_a_real_model_through_its_chat_template(node, tmp_path):
 ADAPTERS = {
     "llama": {"rank_pattern": {"v_proj": 2, r"layers\.0\.mlp\.down_proj": 1}, "alpha_pattern": {"q_proj": 3}},
     "qwen2": {"use_rslora": True}, "gemma2": {}, "gpt2": {}, "gpt-neox": {}, "phi3": {}, "olmo2": {},
+    "granitemoehybrid-dense": {},
 }  # fmt: skip
 
 
