@@ -39,27 +39,33 @@ def summed(setup, split, rows):
     return loss, weight, grads
 
 
-@pytest.fixture(scope="session", params=["made", *real.SETS * ALL], ids=lambda value: "made" if value == "made" else "real")
-def data_sets(request):
-    return request.getfixturevalue("made_sets") if request.param == "made" else request.param
+@pytest.fixture(params=["made", *real.SETS * ALL], ids=lambda value: "made" if value == "made" else "real")
+def sets(request, made_sets):
+    """The sets that the suite makes; those that are real in the sweep."""
+    return made_sets if request.param == "made" else request.param
 
 
 @pytest.fixture
-def talks(data_sets, tmp_path):
+def model(sets, untrained):
+    return real.LLAMAS[0] if sets in real.SETS and real.LLAMAS else untrained
+
+
+@pytest.fixture
+def talks(sets, tmp_path):
     """The first conversations of a set."""
     path = tmp_path / "talks.jsonl"
-    with (data_sets / "chat_messages" / "train.jsonl").open() as file:
+    with (sets / "chat_messages" / "train.jsonl").open() as file:
         path.write_text("".join(islice(file, 30)))
     return path
 
 
 @pytest.mark.parametrize("truncation", ["split", pytest.param("right", marks=pytest.mark.sweep)])
-def test_packed_is_unpacked(reader, talks, truncation):
+def test_packed_is_unpacked(model, talks, truncation):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(reader)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = TEMPLATE
-    setup = prepare(make_config(reader, method={"name": "full"}), ONE)
+    setup = prepare(make_config(model, method={"name": "full"}), ONE)
     results = []
     for packing in (True, False):
         config = DataConfig(train=str(talks), max_length=256, truncation=truncation, packing=packing)
