@@ -71,11 +71,17 @@ def luhn(text: str) -> bool:
     return (sum(digits[::2]) + sum(sum(divmod(2 * digit, 10)) for digit in digits[1::2])) % 10 == 0
 
 
+# Prefixes and lengths of issuers' numbers.
+_ISSUERS = re.compile(
+    r"4(?:\d{12}|\d{15}|\d{18})|(?:5[1-5]\d\d|222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720)\d{12}|3[47]\d{13}|"
+    r"3[068]\d{12}|(?:6011|64[4-9]\d|65\d\d|35\d\d)\d{12,15}"
+)
+
+
 def _card(text: str) -> bool:
     """Return whether a number has the prefix and length of a payment card, and Luhn's digit."""
     digits = re.sub(r"\D", "", text)
-    known = re.match(r"4|5[1-5]|222[1-9]|22[3-9]|2[3-6]|27[01]|2720|3[47]|6011|64[4-9]|65|35|3[068]", digits)
-    return bool(known) and 13 <= len(digits) <= 19 and len(set(digits)) > 1 and luhn(digits)
+    return bool(_ISSUERS.fullmatch(digits)) and len(set(digits)) > 1 and luhn(digits)
 
 
 def _iban(text: str) -> bool:
