@@ -45,6 +45,7 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     hang_after: int | None = None  # this many objects are accepted; the next request is never answered
     hanging: threading.Event = field(default_factory=threading.Event)
+    taking: threading.Lock = field(default_factory=threading.Lock)
     released: threading.Event = field(default_factory=threading.Event)
     processes: list[subprocess.Popen] = field(default_factory=list)
 
@@ -176,13 +177,16 @@ class Handler(BaseHTTPRequestHandler):
         return {**asked, "actions": {"upload": {"href": f"{hub.endpoint}/lfs/{asked['oid']}"}}}
 
     def take_object(self, hub: Hub, oid: str, body: bytes) -> None:
-        if hub.hang_after is not None and len(hub.uploads) >= hub.hang_after:
+        assert hashlib.sha256(body).hexdigest() == oid
+        with hub.taking:  # two that come at once are not both the first
+            hangs = hub.hang_after is not None and len(hub.uploads) >= hub.hang_after
+            if not hangs:
+                hub.uploads.append(oid)
+                hub.objects[oid] = body
+        if hangs:
             hub.hanging.set()
             hub.released.wait()
             return
-        assert hashlib.sha256(body).hexdigest() == oid
-        hub.uploads.append(oid)
-        hub.objects[oid] = body
         self.answer(200)
 
     def commit(self, hub: Hub, name: str, repository: Repository, body: bytes) -> None:
