@@ -2,7 +2,7 @@
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,25 @@ def public_functions(path: str, setting: str, expected: str) -> dict[str, Callab
 def public_classes(path: str, setting: str, expected: str) -> dict[str, type]:
     """Run a Python file and return the public classes that it defines, by name; see `_public`."""
     return _public(path, setting, expected, inspect.isclass)
+
+
+def named(found: Mapping[str, Any], path: str, name: str, kinds: tuple[str, str], expected: str) -> Any:
+    """Return what `FILE.py:NAME` names, or with an empty name the only one that there is.
+
+    Args:
+        found: what the file defines, by name.
+        kinds: what one and several of them are called.
+        expected: what the file should have, for errors.
+
+    Raises UserError if there is none of that name, or without a name none or several.
+    """
+    if name in found:
+        return found[name]
+    if name or len(found) != 1:
+        one, several = kinds
+        wanted = f"no {one} {name}" if name else f"name one as FILE.py:{one.upper()}"
+        raise UserError(f"{path}: {wanted}; {several} found: {', '.join(found) or 'none'}; {expected}")
+    return next(iter(found.values()))
 
 
 def _public(path: str, setting: str, expected: str, wanted: Callable[[Any], bool]) -> dict[str, Any]:

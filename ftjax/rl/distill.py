@@ -129,11 +129,8 @@ class LessonBatches:
         prompts = [prompt_of(drawn[number]) for number in asked]
         with clock.of("rollout"):
             numbers = [first + number for number in asked]
-            answers = (
-                self._sampler.generate(params, prompts, numbers, [self._split.max_length - len(one) for one in prompts])
-                if asked
-                else []
-            )
+            limits = [self._split.max_length - len(prompt) for prompt in prompts]
+            answers = self._sampler.generate(params, prompts, numbers, limits) if asked else []
         lessons = [Lesson(one.tokens, one.weights, True, self._kinds) for one in drawn]
         for number, prompt, answer in zip(asked, prompts, answers, strict=True):
             lessons[number] = of_student(prompt, answer, self._kinds)

@@ -10,8 +10,8 @@
         def get_reward(self):                    # the reward named `environment`
             ...
 
-`reset`, `get_reward` and tools are those of TRL's `environment_factory`, whose classes work unchanged. `step` is ftjax's own.
-Instances live on the first process, and the others are told what they said.
+`reset`, `get_reward` and tools are those of TRL's `environment_factory`, whose classes work unchanged if their methods are not
+async. `step` is ftjax's own. Instances live on the first process, and the others are told what they said.
 """
 
 import inspect
@@ -26,8 +26,8 @@ from ftjax.config import Config
 from ftjax.config.code import refuse_unasked
 from ftjax.data.example import Message
 from ftjax.errors import UserError
-from ftjax.evaluate.own_code import public_classes
-from ftjax.rl.own_calls import call_within, checked, on_first
+from ftjax.evaluate.own_code import named, public_classes
+from ftjax.rl.own_calls import Ended, call_within, checked, on_first
 from ftjax.rl.rollout import Rollout
 
 OWN = ("reset", "step", "get_reward")  # every other public method is a tool
@@ -47,12 +47,7 @@ def load_environments(config: Config) -> "Environments | None":
     refuse_unasked(config, "objective.environment")
     path, _, name = config.objective.environment.partition(":")
     found = public_classes(path, "objective.environment", EXPECTED)
-    if name and name in found:
-        return Environments(found[name], config.objective.reward_timeout)
-    if name or len(found) != 1:
-        wanted = f"no class {name}" if name else "name one as FILE.py:CLASS"
-        raise UserError(f"{path}: {wanted}; classes found: {', '.join(found) or 'none'}; {EXPECTED}")
-    return Environments(next(iter(found.values())), config.objective.reward_timeout)
+    return Environments(named(found, path, name, ("class", "classes"), EXPECTED), config.objective.reward_timeout)
 
 
 class Environments:
@@ -158,17 +153,20 @@ class Environments:
         if name not in self._methods:
             self.failures += 1
             return _said_by(name, {"error": f"Tool {name} not found."})
-        call = partial(getattr(self._made[number], name), **arguments) if isinstance(arguments, dict) else None
-        ended = call_within(self._timeout, f"{self.name}.{name}", call) if call is not None else None
-        if call is not None and ended is None:
-            checked(None, f"{self.name}.{name}", f"in the dialogue of {self._where[number]}", self._timeout)
-        if ended is None or ended.error is not None:
+        if not isinstance(arguments, dict):
             self.failures += 1
-            return _said_by(name, {"error": "The arguments are no JSON object." if ended is None else str(ended.error)})
-        return _said_by(name, ended.value)
+            return _said_by(name, {"error": "The arguments are no JSON object."})
+        call = partial(getattr(self._made[number], name), **arguments)
+        ended = call_within(self._timeout, f"{self.name}.{name}", call)
+        if ended is not None and ended.error is not None:
+            self.failures += 1
+            return _said_by(name, {"error": str(ended.error)})
+        return _said_by(name, self._checked(ended, name, number))
 
     def _call(self, call: Callable[[], Any], name: str, number: int) -> Any:
-        ended = call_within(self._timeout, f"{self.name}.{name}", call)
+        return self._checked(call_within(self._timeout, f"{self.name}.{name}", call), name, number)
+
+    def _checked(self, ended: Ended | None, name: str, number: int) -> Any:
         return checked(ended, f"{self.name}.{name}", f"in the dialogue of {self._where[number]}", self._timeout)
 
     def _text(self, said: Any, name: str, number: int) -> str | None:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from ftjax.errors import UserError
-from ftjax.evaluate.own_code import public_functions
+from ftjax.evaluate.own_code import named, public_functions
 from ftjax.rl.environment import Environments
 from ftjax.rl.rollout import Rollout
 
@@ -22,14 +21,7 @@ def load_reward(path: str, name: str | None = None) -> Callable[..., Any]:
 
     Raises UserError if there is none, or several.
     """
-    found = public_functions(path, "objective.rewards", EXPECTED)
-    if name is not None and name in found:
-        return found[name]
-    if name is not None or len(found) != 1:
-        there = ", ".join(found) or "none"
-        wanted = f"no function {name}" if name is not None else "name one as FILE.py:FUNCTION"
-        raise UserError(f"{path}: {wanted}; functions found: {there}; {EXPECTED}")
-    return next(iter(found.values()))
+    return named(public_functions(path, "objective.rewards", EXPECTED), path, name or "", ("function", "functions"), EXPECTED)
 
 
 class OwnReward:
