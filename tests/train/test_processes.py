@@ -142,7 +142,7 @@ def test_one_comes_late(settings, whole, tmp_path):
         "training": {**settings["training"], "max_steps": 2},
         "optimizer": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
     }
-    running, said = run(2, short, out, wait={1: 60 if ALL else 10})
+    running, said = run(2, short, out, wait={1: 60 if ALL else 3})
     assert [process.returncode for process in running] == [0, 0], "\n".join(said)
     assert rows(out)[1]["train/loss"] == pytest.approx(rows(whole)[1]["train/loss"], abs=1e-6)
 
@@ -213,7 +213,8 @@ def test_hosts_that_differ(settings, whole, tmp_path, names):
     arguments = [text for name in names for text in DIFFERENCES[name][0]]
     words = [word for name in names for word in DIFFERENCES[name][1]]
     own = {1: [text.format(folder=tmp_path, train=settings["data"]["train"]) for text in arguments]}
-    running = launch(2, settings, tmp_path / "run", own=own)
+    soon = f"import ftjax.distributed.agree\nftjax.distributed.agree.LOOK = 3.0\n{COMMAND}"  # seconds until a file must be seen
+    running = launch(2, settings, tmp_path / "run", own=own, code={1: soon})
     said = end(running, timeout=120)
     assert [process.returncode for process in running] == [2, 2], "\n".join(said)
     for text in said:

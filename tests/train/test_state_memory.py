@@ -30,6 +30,7 @@ def alive() -> int:
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_one_state_is_alive(mesh, tmp_path, monkeypatch):
+    gc.freeze()  # what other tests left is not looked through again
     make_hf(Case("llama", "llama", {"initializer_range": 0.05}), tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     words = ["".join(np.random.default_rng(n).choice(list("abcdef"), 6)) for n in range(40)]
