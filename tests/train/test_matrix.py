@@ -122,10 +122,10 @@ LINES = [
     if features.sparse or "expert" not in mesh
 ]
 CHOSEN = {
-    ("fsdp x expert", "lora"), ("sequence", "full"), ("slices", "int8"), ("fsdp x sequence", "prefix"), ("sequence", "labels"),
-    ("tensor outside", "dpo"), ("tensor", "kto"),
+    ("tensor", "lora"), ("fsdp x expert", "full"), ("slices", "int8"), ("fsdp x sequence", "prefix"), ("sequence", "labels"),
+    ("tensor outside", "dpo"), ("fsdp x sequence", "kto"),
 }  # fmt: skip
-FOUR = ("tensor outside", "dpo")  # as four processes; two take half of the time
+FOUR = ("slices", "int8")  # as four processes; two take half of the time
 SLICE = [(*line[:2], LAYOUTS[line[:2] == FOUR]) for line in LINES if line[:2] in CHOSEN]
 
 
