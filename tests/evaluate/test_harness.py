@@ -1,13 +1,16 @@
 """Tests that lm-evaluation-harness gives the same numbers with `--model ftjax` as with `--model hf` on the same weights."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from lm_eval import simple_evaluate
+from lm_eval import tasks as lm_eval_tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._index import TaskIndex
 from peft import PeftModel
 from tiny_tokenizer import save_tokenizer
 from transformers import AutoModelForCausalLM
@@ -44,6 +47,19 @@ ROWS = [
     {"question": "long " * 30, "choices": ["q", "rs", "q"], "gold": 2, "story": "no more " * 5},
     {"question": "d", "choices": ["e", "f"], "gold": 0, "story": "e"},
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_tasks_of_lm_eval():
+    """lm_eval reads its 13 thousand task files whenever it begins, for some seconds; here it has a handful."""
+    files = TaskIndex._iter_yaml_files
+
+    def few(root):
+        return files(root / "hellaswag" if root == Path(lm_eval_tasks.__file__).parent else root)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "_iter_yaml_files", staticmethod(few))
+        yield
 
 
 @pytest.fixture(scope="module")
