@@ -45,6 +45,7 @@ def run(name: str, out: Path, *options) -> Any:
     return json.loads(out.read_text())
 
 
+@pytest.mark.sweep
 def test_step(model, tmp_path):
     sides = run("step", tmp_path / "step.json", "--model", model, "--method", "full", *SMALL)["full"]
     mine, peer = sides["ftjax"], sides["PEFT"]

@@ -218,6 +218,7 @@ def game(prompts, tmp_path):
     return path
 
 
+@pytest.mark.sweep  # test_resume.py has it without an environment
 def test_a_run_resumes_to_the_bit(model, prompts, game, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "run"
     rewards = ["environment", {"name": f"{game}:looked_at", "weight": 0.5}]

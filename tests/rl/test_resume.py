@@ -16,7 +16,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", ["iterations", "dynamic", pytest.param("rloo", marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("name", ["dynamic", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("iterations", "rloo"))])
 def test_resumed(name, model, prompts, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "run"
     options = {"save_steps": 3, "max_steps": 6, "gradient_accumulation_steps": 2}

@@ -46,7 +46,7 @@ SPLITS = {
     "sequence": (True, 1, SEQUENCE),
 }  # fmt: skip
 MESH_OF = {name: list(SPLITS)[1 + number % 2] for number, name in enumerate(PREFERENCES)}  # one of the two meshes for each
-QUICK = ("dpo-sft", "aot", "kto", "reward")  # means over tokens, sorted over all pairs, over the whole batch, per pair
+QUICK = ("dpo-sft", "kto")  # means over tokens, over the whole batch; test_matrix.py sorts over all pairs
 LINES = [(name, split) for name in PREFERENCES for split in SPLITS if ALL or (name in QUICK and split == MESH_OF[name])]
 LINES += [] if ALL else [("kto", "unpacked, microbatches")]
 
