@@ -2,6 +2,7 @@
 
 import numpy as np
 import processes
+import pytest
 from reward_runs import logged, run, settings
 
 from ftjax.config import Config
@@ -29,17 +30,19 @@ NAMES = (
     "train/entropy",
     "train/completions/mean_length",
     "train/rollout/turns",
-    "eval/reward",
 )
 
 
-def test_two_processes(model, prompts, tmp_path):
+@pytest.mark.parametrize("evaluated", [False, pytest.param(True, marks=pytest.mark.sweep)])
+def test_two_processes(model, prompts, tmp_path, evaluated):
     (tmp_path / "early.py").write_text(REWARD)
     (tmp_path / "once.py").write_text(ENVIRONMENT)
     objective = {"rewards": [str(tmp_path / "early.py")], "num_iterations": 1, "beta": 0.1, "dynamic_sampling": True}
     objective |= {"environment": str(tmp_path / "once.py"), "max_completion_length": 40}
-    data = {"max_length": 48, "validation": str(prompts / "prompts.jsonl"), "contamination": "ignore"}
-    options = {"max_steps": 4, "gradient_accumulation_steps": 2, "eval_steps": 3, "save_steps": 10, "data": data}
+    options = {"max_steps": 4, "gradient_accumulation_steps": 2, "save_steps": 10, "data": {"max_length": 48}}
+    if evaluated:
+        options["data"] |= {"validation": str(prompts / "prompts.jsonl"), "contamination": "ignore"}
+        options["eval_steps"] = 3
     one, two = tmp_path / "one", tmp_path / "two"
     whole = settings(model, prompts, one, objective, **{**options, "max_steps": 3})
     run(Config.model_validate({**whole, "mesh": {"fsdp": 2}}), devices=processes.jax.devices()[:2])
@@ -47,7 +50,7 @@ def test_two_processes(model, prompts, tmp_path):
     assert [process.returncode for process in running] == [2, 2], said
     assert all("reward early: AssertionError: the fourth" in text for text in said)
     assert (two / "checkpoints" / "3").is_dir()  # what was before the failure is saved
-    for name in NAMES:
+    for name in (*NAMES, *["eval/reward"] * evaluated):
         want, got = ([row[name] for row in logged(folder) if name in row] for folder in (one, two))
         assert len(got) == len(want) > 0, name
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-6, err_msg=name)

@@ -13,6 +13,7 @@ import jax
 import pytest
 import yaml
 from oracle import ONE
+from processes import start
 from quick_compile import QUICK
 from whole_runs import config, rows
 
@@ -219,11 +220,10 @@ def test_a_disk_that_fills(model, data, tmp_path):
         "app(['train', sys.argv[1]])\n"
     )
     environment = {**os.environ, "XLA_FLAGS": QUICK, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
-    done = subprocess.run(
-        [sys.executable, "-c", limited, str(path)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 2, done.stderr[-3000:]
-    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    process = start([path], limited, env=environment)
+    said = process.communicate(timeout=400)[0]
+    assert process.returncode == 2, said[-3000:]
+    (message,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "could not be written" in message and "intact (step 2)" in message and "File too large" in message
-    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 6, done.stderr[:3000]
+    assert "Traceback" not in said and len(said[said.index("error: ") :].splitlines()) < 6, said[:3000]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 12
