@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ftjax"
 BELOW = {
     "errors": set(),
     "console": {"errors"},
+    "long_steps": {"console"},
     "config": {"console", "errors"},
     "tree": set(),
     "chips": set(),
@@ -22,7 +23,7 @@ BELOW = {
     "placement": {"torus", "errors"},
     "mesh": {"placement", "torus", "config", "errors"},
     "page": set(),
-    "data": {"page", "config", "errors"},
+    "data": {"page", "config", "errors", "long_steps"},
     "models": {"mesh", "tree", "errors", "chips"},
     "flops": {"chips", "models"},
     "objectives": {"models", "data"},

@@ -27,6 +27,7 @@ from ftjax.data.report import DataReport
 from ftjax.data.store import Documents
 from ftjax.data.unknown import refuse_unknown
 from ftjax.errors import UserError
+from ftjax.long_steps import long_step
 
 
 class Split(Protocol):
@@ -65,19 +66,17 @@ class Split(Protocol):
 
 
 def load_splits(
-    config: DataConfig, tokenizer: Any, *, seed: int, progress: Any = None, encoding: RowEncoding = ANSWERS,
-    positions: int | None = None,
+    config: DataConfig, tokenizer: Any, *, seed: int, encoding: RowEncoding = ANSWERS, positions: int | None = None,
 ) -> tuple[Split, "PackedSplit | None"]:  # fmt: skip
     """Load the training data, and the validation data if the configuration names or splits off some.
 
     Args:
-        progress: called now and then with the name of the set and the number of rows read.
         encoding: how rows become documents.
         positions: the longest text in tokens that the model was made for, if known.
 
     Raises UserError, with file and line, for anything that is wrong with the data.
     """
-    train, validation = _load_splits(config, tokenizer, seed, progress, encoding)
+    train, validation = _load_splits(config, tokenizer, seed, encoding)
     if positions is not None and config.max_length > positions:
         for split in (train, validation):
             longer = 0 if split is None else int((split.lengths > positions).sum())
@@ -89,15 +88,13 @@ def load_splits(
     return train, validation
 
 
-def _load_splits(
-    config: DataConfig, tokenizer: Any, seed: int, progress: Any, encoding: RowEncoding
-) -> tuple[Split, "PackedSplit | None"]:
-    validation = _load("validation", config, tokenizer, seed, progress, encoding) if config.validation is not None else None
+def _load_splits(config: DataConfig, tokenizer: Any, seed: int, encoding: RowEncoding) -> tuple[Split, "PackedSplit | None"]:
+    validation = _load("validation", config, tokenizer, seed, encoding) if config.validation is not None else None
     if config.streaming:
         from ftjax.data.stream import StreamSplit
 
         return StreamSplit.load(config, tokenizer, seed, encoding), validation
-    train = _load("train", config, tokenizer, seed, progress, encoding)
+    train = _load("train", config, tokenizer, seed, encoding)
     if config.validation_split is not None:
         train, validation = _divide(train, config.validation_split, seed)
     elif validation is not None and config.contamination != "ignore":
@@ -105,10 +102,11 @@ def _load_splits(
     return train, validation
 
 
-def _load(which: str, config: DataConfig, tokenizer: Any, seed: int, progress: Any, encoding: RowEncoding) -> "PackedSplit":
+def _load(which: str, config: DataConfig, tokenizer: Any, seed: int, encoding: RowEncoding) -> "PackedSplit":
     sources = config.sources(which)
-    tell = (lambda rows: progress(which, rows)) if progress else None
-    documents, _ = build_documents(sources, config, tokenizer, tell, encoding)
+    name = "training" if which == "train" else which
+    with long_step(f"reading and tokenising the {name} data", unit="rows") as step:
+        documents, _ = build_documents(sources, config, tokenizer, step.at, encoding)
     report = DataReport.of_state(documents.report)
     report.weights = {source.path: source.weight for source in sources}
     weights = tuple(source.weight for source in sources)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ftjax.evaluate.statistic import compare, intervals
 from ftjax.evaluate.target import Target, find_target
 from ftjax.evaluate.tasks.preference import implicit_rewards
 from ftjax.hub.same_model import model_facts
+from ftjax.long_steps import long_step
 from ftjax.mesh import devices_or_all
 from ftjax.version import __version__
 
@@ -68,11 +68,11 @@ def evaluate(
 
     tokenizer, measured = None, {}
     for label, one in (("tuned", found), *((("base", base),) if base else ())):
-        with console.status(f"loading {one.name}"):
+        with long_step(f"loading {one.name}"):
             generator = one.load(tokenizer, devices)
         tokenizer = generator.tokenizer
-        with _bar(one.name) as progress:
-            measured[label] = measure(generator, items, found.config, progress)
+        with long_step(f"evaluating {one.name}") as step:
+            measured[label] = measure(generator, items, found.config, step.of)
         generator = None  # free its memory for the next model
     results = {
         "model": found.name, "task": settings.task, "data": described, "rows": len(items), "rows_left_out": left_out,
@@ -123,14 +123,3 @@ def _name(target: Target, task: str, paths: Sequence[str], part: str) -> str:
     path = Path(paths[0])
     words = f"{which}{Path(task).stem}-{path.parent.name + '-' if path.suffix else ''}{path.stem}{part}"
     return re.sub(r"[^\w.-]+", "_", words).rstrip("_")
-
-
-@contextmanager
-def _bar(name: str):
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    notes = make_console(stderr=True, quiet=store.index() > 0)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

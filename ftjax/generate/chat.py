@@ -51,11 +51,12 @@ def chat(
     from ftjax.generate.context import recommended
     from ftjax.generate.conversation import Conversation
     from ftjax.generate.open import open_named
+    from ftjax.long_steps import long_step
 
     system = None if system is None else checked(system, "--system")
     found = find_named(model, adapter=options.adapter)
     notes = make_console(stderr=True)
-    with notes.status(f"loading {found.name}"):
+    with long_step(f"loading {found.name}"):
         generator = open_named(found, options).generator
     asked = dict.fromkeys(SAMPLING) | dict(sampling)
     request = replace(request, sampling=recommended(generator.settings, asked))

@@ -59,20 +59,16 @@ def generate(
         facts = {"prompts": len(given), "digest of the prompts": digest(given)}
         facts["options"] = repr((request, raw, batch_size, options.dtype, reading))
         agree("what is asked", {**facts, **model_facts(found.model, loading["revision"], found.adapter)})
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from ftjax.console import make_console
     from ftjax.generate.open import open_named
+    from ftjax.long_steps import long_step
 
-    notes = make_console(stderr=True, quiet=store.index() > 0)
-    with notes.status(f"loading {found.name}"):
+    with long_step(f"loading {found.name}"):
         opened = open_named(found, options)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task("answers", total=len(given))
+    with long_step("generating", len(given), "answers") as step:
 
         def show(done: int, tokens: int) -> None:
-            bar.update(task, completed=done, description=f"{tokens:,} tokens")
+            step.now(f"generating, {tokens:,} tokens so far")
+            step.at(done)
 
         request = replace(request, chat=False if raw else opened.chat)
         requests = [replace(request, prompt=one, number=number) for number, one in enumerate(given)]

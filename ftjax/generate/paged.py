@@ -6,9 +6,10 @@ run (`ftjax.generate.scheduler`), by nothing but the requests, so that several p
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from ftjax.generate.decode import State
 from ftjax.generate.engine import Engine
 from ftjax.generate.sample import Sampling, row_sampling, uses_of
 from ftjax.generate.steps import Asked, Likelihoods, Part, Pooled, Seen, Sizes, Turn
+from ftjax.long_steps import KEPT, long_step, steps_go_on
 from ftjax.mesh import fitting, parts
 from ftjax.models.nn.cache import Layout
 
@@ -155,6 +157,7 @@ class PagedBatch:
         self._programs = engine.programs(self.sizes)
         self._state: State | None = None  # the first read begins with an empty one
         self.words = math.ceil(vocab / 32)
+        self._called: set[tuple[Any, ...]] = set()  # programs that have run
         self._all: dict[int, jax.Array] = {}  # by number of rows, masks that allow all tokens
 
     @property
@@ -190,11 +193,14 @@ class PagedBatch:
     def warm_up(self) -> None:
         """Run every program once, without effect: no request compiles anything after it."""
         self.open()
-        for shape in self.shapes:
+        with long_step("compiling the programs", (len(self.shapes) + 1) * len(self.widths), "programs") as step:
+            for shape in self.shapes:
+                for width in self.widths:
+                    self._run_prefill([], {}, shape, width)
+                    step.advance()
             for width in self.widths:
-                self._run_prefill([], {}, shape, width)
-        for width in self.widths:
-            self._run_decode([], 1, False, {}, width)
+                self._run_decode([], 1, False, {}, width)
+                step.advance()
         self.clear(0, [])
 
     def read(self, waiting: Sequence[Reading], masks: Mapping[int, np.ndarray]) -> Read:
@@ -287,11 +293,21 @@ class PagedBatch:
                 words[at] = masks[row]
         return self._shard(words)
 
+    @contextmanager
+    def _compiling(self, *program: Any) -> Iterator[None]:
+        """Say that a program is compiled, on its first call, where it takes long."""
+        if program in self._called:
+            yield
+            return
+        with nullcontext() if steps_go_on() else long_step("compiling", hint=KEPT):
+            yield
+        self._called.add(program)
+
     def _run_prefill(
         self, chosen: Sequence[Reading], masks: Mapping[int, np.ndarray], shape: tuple[int, int], width: int
     ) -> Read:
         found, part = self.part(chosen, masks, shape, width)
-        with jax.set_mesh(self.engine.mesh):
+        with jax.set_mesh(self.engine.mesh), self._compiling("prefill", shape, width):
             self._state, *results = self._programs.prefill(self.params, self._state, part)
         return Read(found, *results)
 
@@ -325,7 +341,7 @@ class PagedBatch:
 
     def _run_decode(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int) -> Seen:
         turn = self.turn(rows, steps, listed, masks, width)
-        with jax.set_mesh(self.engine.mesh):
+        with jax.set_mesh(self.engine.mesh), self._compiling("decode", width):
             self._state, seen = self._programs.decode(self.params, self._state, turn)
         return seen
 

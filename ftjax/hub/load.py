@@ -19,6 +19,7 @@ from ftjax.hub.packed.formats import dequantiser
 from ftjax.hub.quantize import abstract_quantised, quantised_array
 from ftjax.hub.safetensors import SafetensorsFolder
 from ftjax.hub.source import TensorSource
+from ftjax.long_steps import long_step
 from ftjax.mesh import sharding
 from ftjax.methods.tied import OUTPUTS, tied_names
 from ftjax.models.facts import INSTEAD, complete_config, read_config
@@ -132,8 +133,13 @@ def load_params(
     # Largest first: a parameter exists twice while it moves to the device, so the largest do before most of the model is
     # loaded.
     order = sorted(specs, key=lambda path: -specs[path].size)
-    have = set(source.keys())
-    return {path: _load(stored(specs[path], dtype), source, mesh, have) for path in order}
+    have, found = set(source.keys()), {}
+    size = {path: spec.size * np.dtype(stored(spec, dtype).dtype).itemsize for path, spec in specs.items()}
+    with long_step("loading weights", sum(size.values()), "bytes") as step:
+        for path in order:
+            found[path] = _load(stored(specs[path], dtype), source, mesh, have)
+            step.advance(size[path])
+    return found
 
 
 def stored(spec: Spec, dtype) -> Spec:

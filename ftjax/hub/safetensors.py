@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ftjax.config.load import print_note
 from ftjax.errors import UserError
+from ftjax.long_steps import long_step
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -238,12 +239,13 @@ def write_file(path: Path, tensors: Sequence[Tensor]) -> None:
     text += b" " * (-len(text) % 8)
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with partial.open("wb") as file, long_step(f"writing {path.name}", offset, "bytes") as step:
             file.write(struct.pack("<Q", len(text)) + text)
             for tensor in tensors:
                 data = np.asarray(tensor.data(), order="C")
                 assert data.shape == tuple(tensor.shape) and data.dtype == tensor.dtype, (tensor.name, data.shape, data.dtype)
                 file.write(memoryview(data.reshape(-1).view(np.uint8)))
+                step.advance(data.nbytes)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -19,6 +19,7 @@ from ftjax.compile_cache import nothing_kept
 from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.hub.vocabulary import hf_config_of
+from ftjax.long_steps import long_step
 from ftjax.mesh import notes
 from ftjax.objectives import generates
 from ftjax.plan.advice import advice
@@ -52,7 +53,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
     }
     plan = _describe(made, topology, memory, program_flops(traced))
     try:
-        with nothing_kept() if topology.chip else nullcontext():
+        with nothing_kept() if topology.chip else nullcontext(), long_step(f"compiling the update for {topology.name}"):
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         used = _out_of_memory(str(error))

@@ -24,6 +24,7 @@ from ftjax.generate.engine import Engine
 from ftjax.generate.paged import PagedBatch, Room, page_bytes
 from ftjax.hub.load import abstract_param, base_specs
 from ftjax.hub.vocabulary import hf_config_of
+from ftjax.long_steps import long_step
 from ftjax.mesh import make_mesh, notes, spec
 from ftjax.models.model import Model, build_module
 from ftjax.models.nn.cache import Layout
@@ -142,7 +143,11 @@ def _measure(plan: ServePlan, batch: PagedBatch, topology: Topology) -> None:
     state, width = engine.abstract_state(batch.sizes), batch.widths[-1]
     programs = engine.programs(batch.sizes)
     part = batch.part([], {}, max(batch.shapes, key=math.prod), width)[1]
-    with jax.set_mesh(mesh), nothing_kept() if topology.chip else nullcontext():
+    with (
+        jax.set_mesh(mesh),
+        nothing_kept() if topology.chip else nullcontext(),
+        long_step(f"compiling the decoding programs for {topology.name}"),
+    ):
         traced = programs.decode.trace(batch.params, state, batch.turn([], 1, False, {}, width))
         decode = traced.lower().compile()
         read = programs.prefill.trace(batch.params, state, part).lower().compile()

@@ -7,6 +7,7 @@ from typing import Any
 from ftjax.config.load import load_config
 from ftjax.console import make_console, say
 from ftjax.errors import UserError
+from ftjax.long_steps import long_step
 from ftjax.propose.goals import GOALS, goal_of, with_goal
 from ftjax.propose.machine import Machine, this_machine
 from ftjax.propose.propose import Proposal, propose, stem
@@ -52,8 +53,8 @@ def init(
     folder = f"runs/{stem(data)}"
     folder = ask("folder of the run", folder) if ask else folder
     try:
-        with console.status("reading") as status:
-            found = propose(seen, goal, (name, why), machine, output_dir=folder, tell=lambda text: status.update(text))
+        with long_step("reading") as step:
+            found = propose(seen, goal, (name, why), machine, output_dir=folder, tell=step.now)
     except UserError as error:
         if model is None and name in str(error):
             raise UserError(f"{error}\n{name} was chosen for this machine; name another model with --model") from None

@@ -19,6 +19,7 @@ from ftjax.generate.session import Generator
 from ftjax.hub.fetch import resolve_config
 from ftjax.hub.load import read_hf_config
 from ftjax.hub.run_folder import adapter_folder
+from ftjax.long_steps import long_step
 from ftjax.models.classifier import classes_of
 
 ROWS = 16
@@ -81,14 +82,13 @@ def serve(model: str, loading: LoadOptions, options: ServeOptions) -> None:
     several = list(options.adapters)
     if several and found.adapter is not None:
         raise UserError(f"{model} is an adapter itself; give its base model, {found.model}, and each adapter as NAME=DIR")
-    with console.status(f"loading {found.name}"):
+    with long_step(f"loading {found.name}"):
         generator, stack = load(found, loading, options)
     if classes_of(generator.model.config):
         raise UserError("the model has a classification head and generates no text; use ftjax evaluate for its predictions")
     batch = make_batch(generator, options)
-    with console.status("compiling"):
-        began = time.monotonic()
-        batch.warm_up()
+    began = time.monotonic()
+    batch.warm_up()
     engine = EngineThread(Scheduler(batch), options.max_requests)
     served = Served(generator, engine, options.name or name_of(found))
     room = batch.room

@@ -16,6 +16,7 @@ from etils import epath
 from ftjax.distributed import store
 from ftjax.distributed.ending import fail
 from ftjax.errors import UserError
+from ftjax.long_steps import long_step
 from ftjax.train.step import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of every save
@@ -118,10 +119,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Block until the current save is complete. Raises UserError if it failed."""
-        self._guard(self._manager.wait_until_finished)
+        with long_step("waiting until the checkpoint is saved"):
+            self._guard(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        self._guard(self._manager.close)
+        with long_step("waiting until the checkpoint is saved"):
+            self._guard(self._manager.close)
 
     def _guard(self, call) -> None:
         try:

@@ -8,8 +8,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ftjax.distributed import store
 from ftjax.distributed.ending import asked_to_stop
 from ftjax.errors import Interrupted, UserError
 from ftjax.hub.output import write_output
+from ftjax.long_steps import KEPT, counted, long_step
 from ftjax.mesh import parts
 from ftjax.objectives import objective_of
 from ftjax.train.announce import announce, next_commands
@@ -77,6 +78,7 @@ class Run:
         self.moving = None if moving is None else MovingReference(setup.reference, *moving)
         self.interrupted: str | None = None
         self.compiled: set[tuple[int, ...]] = set()  # batch shapes that all processes have compiled
+        self.called: set[tuple[int, ...]] = set()  # batch shapes that an update has had
 
     # ---- start, middle, end ----
 
@@ -126,7 +128,7 @@ class Run:
                 limit = np.float32(self.watch.limit(step + 1))
                 self.compile_together(batch, limit)
                 self.look()
-                with self.profile.step(step + 1):
+                with self.profile.step(step + 1), self.compiling(batch):
                     self.state, metrics = self.train_step(self.state, self.setup.frozen, batch, self.key, limit)
                 step += 1
                 if self.moving is not None:
@@ -221,6 +223,17 @@ class Run:
 
     # ---- one update, one evaluation ----
 
+    @contextmanager
+    def compiling(self, batch: Mapping[str, jax.Array]) -> Iterator[None]:
+        """Say that a batch shape is compiled, where it takes long."""
+        shape = batch["tokens"].shape
+        if shape in self.called:
+            yield
+            return
+        with long_step("compiling the update", hint=KEPT):
+            yield
+        self.called.add(shape)
+
     def compile_together(self, batch: Mapping[str, jax.Array], limit: np.float32) -> None:
         """Compile a new batch shape on all processes before any of them runs it.
 
@@ -228,7 +241,8 @@ class Run:
         """
         shape = batch["tokens"].shape
         if store.several() and shape not in self.compiled:
-            self.train_step.lower(self.state, self.setup.frozen, batch, self.key, limit).compile()
+            with long_step("compiling the update on all processes", hint=KEPT):
+                self.train_step.lower(self.state, self.setup.frozen, batch, self.key, limit).compile()
             store.wait_for_all("compiled")
             self.compiled.add(shape)
 
@@ -288,7 +302,8 @@ class Run:
             rows, seed=0, shuffle=False, epochs=1, rows=layout.own, width_multiple=layout.length_parts
         )
         means = Means()
-        for batch in batches:
+        count = -(-len(batches.plan(0)) // rows)
+        for batch in counted("evaluating", batches, count, "batches"):
             totals = self.eval_step(self.state.params, self.setup.frozen, layout.arrays(batch))
             means.add(jax.tree.map(float, {"loss": (totals.loss, totals.weight), **totals.metrics}))
         found = {"loss": means["loss"], **means.means()}

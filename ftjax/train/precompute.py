@@ -21,6 +21,7 @@ from ftjax.distributed import store
 from ftjax.errors import UserError
 from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.same_model import model_facts
+from ftjax.long_steps import counted
 from ftjax.mesh import replicated
 from ftjax.objectives import objective_of
 from ftjax.objectives.objective import Forward
@@ -105,7 +106,8 @@ def _compute(setup: Setup, split: PackedSplit) -> np.ndarray:
     plan = batches.plan(0)
     values = jax.jit(partial(_values, setup), out_shardings=replicated(setup.mesh))
     found, counts = np.zeros(len(split.documents), np.float32), np.diff(plan.starts)
-    for start, batch in zip(range(0, len(plan), rows), batches, strict=True):
+    steps = counted("computing the reference model's log-probabilities", batches, -(-len(plan) // rows), "batches")
+    for start, batch in zip(range(0, len(plan), rows), steps, strict=True):
         table = np.asarray(values(setup.params, setup.frozen, layout.arrays(batch)))
         for row, count in zip(table, counts[start : start + rows], strict=False):
             first = plan.starts[start]

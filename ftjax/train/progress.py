@@ -4,7 +4,7 @@ import importlib.util
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -13,6 +13,7 @@ from rich.table import Column
 
 from ftjax.console import make_console
 from ftjax.console import say as write
+from ftjax.long_steps import described_by, hidden
 
 _console = make_console()
 
@@ -22,7 +23,8 @@ def silent() -> Iterator[None]:
     """Print neither lines nor a progress bar within."""
     before, _console.quiet = _console.quiet, True
     try:
-        yield
+        with hidden():
+            yield
     finally:
         _console.quiet = before
 
@@ -41,22 +43,28 @@ class Progress:
         self._total = total
         self._marks: list[tuple[float, float]] = []  # (time, tokens so far)
         self._tokens = 0.0
-        self._bar = None
+        self._bar, self._text, self._described = None, "starting", ExitStack()
         notebook = _console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
         if jax.process_index() == 0 and (sys.stdout.isatty() or notebook):
             bar = BarColumn(bar_width=None, table_column=Column(ratio=1))  # the rest of the line
             columns = (bar, MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Bar(*columns, console=_console, expand=True)
-            self._task = self._bar.add_task("compiling", total=total, completed=first)
+            self._task = self._bar.add_task(self._text, total=total, completed=first)
 
     def __enter__(self) -> "Progress":
         if self._bar:
             self._bar.start()
+            self._described.enter_context(described_by(self._describe))
         return self
 
     def __exit__(self, *_) -> None:
+        self._described.close()
         if self._bar:
             self._bar.stop()
+
+    def _describe(self, text: str) -> None:
+        """Show what a step beside the updates does, such as an evaluation; "" shows the last update again."""
+        self._bar.update(self._task, description=text or self._text)
 
     def update(self, step: int, loss: float, tokens: float, ended: float | None = None) -> None:
         """Count an update. Args: ended: when it was found to be done (`time.perf_counter`); None: now."""
@@ -65,7 +73,8 @@ class Progress:
         self._marks.append((time.perf_counter() if ended is None else ended, self._tokens))
         del self._marks[:-20]
         if self._bar:
-            self._bar.update(self._task, completed=step, description=f"loss {loss:.4f}  {self.rate():,.0f} tokens/s")
+            self._text = f"loss {loss:.4f}  {self.rate():,.0f} tokens/s"
+            self._bar.update(self._task, completed=step, description=self._text)
 
     def rate(self) -> float:
         """Return tokens per second (without padding) over the last updates; 0 until there are two."""

@@ -23,6 +23,7 @@ from ftjax.errors import UserError
 from ftjax.hub.load import positions_of
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.vocabulary import embeddings_of
+from ftjax.long_steps import counted
 from ftjax.mesh import devices_or_all, make_mesh, replicated
 from ftjax.models.composite import text_of
 from ftjax.models.nn.attention import choose
@@ -181,7 +182,8 @@ class TeacherRows:
         )
         plan = batches.plan(0)
         with jax.set_mesh(self.mesh):
-            for start, batch in zip(range(0, len(plan), self._rows), batches, strict=True):
+            steps = counted("computing the teacher's predictions", batches, -(-len(plan) // self._rows), "batches")
+            for start, batch in zip(range(0, len(plan), self._rows), steps, strict=True):
                 documents, _ = plan.take(np.arange(start, start + self._rows))
                 places = [np.flatnonzero(split.documents.document(one).weights[1:]) + 1 for one in documents]
                 trained, tokens, *found = map(np.asarray, self._predict(self._params, self._layout.arrays(batch)))

@@ -38,6 +38,7 @@ from ftjax.evaluate.target import Target, find_target
 from ftjax.generate.session import Generator
 from ftjax.hub.card import with_section
 from ftjax.hub.same_model import model_facts
+from ftjax.long_steps import long_step
 from ftjax.mesh import devices_or_all
 from ftjax.version import __version__
 
@@ -82,13 +83,14 @@ def check(
     examined: dict[str, Examined] = {}
     tokenizer, data, missing, kind = None, {}, {}, ""
     for label, one in (("tuned", found), *((("base", base),) if base else ())):
-        with console.status(f"loading {one.name}") as status:
+        with long_step(f"loading {one.name}") as step:
             generator = one.load(tokenizer, devices)
             if tokenizer is None:
                 tokenizer, kind = generator.tokenizer, str(generator.engine.dtype)
                 data, missing = _data(found, data_config, generator)
             examined[label] = examine(
-                generator, material, data, settings, lm_eval, lambda text, one=one: status.update(f"{one.name}: {text}")
+                generator, material, data, settings, lm_eval,
+                lambda text, one=one, step=step: step.now(f"checking {one.name}: {text}"),
             )  # fmt: skip
         generator = None  # free its memory for the next model
     tuned = examined["tuned"]

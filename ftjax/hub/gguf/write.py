@@ -20,6 +20,7 @@ from ftjax.hub.gguf.settings import gguf_settings
 from ftjax.hub.gguf.tokenizer_keys import model_name, tokenizer_keys
 from ftjax.hub.narrow import narrowed
 from ftjax.hub.safetensors import Tensor
+from ftjax.long_steps import long_step
 from ftjax.models.composite import text_of
 from ftjax.models.model import Model
 
@@ -131,8 +132,10 @@ def write_file(path: Path, architecture: str, values: Mapping[str, Any], tensors
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tensors:
-            writer.write_tensor_data(tensor.bytes())
+        with long_step(f"writing {path.name}", sum(tensor.nbytes for tensor in tensors), "bytes") as step:
+            for tensor in tensors:
+                writer.write_tensor_data(tensor.bytes())
+                step.advance(tensor.nbytes)
         writer.close()
         partial.replace(path)
     except OSError as error:
