@@ -1,4 +1,4 @@
-"""config.json files of well-known checkpoints as published, with the number of their weights."""
+"""config.json files of well-known checkpoints as published, and the numbers of weights that others count in their files."""
 
 COMMON = {
     "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True,
@@ -42,34 +42,19 @@ GEMMA4 = {
         "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
     },
 }  # fmt: skip
-NEMOTRON3 = {
-    "model_type": "nemotron_h", "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "chunk_size": 128,
-    "conv_kernel": 4, "eos_token_id": 2, "expand": 2, "head_dim": 128, "hidden_dropout": 0.0, "hidden_size": 2688,
-    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "initializer_range": 0.02,
-    "intermediate_size": 1856, "layer_norm_epsilon": 1e-05, "mamba_head_dim": 64, "mamba_hidden_act": "silu",
-    "mamba_num_heads": 64, "mamba_proj_bias": False, "mamba_ssm_cache_dtype": "float32", "max_position_embeddings": 262144,
-    "mlp_bias": False, "mlp_hidden_act": "relu2", "moe_intermediate_size": 1856,
-    "moe_shared_expert_intermediate_size": 3712, "n_group": 1, "n_groups": 8, "n_routed_experts": 128,
-    "n_shared_experts": 1, "norm_eps": 1e-05, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts_per_tok": 6,
-    "num_hidden_layers": 52, "num_key_value_heads": 2, "num_logits_to_keep": 1, "pad_token_id": 0,
-    "partial_rotary_factor": 1.0, "rescale_prenorm_residual": True, "residual_in_fp32": False, "rope_theta": 10000,
-    "routed_scaling_factor": 2.5, "sliding_window": None, "ssm_state_size": 128, "tie_word_embeddings": False,
-    "time_step_floor": 0.0001, "time_step_max": 0.1, "time_step_min": 0.001, "topk_group": 1, "torch_dtype": "bfloat16",
-    "use_bias": False, "use_cache": True, "use_conv_bias": True, "use_mamba_kernels": True, "vocab_size": 131072,
-}  # fmt: skip
 PUBLISHED = {
-    "google/gemma-4-E2B-it": (4_628_569_379, {
+    "google/gemma-4-E2B-it": {
         "model_type": "gemma4", "text_config": GEMMA4, "audio_token_id": 258881, "boa_token_id": 256000,
         "boi_token_id": 255999, "eoa_token_id": 258883, "eoa_token_index": 258883, "eoi_token_id": 258882,
         "eos_token_id": [1, 106], "image_token_id": 258880, "tie_word_embeddings": True, "video_token_id": 258884,
         "vision_soft_tokens_per_image": 280, "vision_config": {"model_type": "gemma4_vision", "use_clipped_linears": True},
         "audio_config": {"model_type": "gemma4_audio"},
-    }),
-    "meta-llama/Llama-4-Scout-17B-16E-Instruct": (107_769_861_120, {
+    },
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct": {
         "model_type": "llama4", "text_config": LLAMA4, "boi_token_index": 200080, "eoi_token_index": 200081,
         "image_token_index": 200092, "vision_config": {"model_type": "llama4_vision_model"}, "torch_dtype": "bfloat16",
-    }),
-    "microsoft/Phi-3.5-MoE-instruct": (41_873_153_344, {
+    },
+    "microsoft/Phi-3.5-MoE-instruct": {
         **COMMON, "model_type": "phimoe", "attention_bias": True, "bos_token_id": 1, "eos_token_id": 32000,
         "hidden_act": "silu", "hidden_dropout": 0.0, "hidden_size": 4096, "input_jitter_noise": 0.01,
         "intermediate_size": 6400, "lm_head_bias": True, "max_position_embeddings": 131072, "num_attention_heads": 32,
@@ -81,36 +66,36 @@ PUBLISHED = {
         },
         "router_aux_loss_coef": 0.0, "router_jitter_noise": 0.01, "sliding_window": 131072, "tie_word_embeddings": False,
         "vocab_size": 32064,
-    }),
-    "google/gemma-2b": (2_506_172_416, {
+    },
+    "google/gemma-2b": {
         **GEMMA, "model_type": "gemma", "eos_token_id": 1, "hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh",
         "hidden_size": 2048, "intermediate_size": 16384, "max_position_embeddings": 8192, "num_attention_heads": 8,
         "num_hidden_layers": 18, "num_key_value_heads": 1, "rope_scaling": None, "rope_theta": 10000.0, "vocab_size": 256000,
-    }),
-    "google/gemma-2-2b-it": (2_614_341_888, {
+    },
+    "google/gemma-2-2b-it": {
         **GEMMA, "model_type": "gemma2", "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid",
         "eos_token_id": [1, 107], "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "intermediate_size": 9216,
         "max_position_embeddings": 8192, "num_attention_heads": 8, "num_hidden_layers": 26, "num_key_value_heads": 4,
         "query_pre_attn_scalar": 256, "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096,
         "vocab_size": 256000,
-    }),
-    "google/gemma-3-1b-it": (999_885_952, {
+    },
+    "google/gemma-3-1b-it": {
         **GEMMA, "model_type": "gemma3_text", "attn_logit_softcapping": None, "cache_implementation": "hybrid",
         "eos_token_id": [1, 106], "final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh",
         "hidden_size": 1152, "intermediate_size": 6912, "max_position_embeddings": 32768, "num_attention_heads": 4,
         "num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000,
         "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144,
-    }),
-    "mistralai/Mixtral-8x7B-v0.1": (46_702_792_704, {
+    },
+    "mistralai/Mixtral-8x7B-v0.1": {
         "model_type": "mixtral", "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
         "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
         "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,
         "num_local_experts": 8, "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
         "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "use_cache": True, "vocab_size": 32000,
-    }),
-    "Qwen/Qwen3-30B-A3B": (30_532_122_624, {
+    },
+    "Qwen/Qwen3-30B-A3B": {
         **COMMON, "model_type": "qwen3_moe", "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645,
         "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
         "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [], "moe_intermediate_size": 768,
@@ -118,8 +103,8 @@ PUBLISHED = {
         "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-6,
         "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
         "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
-    }),
-    "openai/gpt-oss-20b": (20_914_757_184, {
+    },
+    "openai/gpt-oss-20b": {
         **COMMON, "model_type": "gpt_oss", "attention_bias": True, "eos_token_id": 200002, "experts_per_token": 4,
         "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096,
         "intermediate_size": 2880, "layer_types": ["sliding_attention", "full_attention"] * 12,
@@ -131,24 +116,24 @@ PUBLISHED = {
             "rope_type": "yarn", "truncate": False,
         },
         "tie_word_embeddings": False, "vocab_size": 201088,
-    }),
-    "deepseek-ai/DeepSeek-V3": (671_026_419_200, {
+    },
+    "deepseek-ai/DeepSeek-V3": {
         **DEEPSEEK, "model_type": "deepseek_v3", "bos_token_id": 0, "eos_token_id": 1, "first_k_dense_replace": 3,
         "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_group": 8, "n_routed_experts": 256,
         "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8,
         "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536,
         "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
         "topk_group": 4, "topk_method": "noaux_tc", "vocab_size": 129280,
-    }),
-    "deepseek-ai/DeepSeek-V2-Lite-Chat": (15_706_484_224, {
+    },
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": {
         **DEEPSEEK, "model_type": "deepseek_v2", "bos_token_id": 100000, "eos_token_id": 100001, "first_k_dense_replace": 1,
         "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64,
         "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 16, "num_experts_per_tok": 6,
         "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None,
         "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}, "routed_scaling_factor": 1.0,
         "scoring_func": "softmax", "topk_group": 1, "topk_method": "greedy", "vocab_size": 102400,
-    }),
-    "zai-org/GLM-4.7-Flash": (29_943_393_920, {
+    },
+    "zai-org/GLM-4.7-Flash": {
         **GLM, "model_type": "glm4_moe_lite", "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 10240,
         "kv_lora_rank": 512, "max_position_embeddings": 202752, "moe_intermediate_size": 1536, "n_group": 1,
         "n_routed_experts": 64, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 20,
@@ -156,28 +141,28 @@ PUBLISHED = {
         "partial_rotary_factor": 1.0, "q_lora_rank": 768, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
         "rope_theta": 1000000, "routed_scaling_factor": 1.8, "topk_group": 1, "topk_method": "noaux_tc", "v_head_dim": 256,
         "vocab_size": 154880,
-    }),
-    "zai-org/GLM-4-9B-0414": (9_400_279_040, {
+    },
+    "zai-org/GLM-4-9B-0414": {
         **GLM, "model_type": "glm4", "attention_bias": True, "head_dim": 128, "hidden_size": 4096, "intermediate_size": 13696,
         "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 2,
         "rope_theta": 10000.0,
-    }),
-    "zai-org/GLM-4.5-Air": (106_852_251_264, {
+    },
+    "zai-org/GLM-4.5-Air": {
         **GLM, "model_type": "glm4_moe", "attention_bias": True, "first_k_dense_replace": 1, "head_dim": 128,
         "hidden_size": 4096, "intermediate_size": 10944, "max_position_embeddings": 131072, "moe_intermediate_size": 1408,
         "n_group": 1, "n_routed_experts": 128, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96,
         "num_experts_per_tok": 8, "num_hidden_layers": 46, "num_key_value_heads": 8, "num_nextn_predict_layers": 1,
         "rope_theta": 1000000, "routed_scaling_factor": 1.0, "topk_group": 1, "use_qk_norm": False,
-    }),
-    "ibm-granite/granite-3.0-1b-a400m-instruct": (1_334_628_352, {
+    },
+    "ibm-granite/granite-3.0-1b-a400m-instruct": {
         **COMMON, "model_type": "granitemoe", "attention_multiplier": 0.015625, "bos_token_id": 0,
         "embedding_multiplier": 12.0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 512,
         "logits_scaling": 6.0, "max_position_embeddings": 4096, "num_attention_heads": 16, "num_experts_per_tok": 8,
         "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False,
         "pad_token_id": 0, "residual_multiplier": 0.22, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 10000,
         "router_aux_loss_coef": 0.0, "tie_word_embeddings": True, "vocab_size": 49155,
-    }),
-    "ibm-granite/granite-4.0-h-small": (32_207_337_984, {
+    },
+    "ibm-granite/granite-4.0-h-small": {
         **COMMON, "model_type": "granitemoehybrid", "attention_multiplier": 0.0078125, "bos_token_id": 100257,
         "embedding_multiplier": 12, "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 4096, "init_method": "mup",
         "intermediate_size": 768, "layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 4) * 4, "logits_scaling": 16,
@@ -188,8 +173,8 @@ PUBLISHED = {
         "output_router_logits": False, "pad_token_id": 100256, "position_embedding_type": "nope", "residual_multiplier": 0.22,
         "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000, "router_aux_loss_coef": 0.0,
         "shared_intermediate_size": 1536, "tie_word_embeddings": True, "vocab_size": 100352,
-    }),
-    "LiquidAI/LFM2-8B-A1B": (8_339_929_856 + 22 * 32, {  # and the biases of the routers, which transformers has as buffers
+    },
+    "LiquidAI/LFM2-8B-A1B": {
         "model_type": "lfm2_moe", "bos_token_id": 1, "conv_L_cache": 3, "conv_bias": False, "eos_token_id": 7,
         "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 7168, "layer_types": [
             "conv", "conv", *["full_attention", "conv", "conv", "conv"] * 4, *["full_attention", "conv", "conv"] * 2,
@@ -199,116 +184,173 @@ PUBLISHED = {
         "num_hidden_layers": 24, "num_key_value_heads": 8, "pad_token_id": 0, "rope_theta": 1000000.0,
         "routed_scaling_factor": 1.0, "tie_embedding": True, "torch_dtype": "bfloat16", "use_cache": True,
         "use_expert_bias": True, "vocab_size": 65536,
-    }),
-    "allenai/OLMoE-1B-7B-0924": (6_919_161_856, {
+    },
+    "allenai/OLMoE-1B-7B-0924": {
         **COMMON, "model_type": "olmoe", "clip_qkv": None, "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048,
         "intermediate_size": 1024, "max_position_embeddings": 4096, "norm_topk_prob": False, "num_attention_heads": 16,
         "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16,
         "output_router_logits": False, "pad_token_id": 1, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0,
         "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "vocab_size": 50304,
-    }),
-}  # fmt: skip
-
-
-QWEN3_5 = {
-    "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "image_token_id": 248056,
-    "language_model_only": False, "tie_word_embeddings": False, "video_token_id": 248057, "vision_end_token_id": 248054,
-    "vision_start_token_id": 248053,
-    "text_config": {
-        "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "bos_token_id": 248044,
-        "dtype": "bfloat16", "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu",
-        "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 17408,
-        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 16, "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 48, "linear_value_head_dim": 128,
-        "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144, "mlp_only_layers": [], "model_type": "qwen3_5_text",
-        "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "num_attention_heads": 24,
-        "num_hidden_layers": 64, "num_key_value_heads": 4, "output_gate_type": "swish", "partial_rotary_factor": 0.25,
-        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 248320,
-        "rope_parameters": {
-            "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25, "rope_theta": 10000000,
-            "rope_type": "default",
-        },
     },
-    "vision_config": {"model_type": "qwen3_5", "depth": 27, "hidden_size": 1152, "out_hidden_size": 5120},
+    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": {
+        "model_type": "nemotron_h", "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "chunk_size": 128,
+        "conv_kernel": 4, "eos_token_id": 2, "expand": 2, "head_dim": 128, "hidden_dropout": 0.0, "hidden_size": 2688,
+        "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "initializer_range": 0.02,
+        "intermediate_size": 1856, "layer_norm_epsilon": 1e-05, "mamba_head_dim": 64, "mamba_hidden_act": "silu",
+        "mamba_num_heads": 64, "mamba_proj_bias": False, "mamba_ssm_cache_dtype": "float32", "max_position_embeddings": 262144,
+        "mlp_bias": False, "mlp_hidden_act": "relu2", "moe_intermediate_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712, "n_group": 1, "n_groups": 8, "n_routed_experts": 128,
+        "n_shared_experts": 1, "norm_eps": 1e-05, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts_per_tok": 6,
+        "num_hidden_layers": 52, "num_key_value_heads": 2, "num_logits_to_keep": 1, "pad_token_id": 0,
+        "partial_rotary_factor": 1.0, "rescale_prenorm_residual": True, "residual_in_fp32": False, "rope_theta": 10000,
+        "routed_scaling_factor": 2.5, "sliding_window": None, "ssm_state_size": 128, "tie_word_embeddings": False,
+        "time_step_floor": 0.0001, "time_step_max": 0.1, "time_step_min": 0.001, "topk_group": 1, "torch_dtype": "bfloat16",
+        "use_bias": False, "use_cache": True, "use_conv_bias": True, "use_mamba_kernels": True, "vocab_size": 131072,
+    },
+    "Qwen/Qwen3.5-27B": {
+        "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "image_token_id": 248056,
+        "language_model_only": False, "tie_word_embeddings": False, "video_token_id": 248057, "vision_end_token_id": 248054,
+        "vision_start_token_id": 248053,
+        "text_config": {
+            "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "bos_token_id": 248044,
+            "dtype": "bfloat16", "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu",
+            "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 17408,
+            "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 16, "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 48, "linear_value_head_dim": 128,
+            "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144, "mlp_only_layers": [],
+            "model_type": "qwen3_5_text",
+            "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "num_attention_heads": 24,
+            "num_hidden_layers": 64, "num_key_value_heads": 4, "output_gate_type": "swish", "partial_rotary_factor": 0.25,
+            "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 248320,
+            "rope_parameters": {
+                "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25, "rope_theta": 10000000,
+                "rope_type": "default",
+            },
+        },
+        "vision_config": {"model_type": "qwen3_5", "depth": 27, "hidden_size": 1152, "out_hidden_size": 5120},
+    },
 }  # fmt: skip
 
 FURTHER = {  # the same, in what their sizes depend on; what is not here has the default of transformers' class
-    "Qwen/Qwen2.5-0.5B-Instruct": (494_032_768, {
+    "Qwen/Qwen2.5-0.5B-Instruct": {
         "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
         "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 151936,
-    }),
-    "Qwen/Qwen3-0.6B": (596_049_920, {
+    },
+    "Qwen/Qwen3-0.6B": {
         "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
         "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True, "vocab_size": 151936,
-    }),
-    "Qwen/Qwen3-VL-4B-Instruct": (4_022_468_096, {
+    },
+    "Qwen/Qwen3-VL-4B-Instruct": {
         "model_type": "qwen3_vl", "tie_word_embeddings": True, "text_config": {
             "model_type": "qwen3_vl_text", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
             "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936,
             "tie_word_embeddings": True,
         },
         "vision_config": {},
-    }),
-    "Qwen/Qwen3.5-35B-A3B": (34_660_610_688, {"model_type": "qwen3_5_moe_text"}),
-    "Qwen/Qwen3-Next-80B-A3B-Instruct": (79_674_391_296, {"model_type": "qwen3_next"}),
-    "allenai/OLMo-2-0425-1B-Instruct": (1_484_916_736, {
+    },
+    "Qwen/Qwen3.5-35B-A3B": {"model_type": "qwen3_5_moe_text"},
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": {"model_type": "qwen3_next"},
+    "allenai/OLMo-2-0425-1B-Instruct": {
         "model_type": "olmo2", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 100352,
-    }),
-    "allenai/Olmo-3-7B-Instruct": (7_298_011_136, {
+    },
+    "allenai/Olmo-3-7B-Instruct": {
         "model_type": "olmo3", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 100278, "sliding_window": 4096,
-    }),
-    "allenai/Olmo-Hybrid-7B": (7_430_870_688, {"model_type": "olmo_hybrid"}),
-    "microsoft/Phi-4-mini-instruct": (3_836_021_760, {
+    },
+    "allenai/Olmo-Hybrid-7B": {"model_type": "olmo_hybrid"},
+    "microsoft/Phi-4-mini-instruct": {
         "model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
         "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True, "vocab_size": 200064,
         "pad_token_id": 199999,
-    }),
-    "HuggingFaceTB/SmolLM3-3B": (3_075_098_624, {"model_type": "smollm3", "tie_word_embeddings": True}),
-    "openai-community/gpt2": (124_439_808, {"model_type": "gpt2"}),
-    "EleutherAI/pythia-160m": (162_322_944, {
+    },
+    "HuggingFaceTB/SmolLM3-3B": {"model_type": "smollm3", "tie_word_embeddings": True},
+    "openai-community/gpt2": {"model_type": "gpt2"},
+    "EleutherAI/pythia-160m": {
         "model_type": "gpt_neox", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
         "num_attention_heads": 12, "vocab_size": 50304,
-    }),
-    "mistralai/Mistral-7B-Instruct-v0.3": (7_248_023_552, {"model_type": "mistral", "vocab_size": 32768}),
-    "mistralai/Ministral-8B-Instruct-2410": (8_019_808_256, {
+    },
+    "mistralai/Mistral-7B-Instruct-v0.3": {"model_type": "mistral", "vocab_size": 32768},
+    "mistralai/Ministral-8B-Instruct-2410": {
         "model_type": "ministral", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072,
-    }),
-    "mistralai/Ministral-3-3B-Instruct-2512": (3_429_006_336, {
+    },
+    "mistralai/Ministral-3-3B-Instruct-2512": {
         "model_type": "ministral3", "hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072,
         "tie_word_embeddings": True,
-    }),
-    "meta-llama/Llama-3.2-1B-Instruct": (1_235_814_400, {
+    },
+    "meta-llama/Llama-3.2-1B-Instruct": {
         "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
         "tie_word_embeddings": True,
-    }),
-    "ibm-granite/granite-3.3-2b-instruct": (2_533_539_840, {
+    },
+    "ibm-granite/granite-3.3-2b-instruct": {
         "model_type": "granite", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 40,
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 49159, "tie_word_embeddings": True,
-    }),
-    "ibm-granite/granite-3.1-3b-a800m-instruct": (3_298_793_472, {
+    },
+    "ibm-granite/granite-3.1-3b-a800m-instruct": {
         "model_type": "granitemoe", "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 32,
         "num_attention_heads": 24, "num_key_value_heads": 8, "num_local_experts": 40, "num_experts_per_tok": 8,
         "vocab_size": 49155, "tie_word_embeddings": True,
-    }),
-    "ibm-granite/granite-4.0-h-tiny": (6_939_037_248, {
+    },
+    "ibm-granite/granite-4.0-h-tiny": {
         "model_type": "granitemoehybrid", "hidden_size": 1536, "intermediate_size": 512, "shared_intermediate_size": 1024,
         "num_hidden_layers": 40, "num_attention_heads": 12, "num_key_value_heads": 4, "num_local_experts": 64,
         "num_experts_per_tok": 6, "mamba_n_heads": 48, "mamba_d_head": 64, "mamba_d_state": 128, "vocab_size": 100352,
         "layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 4) * 4, "tie_word_embeddings": True,
         "position_embedding_type": "nope",
-    }),
-    "google/gemma-3-4b-it": (3_880_263_168, {
+    },
+    "google/gemma-3-4b-it": {
         "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
-    }),
-    "ibm-ai-platform/Bamba-9B-v2": (9_808_584_064, {"model_type": "bamba", "attn_layer_indices": [9, 18, 27]}),
-    "LiquidAI/LFM2-1.2B": (1_170_340_608, {
+    },
+    "ibm-ai-platform/Bamba-9B-v2": {
+        "model_type": "bamba", "attn_layer_indices": [9, 18, 27], "mamba_d_state": 128, "vocab_size": 128256,
+    },
+    "LiquidAI/LFM2-1.2B": {
         "model_type": "lfm2", "intermediate_size": 12288, "block_auto_adjust_ff_dim": True, "num_hidden_layers": 16,
         "full_attn_idxs": [2, 5, 8, 10, 12, 14], "num_key_value_heads": 8, "hidden_size": 2048, "num_attention_heads": 32,
-    }),
+    },
 }  # fmt: skip
+
+# Weights that others count in the published files: the total that the Hub shows for a repository's safetensors, or, where these
+# hold the output beside a tied embedding, for its GGUF files; of a composite, the text's part. Three digits are from the card.
+COUNTED = {
+    "google/gemma-2b": 2_506_172_416,
+    "google/gemma-2-2b-it": 2_614_341_888,
+    "google/gemma-3-1b-it": 999_885_952,
+    "google/gemma-3-4b-it": 3_880_263_168,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "mistralai/Ministral-8B-Instruct-2410": 8_019_808_256,
+    "mistralai/Ministral-3-3B-Instruct-2512": 3_429_006_336,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-VL-4B-Instruct": 4_022_468_096,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": 79_674_391_296,
+    "Qwen/Qwen3.5-35B-A3B": 34_660_610_688,
+    "openai/gpt-oss-20b": 20_914_757_184,
+    "openai-community/gpt2": 124_439_808,
+    "EleutherAI/pythia-160m": 162_322_944,
+    "deepseek-ai/DeepSeek-V3": 671_026_419_200,
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": 15_706_484_224,
+    "zai-org/GLM-4.7-Flash": 29_943_393_920,
+    "zai-org/GLM-4-9B-0414": 9_400_279_040,
+    "zai-org/GLM-4.5-Air": 106_852_251_264,
+    "ibm-granite/granite-3.0-1b-a400m-instruct": 1_334_628_352,
+    "ibm-granite/granite-3.1-3b-a800m-instruct": 3_298_793_472,
+    "ibm-granite/granite-3.3-2b-instruct": 2_533_539_840,
+    "ibm-granite/granite-4.0-h-small": 32_207_337_984,
+    "LiquidAI/LFM2-1.2B": 1_170_340_608,
+    "LiquidAI/LFM2-8B-A1B": 8_339_929_856 + 704,  # bfloat16 and float32
+    "allenai/OLMoE-1B-7B-0924": 6_919_161_856,
+    "allenai/OLMo-2-0425-1B-Instruct": 1_484_916_736,
+    "allenai/Olmo-3-7B-Instruct": 7_298_011_136,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": 31_577_937_344 + 23 * 128,  # the Hub leaves out the biases of routers
+    "ibm-ai-platform/Bamba-9B-v2": 9.78e9,
+}

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from functools import cache
 
-from published import FURTHER, NEMOTRON3, PUBLISHED, QWEN3_5
+from published import FURTHER, PUBLISHED
 
 from ftjax.chips import CHIPS
 from ftjax.config import Config
@@ -21,8 +21,7 @@ from ftjax.train.auto_mesh import ROOM, device_bytes, state_bytes
 
 LENGTH = 4096
 SLICES = (1, 4, 8, 16, 32, 64, 128, 256)
-KNOWN = {name: config for name, (_, config) in {**PUBLISHED, **FURTHER}.items()}
-KNOWN |= {"nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": NEMOTRON3, "Qwen/Qwen3.5-27B": QWEN3_5}
+KNOWN = PUBLISHED | FURTHER
 OTHER = {  # instead of a family's example, if that has the same sizes, or its config.json is not known here
     "google/gemma-2b-it": "google/gemma-2b",
     "mistralai/Mixtral-8x7B-Instruct-v0.1": "mistralai/Mixtral-8x7B-v0.1",
