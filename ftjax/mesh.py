@@ -19,6 +19,7 @@ AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 # same mesh axis, the first takes it: experts' weights have whole experts along `expert`, all others their `embed`.
 RULES: dict[str, tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),
+    "samples": ("data", "fsdp", "expert", "tensor"),  # rows whose next token is chosen, each from its whole vocabulary
     "length": ("sequence",),
     "vocab": ("tensor",),
     "loss_vocab": ("tensor", "fsdp", "expert"),  # the output projection during the loss (ftjax.objectives.sft)
@@ -234,6 +235,11 @@ def fitting(mesh: Mesh | jax.sharding.AbstractMesh, axis: str, size: int) -> tup
     """Return the mesh axes of a logical axis if a dimension of this size divides by them; otherwise None: replicated."""
     rule = RULES.get(axis)
     return rule if rule and size % parts(mesh.shape, axis) == 0 else None
+
+
+def axis_of_samples(mesh: Mesh | jax.sharding.AbstractMesh, rows: int) -> str:
+    """Return the logical axis of rows whose next token is chosen: over all devices if their number divides so."""
+    return "samples" if not mesh.empty and fitting(mesh, "samples", rows) else "batch"
 
 
 def dividing(

@@ -3,15 +3,17 @@
 Legend: B rows of the batch, V vocab.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ftjax.generate.sample import RowSampling, choose, process, restrict
-from ftjax.mesh import constrain
+from ftjax.mesh import RULES, axis_of_samples, constrain
 from ftjax.models.model import Model
 from ftjax.models.nn.cache import Cache
 from ftjax.models.nn.context import Context
@@ -71,23 +73,48 @@ class Runner:
         Args:
             mask: tokens that grammars allow (`ftjax.generate.sample.restrict`); None allows all.
         """
-        rules, rows, active = state.rules, jnp.arange(logits.shape[0]), ~state.done
-        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rules.keys), state.count)
-        limited = restrict(logits, rules.biased, rules.bias, mask)
-        processed = process(limited, state.uses, rules.sampling)
-        token = choose(processed, rules.sampling.temperature, keys)
-        judged = processed if self.of_sampler else logits
-        logprob = judged[rows, token] - jax.nn.logsumexp(judged, axis=-1)
+        rules, active = state.rules, ~state.done
+
+        def choose_here(logits, uses, mask, count, active, rules):
+            keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rules.keys), count)
+            processed = process(restrict(logits, rules.biased, rules.bias, mask), uses, rules.sampling)
+            token = choose(processed, rules.sampling.temperature, keys)
+            judged = processed if self.of_sampler else logits
+            rows = jnp.arange(logits.shape[0])
+            logprob = judged[rows, token] - jax.nn.logsumexp(judged, axis=-1)
+            return token, logprob, uses.at[rows, token].add(active.astype(jnp.int32))
+
+        token, logprob, uses = by_whole_rows(choose_here, logits, state.uses, mask, *by_row((state.count, active, rules)))
+        token, logprob = by_row((token, logprob))
         count = state.count + active.astype(jnp.int32)
         ended = jnp.any(token[:, None] == rules.ends, axis=1) | (count >= rules.limits)
-        state = state._replace(
-            token=jnp.where(active, token, state.token),
-            count=count,
-            done=state.done | ended,
-            uses=state.uses.at[rows, token].add(active.astype(jnp.int32)),
-        )
-        return state, token, logprob
+        last, count, done = by_row((jnp.where(active, token, state.token), count, state.done | ended))
+        return state._replace(token=last, count=count, done=done, uses=uses), token, logprob
 
-    def logits(self, module: Any, hidden: jax.Array, adapters: jax.Array | None = None) -> jax.Array:
+    def logits(self, module: Any, hidden: Float[Array, "B E"], adapters: jax.Array | None = None) -> Float[Array, "B V"]:
+        """Return the logits of hidden states `[B, E]`, placed as `by_whole_rows` needs them."""
         one = jnp.ones((1, 1), jnp.int32)
-        return constrain(module.unembed(hidden, Context(one, one, self.dtype, adapters=adapters)), "batch", "vocab")
+        logits = constrain(module.unembed(hidden, Context(one, one, self.dtype, adapters=adapters)), "batch", "vocab")
+        return constrain(logits, axis_of_samples(jax.sharding.get_abstract_mesh(), logits.shape[0]), None)
+
+
+def by_whole_rows(function: Callable, *arrays: Any) -> Any:
+    """Return `function(*arrays)`, computed on each device for some of the rows, of which it has the whole vocabulary.
+
+    The output projection leaves a part of the vocabulary of every row on each device. To choose tokens from parts, every
+    maximum and every sum would be a reduction over devices; one exchange of "some tokens of all rows" for "all tokens of some
+    rows" replaces them. Where the rows do not divide by all devices, those of the batch have the whole vocabulary.
+
+    Args:
+        arrays: pytrees of arrays `[B, ...]`, as are the results.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    rows = PartitionSpec(RULES[axis_of_samples(mesh, jax.tree.leaves(arrays)[0].shape[0])])
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+
+
+def by_row(arrays: Any) -> Any:
+    """Constrain arrays `[B, ...]` to the devices of the batch: the compiler would spread that of `by_whole_rows`."""
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), arrays)

@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from ftjax.generate.cache import forward
-from ftjax.generate.decode import Rules, Runner, State
+from ftjax.generate.decode import Rules, Runner, State, by_row, by_whole_rows
 from ftjax.generate.sample import RowSampling
-from ftjax.mesh import constrain, fitting
+from ftjax.mesh import axis_of_samples, constrain, fitting
 from ftjax.models.nn.cache import Cache, Layout
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.paged import PagedCache
@@ -203,7 +203,7 @@ class Steps:
             found.cache, keys=tuple(map(pages, state.cache.keys)), values=tuple(map(pages, state.cache.values)),
             states=tuple(placed(leaf, None, "batch") for leaf in state.cache.states),
         )  # fmt: skip
-        return found._replace(cache=cache)
+        return found._replace(cache=cache, uses=placed(state.uses, axis_of_samples(mesh, self.sizes.rows)))
 
     def prefill(
         self, params: Mapping[str, jax.Array], state: State | None, part: Part
@@ -277,9 +277,14 @@ class Steps:
 
         def some(at: jax.Array) -> Likelihoods:
             here, follows = (jax.lax.dynamic_slice_in_dim(x, at * block, block, axis=1) for x in (hidden, part.follows))
-            logprobs = jax.nn.log_softmax(constrain(module.unembed(here, context), "batch", None, "vocab"), axis=-1)
+            logits = constrain(module.unembed(here, context), "batch", None, "vocab")
+            found = by_whole_rows(expected, logits.reshape(rows * block, -1), follows.reshape(rows * block))
+            return Likelihoods(*(x.reshape(rows, block, *x.shape[1:]) for x in by_row(found)))
+
+        def expected(logits: jax.Array, follows: jax.Array) -> tuple[jax.Array, ...]:
+            logprobs = jax.nn.log_softmax(logits, axis=-1)
             values, ids = jax.lax.top_k(logprobs, k)  # of one array with those of the tokens, so that equal ones are equal
-            return Likelihoods(jnp.take_along_axis(logprobs, follows[..., None], axis=-1)[..., 0], ids, values)
+            return jnp.take_along_axis(logprobs, follows[:, None], axis=-1)[:, 0], ids, values
 
         def all_() -> Likelihoods:
             found = jax.lax.map(some, jnp.arange(length // block))  # [C / block, R, block, ...]
@@ -295,8 +300,8 @@ class Steps:
         """Return `(ids, log-probabilities)` of the k most probable tokens."""
         if not self.sizes.tops:
             return self._nothing(logits)
-        values, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), self.sizes.tops)
-        return ids, values
+        values, ids = by_whole_rows(lambda x: jax.lax.top_k(jax.nn.log_softmax(x, axis=-1), self.sizes.tops), logits)
+        return by_row((ids, values))
 
     def _nothing(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         shape = (logits.shape[0], self.sizes.tops)

@@ -200,17 +200,25 @@ def test_frequencies_that_depend_on_the_length(tmp_path, kind):
 
 
 def test_pages_on_a_mesh(tmp_path):
-    """With rows on four devices and heads on two, answers are those of one device, and no keys or values move."""
+    """With rows on four devices, heads on two, and tokens chosen on all eight, answers and what was probable are
+    those of one device, and no keys or values move."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    spread, one = made(tmp_path / "a", LLAMA, mesh), made(tmp_path / "b", LLAMA)
     room = Room(rows=8, context=64, pages=20, page=4, chunk=16, steps=3)
-    batch = PagedBatch(spread.engine, spread.params, room)
-    scheduler, jobs = Scheduler(batch), [Job(answer(spread, number)) for number in range(10)]
-    for job in jobs:
-        scheduler.submit(job)
-    run(scheduler)
-    assert [job.answer.tokens for job in jobs] == [alone(one, number) for number in range(10)]
-    assert has_all_pages(scheduler)
+    said, probable = [], []
+    for generator in (made(tmp_path / "b", LLAMA), made(tmp_path / "a", LLAMA, mesh)):
+        batch = PagedBatch(generator.engine, generator.params, room)
+        scheduler, jobs = Scheduler(batch), [Job(answer(generator, number), tops=2, scored=True) for number in range(10)]
+        for job in jobs:
+            scheduler.submit(job)
+        run(scheduler)
+        assert has_all_pages(scheduler)
+        logprobs = [[logprob for logprob, _ in job.expected] for job in jobs]
+        tops = [[*job.listed, *(tops for _, tops in job.expected)] for job in jobs]
+        said.append([job.answer.tokens for job in jobs])
+        probable.append([np.array([*np.ravel(one), *logprob]) for one, logprob in zip(tops, logprobs, strict=True)])
+    assert said[0] == said[1]
+    for one, other in zip(*probable, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-4)
     cache = batch._state.cache
     assert all(leaf.sharding.shard_shape(leaf.shape)[0] == 1 for leaf in (*cache.keys, *cache.values))
     text = decode_program(batch)

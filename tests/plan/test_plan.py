@@ -412,6 +412,11 @@ def test_a_server_is_planned_as_it_would_be(bare, folder):
     weights = sum(x.size for path, x in generator.params.items() if "embed" not in path)
     assert plan.flops >= 2 * 4 * weights  # of four tokens
     assert json.loads(json.dumps(serving_json(plan)))["rows"] == 4
+    layers, found = len(generator.model.memories), {(row.kind, row.axes): row.runs for row in plan.traffic}
+    assert found.pop(("all-reduce", ("tensor",))) == 2 * layers + 1, "two a layer, and the lookup of the token"
+    assert found.pop(("all-to-all", ("tensor",))) == 1, "the logits"
+    assert found.pop(("all-gather", ("tensor",))) <= 4, "tokens, their log-probabilities, and the most probable ones"
+    assert set(found) <= {("all-gather", ("data",))} and all(runs <= 5 for runs in found.values()), "what the host reads"
 
 
 def test_a_server_for_chips_that_are_not_there(bare):
