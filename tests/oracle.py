@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ftjax.config import FullConfig, LoraConfig, MeshConfig
@@ -125,20 +127,26 @@ def folders(cases: Mapping[str, Case], tmp_path_factory) -> Callable[[str], Path
 def paged(model: Model, rows: int, slots: int) -> PagedCache:
     """Return an empty cache in which each row has its own pages of four tokens, the last row the first ones."""
     layout, count = Layout(model.memories), -(-slots // 4)
-    keys, values = PagedCache.pages(layout, 1, rows * count + 1, 4, jnp.float32)
-    states, nothing = Cache.empty(layout, rows, 0, jnp.float32).states, jnp.zeros(rows, jnp.int32)
-    table = 1 + jnp.arange(rows * count, dtype=jnp.int32).reshape(rows, count)[::-1]
-    return PagedCache(keys, values, states, nothing, layout, table, nothing)
+
+    def empty():
+        return *PagedCache.pages(layout, 1, rows * count + 1, 4, jnp.float32), Cache.empty(layout, rows, 0, jnp.float32).states
+
+    keys, values, states = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(empty))
+    table = 1 + np.arange(rows * count, dtype=np.int32).reshape(rows, count)[::-1]
+    nothing = np.zeros(rows, np.int32)
+    cache = PagedCache(keys, values, states, nothing, layout, table, nothing)
+    return jax.device_put(cache, NamedSharding(one_device(), P()))  # as steps return it, so that they are compiled once
 
 
 def assert_cached_is_uncached(
     model: Model, params: Mapping[str, jax.Array], ids: np.ndarray, portions: Sequence[Sequence[int]], slots: int,
-    atol: float = 1e-4,
+    atol: float = 1e-4, want: np.ndarray | None = None,
 ) -> None:  # fmt: skip
     """Assert that logits computed through a cache of `slots` equal those of one uncached pass over `ids` `[B, T]`.
 
     Args:
         portions: for each step, the number of tokens that each row takes; shorter rows are padded.
+        want: the logits of an uncached pass, if transformers computed them.
     """
 
     @jax.jit
@@ -147,12 +155,13 @@ def assert_cached_is_uncached(
         hidden, cache = forward(module, ids, counts, cache, jnp.float32)
         return module.unembed(hidden, context(ids)), cache
 
-    want, longest = logits(model, params, ids), max(map(max, portions))
+    want, longest = logits(model, params, ids) if want is None else want, max(map(max, portions))
     cache, at = paged(model, len(ids), slots), np.zeros(len(ids), np.int32)
     for counts in portions:
         size = longest if max(counts) > 1 else 1
         part = [np.pad(ids[row, at[row] : at[row] + n], (0, size - n), constant_values=95) for row, n in enumerate(counts)]
-        got, cache = step(params, jnp.asarray(np.stack(part)), jnp.asarray(counts, jnp.int32), cache)
+        got, cache = step(params, np.stack(part), np.asarray(counts, np.int32), cache)
+        got = np.asarray(got)
         for row, n in enumerate(counts):
             np.testing.assert_allclose(got[row, :n], want[row, at[row] : at[row] + n], atol=atol, rtol=0)
         at += np.asarray(counts, np.int32)

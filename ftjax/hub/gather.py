@@ -12,6 +12,9 @@ def host_piece(
     """Return a function that fetches `array[index]`, reshaped to `shape` if given. All processes must call it."""
 
     def fetch() -> np.ndarray:
+        if _in_host_memory(array):
+            piece = np.asarray(np.asarray(array)[index])
+            return piece if shape is None else piece.reshape(shape)
         piece = array[index]
         piece = piece if shape is None else piece.reshape(shape)
         if piece.is_fully_addressable:
@@ -21,3 +24,8 @@ def host_piece(
         return np.asarray(multihost_utils.process_allgather(piece, tiled=True))
 
     return fetch
+
+
+def _in_host_memory(array: jax.Array) -> bool:
+    """Return whether NumPy can index the array in place, for which JAX would compile a program for each shape."""
+    return len(array.sharding.device_set) == 1 and array.is_fully_addressable and array.device.platform == "cpu"

@@ -1,14 +1,11 @@
 """Tests the scheduler: each answer is the one that its request has alone, whatever else runs, and nothing is compiled."""
 
-from dataclasses import replace
-
 import jax
 import numpy as np
 import pytest
-from generate.test_engine import LLAMA, LONGROPE, alone, answer, generator_of, made, poisoned
+from generate.engines import LLAMA, alone, answer, made, numbered, poisoned, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models.hybrid import HYBRID, make
 from oracle import Case, tokens
 from processes import ALL
 
@@ -17,22 +14,13 @@ from ftjax.generate.paged import PagedBatch, Room
 from ftjax.generate.request import Request
 from ftjax.generate.sample import Sampling
 from ftjax.generate.scheduler import Job, Scheduler
-from ftjax.generate.session import Generator
 from ftjax.mesh import make_mesh
 
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0],
+}  # fmt: skip
 ROOM = Room(rows=3, context=64, pages=20, page=4, chunk=16, steps=3)
-
-
-@pytest.fixture(scope="module", params=["llama", "hybrid"])
-def generator(request, tmp_path_factory) -> Generator:
-    if request.param == "llama":
-        return made(tmp_path_factory.mktemp("model"), LLAMA)
-    return generator_of(*make(HYBRID))
-
-
-@pytest.fixture(scope="module")
-def want(generator) -> list[list[int]]:
-    return [alone(generator, number) for number in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +28,6 @@ def batch(generator) -> PagedBatch:
     found = PagedBatch(generator.engine, generator.params, ROOM)
     found.warm_up()
     return found
-
-
-def run(scheduler: Scheduler, limit: int = 500) -> None:
-    while not scheduler.idle:
-        scheduler.step()
-        limit -= 1
-        assert limit, (scheduler.waiting, scheduler.running)
 
 
 def has_all_pages(scheduler: Scheduler) -> bool:
@@ -76,18 +57,18 @@ def test_any_schedule_of_arrivals(generator, want, batch, lowered, data):
     assert lowered() == compiled
 
 
-def test_rows_that_outgrow_the_pages_go_on_later(generator, monkeypatch):
-    """With pages for one text and a half, the job that came last waits, and says what it would have said."""
+def test_rows_that_outgrow_the_pages_go_on_later(generator, batch, monkeypatch):
+    """With pages for fewer than two texts, the job that came last waits, and says what it would have said."""
     monkeypatch.setattr(generator, "ends", frozenset())
-    scheduler = Scheduler(PagedBatch(generator.engine, generator.params, replace(ROOM, pages=12)))
+    scheduler = Scheduler(batch)
     penalty = {"temperature": 1.0, "frequency_penalty": 1.5, "logit_bias": {7: 2.0}}  # they count what was said before
-    requests = [Request.of(tokens(1, 4 + n, seed=n)[0].tolist(), max_new_tokens=25, number=n, **penalty) for n in range(4)]
+    requests = [Request.of(tokens(1, 4 + n, seed=n)[0].tolist(), max_new_tokens=45, number=n, **penalty) for n in range(4)]
     jobs = [Job(generator.begin(request)) for request in requests]
     for job in jobs:
         scheduler.submit(job)
     run(scheduler)
     assert scheduler.preempted and has_all_pages(scheduler)
-    assert [job.answer.tokens for job in jobs] == [one.tokens for one in generator.answer(requests)]
+    assert [job.answer.tokens for job in jobs] == [alone(generator, request) for request in requests]
 
 
 def test_a_beginning_is_kept_once(generator, batch):
@@ -105,8 +86,7 @@ def test_a_beginning_is_kept_once(generator, batch):
         assert len(set.intersection(*used)) == (7 if shares else 0)
     assert [job.cached for job in jobs] == ([0, 28, 28] if shares else [0, 0, 0])
     run(scheduler)
-    found = generator.answer([Request(prompt, Sampling(temperature=1.0), 6, seed=1, number=number) for number in range(3)])
-    assert [job.answer.tokens for job in jobs] == [one.tokens for one in found]
+    assert [job.answer.tokens for job in jobs] == [alone(generator, request) for request in requests]
     other = Job(generator.begin(requests[0]), space=1)
     scheduler.submit(other)
     run(scheduler)
@@ -182,7 +162,8 @@ def test_an_answer_ends_where_its_logits_are_not_finite(generator, want):
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_frequencies_that_depend_on_the_length(tmp_path, kind):
-    """A prompt read part by part is rotated as a whole, and a text that outgrows LongRoPE's original length is read again."""
+    """A prompt read part by part is rotated as a whole, and a text that outgrows LongRoPE's original length is read again,
+    without effect on its neighbours."""
     if kind == "longrope":
         case = Case("phi3", "phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 64})
     else:
@@ -196,18 +177,19 @@ def test_frequencies_that_depend_on_the_length(tmp_path, kind):
     for job in jobs:
         scheduler.submit(job)
     run(scheduler)
-    assert [job.answer.tokens for job in jobs] == [generator.answer([one])[0].tokens for one in requests]
+    assert [job.answer.tokens for job in jobs] == [alone(generator, request) for request in requests]
 
 
-def test_pages_on_a_mesh(tmp_path):
+def test_pages_on_a_mesh(uniform, tmp_path):
     """With rows on four devices, heads on two, and tokens chosen on all eight, answers and what was probable are
     those of one device, and no keys or values move."""
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    spread = made(tmp_path, LLAMA, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     room = Room(rows=8, context=64, pages=20, page=4, chunk=16, steps=3)
+    batch = PagedBatch(spread.engine, spread.params, room)
+    text = decode_program(batch)
     said, probable = [], []
-    for generator in (made(tmp_path / "b", LLAMA), made(tmp_path / "a", LLAMA, mesh)):
-        batch = PagedBatch(generator.engine, generator.params, room)
-        scheduler, jobs = Scheduler(batch), [Job(answer(generator, number), tops=2, scored=True) for number in range(10)]
+    for batch in (PagedBatch(uniform.engine, uniform.params, room), batch):
+        scheduler, jobs = Scheduler(batch), [Job(answer(spread, number), tops=2, scored=True) for number in range(10)]
         for job in jobs:
             scheduler.submit(job)
         run(scheduler)
@@ -221,22 +203,22 @@ def test_pages_on_a_mesh(tmp_path):
         np.testing.assert_allclose(other, one, atol=1e-4)
     cache = batch._state.cache
     assert all(leaf.sharding.shard_shape(leaf.shape)[0] == 1 for leaf in (*cache.keys, *cache.values))
-    text = decode_program(batch)
     pages = [line for line in text.splitlines() if "all-gather(" in line and ",21,4," in line.split("all-gather(")[0]]
     assert not pages, pages
 
 
 def decode_program(batch: PagedBatch) -> str:
-    found = []
-    program = batch._programs.decode
+    """Return the compiled program that decodes, which the batch then uses."""
+    found, program = [], batch._programs.decode
 
-    def lowering(*args):
-        found.append(program.lower(*args).compile().as_text())
-        return program(*args)
+    def compiled_once(*args):
+        found[:] = found or [program.lower(*args).compile()]
+        return found[0](*args)
 
-    batch._programs = batch._programs._replace(decode=lowering)
+    batch._programs = batch._programs._replace(decode=compiled_once)
+    batch.open()
     batch._run_decode([], 1, False, {}, batch.widths[0])
-    return found[0]
+    return found[0].as_text()
 
 
 def test_embeddings_of_prompts(generator, batch):
@@ -252,11 +234,12 @@ def test_embeddings_of_prompts(generator, batch):
     for job in jobs.values():
         scheduler.submit(job)
     run(scheduler)
+    lengths = [len(row) for row in rows]
+    ids, index = np.stack([np.pad(row, (0, 37 - len(row))) for row in rows]).astype(np.int32), np.arange(37, dtype=np.int32)
+    context = Context(np.stack([index] * 3), (index < np.array(lengths)[:, None]).astype(np.int32))
+    module = generator.model.bind(generator.params)
+    hidden = np.asarray(jax.jit(lambda ids: module.hidden(ids, context)[0])(ids))
     for (n, pool), job in jobs.items():
-        ids = np.array([rows[n]], np.int32)
-        context = Context(np.arange(ids.shape[1], dtype=np.int32)[None], np.ones_like(ids))
-        module = generator.model.bind(generator.params)
-        hidden = np.asarray(jax.jit(lambda ids, m=module, c=context: m.hidden(ids, c)[0])(ids))[0]
-        expected = hidden[-1] if pool == "last" else hidden.mean(axis=0)
-        np.testing.assert_allclose(job.hidden, expected, atol=1e-5)
+        own = hidden[n, : lengths[n]]
+        np.testing.assert_allclose(job.hidden, own[-1] if pool == "last" else own.mean(axis=0), atol=1e-5)
         assert job.answer.tokens == []

@@ -123,6 +123,7 @@ BLOCKS = {
 HYBRID = (
     "plain", "wide", "reader", "wide", "reader", "reader", "recurrent", "conv", "recurrent", "conv", "plain", "plain",
 )  # fmt: skip
+MIXED = ("wide", "reader", "recurrent") * 2  # every kind of memory, in one scan
 SHARING = ("wide", "plain", "reader", "plain", "reader", "wide", "reader")
 
 

@@ -1,6 +1,7 @@
 """Stack layers along axis 0 and run them with scans, so that compile time does not grow with depth."""
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -130,13 +131,16 @@ class Stack(nnx.Module):
         if fully_sharded():
             split = {name: (structure, _cast(own, ctx.dtype), whole) for name, (structure, own, whole) in split.items()}
         keys = None if ctx.dropout is None else jax.random.split(ctx.dropout, len(self.kinds))
-        carry = (x, cache if decoding else Handed.start(self.memories, *ctx.segment_ids.shape, ctx.dtype), None)
+        carry = (x, cache if decoding else Handed.start(self.memories, *ctx.segment_ids.shape, ctx.dtype))
+        auxes = []
         for segment in found:
-            carry = self._run(segment, split, keys, ctx, carry)
-        x, remembered, aux = carry
-        return x, remembered if decoding else None, aux
+            carry, aux = self._run(segment, split, keys, ctx, carry)
+            auxes.append(aux)
+        x, remembered = carry
+        return x, remembered if decoding else None, _sum(auxes)
 
     def _run(self, segment: Segment, split: dict, keys, ctx: Context, carry: tuple):
+        """Run the layers of a segment on `carry = (x, cache)`; return what they carry on, and the sum of their aux."""
         start, width, repeats = segment
         chosen = self.choice[start : start + width]
         end = start + width * repeats
@@ -150,6 +154,7 @@ class Stack(nnx.Module):
 
         def body(carry, scanned):
             states, keys, inputs, group = scanned
+            auxes = []
             for i, name in enumerate(chosen):
                 number, count = chosen[:i].count(name), chosen.count(name)
 
@@ -169,14 +174,15 @@ class Stack(nnx.Module):
                         x = checkpoint_name(x, BLOCK_INPUT)
                     return block(x, own, self.kinds[start + i], start + group * width + i, cache)
 
-                x, cache, aux = carry
+                x, cache = carry
                 if ctx.remat != "none" and not isinstance(cache, Cache):
                     # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier of
                     # prevent_cse is only needed for layers outside a scan.
                     run = jax.checkpoint(run, policy=REMAT_POLICIES[ctx.remat], prevent_cse=repeats == 1)
-                x, cache, more = run(x, cache, states[name], split[name][2], keys, inputs)
-                carry = x, cache, more if aux is None else jax.tree.map(jnp.add, aux, more)
-            return carry, None
+                x, cache, aux = run(x, cache, states[name], split[name][2], keys, inputs)
+                carry = x, cache
+                auxes.append(aux)
+            return carry, _sum(auxes)
 
         states = {name: jax.tree.map(lambda leaf, n=name: grouped(n, leaf), split[name][1]) for name in set(chosen)}
 
@@ -187,11 +193,13 @@ class Stack(nnx.Module):
         scanned = (states, by_period(keys), by_period(ctx.own_input), jnp.arange(repeats))
         if repeats == 1:
             states, keys, inputs, _ = jax.tree.map(lambda leaf: leaf[0], scanned)
-            return body(carry, (states, keys, inputs, 0))[0]
-        if carry[2] is None:  # the shape of aux is known once a layer has run
-            aux = jax.eval_shape(lambda: body(carry, jax.tree.map(lambda leaf: leaf[0], scanned))[0][2])
-            carry = (*carry[:2], jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux))
-        return jax.lax.scan(body, carry, scanned)[0]
+            return body(carry, (states, keys, inputs, 0))
+        carry, auxes = jax.lax.scan(body, carry, scanned)
+        return carry, jax.tree.map(lambda leaf: jnp.sum(leaf, 0), auxes)
+
+
+def _sum(auxes: list):
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), auxes)
 
 
 def memories(root: nnx.Module) -> tuple[tuple[Memory, ...], ...]:
