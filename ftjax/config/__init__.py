@@ -127,6 +127,13 @@ class Config(Section):
                 "lmbda above 0 draws documents" if objective.on_policy else "teacher_logprobs has predictions for the documents"
             )
             problems.append(f"data.streaming: objective.{what} of the whole set; leave it out")
+        elif self.data.streaming and objective.use_uld_loss:
+            problems.append("data.streaming: objective.use_uld_loss aligns two tokenisations of a whole set; leave it out")
+        if objective.use_uld_loss and self.data.truncation in ("left", "middle", "split"):
+            problems.append(
+                f"data.truncation: {self.data.truncation}: objective.use_uld_loss aligns two texts from their beginning; "
+                "choose drop, right or error"
+            )
         if objective.lmbda == 1 and self.data.max_length <= objective.max_completion_length:
             problems.append(
                 f"data.max_length {self.data.max_length} must hold prompt and answer, and objective.max_completion_length is "

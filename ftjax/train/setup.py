@@ -172,7 +172,8 @@ def _loss_inputs(design: Design, trainable, frozen, batch, ctx, statistics=None,
 
     others = reading(design.reference), reading(design.teacher)
     own = objective_of(config).statistics
-    return LossInputs(design.model, trainable, frozen, batch, ctx, chunk, config, *others, own, statistics, number)
+    matches = None if design.teacher is None else design.teacher.matches
+    return LossInputs(design.model, trainable, frozen, batch, ctx, chunk, config, *others, matches, own, statistics, number)
 
 
 def build(config: Config, hf_config: Mapping[str, Any]) -> tuple[Model, Config]:
