@@ -189,7 +189,7 @@ def _read_shape(engine: Engine, rows: int, longest: int, width: int) -> tuple[in
     length = bucket(longest, 16)
     parts = math.ceil(length / max(LENGTH, TOKENS // rows))
     chunk = math.ceil(length / parts / 16) * 16
-    return rows, block_length(rows, chunk, width * PAGE, engine.model.sizes.heads)
+    return rows, block_length(rows // engine.shards, chunk, width * PAGE, engine.heads)
 
 
 def _pages(tokens: int) -> int:

@@ -109,6 +109,6 @@ def _times(plan: RolloutPlan, batch: PagedBatch, programs: Compiled, fresh: int,
     )
     rows, tokens = batch.shapes[0]
     calls = math.ceil(fresh / rows) * math.ceil(plan.prompt / tokens)
-    plan.prefill_seconds = calls * programs.prefill_seconds(topology)
+    plan.prefill_seconds = calls * programs.prefill_seconds(read_bytes(batch, max(1, plan.prompt // 2)), topology)
     plan.rollout_seconds = plan.prefill_seconds + plan.steps * plan.step_seconds
     plan.tokens_per_second = plan.answers * plan.length / plan.rollout_seconds

@@ -18,16 +18,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ftjax.compile_cache import nothing_kept
-from ftjax.config import Config, MeshConfig
+from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.generate.decode import State
-from ftjax.generate.engine import Engine
+from ftjax.generate.engine import Engine, decoding_mesh
 from ftjax.generate.paged import PagedBatch, Room, page_bytes
 from ftjax.hub.load import abstract_param, base_specs
 from ftjax.hub.vocabulary import hf_config_of
 from ftjax.mesh import make_mesh, notes, spec
 from ftjax.models.model import Model, build_module
-from ftjax.models.nn.cache import Layout
 from ftjax.models.nn.quantise import quantise
 from ftjax.plan.arithmetic import program_flops
 from ftjax.plan.hlo import Program
@@ -38,7 +37,6 @@ from ftjax.plan.topology import Topology
 CONCURRENCY = 16
 LONGEST = 8192  # tokens of context, unless others are asked for or the model's are fewer
 PAGE = 32
-SHARDED = ("vocab", "heads", "kv_heads", "mlp")  # dimensions of weights along `tensor`
 SHARE = 0.9  # of what the weights leave is for the cache that is compiled for: programs need the rest
 
 
@@ -128,14 +126,10 @@ def plan_serving(config: Config, topology: Topology, concurrency: int | None = N
 
 
 def mesh_for(config: Config, model: Model, devices: Sequence[Any]) -> Mesh:
-    """Return the configured mesh if it has more than `fsdp`, and else as many devices along `tensor` as the model's heads
-    allow: each token needs all weights, which are better read in parts than gathered."""
+    """Return the configured mesh if it has more than `fsdp`, and else one to decode on."""
     if not config.mesh.auto and any(getattr(config.mesh, axis) != 1 for axis in ("data", "expert", "tensor")):
         return make_mesh(config.mesh, devices)
-    sizes = {one.shape[at] for one in model.specs.values() for at, axis in enumerate(one.row.axes) if axis in SHARDED}
-    heads = {one.kv_heads for one in Layout(model.memories).keys_values if one.kv_heads > 1}  # a single one is everywhere
-    tensor = math.gcd(len(devices), model.sizes.heads, *heads, *sizes)
-    return make_mesh(MeshConfig(tensor=tensor, data=len(devices) // tensor, fsdp=1), devices)
+    return decoding_mesh(model, devices)
 
 
 @dataclass(frozen=True)
@@ -183,10 +177,9 @@ class Compiled:
         """Return what one of the programs moves between devices."""
         return traffic(Program.of(program, self.mesh).transfers(), self.mesh, topology)
 
-    def prefill_seconds(self, topology: Topology) -> float:
-        """Return the least time of a call that reads prompts."""
-        moved, read = self.traffic(self.read, topology), Program.of(self.read, self.mesh).hbm_bytes()
-        return bound_of(self.read_flops, read, moved, self.mesh, topology)[-1]
+    def prefill_seconds(self, hbm_bytes: float, topology: Topology) -> float:
+        """Return the least time of a call that reads prompts. Args: hbm_bytes: that a device reads for it."""
+        return bound_of(self.read_flops, hbm_bytes, self.traffic(self.read, topology), self.mesh, topology)[-1]
 
 
 def compile_programs(batch: PagedBatch, shape: tuple[int, int], topology: Topology) -> Compiled:
