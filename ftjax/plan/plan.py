@@ -18,7 +18,7 @@ from ftjax.compile_cache import nothing_kept
 from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.hub.vocabulary import hf_config_of
-from ftjax.mesh import notes
+from ftjax.mesh import divided, notes
 from ftjax.objectives import generates
 from ftjax.plan.advice import advice
 from ftjax.plan.arithmetic import program_flops
@@ -68,7 +68,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
     memory["total"] = sum(memory.values())
     if generates(config):
         kept = sum(memory[kind] for kind in ("weights", "trained", "optimizer"))
-        plan.rollout = plan_rollouts(made, inputs[1] | inputs[0].params, kept, plan.limit, topology)
+        plan.rollout = plan_rollouts(made, kept, plan.limit, topology)
     if plan.limit is not None:
         # XLA refuses a program whose peak exceeds the chip's memory. Its sum of temporaries counts the gaps between them twice,
         # so a program may fit although its sum does not.
@@ -87,7 +87,9 @@ def design_for(config: Config, topology: Topology) -> Design:
     devices = topology.devices()
     memory = int(_limit(topology, devices[0])) if topology.chip else None
     mesh, _ = mesh_of(config, hf_config, devices, memory)
-    return design(config, hf_config, mesh, memory)
+    made = design(config, hf_config, mesh, memory)
+    made.rollout_devices = divided(config.mesh, devices)[1]
+    return made
 
 
 def trace_step(made: Design) -> tuple[Any, tuple]:

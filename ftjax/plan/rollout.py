@@ -2,24 +2,28 @@
 the run's mesh, for chips that need not be present.
 
 Generation and update take turns, on the same weights: what is alive while answers are generated are weights, moments and
-whatever else the run keeps, the pages of keys and values, and the temporaries of the engine's programs. The least time is that
-of reading each distinct prompt once, and of as many decode steps as it takes for every answer to be as long as allowed.
+whatever else the run keeps, the pages of keys and values, and the temporaries of the engine's programs. With
+`mesh.rollout_devices` they work at the same time, on devices of their own, with weights on either. The least time is that of
+reading each distinct prompt once, and of as many decode steps as it takes for every answer to be as long as allowed.
 
     512 answers of 1,024 tokens, 256 at a time      2 x 1,024 decode steps
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+
+import jax.numpy as jnp
 
 from ftjax.config import Config
 from ftjax.generate.answer import Answer
+from ftjax.generate.engine import decoding_mesh
 from ftjax.generate.offline import arrange
 from ftjax.generate.paged import PagedBatch
 from ftjax.generate.text import StopStrings
+from ftjax.hub.load import abstract_param
 from ftjax.plan.roofline import Traffic, bound_of
 from ftjax.plan.serve import AbstractEngine, Compiled, compile_programs, read_bytes
+from ftjax.plan.shards import shard_bytes
 from ftjax.plan.topology import Topology
 from ftjax.train.setup import Design
 
@@ -33,7 +37,9 @@ class RolloutPlan:
         rows: answers that are generated at a time.
         prompt, length: tokens of a prompt and of an answer, as many as the configuration allows.
         memory: of what is alive beside what the update keeps: keys and values, states, temporaries and programs.
-        peak: bytes that are alive at one time while answers are generated, all that the run keeps included.
+        peak: bytes that are alive at one time while answers are generated, all that the run keeps there included.
+        apart: devices that only generate (`mesh.rollout_devices`); 0: those that train do.
+        sent: bytes of trained parameters that each of these is sent after an update.
         prefill_seconds: to read each prompt of an update once.
         flops, hbm_bytes, traffic, seconds: of a decode step, with contexts of mean length.
         step_seconds: the largest of `seconds`, named `bound`.
@@ -49,6 +55,8 @@ class RolloutPlan:
     peak: float
     fits: bool | None = None
     flops: float = 0.0
+    apart: int = 0
+    sent: float = 0.0
     hbm_bytes: float = 0.0
     traffic: list[Traffic] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -64,16 +72,21 @@ class RolloutPlan:
         return math.ceil(self.answers / self.rows) * self.length
 
 
-def plan_rollouts(made: Design, params: Mapping[str, Any], kept: float, limit: float | None, topology: Topology) -> RolloutPlan:
+def plan_rollouts(made: Design, kept: float, limit: float | None, topology: Topology) -> RolloutPlan:
     """Compile the programs that generate the answers of an update of `made`.
 
     Args:
-        params: all parameters of the run, as shapes with shardings.
-        kept: bytes on a device that the run keeps between updates, these parameters included.
+        kept: bytes on a device that the run keeps between updates, the weights included.
         limit: bytes of a device; None if not known.
     """
-    config, section = made.config, made.config.objective
-    engine = AbstractEngine(made.model, made.mesh, made.runtime.dtype, True)
+    config, section, mesh = made.config, made.config.objective, made.mesh
+    trained, frozen = made.abstract_params()
+    params = {path: {**frozen, **trained}[path] for path in made.model.specs}
+    if made.rollout_devices:
+        mesh, dtype = decoding_mesh(made.model, made.rollout_devices), jnp.dtype(config.model.dtype)
+        params = {path: abstract_param(spec, mesh, dtype) for path, spec in made.model.specs.items()}
+        kept = shard_bytes(params)
+    engine = AbstractEngine(made.model, mesh, made.runtime.dtype, True)
     answers, group = asked(config)
     length = section.max_completion_length
     prompt = max(1, config.data.max_length - length)
@@ -82,11 +95,13 @@ def plan_rollouts(made: Design, params: Mapping[str, Any], kept: float, limit: f
         engine, [Answer(text, length, frozenset([0]), StopStrings(), None) for text in texts], section.generation_batch_rows
     )
     room = found.room
-    batch = PagedBatch(engine, {path: params[path] for path in made.model.specs}, replace(room, steps=1))
+    batch = PagedBatch(engine, params, replace(room, steps=1))
     programs = compile_programs(batch, batch.shapes[0], topology)
     memory = programs.memory()
-    plan = RolloutPlan(answers, room.rows, prompt, length, dict(made.mesh.shape), memory, kept + programs.beside(batch.params))
+    plan = RolloutPlan(answers, room.rows, prompt, length, dict(mesh.shape), memory, kept + programs.beside(params))
     plan.flops = programs.flops
+    if made.rollout_devices:
+        plan.apart, plan.sent = mesh.size, shard_bytes({path: params[path] for path in trained})
     if limit is not None:
         plan.fits = plan.peak + memory["program"] <= limit
         _times(plan, batch, programs, found.fresh, topology)

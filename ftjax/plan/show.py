@@ -91,9 +91,11 @@ def _show_rollouts(plan: Plan, rollout: RolloutPlan, console: Console) -> None:
         "a time"
     )
     rows = [(label, rollout.memory[kind]) for kind, label in ROLLOUT.items()]
-    rows += [("live at one time, with all that the update keeps", rollout.peak)]
+    rows += [("live at one time, with all that is kept there", rollout.peak)]
     print_table(console, ("memory per device", ""), [(label, size(value)) for label, value in rows if value])
-    if plan.peak is not None:
+    if rollout.apart:
+        say(f"on {rollout.apart} devices of their own, each of which is sent {size(rollout.sent)} of weights after an update")
+    elif plan.peak is not None:
         say(f"both phases, with weights kept once: {size(max(plan.peak, rollout.peak))} are live at one time")
     if rollout.traffic:
         _show_traffic(rollout.traffic, console)
@@ -104,7 +106,8 @@ def _show_rollouts(plan: Plan, rollout: RolloutPlan, console: Console) -> None:
             f"least time of the answers: {rollout.rollout_seconds:.4g} s = {rollout.prefill_seconds:.4g} s to read the prompts "
             f"+ {rollout.steps:,} decode steps; at most {rollout.tokens_per_second:,.0f} tokens/s"
         )
-        say(f"least time of an update with its answers: {rollout.rollout_seconds + plan.step_seconds:.4g} s")
+        both = (rollout.rollout_seconds, plan.step_seconds)
+        say(f"least time of an update with its answers: {max(both) if rollout.apart else sum(both):.4g} s")
 
 
 def _show_traffic(traffic: Sequence[Traffic], console: Console) -> None:

@@ -37,6 +37,7 @@ from ftjax.plan.shardings import shardings
 from ftjax.plan.shards import shard_bytes
 from ftjax.plan.show import show
 from ftjax.plan.topology import parse
+from ftjax.rl.apart import RolloutDevices
 from ftjax.rl.sampler import Sampler
 from ftjax.train.setup import compile_steps, prepare
 from ftjax.train.step import init_state
@@ -488,10 +489,22 @@ def test_the_time_of_answers(bare):
     """A decode step reads every weight; all answers take as many steps as their tokens, for each group of rows."""
     pytest.importorskip("libtpu", reason="planning for TPUs needs libtpu")
     chip, made = parse("v5e-1"), design_for(make_config(bare, objective=GRPO, global_batch_size=16), parse("v5e-1"))
-    trained, frozen = made.abstract_params()
-    weights = shard_bytes((trained, frozen))
-    found = plan_rollouts(made, frozen | trained, weights, chip.chip.hbm, chip)
+    weights = shard_bytes(made.abstract_params())
+    found = plan_rollouts(made, weights, chip.chip.hbm, chip)
     assert found.fits and found.step_seconds >= found.seconds["HBM"] == found.hbm_bytes / chip.chip.hbm_bandwidth
     assert weights + found.memory["cache"] > found.hbm_bytes > 0.5 * weights + 0.5 * found.memory["cache"]
     assert found.prefill_seconds > 0 and found.rollout_seconds == found.prefill_seconds + 32 * found.step_seconds
     assert found.tokens_per_second == 16 * 16 / found.rollout_seconds
+
+
+def test_answers_of_devices_of_their_own(bare, folder):
+    """Their weights are those that a run puts there, beside the update's."""
+    corrected = {**GRPO, "importance_sampling_correction": "token_truncate"}
+    options = {"objective": corrected, "mesh": {"fsdp": 4, "rollout_devices": 4}, "global_batch_size": 16}
+    made = design_for(make_config(bare, **options), CPUS)
+    found = plan_rollouts(made, math.inf, None, CPUS)
+    setup = prepare(make_config(folder, **options))
+    sent = RolloutDevices(setup).send(setup.params)
+    assert made.mesh.size == 4 == found.apart and set(setup.rollout_devices) == set(sent["model.embed_tokens.weight"].devices())
+    assert found.sent == shard_bytes({path: sent[path] for path in setup.params})
+    assert shard_bytes(dict(sent)) + found.memory["cache"] < found.peak < math.inf and found.mesh["tensor"] == 2
