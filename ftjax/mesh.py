@@ -47,6 +47,27 @@ def devices_or_all(devices: Sequence[Any] | None) -> list[Any]:
     return list(devices)
 
 
+def divided(config: MeshConfig, devices: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the devices that train, and those that only generate (`rollout_devices`, the last ones).
+
+    Raises UserError if none would be left to train, or they are of several processes.
+    """
+    count = config.rollout_devices
+    if not count:
+        return list(devices), []
+    if count >= len(devices):
+        raise UserError(
+            f"mesh.rollout_devices: {count} of {len(devices)} device(s) leave none to train on; choose at most "
+            f"{len(devices) - 1}"
+        )
+    if len({device.process_index for device in devices}) > 1:
+        raise UserError(
+            f"mesh.rollout_devices: {count} devices would be sent weights by other processes, which is not possible yet; "
+            "leave it out, so that all devices generate and train in turn, or use one host"
+        )
+    return list(devices[:-count]), list(devices[-count:])
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Build the mesh of `AXES` over the devices, with slices along `data`, the axis with the least traffic.
 

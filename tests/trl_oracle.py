@@ -39,6 +39,7 @@ from ftjax.objectives.loss import LossTotals
 from ftjax.objectives.objective import Forward, LossInputs
 from ftjax.train.means import Means
 from ftjax.train.setup import Setup, prepare
+from ftjax.train.teacher import with_partners
 
 LORA = {"name": "lora", "r": 4, "lora_alpha": 8}
 FULL = {"name": "full"}
@@ -136,7 +137,9 @@ class Ours:
         }  # fmt: skip
         config = Config.model_validate(self._values)
         self.setup = prepare(config, ONE)
-        self.split, _ = load_splits(config.data, load_tokenizer(config.model), seed=0, encoding=encoding_of(config))
+        tokenizer = load_tokenizer(config.model)
+        splits = load_splits(config.data, tokenizer, seed=0, encoding=encoding_of(config))
+        self.split, _ = with_partners(config, splits, tokenizer)
         (self.batch,) = self.split.batches(len(rows), seed=0, shuffle=True, epochs=1)
         rng = np.random.default_rng(1)
         for name, value in self.setup.params.items():

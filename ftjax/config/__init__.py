@@ -24,7 +24,7 @@ from ftjax.config.model import ModelConfig
 from ftjax.config.objective import ClassificationConfig, ObjectiveConfig, SftConfig
 from ftjax.config.optimizer import GroupConfig, OptimizerConfig
 from ftjax.config.preference import PAIRWISE
-from ftjax.config.rewards import Rollouts
+from ftjax.config.rewards import GrpoConfig, Rollouts
 from ftjax.config.training import MeshConfig, TrainingConfig
 from ftjax.errors import join_problems
 
@@ -116,6 +116,32 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _apart(self) -> "Config":
+        """Check that answers can be generated with earlier parameters than those in training."""
+        count, objective, problem = self.mesh.rollout_devices, self.objective, None
+        if not count:
+            return self
+        if not isinstance(objective, GrpoConfig):
+            problem = f"answers would be an update behind, for which objective grpo has a correction, and not {objective.name}"
+        elif objective.importance_sampling_correction is None:
+            problem = (
+                "answers are an update behind, which needs a correction: set objective.importance_sampling_correction: "
+                "token_truncate (or another)"
+            )
+        elif objective.num_iterations > 1:
+            problem = (
+                f"answers are an update behind already when objective.num_iterations {objective.num_iterations} uses them "
+                "again; set it to 1"
+            )
+        elif self.mesh.slices > 1:
+            problem = f"{count} devices of one slice would generate for {self.mesh.slices}; set mesh.slices: 1"
+        if problem is not None:
+            raise ValueError(
+                f"mesh.rollout_devices: {problem}. Or leave mesh.rollout_devices out: all devices then do both, in turn"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _distillation(self) -> "Config":
         """Check that a distillation can have its answers, or its teacher's predictions, at hand."""
         objective = self.objective
@@ -127,6 +153,13 @@ class Config(Section):
                 "lmbda above 0 draws documents" if objective.on_policy else "teacher_logprobs has predictions for the documents"
             )
             problems.append(f"data.streaming: objective.{what} of the whole set; leave it out")
+        elif self.data.streaming and objective.use_uld_loss:
+            problems.append("data.streaming: objective.use_uld_loss aligns two tokenisations of a whole set; leave it out")
+        if objective.use_uld_loss and self.data.truncation in ("left", "middle", "split"):
+            problems.append(
+                f"data.truncation: {self.data.truncation}: objective.use_uld_loss aligns two texts from their beginning; "
+                "choose drop, right or error"
+            )
         if objective.lmbda == 1 and self.data.max_length <= objective.max_completion_length:
             problems.append(
                 f"data.max_length {self.data.max_length} must hold prompt and answer, and objective.max_completion_length is "

@@ -1,6 +1,7 @@
 """`objective: {name: distill}` -- learning from a teacher; names and defaults are those of TRL's `DistillationConfig`.
 
-`lmbda` is that of its `GKDConfig`, and the two weights are those of its `GOLDConfig`, without the prefix `uld_`.
+`lmbda` is that of its `GKDConfig`; `use_uld_loss` and what begins with `uld_` are of its `GOLDConfig`, and so are the two
+weights, without the prefix `uld_`.
 """
 
 from typing import Literal
@@ -34,6 +35,18 @@ class DistillConfig(Sampled):
     lmbda: float = Field(0.5, ge=0, le=1, description="share of rows that the model answers itself; 0: the answers of the data")
     distillation_weight: float = Field(1.0, ge=0, description="factor on the divergence")
     crossentropy_weight: float = Field(0.0, ge=0, description="factor on the cross-entropy of the data's answers")
+    use_uld_loss: bool = Field(
+        False, description="the teacher has another tokenizer: compare what tokens of both say of the same piece of text (ULD)"
+    )
+    uld_use_hybrid_loss: bool = Field(
+        False, description="use_uld_loss: tokens of both vocabularies by the divergence, the others by sorted probabilities"
+    )
+    uld_hybrid_matched_weight: float | None = Field(
+        None, ge=0, description="factor on that divergence; null: the share of the teacher's vocabulary that the student has"
+    )
+    uld_hybrid_unmatched_weight: float | None = Field(
+        None, ge=0, description="factor on the distance of the others; null: one minus that share"
+    )
     max_completion_length: int = Field(512, ge=1, description="lmbda above 0: maximum tokens of an answer")
     loss_chunk: int = Field(512, ge=1, description=LOSS_CHUNK)
 
@@ -68,7 +81,22 @@ class DistillConfig(Sampled):
             )
         if not self.distillation_weight:
             raise ValueError("distillation_weight 0 does not use the teacher; write objective: {name: sft}")
+        if self.use_uld_loss and self.teacher_logprobs is not None:
+            raise ValueError(
+                "use_uld_loss compares whole distributions, and teacher_logprobs has the likeliest tokens of a teacher with "
+                "the same tokenizer; leave one of them out"
+            )
+        if (self.uld_hybrid_matched_weight is None) != (self.uld_hybrid_unmatched_weight is None):
+            raise ValueError(
+                f"uld_hybrid_matched_weight {self.uld_hybrid_matched_weight} and uld_hybrid_unmatched_weight "
+                f"{self.uld_hybrid_unmatched_weight}: set both or neither"
+            )
+        hybrid = self.use_uld_loss and self.uld_use_hybrid_loss
         without_effect(self, {
+            "uld_use_hybrid_loss": (self.use_uld_loss, "use_uld_loss"),
+            "uld_hybrid_matched_weight": (hybrid, "use_uld_loss and uld_use_hybrid_loss"),
+            "uld_hybrid_unmatched_weight": (hybrid, "use_uld_loss and uld_use_hybrid_loss"),
+            "beta": (hybrid or not self.use_uld_loss, "uld_use_hybrid_loss (sorted probabilities have one distance)"),
             "crossentropy_weight": (self.lmbda < 1, "lmbda below 1 (generated answers are no examples)"),
             "loss_top_k": (self.teacher_logprobs is not None, "teacher_logprobs"),
             **{

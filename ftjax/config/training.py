@@ -88,6 +88,11 @@ class MeshConfig(Section):
     sequence: int = Field(1, description="shards the tokens of a row")
     slices: int = Field(1, ge=1, description="TPU slices over the data-centre network; must divide data")
     auto: bool = Field(False, description="choose the sizes from devices, model and batch")
+    rollout_devices: int = Field(
+        0,
+        ge=0,
+        description="objective grpo: so many devices only generate, for the next update, while the others train",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -97,7 +102,7 @@ class MeshConfig(Section):
 
     @model_validator(mode="after")
     def _one_open_axis(self) -> "MeshConfig":
-        if self.auto and (given := sorted(self.model_fields_set - {"auto", "slices"})):
+        if self.auto and (given := sorted(self.model_fields_set - {"auto", "slices", "rollout_devices"})):
             raise ValueError(f"mesh.auto chooses the sizes, and {', '.join(given)} is given too; leave out one of them")
         sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "expert", "tensor", "sequence")}
         wrong = {axis: size for axis, size in sizes.items() if size < 1 and size != -1}

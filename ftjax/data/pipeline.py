@@ -22,6 +22,7 @@ from ftjax.data.clean import held_out
 from ftjax.data.encoder import Unit
 from ftjax.data.encoding import ANSWERS, RowEncoding
 from ftjax.data.pack import Plan, in_order, pack
+from ftjax.data.partners import Partners
 from ftjax.data.predictions import Predictions
 from ftjax.data.report import DataReport
 from ftjax.data.store import Documents
@@ -182,6 +183,7 @@ class PackedSplit:
     report: DataReport
     sequences: int = 1  # documents per row of data, consecutive in `chosen`
     predictions: Predictions | None = None  # of a teacher, which batches carry as `labels`
+    partners: Partners | None = None  # the documents of a teacher with another tokenizer, which batches carry as `labels`
 
     @classmethod
     def of(
@@ -222,11 +224,13 @@ class PackedSplit:
         return np.diff(self.documents.starts)[self.chosen]
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `Split.fingerprint`; the choice of documents, the weights of sources and a teacher's predictions count too."""
+        """See `Split.fingerprint`; the choice of documents, the weights of sources and what is a teacher's count too."""
         digest = xxhash.xxh3_128(self.documents.content.encode())
         digest.update(np.ascontiguousarray(self.chosen, np.int64).tobytes() + repr(self.weights).encode())
         if self.predictions is not None:
             digest.update(json.dumps(self.predictions.facts, sort_keys=True).encode())
+        if self.partners is not None:
+            digest.update(self.partners.other.content.encode())
         return {"documents": len(self.chosen), "tokens": int(self.lengths.sum()), "digest": digest.hexdigest()}
 
     def places(self) -> frozenset[tuple[int, str]]:
@@ -284,7 +288,8 @@ class PackedSplit:
         return np.concatenate(parts)
 
     def _unit_lengths(self, units: np.ndarray) -> np.ndarray:
-        return np.diff(self.documents.starts)[units].sum(axis=1)
+        own = np.diff(self.documents.starts)[units].sum(axis=1)
+        return own if self.partners is None else np.maximum(own, self.partners.sizes(units).sum(axis=1))
 
     @property
     def buckets(self) -> np.ndarray:
@@ -324,6 +329,8 @@ class PackedSplit:
             found = np.zeros((*batch["weights"].shape, self.predictions.width), np.float32)
             found[batch["weights"] != 0] = self.predictions.of(documents)
             batch["labels"] = found.reshape(len(found), -1)
+        if self.partners is not None:
+            batch["labels"] = self.partners.fill(documents, count, width)
         return batch
 
     def batches(

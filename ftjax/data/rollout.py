@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.config.data import DataConfig
+from ftjax.data.align import VALUES as ALIGNED
 from ftjax.data.encoder import Encoded, RowEncoder, TextPlan, Unit
 from ftjax.data.encoding import Answers, RowEncoding
 from ftjax.data.example import Example
@@ -82,6 +83,21 @@ class AnsweredTokens(Answers):
 
 
 @dataclass(frozen=True)
+class AlignedTokens(Answers):
+    """Each row has an answer, whose text is aligned with a teacher's tokens.
+
+    Attributes:
+        mixed: generated answers take the place of some; the last value is 1 for tokens of the data.
+    """
+
+    mixed: bool = False
+
+    @property
+    def values(self) -> int:
+        return len(ALIGNED) + self.mixed
+
+
+@dataclass(frozen=True)
 class PromptTokens(RowEncoding):
     """Each row is a prompt; the documents of a batch are prompts with generated answers.
 
@@ -120,3 +136,12 @@ class RolloutTokens(PromptTokens):
     @property
     def values(self) -> int:
         return len(VALUES)
+
+
+@dataclass(frozen=True)
+class AlignedPromptTokens(PromptTokens):
+    """The same, with the alignment of each answer with a teacher's tokens."""
+
+    @property
+    def values(self) -> int:
+        return len(ALIGNED)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ftjax.generate.cache import bucket
 
-SCORES = 1 << 26  # maximum number of attention scores per prefill block, over all rows (256 MiB in float32)
+SCORES = 1 << 26  # most attention scores per prefill block on a device, over all of its rows (256 MiB in float32)
 
 
 def groups(lengths: Sequence[int], batch_size: int, shards: int = 1) -> tuple[list[list[int]], int]:
@@ -21,7 +21,11 @@ def groups(lengths: Sequence[int], batch_size: int, shards: int = 1) -> tuple[li
 
 
 def block_length(rows: int, length: int, slots: int, heads: int) -> int:
-    """Return the number of tokens of each prompt per prefill step: `length`, or a half, a quarter ... of it."""
+    """Return the number of tokens of each prompt per prefill step: `length`, or a half, a quarter ... of it.
+
+    Args:
+        rows, heads: of a device.
+    """
     block = length
     while block % 2 == 0 and rows * heads * block * slots > SCORES:
         block //= 2

@@ -1,7 +1,7 @@
 """`Engine`: the compiled programs of one model on one mesh."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,14 +9,26 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from ftjax.config import MeshConfig
 from ftjax.generate.answer import Answer
 from ftjax.generate.decode import Runner, State
 from ftjax.generate.embed import Pooling, embed_step
 from ftjax.generate.score import head_step, score_step
 from ftjax.generate.steps import Sizes, Steps
-from ftjax.mesh import parts, spec
+from ftjax.mesh import fitting, make_mesh, parts, spec
 from ftjax.models.model import Model
 from ftjax.models.nn.cache import Layout
+
+SHARDED = ("vocab", "heads", "kv_heads", "mlp")  # dimensions of weights along `tensor`
+
+
+def decoding_mesh(model: Model, devices: Sequence[Any]) -> Mesh:
+    """Return a mesh to decode on: as many devices along `tensor` as the model's heads allow, and the others along `data`. Each
+    token needs all weights, which are better read in parts than gathered."""
+    sizes = {one.shape[at] for one in model.specs.values() for at, axis in enumerate(one.row.axes) if axis in SHARDED}
+    heads = {one.kv_heads for one in Layout(model.memories).keys_values if one.kv_heads > 1}  # a single one is everywhere
+    tensor = math.gcd(len(devices), model.sizes.heads, *heads, *sizes)
+    return make_mesh(MeshConfig(tensor=tensor, data=len(devices) // tensor, fsdp=1), devices)
 
 
 class Programs(NamedTuple):
@@ -35,6 +47,8 @@ class Engine:
         """Args: of_sampler: log-probabilities are those that tokens were drawn with, not the model's own."""
         self.model, self.mesh, self.dtype = model, mesh, dtype
         self.shards = parts(mesh.shape, "batch")
+        heads = model.sizes.heads
+        self.heads = heads // parts(mesh.shape, "heads") if fitting(mesh, "heads", heads) else heads  # of each device
         self._runner = runner = Runner(model, dtype, of_sampler)
         self._programs: dict[Sizes, Programs] = {}
         self._score = jax.jit(

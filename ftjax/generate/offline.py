@@ -11,7 +11,7 @@ reading program has, all tables of pages have one length, and sizes are rounded.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftjax.generate.answer import Answer
 from ftjax.generate.batch import block_length, groups
@@ -28,17 +28,26 @@ FEW = 8  # the arrays of end ids and of biases are padded to a multiple of this
 SMALLEST = 1024  # tokens of the smallest room of a conversation
 
 
-def answer_all(
-    engine: Engine, params: Mapping[str, Any], answers: Sequence[Answer], batch_size: int, steps: int
-) -> Iterator[list[int]]:
-    """Answer all requests, the longest prompts first; yield the indices of those that have ended after each step.
+class Arrangement(NamedTuple):
+    """How requests are answered together.
 
-    Args:
-        batch_size: the most requests that run at a time.
-        steps: the most tokens per row and decode call.
+    Attributes:
+        order: their indices, in the order in which they are answered.
+        joining: rows that join at a time.
+        room: with all shapes of the programs.
+        opens: whether several calls read prompts.
+        fresh: the prompts that are read from their beginning; of the others, one before has at least a half.
     """
-    if not answers:
-        return
+
+    order: list[int]
+    joining: int
+    room: Room
+    opens: bool
+    fresh: int
+
+
+def arrange(engine: Engine, answers: Sequence[Answer], batch_size: int) -> Arrangement:
+    """Choose the sizes for these requests, the longest prompts first, of which at most `batch_size` run at a time."""
     prompts = [answer.prompt for answer in answers]
     [order, *others], rows = groups([len(prompt) for prompt in prompts], batch_size, engine.shards)
     order = [*order, *(number for group in others for number in group)]
@@ -57,8 +66,24 @@ def answer_all(
     pages, needed = each * width, sum(needs[:each])
     while pages % 2 == 0 and pages // 2 >= max(needed, width):
         pages //= 2
-    batch = PagedBatch(engine, params, room(answers, rows, width, pages, tuple(reads)))
-    if others or rest or max(fresh) > first[1] or len(answers) > first[0]:  # more than one call will read
+    several = bool(others or rest or max(fresh) > first[1] or len(answers) > first[0])
+    return Arrangement(order, joining, room(answers, rows, width, pages, tuple(reads)), several, len(fresh))
+
+
+def answer_all(
+    engine: Engine, params: Mapping[str, Any], answers: Sequence[Answer], batch_size: int, steps: int
+) -> Iterator[list[int]]:
+    """Answer all requests, the longest prompts first; yield the indices of those that have ended after each step.
+
+    Args:
+        batch_size: the most requests that run at a time.
+        steps: the most tokens per row and decode call.
+    """
+    if not answers:
+        return
+    order, joining, needed, opens, _ = arrange(engine, answers, batch_size)
+    batch, rows = PagedBatch(engine, params, needed), needed.rows
+    if opens:
         batch.open()
     scheduler = Scheduler(batch, steps=steps, reads_first=True)
     ended: list[int] = []
@@ -164,7 +189,7 @@ def _read_shape(engine: Engine, rows: int, longest: int, width: int) -> tuple[in
     length = bucket(longest, 16)
     parts = math.ceil(length / max(LENGTH, TOKENS // rows))
     chunk = math.ceil(length / parts / 16) * 16
-    return rows, block_length(rows, chunk, width * PAGE, engine.model.sizes.heads)
+    return rows, block_length(rows // engine.shards, chunk, width * PAGE, engine.heads)
 
 
 def _pages(tokens: int) -> int:

@@ -8,12 +8,12 @@ For each trained token, with `p` of the teacher and `q` of the student over the 
     between           beta KL(p || m) + (1 - beta) KL(q || m)   with m = beta p + (1 - beta) q
 
 Both models' hidden states are computed for the whole batch, and their logits for `loss_chunk` tokens at a time. Gradients flow
-to the student alone. Ids that only one of the two models has, which pad its vocabulary, are left out of both distributions.
+to the student alone. Ids that only one of the two models has, which pad its vocabulary, are left out of both distributions. A
+teacher with another tokenizer is compared in `ftjax.objectives.uld`.
 
 Legend: B batch, T length, C tokens of a chunk, V vocab, k likely tokens of a teacher.
 """
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -25,14 +25,14 @@ from jaxtyping import Array, Float, Int
 from ftjax.config.distill import DistillConfig
 from ftjax.data.encoding import Answers, RowEncoding
 from ftjax.data.predictions import width_of
-from ftjax.data.rollout import AnsweredTokens, PromptTokens, TaughtTokens
+from ftjax.data.rollout import AlignedPromptTokens, AlignedTokens, AnsweredTokens, PromptTokens, TaughtTokens
+from ftjax.objectives import uld
+from ftjax.objectives.divergence import NOTHING, divergence, log_probabilities
 from ftjax.objectives.logprobs import per_token
 from ftjax.objectives.loss import LossTotals
 from ftjax.objectives.objective import Forward, LossInputs, Objective
 from ftjax.objectives.projection import Projection
 from ftjax.objectives.sft import perplexity
-
-NOTHING = -1e30  # a log-probability in place of minus infinity, whose products with 0 are 0
 
 
 class Lesson(NamedTuple):
@@ -54,6 +54,8 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
     section, batch, teacher = inputs.config.objective, inputs.batch, inputs.teacher
     if teacher is None:
         return _of_predictions(inputs), inputs.auxiliary
+    if section.use_uld_loss:
+        return uld.totals(inputs), inputs.auxiliary
     own = batch["labels"] if section.mixed and "labels" in batch else jnp.full(batch["weights"].shape, float(section.lmbda < 1))
     lesson = Lesson(batch["targets"], own, jax.lax.stop_gradient(teacher.hidden))
     return inputs.token_totals(lesson, partial(_measure, section, teacher.output)), inputs.auxiliary
@@ -145,26 +147,9 @@ def totals(
     return LossTotals(total, weight, metrics)
 
 
-def log_probabilities(logits: Float[Array, "*of V"], temperature: float) -> Float[Array, "*of V"]:
-    """Return finite log-probabilities at a temperature."""
-    return jnp.maximum(jax.nn.log_softmax(logits / temperature, axis=-1), NOTHING)
-
-
-def divergence(student: Float[Array, "*of V"], teacher: Float[Array, "*of V"], beta: float) -> Float[Array, "*of"]:
-    """Return the divergence of two distributions from their finite log-probabilities."""
-    if beta == 0:
-        return _kl(teacher, student)
-    if beta == 1:
-        return _kl(student, teacher)
-    mixture = jnp.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
-    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
-
-
-def _kl(p: Float[Array, "*of V"], q: Float[Array, "*of V"]) -> Float[Array, "*of"]:
-    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-
-
 def _encoding(section: DistillConfig) -> RowEncoding:
+    if section.use_uld_loss:
+        return AlignedPromptTokens(section.max_completion_length) if section.lmbda == 1 else AlignedTokens(mixed=section.mixed)
     if section.lmbda == 1:
         return PromptTokens(section.max_completion_length)
     if section.teacher_logprobs is not None:
@@ -178,6 +163,11 @@ def _teacher(section: DistillConfig) -> tuple[str, str | None] | None:
     return section.teacher_model_name_or_path, section.teacher_model_revision
 
 
+def _counts(inputs: LossInputs) -> jax.Array:
+    """Return what `ftjax.objectives.uld` needs of all microbatches."""
+    return uld.counts(inputs.batch) if inputs.config.objective.use_uld_loss else jnp.zeros(2)
+
+
 def _derived(section: DistillConfig, means: Mapping[str, float]) -> dict[str, float]:
     """Return the perplexity on answers of the data."""
     return perplexity(means["cross_entropy"]) if "cross_entropy" in means else {}
@@ -189,5 +179,6 @@ OBJECTIVE = Objective(
     loss,
     _derived,
     teacher=_teacher,
+    statistics=_counts,
     generates=lambda section: section.on_policy,
 )

@@ -99,7 +99,7 @@ def token_totals(
     unembed: Unembed,
     length: int,
     params: Any,
-    hidden: Float[Array, "B T E"],
+    hidden: Any,
     targets: Any,
     weights: Float[Array, "B T"],
     arrange: Arrange = keep_sharding,
@@ -112,6 +112,7 @@ def token_totals(
         unembed: the projection to the vocabulary; it may close over frozen arrays, but not over differentiated ones.
         length: tokens per row whose logits exist at one time (C).
         params: differentiated argument of `unembed`: its trained parameters.
+        hidden: hidden states `[B, T, E]`, or a tree of differentiated arrays `[B, T, ...]` that `unembed` and `arrange` take.
         targets: the token to predict at each position, or what else `measure` takes: an array `[B, T, ...]` or a tree of them.
             No gradient flows into it.
         weights: zero for tokens that are not trained.
@@ -159,7 +160,7 @@ def _forward(unembed, arrange, measure, length, skip, params, hidden, targets, w
     totals = zeros_of(lambda: _chunk_totals(unembed, arrange, measure, params, *_first(xs)))
     (totals, d_params), d_hidden = jax.lax.scan(body, (totals, float32_zeros(params)), xs)
     d_params = jax.tree.map(lambda g, x: g.astype(x.dtype), d_params, params)
-    return totals, (d_params, joined(d_hidden, hidden.shape[1]))
+    return totals, (d_params, jax.tree.map(lambda x: joined(x, weights.shape[1]), d_hidden))
 
 
 def _in_chunks(length: int, *tokens: Any) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """Interface of an objective: a record of functions, most of them optional."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from ftjax.models.model import Model
 from ftjax.models.nn.context import Context
 from ftjax.objectives.logprobs import TokenLogprobs, token_logprobs
 from ftjax.objectives.loss import LossTotals, Measure, cross_entropy, token_totals, trained_first
-from ftjax.objectives.projection import Projection, one_device, projection
+from ftjax.objectives.projection import Projection, beside, one_device, projection
 
 
 class Head(NamedTuple):
@@ -74,15 +74,18 @@ class Forward:
         """The projection of hidden states to the vocabulary."""
         return projection(self.model, self.trainable, self.frozen, self.ctx)
 
-    def token_totals(self, targets: Any = None, measure: Measure = cross_entropy) -> LossTotals:
+    def token_totals(self, targets: Any = None, measure: Measure = cross_entropy, values: Any = None) -> LossTotals:
         """Sum a loss that is a weighted sum over tokens; its logits are computed once (`ftjax.objectives.loss`).
 
         Args:
             targets: `[B, T, ...]`, or a tree of such arrays; None for the batch's.
             measure: function of logits, targets and the batch's weights.
+            values: differentiated values `[B, T]`; `measure` then takes `(logits, values)` in place of logits.
         """
-        tokens = self.hidden, self.batch["targets"] if targets is None else targets, self.batch["weights"]
-        output = self.output
+        hidden, output = self.hidden, self.output
+        if values is not None:
+            hidden, output = (hidden, values), beside(output)
+        tokens = hidden, self.batch["targets"] if targets is None else targets, self.batch["weights"]
         alone = one_device()
         if alone:
             tokens = trained_first(*tokens)
@@ -129,6 +132,7 @@ class LossInputs(Forward):
         config: configuration of the run.
         reference: the model as it was before training, on the same batch; None if the objective needs none.
         teacher: another model, on the same batch; None if the objective has none.
+        matches: ids of tokens that the model's vocabulary and the teacher's share, `(own, teacher's)`, if tokenizers differ.
         own_statistics: the objective's `statistics`.
         all_statistics: its statistics of all microbatches of the update, stacked on axis 0; None if this is the only one.
         number: the index of this microbatch.
@@ -137,6 +141,7 @@ class LossInputs(Forward):
     config: Config
     reference: Forward | None = None
     teacher: Forward | None = None
+    matches: Sequence[tuple[int, int]] | None = None
     own_statistics: "Statistics | None" = None
     all_statistics: Any = None
     number: Int[Array, ""] | int = 0

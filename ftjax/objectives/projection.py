@@ -40,6 +40,21 @@ def projection(model: Model, trainable: Mapping[str, jax.Array], frozen: Mapping
     return Projection(unembed, inside, arrange)
 
 
+def beside(output: Projection) -> Projection:
+    """Return a projection of `(hidden, values)` to `(logits, values)`, with differentiated values `[B, C]` for a loss."""
+
+    def unembed(trained, given):
+        hidden, values = given
+        return output.unembed(trained, hidden), values
+
+    def arrange(given, targets, weights):
+        hidden, values = given
+        hidden, (values, targets), weights = output.arrange(hidden, (values, targets), weights)
+        return (hidden, values), targets, weights
+
+    return Projection(unembed, output.trained, arrange)
+
+
 def one_device() -> bool:
     """Return whether a batch is on one device, so that its tokens may be reordered and chunks skipped."""
     return jax.sharding.get_abstract_mesh().size <= 1

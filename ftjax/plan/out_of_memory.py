@@ -12,7 +12,8 @@ from ftjax.mesh import devices_or_all, parts
 from ftjax.objectives import encoding_of
 from ftjax.out_of_memory import asked_for, is_out_of_memory, of_host
 from ftjax.plan.advice import to_fit
-from ftjax.plan.plan import STEPS, shard_bytes
+from ftjax.plan.plan import STEPS
+from ftjax.plan.shards import shard_bytes
 from ftjax.plan.show import KINDS, size
 from ftjax.train.remat import device_memory, saved_bytes
 from ftjax.train.setup import Design, compile_steps, design, mesh_of, rows_at_a_time

@@ -4,7 +4,6 @@ Only the config.json of the model is read. The step is that of `ftjax.train.setu
 shapes and shardings that loading would give.
 """
 
-import math
 import re
 import time
 from contextlib import nullcontext
@@ -20,13 +19,15 @@ from ftjax.config import Config
 from ftjax.errors import UserError
 from ftjax.hub.vocabulary import hf_config_of
 from ftjax.long_steps import long_step
-from ftjax.mesh import notes
+from ftjax.mesh import divided, notes
 from ftjax.objectives import generates
 from ftjax.plan.advice import advice
 from ftjax.plan.arithmetic import program_flops
 from ftjax.plan.hlo import Program
 from ftjax.plan.result import Plan
+from ftjax.plan.rollout import plan_rollouts
 from ftjax.plan.roofline import seconds, traffic
+from ftjax.plan.shards import shard_bytes
 from ftjax.plan.topology import Topology
 from ftjax.train.setup import Design, compile_steps, design, mesh_of
 
@@ -66,10 +67,14 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
     else:
         _measure(plan, compiled, made.mesh, topology)
     memory["total"] = sum(memory.values())
+    if generates(config):
+        kept = sum(memory[kind] for kind in ("weights", "trained", "optimizer"))
+        plan.rollout = plan_rollouts(made, kept, plan.limit, topology)
     if plan.limit is not None:
         # XLA refuses a program whose peak exceeds the chip's memory. Its sum of temporaries counts the gaps between them twice,
         # so a program may fit although its sum does not.
         plan.fits = plan.hbm_bytes is not None and plan.peak + memory["program"] <= plan.limit
+        plan.fits = plan.fits and (plan.rollout is None or plan.rollout.fits)
     if plan.seconds:
         _rates(plan, topology, price)
     plan.advice = advice(plan, made)
@@ -83,7 +88,9 @@ def design_for(config: Config, topology: Topology) -> Design:
     devices = topology.devices()
     memory = int(_limit(topology, devices[0])) if topology.chip else None
     mesh, _ = mesh_of(config, hf_config, devices, memory)
-    return design(config, hf_config, mesh, memory)
+    made = design(config, hf_config, mesh, memory)
+    made.rollout_devices = divided(config.mesh, devices)[1]
+    return made
 
 
 def trace_step(made: Design) -> tuple[Any, tuple]:
@@ -92,19 +99,6 @@ def trace_step(made: Design) -> tuple[Any, tuple]:
     inputs = made.abstract_inputs(optimizer)
     with jax.sharding.use_abstract_mesh(made.mesh.abstract_mesh):
         return step.trace(*inputs), inputs
-
-
-def shard_bytes(values: Any) -> float:
-    """Return the bytes on one device of a tree of shapes with shardings."""
-    return float(
-        sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(values))
-    )
-
-
-GENERATION = (
-    "the answers are not planned yet: neither the memory of their cache nor their time; the update is planned with one row for "
-    "each answer, and packs several into a row"
-)
 
 
 def _limit(topology: Topology, device: Any) -> float:
@@ -135,7 +129,6 @@ def _describe(made: Design, topology: Topology, memory: dict[str, float], flops:
         needed_flops=needed.per_token(config.data.max_length) * options.global_batch_size * config.data.max_length,
         formula=needed.formula(config.data.max_length),
         mesh_notes=notes(made.mesh),
-        not_planned=GENERATION if generates(config) else None,
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftjax.plan.rollout import RolloutPlan
 from ftjax.plan.roofline import Traffic
 
 
@@ -44,7 +45,7 @@ class Plan:
     cost_per_day: float | None = None
     cost_per_million_tokens: float | None = None
     advice: list[str] = field(default_factory=list)
-    not_planned: str | None = None  # a part of the run that the plan leaves out
+    rollout: RolloutPlan | None = None  # of an objective that generates
     mesh_notes: list[str] = field(default_factory=list)  # axes that are not on rings of neighbours
     plan_seconds: float = 0.0
     plan_cpu_seconds: float = 0.0  # of all cores
@@ -58,11 +59,16 @@ class Plan:
 def as_json(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON values."""
     values = dataclasses.asdict(plan)
-    values["traffic"] = [row._asdict() for row in plan.traffic]
+    for own, where in ((plan, values), *([] if plan.rollout is None else [(plan.rollout, values["rollout"])])):
+        where["traffic"] = [row._asdict() for row in own.traffic]
     return values
 
 
 def from_json(values: dict[str, Any]) -> Plan:
     """Build a plan from JSON values, the inverse of `as_json`."""
-    rows = [Traffic(**{**row, "axes": tuple(row["axes"])}) for row in values["traffic"]]
-    return Plan(**{**values, "traffic": rows})
+
+    def read(own: dict[str, Any]) -> dict[str, Any]:
+        return {**own, "traffic": [Traffic(**{**row, "axes": tuple(row["axes"])}) for row in own["traffic"]]}
+
+    rollout = values["rollout"]
+    return Plan(**{**read(values), "rollout": None if rollout is None else RolloutPlan(**read(rollout))})

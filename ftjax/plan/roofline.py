@@ -89,6 +89,15 @@ def _dcn(mesh: Mesh, topology: Topology) -> float:
     return topology.chip.dcn_per_chip * topology.chip.share(mesh.devices.flat[0])
 
 
+def bound_of(
+    flops: float, hbm_bytes: float, rows: Sequence[Traffic], mesh: Mesh, topology: Topology
+) -> tuple[dict[str, float], str, float]:
+    """Return the least time of each unit (`seconds`), the unit that is the bound, and its time."""
+    found = seconds(flops, hbm_bytes, rows, mesh, topology)
+    bound = max(found, key=found.get)
+    return found, bound, found[bound]
+
+
 def seconds(flops: float, hbm_bytes: float, rows: Sequence[Traffic], mesh: Mesh, topology: Topology) -> dict[str, float]:
     """Return the least time of each unit, from `flops` on all devices and `hbm_bytes` on one."""
     chip, device = topology.chip, mesh.devices.flat[0]

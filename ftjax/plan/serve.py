@@ -18,27 +18,26 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ftjax.compile_cache import nothing_kept
-from ftjax.config import Config, MeshConfig
+from ftjax.config import Config
 from ftjax.errors import UserError
-from ftjax.generate.engine import Engine
+from ftjax.generate.decode import State
+from ftjax.generate.engine import Engine, decoding_mesh
 from ftjax.generate.paged import PagedBatch, Room, page_bytes
 from ftjax.hub.load import abstract_param, base_specs
 from ftjax.hub.vocabulary import hf_config_of
 from ftjax.long_steps import long_step
 from ftjax.mesh import make_mesh, notes, spec
 from ftjax.models.model import Model, build_module
-from ftjax.models.nn.cache import Layout
 from ftjax.models.nn.quantise import quantise
 from ftjax.plan.arithmetic import program_flops
 from ftjax.plan.hlo import Program
-from ftjax.plan.plan import shard_bytes
-from ftjax.plan.roofline import Traffic, seconds, traffic
+from ftjax.plan.roofline import Traffic, bound_of, traffic
+from ftjax.plan.shards import shard_bytes
 from ftjax.plan.topology import Topology
 
 CONCURRENCY = 16
 LONGEST = 8192  # tokens of context, unless others are asked for or the model's are fewer
 PAGE = 32
-SHARDED = ("vocab", "heads", "kv_heads", "mlp")  # dimensions of weights along `tensor`
 SHARE = 0.9  # of what the weights leave is for the cache that is compiled for: programs need the rest
 
 
@@ -128,39 +127,85 @@ def plan_serving(config: Config, topology: Topology, concurrency: int | None = N
 
 
 def mesh_for(config: Config, model: Model, devices: Sequence[Any]) -> Mesh:
-    """Return the configured mesh if it has more than `fsdp`, and else as many devices along `tensor` as the model's heads
-    allow: each token needs all weights, which are better read in parts than gathered."""
+    """Return the configured mesh if it has more than `fsdp`, and else one to decode on."""
     if not config.mesh.auto and any(getattr(config.mesh, axis) != 1 for axis in ("data", "expert", "tensor")):
         return make_mesh(config.mesh, devices)
-    sizes = {one.shape[at] for one in model.specs.values() for at, axis in enumerate(one.row.axes) if axis in SHARDED}
-    heads = {one.kv_heads for one in Layout(model.memories).keys_values if one.kv_heads > 1}  # a single one is everywhere
-    tensor = math.gcd(len(devices), model.sizes.heads, *heads, *sizes)
-    return make_mesh(MeshConfig(tensor=tensor, data=len(devices) // tensor, fsdp=1), devices)
+    return decoding_mesh(model, devices)
 
 
-def _measure(plan: ServePlan, batch: PagedBatch, topology: Topology) -> None:
+@dataclass(frozen=True)
+class Compiled:
+    """The engine's two largest programs, compiled: the one that decodes a token of each row, and one that reads prompts.
+
+    Attributes:
+        state: of the rows, as shapes.
+        flops: of a decode step, on all devices.
+        read_flops: of a call that reads prompts.
+        decode, read: the programs.
+    """
+
+    state: State
+    mesh: Mesh
+    flops: float
+    read_flops: float
+    decode: Any
+    read: Any
+
+    @property
+    def _stats(self) -> list[Any]:
+        return [program.memory_analysis() for program in (self.decode, self.read)]
+
+    def memory(self) -> dict[str, float]:
+        """Return the bytes of what is alive beside the weights, by kind."""
+        cache = shard_bytes((self.state.cache.keys, self.state.cache.values))
+        return {
+            "cache": cache,
+            "state": shard_bytes(self.state) - cache,
+            "temporaries": float(max(one.temp_size_in_bytes for one in self._stats)),
+            "program": float(sum(one.generated_code_size_in_bytes for one in self._stats)),
+        }
+
+    @property
+    def peak(self) -> float:
+        """Bytes that are alive at one time, weights included."""
+        return float(max(one.peak_memory_in_bytes for one in self._stats))
+
+    def beside(self, params: Any) -> float:
+        """Return the bytes that are alive at one time beside these parameters."""
+        return max(0.0, self.peak - shard_bytes(params))
+
+    def traffic(self, program: Any, topology: Topology) -> list[Traffic]:
+        """Return what one of the programs moves between devices."""
+        return traffic(Program.of(program, self.mesh).transfers(), self.mesh, topology)
+
+    def prefill_seconds(self, hbm_bytes: float, topology: Topology) -> float:
+        """Return the least time of a call that reads prompts. Args: hbm_bytes: that a device reads for it."""
+        return bound_of(self.read_flops, hbm_bytes, self.traffic(self.read, topology), self.mesh, topology)[-1]
+
+
+def compile_programs(batch: PagedBatch, shape: tuple[int, int], topology: Topology) -> Compiled:
+    """Compile the programs of a batch whose arrays are shapes, for its longest tables. Args: shape: of the one that reads."""
     engine, mesh = batch.engine, batch.engine.mesh
     state, width = engine.abstract_state(batch.sizes), batch.widths[-1]
     programs = engine.programs(batch.sizes)
-    part = batch.part([], {}, max(batch.shapes, key=math.prod), width)[1]
     with (
         jax.set_mesh(mesh),
         nothing_kept() if topology.chip else nullcontext(),
         long_step(f"compiling the decoding programs for {topology.name}"),
     ):
-        traced = programs.decode.trace(batch.params, state, batch.turn([], 1, False, {}, width))
-        decode = traced.lower().compile()
-        read = programs.prefill.trace(batch.params, state, part).lower().compile()
-    stats = [program.memory_analysis() for program in (decode, read)]
+        decode = programs.decode.trace(batch.params, state, batch.turn([], 1, False, {}, width))
+        read = programs.prefill.trace(batch.params, state, batch.part([], {}, shape, width)[1])
+        compiled = [traced.lower().compile() for traced in (decode, read)]
+    return Compiled(state, mesh, program_flops(decode), program_flops(read), *compiled)
+
+
+def _measure(plan: ServePlan, batch: PagedBatch, topology: Topology) -> None:
+    engine = batch.engine
+    programs = compile_programs(batch, max(batch.shapes, key=math.prod), topology)
     memory = plan.memory
-    memory["cache"] = shard_bytes((state.cache.keys, state.cache.values))
-    memory["state"] = shard_bytes(state) - memory["cache"]
-    memory["temporaries"] = float(max(one.temp_size_in_bytes for one in stats))
-    memory["program"] = float(sum(one.generated_code_size_in_bytes for one in stats))
-    plan.peak = float(max(one.peak_memory_in_bytes for one in stats))
-    plan.flops = program_flops(traced)
-    plan.hbm_bytes = read_bytes(batch)
-    plan.traffic = traffic(Program.of(decode, mesh).transfers(), mesh, topology)
+    memory.update(programs.memory())
+    plan.peak, plan.flops, plan.hbm_bytes = programs.peak, programs.flops, read_bytes(batch)
+    plan.traffic = programs.traffic(programs.decode, topology)
     if plan.limit is None:
         return
     cost = page_bytes(engine, batch.room.page)
@@ -172,19 +217,17 @@ def _measure(plan: ServePlan, batch: PagedBatch, topology: Topology) -> None:
         plan.fits = plan.texts >= plan.rows
     else:
         plan.fits = plan.peak + memory["program"] <= plan.limit
-    plan.seconds = seconds(plan.flops, plan.hbm_bytes, plan.traffic, mesh, topology)
-    plan.bound = max(plan.seconds, key=plan.seconds.get)
-    plan.step_seconds = plan.seconds[plan.bound]
+    plan.seconds, plan.bound, plan.step_seconds = bound_of(plan.flops, plan.hbm_bytes, plan.traffic, engine.mesh, topology)
     plan.tokens_per_second = plan.rows / plan.step_seconds
 
 
-def read_bytes(batch: PagedBatch) -> float:
+def read_bytes(batch: PagedBatch, context: int | None = None) -> float:
     """Return what a device reads at least for one token of each of its rows: every weight, but of an embedding that is not the
-    output too only the tokens' rows, and the keys, values and states of full contexts."""
+    output too only the tokens' rows, and the keys, values and states of contexts of this length. Args: None: of full ones."""
     engine, room = batch.engine, batch.room
     embedding = {path for path, spec in engine.model.specs.items() if spec.row.axes == ("vocab", "embed")}
     looked_up = embedding - {f"{engine.model.output}.weight"}
     weights = shard_bytes({path: value for path, value in batch.params.items() if path not in looked_up})
-    pages = room.rows // engine.shards * math.ceil(room.context / room.page)
+    pages = room.rows // engine.shards * math.ceil((context or room.context) / room.page)
     cost = page_bytes(engine, room.page)
     return weights + pages * cost + shard_bytes(engine.abstract_state(batch.sizes).cache.states)

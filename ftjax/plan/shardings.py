@@ -8,7 +8,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 from jax.sharding import NamedSharding
 
-from ftjax.plan.plan import shard_bytes
+from ftjax.plan.shards import shard_bytes
 from ftjax.train.setup import Design
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from ftjax.data.align import Pair, lay_out
 from ftjax.data.batch import Batch, batch_arrays
 from ftjax.data.pack import Plan, pack
 from ftjax.data.rollout import VALUES
@@ -33,9 +34,12 @@ class Document(Protocol):
         tokens: of all of it.
         weights: of each token as a target.
         values: of each token as a target (`RowEncoding.values`).
+        pair: with a teacher of another tokenizer: the alignment, which comes first among the values; or None.
     """
 
     def __len__(self) -> int: ...
+    @property
+    def pair(self) -> Pair | None: ...
     @property
     def tokens(self) -> Int32[np.ndarray, " T"]: ...
     @property
@@ -60,6 +64,7 @@ class Answered:
     logprobs: Sequence[float]
     sampler: Sequence[float]
     trained: bool | Sequence[bool] = True
+    pair = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -108,9 +113,14 @@ def laid_out(answers: Sequence[Document], setup: Setup, microbatches: int | None
     return layout, filled(answers, plan, layout.own.tolist(), width, encoding_of(setup.config).values)
 
 
+def room_of(document: Document) -> int:
+    """Return the tokens of a row that a document takes."""
+    return len(document) if document.pair is None else max(len(document), len(document.pair.tokens))
+
+
 def arranged(answers: Sequence[Document], max_length: int, packing: bool, multiple: int) -> tuple[Plan, int]:
     """Return which answers stand in each row, and the number of rows, filled up to one of a few multiples of `multiple`."""
-    lengths = np.array([len(answer) for answer in answers])
+    lengths = np.array(list(map(room_of, answers)))
     plan = pack(lengths, max_length, None) if packing else Plan(np.arange(len(answers)), np.arange(len(answers) + 1))
     return plan, multiple * bucket(math.ceil(len(plan) / multiple))
 
@@ -119,7 +129,7 @@ def width_of(answers: Sequence[Document], max_length: int, packing: bool, multip
     """Return the tokens of a row: `max_length`, or without packing one of a few lengths that hold the longest answer."""
     if packing:
         return max_length
-    longest = bucket(max(map(len, answers)), 16)
+    longest = bucket(max(map(room_of, answers)), 16)
     return min(max_length, math.ceil(longest / multiple) * multiple)
 
 
@@ -132,7 +142,7 @@ def filled(answers: Sequence[Document], plan: Plan, rows: Sequence[int], width: 
     arrays = batch_arrays(values)
     batch = {name: np.zeros((len(rows), width, one.width), one.dtype) for name, one in arrays.items()}
     for row, number in enumerate(rows):
-        at = 0
+        at = beside = 0
         inside = plan.documents[plan.starts[number] : plan.starts[number + 1]] if number < len(plan) else ()
         for segment, which in enumerate(inside, 1):
             one = answers[which]
@@ -141,7 +151,10 @@ def filled(answers: Sequence[Document], plan: Plan, rows: Sequence[int], width: 
             batch["tokens"][row, here, 0], batch["positions"][row, here, 0] = tokens, np.arange(size)
             batch["segment_ids"][row, here, 0] = segment
             batch["targets"][row, before, 0], batch["weights"][row, before, 0] = tokens[1:], one.weights[1:]
-            if values:
-                batch["labels"][row, before] = one.values[1:]
+            if (own := one.values).shape[1]:
+                batch["labels"][row, before, values - own.shape[1] :] = own[1:]
+            if one.pair is not None:
+                lay_out(batch["labels"][row], one.pair, at, beside, segment)
+                beside += len(one.pair.tokens)
             at += size
     return {name: found.reshape(len(rows), -1) for name, found in batch.items()}

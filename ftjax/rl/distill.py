@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from ftjax.config import Config
+from ftjax.data.align import VALUES, Pair
 from ftjax.data.batch import Batch
 from ftjax.data.encoder import Encoded
 from ftjax.data.pipeline import PackedSplit
@@ -46,13 +47,15 @@ class Lesson:
     Attributes:
         tokens, weights: see `ftjax.rl.batch.Document`.
         own: whether the answer is the data's.
-        kinds: the number of values of a token, 1 or 0.
+        kinds: the number of values of a token besides those of the alignment, 1 or 0.
+        pair: see there.
     """
 
     tokens: Int32[np.ndarray, " T"]
     weights: Float32[np.ndarray, " T"]
     own: bool
     kinds: int
+    pair: Pair | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -71,11 +74,19 @@ def prompt_of(document: Encoded) -> list[int]:
     return document.tokens[: before[-1] + 1 if len(before) else 0].tolist()
 
 
-def of_student(prompt: Sequence[int], answer: Generation, kinds: int) -> Lesson:
-    """Return the document of a generated answer."""
-    tokens = np.array([*prompt, *answer.tokens], np.int32)
+def of_student(split: PackedSplit, place: int, prompt: Sequence[int], answer: Generation, kinds: int) -> Lesson:
+    """Return the document of a generated answer. Args: place: of the document whose prompt it answers."""
+    tokens, partners, pair = np.array([*prompt, *answer.tokens], np.int32), split.partners, None
     weights = np.repeat(np.array([0, 1], np.float32), [len(prompt), len(answer.tokens)])
-    return Lesson(tokens, weights, False, kinds)
+    if partners is not None:
+        asked = prompt_of(partners.other.document(partners.numbers[place]))
+        pair = partners.answered(prompt, answer.tokens, asked, split.max_length)
+    return Lesson(tokens, weights, False, kinds, pair)
+
+
+def kinds_of(setup: Setup, split: PackedSplit) -> int:
+    """Return the number of values of a token besides those of an alignment."""
+    return encoding_of(setup.config).values - (0 if split.partners is None else len(VALUES))
 
 
 def refuse_without_prompt(split: PackedSplit, bos: int | None) -> None:
@@ -103,7 +114,7 @@ class LessonBatches:
         self._setup, self._split, self._sampler, self._tokenizer = setup, split, sampler, tokenizer
         self._section, options = setup.config.objective, setup.config.training
         refuse_without_prompt(split, tokenizer.bos_token_id)
-        self._size, self._kinds = options.global_batch_size, encoding_of(setup.config).values
+        self._size, self._kinds = options.global_batch_size, kinds_of(setup, split)
         epoch = len(split.plan(0, True, options.seed).documents) / self._size
         self.steps: int | None = options.max_steps or max(1, math.ceil(epoch * options.num_train_epochs))
         self.steps_per_epoch: int | None = math.ceil(epoch)
@@ -124,16 +135,20 @@ class LessonBatches:
 
     def _batch(self, params: Mapping[str, jax.Array]) -> Batch:
         first, clock = self._draw.drawn, Clock()
-        drawn = [self._split.documents.document(place) for place in self._draw.take(self._size)]
+        places, partners = self._draw.take(self._size), self._split.partners
+        drawn = [self._split.documents.document(place) for place in places]
         asked = [number for number in range(len(drawn)) if self._generated(first + number)]
         prompts = [prompt_of(drawn[number]) for number in asked]
         with clock.of("rollout"):
             numbers = [first + number for number in asked]
             limits = [self._split.max_length - len(prompt) for prompt in prompts]
             answers = self._sampler.generate(params, prompts, numbers, limits) if asked else []
-        lessons = [Lesson(one.tokens, one.weights, True, self._kinds) for one in drawn]
+        lessons = [
+            Lesson(one.tokens, one.weights, True, self._kinds, None if partners is None else partners.pair(place))
+            for place, one in zip(places, drawn, strict=True)
+        ]
         for number, prompt, answer in zip(asked, prompts, answers, strict=True):
-            lessons[number] = of_student(prompt, answer, self._kinds)
+            lessons[number] = of_student(self._split, places[number], prompt, answer, self._kinds)
         self.metrics = totals(answer_metrics(answers) | clock.spent) if answers else {}
         self.texts = [
             {"prompt": self._tokenizer.decode(prompt)[-LONGEST:], "text": answer.text[:LONGEST]}
@@ -196,7 +211,7 @@ class LessonObserver:
             prompts = [prompt_of(self._split.documents.document(place)) for place in places]
             limits = [self._split.max_length - len(prompt) for prompt in prompts]
             found = self._sampler.generate(params, prompts, range(start, start + len(places)), limits)
-            lessons = [of_student(prompt, answer, 0) for prompt, answer in zip(prompts, found, strict=True)]
+            lessons = [of_student(self._split, *one, 0) for one in zip(places, prompts, found, strict=True)]
             layout, batch = laid_out(lessons, self._setup, None)
             totals = self._step(*self._setup.divided(params), layout.arrays(batch))
             means.add(jax.tree.map(float, {"loss": (totals.loss, totals.weight), **totals.metrics}))

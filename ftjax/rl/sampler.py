@@ -1,4 +1,8 @@
-"""Generates answers with the parameters in training, and computes their log-probabilities."""
+"""Generates answers with the parameters in training, and computes their log-probabilities.
+
+With `mesh.rollout_devices` it generates on devices of its own, to which the caller sends the parameters: those in training are
+then on their way while it works with earlier ones.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +14,7 @@ from ftjax.generate.answer import Generation
 from ftjax.generate.request import Request
 from ftjax.generate.sample import Sampling
 from ftjax.generate.session import Generator
+from ftjax.rl.apart import RolloutDevices, Sent
 from ftjax.rl.dialogue import Dialogues
 from ftjax.rl.environment import Environments
 from ftjax.rl.prompts import Question
@@ -20,13 +25,19 @@ ANOTHER_SEED = 1_000_003
 
 
 class Sampler:
-    """The model of a run, as a sampler. It holds no parameters of its own: each call gets those of the moment."""
+    """The model of a run, as a sampler. It holds no trained parameters of its own: each call gets those of the moment.
+
+    Attributes:
+        apart: the devices that only generate; None if those that train do.
+    """
 
     def __init__(self, setup: Setup, tokenizer: Any, environments: Environments | None = None):
         """Args: environments: with which answers are dialogues."""
         self._setup, self.section = setup, setup.config.objective
         how: dict[str, Any] = {"mesh": setup.mesh, "dtype": setup.runtime.dtype, "source": setup.source}
-        self._generator = Generator.of(setup.model, {}, tokenizer, of_sampler=True, **how)
+        self.apart = RolloutDevices(setup) if setup.rollout_devices else None
+        own = how if self.apart is None else {**how, "mesh": self.apart.mesh}
+        self._generator = Generator.of(setup.model, {}, tokenizer, of_sampler=True, **own)
         self._reference = None
         if setup.reference is not None:
             self._reference = Generator.of(setup.reference.model, {}, tokenizer, **how)
@@ -80,7 +91,7 @@ class Sampler:
         """Generate one answer to each prompt.
 
         Args:
-            params: the trained parameters.
+            params: the trained parameters, or all that were sent to the devices that generate.
             prompts: token ids.
             numbers: of each answer among all of the run, which determine their random keys with `turn`.
             limits: the most tokens of each answer, below that of the configuration.
@@ -96,8 +107,14 @@ class Sampler:
             Request(list(ids), sampling, min(most, limit), seed=seed, number=number)
             for ids, number, limit in zip(prompts, numbers, [most] * len(prompts) if limits is None else limits, strict=True)
         ]
-        with self._with(self._generator, {**self._setup.frozen, **params}) as generator:
+        with self._with(self._generator, self._placed(params)) as generator:
             return generator.answer(requests, batch_size=self._rows, logprobs=True)
+
+    def _placed(self, params: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+        """Return all parameters where answers are generated."""
+        if self.apart is None:
+            return {**self._setup.frozen, **params}
+        return params if isinstance(params, Sent) else self.apart.send(params)
 
     def logprobs(self, params: Mapping[str, jax.Array], rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Return the log-probability of each token of each answer for the trainer's own program."""

@@ -10,11 +10,22 @@ A batch of `training.global_batch_size` answers is made like this, for 2 prompts
 
 With `num_iterations` above 1 the same batch is returned so many times. Position and kept batch are JSON, so that a run resumes
 at any update as if it had not stopped.
+
+With `mesh.rollout_devices` the answers of an update are generated while the one before is computed, with the parameters before
+that one:
+
+    devices that train       update 1             update 2             update 3
+    devices that generate    answers for 2        answers for 3        answers for 4
+    with the parameters      of the start         after update 1       after update 2
+
+The loop starts an update and asks for the next batch without waiting. The parameters are sent when a batch is handed out,
+before the update that will take over their arrays is started. A checkpoint after update 1 has the answers for update 2, which
+are generated before it is written.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +37,7 @@ from ftjax.data.shown import render, show_unit
 from ftjax.errors import UserError
 from ftjax.objectives import encoding_of
 from ftjax.rl.advantages import Advantages, grpo_advantages, rloo_advantages
+from ftjax.rl.apart import Sent
 from ftjax.rl.batch import Answered, laid_out, smallest
 from ftjax.rl.clock import Clock
 from ftjax.rl.environment import Environments
@@ -46,10 +58,28 @@ def trained(one: Rollout, masks_truncated: bool) -> bool | list[bool]:
     return True if one.own is None else list(one.own)
 
 
+class Prepared(NamedTuple):
+    """Answers for an update, and what is logged of them; see `BatchSource`."""
+
+    answers: list[Answered]
+    metrics: Mapping[str, tuple[float, float]]
+    texts: Sequence[Mapping[str, str]]
+    trouble: str | None
+
+    def state(self) -> list[Any]:
+        """Return it as JSON, exact to the bit."""
+        return [[answer.state() for answer in self.answers], *self[1:]]
+
+    @classmethod
+    def of(cls, state: Sequence[Any]) -> "Prepared":
+        """Return what `state` described."""
+        answers, metrics, texts, trouble = state
+        pairs = {name: tuple(pair) for name, pair in metrics.items()}
+        return cls([Answered.of(one) for one in answers], pairs, texts, trouble)
+
+
 class RolloutBatches:
     """A `BatchSource` of answers to prompts."""
-
-    follows = True
 
     def __init__(
         self, setup: Setup, prompts: Prompts, sampler: Sampler, rewards: Sequence[Reward],
@@ -64,6 +94,10 @@ class RolloutBatches:
         self.steps: int | None = options.max_steps or max(1, math.ceil(epoch * options.num_train_epochs))
         self.steps_per_epoch: int | None = math.ceil(epoch)
         self._draw, self._done = Draw(prompts.split, options.seed), 0  # updates
+        self.follows = sampler.apart is None
+        self._sent: Sent | None = None  # the parameters that the next answers are generated with, if on other devices
+        self._ahead: Prepared | None = None  # the next answers, if a checkpoint has needed them already
+        self._failed: UserError | None = None  # why there are none
         self._kept: list[Answered] | None = None  # the batch, while it is used again
         self._repeats = 0  # how often the kept batch has been returned
         self.metrics: Mapping[str, tuple[float, float]] = {}
@@ -74,19 +108,44 @@ class RolloutBatches:
     # ---- batches ----
 
     def next(self, params: Mapping[str, jax.Array]) -> Batch:
-        """Generate answers with these parameters, or return the latest ones once more."""
-        self.metrics, self.texts, self.trouble = {}, (), None
+        """Generate answers with these parameters (on other devices: with those before), or return the latest ones once more."""
+        if self._failed is not None:
+            error, self._failed = self._failed, None
+            raise error
         if self._kept is None:
-            before = self._draw.state()
-            try:
-                self._kept, self._repeats = self._generated(params), 0
-            except UserError:
-                self._draw.load(before)
-                raise
+            found = self._ahead or self._prepared(params if self._sent is None else self._sent)
+            self._ahead, self._repeats = None, 0
+            self._kept, self.metrics, self.texts, self.trouble = found
+        else:
+            self.metrics, self.texts, self.trouble = {}, (), None
         answers, self._repeats, self._done = self._kept, self._repeats + 1, self._done + 1
         if self._repeats == self._section.num_iterations:
             self._kept = None
+        if self._sampler.apart is not None:
+            self._sent = self._sampler.apart.send(params)
         return self._rows(answers)
+
+    def _prepared(self, params: Mapping[str, jax.Array]) -> Prepared:
+        """Generate answers with these parameters; if that fails, the position stays."""
+        self.metrics, self.texts, self.trouble = {}, (), None
+        before = self._draw.state()
+        try:
+            answers = self._generated(params)
+        except UserError:
+            self._draw.load(before)
+            raise
+        return Prepared(answers, self.metrics, self.texts, self.trouble)
+
+    def _prepare_ahead(self) -> None:
+        """Generate the answers that the next update needs, if they depend on parameters that a checkpoint does not have."""
+        if self._sent is None or self._ahead is not None or self._done == self.steps:
+            return
+        shown = self.metrics, self.texts, self.trouble
+        try:
+            self._ahead = self._prepared(self._sent)
+        except UserError as error:  # of the next update, which will raise it
+            self._failed = error
+        self.metrics, self.texts, self.trouble = shown
 
     def _rows(self, answers: Sequence[Answered]) -> Batch:
         self.layout, batch = laid_out(answers, self._setup, self._config.training.gradient_accumulation_steps)
@@ -170,11 +229,12 @@ class RolloutBatches:
     # ---- position ----
 
     def get_state(self) -> dict[str, Any]:
-        """Return the position, and the batch that is used again."""
+        """Return the position, the batch that is used again, and answers that are there already."""
+        self._prepare_ahead()
         kept = None if self._kept is None else [answer.state() for answer in self._kept]
         return {
             "draw": self._draw.state(), "updates": self._done, "repeats": self._repeats if kept else 0, "kept": kept,
-            "rows": self._prompts.facts,
+            "rows": self._prompts.facts, "ahead": None if self._ahead is None else self._ahead.state(),
         }  # fmt: skip
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -187,6 +247,8 @@ class RolloutBatches:
         self._draw.load(state["draw"])
         self._done, self._repeats = state["updates"], state["repeats"]
         self._kept = None if state["kept"] is None else [Answered.of(one) for one in state["kept"]]
+        ahead = state.get("ahead")  # earlier versions wrote none
+        self._sent, self._failed, self._ahead = None, None, None if ahead is None else Prepared.of(ahead)
 
     # ---- for people ----
 
@@ -198,6 +260,7 @@ class RolloutBatches:
             *self._prompts.split.report.lines(),
             f"an update: {self._groups} prompts with {section.num_generations} answers each, of up to "
             f"{section.max_completion_length} tokens; rewards: {', '.join(names)}",
+            *([] if self._sampler.apart is None else [self._sampler.apart.line()]),
         ]
 
     def example(self, config: Config, tokenizer: Any) -> list[str]:

@@ -29,7 +29,7 @@ from ftjax.train.same_run import facts_to_agree, fingerprints, refuse_other_docu
 from ftjax.train.setup import Setup, prepare
 from ftjax.train.source import BatchSource, DatasetBatches, steps_of_run
 from ftjax.train.teach import with_predictions
-from ftjax.train.teacher import refuse_other_vocabulary
+from ftjax.train.teacher import refuse_other_vocabulary, with_partners
 from ftjax.train.track import Heard, check_report_to
 
 
@@ -79,6 +79,7 @@ def train(
             positions=positions_of(config.model.path, config.model.revision),
         )  # fmt: skip
         train_split, validation = with_predictions(config, (train_split, validation))
+        train_split, validation = with_partners(config, (train_split, validation), tokenizer)
         embeddings = embeddings_of(config)
         for split in (train_split, validation):
             if split is not None:

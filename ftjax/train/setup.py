@@ -31,7 +31,7 @@ from ftjax.hub.open import open_base
 from ftjax.hub.run_folder import starting_adapter
 from ftjax.hub.tokenizer.load import load_tokenizer
 from ftjax.hub.vocabulary import refuse_untrained_rows, tokens_of, with_new_tokens
-from ftjax.mesh import devices_or_all, make_mesh, parts, replicated, sharding
+from ftjax.mesh import devices_or_all, divided, make_mesh, parts, replicated, sharding
 from ftjax.methods import method_of
 from ftjax.models.composite import text_of
 from ftjax.models.model import Model, build_module
@@ -69,6 +69,7 @@ class Design:
     reference: Reference | None = None  # if the objective compares with the initial model in every update
     before_training: Reference | None = None  # if it does so once, before training
     teacher: Teacher | None = None
+    rollout_devices: Sequence[Any] = ()  # those that only generate; the mesh is over the others
 
     @property
     def shards(self) -> int:
@@ -172,7 +173,8 @@ def _loss_inputs(design: Design, trainable, frozen, batch, ctx, statistics=None,
 
     others = reading(design.reference), reading(design.teacher)
     own = objective_of(config).statistics
-    return LossInputs(design.model, trainable, frozen, batch, ctx, chunk, config, *others, own, statistics, number)
+    matches = None if design.teacher is None else design.teacher.matches
+    return LossInputs(design.model, trainable, frozen, batch, ctx, chunk, config, *others, matches, own, statistics, number)
 
 
 def build(config: Config, hf_config: Mapping[str, Any]) -> tuple[Model, Config]:
@@ -213,7 +215,7 @@ def mesh_of(
         devices: devices to use; None uses all.
         memory: bytes per device; None asks the devices.
     """
-    devices = devices_or_all(devices)
+    devices, _ = divided(config.mesh, devices_or_all(devices))
     if not config.mesh.auto:
         return make_mesh(config.mesh, devices), None
     teacher = teacher_of(config)
@@ -308,6 +310,7 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Setu
     hf_config, source = with_objectives_head(config, hf_config, source)
     mesh, why = mesh_of(config, hf_config, devices)
     made = design(config, hf_config, mesh)
+    made.rollout_devices = divided(config.mesh, devices_or_all(devices))[1]
     config, model = made.config, made.model
     if config.model.adds_tokens:
         refuse_untrained_rows(model, had, tokens_of(config.model), config.method.name)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from generate.engines import LLAMA, alone, answer, made, numbered, poisoned, run
+from generate.engines import LLAMA, alone, answer, made, poisoned, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Case, tokens
@@ -185,10 +185,10 @@ def test_pages_on_a_mesh(uniform, tmp_path):
     those of one device, and no keys or values move."""
     spread = made(tmp_path, LLAMA, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     room = Room(rows=8, context=64, pages=20, page=4, chunk=16, steps=3)
-    batch = PagedBatch(spread.engine, spread.params, room)
-    text = decode_program(batch)
+    text = decode_program(PagedBatch(spread.engine, spread.params, room))
     said, probable = [], []
-    for batch in (PagedBatch(uniform.engine, uniform.params, room), batch):
+    for generator in (uniform, spread):
+        batch = PagedBatch(generator.engine, generator.params, room)
         scheduler, jobs = Scheduler(batch), [Job(answer(spread, number), tops=2, scored=True) for number in range(10)]
         for job in jobs:
             scheduler.submit(job)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ftjax.cli import app
+from ftjax.console import make_console
 from ftjax.errors import UserError
 from ftjax.flops import train_flops
 from ftjax.generate.open import mesh_of
@@ -26,13 +27,18 @@ from ftjax.generate.session import Generator
 from ftjax.mesh import spec
 from ftjax.plan.arithmetic import program_flops
 from ftjax.plan.hlo import Program
-from ftjax.plan.plan import design_for, make_plan, shard_bytes, trace_step
+from ftjax.plan.plan import design_for, make_plan, trace_step
 from ftjax.plan.result import as_json, from_json
+from ftjax.plan.rollout import plan_rollouts
 from ftjax.plan.roofline import traffic
 from ftjax.plan.serve import as_json as serving_json
 from ftjax.plan.serve import plan_serving
 from ftjax.plan.shardings import shardings
+from ftjax.plan.shards import shard_bytes
+from ftjax.plan.show import show
 from ftjax.plan.topology import parse
+from ftjax.rl.apart import RolloutDevices
+from ftjax.rl.sampler import Sampler
 from ftjax.train.setup import compile_steps, prepare
 from ftjax.train.step import init_state
 
@@ -441,3 +447,69 @@ def test_options_of_a_server_plan(bare, tmp_path, options, says):
     (tmp_path / "run.yaml").write_text(f"model: {{path: {bare}}}\ndata: {{train: x.jsonl}}\n")
     found = CliRunner().invoke(app, ["plan", str(tmp_path / "run.yaml"), "--topology", "cpu:4", *options])
     assert found.exit_code == 2 and says in " ".join(found.output.split()), found.output
+
+
+GRPO = {
+    "name": "grpo",
+    "rewards": ["exact_match"],
+    "num_generations": 4,
+    "max_completion_length": 16,
+    "generation_batch_rows": 8,
+}
+
+
+def test_answers_are_planned_as_they_are_generated(bare, folder, monkeypatch, capsys):
+    """Rows, pages and states are those of the engine in a run, for prompts and answers as long as they may be."""
+    options = {"objective": GRPO, "mesh": {"fsdp": 2, "tensor": 2}, "global_batch_size": 16}
+    plan = make_plan(make_config(bare, **options), parse("cpu:4"))
+    found = plan.rollout
+    assert (found.answers, found.rows, found.prompt, found.length, found.steps) == (16, 8, 16, 16, 32)
+    assert from_json(json.loads(json.dumps(as_json(plan)))) == plan
+    made, kept = [], PagedBatch.__init__
+
+    def begin(self, engine, params, room):
+        made.append(self)
+        kept(self, engine, params, room)
+
+    monkeypatch.setattr(PagedBatch, "__init__", begin)
+    setup = prepare(make_config(folder, **options), jax.devices()[:4])
+    prompts = [[5 + number // 4] * 16 for number in range(16)]
+    with jax.set_mesh(setup.mesh):
+        Sampler(setup, make_tokenizer()).generate(setup.params, prompts, range(16))
+    (batch,) = made
+    cache = batch._state.cache
+    assert batch.room.rows == found.rows and shard_bytes((cache.keys, cache.values)) == found.memory["cache"]
+    assert shard_bytes(batch._state) == found.memory["cache"] + found.memory["state"]
+    weights = shard_bytes({**setup.frozen, **setup.params})
+    assert weights == plan.memory["weights"] + plan.memory["trained"]
+    assert found.peak >= weights + plan.memory["optimizer"] + found.memory["cache"] + found.memory["state"]
+    assert found.flops >= 2 * 8 * sum(x.size for path, x in setup.frozen.items() if "embed" not in path)
+    show(plan, make_console())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "answers of an update: 16 of 16 tokens to prompts of 16, 8 at a time" in shown
+    assert "both phases, with weights kept once" in shown
+
+
+def test_the_time_of_answers(bare):
+    """A decode step reads every weight; all answers take as many steps as their tokens, for each group of rows."""
+    pytest.importorskip("libtpu", reason="planning for TPUs needs libtpu")
+    chip, made = parse("v5e-1"), design_for(make_config(bare, objective=GRPO, global_batch_size=16), parse("v5e-1"))
+    weights = shard_bytes(made.abstract_params())
+    found = plan_rollouts(made, weights, chip.chip.hbm, chip)
+    assert found.fits and found.step_seconds >= found.seconds["HBM"] == found.hbm_bytes / chip.chip.hbm_bandwidth
+    assert weights + found.memory["cache"] > found.hbm_bytes > 0.5 * weights + 0.5 * found.memory["cache"]
+    assert found.prefill_seconds > 0 and found.rollout_seconds == found.prefill_seconds + 32 * found.step_seconds
+    assert found.tokens_per_second == 16 * 16 / found.rollout_seconds
+
+
+def test_answers_of_devices_of_their_own(bare, folder):
+    """Their weights are those that a run puts there, beside the update's."""
+    corrected = {**GRPO, "importance_sampling_correction": "token_truncate"}
+    options = {"objective": corrected, "mesh": {"fsdp": 4, "rollout_devices": 4}, "global_batch_size": 16}
+    made = design_for(make_config(bare, **options), CPUS)
+    found = plan_rollouts(made, math.inf, None, CPUS)
+    setup = prepare(make_config(folder, **options))
+    sent = RolloutDevices(setup).send(setup.params)
+    assert made.mesh.size == 4 == found.apart and set(setup.rollout_devices) == set(sent["model.embed_tokens.weight"].devices())
+    assert found.sent == shard_bytes({path: sent[path] for path in setup.params})
+    assert shard_bytes(dict(sent)) + found.memory["cache"] < found.peak < math.inf and found.mesh["tensor"] == 2

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from merging_tokenizer import merging_tokenizer
 from oracle import ONE, Case, make_hf
 from reward_runs import logged, run, settings
 from safetensors.numpy import load_file
@@ -97,13 +98,26 @@ def test_texts_have_no_prompts(model, teacher, tmp_path):
         run(make_config(model, tmp_path, tmp_path / "run", teacher, {"lmbda": 0.5}, max_steps=1))
 
 
+@pytest.fixture(scope="module")
+def other_teacher(tmp_path_factory):
+    """Of another tokenizer."""
+    folder = tmp_path_factory.mktemp("other")
+    make_hf(Case("llama", "llama", {"hidden_size": 16, "num_hidden_layers": 1}), folder)
+    merging_tokenizer(["ab", "c1", "ef"], first=3).save_pretrained(folder)
+    return folder
+
+
+ALIGNED = {"use_uld_loss": True, "uld_use_hybrid_loss": True}
 CASES = {"both": {"lmbda": 0.5, "crossentropy_weight": 0.5}, "prompts": {"lmbda": 1}}
+CASES |= {f"{name}, aligned": {**case, **ALIGNED} for name, case in CASES.items()}
 
 
-@pytest.mark.parametrize("name", ["both", pytest.param("prompts", marks=pytest.mark.sweep)])
-def test_resumed(name, model, prompts, answers, teacher, tmp_path):
+@pytest.mark.parametrize("name", ["both, aligned", *(pytest.param(name, marks=pytest.mark.sweep) for name in list(CASES)[:2]),
+                                  pytest.param("prompts, aligned", marks=pytest.mark.sweep)])  # fmt: skip
+def test_resumed(name, model, prompts, answers, teacher, other_teacher, tmp_path):
     """To the bit, with validation data: answers of the data, or prompts that the student answers."""
-    folder, whole, out = answers if name == "both" else prompts, tmp_path / "whole", tmp_path / "run"
+    teacher = other_teacher if "aligned" in name else teacher
+    folder, whole, out = answers if "both" in name else prompts, tmp_path / "whole", tmp_path / "run"
     data = {"validation": str(folder / "prompts.jsonl"), "contamination": "ignore"}
     options = {"save_steps": 3, "max_steps": 6, "gradient_accumulation_steps": 2, "eval_steps": 3, "data": data}
     run(make_config(model, folder, whole, teacher, CASES[name], **options))
@@ -115,10 +129,10 @@ def test_resumed(name, model, prompts, answers, teacher, tmp_path):
     assert logged(out) == logged(whole)
     trained = [row for row in rows(whole) if "train/loss" in row]
     assert len({row["train/loss"] for row in trained}) == 6 and trained[-1]["train/loss"] < trained[0]["train/loss"]
-    assert ("train/cross_entropy" in trained[0]) == (name == "both") and trained[0]["train/completions/mean_length"] > 0
+    assert ("train/cross_entropy" in trained[0]) == ("both" in name) and trained[0]["train/completions/mean_length"] > 0
     evaluated = [row for row in rows(whole) if "eval/loss" in row]
     assert evaluated[-1]["eval/loss"] < evaluated[0]["eval/loss"]
-    assert ("eval/completions/mean_length" in evaluated[0]) == (name == "prompts")
+    assert ("eval/completions/mean_length" in evaluated[0]) == ("prompts" in name)
 
 
 # ---- commands ----

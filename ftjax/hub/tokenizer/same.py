@@ -26,7 +26,8 @@ def refuse_other_tokenizer(own: Any, other: Any, own_name: str, other_name: str)
         raise UserError(
             f"the teacher {other_name} has another tokenizer than {own_name}: "
             + "; ".join(problems)
-            + ". Choose a teacher with the same tokenizer; if the vocabularies are the same and only special tokens differ, "
+            + ". Choose a teacher with the same tokenizer, or set objective.use_uld_loss: true to compare texts; if the "
+            "vocabularies are the same and only special tokens differ, "
             f"model.tokenizer: {other_name} lets the student use the teacher's"
         )
 
