@@ -117,7 +117,9 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [name if name in ("lora", "grpo", "kto") else pytest.param(name, marks=pytest.mark.sweep) for name in EXAMPLES]
+)
 def test_each_example_trains(name, model, tmp_path, monkeypatch, capsys):
     """The file that is printed trains; its comments are settings that it would take, too."""
     monkeypatch.chdir(tmp_path)

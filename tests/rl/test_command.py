@@ -36,6 +36,7 @@ def overrides(chat: Path, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.sweep
 def test_the_demo_by_rewards(chat, tmp_path, capsys, monkeypatch):
     """The whole configuration is read, on eight devices that share the rows; the columns of messages are the references."""
     monkeypatch.chdir(ROOT)

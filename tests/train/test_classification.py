@@ -151,7 +151,7 @@ def test_what_peft_wrote(tied, data, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "values"),
-    [("gpt2", {}), ("gemma2", {}), *[("gpt_neox", {}), ("llama", {})] * ALL],
+    [("gemma2", {}), *[("gpt2", {}), ("gpt_neox", {}), ("llama", {})] * ALL],
 )
 def test_families(kind, values, data, tmp_path):
     """A classifier of transformers has the same loss as packed rows, which are pooled at each text's last token."""

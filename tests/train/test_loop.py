@@ -77,7 +77,7 @@ def test_run_folder(whole):
     np.testing.assert_allclose([r["eval/perplexity"] for r in evals.values()], np.exp([r["eval/loss"] for r in evals.values()]))
 
 
-@pytest.mark.parametrize("stop", [5, 10])
+@pytest.mark.parametrize("stop", [5, pytest.param(10, marks=pytest.mark.sweep)])
 def test_resume_is_uninterrupted(model, data, whole, stop, tmp_path, monkeypatch):
     """Weights bit for bit, the metrics line for line: dropout, data order, optimizer, averaging window."""
     with monkeypatch.context() as patch:

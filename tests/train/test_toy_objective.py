@@ -140,8 +140,9 @@ def test_it_is_resumed(whole, model, pairs, tmp_path):
 
 LORA = {"name": "lora", "r": 4, "lora_alpha": 8}
 # What a reference is without: copies of what trains, weights that the method changes at the start, modules that it adds.
-STARTS = [LORA | {"modules_to_save": ["embed_tokens"]}, LORA | {"init_lora_weights": "pissa"}]
+STARTS = [LORA | {"modules_to_save": ["embed_tokens"], "init_lora_weights": "pissa"}]
 MORE_STARTS = [
+    LORA | {"modules_to_save": ["embed_tokens"]}, LORA | {"init_lora_weights": "pissa"},
     {"name": "full"},
     LORA | {"use_dora": True}, LORA | {"target_modules": ["embed_tokens", "q_proj"]}, {"name": "ia3"},
     {"name": "double_seq_bn"},
