@@ -19,13 +19,18 @@ def written(path, *rows) -> object:
     return path
 
 
-def test_one_prompt_prints_the_text(stories, capsys):
-    generate(str(stories), prompt=["Once upon a time"], max_new_tokens=10, dtype="float32")
-    want = Generator(str(stories), dtype="float32").generate(["Once upon a time"], max_new_tokens=10)[0]
+@pytest.fixture(scope="module")
+def ours(stories) -> Generator:
+    return Generator(str(stories), dtype="float32", chat_template=TEMPLATE)
+
+
+def test_one_prompt_prints_the_text(stories, ours, capsys):
+    generate(str(stories), prompt=["Once upon a time"], max_new_tokens=8, dtype="float32")
+    want = ours.generate([ours.tokenizer("Once upon a time")["input_ids"]], max_new_tokens=8)[0]
     assert capsys.readouterr().out == want.text + "\n"
 
 
-def test_many_prompts_as_json(stories, tmp_path, capsys, monkeypatch):
+def test_many_prompts_as_json(stories, ours, tmp_path, capsys, monkeypatch):
     """Prompts come from files, arguments and standard input; a conversation's own last answer is not shown to the model."""
     monkeypatch.setattr("sys.stdin", io.StringIO("from stdin"))
     turns = [{"role": "user", "content": "Once upon"}, {"role": "assistant", "content": "NEVER"}]
@@ -35,7 +40,6 @@ def test_many_prompts_as_json(stories, tmp_path, capsys, monkeypatch):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     asked = ["Lily", "from stdin", "Tom", turns[:1], turns[:1]]
     assert [row["prompt"] for row in rows] == asked
-    ours = Generator(str(stories), dtype="float32", chat_template=TEMPLATE)
     want = ours.generate(asked, max_new_tokens=6, temperature=0.8, seed=2)
     assert [row["text"] for row in rows] == [answer.text for answer in want]
     assert {(row["finish_reason"], row["completion_tokens"]) for row in rows} == {("length", 6)}
@@ -49,8 +53,7 @@ def test_many_prompts_as_text(stories, tmp_path, capsys):
     assert out.startswith("--- Once upon a time\n") and "\n\n--- Tom\n" in out
 
 
-def test_raw_and_system(stories, capsys):
-    ours = Generator(str(stories), dtype="float32", chat_template=TEMPLATE)
+def test_raw_and_system(stories, ours, capsys):
     settings = {"max_new_tokens": 8, "dtype": "float32", "chat_template": TEMPLATE, "as_json": True}
     generate(str(stories), prompt=["Tom"], raw=True, **settings)
     raw = json.loads(capsys.readouterr().out)
@@ -63,13 +66,12 @@ def test_raw_and_system(stories, capsys):
         generate(str(stories), prompt=["Tom"], raw=True, system="x")
 
 
-def test_rows_in_trainings_formats(stories, tmp_path):
+def test_rows_in_trainings_formats(ours, tmp_path):
     """Rows of a data set become the prompts that training saw, tools included."""
     from ftjax.data.read import read_rows
     from ftjax.data.reader import to_examples
     from ftjax.data.template import example_prompt
 
-    ours = Generator(str(stories), dtype="float32", chat_template=TEMPLATE)
     path = written(tmp_path / "qa.jsonl", {"question": "Who?", "answer": "Tom"})
     (row,), (example,) = read_prompts(path), to_examples(read_rows(str(path)))
     assert ours.encode(row) == example_prompt(example, ours.tokenizer)

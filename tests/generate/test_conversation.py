@@ -24,17 +24,19 @@ def storyteller(stories) -> Generator:
 def test_answers_are_those_without_a_memory(storyteller, sampling):
     """The cache of earlier turns equals what would be computed anew."""
     talk = Conversation(storyteller, Request(sampling=sampling, max_new_tokens=24, seed=5))
-    messages, kept = [], [0]
-    for number, text in enumerate(ASKED):
-        said = "".join(talk.ask(text))
-        kept.append(talk._scheduler.reused - sum(kept))
+    messages, kept, counts, asked = [], [0], [], []
+    for text in ASKED:
         messages.append({"role": "user", "content": text})
-        padding = [[5]] * number  # the number of a prompt is part of its random key
-        alone = storyteller.generate(
-            [*padding, messages], max_new_tokens=24, seed=5, **{name: getattr(sampling, name) for name in vars(sampling)}
-        )[-1]
-        assert said == alone.text and talk.tokens == len(alone.tokens)
-        messages.append({"role": "assistant", "content": said})
+        asked.append(list(messages))
+        messages.append({"role": "assistant", "content": "".join(talk.ask(text))})
+        kept.append(talk._scheduler.reused - sum(kept))
+        counts.append(talk.tokens)
+    # The number of a prompt, which is part of its random key, is that of the turn.
+    settings = {name: getattr(sampling, name) for name in vars(sampling)}
+    alone = storyteller.generate(asked, max_new_tokens=24, seed=5, **settings)
+    assert [(one.text, len(one.tokens)) for one in alone] == list(
+        zip([m["content"] for m in messages[1::2]], counts, strict=True)
+    )
     assert talk.messages == messages
     assert kept[1] == 0 and len(storyteller.encode(messages[:1])) < kept[2] < kept[3]  # the answer's pages, too
 
@@ -52,7 +54,7 @@ def test_an_answer_that_is_stopped_early(storyteller):
 
 def test_an_interruption_within_a_step(storyteller, monkeypatch):
     """The cache is discarded and computed anew."""
-    talk = Conversation(storyteller, Request(max_new_tokens=30))
+    talk = Conversation(storyteller, Request(max_new_tokens=100))
     pieces = talk.ask(ASKED[0])
     next(pieces)
 
@@ -66,11 +68,11 @@ def test_an_interruption_within_a_step(storyteller, monkeypatch):
         for _ in pieces:
             pass
     monkeypatch.undo()
-    assert "".join(talk.ask("and")) == storyteller.generate([talk.messages[:-1]], max_new_tokens=30)[0].text
+    assert "".join(talk.ask("and")) == storyteller.generate([talk.messages[:-1]], max_new_tokens=100)[0].text
 
 
 def test_stop_strings_are_never_shown(storyteller):
-    whole = storyteller.generate([[{"role": "user", "content": ASKED[0]}]], max_new_tokens=60)[0].text
+    whole = "".join(Conversation(storyteller, Request(max_new_tokens=60)).ask(ASKED[0]))
     stop = whole[30:38]
     talk = Conversation(storyteller, Request(max_new_tokens=60, stop=(stop,)))
     shown = list(talk.ask(ASKED[0]))
@@ -112,7 +114,7 @@ def test_recommended_sampling():
     assert recommended(own, {**nothing, "temperature": 0.0, "repetition_penalty": 1.0}).greedy
 
 
-def test_the_terminal(stories, monkeypatch, capsys):
+def test_the_terminal(stories, storyteller, monkeypatch, capsys):
     lines = iter(["", "Once upon \\", "a time", "/history", "/nonsense", "/reset", "/help", "/system Be kind.", "/history"])
 
     def typed(prompt=""):
@@ -124,8 +126,7 @@ def test_the_terminal(stories, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", typed)
     chat(str(stories), chat_template=TEMPLATE, max_new_tokens=8, dtype="float32")
     out, err = capsys.readouterr()
-    storyteller = Generator(str(stories), dtype="float32", chat_template=TEMPLATE)
-    want = storyteller.generate(["Once upon \na time"], max_new_tokens=8)[0].text
+    want = "".join(Conversation(storyteller, Request(max_new_tokens=8)).ask("Once upon \na time"))
     assert out == want + "\n"
     assert "user: Once upon \na time" in err and f"assistant: {want}" in err
     assert "/nonsense is no command" in err and "/quit" in err and err.endswith("system: Be kind.\n")
