@@ -538,6 +538,24 @@ def test_saved_configuration_loads_equal(load, tmp_path):
     assert [p.name for p in tmp_path.iterdir() if "config.yaml" in p.name] == ["config.yaml"]
 
 
+@pytest.mark.parametrize("text", [
+    "mesh: auto",
+    "mesh: {auto: true, slices: 2}",
+    "objective: {name: classification, problem_type: multi_label_classification}",
+    "objective: {name: classification, labels: [a, b]}",
+    "objective: {name: kto}",
+    "objective: {name: distill, teacher_logprobs: x}",
+    "objective: {name: distill, teacher_model_name_or_path: x, use_uld_loss: true}",
+    "objective: {name: grpo, rewards: [exact], max_completion_length: 32, importance_sampling_correction: token_truncate}\nmesh: {rollout_devices: 4}",
+    "optimizer: {name: adafactor}",
+], ids=lambda text: text[:40])  # fmt: skip
+def test_settings_that_lead_to_others_load_equal(load, tmp_path, text):
+    """The file names what was chosen, what it led to, and all defaults."""
+    config = load(text)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
     [
         "1e-3",

@@ -102,7 +102,10 @@ class MeshConfig(Section):
 
     @model_validator(mode="after")
     def _one_open_axis(self) -> "MeshConfig":
-        if self.auto and (given := sorted(self.model_fields_set - {"auto", "slices", "rollout_devices"})):
+        # A run's config.yaml names all axes, with their defaults.
+        chosen = (axis for axis in ("data", "fsdp", "expert", "tensor", "sequence") if axis in self.model_fields_set)
+        given = [axis for axis in chosen if getattr(self, axis) != type(self).model_fields[axis].default]
+        if self.auto and given:
             raise ValueError(f"mesh.auto chooses the sizes, and {', '.join(given)} is given too; leave out one of them")
         sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "expert", "tensor", "sequence")}
         wrong = {axis: size for axis, size in sizes.items() if size < 1 and size != -1}

@@ -97,8 +97,9 @@ def _terminated_like_interrupted() -> Callable[[], None]:
 
 
 def _forward(process: subprocess.Popen, say: Callable[[str], None]) -> None:
-    for line in process.stdout:
-        say(line.rstrip("\n"))
+    with process.stdout:
+        for line in process.stdout:
+            say(line.rstrip("\n"))
 
 
 def _run(given: dict[str, Any]) -> None:
