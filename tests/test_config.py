@@ -546,7 +546,7 @@ def test_saved_configuration_loads_equal(load, tmp_path):
     "objective: {name: kto}",
     "objective: {name: distill, teacher_logprobs: x}",
     "objective: {name: distill, teacher_model_name_or_path: x, use_uld_loss: true}",
-    "objective: {name: grpo, rewards: [exact], max_completion_length: 32, importance_sampling_correction: token_truncate}\nmesh: {rollout_devices: 4}",
+    "mesh: {rollout_devices: 4}\nobjective: {name: grpo, rewards: [exact], importance_sampling_correction: token_truncate}",
     "optimizer: {name: adafactor}",
 ], ids=lambda text: text[:40])  # fmt: skip
 def test_settings_that_lead_to_others_load_equal(load, tmp_path, text):
