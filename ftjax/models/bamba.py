@@ -8,6 +8,7 @@ Legend: B batch, T length, E embed.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.errors import UserError
 from ftjax.mesh import constrain
@@ -50,7 +51,7 @@ class BambaModel(LlamaModel):
         self.final_layernorm = self.norm
         del self.norm
 
-    def last_norm(self, x: jax.Array) -> jax.Array:
+    def last_norm(self, x: Float[Array, "*of E"]) -> Float[Array, "*of E"]:
         return self.final_layernorm(x)
 
 

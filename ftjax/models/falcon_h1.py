@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from ftjax.errors import UserError
 from ftjax.mesh import constrain
@@ -21,6 +21,7 @@ from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
 from ftjax.models.granite import times
 from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP, attention, whole_rope
+from ftjax.models.nn.attention import QueriesKeysValues
 from ftjax.models.nn.cache import Memories
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.layer_types import Pattern
@@ -43,7 +44,7 @@ class FalconAttention(LlamaAttention):
 
     multiplier: float
 
-    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> QueriesKeysValues:
         q, k, v = super().project(x, ctx)
         return q, times(k, self.multiplier), v
 
@@ -53,7 +54,7 @@ class FalconMamba(Mamba2):
 
     multipliers: tuple[float, ...]
 
-    def project(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T _"]:
         parts = (self.sizes.channels[0], *self.sizes.channels, self.sizes.heads)
         y = self.in_proj(x, ctx)
         return (y.astype(jnp.float32) * np.repeat(np.asarray(self.multipliers, np.float32), parts)).astype(y.dtype)
@@ -64,7 +65,7 @@ class FalconMLP(LlamaMLP):
 
     multipliers: tuple[float, float]
 
-    def all_at_once(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def all_at_once(self, x: Float[Array, "*of E"], ctx: Context) -> Float[Array, "*of E"]:
         gate, down = self.multipliers
         return times(self.down_proj(self.act(times(self.gate_proj(x, ctx), gate)) * self.up_proj(x, ctx), ctx), down)
 
@@ -93,7 +94,7 @@ class FalconH1Model(BambaModel):
 
     multiplier: float
 
-    def embed(self, tokens: jax.Array, dtype) -> jax.Array:
+    def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T E"]:
         return times(self.embed_tokens(tokens, dtype), self.multiplier)
 
 

@@ -3,10 +3,9 @@
 Legend: B batch, T query length, E embed, V vocab.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from ftjax.models.causal_lm import Sizes, read_sizes
 from ftjax.models.facts import Facts
@@ -28,7 +27,7 @@ class GemmaModel(LlamaModel):
         super().__init__(vocab, embed, eps, layers, rope, gemma_norm)
         self.scale = embed**0.5
 
-    def embed(self, tokens: jax.Array, dtype) -> jax.Array:
+    def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T E"]:
         x = self.embed_tokens(tokens, dtype)
         # Virtual tokens are already scaled. The scale is rounded to the dtype, as in Google's code: sqrt(3072) is 55.5 in
         # bfloat16.

@@ -69,7 +69,7 @@ class Gemma4Attention(LlamaAttention):
         if shares or one:
             self.v_proj = None
 
-    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array | None, ...]:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> tuple[Float[Array, "B T _ _"] | None, ...]:
         """Project `x [B, T, E]` to queries `[B, T, N, H]`, keys and values `[B, T, K, H]`; None for those that are shared."""
         b, t, _ = x.shape
         q = self.q_norm(self.q_proj(x, ctx).reshape(b, t, self.heads, self.head_dim))

@@ -3,10 +3,9 @@
 Legend: B batch, T query length, E embed, V vocab.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import Sizes, read_sizes
@@ -19,7 +18,7 @@ from ftjax.models.nn.rope import Rope
 from ftjax.models.nn.stack import Stack
 
 
-def times(x: jax.Array, factor: float) -> jax.Array:
+def times(x: Float[Array, "*of"], factor: float) -> Float[Array, "*of"]:
     """Multiply in float32: in bfloat16 the factor itself would be rounded."""
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
@@ -45,7 +44,7 @@ class GraniteModel(LlamaModel):
         super().__init__(vocab, embed, eps, layers, rope)
         self.multiplier = multiplier
 
-    def embed(self, tokens: jax.Array, dtype) -> jax.Array:
+    def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T E"]:
         return times(self.embed_tokens(tokens, dtype), self.multiplier)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import read_sizes
@@ -44,7 +45,7 @@ class GraniteMoeModel(MoeModel):
 
     multiplier: float
 
-    def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+    def embed(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T E"]:
         return times(self.embed_tokens(tokens, dtype), self.multiplier)
 
 

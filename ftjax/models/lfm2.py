@@ -9,13 +9,14 @@ Legend: B batch, T length, E embed, F mlp.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.errors import UserError
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaForCausalLM, LlamaModel, whole_rope
-from ftjax.models.nn.attention import self_attention
+from ftjax.models.nn.attention import QueriesKeysValues, self_attention
 from ftjax.models.nn.cache import Memories, recall, remember
 from ftjax.models.nn.chunks import feed_forward
 from ftjax.models.nn.context import Context
@@ -40,7 +41,7 @@ class Lfm2Attention(nnx.Module):
         self.out_proj = Linear(heads * head_dim, embed, ("heads", "embed"))
         self.q_layernorm, self.k_layernorm = RMSNorm(head_dim, eps), RMSNorm(head_dim, eps)
 
-    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> QueriesKeysValues:
         """Project `x [B, T, E]` to queries, keys and values, `[B, T, heads, head dim]` each."""
         b, t, _ = x.shape
         q = self.q_proj(x, ctx).reshape(b, t, self.heads, self.head_dim)
@@ -62,7 +63,7 @@ class GatedConvolution(nnx.Module):
         self.conv = ShortConvolution(embed, width, bias=bias)
         self.out_proj = Linear(embed, embed, ("heads", "embed"), bias=bias)
 
-    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"]]:
         """Project `x [B, T, E]` to the inputs of the convolution and the gate of its outputs."""
         b, c, x = jnp.split(self.in_proj(x, ctx), 3, axis=-1)
         return b * x, c
@@ -86,7 +87,7 @@ class Lfm2MLP(nnx.Module):
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         return feed_forward(self, x, ctx)
 
-    def all_at_once(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def all_at_once(self, x: Float[Array, "*of E"], ctx: Context) -> Float[Array, "*of E"]:
         return self.w2(jax.nn.silu(self.w1(x, ctx)) * self.w3(x, ctx), ctx)
 
 
@@ -116,7 +117,7 @@ class Lfm2Model(LlamaModel):
         self.embedding_norm = self.norm
         del self.norm
 
-    def last_norm(self, x: jax.Array) -> jax.Array:
+    def last_norm(self, x: Float[Array, "*of E"]) -> Float[Array, "*of E"]:
         return self.embedding_norm(x)
 
 

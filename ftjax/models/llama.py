@@ -11,12 +11,12 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Shaped
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import Sizes, head_size, read_sizes
 from ftjax.models.facts import Facts
-from ftjax.models.nn.attention import self_attention
+from ftjax.models.nn.attention import QueriesKeysValues, self_attention
 from ftjax.models.nn.cache import Memories
 from ftjax.models.nn.chunks import feed_forward
 from ftjax.models.nn.context import Context, after_virtual_tokens
@@ -60,7 +60,7 @@ class LlamaAttention(nnx.Module):
         self.q_norm, self.k_norm = q_norm, k_norm
         self.sinks = param((heads,), ("heads",), "sinks") if sinks else None
 
-    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> QueriesKeysValues:
         """Project `x [B, T, E]` to queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, before RoPE."""
         b, t, _ = x.shape
         q = self.q_proj(x, ctx).reshape(b, t, self.heads, self.head_dim)
@@ -95,7 +95,7 @@ class LlamaMLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T E"]:
         return feed_forward(self, x, ctx)
 
-    def all_at_once(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def all_at_once(self, x: Float[Array, "*of E"], ctx: Context) -> Float[Array, "*of E"]:
         return self.down_proj(self.act(self.gate_proj(x, ctx)) * self.up_proj(x, ctx), ctx)
 
 
@@ -129,7 +129,7 @@ class LlamaModel(nnx.Module):
     def ropes(self) -> tuple[Rope, ...]:
         return every(self.rope)
 
-    def embed(self, tokens: jax.Array, dtype) -> jax.Array:
+    def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T E"]:
         """Map tokens `[B, T]` to the input of the first layer, `[B, T, E]`."""
         return self.embed_tokens(tokens, dtype)
 
@@ -140,7 +140,7 @@ class LlamaModel(nnx.Module):
         x, cache, aux = self.layers(x, ctx, cache)
         return self.last_norm(x), cache, aux
 
-    def last_norm(self, x: jax.Array) -> jax.Array:
+    def last_norm(self, x: Float[Array, "*of E"]) -> Float[Array, "*of E"]:
         return self.norm(x)
 
 

@@ -17,7 +17,7 @@ from ftjax.mesh import constrain
 from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP, LlamaModel, attention, whole_rope
-from ftjax.models.nn.attention import self_attention
+from ftjax.models.nn.attention import QueriesKeysValues, self_attention
 from ftjax.models.nn.cache import Memories
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.experts import ExpertMatrices, Group, Router
@@ -44,7 +44,7 @@ class Llama4Attention(LlamaAttention):
         super().__init__(*sizes)
         self.eps, self.growth = eps, growth
 
-    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> QueriesKeysValues:
         q, k, v = super().project(x, ctx)
         if ctx.rope is None and self.growth is not None:
             tokens, strength = self.growth

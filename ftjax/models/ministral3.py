@@ -3,12 +3,13 @@
 Source: transformers, models/ministral3/modeling_ministral3.py (`get_llama_4_attn_scale`).
 """
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ftjax.models.causal_lm import head_size
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaAttention, LlamaBlock, LlamaForCausalLM, attention, decoder, mlp, whole_rope
+from ftjax.models.nn.attention import QueriesKeysValues
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.layer_types import Pattern, window
 
@@ -20,7 +21,7 @@ class ScaledAttention(LlamaAttention):
         super().__init__(*sizes, **options)
         self.beta, self.original = beta, original
 
-    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> QueriesKeysValues:
         """Project `x [B, T, E]` as in Llama; the queries have their scale already, which RoPE does not change."""
         q, k, v = super().project(x, ctx)
         scale = 1 + self.beta * jnp.log1p((ctx.positions // self.original).astype(jnp.float32))

@@ -54,7 +54,7 @@ class NemotronMLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T E"]:
         return feed_forward(self, x, ctx)
 
-    def all_at_once(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def all_at_once(self, x: Float[Array, "*of E"], ctx: Context) -> Float[Array, "*of E"]:
         return self.down_proj(self.act(self.up_proj(x, ctx)), ctx)
 
 
@@ -123,10 +123,10 @@ class NemotronHModel(LlamaModel):
         self.embeddings, self.norm_f = self.embed_tokens, RMSNorm(embed, eps, round_first=False)
         del self.embed_tokens, self.norm
 
-    def embed(self, tokens: jax.Array, dtype) -> jax.Array:
+    def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T E"]:
         return self.embeddings(tokens, dtype)
 
-    def last_norm(self, x: jax.Array) -> jax.Array:
+    def last_norm(self, x: Float[Array, "*of E"]) -> Float[Array, "*of E"]:
         return self.norm_f(x)
 
 

@@ -4,7 +4,6 @@ arXiv:2501.00656).
 Legend: B batch, T query length, E embed, N heads, K kv heads, H head dim.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -13,6 +12,7 @@ from ftjax.mesh import constrain
 from ftjax.models.causal_lm import head_size
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, attention, decoder, mlp, whole_rope
+from ftjax.models.nn.attention import QueriesKeysValues
 from ftjax.models.nn.cache import Memories
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.layer_types import Pattern
@@ -26,7 +26,7 @@ def olmo_norm(size: int, eps: float) -> RMSNorm:
 class Olmo2Attention(LlamaAttention):
     """Llama's attention with `q_norm` and `k_norm` over all heads of a token together."""
 
-    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> QueriesKeysValues:
         b, t, _ = x.shape
         q, k = self.q_norm(self.q_proj(x, ctx)), self.k_norm(self.k_proj(x, ctx))
         return tuple(y.reshape(b, t, -1, self.head_dim) for y in (q, k, self.v_proj(x, ctx)))

@@ -10,6 +10,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import Sizes, head_size
@@ -49,7 +50,7 @@ class OlmoDeltaNet(GatedDeltaNet):
         self.a_proj = Linear(embed, sizes.value_heads, ("embed", "heads"))
         self.b_proj = Linear(embed, sizes.value_heads, ("embed", "heads"))
 
-    def project(self, x: jax.Array, ctx: Context) -> Projected:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> Projected:
         (b, t, _), sizes = x.shape, self.sizes
         q, k = (layer(x, ctx).reshape(b, t, sizes.key_heads, -1) for layer in (self.q_proj, self.k_proj))
         v, gate = (layer(x, ctx).reshape(b, t, sizes.value_heads, -1) for layer in (self.v_proj, self.g_proj))
@@ -60,7 +61,7 @@ class OlmoDeltaNet(GatedDeltaNet):
         each = (conv.taps for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
         return tuple(taps.reshape(1, self.sizes.width, own, -1) for taps, own in zip(each, heads, strict=True))
 
-    def output(self, y: jax.Array, gate: jax.Array, ctx: Context) -> jax.Array:
+    def output(self, y: Float[Array, "B T N V"], gate: Float[Array, "B T N V"], ctx: Context) -> Float[Array, "B T E"]:
         return self.o_proj(self.o_norm(y, gate).reshape(*y.shape[:2], -1), ctx)
 
 

@@ -3,13 +3,14 @@
 Legend: B batch, T query length, E embed, N heads, K kv heads, H head dim.
 """
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ftjax.models.causal_lm import head_size, read_sizes
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaForCausalLM, attention, whole_rope
 from ftjax.models.mixtral import MoeBlock, MoeModel, router_loss
+from ftjax.models.nn.attention import QueriesKeysValues
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.experts import Experts, Router, SparseMoe
 from ftjax.models.nn.layer_types import Pattern
@@ -27,7 +28,7 @@ class OlmoeAttention(Olmo2Attention):
 
     bound: float | None = None
 
-    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> QueriesKeysValues:
         qkv = super().project(x, ctx)
         return qkv if self.bound is None else tuple(jnp.clip(y, -self.bound, self.bound) for y in qkv)
 

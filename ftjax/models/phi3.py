@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ftjax.models.causal_lm import head_size
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, decoder
-from ftjax.models.nn.attention import self_attention
+from ftjax.models.nn.attention import QueriesKeysValues, self_attention
 from ftjax.models.nn.cache import Memories
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.layer_types import Pattern, window
@@ -33,7 +33,7 @@ class Phi3Attention(nnx.Module):
         """Map `x [B, T, E]` to `([B, T, E], cache)`."""
         return self.attend(self.project(x, ctx), ctx, pattern, layer, cache)
 
-    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> QueriesKeysValues:
         """Project `x [B, T, E]` to queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, before RoPE."""
         b, t, _ = x.shape
         qkv = self.qkv_proj(x, ctx).reshape(b, t, -1, self.head_dim)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.errors import UserError
 from ftjax.mesh import constrain
@@ -37,7 +38,7 @@ class GatedAttention(LlamaAttention):
         super().__init__(embed, heads, kv_heads, head_dim, bias, **options)
         self.q_proj = Linear(embed, 2 * heads * head_dim, ("embed", "heads"), bias=bias)
 
-    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> tuple[Float[Array, "B T *_"], ...]:
         """Project `x [B, T, E]` to queries, keys and values as in Llama, and the gate `[B, T, N H]`."""
         b, t, _ = x.shape
         q, gate = jnp.split(self.q_proj(x, ctx).reshape(b, t, self.heads, -1), 2, axis=-1)
@@ -62,7 +63,7 @@ class Qwen3_5DeltaNet(GatedDeltaNet):
         self.in_proj_b = Linear(embed, sizes.value_heads, ("embed", "heads"))
         self.in_proj_a = Linear(embed, sizes.value_heads, ("embed", "heads"))
 
-    def project(self, x: jax.Array, ctx: Context) -> Projected:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> Projected:
         gate = self.in_proj_z(x, ctx).reshape(*x.shape[:2], self.sizes.value_heads, -1)
         return Projected(*self.by_heads(self.in_proj_qkv(x, ctx)), gate, self.in_proj_a(x, ctx), self.in_proj_b(x, ctx))
 

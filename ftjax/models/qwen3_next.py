@@ -5,9 +5,9 @@ Source: transformers, models/qwen3_next/modeling_qwen3_next.py (`Qwen3NextForCau
 Legend: B batch, T query length, E embed, K key heads, N value heads.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaForCausalLM, mlp
@@ -27,7 +27,7 @@ class Qwen3NextDeltaNet(GatedDeltaNet):
         self.in_proj_qkvz = Linear(embed, sum(sizes.channels) + sizes.channels[2], ("embed", "heads"))
         self.in_proj_ba = Linear(embed, 2 * sizes.value_heads, ("embed", "heads"))
 
-    def project(self, x: jax.Array, ctx: Context) -> Projected:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> Projected:
         sizes, (b, t, _) = self.sizes, x.shape
         parts = self.in_proj_qkvz(x, ctx).reshape(b, t, sizes.key_heads, -1)
         values = sizes.channels[2] // sizes.key_heads

@@ -60,12 +60,12 @@ class Scores:
     number: jax.Array | int
 
     @property
-    def margin(self) -> jax.Array:
+    def margin(self) -> Float[Array, "B pairs"]:
         """Difference of the rewards."""
         return self.section.beta * (self.scores.chosen - self.scores.rejected)
 
     @property
-    def mean_margin(self) -> jax.Array:
+    def mean_margin(self) -> Float[Array, "B pairs"]:
         """Difference of the scores per token."""
         means = self.scores.divided_by(self.lengths)
         return means.chosen - means.rejected

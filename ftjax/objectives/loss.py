@@ -76,7 +76,7 @@ def reorder(x: Shaped[Array, "B T *of"], order: Int[Array, " tokens"]) -> Shaped
     return jnp.asarray(x).reshape(-1, *x.shape[2:]).at[order].get(unique_indices=True, mode="promise_in_bounds")[None]
 
 
-def trained_first(hidden: jax.Array, targets: Any, weights: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
+def trained_first(hidden: Any, targets: Any, weights: Float[Array, "B T"]) -> tuple[Any, Any, Float[Array, "1 tokens"]]:
     """Put all tokens of a batch into one row, those with weight first: `[B, T, ...]` -> `[1, B * T, ...]`."""
     order = trained_order(weights)
     return jax.tree.map(lambda x: reorder(x, order), (hidden, targets, weights))
@@ -87,7 +87,7 @@ def zeros_of(run: Callable[[], Any]) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run))
 
 
-def unless_idle(skip: bool, run: Callable[[], Any], weights: jax.Array) -> Any:
+def unless_idle(skip: bool, run: Callable[[], Any], weights: Float[Array, "B C"]) -> Any:
     """Compute `run()`, or zeros of its shapes if `skip` is set and no token of the chunk has weight."""
     if not skip:
         return run()

@@ -25,6 +25,9 @@ from ftjax.models.nn.context import Context
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.rope import apply
 
+# Of one sequence: N heads of queries, K of keys and values, of size H
+QueriesKeysValues = tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]
+
 
 def visible(
     q_segments: Int[Array, "B T"],

@@ -190,7 +190,9 @@ class ExpertMatrices(nnx.Module):
         for name in self.INPUT_AXES:
             setattr(self, name + UPDATE, None)
 
-    def routed(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, feedforward: Feedforward) -> jax.Array:
+    def routed(
+        self, x: Float[Array, "B T D"], chosen: Int[Array, "B T K"], weights: Float[Array, "B T K"], feedforward: Feedforward
+    ) -> Float[Array, "B T D"]:
         """Dispatch `x [B, T, D]` to the chosen experts, with weights and updates as parameters of `feedforward`."""
         own, axes = {name: getattr(self, name) for name in self.AXES}, dict(self.AXES)
         params = {name: weight.get_value() for name, weight in own.items()}
@@ -206,8 +208,8 @@ class ExpertMatrices(nnx.Module):
         return dispatch(x, chosen, weights, feedforward, params, axes, frozenset(trained))
 
     def product(
-        self, group: Group, x: jax.Array, params: dict[str, jax.Array | Quantized], name: str, part: int | None = None
-    ) -> jax.Array:
+        self, group: Group, x: Float[Array, "M _"], params: dict[str, jax.Array | Quantized], name: str, part: int | None = None
+    ) -> Float[Array, "M _"]:
         """Multiply rows `[M, in]` by the weight of their expert, and add its update.
 
         Args:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from ftjax.models.nn.cache import Memories, recall, remember
 from ftjax.models.nn.context import Context
@@ -100,7 +101,7 @@ class GatedDeltaNet(nnx.Module):
         self.norm = GatedNorm(sizes.value_size, eps)
         self.out_proj = Linear(sizes.channels[2], embed, ("heads", "embed"))
 
-    def project(self, x: jax.Array, ctx: Context) -> Projected:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> Projected:
         """Project `x [B, T, E]`."""
         raise NotImplementedError
 
@@ -129,7 +130,7 @@ class GatedDeltaNet(nnx.Module):
         cache = remember(remember(cache, layer, inputs, last), layer, memory, state)
         return self.output(y, found.gate, ctx), cache
 
-    def output(self, y: jax.Array, gate: jax.Array, ctx: Context) -> jax.Array:
+    def output(self, y: Float[Array, "B T N V"], gate: Float[Array, "B T N V"], ctx: Context) -> Float[Array, "B T E"]:
         """Map the values that were read, and their gate, both `[B, T, N, V]`, to `[B, T, E]`."""
         return self.out_proj(self.norm(y, gate).reshape(*y.shape[:2], -1), ctx)
 
@@ -137,7 +138,7 @@ class GatedDeltaNet(nnx.Module):
         """Return the kernels of the convolutions of queries, keys and values, `[1, W, heads, size]`."""
         return self.by_heads(self.conv1d.taps[None])
 
-    def by_heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def by_heads(self, x: Float[Array, "*of C"]) -> tuple[Float[Array, "*of _ _"], ...]:
         """Split `[..., channels]` into `[..., heads, size]` of queries, keys and values."""
         sizes, (keys, _, _) = self.sizes, self.sizes.channels
         heads = (sizes.key_heads, sizes.key_heads, sizes.value_heads)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ftjax.mesh import constrain
 from ftjax.models.nn.attention import attend
@@ -87,7 +88,9 @@ class LatentAttention(nnx.Module):
             y = attend(q, keys, values, ctx.segment_ids, segments, offset, pattern, ctx.attention)
         return self.o_proj(y.reshape(b, t, -1), ctx), cache
 
-    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, x: Float[Array, "B T E"], ctx: Context
+    ) -> tuple[Float[Array, "B T N _"], Float[Array, "B T 1 rotated"], Float[Array, "B T 1 R"]]:
         """Project `x [B, T, E]` to queries `[B, T, N, plain + rotated]`, shared keys `[B, T, 1, rotated]`, both after RoPE, and
         latents `[B, T, 1, R]`."""
         b, t, _ = x.shape
@@ -97,12 +100,14 @@ class LatentAttention(nnx.Module):
         k = self.rotate(k[:, :, None], *ctx.rope)
         return constrain(q, "batch", "length", "heads", None), k, self.kv_a_layernorm(latent)[:, :, None]
 
-    def queries(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def queries(self, x: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T _"]:
         if self.sizes.queries is None:
             return self.q_proj(x, ctx)
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x, ctx)), ctx)
 
-    def expand(self, k: jax.Array, latent: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
+    def expand(
+        self, k: Float[Array, "B S 1 rotated"], latent: Float[Array, "B S 1 R"], ctx: Context
+    ) -> tuple[Float[Array, "B S N _"], Float[Array, "B S N V"]]:
         """Compute the keys `[B, S, N, plain + rotated]` and values `[B, S, N, V]` of all heads."""
         b, s = latent.shape[:2]
         both = self.kv_b_proj(latent[:, :, 0], ctx).reshape(b, s, self.heads, -1)
@@ -110,7 +115,10 @@ class LatentAttention(nnx.Module):
         keys = jnp.concatenate([plain, jnp.broadcast_to(k, (b, s, self.heads, k.shape[-1]))], axis=-1)
         return tuple(constrain(x, "batch", "length", "heads", None) for x in (keys, values))
 
-    def absorbed(self, q: jax.Array, k: jax.Array, latent: jax.Array, ctx: Context, offset: jax.Array, pattern: Pattern):
+    def absorbed(
+        self, q: Float[Array, "B T N _"], k: Float[Array, "B S 1 rotated"], latent: Float[Array, "B S 1 R"], ctx: Context,
+        offset: jax.Array, pattern: Pattern,
+    ) -> Float[Array, "B T N V"]:  # fmt: skip
         """Compute attention over latents without expanding them: `q . (W c) = (W^T q) . c`, and likewise for the values.
 
         With few queries this takes a fraction of the arithmetic. The matrix W of `kv_b_proj` is its value at the unit vectors,

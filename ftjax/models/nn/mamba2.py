@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from ftjax.models.nn.cache import Memories, recall, remember
 from ftjax.models.nn.context import Context
@@ -113,11 +114,11 @@ class Mamba2(nnx.Module):
         self.norm = norm
         self.out_proj = Linear(values, embed, ("heads", "embed"), bias=bias if bias_out is None else bias_out)
 
-    def project(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def project(self, x: Float[Array, "B T E"], ctx: Context) -> Float[Array, "B T _"]:
         """Project `x [B, T, E]`."""
         return self.in_proj(x, ctx)
 
-    def attend(self, found: jax.Array, ctx: Context, pattern: Pattern, layer, cache: Memories):
+    def attend(self, found: Float[Array, "B T _"], ctx: Context, pattern: Pattern, layer, cache: Memories):
         """Map the result of `project` to `([B, T, E], cache)`."""
         (inputs, memory), sizes, (b, t, size) = self.memory, self.sizes, found.shape
         gate, convolved, step = jnp.split(found, (sizes.channels[0], size - sizes.heads), axis=-1)
@@ -146,7 +147,7 @@ class Mamba2(nnx.Module):
         cache = remember(remember(cache, layer, inputs, last), layer, memory, state)
         return self.out_proj(self.norm(y.reshape(b, t, -1), gate), ctx), cache
 
-    def by_heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def by_heads(self, x: Float[Array, "*of C"]) -> tuple[Float[Array, "*of _ _"], ...]:
         """Split `[..., channels]` into `[..., heads or groups, size]` of values, keys and queries."""
         values, keys, _ = self.sizes.channels
         heads = (self.sizes.heads, self.sizes.groups, self.sizes.groups)

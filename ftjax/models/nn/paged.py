@@ -38,10 +38,10 @@ class PagedCache(Cache):
 
         return arrays(lambda one: one.key_dim), arrays(lambda one: one.value_dim)
 
-    def expecting(self, counts: jax.Array) -> "PagedCache":
+    def expecting(self, counts: Int[Array, " B"]) -> "PagedCache":
         return replace(self, counts=counts)
 
-    def of(self, rows: jax.Array, lengths: jax.Array, table: jax.Array) -> "PagedCache":
+    def of(self, rows: Int[Array, " R"], lengths: Int[Array, " R"], table: Int[Array, "R _"]) -> "PagedCache":
         """Return the cache of these rows `[R]`, in the order of their groups, with `lengths [R]` tokens so far.
 
         States of rows without tokens are zero. All rows' pages are still there, for `join`.
@@ -53,7 +53,7 @@ class PagedCache(Cache):
 
         return replace(self, states=tuple(map(part, self.states)), lengths=lengths, table=table)
 
-    def join(self, rows: jax.Array, part: "PagedCache") -> "PagedCache":
+    def join(self, rows: Int[Array, " R"], part: "PagedCache") -> "PagedCache":
         """Return the cache after these rows of it have advanced; indices past the end are dropped."""
         states = tuple(old.at[:, rows].set(new, mode="drop") for old, new in zip(self.states, part.states, strict=True))
         lengths = self.lengths.at[rows].set(part.lengths, mode="drop")
