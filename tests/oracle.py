@@ -240,7 +240,7 @@ def eager_logits(model: Model, params: dict, ids: np.ndarray) -> np.ndarray:
         return np.asarray(module.unembed(hidden, ctx))
 
 
-COMPILED: deque[tuple[Any, Callable]] = deque(maxlen=16)
+COMPILED: deque[tuple[Any, Callable]] = deque(maxlen=64)
 
 
 def compiled(model: Model) -> Callable:

@@ -1,4 +1,4 @@
-"""Tests properties of every registered method on three families.
+"""Tests properties of every registered method.
 
 The reference is PEFT, for methods whose files it reads. A method that is not in VARIANTS is tried with its defaults.
 """
@@ -31,14 +31,14 @@ from transformers import AutoModelForCausalLM
 from ftjax.hub.adapter.peft import attach_adapter, load_adapter, start_adapter, write_adapter
 from ftjax.methods import METHODS, method_named, method_of
 from ftjax.train.setup import compile_steps, prepare
-from ftjax.train.step import init_state
 
 FAMILIES = [
-    Case("llama", "llama", {"attention_bias": True}),
+    Case("llama", "llama", {"attention_bias": True, "head_dim": 12}),
     Case("gpt2", "gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}),
-    Case("qwen3", "qwen3", {"head_dim": 12}),
+    *[Case("qwen3", "qwen3", {"head_dim": 12})] * ALL,
 ]
 LLAMA = FAMILIES[0]
+SHAPE = 2, 20  # of most texts, so that tests share programs
 FEWER = FAMILIES if ALL else FAMILIES[:1]  # the way a family stores its projections should not matter
 VARIANTS: dict[str, dict[str, dict]] = {
     "lora": {"lora": {"r": 4, "lora_alpha": 8}, "dora": {"r": 4, "lora_alpha": 8, "use_dora": True}},
@@ -135,25 +135,32 @@ def peft_model(folder, adapter, trainable: bool = False):
 def test_starts_from_the_base(base, name):
     hf, folder = base
     _, model, params = started(folder, name)
-    ids = tokens(2, 20)
+    ids = tokens(*SHAPE)
     np.testing.assert_allclose(logits(model, params, ids), hf_logits(hf, ids), atol=1e-4, rtol=0)
 
 
-@on(FEWER, NAMES)
+BESIDE_PEERS = [name for name in PEFT if name != "lora" and (ALL or name not in ONLY_LLAMA)]  # test_ten_steps_of_the_peer
+
+
+@on(FEWER, [name for name in NAMES if ALL or name not in BESIDE_PEERS])
 def test_only_its_own_moves(base, name):
-    """Moments and gradients exist for what trains alone, and the base is what it was."""
     setup = prepare(make_config(base[1], method=NAMES[name], optimizer={"weight_decay": 0.1}), ONE)
-    before = {path: np.asarray(leaf) for path, leaf in {**setup.frozen, **setup.params}.items()}
+    only_its_own_moves(setup, [make_batch(8, 32, 96, seed) for seed in (0, 1)])
+
+
+def only_its_own_moves(setup, batches) -> list:
+    """Assert that moments and gradients exist for what trains alone, and that the base is what it was; return the metrics."""
+    before = {path: np.array(leaf) for path, leaf in {**setup.frozen, **setup.params}.items()}
     assert set(setup.params) == set(setup.model.trainable) and not set(setup.params) & set(setup.frozen)
-    _, _, optimizer, _ = compile_steps(setup, 10)
-    state = init_state({path: leaf.copy() for path, leaf in setup.params.items()}, optimizer)
     trained = sum(leaf.size for leaf in setup.params.values())
-    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim) == 2 * trained
-    _, after = run_steps(setup, [make_batch(8, 32, 96, seed) for seed in (0, 1)])
+    moments = jax.tree.leaves(jax.eval_shape(compile_steps(setup, 10)[2].init, setup.params))
+    assert sum(leaf.size for leaf in moments if leaf.ndim) == 2 * trained
+    metrics, after = run_steps(setup, batches)
     for path in setup.frozen:
         np.testing.assert_array_equal(setup.frozen[path], before[path])
     still = [path for path, value in after.items() if np.array_equal(value, before[path])]
     assert not still, f"no gradient reaches {still}"
+    return metrics
 
 
 @on(FAMILIES, PEFT)
@@ -162,7 +169,7 @@ def test_ours_in_peft(base, name, tmp_path):
     hf, folder = base
     config, model, params = started(folder, name, 0.3)
     write_adapter(tmp_path, model, params, config, str(folder))
-    ids = tokens(2, 20)
+    ids = tokens(*SHAPE)
     got = logits(model, params, ids)
     np.testing.assert_allclose(got, their_logits(peft_model(folder, tmp_path), ids), atol=1e-4, rtol=0)
     assert np.abs(got - hf_logits(hf, ids)).max() > 1e-2, "the adapter has no effect, so nothing was compared"
@@ -217,7 +224,7 @@ def test_theirs_in_ours(base, name, tmp_path):
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     theirs.save_pretrained(tmp_path / "theirs")
-    ids = tokens(2, 20)
+    ids = tokens(*SHAPE)
     again, values = load(folder, lambda root: attach_adapter(root, tmp_path / "theirs"))
     values |= load_adapter(again, tmp_path / "theirs", one_device())
     np.testing.assert_allclose(logits(again, values, ids), their_logits(theirs, ids), atol=1e-4, rtol=0)
@@ -234,33 +241,37 @@ def test_merged_or_refused(base, name, tmp_path):
         assert method.no_merge
         return
     write_merged(tmp_path, model, params, config, folder)
-    ids = tokens(2, 20)
+    ids = tokens(*SHAPE)
     plain, weights = load(tmp_path)
     np.testing.assert_allclose(logits(plain, weights, ids), logits(model, params, ids), atol=1e-5, rtol=1e-5)
 
 
-@on(FAMILIES if ALL else [LLAMA], ADAPTERS)
+@on(FEWER, ADAPTERS)
 def test_packed_is_unpacked(base, name):
     """The method keeps documents of a row apart: two in a row give what each gives alone."""
     _, folder = base
     _, model, params = started(folder, name, 0.3)
-    one, two = tokens(1, 8, seed=1), tokens(1, 8, seed=2)
-    ids = np.concatenate([one, two], axis=1)
-    segments = np.repeat([[1, 2]], 8, axis=1).astype(np.int32)
-    positions = np.tile(np.arange(8, dtype=np.int32), 2)[None]
-    got = logits(model, params, ids, segments=segments, positions=positions)
-    for document, found in ((one, got[:, :8]), (two, got[:, 8:])):
-        padded = np.pad(document, ((0, 0), (0, 8)))  # the same program
-        alone = logits(model, params, padded, segments=np.where(segments == 1, 1, 0), positions=positions)
-        np.testing.assert_allclose(found, alone[:, :8], atol=1e-5)
+    documents, filled = tokens(2, 8, seed=1), np.zeros((1, 4), np.int32)
+    together = np.concatenate([*documents, filled[0]])[None].repeat(2, axis=0)
+    segments = np.repeat([[1, 2, 0]] * 2, [8, 8, 4], axis=1).astype(np.int32)
+    positions = np.stack([np.arange(20, dtype=np.int32) % 8] * 2)
+    got = logits(model, params, together, segments=segments, positions=positions)
+    alone = np.pad(documents, ((0, 0), (0, 12)))
+    want = logits(model, params, alone, segments=np.where(segments == 1, 1, 0), positions=positions)[:, :8]
+    np.testing.assert_allclose(got[0, :16].reshape(want.shape), want, atol=1e-5)
 
 
-@on(FAMILIES if ALL else [LLAMA], ADAPTERS)
+# What a method adds to each token is the same with a cache; virtual tokens are in it, as keys and values or as inputs.
+CACHED = ADAPTERS if ALL else ["lora", "double_seq_bn", "prefix", "prompt"]
+
+
+@on(FEWER, CACHED)
 def test_cached_is_uncached(base, name):
     """Several tokens at a time through the KV cache, with padding after some, give the logits of the whole text at once."""
     _, folder = base
     _, model, params = started(folder, name, 0.3)
-    assert_cached_is_uncached(model, params, tokens(1, 8), ((3,), (1,), (4,)), 12, atol=2e-5)
+    portions = ((8, 7), (1, 1), (11, 12))
+    assert_cached_is_uncached(model, params, tokens(*SHAPE), portions, 28, atol=2e-5)
 
 
 def peer_losses(stories, setup, name: str, batches, adapter) -> tuple[list[float], int]:
@@ -294,7 +305,7 @@ def peer_losses(stories, setup, name: str, batches, adapter) -> tuple[list[float
     return losses, sum(parameter.numel() for parameter in trained)
 
 
-@pytest.mark.parametrize("name", [name for name in PEFT if name != "lora" and (ALL or name not in ONLY_LLAMA)])  # test_step.py
+@pytest.mark.parametrize("name", BESIDE_PEERS)  # LoRA is in test_step.py
 def test_ten_steps_of_the_peer(stories, name, tmp_path):
     """PEFT from the same adapter on the same batches: ten losses within 1e-4, in float32."""
     rng = np.random.default_rng(0)
@@ -318,7 +329,7 @@ def test_ten_steps_of_the_peer(stories, name, tmp_path):
         }
         for step in range(10)
     ]  # fmt: skip
-    metrics, _ = run_steps(setup, batches)
+    metrics = only_its_own_moves(setup, batches)
     np.testing.assert_allclose([float(m.loss) for m in metrics], losses, atol=1e-4)
     assert losses[8] < losses[0] - 0.01, "nothing was learned, so nothing was compared"
     assert sum(spec.size for spec in setup.model.trainable.values()) == trainable

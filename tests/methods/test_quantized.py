@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import ONE, Case, load, logits, make_hf, one_device, tokens
+from oracle import ONE, Case, load, logits, make_hf, tokens
 from processes import ALL
 from quantised import KINDS, compiled_step, dense, lora_model, quantised, sizes_read, with_model
 from safetensors.numpy import load_file
@@ -152,7 +153,7 @@ def small_llama(kind, layers):
     return lora_model(facts, kind)
 
 
-@pytest.mark.parametrize(("kind", "remat"), [("nf4", "full"), ("int8", "none"), *[("nf4", "none"), ("int8", "full")] * ALL])
+@pytest.mark.parametrize(("kind", "remat"), [("nf4", "full"), *[("int8", "none"), ("nf4", "none"), ("int8", "full")] * ALL])
 def test_no_full_copy_of_the_weights(kind, remat):
     """Twelve more layers need memory for activations and gradients only: less than a hundredth of their weights."""
     models = {layers: small_llama(kind, layers) for layers in (4, 16)}
@@ -180,40 +181,34 @@ def test_an_8b_step_fits():
     assert memory.temp_size_in_bytes < 3.5e9
 
 
-@pytest.mark.parametrize(("name", "kind"), [("llama", "int8"), ("gpt2", "nf4"), *[("llama", "nf4"), ("gpt2", "int8")] * ALL])
-def test_training_is_that_of_what_the_weights_stand_for(bases, name, kind):
-    """Gradients pass through dequantisation: losses, norms and adapters agree after three steps."""
-    folder = bases(next(case for case in CASES if case.name == name))
-    batches = [make_batch(4, 16, 96, seed) for seed in range(3)]
-    config = make_config(folder, method={"name": "lora", "r": 4, "lora_alpha": 8}, optimizer={"adam_epsilon": 1e-3})
-    results = []
+WIDE = Case("wide", "llama", {"intermediate_size": 96, "hidden_size": 64, "tie_word_embeddings": True})
+RUNS = [(CASES[1], "nf4", None), (WIDE, "nf4", {"fsdp": 4, "tensor": 2})]  # mesh; None is one device
+MORE = [(CASES[0], "nf4", None), (CASES[0], "int8", None), (CASES[1], "int8", None), (WIDE, "int8", {"fsdp": 4, "tensor": 2})]
+
+
+@pytest.mark.parametrize(("case", "kind", "mesh"), [*RUNS, *MORE * ALL], ids=str)
+def test_training_is_that_of_what_the_weights_stand_for(bases, case, kind, mesh):
+    """Gradients pass through dequantisation: losses, norms and adapters agree after three steps, on any devices."""
+    batches = [make_batch(8, 16, 96, seed) for seed in range(3)]
+    config = make_config(bases(case), optimizer={"adam_epsilon": 1e-3})
     plain = prepare(config, ONE)
-    held = prepare(with_model(config, quantization=kind, remat="full"), ONE)
-    plain.frozen, plain.params = dense(held.frozen), held.params
+    held = one = prepare(with_model(config, quantization=kind, remat="full"), ONE)
+    plain.frozen, plain.params = dense(one.frozen), one.params
+    if mesh:
+        held = prepare(with_model(make_config(bases(case), optimizer={"adam_epsilon": 1e-3}, mesh=mesh), quantization=kind))
+        assert len(jax.tree.leaves(held.frozen)[0].sharding.device_set) == 8
+        codes = held.frozen["model.layers.block.mlp.up_proj.base.weight"]
+        big = codes.values if kind == "int8" else codes.codes
+        assert big.addressable_shards[0].data.size == big.size // 8, "it lies in eight parts"
+        for a, b in zip(jax.tree.leaves(one.frozen), jax.tree.leaves(held.frozen), strict=True):
+            np.testing.assert_array_equal(a, b)
+    results = []
     for setup in (held, plain):
         metrics, params = run_steps(dataclasses.replace(setup, params=jax.tree.map(jnp.copy, setup.params)), batches)
         results.append(([float(v) for m in metrics for v in (m.loss, m.grad_norm)], params))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=2e-5)
     for path, value in results[0][1].items():
         np.testing.assert_allclose(value, results[1][1][path], atol=2e-5, err_msg=path)
-
-
-@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.sweep)])
-def test_sharded_is_one_device(bases, kind, tmp_path):
-    """On several devices the weights have the same bits, and training is the same."""
-    case = Case("wide", "llama", {"intermediate_size": 96, "hidden_size": 64, "tie_word_embeddings": True})
-    folder = bases(case)
-    batches = [make_batch(8, 16, 96, seed) for seed in range(3)]
-    one = prepare(with_model(make_config(folder), quantization=kind), ONE)
-    many = prepare(with_model(make_config(folder, mesh={"fsdp": 4, "tensor": 2}), quantization=kind))
-    assert len(jax.tree.leaves(many.frozen)[0].sharding.device_set) == 8
-    codes = many.frozen["model.layers.block.mlp.up_proj.base.weight"]
-    big = codes.values if kind == "int8" else codes.codes
-    assert big.addressable_shards[0].data.size == big.size // 8, "it lies in eight parts"
-    for a, b in zip(jax.tree.leaves(one.frozen), jax.tree.leaves(many.frozen), strict=True):
-        np.testing.assert_array_equal(a, b)
-    want, got = ([float(m.loss) for m in run_steps(setup, batches)[0]] for setup in (one, many))
-    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_one_layer_is_read_at_a_time(bases, monkeypatch):
@@ -249,27 +244,17 @@ def run_config(folder, out, **training):
     })  # fmt: skip
 
 
-def test_a_run_is_resumed_generated_from_and_merged(tiny, tmp_path, monkeypatch, capsys):
+def test_a_run_is_resumed_and_merged(tiny, tmp_path, capsys):
     """Checkpoints hold the adapter only; the merged model has the base's own weights, not rounded ones."""
     from ftjax.generate.session import Generator
     from ftjax.hub.export import export
-    from ftjax.train.loop import Run
 
     train(run_config(tiny, tmp_path / "whole"), devices=ONE)
-    checkpoint = tmp_path / "whole" / "checkpoints" / "4" / "state"
-    stored = (checkpoint / "_METADATA").read_text()
+    stored = (tmp_path / "whole" / "checkpoints" / "4" / "state" / "_METADATA").read_text()
     assert "lora_A" in stored and "base" not in stored
-    original = Run.read
-
-    def stop(self, number, *rest):
-        original(self, number, *rest)
-        if number == 3:
-            self.checkpoints.wait()
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "read", stop)
-        train(run_config(tiny, tmp_path / "cut"), devices=ONE)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")  # as if it had ended after its first checkpoint
+    for after in ("checkpoints/4", "final"):
+        shutil.rmtree(tmp_path / "cut" / after)
     train(run_config(tiny, tmp_path / "cut"), devices=ONE)
     assert "resuming from step 2" in capsys.readouterr().out
     adapters = [load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("whole", "cut")]
@@ -284,31 +269,23 @@ def test_a_run_is_resumed_generated_from_and_merged(tiny, tmp_path, monkeypatch,
             value = value + 2 * adapters[0][f"{key}.lora_B.weight"] @ adapters[0][f"{key}.lora_A.weight"]
         np.testing.assert_allclose(merged[name], value, atol=1e-6, err_msg=name)
 
-    options = {"dtype": "float32", "quantization": "nf4"}
-    generator = Generator(str(tiny), tmp_path / "whole" / "final", **options)
+    generator = Generator(str(tiny), tmp_path / "whole" / "final", dtype="float32", quantization="nf4")
     assert any(isinstance(leaf, Nf4) for leaf in generator.params.values())
     assert any(path.endswith("lora_A") for path in generator.params), "the adapter stays beside rounded weights"
-    answer = generator.generate(["abc"], max_new_tokens=4)[0]
-    model, params = load(tiny, quantised("nf4", LoraConfig(r=4, lora_alpha=8)))
-    from ftjax.hub.adapter.peft import load_adapter
-
-    params |= load_adapter(model, tmp_path / "whole" / "final", one_device())
-    ids = generator.tokenizer("abc").input_ids
-    first = int(logits(model, params, np.array([ids], np.int32))[0, -1].argmax())
-    assert answer.tokens[0] == first
 
 
 @pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.sweep)])
 def test_lora_learns_on_a_quantised_base(stories, kind):
-    """A real model: forty updates lower the loss by over 4, as far as on the float32 base within 0.1 (int8), 0.6 (nf4)."""
+    """A real model: forty updates lower the loss by over 4; in the sweep, as far as on the float32 base within 0.1 (int8) or
+    0.6 (nf4)."""
     batches = [make_batch(4, 32, 512, seed) for seed in (0, 1)] * 20
     final = {}
-    for held in (None, kind):
+    for held in (kind, None) if ALL else (kind,):
         config = with_model(make_config(stories, optimizer={"learning_rate": 2e-3}), quantization=held)
         losses = [float(m.loss) for m in run_steps(prepare(config, ONE), batches)[0]]
         assert losses[-1] < losses[0] - 4
         final[held] = losses[-1]
-    assert abs(final[kind] - final[None]) < {"int8": 0.1, "nf4": 0.6}[kind]
+    assert not ALL or abs(final[kind] - final[None]) < {"int8": 0.1, "nf4": 0.6}[kind]
 
 
 # ---- what is refused ----
