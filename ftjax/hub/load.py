@@ -1,6 +1,7 @@
 """Loads weights into device memory slice by slice, straight into the right shards."""
 
 import math
+import mmap
 import zlib
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ QUANTISED = (
     ".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_scale", ".weight_scale_inv",
     ".weight_packed", ".weight_zero_point", ".input_scale",
 )  # fmt: skip
+
+LARGE = 1 << 22  # bytes from which NumPy asks for huge pages
 
 
 def open_model(path: Path) -> tuple[dict, TensorSource]:
@@ -222,11 +225,11 @@ def block_reader(
         shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, spec.shape, strict=True))
         out = aligned_empty(shape, dtype or source.dtype(chosen[0]))
         flat = out.reshape(len(chosen), *shape[depth:])
-        direct = shape[depth:] == inside and isinstance(source, SafetensorsFolder)
+        if shape[depth:] == inside and isinstance(source, SafetensorsFolder) and {*map(source.dtype, chosen)} == {out.dtype}:
+            source.read_all(chosen, flat)
+            return out
         for number, name in enumerate(chosen):
-            if direct and source.dtype(name) == out.dtype:
-                source.read_into(name, flat[number])
-            elif inside == stored:
+            if inside == stored:
                 flat[number] = narrowed(name, source.read(name, index[depth:]), out.dtype)
             else:
                 part = source.read(name, index[depth : depth + common])
@@ -253,9 +256,12 @@ def _load(spec: Spec, source: TensorSource, mesh: Mesh, have: Container[str]) ->
 
 
 def aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """Return an uninitialised array at a 64-byte boundary, which the CPU device uses without a copy."""
+    """Return an uninitialised array at a 64-byte boundary, which the CPU device uses without a copy.
+
+    A large one is in small pages: NumPy would ask for huge ones, which a machine whose memory is in pieces has to make first.
+    """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 64, np.uint8)
+    raw = np.frombuffer(mmap.mmap(-1, size), np.uint8) if size >= LARGE else np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
 

@@ -10,6 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+READERS, PART = 2, 1 << 26  # threads that read a parameter, and bytes that one reads at a time
 SAMPLE = 1 << 16  # values compared at each of three places of a tensor
 
 
@@ -169,23 +171,37 @@ class SafetensorsFolder:
         assert step == 1, "slices are contiguous"
         row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
         out = np.empty((stop - start, *entry.shape[1:]) if entry.shape else (), entry.dtype)
-        self._fill(entry, out, entry.offset + start * row_bytes)
+        self._fill(entry.file, entry.offset + start * row_bytes, memoryview(out.reshape(-1).view(np.uint8)))
         return out[(slice(None), *index[1:])] if len(index) > 1 else out
 
-    def read_into(self, name: str, out: np.ndarray) -> None:
-        """Read a whole tensor into a contiguous array of its shape and dtype."""
-        self._fill(self._entries[name], out, self._entries[name].offset)
+    def read_all(self, names: Sequence[str], out: np.ndarray) -> None:
+        """Read whole tensors of one shape and dtype, in this order, into a contiguous array.
 
-    def _fill(self, entry: _Entry, out: np.ndarray, offset: int) -> None:
-        handle = self._handles.get(entry.file)
-        if handle is None:
-            handle = self._handles[entry.file] = os.open(entry.file, os.O_RDONLY)
-        buffer = memoryview(out.reshape(-1).view(np.uint8))
-        done = 0
+        Several threads read: each copies or waits for the disk by itself.
+        """
+        buffer, parts = memoryview(out.reshape(-1).view(np.uint8)), []
+        size = len(buffer) // len(names)
+        for number, entry in enumerate(self._entries[name] for name in names):
+            self._handle(entry.file)
+            for start in range(0, size, PART):
+                at = number * size
+                parts.append((entry.file, entry.offset + start, buffer[at + start : at + min(size, start + PART)]))
+        with ThreadPoolExecutor(READERS) as pool:
+            for _ in pool.map(lambda part: self._fill(*part), parts):
+                pass  # raises what a thread has raised
+
+    def _handle(self, file: Path) -> int:
+        if file not in self._handles:
+            self._handles[file] = os.open(file, os.O_RDONLY)
+        return self._handles[file]
+
+    def _fill(self, file: Path, offset: int, buffer: memoryview) -> None:
+        """Read the bytes of a file from an offset on, as many as fit."""
+        handle, done = self._handle(file), 0
         while done < len(buffer):  # one call reads at most 2 GiB
             count = os.preadv(handle, [buffer[done : done + (1 << 30)]], offset + done)
             if not count:
-                raise UserError(f"{entry.file}: ended early while it was read; was it changed?")
+                raise UserError(f"{file}: ended early while it was read; was it changed?")
             done += count
 
     def __del__(self):

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Shaped
 
 from ftjax.errors import UserError
+from ftjax.models.nn.bfloat16 import rounded, rounded_product
 from ftjax.models.nn.context import Context, is_virtual
 from ftjax.models.nn.gathered import fully_sharded, gathered
 from ftjax.models.nn.lookup import rows_of
@@ -46,9 +47,12 @@ def project(x: Float[Array, "*of I"], weight: Float[Array, "_ _"], *, conv1d: bo
 
     float32 uses the highest precision: accelerators would otherwise round the operands.
     """
+    weight = weight.astype(x.dtype)
+    if rounded(x.dtype):
+        return rounded_product(x, weight, conv1d)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract = (((x.ndim - 1,), (0 if conv1d else 1,)), ((), ()))
-    return jax.lax.dot_general(x, weight.astype(x.dtype), contract, precision=precision)
+    return jax.lax.dot_general(x, weight, contract, precision=precision)
 
 
 @jax.custom_vjp
@@ -70,7 +74,8 @@ def _widen_backward(saved, d_y):
     x, weight = saved
     tokens = tuple(range(x.ndim - 1))
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    d_weight = jax.lax.dot_general(x, d_y, ((tokens, tokens), ((), ())), precision=precision)
+    kind = jnp.float32 if rounded(x.dtype) else None
+    d_weight = jax.lax.dot_general(x, d_y, ((tokens, tokens), ((), ())), precision=precision, preferred_element_type=kind)
     d_weight = jax.lax.platform_dependent(d_weight, cpu=jax.lax.optimization_barrier, default=lambda product: product)
     return project(d_y, weight, conv1d=True), d_weight.T.astype(weight.dtype)
 

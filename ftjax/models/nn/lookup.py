@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ftjax.mesh import RULES, fitting, spec
+from ftjax.models.nn.bfloat16 import rows_at
 
 
 def rows_of(table: Float[Array, "V E"], axes: tuple[str | None, ...], ids: Int[Array, "*of"], dtype) -> Float[Array, "*of E"]:
@@ -25,11 +26,11 @@ def rows_of(table: Float[Array, "V E"], axes: tuple[str | None, ...], ids: Int[A
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes or ids.ndim != 2:
-        return jnp.take(table, ids, axis=0).astype(dtype)
+        return rows_at(table, ids).astype(dtype)
     words, columns = (tuple(name for name in RULES.get(axis) or () if mesh.shape[name] > 1) for axis in axes)
     batch, length = fitting(mesh, "batch", ids.shape[0]), fitting(mesh, "length", ids.shape[1])
     if batch is None or not (words or columns):  # the batch or the table is replicated: nothing to exchange
-        return jnp.take(table, ids, axis=0).astype(dtype)
+        return rows_at(table, ids).astype(dtype)
 
     def local(table: jax.Array, ids: jax.Array) -> jax.Array:
         if columns:
@@ -37,9 +38,9 @@ def rows_of(table: Float[Array, "V E"], axes: tuple[str | None, ...], ids: Int[A
         if words:
             at = ids - jax.lax.axis_index(words) * table.shape[0]
             here = (at >= 0) & (at < table.shape[0])
-            rows = jnp.where(here[..., None], jnp.take(table, jnp.where(here, at, 0), axis=0), 0).astype(dtype)
+            rows = jnp.where(here[..., None], rows_at(table, jnp.where(here, at, 0)), 0).astype(dtype)
         else:
-            rows = jnp.take(table, ids, axis=0).astype(dtype)
+            rows = rows_at(table, ids).astype(dtype)
         if columns:
             rows = jax.lax.all_to_all(rows, columns, split_axis=0, concat_axis=2, tiled=True)
         return jax.lax.psum(rows, RULES.get(axes[0]) or ())

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from ftjax.models.nn.bfloat16 import at, rounded
 from ftjax.models.nn.cache import Cache, Handed, Memories
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.gathered import fully_sharded
@@ -119,15 +120,18 @@ class Stack(nnx.Module):
     def __call__(self, x: jax.Array, ctx: Context, cache: Memories = None):
         """Run all layers and return `(x, cache, aux)`."""
         found = segments(tuple(zip(self.choice, self.kinds, strict=True)))
-        # A scan over part of an array copies that part. So with several segments, frozen parameters are indexed instead of
-        # scanned over, which needs no copy; unless all activations are saved for the backward pass, which would then save the
-        # indexed parameters too.
+        # A scan over part of an array copies that part, and one over bfloat16 casts all of it on a CPU. So in these cases
+        # frozen parameters are indexed instead of scanned over, which needs no copy; unless all activations are saved for the
+        # backward pass, which would then save the indexed parameters too.
         decoding = cache is not None
-        indexing = len(found) > 1 and (ctx.remat != "none" or decoding)
-        split = {
-            name: nnx.split(getattr(self, name), lambda _, variable: not (indexing and not variable.row.trainable), ...)
-            for name in sorted(set(self.choice))
-        }
+        may_index = ctx.remat != "none" or decoding
+
+        def scanned(_, variable: nnx.Variable) -> bool:
+            value = variable.get_value()
+            costly = len(found) > 1 or (isinstance(value, jax.Array) and rounded(value.dtype))
+            return variable.row.trainable or not (costly and may_index)
+
+        split = {name: nnx.split(getattr(self, name), scanned, ...) for name in sorted(set(self.choice))}
         if fully_sharded():
             split = {name: (structure, _cast(own, ctx.dtype), whole) for name, (structure, own, whole) in split.items()}
         keys = None if ctx.dropout is None else jax.random.split(ctx.dropout, len(self.kinds))
@@ -162,8 +166,8 @@ class Stack(nnx.Module):
                     # Index inside the recomputed function: the backward pass then saves the stacked parameters
                     # themselves, not a copy for every layer.
                     state = jax.tree.map(lambda leaf: leaf[number], state) if count > 1 else state
-                    at = before[name] + group * count + number
-                    whole = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False), whole)
+                    own_layer = before[name] + group * count + number
+                    whole = jax.tree.map(lambda leaf: at(leaf, own_layer), whole)
                     block = nnx.merge(split[name][0], state, whole)
                     own = replace(
                         ctx,
