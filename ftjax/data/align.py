@@ -114,12 +114,12 @@ class _Text:
 
     Attributes:
         ends: bytes of the text up to the end of each token.
-        ended: whether a special token follows.
+        ended: whether a special token follows that can end a text.
     """
 
     def __init__(self, tokens: list[int], bytes_of: TokenBytes):
         count = next((at for at, token in enumerate(tokens) if not bytes_of.plain(token)), len(tokens))
-        self.ended = count < len(tokens) and tokens[count] in bytes_of.special
+        self.ended = count < len(tokens) and tokens[count] in bytes_of.ends
         self.text = bytes_of.text(tokens[:count])
         sizes = [len(bytes_of.of[token]) for token in tokens[:count]]
         self.ends: Int64[np.ndarray, " tokens"] = np.cumsum(sizes, dtype=np.int64)

@@ -68,17 +68,20 @@ class Partners:
         other = self.other.document(self.numbers[document])
         return align(self.own.document(document), other, self.texts, self.others)
 
-    def answered(self, prompt: Sequence[int], answer: Sequence[int], other_prompt: Sequence[int], room: int) -> Pair:
+    def answered(
+        self, prompt: Sequence[int], answer: Sequence[int], ended: bool, other_prompt: Sequence[int], room: int
+    ) -> Pair:  # fmt: skip
         """Return an answer that the student generated, with the teacher's tokens for its text.
 
         Args:
             prompt, other_prompt: of student and teacher.
+            ended: whether its last token ends it.
             room: tokens that the teacher's document may have.
         """
         text = self.texts.text(answer).decode("utf-8", "replace")
         encoding, first, _ = self._continued.continuation(text)
         ids = encoding.ids[first:]
-        if answer and answer[-1] in self.texts.special and self.others.eos is not None:
+        if ended and self.others.eos is not None:
             ids = [*ids, self.others.eos]
         made = []
         for before, after in ((prompt, answer), (other_prompt, ids[: max(0, room - len(other_prompt))])):

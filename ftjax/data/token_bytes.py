@@ -21,6 +21,7 @@ class TokenBytes:
     Attributes:
         of: bytes by id; empty for a special token.
         special: ids of special tokens.
+        ends: those that can end a text.
         eos: the id that ends a text, or None.
     """
 
@@ -42,6 +43,7 @@ class TokenBytes:
         vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
         self.special = frozenset(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
         self.eos: int | None = tokenizer.eos_token_id
+        self.ends = self.special - ({tokenizer.bos_token_id, tokenizer.unk_token_id} - {self.eos})
         self.of = [b""] * (1 + max(vocabulary.values()))
         self.names: Mapping[int, str] = {number: piece for piece, number in vocabulary.items()}
         for number, piece in self.names.items():

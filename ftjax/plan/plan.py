@@ -4,11 +4,8 @@ Only the config.json of the model is read. The step is that of `ftjax.train.setu
 shapes and shardings that loading would give.
 """
 
-import re
 import time
 from contextlib import nullcontext
-from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -24,6 +21,7 @@ from ftjax.objectives import generates
 from ftjax.plan.advice import advice
 from ftjax.plan.arithmetic import program_flops
 from ftjax.plan.hlo import Program
+from ftjax.plan.refused import wanted_bytes
 from ftjax.plan.result import Plan
 from ftjax.plan.rollout import plan_rollouts
 from ftjax.plan.roofline import seconds, traffic
@@ -57,13 +55,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
         with nothing_kept() if topology.chip else nullcontext(), long_step(f"compiling the update for {topology.name}"):
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used = _out_of_memory(str(error))
-        if used is None:
-            raise UserError(
-                f"{topology.name}: XLA did not compile the step, with {_versions()}: {str(error).splitlines()[0]}\n"
-                "If these versions do not belong together: pip install --upgrade 'jax[tpu]'"
-            ) from error
-        memory["temporaries"] = max(0.0, used - sum(memory.values()))
+        memory["temporaries"] = max(0.0, wanted_bytes(error, topology.name) - sum(memory.values()))
     else:
         _measure(plan, compiled, made.mesh, topology)
     memory["total"] = sum(memory.values())
@@ -158,20 +150,6 @@ def _rates(plan: Plan, topology: Topology, price: float | None) -> None:
         plan.price = price
         plan.cost_per_day = price * plan.chips * 24
         plan.cost_per_million_tokens = plan.cost_per_day / plan.tokens_per_day * 1e6
-
-
-def _versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "libtpu") if find_spec(name))
-
-
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def _out_of_memory(message: str) -> float | None:
-    """Return the bytes that the program wanted, if XLA refused it for lack of memory."""
-    found = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM", message)
-    found = found or re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
-    return float(found[1]) * _UNITS[found[2]] if found else None
 
 
 def check_price(price: float | None) -> None:

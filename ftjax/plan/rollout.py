@@ -12,6 +12,7 @@ reading each distinct prompt once, and of as many decode steps as it takes for e
 import math
 from dataclasses import dataclass, field, replace
 
+import jax
 import jax.numpy as jnp
 
 from ftjax.config import Config
@@ -21,6 +22,7 @@ from ftjax.generate.offline import arrange
 from ftjax.generate.paged import PagedBatch
 from ftjax.generate.text import StopStrings
 from ftjax.hub.load import abstract_param
+from ftjax.plan.refused import wanted_bytes
 from ftjax.plan.roofline import Traffic, bound_of
 from ftjax.plan.serve import AbstractEngine, Compiled, compile_programs, read_bytes
 from ftjax.plan.shards import shard_bytes
@@ -96,14 +98,17 @@ def plan_rollouts(made: Design, kept: float, limit: float | None, topology: Topo
     )
     room = found.room
     batch = PagedBatch(engine, params, replace(room, steps=1))
-    programs = compile_programs(batch, batch.shapes[0], topology)
-    memory = programs.memory()
-    plan = RolloutPlan(answers, room.rows, prompt, length, dict(mesh.shape), memory, kept + programs.beside(params))
-    plan.flops = programs.flops
+    plan = RolloutPlan(answers, room.rows, prompt, length, dict(mesh.shape), {}, kept)
     if made.rollout_devices:
         plan.apart, plan.sent = mesh.size, shard_bytes({path: params[path] for path in trained})
+    try:
+        programs = compile_programs(batch, batch.shapes[0], topology)
+    except jax.errors.JaxRuntimeError as error:
+        plan.fits, plan.peak = False, max(kept, wanted_bytes(error, topology.name))
+        return plan
+    plan.memory, plan.peak, plan.flops = programs.memory(), kept + programs.beside(params), programs.flops
     if limit is not None:
-        plan.fits = plan.peak + memory["program"] <= limit
+        plan.fits = plan.peak + plan.memory["program"] <= limit
         _times(plan, batch, programs, found.fresh, topology)
     return plan
 

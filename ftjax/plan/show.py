@@ -90,13 +90,18 @@ def _show_rollouts(plan: Plan, rollout: RolloutPlan, console: Console) -> None:
         f"answers of an update: {rollout.answers} of {rollout.length} tokens to prompts of {rollout.prompt}, {rollout.rows} at "
         "a time"
     )
-    rows = [(label, rollout.memory[kind]) for kind, label in ROLLOUT.items()]
+    rows = [(label, rollout.memory.get(kind)) for kind, label in ROLLOUT.items()]
     rows += [("live at one time, with all that is kept there", rollout.peak)]
     print_table(console, ("memory per device", ""), [(label, size(value)) for label, value in rows if value])
     if rollout.apart:
         say(f"on {rollout.apart} devices of their own, each of which is sent {size(rollout.sent)} of weights after an update")
     elif plan.peak is not None:
         say(f"both phases, with weights kept once: {size(max(plan.peak, rollout.peak))} are live at one time")
+    if rollout.fits is False:
+        say(
+            "the answers do not fit: fewer objective.generation_batch_rows, a shorter max_completion_length, or more devices "
+            "along mesh.tensor"
+        )
     if rollout.traffic:
         _show_traffic(rollout.traffic, console)
     if rollout.seconds:

@@ -80,7 +80,7 @@ def of_student(split: PackedSplit, place: int, prompt: Sequence[int], answer: Ge
     weights = np.repeat(np.array([0, 1], np.float32), [len(prompt), len(answer.tokens)])
     if partners is not None:
         asked = prompt_of(partners.other.document(partners.numbers[place]))
-        pair = partners.answered(prompt, answer.tokens, asked, split.max_length)
+        pair = partners.answered(prompt, answer.tokens, not answer.truncated, asked, split.max_length)
     return Lesson(tokens, weights, False, kinds, pair)
 
 

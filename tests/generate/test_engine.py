@@ -9,8 +9,9 @@ from oracle import tokens
 from processes import ALL
 
 from ftjax.config import MeshConfig
+from ftjax.generate.engine import Engine
 from ftjax.generate.finite import NotFinite
-from ftjax.generate.offline import PAGE, answer_all
+from ftjax.generate.offline import PAGE, answer_all, arrange
 from ftjax.generate.paged import PagedBatch
 from ftjax.generate.request import Request
 from ftjax.generate.sample import Sampling
@@ -98,6 +99,19 @@ def test_long_prompts_are_read_in_equal_parts(mixed, monkeypatch):
     monkeypatch.setattr("ftjax.generate.batch.SCORES", 3 * mixed.model.sizes.heads * 224 * 56)
     parts, smaller = reads(mixed, requests, monkeypatch)
     assert parts == found and len(sizes) == 1 and len(smaller) > 3 and len(set(smaller)) == 1
+
+
+def test_scores_are_limited_on_each_device(uniform, monkeypatch):
+    """Eight rows over four devices, where two have half of the heads each, read as long parts as two rows on one device."""
+    monkeypatch.setattr("ftjax.generate.batch.SCORES", 1 << 14)
+    mesh = make_mesh(MeshConfig(data=2, tensor=2, fsdp=1), jax.devices()[:4])
+    shared = Engine(uniform.model, mesh, uniform.engine.dtype)
+
+    def part(engine, rows):
+        answers = [uniform.begin(Request([number + 1] * 160, max_new_tokens=16)) for number in range(rows)]
+        return arrange(engine, answers, rows).room.reads[0][1]
+
+    assert part(shared, 8) == part(uniform.engine, 2) > part(uniform.engine, 8)
 
 
 def test_pages_for_texts_of_unlike_lengths(uniform, monkeypatch):

@@ -513,3 +513,16 @@ def test_answers_of_devices_of_their_own(bare, folder):
     assert made.mesh.size == 4 == found.apart and set(setup.rollout_devices) == set(sent["model.embed_tokens.weight"].devices())
     assert found.sent == shard_bytes({path: sent[path] for path in setup.params})
     assert shard_bytes(dict(sent)) + found.memory["cache"] < found.peak < math.inf and found.mesh["tensor"] == 2
+
+
+def test_answers_that_do_not_fit(bare, monkeypatch, capsys):
+    """XLA refuses a program that wants more memory than a chip has."""
+
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.")
+
+    monkeypatch.setattr("ftjax.plan.rollout.compile_programs", refuse)
+    plan = make_plan(make_config(bare, objective=GRPO, global_batch_size=16, mesh={"data": 8}), CPUS)
+    assert plan.rollout.fits is False and plan.rollout.peak == 20.5 * 2**30
+    show(plan, make_console())
+    assert "the answers do not fit: fewer objective.generation_batch_rows" in " ".join(capsys.readouterr().out.split())
