@@ -209,6 +209,12 @@ def init(
             autocompletion=_goals,
         ),
     ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=COLUMN,...", help="What columns mean: prompt=english,completion=german.", show_default="from names"
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write.")] = Path("run.yaml"),
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
@@ -223,7 +229,8 @@ def init(
     from ftjax.propose.command import init as run
 
     asking = not yes and sys.stdin.isatty() and sys.stdout.isatty()
-    run(data, out, model=model, goal=goal, force=force, ask=(lambda text, value: typer.prompt(text, value)) if asking else None)
+    ask = (lambda text, value: typer.prompt(text, value)) if asking else None
+    run(data, out, model=model, goal=goal, columns=columns, force=force, ask=ask)
 
 
 @app.command(cls=Configured)

@@ -144,6 +144,14 @@ def guessed(columns: Sequence[Column]) -> dict[str, str] | None:
     return None
 
 
+def taken_in_order(columns: Sequence[Column]) -> dict[str, str] | None:
+    """Take a single column of texts as texts, and two as prompts and answers, whatever their names are; None for others."""
+    texts = [column.name for column in columns if column.is_text and not column.is_about]
+    if len(texts) == 1:
+        return {"text": texts[0]}
+    return {"prompt": texts[0], "completion": texts[1]} if len(texts) == 2 else None
+
+
 def written(columns: dict[str, str]) -> str:
     """Format the mapping as YAML that can be pasted on a line of its own or after `data.columns=`."""
     return "{" + ", ".join(f"{ours}: {_yaml(theirs)}" for ours, theirs in columns.items()) + "}"

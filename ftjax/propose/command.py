@@ -4,8 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ftjax.config.load import load_config
 from ftjax.console import make_console, say
+from ftjax.data.advice import written
 from ftjax.errors import UserError
 from ftjax.long_steps import long_step
 from ftjax.propose.goals import GOALS, goal_of, with_goal
@@ -18,14 +21,15 @@ Ask = Callable[[str, str], str]  # (question, what holds without an answer) -> a
 
 
 def init(
-    data: str, out: Path, *, model: str | None = None, goal: str | None = None, force: bool = False, ask: Ask | None = None,
-    console: Any = None, machine: Machine | None = None,
+    data: str, out: Path, *, model: str | None = None, goal: str | None = None, columns: str | None = None, force: bool = False,
+    ask: Ask | None = None, console: Any = None, machine: Machine | None = None,
 ) -> Proposal:  # fmt: skip
     """Propose a configuration for `data` and write it to `out`; return the proposal.
 
     Args:
         model: None chooses one that the machine can train.
         goal: one of `GOALS`; None finds it in the data.
+        columns: what the columns of the data mean, as `prompt=english,completion=german`; None finds it out.
         force: replace `out` if it exists.
         ask: asks a person; None takes what is proposed.
         machine: None for this one.
@@ -37,8 +41,13 @@ def init(
         raise UserError(f"--goal {goal}: choose one of {', '.join(GOALS)}")
     if out.exists() and not force and not (ask and _yes(ask(f"{out} exists; replace it? (yes, no)", "no"))):
         raise UserError(f"{out} exists; name another file with --out, or replace it with --force")
-    seen = look(data)
+    seen = look(data, parsed(columns) if columns else None)
     say(console, f"{data}: {seen.rows:,} rows of the format {seen.format}")
+    if seen.in_order:
+        taken = written(seen.columns)
+        say(console, f"the names of its columns do not say what they are; by their order {taken}; --columns says otherwise")
+        answer = ask("columns", taken) if ask else taken
+        seen = seen if answer == taken else look(data, parsed(answer))
     if goal is None:
         goal, why = goal_of(seen)
         say(console, f"goal: {goal} ({GOALS[goal].purpose}), because {why}")
@@ -89,6 +98,25 @@ def show(found: Proposal, out: Path, console: Any) -> None:
         say(console, f"warning: {warning}", "yellow")
     say(console, f"written: {out}")
     say(console, f"next: ftjax preview {out}, then ftjax train {out}")
+
+
+def parsed(columns: str) -> dict[str, str]:
+    """Return `prompt=english,completion=german`, or the same as YAML, as a mapping. Raises UserError for anything else."""
+    if columns.startswith("{"):
+        try:
+            found = yaml.safe_load(columns)
+        except yaml.YAMLError:
+            found = None
+        if isinstance(found, dict) and all(isinstance(name, str) for name in (*found, *found.values())):
+            return found
+        raise UserError(f"--columns {columns}: expected names, as in {{prompt: english, completion: german}}")
+    found = {}
+    for part in columns.split(","):
+        ours, sign, theirs = (text.strip() for text in part.partition("="))
+        if not (ours and sign and theirs):
+            raise UserError(f"--columns {columns}: write our name and the file's, as in prompt=english,completion=german")
+        found[ours] = theirs
+    return found
 
 
 def _chosen(ask: Ask, goal: str) -> str:

@@ -87,7 +87,8 @@ def propose(
     found["method.lora_alpha"] = (ALPHA, "as in the rule of the learning rate below, whatever the rank")
     found["data.train"] = (seen.path, f"format {seen.format}, {_count(seen.rows)} rows")
     if seen.columns:
-        found["data.columns"] = (dict(seen.columns), "what the columns mean: our name: the file's")
+        guess = "a guess from their order: look whether it is right; " if seen.in_order else ""
+        found["data.columns"] = (dict(seen.columns), f"{guess}what the columns mean: our name: the file's")
     found |= of_goal(seen, goal)
     config = _config(found)
     tokenizer = load_tokenizer(config.model)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftjax.config.data import SourceConfig
-from ftjax.data.advice import Column, guessed
+from ftjax.data.advice import Column, guessed, taken_in_order
 from ftjax.data.find import SPLITS, kind
 from ftjax.data.read import read_rows
 from ftjax.data.reader import AHEAD, Reader
@@ -27,6 +27,7 @@ class Seen:
     Attributes:
         format: of `data.format`.
         columns: for `data.columns`: our name to the file's.
+        in_order: whether the names of the columns say nothing, so that their order was taken for what they mean.
         rows: number of rows, at most `MOST`.
         first: the first rows.
         beside: files beside it, by split: `validation` and `test`.
@@ -37,6 +38,7 @@ class Seen:
     rows: int
     first: Sequence[Row]
     columns: dict[str, str] = field(default_factory=dict)
+    in_order: bool = False
     beside: dict[str, str] = field(default_factory=dict)
 
     def values(self, name: str) -> list[Any]:
@@ -49,7 +51,7 @@ class Seen:
 
 
 def look(path: str, columns: dict[str, str] | None = None) -> Seen:
-    """Look at a data set. Args: columns: a mapping to try first.
+    """Look at a data set. Args: columns: what the columns mean, our name to the file's; None finds it out.
 
     Raises UserError if there is no such data, it cannot be read, or its columns are not understood.
     """
@@ -57,24 +59,23 @@ def look(path: str, columns: dict[str, str] | None = None) -> Seen:
     rows = read_rows(source)
     first = list(islice(rows, AHEAD))
     count = len(first) + sum(1 for _ in islice(rows, MOST - len(first)))
-    name, columns = _format(source, first, columns or {})
-    return Seen(path, name, count, first, columns, beside(path))
+    name, columns, in_order = _format(source, first, columns or {})
+    return Seen(path, name, count, first, columns, in_order, beside(path))
 
 
-def _format(source: SourceConfig, first: Sequence[Row], columns: dict[str, str]) -> tuple[str, dict[str, str]]:
+def _format(source: SourceConfig, first: Sequence[Row], columns: dict[str, str]) -> tuple[str, dict[str, str], bool]:
+    """Return the format, what the columns mean, and whether that was taken from their order."""
     try:
         reader = Reader(source.model_copy(update={"columns": columns}), first)
     except UserError:
-        found = _columns(first)
-        if columns or not found or (name := _read_with(source, first, found)) is None:
-            raise
-        return name, found
-    return reader.name, dict(reader.columns)
-
-
-def _columns(first: Sequence[Row]) -> dict[str, str] | None:
-    names = dict.fromkeys(name for row in first for name in row.values)
-    return guessed([Column(name, [v for row in first if (v := row.values.get(name)) is not None]) for name in names])
+        names = dict.fromkeys(name for row in first for name in row.values)
+        there = [Column(name, [v for row in first if (v := row.values.get(name)) is not None]) for name in names]
+        for guess in () if columns else (guessed, taken_in_order):
+            found = guess(there)
+            if found and (name := _read_with(source, first, found)) is not None:
+                return name, found, guess is taken_in_order
+        raise
+    return reader.name, dict(reader.columns), False
 
 
 def _read_with(source: SourceConfig, first: Sequence[Row], columns: dict[str, str]) -> str | None:

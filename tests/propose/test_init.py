@@ -95,6 +95,29 @@ def test_columns_of_other_names_and_odd_paths(home, untrained):
     assert ftjax.preview("run.yaml", examples=0)["train"]["rows"] == 30
 
 
+@pytest.mark.parametrize("rows, columns", [
+    ([{"english": f"good day {n}", "german": f"Tag {n}"} for n in range(3)], {"prompt": "english", "completion": "german"}),
+    ([{"q": f"{n} + 1?", "a": f"{n + 1}", "meta": {"level": n}} for n in range(3)], {"prompt": "q", "completion": "a"}),
+    ([{"code": f"print({n})"} for n in range(3)], {"text": "code"}),
+])  # fmt: skip
+def test_columns_whose_names_say_nothing_are_taken_in_order(rows, columns, home, untrained, capsys):
+    init(write(home / "rows.jsonl", rows), Path("run.yaml"), model=str(untrained), machine=MACHINE)
+    assert load_config("run.yaml").data.columns == columns
+    assert "by their order {" in capsys.readouterr().out and "a guess from their order" in Path("run.yaml").read_text()
+    assert ftjax.preview("run.yaml", examples=0)["train"]["kept"] == 3
+
+
+@pytest.mark.parametrize("given", ["prompt=german, completion=english", "{prompt: german, completion: english}"])
+def test_columns_that_are_said(given, home, untrained, capsys):
+    rows = [{"english": f"good day {n}", "german": f"guten Tag {n}"} for n in range(3)]
+    init(write(home / "rows.jsonl", rows), Path("run.yaml"), model=str(untrained), machine=MACHINE, columns=given)
+    assert load_config("run.yaml").data.columns == {"prompt": "german", "completion": "english"}
+    assert "by their order" not in capsys.readouterr().out
+    for wrong in ("german", "{prompt: [a]}", "{prompt"):
+        with pytest.raises(ftjax.UserError, match=r"--columns .*german"):
+            init("rows.jsonl", Path("other.yaml"), columns=wrong)
+
+
 def test_files_of_other_splits_are_found(home, untrained):
     write(home / "qa-train.jsonl", ROWS["qa"])
     write(home / "qa-dev.jsonl", ROWS["qa"][:3])
