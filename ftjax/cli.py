@@ -3,6 +3,7 @@
 Exit codes: 0 success, 2 a mistake in the user's input (a message, no traceback), 130 interrupted, 1 anything else.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -905,5 +906,6 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON li
 
 def main() -> None:
     """Entry point."""
+    gc.set_threshold(100_000)  # most of what a command makes are modules, which stay: to look through them takes a while
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # each command would say that there is no PyTorch
     app(prog_name="ftjax")

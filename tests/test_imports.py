@@ -89,6 +89,7 @@ BELOW = {
 NEVER = {"torch", "tensorflow", "keras"}
 NOT_IN_DATA = {"jax", "jaxlib", "flax", "optax", "orbax"}
 CLI_MAY_IMPORT_AT_TOP = {
+    "gc",
     "os",
     "sys",
     "pathlib",
@@ -187,6 +188,27 @@ def test_no_permission_is_unused():
         for _, name in imported(ast.parse(path.read_text(encoding="utf-8")), path):
             used[room_of(path)] |= {name.split(".")[1]} if name.startswith("ftjax.") else set()
     assert {room: below - used[room] for room, below in BELOW.items() if below - used[room]} == {}
+
+
+def test_a_run_imports_only_what_training_needs():
+    """Rooms above `train`, and Pallas, wait until a run needs them: what its files import at their top does not."""
+    modules = {".".join(("ftjax", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in files()}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    found, waiting = set(), ["ftjax.api.run", "ftjax.train.run"]
+    while waiting:
+        name = waiting.pop()
+        while name not in modules and name.startswith("ftjax."):
+            name = name.rpartition(".")[0]
+        if name in found:
+            continue
+        found.add(name)
+        if name in modules:
+            tree = ast.parse(modules[name].read_text(encoding="utf-8"))
+            top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+            waiting += [one for _, one in imported(top, modules[name])]
+    above = ("ftjax.rl.", "ftjax.evaluate.", "ftjax.generate.", "ftjax.plan.", "ftjax.models.nn.attention_splash")
+    assert len(found) > 100 and "ftjax.train.loop" in found
+    assert [name for name in found if name.startswith(above) or "pallas" in name] == []
 
 
 def test_no_circles_of_files():

@@ -5,19 +5,22 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ftjax.api.model import Model, load
 from ftjax.api.settings import Settings, settings_of
 from ftjax.config import Config
 from ftjax.cpu_threads import set_threads
 from ftjax.distributed.join import joined
 from ftjax.errors import UserError
 from ftjax.gpu import set_flags
+from ftjax.objectives import generates
 from ftjax.report.read import Run as Files
 from ftjax.report.read import read_run
+
+if TYPE_CHECKING:
+    from ftjax.api.model import Model
 
 
 class Run(os.PathLike[str]):
@@ -89,7 +92,7 @@ class Run(os.PathLike[str]):
         """Warnings while training, each with its step."""
         return list(self._read.warnings)
 
-    def model(self, which: Literal["final", "best"] = "final", **options: Any) -> Model:
+    def model(self, which: Literal["final", "best"] = "final", **options: Any) -> "Model":
         """Load the result.
 
         >>> model = run.model()
@@ -101,6 +104,8 @@ class Run(os.PathLike[str]):
         """
         if not (self.folder / which).is_dir():
             raise UserError(f"{self.folder}: this run has no {which}/ ({self.state})")
+        from ftjax.api.model import load  # not needed to train
+
         return load(self.folder / which, **options)
 
 
@@ -149,14 +154,30 @@ def train_config(
     allow_code_execution: bool = False, devices: Sequence[Any] | None = None,
 ) -> None:  # fmt: skip
     """Train a validated configuration; both `train` and the command call this. Args: command: what resumes the run."""
-    from ftjax.plan.out_of_memory import explain
-    from ftjax.rl.learn import Learning
     from ftjax.train.progress import silent
     from ftjax.train.run import train as run
 
-    learning = Learning(config, allow_code_execution)
+    makers: dict[str, Any] = {"make_observer": _observer}
+    if generates(config):
+        from ftjax.rl.learn import Learning
+
+        learning = Learning(config, allow_code_execution)
+        makers = {"make_observer": learning.make_observer, "make_source": learning.make_source}
+
+    def explain(error: Exception, config: Config) -> Exception | None:
+        from ftjax.plan.out_of_memory import explain
+
+        return explain(error, config, devices)
+
     with silent() if quiet else nullcontext():
-        run(
-            config, devices=devices, command=command, make_observer=learning.make_observer, make_source=learning.make_source,
-            heard=on_log, explain=lambda error, config: explain(error, config, devices),
-        )  # fmt: skip
+        run(config, devices=devices, command=command, heard=on_log, explain=explain, **makers)
+
+
+def _observer(setup: Any, tokenizer: Any, validation: Any) -> Any:
+    """Build what evaluates while training; a run that evaluates nothing need not import it."""
+    settings = setup.config.evaluate
+    if validation is None and not settings.training_prompts and not settings.training_rows:
+        return None
+    from ftjax.evaluate.observe import make_observer
+
+    return make_observer(setup, tokenizer, validation)

@@ -25,7 +25,7 @@ def choose_remat(
     """Return the configured policy; for `auto` the first of `dots`, `attention` and `full` whose saved activations fit.
 
     They are in order of speed. The size is exact: the bytes that the backward pass of one device's microbatch keeps, computed
-    from shapes alone.
+    from shapes alone; for this the loss is traced, unless a bound that needs no trace fits already.
 
     Args:
         trainable: specs of the trained parameters by path, with the dtypes in which they are held.
@@ -37,6 +37,8 @@ def choose_remat(
     if runtime.remat != "auto":
         return runtime.remat
     budget = SHARE * memory
+    if most_bytes([*trainable.values(), *frozen.values()], math.prod(shape)) < budget:
+        return "dots"
     return next(
         (
             policy
@@ -45,6 +47,13 @@ def choose_remat(
         ),
         "full",
     )
+
+
+def most_bytes(specs: Sequence[Spec], tokens: int) -> int:
+    """Return at least the bytes that `dots` saves: for each matrix, experts that are not chosen too, its outputs and its inputs
+    in float32, twice, because an adapter's layer saves its base's outputs and the sum."""
+    widths = [math.prod(spec.shape[:-2]) * max(spec.shape[-2:]) for spec in specs if len(spec.shape) > len(spec.stacked) + 1]
+    return 2 * 4 * tokens * sum(widths)
 
 
 def saved_bytes(

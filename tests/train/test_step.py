@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from oracle import ONE, Case, make_hf, peer_training
+from cases import FEW
+from oracle import ONE, Case, hf_config, make_hf, one_device, peer_training
 from processes import ALL
 from tiny_run import make_batch, make_config, run_steps
 
@@ -138,6 +139,22 @@ def test_remat_keeps_less(folder):
     facts = setup.model.config
     heads, layers = facts["num_attention_heads"], facts["num_hidden_layers"]
     assert kept[2] - kept[3] == 4 * 2 * 32 * layers * (heads * facts["head_dim"] + heads)  # and its log-sum-exp
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_the_bound_of_what_is_kept(case):
+    """`auto` need not trace the loss where this bound fits."""
+    from ftjax.models.facts import complete_config
+    from ftjax.train.remat import most_bytes, saved_bytes
+    from ftjax.train.setup import design
+
+    facts = complete_config(hf_config(case).to_dict(), "here")
+    for method in METHODS.values():
+        made = design(make_config("none", method=method), facts, one_device())
+        parts = made.model.trainable, made.frozen_specs
+        kept = saved_bytes(made.loss_fn, made.runtime, *parts, "dots", (2, 32))
+        bound = most_bytes([spec for part in parts for spec in part.values()], 2 * 32)
+        assert kept <= bound, method
 
 
 SAVING = [

@@ -52,12 +52,13 @@ def _from_folder(folder: Path, asked: str) -> Any:
             f"{asked}: expected a tokenizer (tokenizer.json or {SENTENCEPIECE}); found {', '.join(names[:10]) or 'nothing'}. "
             "Give the folder or Hub id of the right one as model.tokenizer"
         )
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
         read_object(folder / name)
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     # It raises OSError, ValueError, KeyError, and bare Exception from Rust, all of them about the files.
     except Exception as error:
+        read_object(folder / "tokenizer.json")  # says where it is malformed; takes a while, so not before
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
             reason = "it needs Python code that comes with the model, which ftjax never runs"

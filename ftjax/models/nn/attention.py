@@ -9,6 +9,7 @@ Legend: B batch, T query length, S key length, N heads, K kv heads, G = N / K, H
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,6 @@ from ftjax.mesh import constrain
 from ftjax.models.nn.attention_blockwise import MASKED, blockwise
 from ftjax.models.nn.attention_cudnn import cudnn, missing_for, missing_here
 from ftjax.models.nn.attention_sharded import on_each_device
-from ftjax.models.nn.attention_splash import splash
 from ftjax.models.nn.cache import Memories
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.layer_types import Pattern
@@ -84,6 +84,13 @@ def xla(
         scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
     probabilities = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(q.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", probabilities, v, precision=precision).reshape(b, t, n, v.shape[-1])
+
+
+def splash(*inputs: Any, interpret: bool = False) -> jax.Array:
+    """Call `ftjax.models.nn.attention_splash.splash`, imported here: only TPUs need Pallas, which takes long to import."""
+    from ftjax.models.nn import attention_splash
+
+    return attention_splash.splash(*inputs, interpret=interpret)
 
 
 # Self-attention of packed rows on one device; arguments and result are those of `blockwise`. `splash_interpreted` is the TPU
