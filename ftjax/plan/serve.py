@@ -50,7 +50,8 @@ class ServePlan:
         context: tokens of each.
         tokens: tokens of all texts for which the cache has room, on all devices.
         texts: texts of the whole context that fit at the same time.
-        step_seconds: the least time in which each row gets one token, with all contexts full.
+        hbm_bytes: what the program of a decode step reads and writes, with all contexts full and greedy decoding.
+        step_seconds: the least time in which each row gets one token.
     """
 
     topology: str
@@ -62,6 +63,7 @@ class ServePlan:
     context: int
     memory: dict[str, float]
     limit: float | None
+    attention: str = ""
     tokens: int | None = None
     texts: int | None = None
     fits: bool | None = None  # whether all rows can have their whole context at the same time; None if not known
@@ -154,8 +156,10 @@ def _measure(plan: ServePlan, batch: PagedBatch, topology: Topology) -> None:
     memory["program"] = float(sum(one.generated_code_size_in_bytes for one in stats))
     plan.peak = float(max(one.peak_memory_in_bytes for one in stats))
     plan.flops = program_flops(traced)
-    plan.hbm_bytes = read_bytes(batch)
-    plan.traffic = traffic(Program.of(decode, mesh).transfers(), mesh, topology)
+    program = Program.of(decode, mesh)
+    plan.hbm_bytes = program.hbm_bytes(min)
+    plan.traffic = traffic(program.transfers(), mesh, topology)
+    plan.attention = engine.attention
     if plan.limit is None:
         return
     cost = page_bytes(engine, batch.room.page)
@@ -171,15 +175,3 @@ def _measure(plan: ServePlan, batch: PagedBatch, topology: Topology) -> None:
     plan.bound = max(plan.seconds, key=plan.seconds.get)
     plan.step_seconds = plan.seconds[plan.bound]
     plan.tokens_per_second = plan.rows / plan.step_seconds
-
-
-def read_bytes(batch: PagedBatch) -> float:
-    """Return what a device reads at least for one token of each of its rows: every weight, but of an embedding that is not the
-    output too only the tokens' rows, and the keys, values and states of full contexts."""
-    engine, room = batch.engine, batch.room
-    embedding = {path for path, spec in engine.model.specs.items() if spec.row.axes == ("vocab", "embed")}
-    looked_up = embedding - {f"{engine.model.output}.weight"}
-    weights = shard_bytes({path: value for path, value in batch.params.items() if path not in looked_up})
-    pages = room.rows // engine.shards * math.ceil(room.context / room.page)
-    cost = page_bytes(engine, room.page)
-    return weights + pages * cost + shard_bytes(engine.abstract_state(batch.sizes).cache.states)
