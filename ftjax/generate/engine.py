@@ -17,6 +17,7 @@ from ftjax.generate.score import head_step, score_step
 from ftjax.generate.steps import Sizes, Steps
 from ftjax.mesh import fitting, make_mesh, parts, spec
 from ftjax.models.model import Model
+from ftjax.models.nn.attention_paged import PageKernel
 from ftjax.models.nn.cache import Layout
 
 SHARDED = ("vocab", "heads", "kv_heads", "mlp")  # dimensions of weights along `tensor`
@@ -40,12 +41,22 @@ class Programs(NamedTuple):
     clear: Callable
 
 
+def has_kernel(mesh: Mesh) -> bool:
+    """Return whether there is a kernel for these devices that reads pages."""
+    return _platform(mesh) == "tpu"
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
+
+
 class Engine:
     """Compiled programs of a model, one per shape."""
 
     def __init__(self, model: Model, mesh: Mesh, dtype: Any, of_sampler: bool = False):
         """Args: of_sampler: log-probabilities are those that tokens were drawn with, not the model's own."""
         self.model, self.mesh, self.dtype = model, mesh, dtype
+        self.kernel = PageKernel(mesh) if has_kernel(mesh) else None
         self.shards = parts(mesh.shape, "batch")
         heads = model.sizes.heads
         self.heads = heads // parts(mesh.shape, "heads") if fitting(mesh, "heads", heads) else heads  # of each device
@@ -65,7 +76,7 @@ class Engine:
     def programs(self, sizes: Sizes) -> Programs:
         """Return the programs for arrays of these sizes, the same ones each time."""
         if sizes not in self._programs:
-            steps = Steps(self._runner, sizes, self.whole_prompts)
+            steps = self._steps(sizes)
             where, everywhere = steps.shardings(self.mesh), NamedSharding(self.mesh, spec(()))
             self._programs[sizes] = Programs(
                 jax.jit(steps.empty, out_shardings=where),
@@ -75,9 +86,20 @@ class Engine:
             )
         return self._programs[sizes]
 
+    def _steps(self, sizes: Sizes) -> Steps:
+        return Steps(self._runner, sizes, self.whole_prompts, self.kernel)
+
+    @property
+    def attention(self) -> str:
+        """How attention reads keys and values in the programs that have been made so far, in words."""
+        if self.kernel is None:
+            return f"pages are gathered: the kernel that reads them in place is for TPUs, and this is a {_platform(self.mesh)}"
+        but = f", but they are gathered in layers with {'; '.join(self.kernel.reasons)}" if self.kernel.reasons else ""
+        return f"a kernel reads pages in place{but}"
+
     def abstract_state(self, sizes: Sizes) -> State:
         """Return the state for arrays of these sizes, as shapes with shardings."""
-        steps = Steps(self._runner, sizes, self.whole_prompts)
+        steps = self._steps(sizes)
         shape = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
         return jax.tree.map(shape, jax.eval_shape(steps.empty), steps.shardings(self.mesh))
 

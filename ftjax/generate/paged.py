@@ -23,6 +23,7 @@ from ftjax.generate.steps import Asked, Likelihoods, Part, Pooled, Seen, Sizes, 
 from ftjax.long_steps import KEPT, long_step, steps_go_on
 from ftjax.mesh import fitting, parts
 from ftjax.models.nn.cache import Layout
+from ftjax.models.nn.paged import PagedCache
 
 TOPS = 20  # most probable tokens that a request may ask for, as in OpenAI's API
 BIASED = 304  # tokens that a request may bias; OpenAI's API takes 300
@@ -89,12 +90,13 @@ class Room:
 def page_bytes(engine: Engine, page: int) -> int:
     """Return the bytes of a page's keys and values in all layers, on each device that has the page."""
     layout = Layout(engine.model.memories)
+    pages = jax.eval_shape(lambda: PagedCache.pages(layout, 1, 1, page, engine.dtype, engine.kernel))
 
-    def heads(count: int) -> int:  # those that do not divide are on every device, as in `Steps.shardings`
-        return count // (parts(engine.mesh.shape, "kv_heads") if fitting(engine.mesh, "kv_heads", count) else 1)
+    def size(slots: jax.ShapeDtypeStruct) -> int:  # heads that do not divide are on every device, as in `Steps.shardings`
+        heads = fitting(engine.mesh, "kv_heads", slots.shape[4])
+        return math.prod(slots.shape) // (parts(engine.mesh.shape, "kv_heads") if heads else 1)
 
-    sizes = (layout.size(one) * heads(one.kv_heads) * (one.key_dim + one.value_dim) for one in layout.keys_values)
-    return page * sum(sizes) * np.dtype(engine.dtype).itemsize
+    return sum(map(size, jax.tree.leaves(pages))) * np.dtype(engine.dtype).itemsize
 
 
 class Reading(NamedTuple):

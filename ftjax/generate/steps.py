@@ -20,6 +20,7 @@ from ftjax.generate.cache import forward
 from ftjax.generate.decode import Rules, Runner, State, by_row, by_whole_rows
 from ftjax.generate.sample import RowSampling
 from ftjax.mesh import axis_of_samples, constrain, fitting
+from ftjax.models.nn.attention_paged import PageKernel
 from ftjax.models.nn.cache import Cache, Layout
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.paged import PagedCache
@@ -162,11 +163,17 @@ class Pooled(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """A model that generates, with arrays of these sizes; `by_length`: its RoPE depends on the length of the whole prompt."""
+    """A model that generates, with arrays of these sizes.
+
+    Attributes:
+        by_length: whether its RoPE depends on the length of the whole prompt.
+        kernel: reads pages on these devices; None: attention gathers them.
+    """
 
     runner: Runner
     sizes: Sizes
     by_length: bool
+    kernel: PageKernel | None
 
     def empty(self) -> State:
         """Return the state of an idle engine."""
@@ -176,9 +183,10 @@ class Steps:
         def zeros(dtype, *shape: int) -> jax.Array:
             return jnp.zeros((rows, *shape), dtype)
 
-        keys, values = PagedCache.pages(layout, sizes.groups, sizes.pages, sizes.page, dtype)
+        keys, values = PagedCache.pages(layout, sizes.groups, sizes.pages, sizes.page, dtype, self.kernel)
         states = Cache.empty(layout, rows, 0, dtype).states
-        cache = PagedCache(keys, values, states, zeros(jnp.int32), layout, zeros(jnp.int32, 0), zeros(jnp.int32))
+        table, counts = zeros(jnp.int32, 0), zeros(jnp.int32)
+        cache = PagedCache(keys, values, states, zeros(jnp.int32), layout, table, counts, self.kernel)
         kinds = {"top_k": jnp.int32}
         sampling = RowSampling(**{name: zeros(kinds.get(name, jnp.float32)) for name in RowSampling._fields})
         rules = Rules(
@@ -197,12 +205,12 @@ class Steps:
             pairs = zip(axes, leaf.shape, strict=True)
             return NamedSharding(mesh, PartitionSpec(*(axis and fitting(mesh, axis, size) for axis, size in pairs)))
 
-        pages = lambda leaf: placed(leaf, "batch", None, None, None, "kv_heads")  # noqa: E731
         found = jax.tree.map(lambda leaf: placed(leaf, "batch"), state)
-        cache = replace(
-            found.cache, keys=tuple(map(pages, state.cache.keys)), values=tuple(map(pages, state.cache.values)),
-            states=tuple(placed(leaf, None, "batch") for leaf in state.cache.states),
-        )  # fmt: skip
+        keys, values = jax.tree.map(
+            lambda leaf: placed(leaf, "batch", None, None, None, "kv_heads"), (state.cache.keys, state.cache.values)
+        )
+        states = tuple(placed(leaf, None, "batch") for leaf in state.cache.states)
+        cache = replace(found.cache, keys=keys, values=values, states=states)
         return found._replace(cache=cache, uses=placed(state.uses, axis_of_samples(mesh, self.sizes.rows)))
 
     def prefill(

@@ -14,7 +14,7 @@ slices, and a send and a receive through the host, which name the whole collecti
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -33,12 +33,14 @@ _NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "opt-barrier", "domain", "add-dependency",
 }  # fmt: skip
+_OVERWRITES = {"dynamic-update-slice": 1, "scatter": 2}  # a part of their first operand, by the operand of this number
 _RENAMED = ("bitcast", "reshape", "copy", "convert", "transpose")
 
 
 class Array(NamedTuple):
     bytes: float
     in_hbm: bool  # a TPU's VMEM and SMEM are marked in the layout
+    dims: tuple[int, ...] = ()
 
 
 class Instruction(NamedTuple):
@@ -108,16 +110,19 @@ class Program:
         def visit(name: str, times: float) -> None:
             counts[name] = counts.get(name, 0) + times
             for instruction in self.computations[name].values():
-                if instruction.opcode == "while":
-                    visit(instruction.called("body"), times * self.trip_count(instruction))
-                elif instruction.opcode == "call" or instruction.opcode.startswith("async-start"):
-                    visit(instruction.called("to_apply") or instruction.called("calls"), times)
-                elif instruction.opcode == "conditional":
-                    for branch in _branches(instruction.text):
-                        visit(branch, times)
+                for called, more in self._calls(instruction):
+                    visit(called, times * more)
 
         visit(self.entry, 1.0)
         return counts
+
+    def _calls(self, instruction: Instruction) -> list[tuple[str, float]]:
+        """Return the computations that an instruction runs, and how often; each branch of a conditional once."""
+        if instruction.opcode == "while":
+            return [(instruction.called("body"), self.trip_count(instruction))]
+        if instruction.opcode == "call" or instruction.opcode.startswith("async-start"):
+            return [(instruction.called("to_apply") or instruction.called("calls"), 1)]
+        return [(branch, 1) for branch in _branches(instruction.text)] if instruction.opcode == "conditional" else []
 
     def trip_count(self, loop: Instruction) -> int:
         """Return XLA's annotation if there is one, else the runs that the program names, else the bound that the condition
@@ -211,17 +216,26 @@ class Program:
 
     # ---- HBM ----
 
-    def hbm_bytes(self) -> float:
-        """Return the bytes read and written in a device's HBM in a step; values within a fusion are free."""
-        total = 0.0
-        for name, times in self.runs.items():
-            own = self.computations[name]
-            total += times * sum(self._traffic(instruction, own) for instruction in own.values())
-            for instruction, inside in self._started(name):
-                operands = [self.computations[inside].get(operand) for operand in instruction.operands]
-                arrays = [*instruction.arrays, *(array for operand in operands if operand for array in operand.arrays)]
-                halves = 2 if instruction.opcode.endswith("-start") else 1  # the results of a start contain its operands
-                total += times * sum(array.bytes for array in arrays if array.in_hbm) / halves
+    def hbm_bytes(self, branches: Callable[[list[float]], float] = sum) -> float:
+        """Return the bytes read and written in a device's HBM in a step; values within a fusion are free.
+
+        Args:
+            branches: what those of a conditional come to: `sum`, or `min` if each takes the one that moves least.
+        """
+        return self._moved(self.entry, branches)
+
+    def _moved(self, name: str, branches: Callable[[list[float]], float]) -> float:
+        own = self.computations[name]
+        total = sum(self._traffic(instruction, own) for instruction in own.values())
+        for instruction, inside in self._started(name):
+            operands = [self.computations[inside].get(operand) for operand in instruction.operands]
+            arrays = [*instruction.arrays, *(array for operand in operands if operand for array in operand.arrays)]
+            halves = 2 if instruction.opcode.endswith("-start") else 1  # the results of a start contain its operands
+            total += sum(array.bytes for array in arrays if array.in_hbm) / halves
+        for instruction in own.values():
+            inner = [(times, self._moved(called, branches)) for called, times in self._calls(instruction)]
+            moved = [times * one for times, one in inner]
+            total += branches(moved) if instruction.opcode == "conditional" else sum(moved)
         return total
 
     def _traffic(self, instruction: Instruction, others: Mapping[str, Instruction]) -> float:
@@ -234,13 +248,15 @@ class Program:
         operands = [others.get(name) for name in instruction.operands]
         if opcode == "fusion":
             return self._fusion_traffic(instruction, operands)
+        if opcode == "custom-call" and "ragged_paged_attention" in instruction.text:
+            return out + _pages_read(*(one.arrays[0] for one in operands if one))
         if opcode in ("dynamic-slice", "slice", "gather"):
             return out + (instruction.bytes if operands[0] and _in_hbm(operands[0]) else 0)
         if opcode in ("copy-start", "slice-start"):  # results: source and destination (the source may be part of a tuple)
             moved = instruction.arrays[0 if opcode == "copy-start" else 1].bytes
             return moved * sum(array.in_hbm for array in instruction.arrays[:2])
-        if opcode == "dynamic-update-slice":
-            update = operands[1]
+        if opcode in _OVERWRITES:
+            update = operands[_OVERWRITES[opcode]]
             return (update.bytes if update else 0) * ((1 if update and _in_hbm(update) else 0) + (1 if out else 0))
         return out + sum(o.bytes for o in operands if o is not None and _in_hbm(o))
 
@@ -274,7 +290,7 @@ class Program:
                 inner = self.computations[user.called("calls")]
                 own = _parameters(inner)[user.operands.index(parameter.name)]
                 total += self._read(own, _users(inner), whole)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+            elif user.opcode in _OVERWRITES and user.operands[0] == parameter.name:
                 continue
             else:
                 return whole
@@ -288,8 +304,8 @@ class Program:
             at = instruction
             while at.opcode in _RENAMED and at.operands and at.operands[0] in inner:
                 at = inner[at.operands[0]]
-            if at.opcode == "dynamic-update-slice":
-                found[instruction.name] = inner[at.operands[1]].bytes
+            if at.opcode in _OVERWRITES:
+                found[instruction.name] = inner[at.operands[_OVERWRITES[at.opcode]]].bytes
         return found
 
 
@@ -305,6 +321,13 @@ def _users(inner: Mapping[str, Instruction]) -> dict[str, list[Instruction]]:
         for name in instruction.operands:
             found.setdefault(name, []).append(instruction)
     return found
+
+
+def _pages_read(lengths: Array, table: Array, *others: Array) -> float:
+    """Return the bytes that the kernel for attention in pages reads if all tables are full and each row's queries in one block,
+    as in a decode step. Its last operand has the pages of all layers."""
+    *_, q, pages = others
+    return q.bytes * q.in_hbm + math.prod(table.dims) * pages.bytes / pages.dims[0]
 
 
 def _in_hbm(instruction: Instruction) -> bool:
@@ -333,8 +356,8 @@ def _arrays(shape: str) -> tuple[Array, ...]:
     for dtype, dims, layout in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape)):
         number = re.search(r"\d+", dtype)
         bits = _BITS.get(dtype, int(number[0]) if number else 8)
-        size = math.prod(int(d) for d in dims.split(",") if d)
-        found.append(Array(size * bits / 8, not re.search(r"S\([1-9]\d*\)", layout)))
+        sizes = tuple(int(d) for d in dims.split(",") if d)
+        found.append(Array(math.prod(sizes) * bits / 8, not re.search(r"S\([1-9]\d*\)", layout), sizes))
     return tuple(found)
 
 

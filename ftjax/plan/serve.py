@@ -50,7 +50,8 @@ class ServePlan:
         context: tokens of each.
         tokens: tokens of all texts for which the cache has room, on all devices.
         texts: texts of the whole context that fit at the same time.
-        step_seconds: the least time in which each row gets one token, with all contexts full.
+        hbm_bytes: what the program of a decode step reads and writes, with all contexts full and greedy decoding.
+        step_seconds: the least time in which each row gets one token.
     """
 
     topology: str
@@ -62,6 +63,7 @@ class ServePlan:
     context: int
     memory: dict[str, float]
     limit: float | None
+    attention: str = ""
     tokens: int | None = None
     texts: int | None = None
     fits: bool | None = None  # whether all rows can have their whole context at the same time; None if not known
@@ -204,8 +206,10 @@ def _measure(plan: ServePlan, batch: PagedBatch, topology: Topology) -> None:
     programs = compile_programs(batch, max(batch.shapes, key=math.prod), topology)
     memory = plan.memory
     memory.update(programs.memory())
-    plan.peak, plan.flops, plan.hbm_bytes = programs.peak, programs.flops, read_bytes(batch)
+    program = Program.of(programs.decode, programs.mesh)
+    plan.peak, plan.flops, plan.hbm_bytes = programs.peak, programs.flops, program.hbm_bytes(min)
     plan.traffic = programs.traffic(programs.decode, topology)
+    plan.attention = engine.attention
     if plan.limit is None:
         return
     cost = page_bytes(engine, batch.room.page)

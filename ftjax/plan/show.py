@@ -149,7 +149,8 @@ def show_serving(plan: ServePlan, console: Console) -> None:
     if plan.fits is not None:
         short = f"it does not fit{' with the whole context of all rows' if plan.texts else ''}"
         say("it fits" if plan.fits else f"{short}: fewer --rows, a shorter --context, more devices or model.quantization: int8")
-    say(f"a decode step: {plan.flops:.4g} FLOPs; {size(plan.hbm_bytes)} are read on each device")
+    say(f"attention: {plan.attention}")
+    say(f"a decode step: {plan.flops:.4g} FLOPs; {size(plan.hbm_bytes)} are moved through each device's memory")
     if plan.traffic:
         _show_traffic(plan.traffic, console)
     if plan.seconds:

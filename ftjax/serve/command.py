@@ -97,6 +97,7 @@ def serve(model: str, loading: LoadOptions, options: ServeOptions) -> None:
         f"{served.name}: {room.rows} rows, {served.context} tokens of context, {room.pages} pages of {room.page} tokens"
         f"{'' if batch.sizes.groups == 1 else ' on each shard'}; compiled in {time.monotonic() - began:.0f} s",
     )
+    say(console, f"attention: {generator.engine.attention}")
     engine.start()
     adapters = None
     if stack is not None:

@@ -2,10 +2,11 @@
 
 import jax
 import pytest
-from generate.engines import alone, generator_of, numbered, poisoned, request
+from generate.engines import SAMPLINGS, alone, generator_of, made, numbered, poisoned, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import tokens
+from oracle import Case, tokens
+from paged_kernel import interpreted
 from processes import ALL
 
 from ftjax.config import MeshConfig
@@ -138,6 +139,22 @@ def test_rows_are_sharded(mixed):
     spread = generator_of(mixed.model, params, mesh)
     found = spread.answer([numbered(number) for number in range(10)], batch_size=8)
     assert [one.tokens for one in found] == [alone(mixed, numbered(number)) for number in range(10)]
+
+
+def test_a_kernel_reads_pages(tmp_path):
+    """Prompts in parts, a beginning that is there already, windows, a cap and grouped heads: on four devices in interpret mode,
+    the answers of one device that gathers pages."""
+    sizes = {"head_dim": 16, "initializer_range": 0.1, "sliding_window": 20}
+    case = Case("gemma2", "gemma2", {**sizes, "layer_types": ["sliding_attention", "full_attention"]})
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    one = made(tmp_path / "one", case)
+    requests = [request(tokens(1, length, seed=length)[0].tolist(), 5, length) for length in (3, 51)]
+    requests += [Request([*tokens(1, 40, seed=1)[0].tolist(), number], SAMPLINGS[1], 5, number=number) for number in range(2)]
+    with interpreted():
+        spread = made(tmp_path / "spread", case, mesh)
+        found = spread.answer(requests)
+    assert spread.engine.attention == "a kernel reads pages in place" and "gathered" in one.engine.attention
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in one.answer(requests)]
 
 
 @settings(max_examples=30 if ALL else 6)

@@ -300,6 +300,39 @@ ENTRY %main (stack.2: f32[32,64], at.2: s32[], flat.2: f32[64]) -> f32[1,1] {
     assert Program(text, 1).hbm_bytes() == 4 * (64 + 1 + 64 + 1)
 
 
+def test_what_is_overwritten_in_place_and_branches_that_are_not_taken():
+    """A scatter into a buffer writes its updates; a conditional that usually does nothing may count as nothing."""
+    text = """
+%put (pages: f32[512,64], at: s32[3,1], new: f32[3,64]) -> f32[512,64] {
+  %pages = f32[512,64]{1,0} parameter(0)
+  %at = s32[3,1]{1,0} parameter(1)
+  %new = f32[3,64]{1,0} parameter(2)
+  ROOT %after = f32[512,64]{1,0} scatter(%pages, %at, %new), update_window_dims={1}, to_apply=%last
+}
+
+%same (x: f32[512,64]) -> f32[512,64] {
+  ROOT %x = f32[512,64]{1,0} parameter(0)
+}
+
+%negative (y: f32[512,64]) -> f32[512,64] {
+  %y = f32[512,64]{1,0} parameter(0)
+  ROOT %minus = f32[512,64]{1,0} negate(%y)
+}
+
+ENTRY %main (pages.1: f32[512,64], at.1: s32[3,1], new.1: f32[3,64], which: pred[]) -> f32[512,64] {
+  %pages.1 = f32[512,64]{1,0} parameter(0)
+  %at.1 = s32[3,1]{1,0} parameter(1)
+  %new.1 = f32[3,64]{1,0} parameter(2)
+  %which = pred[] parameter(3)
+  %put.1 = f32[512,64]{1,0} fusion(%pages.1, %at.1, %new.1), kind=kLoop, calls=%put
+  ROOT %out = f32[512,64]{1,0} conditional(%which, %put.1, %put.1), true_computation=%same, false_computation=%negative
+}
+"""
+    written = 4 * (3 + 2 * 3 * 64)
+    assert Program(text, 1).hbm_bytes(min) == written
+    assert Program(text, 1).hbm_bytes() == written + 4 * 2 * 512 * 64
+
+
 def test_a_plan_of_the_host(bare):
     """A plan from config.json alone has all parts, and survives JSON."""
     plan = make_plan(make_config(bare, mesh={"fsdp": 8}), CPUS)
@@ -425,14 +458,20 @@ def test_a_server_is_planned_as_it_would_be(bare, folder):
     assert set(found) <= {("all-gather", ("data",))} and all(runs <= 5 for runs in found.values()), "what the host reads"
 
 
-def test_a_server_for_chips_that_are_not_there(bare):
-    """What fits follows from the memory that the pages leave, and a step takes at least the time to read every weight."""
+@pytest.mark.parametrize("topology", ["v5e-1", "v6e-4"])
+def test_a_server_for_chips_that_are_not_there(wide, topology):
+    """What fits follows from the memory that the pages leave, and a step takes at least the time to read every weight and the
+    pages, once: a kernel reads them where they are."""
     pytest.importorskip("libtpu", reason="planning for TPUs needs libtpu")
-    plan = plan_serving(make_config(bare), parse("v5e-1"), 4, 64)
-    assert plan.fits and plan.tokens // 64 >= plan.texts > plan.rows
-    bandwidth = parse("v5e-1").chip.hbm_bandwidth
+    config, where = make_config(sized(wide, max_position_embeddings=8192)), parse(topology)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    plan = plan_serving(config, where, 16, 4096)
+    assert plan.fits and plan.tokens // 4096 >= plan.texts > plan.rows
+    assert plan.attention == "a kernel reads pages in place"
+    bandwidth = where.chip.hbm_bandwidth
     assert plan.step_seconds >= plan.seconds["HBM"] == plan.hbm_bytes / bandwidth > 0.5 * plan.memory["weights"] / bandwidth
-    assert plan.tokens_per_second == pytest.approx(4 / plan.step_seconds)
+    assert plan.tokens_per_second == pytest.approx(16 / plan.step_seconds)
+    assert plan.hbm_bytes == pytest.approx(plan.memory["weights"] + plan.memory["cache"], rel=0.1)
 
 
 @pytest.mark.parametrize(

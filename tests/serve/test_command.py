@@ -74,7 +74,7 @@ def test_a_server_from_start_to_end(chatty, folders, tmp_path):
         assert chunks[-1].choices[0].finish_reason == "length"
         said = process.communicate(timeout=60)[0]
         assert process.returncode == 0, said
-        assert "SIGTERM" in said and "2 rows, 256 tokens of context" in said
+        assert "SIGTERM" in said and "2 rows, 256 tokens of context" in said and "attention: pages are gathered" in said
     finally:
         process.kill()
 

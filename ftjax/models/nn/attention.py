@@ -23,6 +23,8 @@ from ftjax.models.nn.attention_sharded import on_each_device
 from ftjax.models.nn.cache import Memories
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.layer_types import Pattern
+from ftjax.models.nn.memory import KeysValues
+from ftjax.models.nn.paged import PagedCache
 from ftjax.models.nn.rope import apply
 
 # Of one sequence: N heads of queries, K of keys and values, of size H
@@ -200,6 +202,11 @@ def self_attention(
     q = constrain(q, "batch", "length", "heads", None)
     own = seen = _chunks(ctx, pattern)
     offset = 0
+    if isinstance(cache, PagedCache):
+        record = cache.layout.named(name) if k is None else KeysValues(*k.shape[2:], v.shape[-1], name)
+        if cache.attends(record, pattern, sinks is not None, ctx.prefix is not None):
+            cache = cache if k is None else cache.put(layer, k, v, name)
+            return cache.attend(layer, record, q, pattern).reshape(b, t, -1), cache
     if cache is not None:
         if k is None:
             k, v = cache.shared(layer, name)

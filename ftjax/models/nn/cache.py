@@ -106,17 +106,27 @@ class Cache:
         Returns the cache, and the layer's keys and values, including unwritten slots. The row lengths do not
         change; `advance` updates them once for all layers.
         """
-        record = KeysValues(*k.shape[2:], v.shape[-1], name)
-        place, group = self.layout.place(record, layer), self.layout.keys_values.index(record)
-        keys, values = self._put(self.keys[group], place, k), self._put(self.values[group], place, v)
-        cache = replace(self, keys=_with(self.keys, group, keys), values=_with(self.values, group, values))
-        return cache, self._read(keys, place), self._read(values, place)
+        cache, record = self.put(layer, k, v, name), KeysValues(*k.shape[2:], v.shape[-1], name)
+        return cache, *cache.slots(layer, record)
 
     def shared(self, layer: jax.Array | int, name: str = "") -> tuple[Float[Array, "B S K D"], Float[Array, "B S K V"]]:
         """Return the keys and values that the last layer before this one wrote under this name."""
-        record = self.layout.named(name)
-        place, group = self.layout.place(record, layer), self.layout.keys_values.index(record)
+        return self.slots(layer, self.layout.named(name))
+
+    def put(self, layer: jax.Array | int, k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], name: str = "") -> "Cache":
+        """Write as `write` does, and return the cache alone."""
+        group, place = self._find(layer, KeysValues(*k.shape[2:], v.shape[-1], name))
+        keys, values = self._put(self.keys[group], place, k), self._put(self.values[group], place, v)
+        return replace(self, keys=replaced(self.keys, group, keys), values=replaced(self.values, group, values))
+
+    def slots(self, layer: jax.Array | int, record: KeysValues) -> tuple[Float[Array, "B S K D"], Float[Array, "B S K V"]]:
+        """Return the keys and values of a layer, including unwritten slots."""
+        group, place = self._find(layer, record)
         return self._read(self.keys[group], place), self._read(self.values[group], place)
+
+    def _find(self, layer: jax.Array | int, record: KeysValues) -> tuple[int, jax.Array | int]:
+        """Return the index of the record's arrays in `keys` and `values`, and that of the layer in these."""
+        return self.layout.keys_values.index(record), self.layout.place(record, layer)
 
     def state(self, layer: jax.Array | int, record: State) -> Float[Array, "B ..."]:
         """Return the state of a layer."""
@@ -127,7 +137,7 @@ class Cache:
         group, place = self.layout.states.index(record), self.layout.place(record, layer)
         whole = self.states[group]
         changed = jax.lax.dynamic_update_index_in_dim(whole, new.astype(whole.dtype), place, axis=0)
-        return replace(self, states=_with(self.states, group, changed))
+        return replace(self, states=replaced(self.states, group, changed))
 
     def _put(self, slots: jax.Array, place: jax.Array | int, new: jax.Array) -> jax.Array:
         """Scatter one window per row, with rows as a batch dimension, so that a sharded cache is written in place.
@@ -212,5 +222,5 @@ def remember(cache: Memories, layer: jax.Array | int, record: State, new: Float[
     return cache.with_state(layer, record, new) if isinstance(cache, Cache) else cache
 
 
-def _with(arrays: tuple, number: int, new: jax.Array) -> tuple:
+def replaced(arrays: tuple, number: int, new: jax.Array) -> tuple:
     return (*arrays[:number], new, *arrays[number + 1 :])

@@ -4,14 +4,15 @@ Legend: B rows, T query length, G groups of rows, P pages of a group, W tokens o
 K kv heads, D key size, V value size, l layers with the same record.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from ftjax.models.nn.cache import Cache, Layout
+from ftjax.models.nn.attention_paged import PageKernel, in_pages, join, lanes, part
+from ftjax.models.nn.cache import Cache, Layout, replaced
+from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.memory import KeysValues
 
 
@@ -23,20 +24,29 @@ class PagedCache(Cache):
     Token t of a row is in slot `t % W` of page `table[row, t // W]`. Rows are in G groups of equal size, one per device that
     rows are sharded over: a page belongs to the rows of one group, so that no keys or values move between devices. Page 0 of a
     group is never written, and stands for pages that a row does not have. A page that several tables name is only read.
+
+    With a kernel, `keys` has both keys and values of a record that it takes (`ftjax.models.nn.attention_paged`), and `values`
+    has None there.
     """
 
     table: jax.Array  # [B, n] int32
     counts: jax.Array  # [B] int32: tokens of the next write that are not padding, which is not written
+    kernel: PageKernel | None = field(default=None, metadata={"static": True})
 
     @classmethod
-    def pages(cls, layout: Layout, groups: int, count: int, size: int, dtype) -> tuple[tuple[jax.Array, ...], ...]:
+    def pages(
+        cls, layout: Layout, groups: int, count: int, size: int, dtype, kernel: PageKernel | None = None
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]]:
         """Return empty pages: keys and values for each of `layout.keys_values`."""
 
-        def arrays(size_of: Callable[[KeysValues], int]) -> tuple[jax.Array, ...]:
-            shapes = ((groups, layout.size(one), count, size, one.kv_heads, size_of(one)) for one in layout.keys_values)
-            return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+        def arrays(one: KeysValues) -> tuple[jax.Array, jax.Array | None]:
+            first = groups, layout.size(one), count, size
+            if kernel is not None and kernel.takes(one, size, dtype):
+                return jnp.zeros((*first, 2 * one.kv_heads, lanes(one.key_dim)), dtype), None
+            return tuple(jnp.zeros((*first, one.kv_heads, dim), dtype) for dim in (one.key_dim, one.value_dim))
 
-        return arrays(lambda one: one.key_dim), arrays(lambda one: one.value_dim)
+        keys, values = zip(*map(arrays, layout.keys_values), strict=True) if layout.keys_values else ((), ())
+        return keys, values
 
     def expecting(self, counts: Int[Array, " B"]) -> "PagedCache":
         return replace(self, counts=counts)
@@ -62,7 +72,34 @@ class PagedCache(Cache):
     def cleared(self, pages: Int[Array, "G cleared"]) -> "PagedCache":
         """Return the cache with zeros in these pages: what is not finite must not reach their next rows through a mask."""
         clear = jax.vmap(lambda slots, pages: slots.at[:, pages].set(0, mode="drop"))
-        return replace(self, keys=tuple(clear(x, pages) for x in self.keys), values=tuple(clear(x, pages) for x in self.values))
+        keys, values = jax.tree.map(lambda slots: clear(slots, pages), (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
+
+    def attends(self, record: KeysValues, pattern: Pattern, sinks: bool, prefix: bool) -> bool:
+        """Return whether `attend` can compute the attention of such a layer."""
+        group = self.layout.keys_values.index(record)
+        return self.values[group] is None and self.kernel.attends(pattern, sinks, prefix)
+
+    def attend(
+        self, layer: jax.Array | int, record: KeysValues, q: Float[Array, "B T N H"], pattern: Pattern
+    ) -> Float[Array, "B T N H"]:
+        """Compute attention of the tokens that the layer has just written."""
+        group, place = self._find(layer, record)
+        return in_pages(q, self.keys[group], place, self.table, self.lengths, self.counts, pattern)
+
+    def put(
+        self, layer: jax.Array | int, k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], name: str = ""
+    ) -> "PagedCache":
+        group, place = self._find(layer, KeysValues(*k.shape[2:], v.shape[-1], name))
+        if self.values[group] is not None:
+            return super().put(layer, k, v, name)
+        return replace(self, keys=replaced(self.keys, group, self._put(self.keys[group], place, join(k, v))))
+
+    def slots(self, layer: jax.Array | int, record: KeysValues) -> tuple[Float[Array, "B S K D"], Float[Array, "B S K V"]]:
+        group, place = self._find(layer, record)
+        if self.values[group] is not None:
+            return super().slots(layer, record)
+        return part(self._read(self.keys[group], place), record.key_dim)
 
     def _put(self, slots: jax.Array, place: jax.Array | int, new: jax.Array) -> jax.Array:
         groups, _, count, size, *_ = slots.shape
