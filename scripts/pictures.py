@@ -84,6 +84,7 @@ def main() -> None:
     arguments.add_argument("run", type=Path)
     arguments.add_argument("--config", required=True, help="whose data is previewed")
     arguments.add_argument("--plan", required=True, help="what is planned for v5e-16")
+    arguments.add_argument("--ask", default=QUESTION, help="what is asked on the chat page")
     arguments.add_argument("--out", type=Path, required=True)
     given = arguments.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def main() -> None:
                     if server.poll() is not None:
                         raise SystemExit(f"the server has ended with {server.returncode}") from None
                     time.sleep(1)
-            photograph(browser, f"http://127.0.0.1:{port}/", given.out / "chat.png", 760, QUESTION)
+            photograph(browser, f"http://127.0.0.1:{port}/", given.out / "chat.png", 760, given.ask)
             browser.close()
     finally:
         server.terminate()
