@@ -54,10 +54,14 @@ def test_rings():
     assert parse("v5p-128").wraps(0) and not parse("v5p-64").wraps(1)
 
 
-@pytest.mark.parametrize("name, devices", [("v5e-8", 8), ("v5p-16", 8), ("v4-8", 4), ("v6e-1", 1), ("tpu7x-8", 8)])
-def test_libtpu_knows_them(name, devices):
+@pytest.mark.parametrize(
+    "name, devices, hosts",
+    [("v5e-8", 8, 1), ("v6e-16", 16, 4), ("v5p-16", 8, 2), ("v4-8", 4, 1), ("v6e-1", 1, 1), ("tpu7x-8", 8, 1)],
+)
+def test_libtpu_knows_them(name, devices, hosts):
     pytest.importorskip("libtpu", reason="planning for TPUs needs libtpu")
-    assert len(parse(name).devices()) == devices
+    found = parse(name).devices()
+    assert len(found) == devices and len({device.process_index for device in found}) == hosts
 
 
 def test_slices_and_shapes_that_libtpu_refuses():
