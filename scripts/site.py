@@ -51,7 +51,7 @@ def rewritten(text: str, source: str) -> str:
             return match[0]
         found = (ROOT / source).parent.joinpath(path).resolve()
         name = found.relative_to(ROOT).as_posix()
-        if name in PAGES or (name.startswith("docs/") and name.endswith(".md")):
+        if name in PAGES or (name.startswith("docs/") and name.endswith((".md", ".png", ".svg"))):
             there = PAGES.get(name) or name.removeprefix("docs/")
             return f"[{words}]({there}{'#' + anchor if anchor else ''})"
         return words if words.startswith("`") else f"`{words.strip('`')}`"

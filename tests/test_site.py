@@ -46,6 +46,7 @@ def test_every_command_and_option_is_there(site):
 @pytest.mark.parametrize("text, source, wanted", [
     ("[a](data.md#x)", "docs/api.md", "[a](data.md#x)"),
     ("[a](docs/data.md)", "README.md", "[a](data.md)"),
+    ("![a](docs/pictures/chat.png)", "README.md", "![a](pictures/chat.png)"),
     ("[a](../tpu/README.md)", "docs/multihost.md", "[a](tpu.md)"),
     ("[LICENSE](LICENSE)", "README.md", "`LICENSE`"),
     ("[a](https://x.org)", "README.md", "[a](https://x.org)"),
