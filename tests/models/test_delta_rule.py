@@ -38,25 +38,31 @@ def by_token(q, k, v, g, beta, state, ids):
     return recur(step, state, (q * D**-0.5, k, v, g, beta), ids)
 
 
-@pytest.mark.parametrize("chunk", [16, 64])
+@partial(jax.jit, static_argnames="rule")
+def learn(values, weights, ids, rule):
+    """Return `((loss, (outputs, last state)), gradients)` of a rule."""
+    real = (ids != 0).astype(jnp.float32)[..., None, None]
+
+    def total(*values):
+        y, state = rule(*values, ids)
+        return jnp.sum(y * real * weights[0]) + jnp.sum(state * weights[1]), (y * real, state)
+
+    return jax.value_and_grad(total, argnums=range(6), has_aux=True)(*values)
+
+
+RULES = {chunk: partial(gated_delta_rule, chunk=chunk) for chunk in (16, 64)}
+
+
+@pytest.mark.parametrize("chunk", RULES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_chunks_are_the_recurrence(rows, chunk):
     """Outputs, the last state and all gradients agree, whether or not documents end with a chunk."""
     ids = np.stack([segments(lengths) for lengths in ROWS[rows]])
     values = inputs(ids.shape[1])
     rng = np.random.default_rng(1)
-    real = (ids != 0).astype(np.float32)[..., None, None]
-    weights = rng.normal(size=(B, ids.shape[1], N, V)) * real, rng.normal(size=(B, N, D, V))
-
-    def total(rule, *values):
-        y, state = rule(*values, ids)
-        return jnp.sum(y * weights[0]) + jnp.sum(state * weights[1]), (y * real, state)
-
-    def both(rule):
-        return jax.jit(jax.value_and_grad(partial(total, rule), argnums=range(6), has_aux=True))(*values)
-
-    (_, want), wanted = both(by_token)
-    (_, got), gradients = both(partial(gated_delta_rule, chunk=chunk))
+    weights = tuple(rng.normal(size=shape).astype(np.float32) for shape in ((B, ids.shape[1], N, V), (B, N, D, V)))
+    (_, want), wanted = learn(values, weights, ids, by_token)
+    (_, got), gradients = learn(values, weights, ids, RULES[chunk])
     for a, b in zip((*want, *wanted), (*got, *gradients), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5 * max(1, np.abs(a).max()), rtol=0)
 
@@ -86,32 +92,37 @@ def test_a_document_does_not_change_the_next_one_by_a_bit():
 def test_one_token_at_a_time():
     q, k, v, g, beta, state = inputs(5)
     ids = np.ones((B, 5), np.int32)
-    want, last = gated_delta_rule(q, k, v, g, beta, state, ids)
+    rule = jax.jit(gated_delta_rule)
+    want, last = rule(q, k, v, g, beta, state, ids)
     for t in range(5):
         own = (x[:, t : t + 1] for x in (q, k, v, g, beta))
-        y, state = gated_delta_rule(*own, state, ids[:, :1])
+        y, state = rule(*own, state, ids[:, :1])
         np.testing.assert_allclose(y[:, 0], want[:, t], atol=1e-5)
     np.testing.assert_allclose(state, last, atol=1e-5)
     own = (x[:, :1] for x in (q, k, v, g, beta))
-    np.testing.assert_array_equal(gated_delta_rule(*own, last, 0 * ids[:, :1])[1], last)  # padding
+    np.testing.assert_array_equal(rule(*own, last, 0 * ids[:, :1])[1], last)  # padding
 
 
 def test_repeated_tokens_lose_no_digits():
     """The same key again and again, at full strength and without decay: powers of the system would reach 1e18."""
     a = np.tril(np.ones((64, 64), np.float32), -1)
     want = np.linalg.inv(np.eye(64) + a.astype(np.float64))
-    np.testing.assert_allclose(unit_lower_inverse(a), want, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(unit_lower_inverse)(a), want, atol=1e-6)
     rng = np.random.default_rng(0)
     a = np.tril(rng.normal(size=(3, 64, 64)), -1).astype(np.float32) * 0.3
     want = np.linalg.inv(np.eye(64) + a.astype(np.float64))
-    np.testing.assert_allclose(unit_lower_inverse(a), want, atol=1e-5 * np.abs(want).max())
+    np.testing.assert_allclose(jax.jit(unit_lower_inverse)(a), want, atol=1e-5 * np.abs(want).max())
 
 
 def test_the_gradient_of_the_inverse():
     a, weights = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32) * 0.3
-    got = jax.grad(lambda a: jnp.sum(unit_lower_inverse(jnp.tril(a, -1)) * weights))(a)
-    want = jax.grad(lambda a: jnp.sum(jnp.linalg.inv(jnp.eye(16) + jnp.tril(a, -1)) * weights))(a)
+    got = jax.jit(jax.grad(lambda a: jnp.sum(unit_lower_inverse(jnp.tril(a, -1)) * weights)))(a)
+    want = jax.jit(jax.grad(lambda a: jnp.sum(jnp.linalg.inv(jnp.eye(16) + jnp.tril(a, -1)) * weights)))(a)
+    got, want = np.asarray(got), np.asarray(want)
     np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+convolve = jax.jit(causal_conv)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -120,7 +131,7 @@ def test_convolution(rows):
     ids = np.stack([segments(lengths) for lengths in ROWS[rows]])
     rng, t = np.random.default_rng(0), ids.shape[1]
     x, weight, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((B, t, 5), (4, 5), (5,)))
-    y, last = causal_conv(x, weight, np.zeros((B, 3, 5), np.float32), ids, bias)
+    y, last = map(np.asarray, convolve(x, weight, np.zeros((B, 3, 5), np.float32), ids, bias))
     for row in range(B):
         for document in range(1, ids.max() + 1):
             own = np.flatnonzero(ids[row] == document)

@@ -23,13 +23,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def gradient(folder, ids, mesh, push: float):
-    """Return the gradients of all weights; `push` is added to the logits of the first two experts' rows of the routers."""
+def gradients(folder, ids, mesh, shares) -> list[dict[str, np.ndarray]]:
+    """Return the gradients of all weights, once for each share that is left of the logits of all experts but two."""
     model, params = load(folder, attach_full, mesh=mesh)
     path = next(path for path in params if path.endswith(".gate.weight"))
-    router = np.array(params[path])
-    router[:, 2:] *= 1 - push
-    params[path] = jax.device_put(router, params[path].sharding)
     weights = np.random.default_rng(1).normal(size=(*ids.shape, 96)).astype(np.float32)
 
     def loss(params):
@@ -37,16 +34,19 @@ def gradient(folder, ids, mesh, push: float):
         module = model.bind(params)
         return jnp.sum(module.unembed(module.hidden(jnp.asarray(ids), ctx)[0], ctx) * weights)
 
-    with jax.set_mesh(mesh):
-        found = jax.jit(jax.grad(loss))(params)
-    return {path: np.asarray(found[path]) for path in model.trainable}
+    differentiate, found = jax.jit(jax.grad(loss)), []
+    for share in shares:
+        router = np.array(params[path])
+        router[:, 2:] *= share
+        with jax.set_mesh(mesh):
+            found.append(differentiate({**params, path: jax.device_put(router, params[path].sharding)}))
+    return [{path: np.asarray(one[path]) for path in model.trainable} for one in found]
 
 
-@pytest.mark.parametrize("push", [0.0, 1.0], ids=["even", "most tokens to one device"])
-def test_any_routing(folder, push, monkeypatch):
-    """Gradients are those of one device; with `push` the other experts' logits are equal, so that few tokens go there."""
-    ids = tokens(8, 10)
-    want = gradient(folder, ids, one_device(), push)
+def test_any_routing(folder, monkeypatch):
+    """Gradients are those of one device, also where the other experts' logits are equal, so that few tokens go there."""
+    ids, shares = tokens(8, 10), (1.0, 0.0)
+    want = gradients(folder, ids, one_device(), shares)
     rounds = []
     original = exchange._further
 
@@ -55,14 +55,15 @@ def test_any_routing(folder, push, monkeypatch):
         return original(run, capacity, trained, x, y, frozen, queues, needed)
 
     monkeypatch.setattr(exchange, "_further", spy)
-    got = gradient(folder, ids, make_mesh(MeshConfig(**MESH)), push)
+    got = gradients(folder, ids, make_mesh(MeshConfig(**MESH)), shares)
     jax.effects_barrier()
-    for path, value in want.items():
-        np.testing.assert_allclose(got[path], value, atol=1e-4 * np.abs(value).max(), rtol=0, err_msg=path)
+    for one, other in zip(got, want, strict=True):
+        for path, value in other.items():
+            np.testing.assert_allclose(one[path], value, atol=1e-4 * np.abs(value).max(), rtol=0, err_msg=path)
     assert max(rounds) > 1, "rows waited for a second round"
 
 
-@pytest.mark.parametrize("kind", [None, "nf4"])
+@pytest.mark.parametrize("kind", [None, pytest.param("nf4", marks=pytest.mark.sweep)])
 def test_collectives(folder, kind):
     """Rows travel by all-to-all along `expert`, forward, recomputed and backward, and no weight of experts is gathered."""
     method = {"name": "lora", "r": 2, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}

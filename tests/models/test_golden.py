@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cases import FEW, UNLIKE
+from cases import UNLIKE
 from oracle import TINY, attach_full, hf_config, one_device
+from processes import ALL
 from tiny_run import make_batch, make_config, run_steps
 
 from ftjax.mesh import sharding
@@ -25,6 +26,7 @@ from ftjax.train.step import Runtime
 
 WRITE = bool(os.environ.get("FTJAX_WRITE_GOLDEN"))
 GOLDEN = Path(__file__).with_name("golden.json")
+FACTORS = (".weight", ".layer_scalar", ".scale", ".per_expert_scale")  # of norms, layers, routers and experts
 NAMES = ("loss", "grad_norm", "update_norm")
 MOVED = """
 {case}: {name} of two training steps was {old} and is {new}.
@@ -40,7 +42,10 @@ def weights(spec: Spec) -> np.ndarray:
     for piece in spec.pieces():
         rng = np.random.default_rng(zlib.crc32(piece.name.encode()))
         part = rng.normal(size=value[piece.index].shape) * 0.15
-        value[piece.index] = part + 1 if len(piece.shape) == 1 and piece.name.endswith(".weight") else part  # a norm's
+        # Factors are about 1. With a factor near 0 for a layer's output, the next norm would divide by next to nothing, and
+        # the gradients would differ from CPU to CPU by more than the numbers below may.
+        factor = len(piece.shape) == 1 and piece.name.endswith(FACTORS)
+        value[piece.index] = part + 1 if factor else part
     return value
 
 
@@ -61,7 +66,11 @@ def two_steps(case) -> dict[str, list[float]]:
     return {name: [float(getattr(out, name)) for out in metrics] for name in NAMES}
 
 
-@pytest.mark.parametrize("case", [case for case in UNLIKE if WRITE or case in FEW], ids=str)
+# The gradients of other families are compared with transformers; these show that the step does with them what it did.
+PINNED = [case for case in UNLIKE if WRITE or ALL or case.name in ("llama", "gpt-oss")]
+
+
+@pytest.mark.parametrize("case", PINNED, ids=str)
 def test_golden_steps(case):
     pinned = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     new = two_steps(case)

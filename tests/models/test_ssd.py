@@ -1,5 +1,7 @@
 """Tests the state space of Mamba-2 in chunks against the recurrence that defines it, and against transformers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,24 +54,30 @@ def in_float64(x, b, c, step, rate, state, ids) -> tuple[np.ndarray, np.ndarray]
     return y, state
 
 
-@pytest.mark.parametrize("chunk", [16, 64])
+@partial(jax.jit, static_argnames="compute")
+def learn(values, weights, ids, compute):
+    """Return `((loss, (outputs, last state)), gradients)`."""
+    real = (ids != 0).astype(jnp.float32)[..., None, None]
+
+    def total(*values):
+        y, state = compute(*values, ids)
+        return jnp.sum(y * real * weights[0]) + jnp.sum(state * weights[1]), (y * real, state)
+
+    return jax.value_and_grad(total, argnums=range(6), has_aux=True)(*values)
+
+
+SPACES = {chunk: partial(state_space, chunk=chunk) for chunk in (16, 64)}
+
+
+@pytest.mark.parametrize("chunk", SPACES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_chunks_are_the_recurrence(rows, chunk):
     """Outputs, the last state and all gradients agree, whether or not documents end with a chunk."""
     ids = np.stack([segments(lengths) for lengths in ROWS[rows]])
     values, rng = inputs(ids.shape[1]), np.random.default_rng(1)
-    real = (ids != 0).astype(np.float32)[..., None, None]
-    weights = rng.normal(size=(B, ids.shape[1], N, D)) * real, rng.normal(size=(B, N, H, D))
-
-    def both(compute):
-        def total(*values):
-            y, state = compute(*values, ids)
-            return jnp.sum(y * weights[0]) + jnp.sum(state * weights[1]), (y * real, state)
-
-        return jax.jit(jax.value_and_grad(total, argnums=range(6), has_aux=True))(*values)
-
-    (_, exact), wanted = both(by_token)
-    (_, got), gradients = both(lambda *values: state_space(*values, chunk=chunk))
+    weights = tuple(rng.normal(size=shape).astype(np.float32) for shape in ((B, ids.shape[1], N, D), (B, N, H, D)))
+    (_, exact), wanted = learn(values, weights, ids, by_token)
+    (_, got), gradients = learn(values, weights, ids, SPACES[chunk])
     for a, b in zip((*in_float64(*values, ids), *exact, *wanted), (*got, *got, *gradients), strict=True):
         np.testing.assert_allclose(b, a, atol=2e-5 * max(1, np.abs(a).max()), rtol=0)
 
@@ -107,11 +115,12 @@ def test_a_document_does_not_change_the_next_one_by_a_bit():
 def test_one_token_at_a_time():
     x, b, c, step, rate, state = inputs(5)
     ids = np.ones((B, 5), np.int32)
-    want, last = state_space(x, b, c, step, rate, state, ids)
+    compute = jax.jit(state_space)
+    want, last = compute(x, b, c, step, rate, state, ids)
     for t in range(5):
         own = (value[:, t : t + 1] for value in (x, b, c, step))
-        y, state = state_space(*own, rate, state, ids[:, :1])
+        y, state = compute(*own, rate, state, ids[:, :1])
         np.testing.assert_allclose(y[:, 0], want[:, t], atol=1e-5)
     np.testing.assert_allclose(state, last, atol=1e-5)
     own = (value[:, :1] for value in (x, b, c, step))
-    np.testing.assert_array_equal(state_space(*own, rate, last, 0 * ids[:, :1])[1], last)  # padding
+    np.testing.assert_array_equal(compute(*own, rate, last, 0 * ids[:, :1])[1], last)  # padding
