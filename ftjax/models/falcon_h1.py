@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from ftjax.errors import UserError
 from ftjax.mesh import constrain
@@ -23,7 +23,7 @@ from ftjax.models.granite import times
 from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP, attention, whole_rope
 from ftjax.models.nn.attention import QueriesKeysValues
 from ftjax.models.nn.cache import Memories
-from ftjax.models.nn.context import Context
+from ftjax.models.nn.context import Context, Tokens
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.layers import IdentityAdapter, RMSNorm
 from ftjax.models.nn.mamba2 import GatedGroupNorm, Mamba2, MambaSizes
@@ -94,7 +94,7 @@ class FalconH1Model(BambaModel):
 
     multiplier: float
 
-    def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T E"]:
+    def embed(self, tokens: Tokens, dtype) -> Float[Array, "B T E"]:
         return times(self.embed_tokens(tokens, dtype), self.multiplier)
 
 

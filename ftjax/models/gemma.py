@@ -5,12 +5,12 @@ Legend: B batch, T query length, E embed, V vocab.
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from ftjax.models.causal_lm import Sizes, read_sizes
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaAttention, LlamaBlock, LlamaForCausalLM, LlamaMLP, LlamaModel, attention
-from ftjax.models.nn.context import Context, is_virtual
+from ftjax.models.nn.context import Context, Tokens, is_virtual
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.layers import RMSNorm
 from ftjax.models.nn.rope import Rope, make_rope, refuse_partial
@@ -27,7 +27,7 @@ class GemmaModel(LlamaModel):
         super().__init__(vocab, embed, eps, layers, rope, gemma_norm)
         self.scale = embed**0.5
 
-    def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T E"]:
+    def embed(self, tokens: Tokens, dtype) -> Float[Array, "B T E"]:
         x = self.embed_tokens(tokens, dtype)
         # Virtual tokens are already scaled. The scale is rounded to the dtype, as in Google's code: sqrt(3072) is 55.5 in
         # bfloat16.

@@ -5,14 +5,14 @@ Legend: B batch, T query length, E embed, V vocab.
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import Sizes, read_sizes
 from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaBlock, LlamaForCausalLM, LlamaModel, attention, mlp, whole_rope
 from ftjax.models.nn.cache import Memories
-from ftjax.models.nn.context import Context
+from ftjax.models.nn.context import Context, Tokens
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.rope import Rope
 from ftjax.models.nn.stack import Stack
@@ -44,7 +44,7 @@ class GraniteModel(LlamaModel):
         super().__init__(vocab, embed, eps, layers, rope)
         self.multiplier = multiplier
 
-    def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T E"]:
+    def embed(self, tokens: Tokens, dtype) -> Float[Array, "B T E"]:
         return times(self.embed_tokens(tokens, dtype), self.multiplier)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import read_sizes
@@ -14,7 +14,7 @@ from ftjax.models.granite import GraniteForCausalLM, times
 from ftjax.models.llama import attention, whole_rope
 from ftjax.models.mixtral import MoeModel, router_loss
 from ftjax.models.nn.cache import Memories
-from ftjax.models.nn.context import Context
+from ftjax.models.nn.context import Context, Tokens
 from ftjax.models.nn.experts import Experts, Router, SparseMoe
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.layers import IdentityAdapter, RMSNorm
@@ -45,7 +45,7 @@ class GraniteMoeModel(MoeModel):
 
     multiplier: float
 
-    def embed(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T E"]:
+    def embed(self, tokens: Tokens, dtype: Any) -> Float[Array, "B T E"]:
         return times(self.embed_tokens(tokens, dtype), self.multiplier)
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int, Shaped
+from jaxtyping import Array, Float, Float32, Shaped
 
 from ftjax.mesh import constrain
 from ftjax.models.causal_lm import Sizes, head_size, read_sizes
@@ -19,7 +19,7 @@ from ftjax.models.facts import Facts
 from ftjax.models.nn.attention import QueriesKeysValues, self_attention
 from ftjax.models.nn.cache import Memories
 from ftjax.models.nn.chunks import feed_forward
-from ftjax.models.nn.context import Context, after_virtual_tokens
+from ftjax.models.nn.context import Context, Tokens, after_virtual_tokens
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.layers import Embedding, IdentityAdapter, Linear, RMSNorm, activation
 from ftjax.models.nn.memory import KeysValues
@@ -129,7 +129,7 @@ class LlamaModel(nnx.Module):
     def ropes(self) -> tuple[Rope, ...]:
         return every(self.rope)
 
-    def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T E"]:
+    def embed(self, tokens: Tokens, dtype) -> Float[Array, "B T E"]:
         """Map tokens `[B, T]` to the input of the first layer, `[B, T, E]`."""
         return self.embed_tokens(tokens, dtype)
 

@@ -23,7 +23,7 @@ from ftjax.models.facts import Facts
 from ftjax.models.llama import LlamaAttention, LlamaForCausalLM, LlamaModel, attention
 from ftjax.models.nn.cache import Memories
 from ftjax.models.nn.chunks import feed_forward
-from ftjax.models.nn.context import Context
+from ftjax.models.nn.context import Context, Tokens
 from ftjax.models.nn.experts import ExpertMatrices, Group
 from ftjax.models.nn.group_router import GroupRouter
 from ftjax.models.nn.layer_types import Pattern
@@ -123,7 +123,7 @@ class NemotronHModel(LlamaModel):
         self.embeddings, self.norm_f = self.embed_tokens, RMSNorm(embed, eps, round_first=False)
         del self.embed_tokens, self.norm
 
-    def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T E"]:
+    def embed(self, tokens: Tokens, dtype) -> Float[Array, "B T E"]:
         return self.embeddings(tokens, dtype)
 
     def last_norm(self, x: Float[Array, "*of E"]) -> Float[Array, "*of E"]:

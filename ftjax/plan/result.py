@@ -70,5 +70,5 @@ def from_json(values: dict[str, Any]) -> Plan:
     def read(own: dict[str, Any]) -> dict[str, Any]:
         return {**own, "traffic": [Traffic(**{**row, "axes": tuple(row["axes"])}) for row in own["traffic"]]}
 
-    rollout = values["rollout"]
+    rollout = values.get("rollout")
     return Plan(**{**read(values), "rollout": None if rollout is None else RolloutPlan(**read(rollout))})

@@ -95,7 +95,7 @@ class Topology:
         options: dict = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}  # both cores as one device, as usual
         if self.chips == 1:
             options["chips_per_host_bounds"] = (1,) * 3
-        elif self.chips == self.chip.chips_per_host == 8:  # of one host, where libtpu takes two
+        elif self.slices == 1 and self.chips == self.chip.chips_per_host == 8:  # of one host, where libtpu takes two
             options["chips_per_host_bounds"] = (2, 4, 1)
         libtpu_name = {"v7x": "tpu7x"}.get(self.chip.name, self.chip.name)
         try:

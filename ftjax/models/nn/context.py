@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+Tokens = Int[Array, "B T"] | Float[Array, "B T E"]  # ids, or the embeddings of virtual tokens, which have none
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -50,12 +52,12 @@ class Context:
     adapters: Int[Array, " rows"] | None = None
 
 
-def is_virtual(tokens: jax.Array) -> bool:
+def is_virtual(tokens: Tokens) -> bool:
     """Return whether these are embeddings `[B, T, E]` rather than ids `[B, T]`."""
     return bool(jnp.issubdtype(tokens.dtype, jnp.floating))
 
 
-def after_virtual_tokens(root: Any, tokens: jax.Array, ctx: Context) -> Context:
+def after_virtual_tokens(root: Any, tokens: Tokens, ctx: Context) -> Context:
     """Return the context of tokens that follow the model's virtual tokens, if it has any.
 
     `root.virtual(root, ctx)` computes their `Prefix`; positions are shifted by their number.
