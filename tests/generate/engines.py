@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from generate.words import words
 from oracle import Case, load, make_hf, one_device, tokens
 
-from ftjax.generate.answer import Answer
+from ftjax.generate.answer import Answer, Generation
 from ftjax.generate.offline import CHUNK, PAGE
 from ftjax.generate.paged import PagedBatch, Room
 from ftjax.generate.request import Request
@@ -70,11 +70,16 @@ def _single(generator: Generator) -> PagedBatch:
 
 
 def alone(generator: Generator, request: Request) -> list[int]:
-    """Return the tokens that a request is answered with where nothing else runs; all requests use the same programs."""
+    """Return the tokens that a request is answered with where nothing else runs."""
+    return answered_alone(generator, request).tokens
+
+
+def answered_alone(generator: Generator, request: Request) -> Generation:
+    """Return the answer of a request where nothing else runs, with log-probabilities; all use the same programs."""
     job, scheduler = Job(generator.begin(request)), Scheduler(_single(generator), steps=CHUNK)
     scheduler.submit(job)
     run(scheduler)
-    return job.answer.tokens
+    return job.answer.generation(True)
 
 
 def poisoned(generator: Generator, token: int) -> dict:

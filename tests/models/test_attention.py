@@ -40,8 +40,7 @@ def inputs():
 @pytest.mark.parametrize(("pattern", "sinks"), [
     (pattern, sinks) for pattern in PATTERNS for sinks in (False, True) if ALL or sinks == (pattern == "window")
 ])  # fmt: skip
-@pytest.mark.parametrize("backend", HERE)
-def test_backend_is_the_reference(inputs, backend, pattern, sinks, monkeypatch):
+def test_backends_are_the_reference(inputs, pattern, sinks, monkeypatch):
     monkeypatch.setattr(attention_blockwise, "BLOCK", 8)
     *qkv, segments = inputs
     real = (segments > 0)[:, :, None, None].astype(jnp.float32)
@@ -53,13 +52,14 @@ def test_backend_is_the_reference(inputs, backend, pattern, sinks, monkeypatch):
         return jnp.sum(jnp.sin(out) * jnp.arange(H, dtype=jnp.float32)), out
 
     @jax.jit
-    def both(*arguments):
-        return [jax.value_and_grad(partial(loss, name), (0, 1, 2, 3), has_aux=True)(*arguments) for name in ("xla", backend)]
+    def all_of_them(*arguments):
+        return [jax.value_and_grad(partial(loss, name), (0, 1, 2, 3), has_aux=True)(*arguments) for name in ("xla", *HERE)]
 
-    ((_, want), want_grads), ((_, got), got_grads) = both(*qkv, sink_scores)
-    np.testing.assert_allclose(got, want, atol=1e-5)
-    for g, w in zip(got_grads, want_grads, strict=True):
-        np.testing.assert_allclose(g, w, atol=2e-5)
+    ((_, want), want_grads), *found = all_of_them(*qkv, sink_scores)
+    for backend, ((_, got), got_grads) in zip(HERE, found, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5, err_msg=backend)
+        for g, w in zip(got_grads, want_grads, strict=True):
+            np.testing.assert_allclose(g, w, atol=2e-5, err_msg=backend)
 
 
 @pytest.mark.parametrize("backend", ["xla", *HERE])
@@ -75,6 +75,11 @@ def test_documents_do_not_see_each_other(inputs, backend):
     assert np.abs(before - after)[np.asarray(segments == 1)].max() > 0.1
 
 
+@jax.jit
+def in_xla(q, k, v, segments):
+    return attend(q, k, v, segments, segments, 0, Pattern(0.35), "xla")
+
+
 @pytest.mark.parametrize("backend", ["xla", *HERE])
 def test_chunks_count_from_the_start_of_a_document(inputs, backend):
     """Each chunk of a document of a packed row is attended to as if it were a document of its own, and nothing else is."""
@@ -82,42 +87,50 @@ def test_chunks_count_from_the_start_of_a_document(inputs, backend):
     lengths = [[12, 20, 3, 2], [30, 7]]
     positions = jnp.asarray([np.concatenate([np.arange(n) for n in row]) for row in lengths], jnp.int32)
     ctx = Context(positions, segments, attention=backend)
-    got, _ = self_attention(*qkv, ctx, Pattern(0.35, chunk=5), 0, None)
-    alone = jnp.asarray([[number for number, size in enumerate(row, 1) for _ in range(size)] for row in (
+    got = jax.jit(lambda *qkv: self_attention(*qkv, ctx, Pattern(0.35, chunk=5), 0, None)[0])(*qkv)
+    alone = np.array([[number for number, size in enumerate(row, 1) for _ in range(size)] for row in (
         [5, 5, 2, 5, 5, 5, 5, 3, 2], [5, 5, 5, 5, 5, 5, 7],
-    )])  # fmt: skip
-    want = attend(*qkv, alone, alone, 0, Pattern(0.35), "xla").reshape(got.shape)
+    )], np.int32)  # fmt: skip
+    want = in_xla(*qkv, alone).reshape(got.shape)
     real = np.asarray(segments > 0)
     np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def windowed():
+    return in_a_window("xla")
 
 
 @pytest.mark.parametrize(
     "sizes", [{"sequence": 4, "fsdp": 2}, {"sequence": 2, "tensor": 2, "data": 2}, {"tensor": 4, "fsdp": 2}], ids=str
 )
-@pytest.mark.parametrize("backend", HERE)
-def test_kernel_under_a_mesh(backend, sizes):
+def test_kernels_under_a_mesh(sizes, windowed):
     """The tokens of a row, or its heads, are sharded over devices; with four devices for two key heads."""
+    want, want_grads = windowed
+    with jax.set_mesh(make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))):
+        found = [in_a_window(backend) for backend in HERE]
+    for backend, (got, got_grads) in zip(HERE, found, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=backend)
+        for g, w in zip(got_grads, want_grads, strict=True):
+            np.testing.assert_allclose(g, w, atol=2e-5, err_msg=backend)
+
+
+def in_a_window(backend: str):
+    """Return a loss and its gradients for queries, keys, values and sinks, on the mesh that is set."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 64, heads, H)), jnp.float32) for heads in (8, 2, 2))
     segments = jnp.asarray([np.repeat([1, 2, 0], [30, 30, 4]), np.repeat([1, 2], [50, 14])], jnp.int32)
     sinks = jnp.asarray(rng.normal(size=8), jnp.float32)
     pattern = Pattern(0.35, window=20, softcap=3.0)
 
-    def loss(name, q, k, v, sinks):
-        out = attend(q, k, v, segments, segments, 0, pattern, name, sinks) * (segments > 0)[:, :, None, None].astype(
-            jnp.float32
-        )
+    @jax.jit
+    @partial(jax.value_and_grad, argnums=(0, 1, 2, 3))
+    def loss(q, k, v, sinks):
+        real = (segments > 0)[:, :, None, None].astype(jnp.float32)
+        out = attend(q, k, v, segments, segments, 0, pattern, backend, sinks) * real
         return jnp.sum(jnp.sin(out) * jnp.arange(H, dtype=jnp.float32))
 
-    def grads(name):
-        return jax.jit(jax.value_and_grad(lambda *x: loss(name, *x), (0, 1, 2, 3)))(q, k, v, sinks)
-
-    want, want_grads = grads("xla")
-    with jax.set_mesh(make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))):
-        got, got_grads = grads(backend)
-    np.testing.assert_allclose(got, want, rtol=1e-5)
-    for g, w in zip(got_grads, want_grads, strict=True):
-        np.testing.assert_allclose(g, w, atol=2e-5)
+    return jax.device_get(loss(q, k, v, sinks))
 
 
 def test_heads_that_do_not_divide(inputs):
@@ -155,25 +168,29 @@ def test_choice_by_device():
 def test_documents_for_cudnn():
     """Documents are given as cuDNN wants them: lengths and starts, -1 for rows with fewer documents than the maximum."""
     segments = jnp.asarray([[1, 1, 1, 2, 2, 0, 0, 0], [1] * 8, [1, 2, 3, 4, 5, 5, 5, 5]], jnp.int32)
-    lengths, offsets, count = documents(segments, 4)
+    lengths, offsets, count = jax.device_get(jax.jit(documents, static_argnums=1)(segments, 4))
     assert lengths.tolist() == [[3, 2, 3, -1], [8, -1, -1, -1], [1, 1, 1, 1]]
     assert offsets.tolist() == [[0, 3, 5, -1, -1], [0, -1, -1, -1, -1], [0, 1, 2, 3, 4]]
     assert count.tolist() == [3, 1, 5]
 
 
 @pytest.mark.parametrize("pattern, sinks, dtype, head_dim, said", [
-    (Pattern(1.0, softcap=2.0), None, jnp.bfloat16, 64, "softcap"), (Pattern(1.0), jnp.zeros(4), jnp.bfloat16, 64, "sinks"),
+    (Pattern(1.0, softcap=2.0), None, jnp.bfloat16, 64, "softcap"),
+    (Pattern(1.0), np.zeros(4, np.float32), jnp.bfloat16, 64, "sinks"),
     (Pattern(1.0), None, jnp.float32, 64, "float32"), (Pattern(1.0), None, jnp.bfloat16, 60, "60"),
 ])  # fmt: skip
 def test_what_cudnn_cannot(pattern, sinks, dtype, head_dim, said):
     assert missing_for(Pattern(1.0, window=4), None, jnp.bfloat16, 64) is None
     assert said in missing_for(pattern, sinks, dtype, head_dim)
-    x = jnp.ones((1, 16, 4, head_dim), dtype)
-    segments = jnp.ones((1, 16), jnp.int32)
+    x, segments = jax.ShapeDtypeStruct((1, 16, 4, head_dim), dtype), jax.ShapeDtypeStruct((1, 16), jnp.int32)
+
+    def program(backend: str) -> str:
+        run = jax.jit(lambda x, segments: attend(x, x, x, segments, segments, 0, pattern, backend, sinks))
+        return run.lower(x, segments).as_text()
+
     with pytest.raises(UserError, match=said):
-        attend(x, x, x, segments, segments, 0, pattern, "cudnn", sinks)
-    out = attend(x, x, x, segments, segments, 0, pattern, AUTO_CUDNN, sinks)
-    np.testing.assert_array_equal(out, attend(x, x, x, segments, segments, 0, pattern, "xla", sinks))
+        program("cudnn")
+    assert program(AUTO_CUDNN) == program("xla")
 
 
 def test_cudnn_is_called(monkeypatch):

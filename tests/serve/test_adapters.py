@@ -8,6 +8,7 @@ import urllib.request
 import numpy as np
 import openai
 import pytest
+from generate.engines import answered_alone
 from serve.conftest import OTHERS, PLAIN, ROOM, running
 
 from ftjax.errors import UserError
@@ -36,11 +37,26 @@ def batch(stack) -> PagedBatch:
     return found
 
 
+NAMES = ["tiny", *PLAIN]  # the base model and the adapters
+
+
+def of_a_batch(number: int) -> tuple[str, Request]:
+    """Return request `number` of a batch and whose it is."""
+    kind = {"temperature": 1.0} if number % 3 else {}
+    request = Request.of(CHAT if number % 2 else "The dog", max_new_tokens=12, seed=3, number=number, **kind)
+    return NAMES[number % 4], request
+
+
+LONG, SHORT = Request.of(CHAT, max_new_tokens=60, logit_bias={2: -100}), Request.of(CHAT, max_new_tokens=10)
+
+
 @pytest.fixture(scope="module")
-def alone(chatty, folders) -> dict[str, Generator]:
-    """A generator for the base model and for each adapter, which is not merged."""
+def alone(chatty, folders):
+    """Return a function to the answer of the base model, or of one with an adapter that is not merged, where nothing else
+    runs."""
     found = {name: Generator(str(chatty), folders / name, dtype="float32", merge=False) for name in PLAIN}
-    return {"tiny": Generator(str(chatty), dtype="float32"), **found}
+    found["tiny"] = Generator(str(chatty), dtype="float32")
+    return lambda name, request: answered_alone(found[name], request)
 
 
 @pytest.fixture
@@ -53,15 +69,13 @@ def server(stack, batch, folders):
 
 def test_rows_of_one_batch_have_their_own_adapters(stack, batch, alone, folders):
     """Tokens and log-probabilities are those of each adapter alone; samples differ from adapter to adapter."""
-    places = {"tiny": 0, **{name: place for place, name in enumerate(PLAIN, 1)}}
+    places = {name: place for place, name in enumerate(NAMES)}
     for name, place in places.items():
         if place:
             stack.fill(place, stack.read(folders / name))
     scheduler, jobs, requests = Scheduler(batch), [], []
     for number in range(12):
-        name = [*places][number % 4]
-        kind = {"temperature": 1.0} if number % 3 else {}
-        request = Request.of(CHAT if number % 2 else "The dog", max_new_tokens=12, seed=3, number=number, **kind)
+        name, request = of_a_batch(number)
         job = Job(stack.generator.begin(request), adapter=places[name], space=places[name])
         scheduler.submit(job)
         jobs.append(job)
@@ -70,7 +84,7 @@ def test_rows_of_one_batch_have_their_own_adapters(stack, batch, alone, folders)
         scheduler.step()
     texts = set()
     for job, (name, request) in zip(jobs, requests, strict=True):
-        expected = alone[name].answer([request], logprobs=True)[0]
+        expected = alone(name, request)
         assert job.answer.tokens == expected.tokens, name
         np.testing.assert_allclose(job.answer.logprobs, expected.logprobs, atol=2e-5)
         texts.add((name, tuple(expected.tokens)))
@@ -97,9 +111,7 @@ def test_loading_and_unloading_while_others_run(server, alone, lowered):
     """Nothing is compiled, running requests keep their adapter, and a new one does not find an old one's cache."""
     client = server.client()
     asked = {"messages": CHAT, "temperature": 0, "max_tokens": 60, "logit_bias": {"2": -100}}
-    expected = {
-        name: one.answer([Request.of(CHAT, max_new_tokens=60, logit_bias={2: -100})])[0].text for name, one in alone.items()
-    }
+    expected = {name: alone(name, LONG).text for name in NAMES}
     assert len(set(expected.values())) == 4
     before = lowered()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -182,9 +194,9 @@ def test_a_stack_on_a_mesh(chatty, folders, alone):
     batch = PagedBatch(stack.generator.engine, stack.generator.params, ROOM)
     scheduler, jobs = Scheduler(batch), {}
     for place, name in enumerate(("tiny", "all", "some")):
-        jobs[name] = Job(stack.generator.begin(Request.of(CHAT, max_new_tokens=10)), adapter=place, space=place)
+        jobs[name] = Job(stack.generator.begin(SHORT), adapter=place, space=place)
         scheduler.submit(jobs[name])
     while not scheduler.idle:
         scheduler.step()
     for name, job in jobs.items():
-        assert job.answer.tokens == alone[name].answer([Request.of(CHAT, max_new_tokens=10)])[0].tokens
+        assert job.answer.tokens == alone(name, SHORT).tokens

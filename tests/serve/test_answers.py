@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import openai
 import pytest
+from generate.engines import answered_alone
 from pydantic import BaseModel
 
 from ftjax.generate.request import Request
@@ -17,7 +18,7 @@ CHAT = [{"role": "user", "content": "Tom went to the park."}]
 
 def want(server, prompt, *, chat=True, **settings):
     """Return the answer without a server; the seed of choice n is its number."""
-    return server.generator.answer([Request.of(prompt, chat=chat, **settings)])[0]
+    return answered_alone(server.generator, Request.of(prompt, chat=chat, **settings))
 
 
 def test_a_chat(server, client):
