@@ -62,9 +62,9 @@ def main() -> None:
     run = torch.compile(model) if a.compile else model
     with np.load(a.batches) as file:
         batches = {name: torch.as_tensor(file[name], dtype=torch.long, device=device) for name in ("input_ids", "labels")}
-    losses, seconds = [], []
+    losses, seconds, cpu = [], [], []
     for number in range(len(batches["labels"])):
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         loss = run(**{name: rows[number] for name, rows in batches.items()}, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -72,7 +72,8 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss))  # waits for the device
         seconds.append(time.perf_counter() - start)
-    found = {"loss": losses, "seconds": seconds, "trained": sum(parameter.numel() for parameter in trained)}
+        cpu.append(time.process_time() - busy)
+    found = {"loss": losses, "seconds": seconds, "cpu_seconds": cpu, "trained": sum(parameter.numel() for parameter in trained)}
     if device == "cuda":
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
     a.out.write_text(json.dumps(found))

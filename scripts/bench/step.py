@@ -11,6 +11,7 @@ again with gradient checkpointing. Prints for each method
 - peak memory: the maximum resident set on a CPU, the device's own count elsewhere;
 - seconds until a step can run: ftjax's compilation, or the peer's first step minus a later one;
 - the largest relative difference of the losses: above 1e-3 the comparison is void and the exit code 1;
+- the ratio by processor time, which others on the machine change less (it does not count the waiting of one core for another);
 - the share of the machine's rate of matrix products that ftjax's step reaches, by `ftjax/flops.py`, and on a GPU the number of
   cuDNN attention kernels in its program.
 """
@@ -106,7 +107,7 @@ def ours(a: argparse.Namespace, method: str, work: Path) -> None:
     state = init_state(setup.params, optimizer)
     setup.params = {}  # the state owns them now
     ids = np.load(work / "batches.npz")["input_ids"].astype(np.int32)
-    losses, seconds = [], []
+    losses, seconds, cpu = [], [], []
     with jax.set_mesh(setup.mesh):
         key, limit = jax.random.key(0), jnp.float32(np.inf)
         for number in range(a.steps):
@@ -122,12 +123,14 @@ def ours(a: argparse.Namespace, method: str, work: Path) -> None:
                 start = time.perf_counter()
                 step = step.lower(state, setup.frozen, batch, key, limit).compile()
                 compile_seconds = time.perf_counter() - start
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             state, metrics = step(state, setup.frozen, batch, key, limit)
             losses.append(float(metrics.loss))
             seconds.append(time.perf_counter() - start)
+            cpu.append(time.process_time() - busy)
     result = {
-        "loss": losses, "seconds": seconds, "ready_seconds": compile_seconds, "device": jax.devices()[0].device_kind,
+        "loss": losses, "seconds": seconds, "cpu_seconds": cpu, "ready_seconds": compile_seconds,
+        "device": jax.devices()[0].device_kind,
         "remat": setup.runtime.remat, "attention": setup.runtime.attention,
         "cudnn_attention": step.as_text().count('custom_call_target="__cudnn$fmha'),
         "flops_per_token": train_flops_per_token(setup.model, a.length),
@@ -189,6 +192,9 @@ def compare(a: argparse.Namespace, method: str, work: Path) -> dict:
     for side in sides.values():
         side["tokens_per_second"] = a.rows * a.length / statistics.median(side["seconds"][1:])
         side["ratio"] = mine["tokens_per_second"] / side["tokens_per_second"]
+        if "cpu_seconds" in side:  # another peer may not have them
+            busy, own = (statistics.median(one["cpu_seconds"][1:]) for one in (side, mine))
+            side["cpu_ratio"] = busy / own
         side["loss_difference"] = max(abs(x / y - 1) for x, y in zip(mine["loss"], side["loss"], strict=True))
     mine["share"] = mine["tokens_per_second"] * mine["flops_per_token"] / mine["product_rate"]
     return sides
@@ -206,13 +212,19 @@ def show(method: str, sides: dict) -> None:
         )
 
 
-def explain(method: str, side: dict) -> None:
+def explain(method: str, sides: dict) -> None:
+    side = sides["ftjax"]
     cudnn = "" if side["device"] == "cpu" else f"; {side['cudnn_attention']} of cuDNN's attention kernels"
     print(
         f"{method} on {side['device']}: remat {side['remat']}, attention {side['attention']}{cudnn}; "
         f"{side['flops_per_token']:.3g} FLOPs a token: {side['share']:.0%} of {side['product_rate'] / 1e12:.3g} TFLOP/s, "
         "what products reach here"
     )
+    ratios = [
+        f"{other['cpu_ratio']:.2f} of {name}'s" for name, other in sides.items() if other is not side and "cpu_ratio" in other
+    ]
+    if ratios:
+        print(f"tokens a second of processor time: {', '.join(ratios)}")
 
 
 def main() -> int:
@@ -236,7 +248,7 @@ def main() -> int:
             show(method, found[method])
     print()
     for method, sides in found.items():
-        explain(method, sides["ftjax"])
+        explain(method, sides)
     void = [f"{method}, {name}" for method, sides in found.items() for name in sides if sides[name]["loss_difference"] >= 1e-3]
     if void:
         print(f"void, because the losses differ: {'; '.join(void)}", file=sys.stderr)
