@@ -1,6 +1,7 @@
 """Tests bfloat16 on CPUs: products are those that are taken in float32, and no whole stack of weights is cast or copied."""
 
 from functools import partial
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,8 @@ def test_weights_are_neither_cast_nor_copied(monkeypatch):
 
     assert memory() < 0.5
     monkeypatch.setattr(bfloat16, "on_cpu", lambda: False)
-    assert memory() > 1, "otherwise it would need no care"
+    if version("jaxlib").startswith("0.10."):  # later versions cast nothing here
+        assert memory() > 1, "otherwise it would need no care"
 
 
 def test_rows_of_a_table():
