@@ -72,13 +72,20 @@ def one_device():
 def hf_config(case: Case) -> Any:
     from transformers import CONFIG_MAPPING
 
-    kind, values = CONFIG_MAPPING[case.model_type], copy.deepcopy(case.values)  # transformers completes nested values in place
+    return CONFIG_MAPPING[case.model_type](**all_values(case))
+
+
+def all_values(case: Case) -> dict[str, Any]:
+    """Return the values of a case, with those of `TINY` that its family has and it leaves out."""
+    from transformers import CONFIG_MAPPING
+
+    values = copy.deepcopy(case.values)  # transformers completes nested values in place
     composite = FAMILIES[case.model_type].composite
     text = values if composite is None else values["text_config"]
     fields = CONFIG_MAPPING[text.get("model_type", case.model_type)]
     known = {field.name for field in dataclasses.fields(fields)}  # GPT-2 has its own names
     text |= {name: value for name, value in TINY.items() if name in known and name not in text}
-    return kind(**values)
+    return values
 
 
 def auto_class(config: Any) -> Any:

@@ -7,6 +7,8 @@ names (4.57, mlx-lm, llama.cpp's converter, ONNX's exporter) would silently use 
 from collections.abc import Mapping
 from typing import Any
 
+from ftjax.models.composite import TEXT, TIED
+
 # transformers 4 accepts a scaling of these families only as {type, factor} or {type, short_factor, long_factor}.
 NAMED_TYPE = {"olmo2", "phi3"}
 NEWER = {"gemma4_text", "gemma4_unified_text"}  # families that transformers 4 lacks, and whose classes take only new fields
@@ -23,6 +25,9 @@ def older_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     family = config["model_type"]
     fields: dict[str, Any] = {"torch_dtype": config["dtype"]} if config.get("dtype") else {}
+    if isinstance(text := config.get(TEXT), Mapping):
+        tied = {TIED: config[TIED]} if TIED in config else {}  # version 4 reads it inside
+        fields[TEXT] = {**text, **older_fields({"model_type": family, **text}), **tied}
     if family == "qwen3_moe":
         fields["num_experts"] = config["num_local_experts"]
     if family == "gemma3_text" and (pattern := _pattern(config["layer_types"])):
@@ -49,7 +54,7 @@ def _rope(family: str, parameters: Mapping[str, Any], config: Mapping[str, Any])
         fields = {"rope_theta": theta} | ({"partial_rotary_factor": part} if part is not None else {})
     if family == "gemma3_text" and local:
         fields["rope_local_base_freq"] = local["rope_theta"]
-    if kind == "default":
+    if kind == "default" and not rope:  # MRoPE has settings of its own
         return {**fields, "rope_scaling": None}
     original = rope.get("original_max_position_embeddings")
     if kind == "longrope" and original is not None:  # version 4 reads it outside the scaling

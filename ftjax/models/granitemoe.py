@@ -70,6 +70,7 @@ def routed(facts: Facts) -> SparseMoe:
 def build(facts: Facts) -> GraniteForCausalLM:
     """Build the abstract model of a `granitemoe` config.json."""
     embed, eps, vocab, layers = facts["hidden_size"], facts["rms_norm_eps"], facts["vocab_size"], facts["num_hidden_layers"]
+    facts.only("position_embedding_type", "rope", why="layers of this family rotate queries and keys")  # by transformers 4
     parts = attention(facts, bias=facts["attention_bias"]), routed(facts)
     block = GraniteMoeBlock(*parts, embed, eps, facts["residual_multiplier"])
     stack = Stack(block, (Pattern(facts["attention_multiplier"]),) * layers)

@@ -12,29 +12,13 @@ sys.path[:0] = [str(source), str(source / "gguf-py")]
 import convert_hf_to_gguf as converter  # noqa: E402
 from conversion.base import TextModel  # noqa: E402
 from gguf import GGUFReader  # noqa: E402
-from transformers import AutoConfig  # noqa: E402
+from older_config import write_config  # noqa: E402
 
 # The converter recognises pre-tokenizers by a hash of ids, and does not know those of tiny vocabularies.
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 
 
-def write_config(folder: str, model_type: str, values: dict) -> None:
-    """Write config.json as this version of transformers does, for existing weights."""
-    architectures = json.loads((Path(folder) / "config.json").read_text())["architectures"]
-    rope = values.pop("rope_parameters", {})
-    local = rope.get("sliding_attention")
-    rope = rope.get("full_attention", rope)
-    theta, part = ("rotary_emb_base", "rotary_pct") if model_type == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
-    kind = "type" if model_type in {"olmo2", "phi3"} else "rope_type"
-    names = {"rope_theta": theta, "partial_rotary_factor": part}
-    values |= {names[name]: value for name, value in rope.items() if name in names}
-    if rope.get("rope_type", "default") != "default":
-        scaling = {name: value for name, value in rope.items() if name not in {*names, "rope_type"}}
-        values["rope_scaling"] = {kind: rope["rope_type"], **scaling}
-    if local and model_type == "gemma3_text":
-        values["rope_local_base_freq"] = local["rope_theta"]
-    config = AutoConfig.for_model(model_type, **values, architectures=architectures, dtype="float32")
-    config.save_pretrained(folder)
+NAMES = "general.basename", "general.version"  # guessed from the folder's name
 
 
 def convert(folder: Path) -> str | None:
@@ -56,7 +40,7 @@ def convert(folder: Path) -> str | None:
 
 def contents(file: Path) -> dict:
     reader = GGUFReader(file)
-    found = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    found = {name: field.contents() for name, field in reader.fields.items() if not name.startswith(("GGUF.", *NAMES))}
     return found | {tensor.name: (tensor.tensor_type.name, tensor.shape.tolist(), tensor.data) for tensor in reader.tensors}
 
 

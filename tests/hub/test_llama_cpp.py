@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import CASES
-from oracle import TINY, hf_config, load, logits, make_hf, write_merged
+from older_families import LATER, UNKNOWN
+from oracle import Case, all_values, load, logits, make_hf, write_merged
 from qwen_tokenizer import qwen
 from sentencepiece import SentencePieceProcessor
 
@@ -21,7 +22,10 @@ from ftjax.hub.tokenizer.load import load_tokenizer
 pytestmark = pytest.mark.sweep  # makes an environment with pip and npm
 HERE = Path(__file__).parent
 PACKAGE, BINARIES = "node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1"
-BYTE_LEVEL = {"gpt2", "gpt_neox", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "olmo2", "olmo3", "smollm3", "granite"}
+BYTE_LEVEL = {  # families that the converter takes no SentencePiece model of
+    "deepseek_v2", "deepseek_v3", "gpt2", "gpt_neox", "gpt_oss", "granite", "lfm2", "llama4", "llama4_text", "olmo2", "olmo3",
+    "olmoe", "qwen2", "qwen3", "qwen3_moe", "smollm3",
+}  # fmt: skip
 # Values that all published models of a family have, and the converter requires.
 SAME_BASE = {"rope_type": "default", "rope_theta": 500000.0}
 PUBLISHED = {
@@ -35,18 +39,41 @@ PUBLISHED = {
     }},
     "olmo3-other-layers": {"rope_parameters": {"full_attention": SAME_BASE, "sliding_attention": SAME_BASE}},
 }  # fmt: skip
+CHANGED = {"llama4-plain"}  # transformers 4 drops its attention_bias
+# Defaults of the class, which transformers 4 leaves out of the settings of a text model inside another.
+DEFAULT_SAID = {
+    "gemma3-images": ["tokenizer.ggml.padding_token_id"],
+    "llama4-images": ["tokenizer.ggml.bos_token_id"],
+}
 # Errors for bases that do not convert: from transformers 4.57, which cannot write the first two, and from the converter.
 NOT_CONVERTED = {
     "olmo2-tied": "`rope_scaling` must be a dictionary with two fields, `type` and `factor`",
     "phi3-whole-heads": "`rope_scaling` must be a dictionary with three fields, `type`, `short_factor` and `long_factor`",
     "gemma2-uncapped": "error: required argument is not a float",
-    "qwen3-moe-dense-first": "Can not map tensor 'model.layers.0.mlp.down_proj.weight'",
-    "qwen3-moe-every-other": "Can not map tensor 'model.layers.0.mlp.down_proj.weight'",
-    "qwen3-moe-all-dense": "Can not map tensor 'model.layers.0.mlp.down_proj.weight'",
     "ministral": "Model MinistralForCausalLM is not supported",
     "ministral-all-windows": "Model MinistralForCausalLM is not supported",
-    "granite-tied-biases": "Missing <MODEL_TENSOR.ROPE_FREQS",
+    "phimoe": "Model PhimoeForCausalLM is not supported",
+    "phimoe-tied": "Model PhimoeForCausalLM is not supported",
+    "granitemoehybrid-dense": "Only SILU activation supported",
+    "lfm2-untied": "Dimension out of range",  # a bias of the convolution
+    "falcon-h1-norm-first": "too many indices for tensor of dimension 1",
+    "qwen3-next": "AssertionError",  # about sizes; published ones convert
+    **dict.fromkeys(("falcon-h1", "falcon-h1-without-norm"), "KeyError: 'head_dim'"),
+    **dict.fromkeys(("glm4", "glm4-whole-heads"), "KeyError: '<|endoftext|>'"),  # a token of the published tokenizers
+    **dict.fromkeys(("glm4-moe", "glm4-moe-plain"), "KeyError: '[gMASK]'"),
+    **dict.fromkeys(("granite-tied-biases", "granitemoe-tied-biases", "bamba-tied-biases"), "Missing <MODEL_TENSOR.ROPE_FREQS"),
+    **dict.fromkeys(
+        ("qwen3-moe-dense-first", "qwen3-moe-every-other", "qwen3-moe-all-dense"),
+        "Can not map tensor 'model.layers.0.mlp.down_proj.weight'",
+    ),
 }
+
+
+def with_vocabulary(case: Case) -> dict:
+    """Return the values of a case with as many tokens as the tokenizers have."""
+    if "text_config" not in case.values:
+        return case.values | {"vocab_size": 512}
+    return case.values | {"text_config": case.values["text_config"] | {"vocab_size": 512}}
 
 
 def npm(place: Path, *packages: str) -> None:
@@ -94,15 +121,13 @@ def add_tokenizer(base: Path, model_type: str, llama: Path, qwens: Path) -> None
 def test_the_same_file_is_made_of_a_folder_as_of_its_base(older, llama_cpp, untrained, tmp_path):
     """All tensors, settings and tokens, wherever the base converts. transformers 4.57 writes the bases' config.json."""
     qwens = qwen(tmp_path / "qwen", tokenizer_class="GPT2Tokenizer", chat_template="left out")
-    more = {case.name: {"vocab_size": 512, **PUBLISHED.get(case.name, {})} for case in CASES}
-    cases = {case.name: replace(case, values=case.values | more[case.name]) for case in CASES}
+    known = [case for case in CASES if case.model_type not in UNKNOWN and case.name not in LATER | CHANGED]
+    cases = {case.name: replace(case, values=with_vocabulary(case) | PUBLISHED.get(case.name, {})) for case in known}
     asked = []
     for name, case in cases.items():
         make_hf(case, tmp_path / name)
         add_tokenizer(tmp_path / name, case.model_type, untrained, qwens)
-        known = hf_config(case).to_dict()
-        values = {field: value for field, value in TINY.items() if field in known} | case.values
-        asked.append({"folder": str(tmp_path / name), "model_type": case.model_type, "values": values})
+        asked.append({"folder": str(tmp_path / name), "model_type": case.model_type, "values": all_values(case)})
     answers = dict(zip(cases, ask(older, llama_cpp, tmp_path, asked), strict=True))
     refused = {name: answer["error"] for name, answer in answers.items() if answer}
 
@@ -121,7 +146,7 @@ def test_the_same_file_is_made_of_a_folder_as_of_its_base(older, llama_cpp, untr
 
     converted = {name: answer for name, answer in answers.items() if not answer["base"]}
     wrong = {name: answer["folder"] or answer["apart"] for name, answer in converted.items()}
-    assert {name: reason for name, reason in wrong.items() if reason} == {}
+    assert {name: reason for name, reason in wrong.items() if reason} == DEFAULT_SAID
     assert all(answer["tensors"] >= 2 * cases[name].values.get("num_hidden_layers", 2) for name, answer in converted.items())
 
     # The SentencePiece model, not a guess where there is none. Phi-3 has scores of its own for the three special tokens.

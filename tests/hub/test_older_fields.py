@@ -34,9 +34,9 @@ WANT = {
     },
     "gemma3-ropes": {"rope_theta": 500.0, "rope_local_base_freq": 300.0, "rope_scaling": YARN},
     "gemma4": {"rope_theta": "absent", "rope_scaling": "absent"},  # transformers 4 does not have it
-    "gemma4-images-and-sound": {},
+    "gemma4-images-and-sound": {"text_config": {"rope_theta": "absent", "rope_scaling": "absent"}},
     "gemma4-unified": {"rope_theta": "absent", "rope_scaling": "absent"},
-    "gemma4-unified-images": {},
+    "gemma4-unified-images": {"text_config": {"rope_theta": "absent", "rope_scaling": "absent"}},
     "mixtral": {"rope_theta": 1e6, "rope_scaling": None, "num_local_experts": 4},
     "qwen3-moe": {**NONE, "num_experts": 6},
     "deepseek-v3": {
@@ -52,25 +52,37 @@ WANT = {
     "gpt-oss": {"rope_theta": 500.0, "rope_scaling": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}},
     "gpt-oss-plain": {"rope_theta": 500.0, "rope_scaling": None},  # without the field, transformers 4 uses the published YaRN
     "llama4": {"rope_theta": 500.0, "rope_scaling": YARN, "num_local_experts": 4},
-    "llama4-images": {},
+    "llama4-images": {"text_config": {"rope_theta": 500000.0, "rope_scaling": None, "tie_word_embeddings": False}},
     "mistral": NONE,
     "ministral": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "qwen2": {"rope_theta": 500.0, "rope_scaling": {**YARN, "truncate": False}},
     "qwen3-tied": {"rope_theta": 10000.0, "rope_scaling": SCALING},
-    "qwen3.5": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None},
-    "gemma3-images": {},
+    "qwen3.5": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": {
+        "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+    }},
+    "gemma3-images": {"text_config": {
+        "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": None, "sliding_window_pattern": 2,
+        "tie_word_embeddings": True,
+    }},
     "ministral3": {
         "rope_theta": 500.0, "rope_scaling": {
             **YARN, "original_max_position_embeddings": 8, "beta_fast": 16.0, "beta_slow": 1.0, "mscale": 1.0,
             "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.7,
         },
     },
-    "mistral3": {},
-    "qwen3-vl": {},
+    "mistral3": {"text_config": {"rope_theta": 500.0, "rope_scaling": {
+        "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 6, "llama_4_scaling_beta": 0.4,
+    }}},
+    "mistral3-mistral": {"text_config": {**NONE, "torch_dtype": "bfloat16", "tie_word_embeddings": True}},
+    "qwen3-vl": {"text_config": {"rope_theta": 500.0, "rope_scaling": {
+        "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+    }}},
     "lfm2": {"rope_theta": 1e6, "rope_scaling": None},
-    "qwen3.5-images": {},
+    "qwen3.5-images": {"text_config": {
+        "rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "default", "mrope_section": [2, 0, 0]},
+    }},
     "qwen3.5-moe": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None, "num_experts": 4},
-    "qwen3.5-moe-images": {},
+    "qwen3.5-moe-images": {"text_config": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None}},
     "qwen3-next": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_scaling": None, "num_experts": 4},
     "gpt2": {},
     "gpt-neox": {"rotary_pct": 0.5, "rotary_emb_base": 500, "rope_scaling": None},
@@ -109,11 +121,16 @@ def written(case: Case, folder: Path) -> tuple[dict, dict, dict]:
     return config, json.loads(text), complete_config(json.loads(text), case.name)  # it changes its argument
 
 
+def picked(found: dict, want: dict) -> dict:
+    """Return the fields that are asked for, those of a text model too."""
+    return {key: picked(found[key], value) if key == "text_config" else found.get(key, "absent") for key, value in want.items()}
+
+
 @pytest.mark.parametrize("name", WANT)
 def test_what_transformers_4_reads(name, tmp_path):
     _, on_disk, _ = written(BY_NAME[name], tmp_path)
     assert on_disk["torch_dtype"] == on_disk["dtype"] == "bfloat16"
-    assert {key: on_disk.get(key, "absent") for key in WANT[name]} == WANT[name]
+    assert picked(on_disk, WANT[name]) == WANT[name]
     if name.startswith("gpt"):
         assert name.startswith("gpt-oss") or not {"rope_theta", "partial_rotary_factor"} & set(on_disk)
 
@@ -127,13 +144,17 @@ def test_nothing_changes_for_transformers_5(case, tmp_path):
     config, _, again = written(case, tmp_path)
     for one in (config, again):
         one.pop("dtype")
-        one.get("text_config", {}).pop("dtype", None)
         one["partial_rotary_factor"] = None  # a field of Phi-3, also in rope_parameters
         for rope in (one.get("rope_parameters") or {}, *(one.get("rope_parameters") or {}).values()):
             if isinstance(rope, dict):
                 rope.pop("type", None)  # the older name of rope_type
+    texts = [one.pop("text_config", {}) for one in (config, again)]
     assert {key: again[key] for key in config if again[key] != config[key]} == {}
-    build_module(again)
+    for text in texts:  # transformers 5 reads these of the whole model
+        text.pop("dtype", None)
+        text.pop("tie_word_embeddings", None)
+    assert {key: texts[1][key] for key in texts[0] if texts[1][key] != texts[0][key]} == {}
+    build_module({**again, "text_config": texts[1]} if texts[1] else again)
 
 
 def test_scalings_that_transformers_4_has_rules_for(tmp_path):

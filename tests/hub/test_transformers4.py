@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cases import CASES
 from gguf_writing import hub_folder, sentencepiece_keys, write_llama
+from older_families import LATER, UNKNOWN
 from oracle import Case, hf_logits, load, logits, make_hf, one_device, tokens, write_merged
 from qwen_tokenizer import qwen
 
@@ -23,8 +24,17 @@ from ftjax.methods import method_of
 
 pytestmark = pytest.mark.sweep  # makes an environment with pip
 HERE = Path(__file__).parent
-REFUSED = {"olmo2-tied", "phi3-whole-heads"}  # scalings that transformers 4 cannot express
+REFUSED = {"olmo2-tied", "phi3-whole-heads", "llama4"}  # scalings that transformers 4 cannot express
 ONE_BASE = {"olmo3"}  # transformers 4 has one rope_theta for all types of layers of this family
+# What transformers 4 computes otherwise, from whatever folder.
+OTHERWISE = {
+    "bamba": "groups of Mamba-2",
+    "granitemoehybrid": "groups of Mamba-2",
+    "deepseek-v2": "YaRN's mscale_all_dim does not scale the scores",
+    "deepseek-v2-groups": "YaRN's mscale_all_dim does not scale the scores",
+    "llama4-plain": "attention has no biases",
+    "phimoe": "LongRoPE takes the long factors for a text that is longer than the original length",
+}
 
 
 def ask(python: Path, folder: Path, asked: list[dict]) -> list[dict]:
@@ -39,6 +49,7 @@ def test_every_family_has_the_same_logits(older, tmp_path):
     ids, asked, want = tokens(2, 24), [], []
     # In transformers 4, gpt-oss's clamp and slope are constants, as in all published models.
     cases = [replace(case, values={k: v for k, v in case.values.items() if not k.startswith("swiglu")}) for case in CASES]
+    cases = [case for case in cases if case.model_type not in UNKNOWN and case.name not in LATER]
     for case in cases:
         base, written = tmp_path / case.name, tmp_path / f"{case.name}-written"
         written.mkdir()
@@ -52,7 +63,7 @@ def test_every_family_has_the_same_logits(older, tmp_path):
         elif case.name not in ONE_BASE:
             apart[case.name] = float(np.abs(np.array(theirs["logits"]) - ours).max())
     assert set(refused) == REFUSED, refused
-    assert {name: value for name, value in apart.items() if not value < 1e-4} == {}
+    assert {name for name, value in apart.items() if not value < 1e-4} == set(OTHERWISE), apart
 
 
 def test_tokenizers_have_the_same_ids(older, llama, pieces, tmp_path):

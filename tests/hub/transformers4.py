@@ -6,14 +6,20 @@ import sys
 from pathlib import Path
 
 import torch
+from older_config import write_config
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 
-def read(folder: str, ids: list, texts: list[str], adapter: str | None = None) -> dict:
+def read(folder: str, ids: list, texts: list[str], adapter: str | None = None, config: dict | None = None) -> dict:
+    """Args: config: a model_type and its values, to write as config.json first."""
     answer = {}
+    if config:
+        write_config(folder, **config)
     if ids:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        of_text = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
+        auto = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
+        model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         if adapter:
             model = PeftModel.from_pretrained(model, adapter).eval()
         with torch.no_grad():

@@ -52,3 +52,14 @@ def test_what_transformers_4_wrote_of_gpt_neox(tmp_path):
         path.write_text(json.dumps({**values, name: 0.25}))
         with pytest.raises(UserError, match=f"{name} = 0.25, but ftjax supports only .*: transformers reads rotary_"):
             load(tmp_path)
+
+
+def test_what_transformers_4_wrote_of_granite_moe(tmp_path):
+    make_hf(Case("granitemoe", "granitemoe"), tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "position_embedding_type": "rope"}))
+    load(tmp_path)
+    path.write_text(json.dumps({**values, "position_embedding_type": "nope"}))
+    with pytest.raises(UserError, match="position_embedding_type = 'nope', but ftjax supports only 'rope'"):
+        load(tmp_path)
