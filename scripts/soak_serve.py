@@ -10,6 +10,7 @@ request had alone, a wrong request is not refused with 4xx, or the server does n
 """
 
 import argparse
+import atexit
 import http.client
 import json
 import os
@@ -137,6 +138,7 @@ def main() -> int:
     folders = sorted(one.name for one in a.adapters.iterdir() if (one / "adapter_config.json").is_file())
     requests = [made(number, a.context) for number in range(a.requests)]
     server = Server(a)
+    atexit.register(server.process.kill)  # where something fails here, nothing else ends it
     load = lambda name, folder: server.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})[0]  # noqa: E731
     alone = {"base": [server.texts("base", one) for one in requests]}
     for folder in folders:
