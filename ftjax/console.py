@@ -1,7 +1,8 @@
 """Console output: text that wraps between words, tables that fit, and nothing truncated.
 
 In a terminal, lines wrap between words. A command, a path or any other word that is wider than the terminal stays on one
-line, which the terminal itself wraps, so that it can be copied whole. A pipe has no width: every line stays one line.
+line, which the terminal itself wraps, so that it can be copied whole. A pipe has no width: every line, and every row of a
+table, stays one line.
 """
 
 import re
@@ -15,6 +16,7 @@ from ftjax.errors import printable
 
 UNKNOWN = 100_000  # width of a pipe in columns
 GAP = 2  # spaces between the columns of a table
+ALIGNED = 40  # columns; in a pipe, a wider cell moves the rest of its own row and not that of all rows
 _VERBS = (
     "init|train|tune|preview|evaluate|check|report|runs|config|generate|chat|export|plan|sweep|merge-adapters|doctor|models"
 )
@@ -69,7 +71,8 @@ def print_table(
 ) -> None:
     """Print rows of texts in columns that fit the terminal, with cells wrapped between words.
 
-    If even the longest words do not fit next to each other, each row becomes `name: value; ...`.
+    If even the longest words do not fit next to each other, each row becomes `name: value; ...`. In a pipe each row is one
+    line, whatever is in it.
 
     Args:
         left: indices of text columns, aligned left; the others are aligned right, as numbers.
@@ -78,6 +81,9 @@ def print_table(
         say(console, title, "bold")
     cells = [[Text(printable(cell)) if isinstance(cell, str) else cell for cell in row] for row in rows]
     head = [printable(name) for name in head]
+    if console.width == UNKNOWN:
+        _print_lines(console, [[Text(name) for name in head], *cells] if any(head) else cells, left)
+        return
     columns = [[Text(name), *column] for name, *column in zip(head, *cells, strict=True)]
     widths = _widths([_extent(column) for column in columns], console.width - GAP * (len(columns) - 1))
     if widths is None:
@@ -107,6 +113,18 @@ def _widths(extents: Sequence[tuple[int, int]], room: int) -> list[int] | None:
         widest = max((n for n, (least, _) in enumerate(extents) if widths[n] > least), key=widths.__getitem__)
         widths[widest] -= 1
     return widths
+
+
+def _print_lines(console: Console, rows: Sequence[Sequence[Text]], left: Container[int]) -> None:
+    widths = [
+        max((cell.cell_len for cell in column if cell.cell_len <= ALIGNED), default=0) for column in zip(*rows, strict=True)
+    ]
+    for row in rows:
+        line = ""
+        for number, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            text, space = " ".join(cell.plain.splitlines()), " " * (width - cell.cell_len)
+            line += (text + space if number in left else space + text) + " " * GAP
+        say(console, line.rstrip())
 
 
 def _print_records(console: Console, head: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:

@@ -101,6 +101,15 @@ def test_a_pipe_has_no_width(capsys, monkeypatch):
     assert "…" not in "".join(lines) and ROWS[0][1] * 9 in lines[2]
 
 
+def test_a_long_cell_in_a_pipe_does_not_widen_the_other_rows(capsys):
+    print_table(make_console(), ("run", "what", "loss"), [("first", PROSE, "0.5"), ("second", "none", "12.25")], left=(0, 1))
+    assert capsys.readouterr().out.splitlines() == [
+        "run     what   loss",
+        f"first   {PROSE}    0.5",
+        "second  none  12.25",
+    ]
+
+
 def test_only_one_module_makes_consoles_and_tables():
     for path in PACKAGE.rglob("*.py"):
         if path != PACKAGE / "console.py":

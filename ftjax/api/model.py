@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
@@ -134,6 +135,8 @@ class Model:
         >>> answer.finish_reason, len(answer.logprobs)
         ('length', 4)
         """
+        if not _several(prompts):
+            raise UserError("answer takes a list of prompts; put a single one into a list")
         requests = [self._request(one, system, raw, number, settings) for number, one in enumerate(prompts)]
         return self._generator.answer(requests, batch_size=batch_size, logprobs=logprobs)
 
@@ -159,7 +162,7 @@ class Model:
         """
         given: dict[str, Any] = dict(settings)
         asked = {name: given.pop(name, None) for name in SAMPLING}
-        request = Request(sampling=recommended(self._generator.settings, asked), **{"max_new_tokens": 512, **given})
+        request = replace(Request.of(**{"max_new_tokens": 512, **given}), sampling=recommended(self._generator.settings, asked))
         return Chat(Conversation(self._generator, request, system=system))
 
     @overload
@@ -252,5 +255,7 @@ class Chat:
 
 
 def _several(prompt: Any) -> bool:
-    """Return whether it is a list of prompts, not a text or a list of messages."""
+    """Return whether it is a list of prompts, not a text or a list of messages. Raises UserError if it is none of these."""
+    if not isinstance(prompt, Sequence):
+        raise UserError(f"expected a text, a list of messages, or a list of either; found {type(prompt).__name__}")
     return not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))

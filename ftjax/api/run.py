@@ -138,6 +138,8 @@ def train(
     Raises UserError for anything wrong in the configuration, the model or the data, and Interrupted if a signal stopped the
     run, after its state was saved.
     """
+    if on_log is not None and not callable(on_log):
+        raise UserError(f"on_log: expected a function that takes a row; found {type(on_log).__name__}")
     set_threads()
     set_flags()
     with joined():

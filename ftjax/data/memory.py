@@ -75,6 +75,9 @@ def keep(data: Any, label: str) -> str:
             f"{label}: an IterableDataset is read only once, and training reads rows again; give a Dataset or a list, or the "
             "files or the Hub id with data.streaming: true"
         )
+    if kind == "Series" or isinstance(data, Iterator):
+        what = "is one column" if kind == "Series" else "is read only once"
+        raise UserError(f"{label}: a {kind} {what}; give rows: a list of dicts, a Dataset or a DataFrame")
     found = Memory(f"{PREFIX}{label}-", data)
     name = f"{PREFIX}{label}-{_digest(found)}"
     _kept[name] = Memory(name, data)
@@ -98,7 +101,7 @@ def is_kept(path: str) -> bool:
 
 def is_rows(data: Any) -> bool:
     """Return whether it is data, and not a path, a source (`{path, weight, ...}`) or a list of these."""
-    if type(data).__module__.split(".")[0] in ("datasets", "pandas"):
+    if type(data).__module__.split(".")[0] in ("datasets", "pandas") or isinstance(data, Iterator):
         return True
     if isinstance(data, str | bytes | Mapping) or not isinstance(data, Sequence) or not data:
         return False

@@ -17,7 +17,7 @@ each other; documents are in any order. Any library for Arrow reads it: `polars.
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def new_predictions(path: Path, facts: Mapping[str, Any]) -> Iterator[Writer]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be made
+            temporary.unlink()
 
 
 def facts_of(path: Path) -> dict[str, Any] | None:

@@ -49,9 +49,12 @@ class Request:
     def of(cls, prompt: Prompt = "", **settings: Any) -> "Request":
         """Create a request from its own attributes and those of `Sampling`, by name.
 
-        Raises UserError for values out of range.
+        Raises UserError for values out of range, and for a setting that there is not.
         """
         names = {one.name for one in fields(Sampling)}
+        known = sorted(names | {one.name for one in fields(cls)} - {"prompt", "sampling"})
+        if unknown := [name for name in settings if name not in known]:
+            raise UserError(f"there is no setting {', '.join(unknown)}; there are {', '.join(known)}")
         sampling = Sampling(**{name: settings.pop(name) for name in names & settings.keys()})
         return cls(prompt, sampling, **settings)
 

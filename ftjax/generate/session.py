@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -232,8 +232,10 @@ class Generator:
             texts: texts, or token ids.
             pooling: the last hidden state (`last`), or the mean of all (`mean`).
 
-        Raises UserError as `answer` does, and NotFinite if a hidden state is not finite.
+        Raises UserError as `answer` does and for another pooling, and NotFinite if a hidden state is not finite.
         """
+        if pooling not in get_args(Pooling):
+            raise UserError(f"pooling = {pooling!r}; expected one of {', '.join(get_args(Pooling))}")
         ids = [self.encode(text, number, chat=False) for number, text in enumerate(texts)]
         batches, rows = groups([len(one) for one in ids], batch_size, self.engine.shards)
         found = np.zeros((len(ids), self.model.sizes.embed), np.float32)
@@ -259,6 +261,8 @@ class Generator:
                 raise UserError(
                     f"{prompt.where}: it has no prompt, so there is nothing to answer; give it one or remove the row"
                 )
+        elif not isinstance(prompt, str | Sequence | np.ndarray):
+            raise UserError(f"prompt {number + 1} is {type(prompt).__name__}; expected a text, messages or token ids")
         elif not isinstance(prompt, str) and all(isinstance(token, int | np.integer) for token in prompt):
             ids = [int(token) for token in prompt]
         else:

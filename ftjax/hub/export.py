@@ -18,7 +18,7 @@ from ftjax.hub.fetch import resolve_model
 from ftjax.hub.load import check_base, read_hf_config
 from ftjax.hub.model_folder import from_source, model_tensors, write_folder
 from ftjax.hub.open import open_adapted
-from ftjax.hub.output import replacing
+from ftjax.hub.output import refuse_what_is_there, replacing
 from ftjax.hub.run_folder import refuse_missing
 from ftjax.hub.safetensors import Tensor
 from ftjax.hub.tokenizer.files import write_tokenizer
@@ -58,8 +58,7 @@ def export(
         raise UserError(f"{result}: it is a whole model already; leave --merge and --portable out")
     if out.resolve() == result.resolve():
         raise UserError(f"export: --out {out} is the folder to be exported; choose another")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"export: --out {out} is not empty; choose another folder, or remove it first")
+    refuse_what_is_there(out, "export")
     with replacing(out) as folder:
         if merge:
             write_merged(result, folder, config, None if adapter is None else str(run))

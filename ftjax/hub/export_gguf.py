@@ -47,10 +47,11 @@ def export_gguf(
         raise UserError(f"export: --gguf {asked}: expected one of {', '.join(TYPES)}")
     if out.is_dir() or out.suffix != ".gguf":
         raise UserError(f"export: --gguf writes one file: --out NAME.gguf, not {out}")
-    if out.exists():
-        raise UserError(f"export: --out {out} exists already; choose another file, or remove it first")
-    result = _adapter_folder(run, adapter)
     modelfile = out.with_suffix(".Modelfile")
+    for there in (out, modelfile):
+        if there.exists():
+            raise UserError(f"export: --out {out}: {there} exists already; choose another file, or remove it first")
+    result = _adapter_folder(run, adapter)
     if lora:
         if result is None:
             raise UserError(f"{run}: it is a whole model and no adapter; leave --lora out")

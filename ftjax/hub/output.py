@@ -63,6 +63,14 @@ def _whole(model: Model, params: Mapping[str, jax.Array], config: Config) -> lis
     return model_tensors(model, from_params(params), params, config.method, jnp.dtype(config.model.dtype))
 
 
+def refuse_what_is_there(out: Path, command: str) -> None:
+    """Raise UserError if `--out` of a command is a file, or a folder with something in it."""
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{command}: --out {out} is not empty; choose another folder, or remove it first")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{command}: --out {out} is a file; choose a folder, which may be new")
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield a new folder beside `folder`; it takes that place when the block succeeds, and is deleted when it fails.

@@ -23,11 +23,13 @@ class Lengths:
     Attributes:
         trained: share of the tokens that are trained.
         rows: rows of data that were read for this.
+        different: documents among them that differ; None if that is not known.
     """
 
     tokens: np.ndarray
     trained: float
     rows: int
+    different: int | None = None
 
     def row(self, positions: int | None) -> tuple[int, int]:
         """Return the length of a row, a power of two, and the number of documents that are longer.
@@ -61,7 +63,8 @@ def measure(config: Config, tokenizer: Any) -> Lengths:
     split, _ = load_splits(data, tokenizer, seed=config.training.seed, encoding=encoding)
     assert isinstance(split, PackedSplit)
     tokens = split.lengths.reshape(-1, encoding.sequences).sum(axis=1)
-    return Lengths(tokens, split.report.trained_tokens / max(split.report.tokens, 1), split.report.rows)
+    trained, different = split.report.trained_tokens / max(split.report.tokens, 1), len(np.unique(split.documents.digest))
+    return Lengths(tokens, trained, split.report.rows, different)
 
 
 def _power(tokens: float) -> int:

@@ -28,6 +28,7 @@ UPDATES = 30  # of one epoch, that small sets should give
 FILLED = 0.9  # share of a packed row that documents fill, roughly
 EPOCHS = ((1000, 3.0), (10_000, 2.0), (math.inf, 1.0))  # rows: epochs of supervised training
 MANY = 0.1  # share of documents that is too much to leave out
+FEWEST = 20  # rows of which some are held out
 HELD_OUT = 500  # most rows that are held out for validation
 EVALUATIONS = 5
 # For a model without a chat template and rows of messages: plain text, with the end token after each answer.
@@ -170,11 +171,12 @@ def _rows(
         found["data.packing"] = (False, "layers of this model would carry what they remember into the next document")
     if "validation" in seen.beside:
         found["data.validation"] = (seen.beside["validation"], "found beside the training data")
-    elif seen.rows >= 20:
+    elif seen.rows >= FEWEST and (lengths.different is None or lengths.different >= FEWEST):
         split = 0.1 if seen.rows <= 10 * HELD_OUT else HELD_OUT
         found["data.validation_split"] = (split, "held out, to see whether the model learns more than its data")
     else:
-        warnings.append(f"{seen.rows} rows are too few to hold some out, so nothing will show when it only memorises them")
+        rows = f"{seen.rows:,} rows" if seen.rows < FEWEST else f"{lengths.different:,} different rows of {seen.rows:,}"
+        warnings.append(f"{rows} are too few to hold some out, so nothing will show when it only memorises them")
     return warnings
 
 

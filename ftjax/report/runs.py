@@ -27,7 +27,7 @@ class Listed:
     method: str | None = None
     step: int = 0
     steps: int | None = None
-    metric: str | None = None  # that decides which checkpoint is best, or else the training loss
+    metric: str | None = None  # that decides which checkpoint is best, or else that of training
     best: float | None = None
     best_step: int | None = None
     started: str | None = None  # ISO 8601, in UTC
@@ -88,11 +88,13 @@ def _listed(path: Path, folder: Path) -> Listed:
 
 
 def best_of(run: Run) -> tuple[str, tuple[int, float] | None]:
-    """Return the metric by which the best checkpoint is chosen, with its best step and value; else the training loss."""
+    """Return the metric by which the best checkpoint is chosen, with its best step and value; else the same of training, such
+    as `train/reward`; else the training loss."""
     options = run.config.training
-    found = run.best(options.metric_for_best_model, options.best_is_greatest)
-    if found is not None:
-        return options.metric_for_best_model, found
+    metric = options.metric_for_best_model
+    for name in (metric, f"train/{metric.removeprefix('eval/')}"):
+        if found := run.best(name, options.best_is_greatest):
+            return name, found
     return "train/loss", run.best("train/loss", greater=False)
 
 

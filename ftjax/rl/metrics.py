@@ -60,13 +60,17 @@ def totals(metrics: Mapping[str, float]) -> dict[str, tuple[float, float]]:
 
 def examples(
     rewards: Sequence[Reward], rollouts: Sequence[Rollout], values: Float32[np.ndarray, "N F"], advantages: Advantages,
-    count: int, extra: Mapping[str, Sequence[object]],
+    count: int, extra: Sequence[Mapping[str, object]],
 ) -> list[dict[str, str]]:  # fmt: skip
-    """Return some answers with their rewards: those to the first prompts, as far as `count` goes."""
+    """Return some answers with their rewards: those to the first prompts, as far as `count` goes.
+
+    Args:
+        extra: what reward functions have logged of each answer, by name.
+    """
     found = []
     for number, one in list(enumerate(rollouts))[:count]:
         row = {"prompt": one.shown_prompt[:LONGEST], "text": one.shown[:LONGEST], "reward": f"{advantages.rewards[number]:.4g}"}
         row |= {reward.name: f"{values[number, at]:.4g}" for at, reward in enumerate(rewards)} if len(rewards) > 1 else {}
-        row |= {name: str(column[number])[:LONGEST] for name, column in extra.items() if number < len(column)}
+        row |= {name: str(value)[:LONGEST] for name, value in extra[number].items()}
         found.append({**row, "advantage": f"{advantages.values[number]:.4g}"})
     return found

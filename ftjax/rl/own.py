@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,3 +63,9 @@ class OwnReward:
 
     def _log_extra(self, column: str, values: Sequence[Any]) -> None:
         self.columns[column] = list(values)
+
+
+def logged_beside(functions: Iterable[Any], count: int) -> list[dict[str, Any]]:
+    """Return what the last calls of own functions have logged beside each of `count` answers, by name."""
+    columns = {name: one for function in functions if isinstance(function, OwnReward) for name, one in function.columns.items()}
+    return [{name: column[number] for name, column in columns.items() if number < len(column)} for number in range(count)]

@@ -1,7 +1,6 @@
 """Reward functions: those of the configuration, loaded once, and their values for a batch of answers."""
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +32,7 @@ class Reward:
     function: Function
 
 
+LARGEST = 1e18  # of values; the squares of their differences are float32
 ENVIRONMENT = "environment"  # the reward that the environment gives
 
 
@@ -155,6 +155,8 @@ def _values(reward: Reward, rollouts: Sequence[Rollout], timeout: float) -> Sequ
 
 def _checked(reward: Reward, values: Any, rollouts: Sequence[Rollout]) -> Sequence[float | None]:
     values = values.tolist() if hasattr(values, "tolist") else values  # of NumPy or PyTorch
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        values = [value.item() if np.ndim(value) == 0 and hasattr(value, "item") else value for value in values]
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != len(rollouts):
         count = f"{len(values)} values" if hasattr(values, "__len__") else f"{values!r:.60}"
         raise UserError(
@@ -162,9 +164,10 @@ def _checked(reward: Reward, values: Any, rollouts: Sequence[Rollout]) -> Sequen
             f"{rollouts[0].item.where}; expected a list with a number for each"
         )
     for value, rollout in zip(values, rollouts, strict=True):
-        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+        if value is not None and not (isinstance(value, Real) and abs(value) <= LARGEST):
             raise UserError(
                 f"reward {reward.name}: it returned {value!r:.60} for an answer to the prompt of {rollout.item.where}; "
-                f"expected a finite number, or None if there is nothing to say. The answer: {rollout.text[:200]!r}"
+                f"expected a number from {-LARGEST:g} to {LARGEST:g}, or None if there is nothing to say. The answer: "
+                f"{rollout.text[:200]!r}"
             )
     return values

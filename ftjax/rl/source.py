@@ -42,7 +42,7 @@ from ftjax.rl.batch import Answered, laid_out, smallest
 from ftjax.rl.clock import Clock
 from ftjax.rl.environment import Environments
 from ftjax.rl.metrics import answer_metrics, dialogue_metrics, examples, reward_metrics, totals
-from ftjax.rl.own import OwnReward
+from ftjax.rl.own import OwnReward, logged_beside
 from ftjax.rl.prompts import Draw, Prompts
 from ftjax.rl.rewards import Reward, shared_rewards
 from ftjax.rl.rollout import Rollout
@@ -154,7 +154,7 @@ class RolloutBatches:
     def _generated(self, params: Mapping[str, jax.Array]) -> list[Answered]:
         """Return answers to the next prompts, with their advantages."""
         section, clock = self._section, Clock()
-        rollouts, values = self._rewarded(params, clock)
+        rollouts, values, extra = self._rewarded(params, clock)
         old = reference = None
         if not section.on_policy or (section.name == "rloo" and section.beta):
             with clock.of("rollout"):
@@ -164,10 +164,9 @@ class RolloutBatches:
         if self._environments is not None:
             metrics |= dialogue_metrics(self._environments, self._sampler.turns)
         metrics |= answer_metrics(rollouts) | reward_metrics(self._rewards, values, advantages)
-        extra: dict[str, Sequence[object]] = {}
         for function in (reward.function for reward in self._rewards):
             if isinstance(function, OwnReward):
-                metrics, extra = metrics | function.metrics, extra | function.columns
+                metrics |= function.metrics
         self.metrics = {**self.metrics, **totals(metrics | clock.spent)}
         self.texts = examples(self._rewards, rollouts, values, advantages, section.logged_completions, extra)
         return [
@@ -195,12 +194,15 @@ class RolloutBatches:
         kl = np.array([np.subtract(*pair)[mask].sum() for *pair, mask in zip(old, reference, own, strict=True)], np.float32)
         return rloo_advantages(self._section, values, kl), {"kl": float(kl.mean())}
 
-    def _rewarded(self, params: Mapping[str, jax.Array], clock: Clock) -> tuple[list[Rollout], Float32[np.ndarray, "N F"]]:
-        """Return answers in groups and their rewards; with dynamic sampling, groups whose rewards differ as far as possible."""
+    def _rewarded(
+        self, params: Mapping[str, jax.Array], clock: Clock
+    ) -> tuple[list[Rollout], Float32[np.ndarray, "N F"], list[dict[str, object]]]:
+        """Return answers in groups, their rewards, and what reward functions have logged of each; with dynamic sampling, groups
+        whose rewards differ as far as possible."""
         section = self._section
         size, again = section.num_generations, section.name == "grpo" and section.dynamic_sampling
-        kept: list[tuple[list[Rollout], np.ndarray]] = []
-        alike: list[tuple[list[Rollout], np.ndarray]] = []
+        kept: list[tuple[list[Rollout], np.ndarray, list[dict[str, object]]]] = []
+        alike: list[tuple[list[Rollout], np.ndarray, list[dict[str, object]]]] = []
         for _ in range(1 + (section.max_redraws if again else 0)):
             missing = self._groups - len(kept)
             first = self._draw.drawn * size
@@ -209,10 +211,11 @@ class RolloutBatches:
                 rollouts = self._sampler.answer(params, questions, first)
             with clock.of("reward"):
                 values = shared_rewards(self._rewards, rollouts, section.reward_timeout, self._done + 1)
+            extra = logged_beside((reward.function for reward in self._rewards), len(rollouts))
             same = grpo_advantages(section, values).alike if again else np.zeros(missing, bool)
             for number, useless in enumerate(same):
                 here = slice(number * size, (number + 1) * size)
-                (alike if useless else kept).append((rollouts[here], values[here]))
+                (alike if useless else kept).append((rollouts[here], values[here], extra[here]))
             if len(kept) == self._groups:
                 break
         if again:
@@ -224,7 +227,8 @@ class RolloutBatches:
                 f"prompts that were drawn, {len(alike)} are too easy or too hard for the model"
             )
             kept += alike[:left]
-        return [one for group, _ in kept for one in group], np.concatenate([values for _, values in kept])
+        rollouts, values, extra = zip(*kept, strict=True)
+        return [one for group in rollouts for one in group], np.concatenate(values), [one for group in extra for one in group]
 
     # ---- position ----
 

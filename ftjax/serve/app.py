@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -154,8 +155,8 @@ class Guard:
 
     def _has_key(self, scope: Scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")
-        key = given.removeprefix(b"Bearer ").strip()
-        return any([hmac.compare_digest(key, one) for one in self._keys])
+        key = given[len(b"Bearer ") :] if given[: len(b"Bearer ")].lower() == b"bearer " else given
+        return any([hmac.compare_digest(key.strip(), one) for one in self._keys])
 
 
 def _refusal(error: ApiError) -> JSONResponse:
@@ -164,19 +165,23 @@ def _refusal(error: ApiError) -> JSONResponse:
 
 
 async def read(request: HttpRequest, kind: type) -> Any:
-    """Return the request's body. Raises ApiError: 413 if it is too large, 415 if it is not JSON, 400 if it is not valid.
+    """Return the request's body. Raises ApiError: 413 if it is too large, 415 if it is not JSON, 400 if it is not valid, 499
+    if the client hangs up.
 
     A page of another site can send a form or plain text from a browser without asking, but no JSON.
     """
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "expected content-type: application/json")
     body, size = bytearray(), 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= LARGEST:
-            body += part
-        elif size > 4 * LARGEST:  # up to here it is read and dropped, as most clients read no answer before they have sent all
-            break
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size <= LARGEST:
+                body += part
+            elif size > 4 * LARGEST:  # up to here it is read and dropped, as most clients read no answer before all is sent
+                break
+    except ClientDisconnect:
+        raise ApiError(499, "the client hung up before its request was complete") from None
     if size > LARGEST:
         raise ApiError(413, f"the body is larger than {LARGEST >> 20} MB")
     return parse(kind, bytes(body))

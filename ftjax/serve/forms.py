@@ -13,6 +13,7 @@ from ftjax.generate.scheduler import Job
 from ftjax.generate.speech import Call, Channels, Speech
 
 Bytes = Callable[[int], bytes]  # the bytes of a token
+BROKEN = "\N{REPLACEMENT CHARACTER}".encode()
 
 
 class News(NamedTuple):
@@ -140,8 +141,9 @@ class TextChoice:
     tokens: list[str] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)
     tops: list[dict[str, float] | None] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    _offset: int = 0
+    offsets: list[int] = field(default_factory=list)  # in characters of the text
+    _bytes: int = 0  # of the text, up to the next token
+    _characters: int = 0
 
     def feed(self, news: News) -> list[dict[str, Any]]:
         """Take what is new; return it as the choices of chunks."""
@@ -160,13 +162,16 @@ class TextChoice:
         if self.job.scored and not start:
             first, *others = self.job.answer.prompt
             prompt = [(first, None, None), *((token, *one) for token, one in zip(others, self.job.expected, strict=True))]
+        known = self.text.encode()
         for token, logprob, tops in (*prompt, *news.tokens):
-            text = self.to_bytes(token).decode("utf-8", "replace")
-            self.tokens.append(text)
+            raw = self.to_bytes(token)
+            self.tokens.append(raw.decode("utf-8", "replace"))
             self.logprobs.append(logprob)
             self.tops.append(None if tops is None else self._named(tops))
-            self.offsets.append(self._offset)
-            self._offset += len(text)
+            self.offsets.append(self._characters)
+            shown = _shown(raw, known[self._bytes :][: max(len(raw), len(BROKEN))])
+            self._bytes += len(shown)
+            self._characters += sum(byte & 0xC0 != 0x80 for byte in shown)  # the other bytes go on with a character
         return self._part(start)
 
     def _named(self, tops: list[tuple[int, float]]) -> dict[str, float]:
@@ -182,6 +187,18 @@ class TextChoice:
     def whole(self) -> dict[str, Any]:
         logprobs = self._part(0) if self.with_logprobs else None
         return {"index": self.number, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish}
+
+
+def _shown(token: bytes, text: bytes) -> bytes:
+    """Return what a token is in its text: all of it, none of a mark such as `<s>`, a word without the space before a text.
+
+    Args:
+        text: how the text goes on from the token, as far as it is known: it may be held back, or end before a stop string.
+    """
+    for raw in (token, token.removeprefix(b" ")):
+        if text.startswith(raw) or raw.startswith(text):
+            return raw
+    return BROKEN if text.startswith(BROKEN) else b""  # bytes that are no character
 
 
 class Envelope:

@@ -88,6 +88,8 @@ def test_a_run_on_rows_in_memory_resumes(home, monkeypatch):
         ([{"a": 1, "b": 2}], r'^memory:train\[0\]: expected columns .*; found "a", "b"'),
         (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), r"several sets \(train\); give one, .*\['train'\]"),
         (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), "read only once"),
+        ((row for row in ROWS), "a generator is read only once; give rows"),
+        (pandas.Series(["a"]), "a Series is one column; give rows"),
         ([], "an empty list names no data"),
         (lambda: 3, "data.train"),
     ],

@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftjax.config import Config, LoraConfig
 from ftjax.config.load import save_config
+from ftjax.data.predictions import new_predictions
 from ftjax.errors import UserError
 from ftjax.hub.adapter.own_base import base_of
 from ftjax.hub.export import export
+from ftjax.hub.gguf.write import write_file as write_gguf
+from ftjax.hub.safetensors import write_file as write_safetensors
 from ftjax.hub.written import readable
 
 MIXED = LoraConfig(
@@ -144,9 +147,21 @@ def test_refusals(tmp_path):
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(UserError, match="not empty"):
         export(folder, tmp_path / "full", merge=True)
+    with pytest.raises(UserError, match=r"full/x is a file; choose a folder"):
+        export(folder, tmp_path / "full" / "x", merge=True)
     with pytest.raises(UserError, match=r"there is no such run"):
         export(tmp_path / "absent", tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_gguf(path, "llama", {}, []), lambda path: write_safetensors(path, []),
+    lambda path: new_predictions(path, {"top_k": 1}).__enter__(),
+], ids=["gguf", "safetensors", "predictions"])  # fmt: skip
+def test_a_file_beneath_a_file(write, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"written: Not a directory|written: File exists"):
+        write(tmp_path / "file" / "a")
 
 
 def test_it_says_what_it_wrote(tmp_path, capsys):

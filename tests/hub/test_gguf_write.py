@@ -319,6 +319,10 @@ def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="leave --lora out"):
         export_gguf(str(base), tmp_path / "x.gguf", asked="f16", lora=True)
     assert not list(tmp_path.glob("x*")) and not list(tmp_path.glob("*.partial"))
+    (tmp_path / "own.Modelfile").write_text("PARAMETER temperature 0\n")
+    with pytest.raises(UserError, match=r"own\.Modelfile exists already"):
+        export_gguf(str(base), tmp_path / "own.gguf", asked="f16")
+    assert not (tmp_path / "own.gguf").exists()
 
 
 def test_values_beyond_float16_are_refused(tmp_path):

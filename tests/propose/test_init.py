@@ -67,6 +67,13 @@ def test_the_file_previews(goal, wanted, home, untrained):
     assert seen["validation"]["kept"] >= 1
 
 
+def test_nothing_is_held_out_of_rows_that_are_all_alike(home, untrained):
+    found = init(write(home / "rows.jsonl", ROWS["chat"][:1] * 24), Path("run.yaml"), model=str(untrained), machine=MACHINE)
+    assert "data.validation_split" not in {one.key for one in found.settings}
+    assert any("1 different rows of 24 are too few" in one for one in found.warnings)
+    assert ftjax.preview("run.yaml", examples=0)["train"]["kept"] == 24
+
+
 def test_what_it_writes_trains(home, untrained):
     init(write(home / "rows.jsonl", ROWS["classify"]), Path("run.yaml"), model=str(untrained), machine=MACHINE)
     run = ftjax.train("run.yaml", training__max_steps=2, quiet=True)

@@ -4,6 +4,8 @@ import fcntl
 import json
 import re
 from datetime import datetime
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,7 +14,8 @@ from verbs import ftjax
 
 from ftjax.errors import UserError
 from ftjax.report.command import compare
-from ftjax.report.runs import duration, find_runs, runs
+from ftjax.report.read import Run
+from ftjax.report.runs import best_of, duration, find_runs, runs
 
 
 def write_run(run, *, rows=20, rate=1e-4, method=None, final=True, evaluation=None, digest="aa", check=None, **more):
@@ -129,6 +132,15 @@ def test_runs_are_listed(three, tmp_path, capsys):
     assert re.search(r"stopped early .* 10 of 20 +train/loss 0.4 ", lines["early"]) and " running " in lines["going"]
     assert "cannot be read" in lines["bad"] and "bad: " in "".join(lines) and not any("settings" in line for line in lines)
     assert early.name in lines
+
+
+@pytest.mark.parametrize("metric, best", [("eval/reward", ("train/reward", (10, 0.6))), ("eval/f1", ("train/loss", (10, 0.4)))])
+def test_the_best_of_a_run_without_evaluations_is_the_same_metric_of_training(metric, best):
+    curves = {"train/reward": [(5, 0.1), (10, 0.6)], "train/loss": [(5, 0.5), (10, 0.4)]}
+    options = SimpleNamespace(metric_for_best_model=metric, best_is_greatest=True)
+    run = SimpleNamespace(config=SimpleNamespace(training=options), curve=lambda name: curves.get(name, []))
+    run.best = partial(Run.best, run)
+    assert best_of(run) == best
 
 
 def test_runs_as_json(three, tmp_path, capsys):

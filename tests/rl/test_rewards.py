@@ -3,9 +3,11 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from reward_runs import make_config, run
 from tiny_tokenizer import make_tokenizer, save_tokenizer
 
@@ -13,8 +15,11 @@ from ftjax.config.rewards import GrpoConfig, RewardSpec
 from ftjax.data.example import Example
 from ftjax.errors import UserError
 from ftjax.evaluate.rows import Item
+from ftjax.rl.clock import Clock
+from ftjax.rl.own import OwnReward
 from ftjax.rl.rewards import Reward, load_rewards, rewards_of
 from ftjax.rl.rollout import Rollout
+from ftjax.rl.source import RolloutBatches
 
 
 def rollout(text: str, answer: str = "4", prompt="2+2=", **values) -> Rollout:
@@ -121,6 +126,31 @@ def test_own_functions_have_the_signature_of_trl(tmp_path):
         load_rewards(Asked(str(path)))
 
 
+def test_numbers_of_numpy_and_pytorch():
+    values = [np.bool_(True), np.float32(2), torch.tensor(3.0), np.array(4), 5, None]
+    found = rewards_of([Reward("own", lambda rollouts: values)], [rollout("4")] * 6, 60.0)
+    np.testing.assert_equal(found[:, 0], np.array([1, 2, 3, 4, 5, np.nan], np.float32))
+
+
+def test_what_is_logged_beside_an_answer_stays_beside_it_when_others_are_drawn_again():
+    """Of two draws the first has a group that is kept and one that is not; the second takes the place of that."""
+    texts = iter([["1", "2", "3", "3"], ["4", "5"]])
+
+    def own(completions, log_extra):
+        log_extra("own", [text * 2 for text in completions])
+        return [float(text) for text in completions]
+
+    section = GrpoConfig(rewards=["own"], num_generations=2, dynamic_sampling=True)
+    source = object.__new__(RolloutBatches)
+    source._section, source._groups, source._done, source._rewards = section, 2, 0, [Reward("own", OwnReward(own))]
+    source._draw = SimpleNamespace(drawn=0, take=lambda count: [0] * count)
+    source._prompts = SimpleNamespace(questions=[None])
+    source._sampler = SimpleNamespace(answer=lambda *_: [rollout(text) for text in next(texts)])
+    rollouts, values, extra = source._rewarded({}, Clock())
+    assert [one.text for one in rollouts] == ["1", "2", "4", "5"] and values.ravel().tolist() == [1, 2, 4, 5]
+    assert extra == [{"own": "11"}, {"own": "22"}, {"own": "44"}, {"own": "55"}]
+
+
 def raises(rollouts):
     raise KeyError("answer")
 
@@ -132,6 +162,7 @@ BAD = {
     ),
     "hangs": (lambda rollouts: threading.Event().wait(), r"it has not ended after 0.2 s .* data.jsonl:7: '2\+2='"),
     "nan": (lambda rollouts: [1.0, float("nan")], "it returned nan for an answer to the prompt of data.jsonl:7"),
+    "huge": (lambda rollouts: [1.0, 1e300], "it returned 1e[+]300 for an answer .* expected a number from -1e[+]18 to 1e[+]18"),
     "text": (lambda rollouts: ["good", 1], "it returned 'good' for an answer to the prompt of data.jsonl:7"),
     "count": (lambda rollouts: [1.0], "it returned 1 values for 2 answers, the first to the prompt of data.jsonl:7"),
     "number": (lambda rollouts: 1.0, "it returned 1.0 for 2 answers"),

@@ -5,7 +5,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,12 @@ class Running:
     served: Served
     server: Any
     adapters: Adapters | None
+    clients: list[OpenAI] = field(default_factory=list)
 
     def client(self, **options) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 300, **options})
+        made = OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 300, **options})
+        self.clients.append(made)
+        return made
 
 
 @contextmanager
@@ -108,9 +111,12 @@ def running(
         assert thread.is_alive()
         threading.Event().wait(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
+    found = Running(f"http://127.0.0.1:{port}", generator, engine, served, server, loaded)
     try:
-        yield Running(f"http://127.0.0.1:{port}", generator, engine, served, server, loaded)
+        yield found
     finally:
+        for client in found.clients:
+            client.close()
         server.should_exit = server.force_exit = True
         thread.join()
         engine.stop()

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import math
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from generate.engines import answered_alone
 from pydantic import BaseModel
 
 from ftjax.generate.request import Request
+from ftjax.serve.forms import News, TextChoice
 
 CHAT = [{"role": "user", "content": "Tom went to the park."}]
 
@@ -262,3 +264,37 @@ def test_an_echo_has_the_probabilities_of_the_prompt(server, client):
         assert [one for chunk in stream for one in chunk.choices[0].logprobs.tokens] == listed.tokens
     plain = client.completions.create(model="tiny", prompt=[5, 9], temperature=0, max_tokens=2, extra_body={"echo": True})
     assert plain.choices[0].text.startswith(server.generator.tokenizer.decode([5, 9])) and plain.choices[0].logprobs is None
+
+
+@pytest.mark.parametrize(
+    "parts", [["Tom \u00e9\ufffd a \U0001f600b"], ["Tom", " \u00e9\ufffd a ", "\U0001f600", "b"]], ids=["whole", "stream"]
+)
+def test_offsets_are_places_in_the_text(parts):
+    """Of an echo too, whose text lacks the mark at its start and a space, and where characters and marks are several bytes."""
+    raws = [
+        b"<s>",
+        b" Tom",
+        b" ",
+        b"\xc3",
+        b"\xa9",
+        b"\xff",
+        b" a",
+        b" ",
+        b"\xf0",
+        b"\x9f",
+        b"\x98",
+        b"\x80",
+        b"b",
+        b" held back",
+    ]
+    job = SimpleNamespace(scored=True, answer=SimpleNamespace(prompt=[0, 1]), expected=[(-1.0, [])])
+    choice = TextChoice(0, True, raws.__getitem__, job, parts[0][:3])
+    ends, texts = [len(raws)], [parts[0][3:]]
+    if len(parts) > 1:
+        ends, texts = [2, 7, 12, 14], ["", *parts[1:]]
+    start = 2
+    for end, text in zip(ends, texts, strict=True):
+        choice.feed(News(0, text, [(token, -1.0, []) for token in range(start, end)], None))
+        start = end
+    text, found = choice.whole()["text"], choice.whole()["logprobs"]
+    assert text == "".join(parts) and found["text_offset"] == [0, 0, 3, 4, 5, 5, 6, 8, 9, 10, 10, 10, 10, 11]

@@ -2,10 +2,12 @@
 
 import json
 import signal
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -81,8 +83,19 @@ def test_bodies_that_are_no_requests(server):
     assert post(f"{server.url}/v1/chat/completions", b"[]")[0] == 400
     body = json.dumps({"model": "tiny", "prompt": "a"}).encode()
     assert post(f"{server.url}/v1/completions", body, **{"content-type": "text/plain"})[0] == 415
+    assert post(f"{server.url}/v1/completions", body, **{"content-type": "Application/JSON; charset=utf-8"})[0] == 200
     status, answer = post(f"{server.url}/v1/completions", b" " * (17 << 20))
     assert status == 413 and "16 MB" in answer["error"]["message"]
+
+
+def test_a_client_that_hangs_up_within_its_request(server, caplog):
+    for _ in range(2):
+        with socket.create_connection(urlsplit(server.url).netloc.split(":")) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+            )
+    until(lambda: 'path="/v1/completions",status="499"} 2.0' in get(f"{server.url}/metrics")[1])
+    assert not caplog.records
 
 
 def test_models(client):
@@ -114,6 +127,7 @@ def test_keys(generator, batch):
     with running(generator, batch, keys=["first", "second"]) as server:
         for key in ("first", "second"):
             assert server.client(api_key=key).models.list().data
+            assert get(f"{server.url}/metrics", authorization=f"bearer  {key}")[0] == 200
         for key in ("wrong", "firs", "firsts"):
             with pytest.raises(openai.AuthenticationError) as error:
                 server.client(api_key=key).models.list()

@@ -15,7 +15,7 @@ from ftjax.errors import UserError
 from ftjax.hub.adapter.own_base import known_base
 from ftjax.hub.adapter.peft import CONFIG, WEIGHTS
 from ftjax.hub.adapter.plain_lora import Update, read_updates, targets, write_plain
-from ftjax.hub.output import replacing
+from ftjax.hub.output import refuse_what_is_there, replacing
 from ftjax.hub.run_folder import adapter_folder
 
 SAME = ("base_model_name_or_path", "fan_in_fan_out", "task_type")  # keys that adapters of one base model share
@@ -28,8 +28,7 @@ def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path) -> None:
     """
     if len(parts) < 2:
         raise UserError("merge-adapters: expected two adapters or more, as FOLDER=WEIGHT; to scale one, name it twice")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"merge-adapters: --out {out} is not empty; choose another folder, or remove it first")
+    refuse_what_is_there(out, "merge-adapters")
     read = [read_updates(folder, "only the updates of LoRA add up exactly") for folder, _ in parts]
     first = read[0][0]
     for (folder, _), (saved, updates) in zip(parts, read, strict=True):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,8 @@ def write_file(path: Path, architecture: str, values: Mapping[str, Any], tensors
         raise UserError(f"{path}: could not be written: {error.strerror or error}; nothing was left half-written") from None
     finally:
         writer.close()
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be made
+            partial.unlink()
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
