@@ -209,8 +209,8 @@ class Routes:
         asked = await read(request, CompletionRequest)
         jobs = await run_in_threadpool(self.served.completion, asked)
         to_bytes = self.served.voice(asked.model).grammars.decode
-        echoes = self.served.echoes(asked, jobs)
-        choices = [TextChoice(n, asked.logprobs is not None, to_bytes, job, echoes[n]) for n, job in enumerate(jobs)]
+        echoes, silent, listed = self.served.echoes(asked, jobs), asked.max_tokens == 0, asked.logprobs is not None
+        choices = [TextChoice(n, listed, to_bytes, job, echoes[n], silent) for n, job in enumerate(jobs)]
         return await self._answer(
             request, asked, jobs, choices, Envelope("text_completion", asked.model), [], len(asked.prompts)
         )
@@ -218,15 +218,17 @@ class Routes:
     async def _answer(self, request, asked, jobs, choices, envelope: Envelope, first: list, prompts: int = 1) -> Response:
         run = Run(jobs, self.engine, self.metrics, bool(asked.stream))
         self.engine.submit(jobs, lambda: self.served.serves(asked.model, jobs))
+        used = partial(usage, jobs, prompts, asked.most == 0)
+        later = {"usage": None} if asked.with_usage else {}  # the last chunk has it
 
         async def chunks() -> AsyncIterator[dict[str, Any]]:
             for choice in first:
-                yield envelope.chunk([choice])
+                yield envelope.chunk([choice], **later)
             async for news in run.news():
                 for choice in choices[news.number].feed(news):
-                    yield envelope.chunk([choice])
+                    yield envelope.chunk([choice], **later)
             if asked.with_usage:
-                yield envelope.chunk([], usage(jobs, prompts))
+                yield envelope.chunk([], usage=used())
 
         if asked.stream:
             return Events(chunks(), run)
@@ -234,7 +236,7 @@ class Routes:
         async def whole() -> Response:
             async for news in run.news():
                 choices[news.number].feed(news)
-            return JSONResponse(envelope.whole([choice.whole() for choice in choices], usage(jobs, prompts)))
+            return JSONResponse(envelope.whole([choice.whole() for choice in choices], used()))
 
         found = await unless_hung_up(whole(), request.receive, run.cancel)
         return found or Response(status_code=499)

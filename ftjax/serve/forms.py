@@ -33,15 +33,17 @@ class News(NamedTuple):
     finish: str | None
 
 
-def usage(jobs: Sequence[Job], prompts: int = 1) -> dict[str, Any]:
+def usage(jobs: Sequence[Job], prompts: int = 1, silent: bool = False) -> dict[str, Any]:
     """Return the tokens of a request; a prompt counts once, however many answers it has.
 
     Args:
         prompts: number of prompts, each with an equal number of consecutive jobs.
+        silent: the answers are not shown (`TextChoice.silent`).
     """
     each = len(jobs) // prompts
     firsts = jobs[::each]
-    prompt, answers = sum(len(job.answer.prompt) for job in firsts), sum(len(job.answer.tokens) for job in jobs)
+    prompt = sum(len(job.answer.prompt) for job in firsts)
+    answers = 0 if silent else sum(len(job.answer.tokens) for job in jobs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answers,
@@ -136,6 +138,7 @@ class TextChoice:
     to_bytes: Bytes
     job: Job
     echo: str = ""  # the prompt, which the text begins with
+    silent: bool = False  # the text is the prompt alone
     text: str = ""
     finish: str | None = None
     tokens: list[str] = field(default_factory=list)
@@ -147,6 +150,8 @@ class TextChoice:
 
     def feed(self, news: News) -> list[dict[str, Any]]:
         """Take what is new; return it as the choices of chunks."""
+        if self.silent:
+            news = news._replace(text="", tokens=[], finish=news.finish and "length")
         said = news.text
         if self.echo and not self.text:
             said = self.echo + said
@@ -213,9 +218,9 @@ class Envelope:
             "system_fingerprint": None,
         }  # fmt: skip
 
-    def chunk(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> dict[str, Any]:
+    def chunk(self, choices: list[dict[str, Any]], **used: dict[str, Any] | None) -> dict[str, Any]:
         kind = f"{self._kind}.chunk" if self._kind.startswith("chat") else self._kind
-        return {**self._own, "object": kind, "choices": choices, **({"usage": used} if used else {})}
+        return {**self._own, "object": kind, "choices": choices, **used}
 
     def whole(self, choices: list[dict[str, Any]], used: dict[str, Any]) -> dict[str, Any]:
         return {**self._own, "object": self._kind, "choices": choices, "usage": used}

@@ -25,6 +25,11 @@ MESSAGE_FIELDS = (
 )  # fmt: skip
 
 
+# Neither `true` nor "5" is a number.
+Number = Annotated[float, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True)]
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -38,17 +43,17 @@ class Sampled(Strict):
     """What requests for chats and completions have in common."""
 
     model: str
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
-    seed: int | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: Whole | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = 1
+    seed: Whole | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
@@ -125,9 +130,9 @@ class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
     logprobs: StrictBool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Any = None
     parallel_tool_calls: StrictBool | None = None
@@ -168,11 +173,11 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    prompt: str | list[str] | list[Whole] | list[list[Whole]]
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=0)] | None = 16  # 0: the prompt alone, with `echo`
     echo: StrictBool | None = False
-    best_of: int | None = None
+    best_of: Whole | None = None
     suffix: None = None
 
     @property
@@ -188,7 +193,7 @@ class EmbeddingRequest(Strict):
     """`POST /v1/embeddings`."""
 
     model: str
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | list[str] | list[Whole] | list[list[Whole]]
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["last", "mean"] = "last"
     dimensions: None = None

@@ -111,6 +111,8 @@ class Served:
         voice, jobs = self.voice(asked.model), []
         if asked.best_of not in (None, asked.n or 1):
             raise invalid("best_of: only the value of n is supported", "best_of")
+        if asked.max_tokens == 0 and not asked.echo:
+            raise invalid("max_tokens: 0 is for the prompt alone, with echo: true", "max_tokens")
         for prompt in asked.prompts:
             ids = self._encode(voice, prompt, "prompt", chat=False)
             jobs += self._jobs(asked, voice, ids)
@@ -146,11 +148,12 @@ class Served:
                 f"the prompt has {len(ids)} tokens and max_tokens is {asked.most}; the context is {self.context} tokens",
                 "max_tokens", "context_length_exceeded",
             )  # fmt: skip
+        most = room if asked.most is None else max(1, asked.most)  # of an echo alone the token is thrown away
         bias = asked.bias(self.generator.model.sizes.vocab, BIASED)
         jobs = []
         for number in range(asked.n or 1):
             request = Request(
-                ids, sampling, asked.most or room, stop=asked.stops, seed=seed, number=number, logit_bias=bias
+                ids, sampling, most, stop=asked.stops, seed=seed, number=number, logit_bias=bias
             )  # fmt: skip
             jobs.append(_job(voice.generator.begin(request, shows_special=shows_special), voice))
         return jobs

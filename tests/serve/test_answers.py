@@ -266,6 +266,22 @@ def test_an_echo_has_the_probabilities_of_the_prompt(server, client):
     assert plain.choices[0].text.startswith(server.generator.tokenizer.decode([5, 9])) and plain.choices[0].logprobs is None
 
 
+def test_an_echo_alone(server, client):
+    """With `max_tokens: 0`, as tools ask that score texts; without an echo it is refused."""
+    ids = server.generator.encode("Tom ran", chat=False)
+    asked = {"model": "tiny", "prompt": ["Tom ran", "The dog"], "max_tokens": 0, "logprobs": 1, "extra_body": {"echo": True}}
+    answer = client.completions.create(**asked)
+    assert [one.text for one in answer.choices] == asked["prompt"]
+    assert {one.finish_reason for one in answer.choices} == {"length"} and answer.usage.completion_tokens == 0
+    expected = server.generator.score([ids[:1]], [ids[1:]])[0]
+    np.testing.assert_allclose(answer.choices[0].logprobs.token_logprobs[1:], expected.logprobs, atol=1e-4)
+    stream = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in stream[:-1]) in ("Tom ranThe dog", "The dogTom ran")
+    assert stream[-1].usage == answer.usage and "usage" in stream[0].model_fields_set and stream[0].usage is None
+    with pytest.raises(openai.BadRequestError, match="max_tokens: 0 is for the prompt alone, with echo"):
+        client.completions.create(**asked | {"extra_body": {}})
+
+
 @pytest.mark.parametrize(
     "parts", [["Tom \u00e9\ufffd a \U0001f600b"], ["Tom", " \u00e9\ufffd a ", "\U0001f600", "b"]], ids=["whole", "stream"]
 )

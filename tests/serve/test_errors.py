@@ -40,6 +40,9 @@ def get(url: str, **headers: str) -> tuple[int, str]:
     [
         ({"temperature": -1}, "temperature", "expected 0"),
         ({"temperature": "hot"}, "temperature", "number"),
+        ({"temperature": "0.5"}, "temperature", "number"),
+        ({"n": True}, "n", "integer"),
+        ({"logit_bias": {"5": True}}, "logit_bias.5", "number"),
         ({"top_p": 3}, "top_p", "at most 1"),
         ({"presence_penalty": 5}, "presence_penalty", "between -2 and 2"),
         ({"n": 0}, "n", "greater than or equal to 1"),
