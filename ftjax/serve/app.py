@@ -210,7 +210,8 @@ class Routes:
         jobs = await run_in_threadpool(self.served.completion, asked)
         to_bytes = self.served.voice(asked.model).grammars.decode
         echoes, silent, listed = self.served.echoes(asked, jobs), asked.max_tokens == 0, asked.logprobs is not None
-        choices = [TextChoice(n, listed, to_bytes, job, echoes[n], silent) for n, job in enumerate(jobs)]
+        as_ids = bool(asked.return_tokens_as_token_ids)
+        choices = [TextChoice(n, listed, to_bytes, job, echoes[n], silent, as_ids) for n, job in enumerate(jobs)]
         return await self._answer(
             request, asked, jobs, choices, Envelope("text_completion", asked.model), [], len(asked.prompts)
         )

@@ -139,6 +139,7 @@ class TextChoice:
     job: Job
     echo: str = ""  # the prompt, which the text begins with
     silent: bool = False  # the text is the prompt alone
+    as_ids: bool = False  # tokens are named by their ids, as several may have one text
     text: str = ""
     finish: str | None = None
     tokens: list[str] = field(default_factory=list)
@@ -170,7 +171,7 @@ class TextChoice:
         known = self.text.encode()
         for token, logprob, tops in (*prompt, *news.tokens):
             raw = self.to_bytes(token)
-            self.tokens.append(raw.decode("utf-8", "replace"))
+            self.tokens.append(self._name(token))
             self.logprobs.append(logprob)
             self.tops.append(None if tops is None else self._named(tops))
             self.offsets.append(self._characters)
@@ -179,9 +180,12 @@ class TextChoice:
             self._characters += sum(byte & 0xC0 != 0x80 for byte in shown)  # the other bytes go on with a character
         return self._part(start)
 
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self.as_ids else self.to_bytes(token).decode("utf-8", "replace")
+
     def _named(self, tops: list[tuple[int, float]]) -> dict[str, float]:
-        """Return the most probable tokens by their text; of two with one text, the more probable."""
-        return {self.to_bytes(one).decode("utf-8", "replace"): value for one, value in reversed(tops)}
+        """Return the most probable tokens by their names; of two with one text, the more probable."""
+        return {self._name(one): value for one, value in reversed(tops)}
 
     def _part(self, start: int) -> dict[str, Any]:
         return {

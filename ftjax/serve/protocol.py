@@ -2,7 +2,7 @@
 
 A field that the server does not know is refused. `user`, `metadata`, `store`, `service_tier`, `safety_identifier` and
 `prompt_cache_key` are about OpenAI's own service; they are taken and have no effect. `top_k`, `min_p`, `repetition_penalty`,
-`chat_template_kwargs` and `pooling` are additions, with the names that other servers use.
+`chat_template_kwargs`, `return_tokens_as_token_ids` and `pooling` are additions, with the names that other servers use.
 """
 
 import json
@@ -178,6 +178,7 @@ class CompletionRequest(Sampled):
     max_tokens: Annotated[Whole, Field(ge=0)] | None = 16  # 0: the prompt alone, with `echo`
     echo: StrictBool | None = False
     best_of: Whole | None = None
+    return_tokens_as_token_ids: StrictBool | None = False
     suffix: None = None
 
     @property

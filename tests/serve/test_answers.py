@@ -8,11 +8,14 @@ from typing import Literal
 
 import numpy as np
 import openai
+import pyarrow as pa
 import pytest
 from generate.engines import answered_alone
 from pydantic import BaseModel
 
+from ftjax.config import Config
 from ftjax.generate.request import Request
+from ftjax.rl.teach import teach
 from ftjax.serve.forms import News, TextChoice
 
 CHAT = [{"role": "user", "content": "Tom went to the park."}]
@@ -280,6 +283,28 @@ def test_an_echo_alone(server, client):
     assert stream[-1].usage == answer.usage and "usage" in stream[0].model_fields_set and stream[0].usage is None
     with pytest.raises(openai.BadRequestError, match="max_tokens: 0 is for the prompt alone, with echo"):
         client.completions.create(**asked | {"extra_body": {}})
+
+
+def test_a_server_is_a_teacher(server, chatty, tmp_path):
+    """`ftjax teach` writes the predictions that it has from the teacher's folder; its likely tokens are named by their ids."""
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": one, "completion": f"{one} ran"}) + "\n" for one in "abc")
+    )
+    found = []
+    for name, where in (("server", {"teacher_model_server_url": f"{server.url}/v1"}), ("folder", {})):
+        objective = {
+            "name": "distill", "teacher_model_name_or_path": "tiny" if where else str(chatty), "loss_top_k": 5,
+            "teacher_logprobs": str(tmp_path / name), **where,
+        }  # fmt: skip
+        values = {
+            "model": {"path": str(chatty), "dtype": "float32", "compute_dtype": "float32"}, "objective": objective,
+            "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 32}, "output_dir": str(tmp_path / "run"),
+        }  # fmt: skip
+        [path] = teach(Config.model_validate(values))
+        found.append(pa.ipc.open_file(path).read_all().to_pydict())
+    assert found[0]["ids"] == found[1]["ids"] and len(found[0]["ids"]) > 5
+    for name in ("logprobs", "rest"):
+        np.testing.assert_allclose(found[0][name], found[1][name], atol=1e-4)
 
 
 @pytest.mark.parametrize(
