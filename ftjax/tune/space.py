@@ -75,7 +75,8 @@ def check(config: Config, dimensions: Sequence[Dimension]) -> None:
             try:
                 settings_of(config, {one.key: value}, note=lambda text: None)
             except UserError as error:
-                problems.append(f"{one.key}={value}: {' '.join(str(error).split())}")
+                found = " ".join(str(error).split()).removeprefix(f"argument {one.key}: ").removeprefix(f"{one.key}: ")
+                problems.append(f"{one.key}={value}: {found}")
                 break
     if problems:
         raise UserError(join_problems(problems, "--search"))

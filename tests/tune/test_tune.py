@@ -94,7 +94,8 @@ def test_search_spaces_that_are_wrong(text, message):
 
 
 def test_all_mistakes_are_found_before_a_trial(home):
-    with pytest.raises(ftjax.UserError, match=r"(?s)2 things.*method.r=0.*method.lora_drpout.*lora_dropout"):
+    wrong = r"(?s)2 things.*method.r=0.*method.lora_drpout=[^ ]*: unknown key; did you mean lora_dropout"
+    with pytest.raises(ftjax.UserError, match=wrong):
         ftjax.tune(CONFIG, "method.r=[0,4] method.lora_drpout=uniform(0,0.1)", trials=2)
     with pytest.raises(ftjax.UserError, match="each trial has a folder of its own"):
         ftjax.tune(CONFIG, "output_dir=[a,b]", trials=2)
