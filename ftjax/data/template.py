@@ -25,6 +25,11 @@ from ftjax.errors import UserError
 log = logging.getLogger(__name__)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NOT_FOR_TEMPLATES = ("train", "weight")  # keys of a message about its training, not its content
+# What `Template` itself gives to a template.
+OWN_ARGUMENTS = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversations", "messages",
+    "return_assistant_tokens_mask", "tools",
+}  # fmt: skip
 Span = tuple[int, int]
 
 
@@ -292,6 +297,8 @@ class Template:
             {key: value for key, value in m.items() if (value is not None or key == "content") and key not in NOT_FOR_TEMPLATES}
             for m in messages
         ]
+        if taken := sorted(OWN_ARGUMENTS.intersection(arguments or ())):
+            raise UserError(f"{where}: chat_template_kwargs cannot set {', '.join(taken)}, which follows from the rest")
         try:
             texts, spans = render_jinja_template(
                 [plain],

@@ -49,6 +49,7 @@ def get(url: str, **headers: str) -> tuple[int, str]:
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 9999}, "max_tokens", "context"),
         ({"messages": []}, "messages", "at least 1"),
+        ({"chat_template_kwargs": {"tools": []}}, "messages", "chat_template_kwargs cannot set tools"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "expected one of"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0", "text only"),
