@@ -62,6 +62,7 @@ FAMILIES: dict[str, Family] = {
         composite=Composite(
             PROJECTED,
             ("vision_config", "boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image"),
+            clashing=True,
             stored=OUTSIDE,
         ),
     ),
@@ -126,6 +127,7 @@ FAMILIES: dict[str, Family] = {
                 "spatial_merge_size",
                 "vision_feature_layer",
             ),
+            clashing=True,
             stored=OUTSIDE,
         ),
     ),

@@ -18,7 +18,7 @@ MIXED = [case for case in CASES if case.name == "qwen3-moe-every-other" or (ALL 
 
 # One with other parts whose layers have other names, one whose other parts have layers of the same names, and one whose text
 # stands with its output in the whole.
-COMPOSITE = [case for case in ONE_OF_EACH if case.model_type in ("qwen3_5", "gemma4", "llama4")[: 3 if ALL else 1]]
+COMPOSITE = [case for case in ONE_OF_EACH if case.model_type in ("qwen3_5", "gemma3", "gemma4", "llama4")[: 4 if ALL else 2]]
 TRIED = MIXED + (ONE_OF_EACH if ALL else FEW + COMPOSITE)
 
 
