@@ -146,8 +146,8 @@ class TextChoice:
     logprobs: list[float | None] = field(default_factory=list)
     tops: list[dict[str, float] | None] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)  # in characters of the text
-    _bytes: int = 0  # of the text, up to the next token
-    _characters: int = 0
+    _ahead: bytes = b""  # of the text, from the next token on
+    _characters: int = 0  # before it
 
     def feed(self, news: News) -> list[dict[str, Any]]:
         """Take what is new; return it as the choices of chunks."""
@@ -158,26 +158,27 @@ class TextChoice:
             said = self.echo + said
         self.text += said
         self.finish = news.finish
-        found = self._listed(news) if self.with_logprobs else None
+        found = self._listed(news, said) if self.with_logprobs else None
         if not said and news.finish is None and not (found and found["tokens"]):
             return []
         return [{"index": self.number, "text": said, "logprobs": found, "finish_reason": news.finish}]
 
-    def _listed(self, news: News) -> dict[str, Any]:
+    def _listed(self, news: News, said: str) -> dict[str, Any]:
         start, prompt = len(self.tokens), []
         if self.job.scored and not start:
             first, *others = self.job.answer.prompt
             prompt = [(first, None, None), *((token, *one) for token, one in zip(others, self.job.expected, strict=True))]
-        known = self.text.encode()
+        known, at = self._ahead + said.encode(), 0
         for token, logprob, tops in (*prompt, *news.tokens):
             raw = self.to_bytes(token)
             self.tokens.append(self._name(token))
             self.logprobs.append(logprob)
             self.tops.append(None if tops is None else self._named(tops))
             self.offsets.append(self._characters)
-            shown = _shown(raw, known[self._bytes :][: max(len(raw), len(BROKEN))])
-            self._bytes += len(shown)
+            shown = _shown(raw, known[at : at + max(len(raw), len(BROKEN))])
+            at += len(shown)
             self._characters += sum(byte & 0xC0 != 0x80 for byte in shown)  # the other bytes go on with a character
+        self._ahead = known[at:]
         return self._part(start)
 
     def _name(self, token: int) -> str:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError
 
 from ftjax.data.dialect import Arguments
 from ftjax.data.example import Message
@@ -25,11 +25,6 @@ MESSAGE_FIELDS = (
 )  # fmt: skip
 
 
-# Neither `true` nor "5" is a number.
-Number = Annotated[float, Field(strict=True)]
-Whole = Annotated[int, Field(strict=True)]
-
-
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -43,17 +38,17 @@ class Sampled(Strict):
     """What requests for chats and completions have in common."""
 
     model: str
-    temperature: Number | None = None
-    top_p: Number | None = None
-    top_k: Whole | None = None
-    min_p: Number | None = None
-    repetition_penalty: Number | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
-    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
-    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = 1
-    seed: Whole | None = None
+    temperature: StrictFloat | None = None
+    top_p: StrictFloat | None = None
+    top_k: StrictInt | None = None
+    min_p: StrictFloat | None = None
+    repetition_penalty: StrictFloat | None = None
+    presence_penalty: StrictFloat | None = None
+    frequency_penalty: StrictFloat | None = None
+    logit_bias: dict[str, Annotated[StrictFloat, Field(ge=-100, le=100)]] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = 1
+    seed: StrictInt | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
@@ -130,9 +125,9 @@ class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = False
-    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Any = None
     parallel_tool_calls: StrictBool | None = None
@@ -173,11 +168,11 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[Whole] | list[list[Whole]]
-    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-    max_tokens: Annotated[Whole, Field(ge=0)] | None = 16  # 0: the prompt alone, with `echo`
+    prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = 16  # 0: the prompt alone, with `echo`
     echo: StrictBool | None = False
-    best_of: Whole | None = None
+    best_of: StrictInt | None = None
     return_tokens_as_token_ids: StrictBool | None = False
     suffix: None = None
 
@@ -194,7 +189,7 @@ class EmbeddingRequest(Strict):
     """`POST /v1/embeddings`."""
 
     model: str
-    input: str | list[str] | list[Whole] | list[list[Whole]]
+    input: str | list[str] | list[StrictInt] | list[list[StrictInt]]
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["last", "mean"] = "last"
     dimensions: None = None
