@@ -19,6 +19,7 @@ from ftjax.generate.answer import Answer
 from ftjax.generate.decode import State
 from ftjax.generate.engine import Engine
 from ftjax.generate.sample import Sampling, row_sampling, uses_of
+from ftjax.generate.separate import separate
 from ftjax.generate.steps import Asked, Likelihoods, Part, Pooled, Seen, Sizes, Turn
 from ftjax.long_steps import KEPT, long_step, steps_go_on
 from ftjax.mesh import fitting, parts
@@ -149,6 +150,7 @@ class PagedBatch:
     def __init__(self, engine: Engine, params: Mapping[str, jax.Array], room: Room):
         assert room.rows % engine.shards == 0, f"{room.rows} rows on {engine.shards} shards"
         self.engine, self.params, self.room = engine, params, room
+        self._separate = separate(engine.model, params, engine.mesh)
         vocab = engine.model.sizes.vocab
         self.sizes = Sizes(
             room.rows, engine.shards, room.pages + 1, room.page, room.ends, room.biased, min(room.tops, vocab), room.steps
@@ -344,7 +346,7 @@ class PagedBatch:
     def _run_decode(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int) -> Seen:
         turn = self.turn(rows, steps, listed, masks, width)
         with jax.set_mesh(self.engine.mesh), self._compiling("decode", width):
-            self._state, seen = self._programs.decode(self.params, self._state, turn)
+            self._state, seen = self._programs.decode({**self.params, **self._separate}, self._state, turn)
         return seen
 
     def turn(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int) -> Turn:

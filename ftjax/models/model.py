@@ -19,7 +19,7 @@ from ftjax.models.inside import put_inside, text_facts
 from ftjax.models.nn.memory import Memory
 from ftjax.models.nn.param import Buffer, Spec, specs, variables
 from ftjax.models.nn.rope import Rope, unread
-from ftjax.models.nn.stack import memories
+from ftjax.models.nn.stack import is_separate, memories
 from ftjax.models.registry import FAMILIES, check_supported
 
 
@@ -69,9 +69,9 @@ class Model:
         )  # fmt: skip
 
     def bind(self, params: Mapping[str, jax.Array]) -> Any:
-        """Return the module with these arrays as parameters; for use inside jit."""
+        """Return the module with these arrays as parameters, some of them `Separate`; for use inside jit."""
         leaves = [self.buffers[path] if path in self.buffers else params[path] for path in self.order]
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, jax.tree.leaves(leaves)))
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, jax.tree.leaves(leaves, is_leaf=is_separate)))
 
     @property
     def trainable(self) -> dict[str, Spec]:

@@ -12,6 +12,7 @@ from oracle import assert_cached_is_uncached, hf_logits, load, make_hf, one_devi
 from processes import ALL
 
 from ftjax.config import MeshConfig
+from ftjax.generate import separate
 from ftjax.generate.session import Generator
 from ftjax.mesh import make_mesh
 
@@ -79,6 +80,14 @@ def test_greedy_text_on_eight_devices_is_transformers(case, made):
     folder, hf, _, _ = made(case.name)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4 // case.tensor, tensor=case.tensor))
     answers_as_transformers(generator(*load(folder, mesh=mesh), mesh), hf)
+
+
+@pytest.mark.parametrize("case", SHARDED, ids=str)
+def test_greedy_text_layer_by_layer_is_transformers(case, made, monkeypatch):
+    """On a CPU the layers of large models are called one by one (`ftjax.generate.separate`)."""
+    monkeypatch.setattr(separate, "WORTH", 0)
+    _, hf, model, params = made(case.name)
+    answers_as_transformers(generator(model, params), hf)
 
 
 def answers_as_transformers(ours: Generator, hf) -> None:

@@ -12,6 +12,7 @@ from generate.engines import answered_alone
 from serve.conftest import OTHERS, PLAIN, ROOM, running
 
 from ftjax.errors import UserError
+from ftjax.generate import separate
 from ftjax.generate.adapters import AdapterStack, updates_of
 from ftjax.generate.paged import PagedBatch
 from ftjax.generate.request import Request
@@ -32,7 +33,9 @@ def stack(chatty) -> AdapterStack:
 
 @pytest.fixture(scope="module")
 def batch(stack) -> PagedBatch:
-    found = PagedBatch(stack.generator.engine, stack.generator.params, ROOM)
+    with pytest.MonkeyPatch.context() as patch:  # layers are called one by one, as those of large models are; `alone` scans
+        patch.setattr(separate, "WORTH", 0)
+        found = PagedBatch(stack.generator.engine, stack.generator.params, ROOM)
     found.warm_up()
     return found
 

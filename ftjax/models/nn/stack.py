@@ -48,6 +48,26 @@ def segments(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
     return tuple(found)
 
 
+@jax.tree_util.register_pytree_node_class
+class Separate(tuple):
+    """A stacked array as one array per layer, for programs that call the layers one by one.
+
+    On a CPU a scan copies each layer's weights out of their stack before it multiplies by them, which takes longer than the
+    product itself where there are few tokens.
+    """
+
+    def tree_flatten(self):
+        return tuple(self), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls(leaves)
+
+
+def is_separate(leaf) -> bool:
+    return isinstance(leaf, Separate)
+
+
 class Stack(nnx.Module):
     """A stack of `len(kinds)` layers, whose parameters have a leading `layers` axis.
 
@@ -119,6 +139,8 @@ class Stack(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: Context, cache: Memories = None):
         """Run all layers and return `(x, cache, aux)`."""
+        if any(map(is_separate, jax.tree.leaves(nnx.state(self), is_leaf=is_separate))):
+            return self._one_by_one(x, ctx, cache)
         found = segments(tuple(zip(self.choice, self.kinds, strict=True)))
         # A scan over part of an array copies that part, and one over bfloat16 casts all of it on a CPU. So in these cases
         # frozen parameters are indexed instead of scanned over, which needs no copy; unless all activations are saved for the
@@ -142,6 +164,19 @@ class Stack(nnx.Module):
             auxes.append(aux)
         x, remembered = carry
         return x, remembered if decoding else None, _sum(auxes)
+
+    def _one_by_one(self, x: jax.Array, ctx: Context, cache: Memories):
+        """Decode with layers whose parameters are `Separate`; return `(x, cache, aux)`."""
+        split = {name: nnx.split(getattr(self, name)) for name in sorted(set(self.choice))}
+        auxes = []
+        for layer, (name, kind) in enumerate(zip(self.choice, self.kinds, strict=True)):
+            structure, states = split[name]
+            own = self.choice[:layer].count(name)
+            state = jax.tree.map(lambda leaf, own=own: leaf[own], states, is_leaf=is_separate)
+            one = replace(ctx, own_input=None if ctx.own_input is None else ctx.own_input[layer])
+            x, cache, aux = nnx.merge(structure, state)(x, one, kind, layer, cache)
+            auxes.append(aux)
+        return x, cache, _sum(auxes)
 
     def _run(self, segment: Segment, split: dict, keys, ctx: Context, carry: tuple):
         """Run the layers of a segment on `carry = (x, cache)`; return what they carry on, and the sum of their aux."""

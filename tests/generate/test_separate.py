@@ -1,0 +1,63 @@
+"""Tests decoding on a CPU with one array per layer: the same answers, in the memory of the stacked weights."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from generate.engines import LLAMA, generator_of
+from oracle import load, make_hf, one_device, tokens
+
+from ftjax.config import MeshConfig
+from ftjax.generate import separate
+from ftjax.generate.separate import separate as separated
+from ftjax.mesh import make_mesh
+from ftjax.models.nn.quantise import quantise
+
+PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (7, 24)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("llama")
+    make_hf(LLAMA, found)
+    return found
+
+
+def test_layers_share_the_memory_of_their_stack(folder, monkeypatch):
+    monkeypatch.setattr(separate, "WORTH", 0)
+    model, params = load(folder)
+    params = jax.tree.map(jnp.copy, params)  # memory of XLA's own, which a program can take over
+    found = separated(model, params, one_device())
+    assert found.keys() == {path for path, spec in model.specs.items() if spec.stacked}
+    shared = 0
+    for path, layers in found.items():
+        first, each = params[path].unsafe_buffer_pointer(), params[path].nbytes // len(layers)
+        np.testing.assert_array_equal(np.stack(layers), jnp.copy(params[path]))  # the stack itself would keep a view
+        shared += [layer.unsafe_buffer_pointer() for layer in layers] == [first + each * at for at in range(len(layers))]
+    assert shared, "no layer is in the memory of its stack"
+    path = next(iter(found))
+    del layers, found
+    at = params[path].unsafe_buffer_pointer()
+    after = jax.jit(lambda x: x + 1, donate_argnums=0)(params[path])
+    assert after.unsafe_buffer_pointer() == at, "a stack whose layers are gone is donated as before"
+
+
+def test_small_models_and_several_devices_keep_their_stacks(folder, monkeypatch):
+    model, params = load(folder)
+    assert separated(model, params, one_device()) == {}
+    monkeypatch.setattr(separate, "WORTH", 0)
+    mesh = make_mesh(MeshConfig(tensor=2, data=4))
+    assert separated(*load(folder, mesh=mesh), mesh) == {}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantised_layers_answer_alike(folder, quantization, monkeypatch):
+    generator = generator_of(*load(folder, partial(quantise, kind=quantization)))
+    expected = generator.generate(PROMPTS, max_new_tokens=12, logprobs=True)
+    monkeypatch.setattr(separate, "WORTH", 0)
+    found = generator.generate(PROMPTS, max_new_tokens=12, logprobs=True)
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.tokens == other.tokens
+        np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=1e-5)
