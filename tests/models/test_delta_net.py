@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 def test_gradients_on_a_mesh_are_those_of_one_device(sizes, folder):
     want, wanted = packed_gradients(folder)
     got, found = packed_gradients(folder, make_mesh(MeshConfig(**sizes)))
-    np.testing.assert_allclose(got, want, rtol=1e-4)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-3)  # a sum of 6,432 terms of either sign, which may nearly cancel
     for path, gradient in wanted.items():
         np.testing.assert_allclose(found[path], gradient, atol=1e-3 * np.abs(gradient).max(), rtol=0, err_msg=path)
         assert np.abs(gradient).max() > 0, path

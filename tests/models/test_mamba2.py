@@ -37,7 +37,7 @@ def test_gradients_on_a_mesh_are_those_of_one_device(groups, tmp_path):
     make_hf(Case("bamba", "bamba", {**SIZES, "mamba_n_groups": groups}), tmp_path)
     want, wanted = packed_gradients(tmp_path)
     got, found = packed_gradients(tmp_path, make_mesh(MeshConfig(fsdp=2, tensor=2, sequence=2)))
-    np.testing.assert_allclose(got, want, rtol=1e-4)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-3)  # a sum of 6,432 terms of either sign, which may nearly cancel
     for path, gradient in wanted.items():
         np.testing.assert_allclose(found[path], gradient, atol=1e-3 * np.abs(gradient).max(), rtol=0, err_msg=path)
         assert np.abs(gradient).max() > 0, path
