@@ -57,7 +57,7 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
     if section.use_uld_loss:
         return uld.totals(inputs), inputs.auxiliary
     own = batch["labels"] if section.mixed and "labels" in batch else jnp.full(batch["weights"].shape, float(section.lmbda < 1))
-    lesson = Lesson(batch["targets"], own, jax.lax.stop_gradient(teacher.hidden))
+    lesson = Lesson(batch["targets"], own, jax.lax.stop_gradient(teacher.after(inputs.hidden).hidden))
     return inputs.token_totals(lesson, partial(_measure, section, teacher.output)), inputs.auxiliary
 
 

@@ -114,7 +114,7 @@ def _logprobs(inputs: LossInputs) -> tuple[Both, Both]:
         return logps, answer_sums(inputs.batch["labels"], inputs.batch)
     if inputs.reference is None:
         return logps, Both(*map(jnp.zeros_like, logps))
-    return logps, Both(*jax.lax.stop_gradient(answer_logprobs(inputs.reference, section.ld_alpha)))
+    return logps, Both(*jax.lax.stop_gradient(answer_logprobs(inputs.reference_after, section.ld_alpha)))
 
 
 def _documents(section: DpoConfig, forward: Forward) -> Float[Array, "B documents"]:

@@ -59,7 +59,7 @@ def loss(inputs: LossInputs) -> tuple[LossTotals, Float[Array, ""]]:
     if section.off_policy_mask_threshold is not None:
         each = each * _kept(inputs, found, lengths)
     if section.beta:
-        difference = reference_logprobs(inputs) - found.logprobs
+        difference = reference_logprobs(inputs, found.logprobs) - found.logprobs
         kl = jnp.exp(difference) - difference - 1
         if section.use_bias_correction_kl:
             kl = kl * ratio

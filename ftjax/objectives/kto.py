@@ -78,7 +78,7 @@ def _answers(inputs: LossInputs) -> _Answers:
 
     labels = inputs.batch["labels"].reshape(*segments.shape, -1)
     known = section.precompute_ref_log_probs
-    reference = sums(labels[..., 1]) if known else jax.lax.stop_gradient(_logprobs(inputs.reference))
+    reference = sums(labels[..., 1]) if known else jax.lax.stop_gradient(_logprobs(inputs.reference_after))
     there = sums((inputs.batch["weights"] != 0).astype(jnp.float32)) > 0
     return _Answers(sums(labels[..., 0]), _logprobs(inputs), reference, there)
 

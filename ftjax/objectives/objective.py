@@ -1,7 +1,7 @@
 """Interface of an objective: a record of functions, most of them optional."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -53,6 +53,15 @@ class Forward:
     def _hidden(self) -> tuple[jax.Array, jax.Array]:
         found, _, auxiliary = self.model.bind({**self.frozen, **self.trainable}).hidden(self.batch["tokens"], self.ctx)
         return found, auxiliary
+
+    def after(self, found: Any) -> "Forward":
+        """Return the same model, whose pass begins when these arrays have been computed.
+
+        Loops that do not depend on each other run in any order, which may differ from device to device. If both have
+        collectives, devices of a CPU then wait for each other forever.
+        """
+        tokens, _ = jax.lax.optimization_barrier((self.batch["tokens"], jax.lax.stop_gradient(found)))
+        return replace(self, batch={**self.batch, "tokens": tokens})
 
     @property
     def hidden(self) -> Float[Array, "B T E"]:
@@ -145,6 +154,11 @@ class LossInputs(Forward):
     own_statistics: "Statistics | None" = None
     all_statistics: Any = None
     number: Int[Array, ""] | int = 0
+
+    @cached_property
+    def reference_after(self) -> Forward:
+        """The reference model, whose pass begins after the log-probabilities of the model itself."""
+        return self.reference.after(self.token_logprobs().logprobs)
 
     @cached_property
     def statistics(self) -> Any:

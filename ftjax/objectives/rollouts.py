@@ -45,9 +45,9 @@ def answers_of(inputs: LossInputs) -> Answers:
     return Answers(found.logprobs, found.entropy, old, values["sampler_logprob"], values["advantage"], batch["weights"] != 0)
 
 
-def reference_logprobs(inputs: LossInputs) -> Float[Array, "B T"]:
-    """Compute the log-probabilities for the reference model, without a gradient."""
-    found = inputs.reference.token_logprobs(temperature=inputs.config.objective.temperature)
+def reference_logprobs(inputs: LossInputs, own: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """Compute the log-probabilities for the reference model, after the model's own, without a gradient."""
+    found = inputs.reference.after(own).token_logprobs(temperature=inputs.config.objective.temperature)
     return jax.lax.stop_gradient(found.logprobs)
 
 

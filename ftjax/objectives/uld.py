@@ -86,11 +86,14 @@ def totals(inputs: LossInputs) -> LossTotals:
     """Sum the loss of a microbatch; its weight is that of its groups."""
     section, batch = inputs.config.objective, inputs.batch
     found, weights, length = Alignment.of_batch(batch), batch["weights"], batch["weights"].shape[1]
-    teacher = _reading(inputs.teacher, found)
-    factors = []
-    for model, group in ((inputs, found.link), (teacher, found.of)):
+
+    def factor(model: Forward, group: jax.Array) -> jax.Array:
         logprobs = model.token_logprobs(group, temperature=section.temperature).logprobs
-        factors.append(segment_sums(jnp.where(group > 0, jnp.maximum(logprobs, LEAST), 0), group, length))
+        return segment_sums(jnp.where(group > 0, jnp.maximum(logprobs, LEAST), 0), group, length)
+
+    own_factor = factor(inputs, found.link)
+    teacher = _reading(inputs.teacher, found).after(own_factor)
+    teacher_factor = factor(teacher, found.of)
     own = _labels(batch)[..., len(VALUES)] if section.mixed else jnp.full(weights.shape, float(section.lmbda < 1))
     imitated = jnp.zeros_like(weights)
     if section.crossentropy_weight:  # an average over tokens, in a sum that is divided by groups
@@ -99,9 +102,9 @@ def totals(inputs: LossInputs) -> LossTotals:
     before = jnp.maximum(found.partner - 1, 0)[..., None]
     hidden = jnp.take_along_axis(teacher.hidden, before, axis=1)
     grouped = jnp.where(found.partner > 0, weights, 0)
-    lesson = Lesson(batch["targets"], own * weights, imitated, grouped, hidden, factors[1])
+    lesson = Lesson(batch["targets"], own * weights, imitated, grouped, hidden, teacher_factor)
     lesson = jax.tree.map(jax.lax.stop_gradient, lesson)
-    return inputs.token_totals(lesson, partial(_measure, section, teacher.output, inputs.matches), factors[0])
+    return inputs.token_totals(lesson, partial(_measure, section, teacher.output, inputs.matches), own_factor)
 
 
 def _labels(batch: Mapping[str, Any]) -> Float[Array, "B T values"]:
