@@ -148,3 +148,18 @@ def test_rewards(model, tmp_path):
         for at, whole in enumerate(side["seconds"]):
             assert sum(side[phase][at] for phase in ("rollout", "reward", "update")) == pytest.approx(whole)
     assert mine["gap"] < 1e-5
+
+
+@pytest.mark.sweep
+def test_serve(model, tmp_path):
+    options = ("--requests", 4, "--rows", 4, "--shortest", 4, "--longest", 8, "--new", 4, "--times", 1, "--adapters", 2)
+    sides = run("serve", tmp_path / "serve.json", "--model", model, *options)
+    assert list(sides) == ["ftjax", "one adapter", "adapters", "transformers"] and sides["transformers"]["same"] == 1
+    assert all(found["speed"] > 0 and 0 < found["p50"] <= found["p99"] for found in sides.values())
+
+
+@pytest.mark.sweep
+def test_decode(model, tmp_path):
+    found = run("decode", tmp_path / "decode.json", "--model", model, "--rows", 1, 2, "--context", 4, "--new", 4)
+    assert found["weights"] == sum(p.numel() * 4 for p in AutoModelForCausalLM.from_pretrained(model).parameters())
+    assert set(found["seconds"]) == {"1", "2"} and found["copied"] > 0

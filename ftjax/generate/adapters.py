@@ -29,16 +29,17 @@ class AdapterStack:
     Attributes:
         generator: its parameters have the stacked arrays.
         places: number of places, without the empty one.
+        paths: paths of the stacked arrays.
     """
 
     def __init__(self, generator: Generator, config: Mapping[str, Any], places: int, rank: int):
         self.generator, self.places, self.rank = generator, places, rank
         self._config = config
-        self._paths = [path for path in generator.model.specs if path.rpartition(".")[2].startswith("stack_")]
+        self.paths = [path for path in generator.model.specs if path.rpartition(".")[2].startswith("stack_")]
         with jax.set_mesh(generator.engine.mesh):
-            where = {path: generator.params[path].sharding for path in self._paths}
+            where = {path: generator.params[path].sharding for path in self.paths}
             specs = generator.model.specs
-            depths = {path: len(specs[path].stacked) for path in self._paths}
+            depths = {path: len(specs[path].stacked) for path in self.paths}
             self._write = jax.jit(partial(_write, depths), donate_argnums=0, out_shardings=where)
 
     @classmethod
@@ -88,11 +89,11 @@ class AdapterStack:
         specs = generator.model.specs
         if arrays is None:
             arrays = {
-                p: np.zeros((*specs[p].stacked, *specs[p].shape[len(specs[p].stacked) + 1 :]), np.float32) for p in self._paths
+                p: np.zeros((*specs[p].stacked, *specs[p].shape[len(specs[p].stacked) + 1 :]), np.float32) for p in self.paths
             }
         with jax.set_mesh(generator.engine.mesh):
-            new = {path: generator.engine.replicate(np.asarray(arrays[path], jnp.float32)) for path in self._paths}
-            old = {path: generator.params[path] for path in self._paths}
+            new = {path: generator.engine.replicate(np.asarray(arrays[path], jnp.float32)) for path in self.paths}
+            old = {path: generator.params[path] for path in self.paths}
             generator.params.update(self._write(old, new, generator.engine.replicate(np.int32(place))))
 
 

@@ -14,6 +14,8 @@ from ftjax.generate.paged import PagedBatch, Reading
 from ftjax.generate.pages import PagePool
 from ftjax.generate.steps import Seen
 
+MOST_PARTS = 4  # most parts of prompts that are read in a row while others decode
+
 
 class Grammar(Protocol):
     """What an answer may say; the host follows it token by token."""
@@ -121,14 +123,23 @@ class Scheduler:
         job.cancelled = True
 
     def step(self) -> None:
-        """Let requests leave and join, read one part of the prompts that wait to be read (or all), and decode a few tokens."""
+        """Let requests leave and join, read some parts of the prompts that wait (or all), and decode a few tokens."""
         for job in [job for job in (*self.running.values(), *self.waiting) if job.cancelled]:
             self._end(job)
         self._switch()
         self._admit()
-        while self._read() and self.reads_first:
+        parts = self._parts()
+        while self._read() and (self.reads_first or (parts := parts - 1)):
             self._admit()
         self._decode()
+
+    def _parts(self) -> int:
+        """Return how many parts of prompts to read before rows decode again.
+
+        A call that decodes takes almost as long for one row as for all: as long as most rows still read, the few others wait.
+        """
+        reading = sum(job.reading for job in self.running.values())
+        return min(MOST_PARTS, max(1, reading // max(1, len(self.running) - reading)))
 
     # ---- joining and leaving ----
 
