@@ -31,19 +31,19 @@ class Run(os.PathLike[str]):
     True
 
     Attributes:
-        folder: the run's output_dir.
+        folder: the run's output_dir, as an absolute path.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
         """Read a run, finished or not. Raises UserError if the folder is not a run's, or one of its files is damaged."""
-        self.folder: Path = Path(folder)
+        self.folder: Path = Path(folder).absolute()
         self.folder = self._read.folder
 
     @classmethod
     def _trained(cls, folder: str) -> "Run":
         """Return a run that this process took part in; only the first process of several may have its files."""
         self = cls.__new__(cls)
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()
         return self
 
     @cached_property

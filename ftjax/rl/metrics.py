@@ -53,6 +53,15 @@ def _spread(values: np.ndarray, mean: str, std: str) -> dict[str, float]:
     return found | ({std: float(there.std(ddof=1))} if len(there) > 1 else {})
 
 
+def weighted_means(found: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """Return the mean of each metric over `(weight, metrics)` pairs; those that lack it do not count."""
+    means = {}
+    for name in dict.fromkeys(name for _, metrics in found for name in metrics):
+        weights, values = zip(*((weight, metrics[name]) for weight, metrics in found if name in metrics), strict=True)
+        means[name] = float(np.average(values, weights=weights))
+    return means
+
+
 def totals(metrics: Mapping[str, float]) -> dict[str, tuple[float, float]]:
     """Return metrics of one batch as sums with the weight 1: they are averaged over batches, as TRL averages them."""
     return {name: (value, 1.0) for name, value in metrics.items()}

@@ -41,7 +41,7 @@ from ftjax.rl.apart import Sent
 from ftjax.rl.batch import Answered, laid_out, smallest
 from ftjax.rl.clock import Clock
 from ftjax.rl.environment import Environments
-from ftjax.rl.metrics import answer_metrics, dialogue_metrics, examples, reward_metrics, totals
+from ftjax.rl.metrics import answer_metrics, dialogue_metrics, examples, reward_metrics, totals, weighted_means
 from ftjax.rl.own import OwnReward, logged_beside
 from ftjax.rl.prompts import Draw, Prompts
 from ftjax.rl.rewards import Reward, shared_rewards
@@ -154,19 +154,14 @@ class RolloutBatches:
     def _generated(self, params: Mapping[str, jax.Array]) -> list[Answered]:
         """Return answers to the next prompts, with their advantages."""
         section, clock = self._section, Clock()
-        rollouts, values, extra = self._rewarded(params, clock)
+        rollouts, values, extra, logged = self._rewarded(params, clock)
         old = reference = None
         if not section.on_policy or (section.name == "rloo" and section.beta):
             with clock.of("rollout"):
                 old = self._sampler.logprobs(params, rollouts)
                 reference = self._sampler.reference_logprobs(rollouts) if section.name == "rloo" and section.beta else None
         advantages, metrics = self._compared(rollouts, values, old, reference)
-        if self._environments is not None:
-            metrics |= dialogue_metrics(self._environments, self._sampler.turns)
-        metrics |= answer_metrics(rollouts) | reward_metrics(self._rewards, values, advantages)
-        for function in (reward.function for reward in self._rewards):
-            if isinstance(function, OwnReward):
-                metrics |= function.metrics
+        metrics |= answer_metrics(rollouts) | reward_metrics(self._rewards, values, advantages) | logged
         self.metrics = {**self.metrics, **totals(metrics | clock.spent)}
         self.texts = examples(self._rewards, rollouts, values, advantages, section.logged_completions, extra)
         return [
@@ -196,13 +191,14 @@ class RolloutBatches:
 
     def _rewarded(
         self, params: Mapping[str, jax.Array], clock: Clock
-    ) -> tuple[list[Rollout], Float32[np.ndarray, "N F"], list[dict[str, object]]]:
-        """Return answers in groups, their rewards, and what reward functions have logged of each; with dynamic sampling, groups
-        whose rewards differ as far as possible."""
+    ) -> tuple[list[Rollout], Float32[np.ndarray, "N F"], list[dict[str, object]], dict[str, float]]:
+        """Return answers in groups, their rewards, what reward functions have logged of each, and metrics of all that were
+        drawn; with dynamic sampling, groups whose rewards differ as far as possible."""
         section = self._section
         size, again = section.num_generations, section.name == "grpo" and section.dynamic_sampling
         kept: list[tuple[list[Rollout], np.ndarray, list[dict[str, object]]]] = []
         alike: list[tuple[list[Rollout], np.ndarray, list[dict[str, object]]]] = []
+        logged: list[tuple[int, Mapping[str, float]]] = []
         for _ in range(1 + (section.max_redraws if again else 0)):
             missing = self._groups - len(kept)
             first = self._draw.drawn * size
@@ -212,6 +208,7 @@ class RolloutBatches:
             with clock.of("reward"):
                 values = shared_rewards(self._rewards, rollouts, section.reward_timeout, self._done + 1)
             extra = logged_beside((reward.function for reward in self._rewards), len(rollouts))
+            logged.append((missing, self._logged()))
             same = grpo_advantages(section, values).alike if again else np.zeros(missing, bool)
             for number, useless in enumerate(same):
                 here = slice(number * size, (number + 1) * size)
@@ -228,7 +225,16 @@ class RolloutBatches:
             )
             kept += alike[:left]
         rollouts, values, extra = zip(*kept, strict=True)
-        return [one for group in rollouts for one in group], np.concatenate(values), [one for group in extra for one in group]
+        rollouts, extra = ([one for group in groups for one in group] for groups in (rollouts, extra))
+        return rollouts, np.concatenate(values), extra, weighted_means(logged)
+
+    def _logged(self) -> dict[str, float]:
+        """Return what environments and own reward functions have logged of the latest answers."""
+        found = {} if self._environments is None else dialogue_metrics(self._environments, self._sampler.turns)
+        for reward in self._rewards:
+            if isinstance(reward.function, OwnReward):
+                found |= reward.function.metrics
+        return found
 
     # ---- position ----
 

@@ -164,12 +164,15 @@ def test_code_that_a_runs_folder_names_stays_unasked(home):
     assert "evaluate.task" not in settings_of(config, {"evaluate__task": "mine.py"}).unasked
 
 
-def test_the_log_is_heard_and_the_run_reads_itself(home, capfd):
+def test_the_log_is_heard_and_the_run_reads_itself(home, capfd, monkeypatch):
     rows = []
     run = train(on_log=rows.append, output_dir="heard", data__validation="train.jsonl", training__eval_steps=2)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir("/")
+        assert run.state == "finished at step 4" and run.folder == home / "heard" == ftjax.Run(run).folder
     assert rows == [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert run.steps["eval/loss"].tolist() == [2, 4] and run.metrics["eval/loss"].dtype == np.float64
-    assert run.best == run.folder / "best" and run.final.is_dir() and repr(run) == "Run(heard: finished at step 4)"
+    assert run.best == run.folder / "best" and run.final.is_dir() and repr(run) == f"Run({home / 'heard'}: finished at step 4)"
     assert run.model("best").generate("Tom", max_new_tokens=2) == ftjax.load("heard/best").generate("Tom", max_new_tokens=2)
     assert capfd.readouterr().out == ""
     with pytest.raises(ftjax.UserError, match="no best/"):

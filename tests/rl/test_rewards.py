@@ -132,11 +132,13 @@ def test_numbers_of_numpy_and_pytorch():
     np.testing.assert_equal(found[:, 0], np.array([1, 2, 3, 4, 5, np.nan], np.float32))
 
 
-def test_what_is_logged_beside_an_answer_stays_beside_it_when_others_are_drawn_again():
-    """Of two draws the first has a group that is kept and one that is not; the second takes the place of that."""
+def test_what_is_logged_when_answers_are_drawn_again():
+    """Of two draws the first has a group that is kept and one that is not; the second takes the place of that. What is logged
+    beside an answer stays beside it, and a metric is the mean of three groups."""
     texts = iter([["1", "2", "3", "3"], ["4", "5"]])
 
-    def own(completions, log_extra):
+    def own(completions, log_extra, log_metric):
+        log_metric("largest", max(map(float, completions)))
         log_extra("own", [text * 2 for text in completions])
         return [float(text) for text in completions]
 
@@ -144,11 +146,12 @@ def test_what_is_logged_beside_an_answer_stays_beside_it_when_others_are_drawn_a
     source = object.__new__(RolloutBatches)
     source._section, source._groups, source._done, source._rewards = section, 2, 0, [Reward("own", OwnReward(own))]
     source._draw = SimpleNamespace(drawn=0, take=lambda count: [0] * count)
-    source._prompts = SimpleNamespace(questions=[None])
+    source._prompts, source._environments = SimpleNamespace(questions=[None]), None
     source._sampler = SimpleNamespace(answer=lambda *_: [rollout(text) for text in next(texts)])
-    rollouts, values, extra = source._rewarded({}, Clock())
+    rollouts, values, extra, logged = source._rewarded({}, Clock())
     assert [one.text for one in rollouts] == ["1", "2", "4", "5"] and values.ravel().tolist() == [1, 2, 4, 5]
     assert extra == [{"own": "11"}, {"own": "22"}, {"own": "44"}, {"own": "55"}]
+    assert logged == {"largest": pytest.approx((2 * 3 + 5) / 3)}
 
 
 def raises(rollouts):
