@@ -118,7 +118,8 @@ def test_a_long_prompt_does_not_stall_the_others(generator, batch, monkeypatch):
     scheduler = Scheduler(batch)
     short, long = (Job(generator.begin(Request(tokens(1, n, seed=n)[0].tolist(), max_new_tokens=12))) for n in (3, 50))
     scheduler.submit(short)
-    scheduler.step()
+    while not short.answer.tokens:
+        scheduler.step()
     scheduler.submit(long)
     steps = 0
     while not long.answer.tokens:
@@ -127,6 +128,24 @@ def test_a_long_prompt_does_not_stall_the_others(generator, batch, monkeypatch):
         steps += 1
         assert len(short.answer.tokens) > before or short.ended
     assert steps == 4  # 50 tokens, 16 in each
+    run(scheduler)
+
+
+def test_few_rows_wait_while_most_read(generator, batch, monkeypatch):
+    """As many parts are read before the next call that decodes as rows read for each that decodes."""
+    monkeypatch.setattr(generator, "ends", frozenset())
+    scheduler, parts, read = Scheduler(batch), [], batch.read
+    monkeypatch.setattr(batch, "read", lambda *given: parts.append(1) or read(*given))
+    first, *others = (Job(generator.begin(Request(tokens(1, n, seed=n)[0].tolist(), max_new_tokens=12))) for n in (3, 20, 19))
+    scheduler.submit(first)
+    while not first.answer.tokens:
+        scheduler.step()
+    for job in others:
+        scheduler.submit(job)
+    parts.clear()
+    before = len(first.answer.tokens)
+    scheduler.step()
+    assert len(parts) == 2 and len(first.answer.tokens) > before
     run(scheduler)
 
 
