@@ -4,8 +4,8 @@
     python scripts/bench/decode.py --model MODEL [--rows 1 8 16] [--context 64] [--new 64] [--dtype float32] [--json FILE]
 
 MODEL is a Hugging Face folder or a .gguf file. Prints, for each number of rows, the time of a step, tokens per second, bytes of
-weights per second, and these over what a copy of a large array moves per second (reads and writes together, the best of ten, on
-as many threads as there are cores), measured in the same run before and after.
+weights per second, and these over the bytes of a large array that are copied per second (the best of twenty, on as many threads
+as there are cores), measured in the same run before and after. A copy reads and writes each byte; decoding reads it alone.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
 
 
 def copy_bandwidth(size: int = 1 << 28) -> float:
-    """Return the bytes per second that a copy reads and writes."""
+    """Return the bytes that are copied per second."""
     cores = os.cpu_count() or 1
     source, target = (np.ones(size, np.uint8).reshape(cores, -1) for _ in range(2))
     times = []
@@ -41,7 +41,7 @@ def copy_bandwidth(size: int = 1 << 28) -> float:
             start = time.perf_counter()
             list(pool.map(np.copyto, target, source))
             times.append(time.perf_counter() - start)
-    return 2 * size / min(times)
+    return size / min(times)
 
 
 def step_seconds(generator, rows: int, a: argparse.Namespace) -> float:
@@ -77,7 +77,7 @@ def main() -> int:
     for rows in a.rows:
         found[rows] = step_seconds(generator, rows, a)
     copied = max(copied, copy_bandwidth())
-    print(f"{weights / 1e6:.0f} MB of weights; a copy moves {copied / 1e9:.2f} GB/s")
+    print(f"{weights / 1e6:.0f} MB of weights; {copied / 1e9:.2f} GB/s are copied")
     print("| rows | step, ms | tokens/s | weights, GB/s | over a copy |\n|---:|---:|---:|---:|---:|")
     for rows, seconds in found.items():
         speed = weights / seconds

@@ -7,7 +7,7 @@ import path from "node:path";
 import {pathToFileURL} from "node:url";
 
 const [place, asked, out] = process.argv.slice(2);
-const {getLlama, TokenBias} = await import(pathToFileURL(path.join(place, "node_modules/node-llama-cpp/dist/index.js")));
+const {getLlama} = await import(pathToFileURL(path.join(place, "node_modules/node-llama-cpp/dist/index.js")));
 const {file, rounds, count, size, threads} = JSON.parse(fs.readFileSync(asked, "utf8"));
 const llama = await getLlama({gpu: false, build: "never", skipDownload: true, maxThreads: threads, logLevel: "error"});
 const model = await llama.loadModel({modelPath: file});
@@ -16,15 +16,12 @@ const context = await model.createContext({
     contextSize: size, sequences: rounds[0].length, threads, batchSize: 512, flashAttention: false, ...cache
 });
 const sequences = rounds[0].map(() => context.getSequence());
-const tokenBias = new TokenBias(model.tokenizer);  // answers have their full length
-for (const token of model.iterateAllTokens()) {
-    if (model.isEogToken(token)) tokenBias.set(token, "never");
-}
 
 async function answer(sequence, ids) {
     const next = [];
     let first;
-    for await (const token of sequence.evaluate(ids, {temperature: 0, tokenBias})) {
+    // Answers have their full length: with yieldEogToken they go on after a token that ends a text.
+    for await (const token of sequence.evaluate(ids, {temperature: 0, yieldEogToken: true})) {
         first ??= performance.now();
         if (next.push(token) === count) break;
     }

@@ -24,7 +24,7 @@ SECTIONS = {
 def loss(section, segments, weights, labels, logprobs):
     """Totals, and the gradient of the loss with respect to the log-probabilities; a reference gives each answer 0."""
     batch = {"segment_ids": np.array([segments], np.int32), "weights": np.array([weights], np.float32)}
-    batch["labels"] = np.array([labels], np.float32)
+    batch |= {"labels": np.array([labels], np.float32), "tokens": np.zeros((1, len(segments)), np.int32)}
     config = SimpleNamespace(objective=section)
     record = objective_of(config)
 

@@ -108,10 +108,10 @@ def _scores_side_by_side(
     b, _, kv, g, h = q.shape
     wide = jnp.where(jnp.eye(kv, dtype=bool)[:, None, :, None], q[:, 0, :, :, None], 0).reshape(b, kv * g, kv * h)
     over = (((2,), (2,)), ((0,), (0,)))
-    scores = jax.lax.dot_general(
-        wide, k.reshape(b, -1, kv * h), over, precision=precision, preferred_element_type=jnp.float32
+    scores = jax.lax.dot_general(  # keys first: as the second operand they would be transposed
+        k.reshape(b, -1, kv * h), wide, over, precision=precision, preferred_element_type=jnp.float32
     )  # fmt: skip
-    return scores.reshape(b, kv, g, 1, -1)
+    return jnp.swapaxes(scores, 1, 2).reshape(b, kv, g, 1, -1)
 
 
 def _values_side_by_side(
