@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ftjax.chips import chip_of
 from ftjax.config import MeshConfig
 from ftjax.errors import UserError
 from ftjax.placement import ORDER, arrange, in_slices, near_along, tpu_slices
@@ -51,7 +52,8 @@ def divided(config: MeshConfig, devices: Sequence[Any]) -> tuple[list[Any], list
     """Return the devices that train, and those that only generate (`rollout_devices`): equally many of each process, its last
     ones, to which that process's other devices send weights.
 
-    Raises UserError if the processes cannot have equally many, or one would have none left to train.
+    Raises UserError if the processes cannot have equally many, one would have none left to train, or XLA does not compile for
+    those that are left.
     """
     count = config.rollout_devices
     if not count:
@@ -73,6 +75,13 @@ def divided(config: MeshConfig, devices: Sequence[Any]) -> tuple[list[Any], list
         raise UserError(
             f"mesh.rollout_devices: {found}: each process generates on equally many of its own devices and trains on the "
             f"others, and one has {least}; {choose}, so that all devices generate and train in turn"
+        )
+    if processes > 1 and (chip := chip_of(devices[0].device_kind)) is not None and chip.torus == 2:
+        # libtpu 0.0.42: "On platforms with limited ICI routing device assignment should include all slice devices"
+        raise UserError(
+            f"mesh.rollout_devices: {count} of {len(devices)} devices on {processes} processes (hosts): for several hosts of "
+            f"{chip.name}, whose chips route little past each other, XLA compiles an update only on all chips of a slice; "
+            "leave it out, so that all devices generate and train in turn, or use one host"
         )
     last = {place for own in places.values() for place in own[-(count // processes) :]}
     train = [device for place, device in enumerate(devices) if place not in last]

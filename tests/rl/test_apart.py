@@ -154,7 +154,9 @@ def test_devices_that_are_not_there():
 def test_devices_of_several_processes():
     """The last of each generate, in whatever order all are."""
     # As of hosts with four chips each, in rows of a torus: 0 1 4 5 / 2 3 6 7
-    several = [SimpleNamespace(process_index=number // 4, id=number) for number in (0, 1, 4, 5, 2, 3, 6, 7)]
+    several = [
+        SimpleNamespace(process_index=number // 4, id=number, device_kind="TPU v5p") for number in (0, 1, 4, 5, 2, 3, 6, 7)
+    ]
     train, generate = divided(MeshConfig(rollout_devices=4), several)
     assert [[one.id for one in part] for part in (train, generate)] == [[0, 1, 4, 5], [2, 3, 6, 7]]
     train, generate = divided(MeshConfig(rollout_devices=2), several)
@@ -164,6 +166,7 @@ def test_devices_of_several_processes():
 @pytest.mark.parametrize(
     "count, each, message",
     [
+        (4, 4, "for several hosts of v6e, .* only on all chips of a slice; leave it out"),
         (3, 4, r"3 of 8 devices on 2 processes \(hosts\): .*equally many .* and one has 4; choose 2 or 4, or leave it out"),
         (1, 4, "choose 2, or"),
         (7, 4, "one has 4; choose 6, or"),
@@ -172,7 +175,7 @@ def test_devices_of_several_processes():
     ],
 )
 def test_processes_that_cannot_have_equally_many(count, each, message):
-    several = [SimpleNamespace(process_index=number // each) for number in range(2 * each)]
+    several = [SimpleNamespace(process_index=number // each, device_kind="TPU v6 lite") for number in range(2 * each)]
     with pytest.raises(UserError, match=f"mesh.rollout_devices: .*{message}"):
         divided(MeshConfig(rollout_devices=count), several)
 
