@@ -1,13 +1,14 @@
 """The device mesh, and the one table of rules that map logical axes to mesh axes."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ftjax.chips import chip_of
 from ftjax.config import MeshConfig
 from ftjax.errors import UserError
 from ftjax.placement import ORDER, arrange, in_slices, near_along, tpu_slices
@@ -48,24 +49,48 @@ def devices_or_all(devices: Sequence[Any] | None) -> list[Any]:
 
 
 def divided(config: MeshConfig, devices: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the devices that train, and those that only generate (`rollout_devices`, the last ones).
+    """Return the devices that train, and those that only generate (`rollout_devices`): equally many of each process, its last
+    ones, to which that process's other devices send weights.
 
-    Raises UserError if none would be left to train, or they are of several processes.
+    Raises UserError if the processes cannot have equally many, one would have none left to train, or XLA does not compile for
+    those that are left.
     """
     count = config.rollout_devices
     if not count:
         return list(devices), []
-    if count >= len(devices):
+    places: dict[int, list[int]] = {}  # in `devices`, by process
+    for place, device in enumerate(devices):
+        places.setdefault(device.process_index, []).append(place)
+    processes, least = len(places), min(map(len, places.values()))
+    most = processes * (least - 1)
+    if processes == 1 and count > most:
         raise UserError(
-            f"mesh.rollout_devices: {count} of {len(devices)} device(s) leave none to train on; choose at most "
-            f"{len(devices) - 1}"
+            f"mesh.rollout_devices: {count} of {len(devices)} device(s) leave none to train on; choose at most {most}"
         )
-    if len({device.process_index for device in devices}) > 1:
+    if count % processes or count > most:
+        found = f"{count} of {len(devices)} devices on {processes} processes (hosts)"
+        below = min(most, count - count % processes)
+        near = [n for n in (below, below + processes) if 0 < n <= most]
+        choose = f"choose {' or '.join(map(str, near))}, or leave it out" if near else "leave it out"
         raise UserError(
-            f"mesh.rollout_devices: {count} devices would be sent weights by other processes, which is not possible yet; "
+            f"mesh.rollout_devices: {found}: each process generates on equally many of its own devices and trains on the "
+            f"others, and one has {least}; {choose}, so that all devices generate and train in turn"
+        )
+    if processes > 1 and (chip := chip_of(devices[0].device_kind)) is not None and chip.torus == 2:
+        # libtpu 0.0.42: "On platforms with limited ICI routing device assignment should include all slice devices"
+        raise UserError(
+            f"mesh.rollout_devices: {count} of {len(devices)} devices on {processes} processes (hosts): for several hosts of "
+            f"{chip.name}, whose chips route little past each other, XLA compiles an update only on all chips of a slice; "
             "leave it out, so that all devices generate and train in turn, or use one host"
         )
-    return list(devices[:-count]), list(devices[-count:])
+    last = {place for own in places.values() for place in own[-(count // processes) :]}
+    train = [device for place, device in enumerate(devices) if place not in last]
+    return train, [devices[place] for place in sorted(last)]
+
+
+def of_process(devices: Iterable[Any], process: int) -> list[Any]:
+    """Return those of the devices that a process has."""
+    return [device for device in devices if device.process_index == process]
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

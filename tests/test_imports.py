@@ -21,7 +21,7 @@ BELOW = {
     "chips": set(),
     "torus": {"chips"},
     "placement": {"torus", "errors"},
-    "mesh": {"placement", "torus", "config", "errors"},
+    "mesh": {"placement", "torus", "chips", "config", "errors"},
     "page": set(),
     "data": {"page", "config", "errors", "long_steps"},
     "models": {"mesh", "tree", "errors", "chips"},

@@ -91,7 +91,8 @@ class MeshConfig(Section):
     rollout_devices: int = Field(
         0,
         ge=0,
-        description="objective grpo: so many devices only generate, for the next update, while the others train",
+        description="objective grpo: so many devices, equally many of each process, only generate, for the next update, while "
+        "the others train",
     )
 
     @model_validator(mode="before")

@@ -68,6 +68,11 @@ def under(folder: str) -> dict[str, Any]:
     return {key.rpartition("/")[2]: json.loads(value) for key, value in found}
 
 
+def remove(folder: str) -> None:
+    """Remove all keys `folder/NAME`, which no process reads any more."""
+    _state().client.key_value_delete(folder)
+
+
 def wait_for_all(about: str) -> None:
     """Return when every process has called this."""
     _interruptible(_state().client.wait_at_barrier, new_name(about))

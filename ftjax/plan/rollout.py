@@ -3,8 +3,9 @@ the run's mesh, for chips that need not be present.
 
 Generation and update take turns, on the same weights: what is alive while answers are generated are weights, moments and
 whatever else the run keeps, the pages of keys and values, and the temporaries of the engine's programs. With
-`mesh.rollout_devices` they work at the same time, on devices of their own, with weights on either. The least time is that of
-reading each distinct prompt once, and of as many decode steps as it takes for every answer to be as long as allowed.
+`mesh.rollout_devices` they work at the same time, on devices of their own, with weights on either; each host then answers its
+share of the prompts on its own devices. The least time is that of reading each distinct prompt once, and of as many decode
+steps as it takes for every answer to be as long as allowed.
 
     512 answers of 1,024 tokens, 256 at a time      2 x 1,024 decode steps
 """
@@ -22,6 +23,7 @@ from ftjax.generate.offline import arrange
 from ftjax.generate.paged import PagedBatch
 from ftjax.generate.text import StopStrings
 from ftjax.hub.load import abstract_param
+from ftjax.mesh import of_process
 from ftjax.plan.refused import wanted_bytes
 from ftjax.plan.roofline import Traffic, bound_of
 from ftjax.plan.serve import AbstractEngine, Compiled, compile_programs, read_bytes
@@ -36,7 +38,8 @@ class RolloutPlan:
 
     Attributes:
         answers: of an update.
-        rows: answers that are generated at a time.
+        hosts: that generate a share of them each, on a mesh of their own.
+        rows: answers that are generated at a time, by each of these.
         prompt, length: tokens of a prompt and of an answer, as many as the configuration allows.
         memory: of what is alive beside what the update keeps: keys and values, states, temporaries and programs.
         peak: bytes that are alive at one time while answers are generated, all that the run keeps there included.
@@ -58,6 +61,7 @@ class RolloutPlan:
     fits: bool | None = None
     flops: float = 0.0
     apart: int = 0
+    hosts: int = 1
     sent: float = 0.0
     hbm_bytes: float = 0.0
     traffic: list[Traffic] = field(default_factory=list)
@@ -70,8 +74,13 @@ class RolloutPlan:
 
     @property
     def steps(self) -> int:
-        """Decode steps of an update."""
-        return math.ceil(self.answers / self.rows) * self.length
+        """Decode steps of an update, on each host."""
+        return math.ceil(self.share / self.rows) * self.length
+
+    @property
+    def share(self) -> int:
+        """Answers that a host generates, at most."""
+        return math.ceil(self.answers / self.hosts)
 
 
 def plan_rollouts(made: Design, kept: float, limit: float | None, topology: Topology) -> RolloutPlan:
@@ -84,23 +93,27 @@ def plan_rollouts(made: Design, kept: float, limit: float | None, topology: Topo
     config, section, mesh = made.config, made.config.objective, made.mesh
     trained, frozen = made.abstract_params()
     params = {path: {**frozen, **trained}[path] for path in made.model.specs}
+    hosts = 1
     if made.rollout_devices:
-        mesh, dtype = decoding_mesh(made.model, made.rollout_devices), jnp.dtype(config.model.dtype)
+        own = of_process(made.rollout_devices, made.rollout_devices[0].process_index)
+        hosts = len(made.rollout_devices) // len(own)
+        mesh, dtype = decoding_mesh(made.model, own), jnp.dtype(config.model.dtype)
         params = {path: abstract_param(spec, mesh, dtype) for path, spec in made.model.specs.items()}
         kept = shard_bytes(params)
     engine = AbstractEngine(made.model, mesh, made.runtime.dtype, True)
     answers, group = asked(config)
     length = section.max_completion_length
     prompt = max(1, config.data.max_length - length)
-    texts = [[number // group] * prompt for number in range(answers)]  # a group has one prompt
+    texts = [[number // group] * prompt for number in range(math.ceil(answers / hosts))]  # a group has one prompt
     found = arrange(
-        engine, [Answer(text, length, frozenset([0]), StopStrings(), None) for text in texts], section.generation_batch_rows
-    )
+        engine, [Answer(text, length, frozenset([0]), StopStrings(), None) for text in texts],
+        math.ceil(section.generation_batch_rows / hosts),
+    )  # fmt: skip
     room = found.room
     batch = PagedBatch(engine, params, replace(room, steps=1))
-    plan = RolloutPlan(answers, room.rows, prompt, length, dict(mesh.shape), {}, kept)
+    plan = RolloutPlan(answers, room.rows, prompt, length, dict(mesh.shape), {}, kept, hosts=hosts)
     if made.rollout_devices:
-        plan.apart, plan.sent = mesh.size, shard_bytes({path: params[path] for path in trained})
+        plan.apart, plan.sent = len(made.rollout_devices), shard_bytes({path: params[path] for path in trained})
     try:
         programs = compile_programs(batch, batch.shapes[0], topology)
     except jax.errors.JaxRuntimeError as error:

@@ -88,7 +88,7 @@ def _show_rollouts(plan: Plan, rollout: RolloutPlan, console: Console) -> None:
 
     say(
         f"answers of an update: {rollout.answers} of {rollout.length} tokens to prompts of {rollout.prompt}, {rollout.rows} at "
-        "a time"
+        f"a time{f' on each of {rollout.hosts} hosts' if rollout.hosts > 1 else ''}"
     )
     rows = [(label, rollout.memory.get(kind)) for kind, label in ROLLOUT.items()]
     rows += [("live at one time, with all that is kept there", rollout.peak)]

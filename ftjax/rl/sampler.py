@@ -1,9 +1,10 @@
 """Generates answers with the parameters in training, and computes their log-probabilities.
 
 With `mesh.rollout_devices` it generates on devices of its own, to which the caller sends the parameters: those in training are
-then on their way while it works with earlier ones.
+then on their way while it works with earlier ones. Several processes then answer a share of the prompts each.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from ftjax.rl.dialogue import Dialogues
 from ftjax.rl.environment import Environments
 from ftjax.rl.prompts import Question
 from ftjax.rl.rollout import Rollout
+from ftjax.rl.share import in_shares
 from ftjax.train.setup import Setup
 
 ANOTHER_SEED = 1_000_003
@@ -88,7 +90,7 @@ class Sampler:
         self, params: Mapping[str, jax.Array], prompts: Sequence[Sequence[int]], numbers: Sequence[int],
         limits: Sequence[int] | None = None, *, turn: int = 0,
     ) -> list[Generation]:  # fmt: skip
-        """Generate one answer to each prompt.
+        """Generate one answer to each prompt; all processes call it.
 
         Args:
             params: the trained parameters, or all that were sent to the devices that generate.
@@ -108,7 +110,10 @@ class Sampler:
             for ids, number, limit in zip(prompts, numbers, [most] * len(prompts) if limits is None else limits, strict=True)
         ]
         with self._with(self._generator, self._placed(params)) as generator:
-            return generator.answer(requests, batch_size=self._rows, logprobs=True)
+            if self.apart is None:
+                return generator.answer(requests, batch_size=self._rows, logprobs=True)
+            rows = math.ceil(self._rows / self.apart.processes)
+            return in_shares(requests, lambda own: generator.answer(own, batch_size=rows, logprobs=True))
 
     def _placed(self, params: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
         """Return all parameters where answers are generated."""

@@ -554,6 +554,30 @@ def test_answers_of_devices_of_their_own(bare, folder):
     assert shard_bytes(dict(sent)) + found.memory["cache"] < found.peak < math.inf and found.mesh["tensor"] == 2
 
 
+def test_answers_of_several_hosts(bare, capsys):
+    """Each of four hosts has the plan of one with a quarter of the answers, and all together generate four times as fast."""
+    pytest.importorskip("libtpu", reason="planning for TPUs needs libtpu")
+
+    def config(hosts):
+        objective = {**GRPO, "importance_sampling_correction": "token_truncate", "generation_batch_rows": 4 * hosts}
+        mesh = {"fsdp": 2 * hosts, "rollout_devices": 2 * hosts}
+        return make_config(bare, objective=objective, mesh=mesh, global_batch_size=16 * hosts)
+
+    one = parse("v5p-8")  # so many TensorCores, two to a chip
+    alone = plan_rollouts(design_for(config(1), one), math.inf, one.chip.hbm, one)
+    several = make_plan(config(4), parse("v5p-32"))
+    found = several.rollout
+    show(several, make_console())
+    said = " ".join(capsys.readouterr().out.split())
+    assert (several.devices, found.apart, found.hosts, found.answers, found.rows) == (8, 8, 4, 64, 4) and several.fits
+    assert found.mesh["tensor"] == 2 and from_json(as_json(several)).rollout == found
+    for name in ("mesh", "rows", "memory", "peak", "sent", "flops", "hbm_bytes", "seconds", "steps", "rollout_seconds"):
+        assert getattr(found, name) == getattr(alone, name), name
+    assert found.tokens_per_second == pytest.approx(4 * alone.tokens_per_second)
+    assert "answers of an update: 64 of 16 tokens to prompts of 16, 4 at a time on each of 4 hosts" in said
+    assert f"least time of an update with its answers: {max(found.rollout_seconds, several.step_seconds):.4g} s" in said
+
+
 def test_answers_that_do_not_fit(bare, monkeypatch, capsys):
     """XLA refuses a program that wants more memory than a chip has."""
 

@@ -1,18 +1,24 @@
 """Answers that are generated on devices of their own, one update behind (`mesh.rollout_devices`)."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
-from reward_runs import early, logged, run, settings
+from reward_runs import ECHO, early, logged, run, settings
+from safetensors.numpy import load_file
 from whole_runs import rows, same_adapter
 
 from ftjax.config import Config, MeshConfig
 from ftjax.errors import UserError
+from ftjax.generate.answer import Generation
+from ftjax.generate.finite import NotFinite
 from ftjax.mesh import divided
+from ftjax.rl import share
 from ftjax.rl.learn import Learning
 from ftjax.rl.sampler import Sampler
 from ftjax.rl.source import RolloutBatches
@@ -24,9 +30,13 @@ GROUPS = {"importance_sampling_correction": "token_truncate"}
 DEVICES = jax.devices()[:8]
 
 
-def config(model, prompts, out, objective=None, mesh=None, **training):
+def values_of(model, prompts, out, objective=None, mesh=None, **training):
     values = settings(model, prompts, out, {**GROUPS, "rewards": early(prompts), **(objective or {})}, **training)
-    return Config.model_validate({**values, "mesh": {**MESH, "rollout_devices": 4} if mesh is None else mesh})
+    return {**values, "mesh": {**MESH, "rollout_devices": 4} if mesh is None else mesh}
+
+
+def config(*given, **more):
+    return Config.model_validate(values_of(*given, **more))
 
 
 class Behind(RolloutBatches):
@@ -138,7 +148,131 @@ def test_where_it_cannot_work(objective, mesh, message):
 def test_devices_that_are_not_there():
     with pytest.raises(UserError, match=r"8 of 8 device\(s\) leave none to train on; choose at most 7"):
         divided(MeshConfig(rollout_devices=8), DEVICES)
-    several = [SimpleNamespace(process_index=number // 2) for number in range(4)]
-    with pytest.raises(UserError, match="sent weights by other processes"):
-        divided(MeshConfig(rollout_devices=2), several)
     assert divided(MeshConfig(rollout_devices=3), DEVICES) == (DEVICES[:5], DEVICES[5:])
+
+
+def test_devices_of_several_processes():
+    """The last of each generate, in whatever order all are."""
+    # As of hosts with four chips each, in rows of a torus: 0 1 4 5 / 2 3 6 7
+    several = [
+        SimpleNamespace(process_index=number // 4, id=number, device_kind="TPU v5p") for number in (0, 1, 4, 5, 2, 3, 6, 7)
+    ]
+    train, generate = divided(MeshConfig(rollout_devices=4), several)
+    assert [[one.id for one in part] for part in (train, generate)] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    train, generate = divided(MeshConfig(rollout_devices=2), several)
+    assert [[one.id for one in part] for part in (train, generate)] == [[0, 1, 4, 5, 2, 6], [3, 7]]
+
+
+@pytest.mark.parametrize(
+    "count, each, message",
+    [
+        (4, 4, "for several hosts of v6e, .* only on all chips of a slice; leave it out"),
+        (3, 4, r"3 of 8 devices on 2 processes \(hosts\): .*equally many .* and one has 4; choose 2 or 4, or leave it out"),
+        (1, 4, "choose 2, or"),
+        (7, 4, "one has 4; choose 6, or"),
+        (8, 4, "8 of 8 devices .* choose 6, or"),
+        (2, 1, "2 of 2 devices .* one has 1; leave it out, so that all devices generate and train in turn"),
+    ],
+)
+def test_processes_that_cannot_have_equally_many(count, each, message):
+    several = [SimpleNamespace(process_index=number // each, device_kind="TPU v6 lite") for number in range(2 * each)]
+    with pytest.raises(UserError, match=f"mesh.rollout_devices: .*{message}"):
+        divided(MeshConfig(rollout_devices=count), several)
+
+
+# ---- several processes ----
+
+
+def answer_in_shares(monkeypatch, requests, processes, answer):
+    """Return what each of these processes gets, and the requests that it answers."""
+    monkeypatch.setattr(share.store, "several", lambda: True)
+    monkeypatch.setattr(share.store, "count", lambda: processes)
+    told, asked = [], []
+
+    def working(index, exchange):
+        monkeypatch.setattr(share.store, "index", lambda: index)
+        monkeypatch.setattr(share, "_exchange", exchange)
+        return lambda: share.in_shares(requests, lambda own: asked.append(own) or answer(own))
+
+    class Told(Exception):
+        pass
+
+    def telling(value):
+        told.append(json.loads(json.dumps(value)))
+        raise Told
+
+    for index in range(processes):
+        with pytest.raises(Told):
+            working(index, telling)()
+    return working(0, lambda value: told), asked
+
+
+@pytest.mark.parametrize("count, sizes", [(7, [2, 2, 3]), (2, [0, 1, 1]), (0, [0, 0, 0])])
+def test_shares(monkeypatch, count, sizes):
+    answers = [Generation(f"ä\ud800{n}", [n, 1], "stop", [-0.1 / 3 - n, -1e-30], n) for n in range(count)]
+    work, asked = answer_in_shares(monkeypatch, range(count), 3, lambda own: [answers[n] for n in own])
+    assert list(map(len, asked)) == sizes and work() == answers
+
+
+@pytest.mark.parametrize("error", [UserError, NotFinite])
+def test_an_error_of_one_is_of_all(monkeypatch, error):
+    def answer(own):
+        if 1 in own:
+            raise error("the second")
+        return []
+
+    work, _ = answer_in_shares(monkeypatch, range(2), 2, answer)
+    with pytest.raises(UserError, match="the second") as caught:
+        work()
+    assert type(caught.value) is error
+
+
+# Runs `ftjax`, and cannot answer for the fifth time.
+UNABLE = """
+from ftjax.cli import main
+from ftjax.errors import UserError
+from ftjax.generate.session import Generator
+answer, asked = Generator.answer, []
+def unable(self, *given, **more):
+    asked.append(1)
+    if len(asked) == 5:
+        raise UserError("the fifth")
+    return answer(self, *given, **more)
+Generator.answer = unable
+main()
+"""
+
+
+def same_rows(got, want, tolerance=1e-5):
+    """Assert that runs have logged the same: numbers as close as that, all else equal."""
+    assert [row.keys() for row in got] == [row.keys() for row in want]
+    for one, other in zip(got, want, strict=True):
+        for name, value in other.items():
+            assert one[name] == (pytest.approx(value, rel=tolerance, abs=tolerance) if isinstance(value, float) else value), (
+                name
+            )
+
+
+@pytest.mark.parametrize("fails", ["answering", pytest.param("reward", marks=pytest.mark.sweep)])
+def test_two_processes_do_what_one_does(whole, model, prompts, tmp_path, fails):
+    """Two processes, of two devices each that train and two that generate, stop together where one of them cannot answer, or
+    the reward fails, and go on from the checkpoint before, which has the answers of parameters that it has not."""
+    (tmp_path / "echo.py").write_text(ECHO)
+    out, rewards = tmp_path / "run", [f"{tmp_path / 'echo.py'}:early"]
+    values = values_of(model, prompts, out, {"rewards": rewards}, save_steps=3, gradient_accumulation_steps=2)
+    if fails == "reward":
+        asks = "(completions, trainer_state, **columns):\n    assert trainer_state.global_step != 5, 'the fifth'"
+        (tmp_path / "echo.py").write_text(ECHO.replace("(completions, **columns):", asks, 1))
+    code = {1: UNABLE} if fails == "answering" else None
+    running, said = processes.run(2, values, out, devices=4, code=code)
+    assert [process.returncode for process in running] == [2, 2] and all("the fifth" in text for text in said), said
+    assert (out / "checkpoints" / "4").is_dir()  # what was before the failure is saved
+    shutil.rmtree(out / "checkpoints" / "4")
+    (tmp_path / "echo.py").write_text(ECHO)
+    running, said = processes.run(2, values, out, devices=4)
+    assert [process.returncode for process in running] == [0, 0] and "resuming from step 3" in said[0], said
+    assert "on 2 other device(s) of each of 2 processes, which answer a share each, tensor=2" in " ".join(said[0].split())
+    same_rows(logged(out), logged(whole[0]))
+    got, want = (load_file(folder / "final" / "adapter_model.safetensors") for folder in (out, whole[0]))
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
