@@ -165,6 +165,11 @@ class PagedBatch:
         self._all: dict[int, jax.Array] = {}  # by number of rows, masks that allow all tokens
 
     @property
+    def decode_params(self) -> dict[str, Any]:
+        """The parameters as the decode program takes them."""
+        return {**self.params, **self._separate}
+
+    @property
     def shapes(self) -> list[tuple[int, int]]:
         """`(rows, tokens)` of the prefill programs."""
         if self.room.reads:
@@ -346,7 +351,7 @@ class PagedBatch:
     def _run_decode(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int) -> Seen:
         turn = self.turn(rows, steps, listed, masks, width)
         with jax.set_mesh(self.engine.mesh), self._compiling("decode", width):
-            self._state, seen = self._programs.decode({**self.params, **self._separate}, self._state, turn)
+            self._state, seen = self._programs.decode(self.decode_params, self._state, turn)
         return seen
 
     def turn(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int) -> Turn:

@@ -16,16 +16,19 @@ WORTH = 1 << 26  # bytes of all stacks: copying fewer takes less time than compi
 def separate(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Return the stacked weights of the base model as `Separate` arrays; nothing unless they are large and on one CPU.
 
-    They share the memory of `params`, which no program can take over as long as they exist.
+    They share the memory of `params`, which no program can take over as long as they exist. Of the abstract arrays of a plan
+    they are abstract too.
     """
     if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
         return {}
     stacked = {path: params[path] for path, spec in model.specs.items() if spec.stacked and not spec.row.adapter}
-    if sum(leaf.nbytes for leaf in jax.tree.leaves(stacked)) < WORTH:
+    if sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stacked)) < WORTH:
         return {}
     where = NamedSharding(mesh, PartitionSpec())
 
-    def layers(stack: jax.Array) -> Separate:
+    def layers(stack: jax.Array | jax.ShapeDtypeStruct) -> Separate:
+        if isinstance(stack, jax.ShapeDtypeStruct):
+            return Separate([jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=where)] * stack.shape[0])
         host = np.asarray(stack.addressable_data(0))  # a view, which the array itself does not keep
         return Separate(jax.device_put(layer, where, may_alias=True) for layer in host)
 

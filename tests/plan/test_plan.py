@@ -21,6 +21,7 @@ from ftjax.cli import app
 from ftjax.console import make_console
 from ftjax.errors import UserError
 from ftjax.flops import train_flops
+from ftjax.generate import separate
 from ftjax.generate.open import mesh_of
 from ftjax.generate.paged import PagedBatch, Room
 from ftjax.generate.session import Generator
@@ -456,6 +457,17 @@ def test_a_server_is_planned_as_it_would_be(bare, folder):
     assert found.pop(("all-to-all", ("tensor",))) == 1, "the logits"
     assert found.pop(("all-gather", ("tensor",))) <= 4, "tokens, their log-probabilities, and the most probable ones"
     assert set(found) <= {("all-gather", ("data",))} and all(runs <= 5 for runs in found.values()), "what the host reads"
+
+
+def test_a_server_on_one_cpu(bare, monkeypatch):
+    """Its decode program is that of the server: layers with arrays of their own, if the weights are large."""
+    config = make_config(bare, method=METHODS["lora"])
+    scanned = plan_serving(config, parse("cpu:1"), 4, 64)
+    monkeypatch.setattr(separate, "WORTH", 0)
+    separated = plan_serving(config, parse("cpu:1"), 4, 64)
+    assert separated.memory["weights"] == scanned.memory["weights"] > 0 and separated.memory["cache"] == scanned.memory["cache"]
+    assert separated.flops == pytest.approx(scanned.flops, rel=0.01)
+    assert separated.hbm_bytes < scanned.hbm_bytes, "no layer's weights are copied out of their stack"
 
 
 @pytest.mark.parametrize("topology", ["v5e-1", "v6e-4"])
