@@ -29,17 +29,17 @@ class AdapterStack:
     Attributes:
         generator: its parameters have the stacked arrays.
         places: number of places, without the empty one.
-        paths: paths of the stacked arrays.
+        shapes: by path, the shape of one adapter's part of each stacked array.
     """
 
     def __init__(self, generator: Generator, config: Mapping[str, Any], places: int, rank: int):
         self.generator, self.places, self.rank = generator, places, rank
         self._config = config
-        self.paths = [path for path in generator.model.specs if path.rpartition(".")[2].startswith("stack_")]
+        specs = generator.model.specs
+        depths = {path: len(spec.stacked) for path, spec in specs.items() if path.rpartition(".")[2].startswith("stack_")}
+        self.shapes = {path: (*specs[path].stacked, *specs[path].shape[depth + 1 :]) for path, depth in depths.items()}
         with jax.set_mesh(generator.engine.mesh):
-            where = {path: generator.params[path].sharding for path in self.paths}
-            specs = generator.model.specs
-            depths = {path: len(specs[path].stacked) for path in self.paths}
+            where = {path: generator.params[path].sharding for path in self.shapes}
             self._write = jax.jit(partial(_write, depths), donate_argnums=0, out_shardings=where)
 
     @classmethod
@@ -86,14 +86,11 @@ class AdapterStack:
         """Put an adapter into a place, or empty it. No program may be running."""
         assert 1 <= place <= self.places, place
         generator = self.generator
-        specs = generator.model.specs
         if arrays is None:
-            arrays = {
-                p: np.zeros((*specs[p].stacked, *specs[p].shape[len(specs[p].stacked) + 1 :]), np.float32) for p in self.paths
-            }
+            arrays = {path: np.zeros(shape, np.float32) for path, shape in self.shapes.items()}
         with jax.set_mesh(generator.engine.mesh):
-            new = {path: generator.engine.replicate(np.asarray(arrays[path], jnp.float32)) for path in self.paths}
-            old = {path: generator.params[path] for path in self.paths}
+            new = {path: generator.engine.replicate(np.asarray(arrays[path], jnp.float32)) for path in self.shapes}
+            old = {path: generator.params[path] for path in self.shapes}
             generator.params.update(self._write(old, new, generator.engine.replicate(np.int32(place))))
 
 

@@ -106,10 +106,8 @@ def with_adapters(a: argparse.Namespace, count: int) -> Any:
 
     rank, rng = 16, np.random.default_rng(0)
     stack = AdapterStack.load(a.model, places=count, rank=rank, wanted=lambda name: name != "lm_head", dtype=a.dtype)
-    specs = stack.generator.model.specs
     for place in range(1, count + 1):
-        shapes = {path: (*specs[path].stacked, *specs[path].shape[len(specs[path].stacked) + 1 :]) for path in stack.paths}
-        stack.fill(place, {path: 0.02 * rng.standard_normal(shape, np.float32) for path, shape in shapes.items()})
+        stack.fill(place, {path: 0.02 * rng.standard_normal(shape, np.float32) for path, shape in stack.shapes.items()})
     return stack.generator
 
 
