@@ -26,7 +26,7 @@ class Tuned:
     """What a search has found.
 
     Attributes:
-        folder: trials, study and page.
+        folder: trials, study and page, as an absolute path.
         value: the best value of the metric.
         settings: its settings by key.
         trials: all that have ended, each with `number`, `state`, `value`, `settings` and `folder`.
@@ -128,7 +128,7 @@ def tune(
     if keep == "best":
         tidy(plan, opened)
     _show(plan, done, console)
-    return Tuned(folder, float(best.value), dict(best.params), [_state(plan, one) for one in done], plan.run(best))
+    return Tuned(folder.absolute(), float(best.value), dict(best.params), [_state(plan, one) for one in done], plan.run(best))
 
 
 def _refuse_nothing_to_compare(config: Config) -> None:
@@ -170,5 +170,5 @@ def _show(plan: Plan, done: Sequence[Any], console: Any) -> None:
 def _state(plan: Plan, one: Any) -> dict[str, Any]:
     return {
         "number": one.number, "state": one.state.name.lower(), "value": one.value, "settings": dict(one.params),
-        "folder": str(plan.run(one)),
+        "folder": str(plan.run(one).absolute()),
     }  # fmt: skip

@@ -77,7 +77,7 @@ def test_nothing_is_held_out_of_rows_that_are_all_alike(home, untrained):
 def test_what_it_writes_trains(home, untrained):
     init(write(home / "rows.jsonl", ROWS["classify"]), Path("run.yaml"), model=str(untrained), machine=MACHINE)
     run = ftjax.train("run.yaml", training__max_steps=2, quiet=True)
-    assert run.folder == Path("runs/rows") and np.isfinite(run.metrics["eval/loss"]).all()
+    assert run.folder == home / "runs/rows" and np.isfinite(run.metrics["eval/loss"]).all()
 
 
 def test_reasons_stand_before_their_settings(home, untrained):
