@@ -46,6 +46,11 @@ def has_kernel(mesh: Mesh) -> bool:
     return _platform(mesh) == "tpu"
 
 
+def on_one_cpu(mesh: Mesh) -> bool:
+    """Return whether the mesh is a single CPU device."""
+    return mesh.size == 1 and _platform(mesh) == "cpu"
+
+
 def _platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
@@ -57,6 +62,7 @@ class Engine:
         """Args: of_sampler: log-probabilities are those that tokens were drawn with, not the model's own."""
         self.model, self.mesh, self.dtype = model, mesh, dtype
         self.kernel = PageKernel(mesh) if has_kernel(mesh) else None
+        self.on_one_cpu = on_one_cpu(mesh)
         self.shards = parts(mesh.shape, "batch")
         heads = model.sizes.heads
         self.heads = heads // parts(mesh.shape, "heads") if fitting(mesh, "heads", heads) else heads  # of each device
@@ -92,6 +98,8 @@ class Engine:
     @property
     def attention(self) -> str:
         """How attention reads keys and values in the programs that have been made so far, in words."""
+        if self.on_one_cpu:
+            return "pages are read block by block, as far as the longest text goes"
         if self.kernel is None:
             return f"pages are gathered: the kernel that reads them in place is for TPUs, and this is a {_platform(self.mesh)}"
         but = f", but they are gathered in layers with {'; '.join(self.kernel.reasons)}" if self.kernel.reasons else ""

@@ -46,7 +46,8 @@ class Room:
         chunk: tokens of a long prompt per step.
         steps: the most tokens per row and decode call.
         reads: `(rows, tokens)` of the prefill programs; empty for several short prompts, or a part of a long one per shard.
-        grows: whether there are programs for shorter tables of pages, too.
+        grows: whether there are programs for shorter tables of pages, too, where attention reads whole tables.
+        few: rows of a second decode program, for one group of rows, which runs when no more of them do; 0: there is none.
         ends, biased: the most ids that end an answer on the device, and the most tokens that a request may bias.
         tops: the most probable tokens that a request may ask for.
         grammars: whether requests may have one.
@@ -61,6 +62,7 @@ class Room:
     steps: int = 4
     reads: tuple[tuple[int, int], ...] = ()
     grows: bool = True
+    few: int = 0
     ends: int = ENDS
     biased: int = BIASED
     tops: int = TOPS
@@ -183,7 +185,8 @@ class PagedBatch:
     def widths(self) -> list[int]:
         """Pages of the tables that programs are compiled for."""
         most, found = math.ceil(self.room.context / self.room.page), []
-        width = math.ceil(SMALLEST / self.room.page) if self.room.grows else most
+        grows = self.room.grows and not self.engine.on_one_cpu  # there, attention reads as far as the texts go
+        width = math.ceil(SMALLEST / self.room.page) if grows else most
         while width < most:
             found.append(width)
             width *= GROWTH
@@ -202,14 +205,16 @@ class PagedBatch:
     def warm_up(self) -> None:
         """Run every program once, without effect: no request compiles anything after it."""
         self.open()
-        with long_step("compiling the programs", (len(self.shapes) + 1) * len(self.widths), "programs") as step:
+        kinds = 2 if self.room.few else 1
+        with long_step("compiling the programs", (len(self.shapes) + kinds) * len(self.widths), "programs") as step:
             for shape in self.shapes:
                 for width in self.widths:
                     self._run_prefill([], {}, shape, width)
                     step.advance()
             for width in self.widths:
-                self._run_decode([], 1, False, {}, width)
-                step.advance()
+                for size in (self.sizes.rows, self.room.few)[:kinds]:
+                    self._run_decode([], 1, False, {}, width, size)
+                    step.advance()
         self.clear(0, [])
 
     def read(self, waiting: Sequence[Reading], masks: Mapping[int, np.ndarray]) -> Read:
@@ -224,14 +229,19 @@ class PagedBatch:
         chosen = [one if len(one.tokens) <= shape[1] else one.cut(shape[1]) for one in self._fitting(waiting, shape[0])]
         return self._run_prefill(chosen, masks, shape, self._width([one.row for one in chosen]))
 
-    def decode(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray]) -> Seen:
+    def decode(
+        self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray]
+    ) -> tuple[dict[int, int], Seen]:
         """Decode at most `steps` more tokens of these rows, whose pages have room for them.
+
+        Returns `({row: its index in the results}, results)`.
 
         Args:
             listed: whether to return the most probable tokens too.
             masks: by row, the tokens that a grammar allows next; `steps` is then 1.
         """
-        return self._run_decode(rows, steps, listed, masks, self._width(rows))
+        size = self.room.few if len(rows) <= self.room.few else self.sizes.rows
+        return self._run_decode(rows, steps, listed, masks, self._width(rows), size)
 
     def clear(self, group: int, pages: Sequence[int]) -> None:
         """Fill pages with zeros."""
@@ -348,21 +358,27 @@ class PagedBatch:
             part = part._replace(follows=self._shard(follows), scored=scored)
         return found, part
 
-    def _run_decode(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int) -> Seen:
-        turn = self.turn(rows, steps, listed, masks, width)
-        with jax.set_mesh(self.engine.mesh), self._compiling("decode", width):
+    def _run_decode(
+        self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int, size: int
+    ) -> tuple[dict[int, int], Seen]:
+        places, turn = self.turn(rows, steps, listed, masks, width, size)
+        with jax.set_mesh(self.engine.mesh), self._compiling("decode", size, width):
             self._state, seen = self._programs.decode(self.decode_params, self._state, turn)
-        return seen
+        return places, seen
 
-    def turn(self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int) -> Turn:
-        """Return the inputs of the decode program for tables of `width` pages."""
-        size, replicate = self.sizes.rows, self.engine.replicate
-        stopped = np.ones(size, bool)
-        stopped[list(rows)] = False
-        return Turn(
-            self._shard(stopped), replicate(np.int32(min(steps, self.sizes.steps))), replicate(np.bool_(listed)),
-            self._shard(self._table(rows, rows, size, width)), self._shard(np.asarray(self.adapters, np.int32)),
-            self._mask(masks, dict(zip(rows, rows, strict=True)), size),
+    def turn(
+        self, rows: Sequence[int], steps: int, listed: bool, masks: Mapping[int, np.ndarray], width: int, size: int
+    ) -> tuple[dict[int, int], Turn]:
+        """Return `({row: its index}, the inputs of the decode program)` for tables of `width` pages and `size` rows."""
+        replicate, all_ = self.engine.replicate, size == self.sizes.rows
+        places = {row: row if all_ else at for at, row in enumerate(rows)}
+        where = list(places.values())
+        stopped, numbers, adapters = np.ones(size, bool), np.full(size, self.sizes.rows, np.int32), np.zeros(size, np.int32)
+        stopped[where], numbers[where], adapters[where] = False, rows, [self.adapters[row] for row in rows]
+        return places, Turn(
+            None if all_ else self._shard(numbers), self._shard(stopped), replicate(np.int32(min(steps, self.sizes.steps))),
+            replicate(np.bool_(listed)), self._shard(self._table(rows, where, size, width)), self._shard(adapters),
+            self._mask(masks, places, size),
         )  # fmt: skip
 
     def _shard(self, rows: np.ndarray) -> jax.Array:

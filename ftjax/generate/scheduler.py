@@ -312,9 +312,9 @@ class Scheduler:
         if not going:
             return
         rows = [job.row for job in going]
-        seen = self.batch.decode(rows, steps, any(job.tops for job in going), masks)
+        places, seen = self.batch.decode(rows, steps, any(job.tops for job in going), masks)
         for job in going:
-            self._take(job, seen, job.row)
+            self._take(job, seen, places[job.row])
 
     def _grow(self, job: Job, steps: int) -> bool:
         """Give a row the pages for its next tokens; return False if the job had to give up its row for others."""

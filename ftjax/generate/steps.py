@@ -2,7 +2,7 @@
 
 All shapes follow from `Sizes` and from those of a few inputs. All functions are pure; `ftjax.generate.engine` compiles them.
 
-Legend: B rows of the batch, R rows of a prefill step, G groups of rows, C tokens per call, n pages of a row, V vocab, E embed,
+Legend: B rows of the batch, R rows of a call, G groups of rows, C tokens per call, n pages of a row, V vocab, E embed,
 k most probable tokens.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ftjax.generate.cache import forward
 from ftjax.generate.decode import Rules, Runner, State, by_row, by_whole_rows
@@ -105,15 +105,17 @@ class Part(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Inputs of a decode call.
+    """Inputs of a decode call for R rows: all B of them, or a few.
 
     Attributes:
-        stopped: [B] bool, rows that do not decode.
+        rows: [R] int32, the few; B or more marks padding. None: all.
+        stopped: [R] bool, rows that do not decode.
         steps: int32, the most tokens per row.
         listed: bool, whether any row wants the most probable tokens.
-        table, adapters, mask: as in `Part`, for all rows.
+        table, adapters, mask: as in `Part`, for these rows.
     """
 
+    rows: jax.Array | None
     stopped: jax.Array
     steps: jax.Array
     listed: jax.Array
@@ -126,11 +128,11 @@ class Seen(NamedTuple):
     """What the host reads after a call.
 
     Attributes:
-        tokens: [B, C] int32, new tokens, left-aligned.
-        logprobs: [B, C] float32, their log-probabilities under the model itself.
-        counts: [B] int32, number of new tokens.
-        tops: [B, C, k] int32, the most probable tokens at each place.
-        top_logprobs: [B, C, k] float32.
+        tokens: [R, C] int32, new tokens, left-aligned.
+        logprobs: [R, C] float32, their log-probabilities under the model itself.
+        counts: [R] int32, number of new tokens.
+        tops: [R, C, k] int32, the most probable tokens at each place.
+        top_logprobs: [R, C, k] float32.
     """
 
     tokens: jax.Array
@@ -237,19 +239,22 @@ class Steps:
         rows = State(None, jnp.zeros_like(part.counts), asked.chosen, ~part.last, asked.uses, rules)
         rows, token, logprob = runner.pick(rows, logits, part.mask)
         ids, values = self._most_probable(logits)
-        rest = jax.tree.map(lambda whole, new: whole.at[part.rows].set(new, mode="drop"), state._replace(cache=None), rows)
         seen = Seen(token[:, None], logprob[:, None], part.last.astype(jnp.int32), ids[:, None], values[:, None])
         expected = None if part.follows is None else self._expected(module, hidden, part)
         shown = (jnp.arange(hidden.shape[1]) < part.counts[:, None])[..., None]
         hidden = hidden.astype(jnp.float32)
         pooled = Pooled(final.astype(jnp.float32), jnp.sum(jnp.where(shown, hidden, 0), axis=1))
-        return rest._replace(cache=state.cache.join(part.rows, cache)), *_everywhere((seen, pooled, expected))
+        return _join(state, part.rows, rows._replace(cache=cache)), *_everywhere((seen, pooled, expected))
 
     def decode(self, params: Mapping[str, jax.Array], state: State, turn: Turn) -> tuple[State, Seen]:
         """Decode at most `turn.steps` more tokens per row."""
-        runner, module, sizes = self.runner, self.runner.model.bind(params), self.sizes
-        state = state._replace(done=state.done | turn.stopped, cache=replace(state.cache, table=turn.table))
-        rows, k = sizes.rows, sizes.tops
+        runner, module, sizes, whole = self.runner, self.runner.model.bind(params), self.sizes, state
+        if turn.rows is None:
+            state = state._replace(cache=replace(state.cache, table=turn.table))
+        else:
+            state = _of(state, turn.rows, turn.table)
+        state = state._replace(done=state.done | turn.stopped)
+        rows, k = turn.stopped.shape[0], sizes.tops
         found = (
             jnp.zeros((rows, sizes.steps), jnp.int32), jnp.zeros((rows, sizes.steps), jnp.float32),
             jnp.zeros((rows, sizes.steps, k), jnp.int32), jnp.zeros((rows, sizes.steps, k), jnp.float32),
@@ -274,8 +279,9 @@ class Steps:
         before = state.count
         _, state, (tokens, logprobs, tops, top_logprobs) = jax.lax.while_loop(going, body, (jnp.int32(0), state, found))
         seen = Seen(tokens, logprobs, state.count - before, tops, top_logprobs)
-        state = state._replace(cache=replace(state.cache, table=turn.table[:, :0]))
-        return state, _everywhere(seen)
+        if turn.rows is not None:
+            return _join(whole, turn.rows, state), _everywhere(seen)
+        return state._replace(cache=replace(state.cache, table=turn.table[:, :0])), _everywhere(seen)
 
     def _expected(self, module: Any, hidden: Float[Array, "R C E"], part: Part) -> Likelihoods:
         """Return what the model expected after each token, if a row asks for it; a few tokens at a time have logits."""
@@ -318,6 +324,20 @@ class Steps:
     def clear(self, state: State, pages: jax.Array) -> State:
         """Fill pages `[G, ...]` with zeros; indices past the end are dropped."""
         return state._replace(cache=state.cache.cleared(pages))
+
+
+def _of(state: State, rows: Int[Array, " R"], table: Int[Array, "R _"]) -> State:
+    """Return the state of these rows, whose pages are in `table`."""
+    taken = jax.tree.map(lambda whole: whole.at[rows].get(mode="clip"), state._replace(cache=None))
+    lengths = state.cache.lengths.at[rows].get(mode="clip")
+    return taken._replace(cache=state.cache.of(rows, lengths, table).expecting(jnp.zeros_like(lengths)))
+
+
+def _join(state: State, rows: Int[Array, " R"], part: State) -> State:
+    """Return the state after these rows of it have changed; indices past the end are dropped."""
+    put = lambda whole, new: whole.at[rows].set(new, mode="drop")  # noqa: E731
+    rest = jax.tree.map(put, state._replace(cache=None), part._replace(cache=None))
+    return rest._replace(cache=state.cache.join(rows, part.cache))
 
 
 def _everywhere(arrays):

@@ -195,7 +195,7 @@ def compile_programs(batch: PagedBatch, shape: tuple[int, int], topology: Topolo
         nothing_kept() if topology.chip else nullcontext(),
         long_step(f"compiling the decoding programs for {topology.name}"),
     ):
-        decode = programs.decode.trace(batch.decode_params, state, batch.turn([], 1, False, {}, width))
+        decode = programs.decode.trace(batch.decode_params, state, batch.turn([], 1, False, {}, width, batch.sizes.rows)[1])
         read = programs.prefill.trace(batch.params, state, batch.part([], {}, shape, width)[1])
         compiled = [traced.lower().compile() for traced in (decode, read)]
     return Compiled(state, mesh, program_flops(decode), program_flops(read), *compiled)

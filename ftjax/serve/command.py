@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,8 @@ def make_batch(generator: Generator, options: ServeOptions) -> PagedBatch:
     engine = generator.engine
     memory = free_memory(engine.mesh) if options.cache_gb is None else int(options.cache_gb * 1e9)
     room = Room.fit(engine, rows=options.rows, context=context, memory=memory, page=min(32, context))
+    if engine.on_one_cpu:  # elsewhere a step reads all weights, for however many rows, and takes as long
+        room = replace(room, few=options.rows // 4)
     return PagedBatch(engine, generator.params, room)
 
 

@@ -143,7 +143,7 @@ def test_rows_are_sharded(mixed):
 
 def test_a_kernel_reads_pages(tmp_path):
     """Prompts in parts, a beginning that is there already, windows, a cap and grouped heads: on four devices in interpret mode,
-    the answers of one device that gathers pages."""
+    the answers of one CPU device that reads them block by block."""
     sizes = {"head_dim": 16, "initializer_range": 0.1, "sliding_window": 20}
     case = Case("gemma2", "gemma2", {**sizes, "layer_types": ["sliding_attention", "full_attention"]})
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
@@ -153,7 +153,7 @@ def test_a_kernel_reads_pages(tmp_path):
     with interpreted():
         spread = made(tmp_path / "spread", case, mesh)
         found = spread.answer(requests)
-    assert spread.engine.attention == "a kernel reads pages in place" and "gathered" in one.engine.attention
+    assert spread.engine.attention == "a kernel reads pages in place" and "block by block" in one.engine.attention
     assert [answer.tokens for answer in found] == [answer.tokens for answer in one.answer(requests)]
 
 

@@ -20,7 +20,7 @@ LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
     "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0],
 }  # fmt: skip
-ROOM = Room(rows=3, context=64, pages=20, page=4, chunk=16, steps=3)
+ROOM = Room(rows=3, context=64, pages=20, page=4, chunk=16, steps=3, few=1)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def decode_program(batch: PagedBatch) -> str:
 
     batch._programs = batch._programs._replace(decode=compiled_once)
     batch.open()
-    batch._run_decode([], 1, False, {}, batch.widths[0])
+    batch._run_decode([], 1, False, {}, batch.widths[0], batch.sizes.rows)
     return found[0].as_text()
 
 

@@ -20,15 +20,13 @@ from ftjax.mesh import constrain
 from ftjax.models.nn.attention_blockwise import MASKED, blockwise
 from ftjax.models.nn.attention_cudnn import cudnn, missing_for, missing_here
 from ftjax.models.nn.attention_sharded import on_each_device
-from ftjax.models.nn.bfloat16 import on_cpu
+from ftjax.models.nn.attention_streamed import streams
 from ftjax.models.nn.cache import Memories
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.memory import KeysValues
 from ftjax.models.nn.paged import PagedCache
 from ftjax.models.nn.rope import apply
-
-FEW_HEADS = 8  # most key heads that are multiplied side by side on a CPU: the products grow with their number
 
 # Of one sequence: N heads of queries, K of keys and values, of size H
 QueriesKeysValues = tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]
@@ -80,10 +78,7 @@ def xla(
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     q = q.reshape(b, t, kv, n // kv, h)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
-    side_by_side = t == 1 and 1 < kv <= FEW_HEADS and on_cpu() and jax.sharding.get_abstract_mesh().size == 1
-    scores = _scores_side_by_side(q, k, precision) if side_by_side else jnp.einsum(
-        "btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32
-    )  # fmt: skip
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32)
     scores = scores * pattern.scale
     if pattern.softcap is not None:
         scores = pattern.softcap * jnp.tanh(scores / pattern.softcap)
@@ -92,38 +87,7 @@ def xla(
         sink = sinks.astype(jnp.float32).reshape(1, kv, n // kv, 1, 1)
         scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
     probabilities = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(q.dtype)
-    if side_by_side:
-        return _values_side_by_side(probabilities, v, precision)
     return jnp.einsum("bkgts,bskh->btkgh", probabilities, v, precision=precision).reshape(b, t, n, v.shape[-1])
-
-
-def _scores_side_by_side(
-    q: Float[Array, "B 1 K G H"], k: Float[Array, "B S K H"], precision: Any
-) -> Float[Array, "B K G 1 S"]:  # fmt: skip
-    """Return the products of each row's only query with its keys, one matrix product per row.
-
-    The heads of a key are one vector here, and a query has zeros for the other heads. For one product per head, XLA first
-    copies all keys into another order on a CPU, which takes longer than to multiply by zeros.
-    """
-    b, _, kv, g, h = q.shape
-    wide = jnp.where(jnp.eye(kv, dtype=bool)[:, None, :, None], q[:, 0, :, :, None], 0).reshape(b, kv * g, kv * h)
-    over = (((2,), (2,)), ((0,), (0,)))
-    scores = jax.lax.dot_general(  # keys first: as the second operand they would be transposed
-        k.reshape(b, -1, kv * h), wide, over, precision=precision, preferred_element_type=jnp.float32
-    )  # fmt: skip
-    return jnp.swapaxes(scores, 1, 2).reshape(b, kv, g, 1, -1)
-
-
-def _values_side_by_side(
-    probabilities: Float[Array, "B K G 1 S"], v: Float[Array, "B S K D"], precision: Any
-) -> Float[Array, "B 1 N D"]:  # fmt: skip
-    """Return the sums of the values, weighted by head; each product also has those of the other heads, which are left out."""
-    b, kv, g, _, slots = probabilities.shape
-    over = (((2,), (1,)), ((0,), (0,)))
-    wide = jax.lax.dot_general(
-        probabilities.reshape(b, kv * g, slots), v.reshape(b, slots, -1), over, precision=precision
-    ).reshape(b, kv, g, kv, -1)  # fmt: skip
-    return jnp.stack([wide[:, head, :, head] for head in range(kv)], axis=1).reshape(b, 1, kv * g, -1)
 
 
 def splash(*inputs: Any, interpret: bool = False) -> jax.Array:
@@ -245,6 +209,9 @@ def self_attention(
         if cache.attends(record, pattern, sinks is not None, ctx.prefix is not None):
             cache = cache if k is None else cache.put(layer, k, v, name)
             return cache.attend(layer, record, q, pattern).reshape(b, t, -1), cache
+        if streams():
+            cache = cache if k is None else cache.put(layer, k, v, name)
+            return cache.stream(layer, record, q, pattern, sinks, _before(ctx, pattern, layer)).reshape(b, t, -1), cache
     if cache is not None:
         if k is None:
             k, v = cache.shared(layer, name)

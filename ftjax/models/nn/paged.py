@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ftjax.models.nn.attention_paged import PageKernel, in_pages, join, lanes, part
+from ftjax.models.nn.attention_streamed import streamed
 from ftjax.models.nn.cache import Cache, Layout, replaced
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.memory import KeysValues
@@ -86,6 +87,15 @@ class PagedCache(Cache):
         """Compute attention of the tokens that the layer has just written."""
         group, place = self._find(layer, record)
         return in_pages(q, self.keys[group], place, self.table, self.lengths, self.counts, pattern)
+
+    def stream(
+        self, layer: jax.Array | int, record: KeysValues, q: Float[Array, "B T N H"], pattern: Pattern,
+        sinks: Float[Array, " N"] | None, prefix: tuple[jax.Array, ...] | None,
+    ) -> Float[Array, "B T N V"]:  # fmt: skip
+        """Compute the same block by block, where `ftjax.models.nn.attention_streamed.streams`."""
+        group, place = self._find(layer, record)
+        keys, values = self.keys[group][0], self.values[group][0]
+        return streamed(q, keys, values, place, self.table, self.lengths, self.counts, pattern, sinks, prefix)
 
     def put(
         self, layer: jax.Array | int, k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], name: str = ""
