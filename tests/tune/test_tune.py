@@ -163,7 +163,11 @@ def test_a_trial_whose_process_has_died_is_taken_over(home):
     trial, _ = studies.ask(plan, opened)
     trial.set_user_attr(studies.OWNER, owner().replace(str(os.getpid()), "999999999"))
     found = ftjax.tune(CONFIG, SPACE, trials=3, out="tune", quiet=True)
-    assert len(found.trials) == 3 and found.trials[-1]["folder"] == str(home / "tune/trials/0002") and found.folder == home / "tune"
+    assert (
+        len(found.trials) == 3
+        and found.trials[-1]["folder"] == str(home / "tune/trials/0002")
+        and found.folder == home / "tune"
+    )
     assert found.trials[-1]["settings"] == trial.params
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from ftjax.models.nn.attention_blockwise import MASKED
 from ftjax.models.nn.bfloat16 import on_cpu
