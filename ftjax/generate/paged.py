@@ -47,7 +47,7 @@ class Room:
         steps: the most tokens per row and decode call.
         reads: `(rows, tokens)` of the prefill programs; empty for several short prompts, or a part of a long one per shard.
         grows: whether there are programs for shorter tables of pages, too, where attention reads whole tables.
-        few: rows of a second decode program, for one group of rows, which runs when no more of them do; 0: there is none.
+        few: rows of smaller decode programs, in order, which run when no more rows do. There is one group of rows then.
         ends, biased: the most ids that end an answer on the device, and the most tokens that a request may bias.
         tops: the most probable tokens that a request may ask for.
         grammars: whether requests may have one.
@@ -62,7 +62,7 @@ class Room:
     steps: int = 4
     reads: tuple[tuple[int, int], ...] = ()
     grows: bool = True
-    few: int = 0
+    few: tuple[int, ...] = ()
     ends: int = ENDS
     biased: int = BIASED
     tops: int = TOPS
@@ -205,14 +205,14 @@ class PagedBatch:
     def warm_up(self) -> None:
         """Run every program once, without effect: no request compiles anything after it."""
         self.open()
-        kinds = 2 if self.room.few else 1
-        with long_step("compiling the programs", (len(self.shapes) + kinds) * len(self.widths), "programs") as step:
+        counts = (*self.room.few, self.sizes.rows)
+        with long_step("compiling the programs", (len(self.shapes) + len(counts)) * len(self.widths), "programs") as step:
             for shape in self.shapes:
                 for width in self.widths:
                     self._run_prefill([], {}, shape, width)
                     step.advance()
             for width in self.widths:
-                for size in (self.sizes.rows, self.room.few)[:kinds]:
+                for size in counts:
                     self._run_decode([], 1, False, {}, width, size)
                     step.advance()
         self.clear(0, [])
@@ -240,7 +240,7 @@ class PagedBatch:
             listed: whether to return the most probable tokens too.
             masks: by row, the tokens that a grammar allows next; `steps` is then 1.
         """
-        size = self.room.few if len(rows) <= self.room.few else self.sizes.rows
+        size = next((few for few in self.room.few if len(rows) <= few), self.sizes.rows)
         return self._run_decode(rows, steps, listed, masks, self._width(rows), size)
 
     def clear(self, group: int, pages: Sequence[int]) -> None:

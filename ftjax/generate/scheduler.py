@@ -134,12 +134,12 @@ class Scheduler:
         self._decode()
 
     def _parts(self) -> int:
-        """Return how many parts of prompts to read before rows decode again.
+        """Return how many parts of prompts to read before rows decode again: as many as rows read, up to a few.
 
-        A call that decodes takes almost as long for one row as for all: as long as most rows still read, the few others wait.
+        A call that decodes takes almost as long for one row as for all. The sooner many rows have read their prompts, the fewer
+        calls there are; the long prompt of a single row goes on by one part between two calls, which stalls the others least.
         """
-        reading = sum(job.reading for job in self.running.values())
-        return min(MOST_PARTS, max(1, reading // max(1, len(self.running) - reading)))
+        return min(MOST_PARTS, max(1, sum(job.reading for job in self.running.values())))
 
     # ---- joining and leaving ----
 

@@ -185,7 +185,7 @@ def make_batch(generator: Generator, options: ServeOptions) -> PagedBatch:
     memory = free_memory(engine.mesh) if options.cache_gb is None else int(options.cache_gb * 1e9)
     room = Room.fit(engine, rows=options.rows, context=context, memory=memory, page=min(32, context))
     if engine.on_one_cpu:  # elsewhere a step reads all weights, for however many rows, and takes as long
-        room = replace(room, few=options.rows // 4)
+        room = replace(room, few=tuple(size for size in (1, 4) if 2 * size <= options.rows))
     return PagedBatch(engine, generator.params, room)
 
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from generate.engines import LLAMA, alone, answer, made, poisoned, run
+from generate.engines import LLAMA, SAMPLINGS, alone, answer, made, poisoned, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Case, tokens
@@ -20,7 +20,7 @@ LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
     "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0],
 }  # fmt: skip
-ROOM = Room(rows=3, context=64, pages=20, page=4, chunk=16, steps=3, few=1)
+ROOM = Room(rows=3, context=64, pages=20, page=4, chunk=16, steps=3, few=(1,))
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +131,23 @@ def test_a_long_prompt_does_not_stall_the_others(generator, batch, monkeypatch):
     run(scheduler)
 
 
+def test_a_few_rows_decode_by_a_program_of_their_own(generator, batch, monkeypatch):
+    """One of the three rows is computed; the other two, which the host lets wait, go on where they were."""
+    monkeypatch.setattr(generator, "ends", frozenset())
+    found, decode = [], batch.decode
+    monkeypatch.setattr(batch, "decode", lambda *given: found.append(decode(*given)) or found[-1])
+    scheduler, lengths = Scheduler(batch), (5, 9, 30)
+    asked = [Request(tokens(1, 7, seed=n)[0].tolist(), SAMPLINGS[1], n, number=n) for n in lengths]
+    jobs = [Job(generator.begin(one)) for one in asked]
+    for job in jobs:
+        scheduler.submit(job)
+    run(scheduler)
+    assert [job.answer.tokens for job in jobs] == [alone(generator, one) for one in asked]
+    assert {(len(places), len(seen.counts)) for places, seen in found} == {(3, 3), (2, 3), (1, 1)}
+
+
 def test_few_rows_wait_while_most_read(generator, batch, monkeypatch):
-    """As many parts are read before the next call that decodes as rows read for each that decodes."""
+    """As many parts are read before the next call that decodes as rows read."""
     monkeypatch.setattr(generator, "ends", frozenset())
     scheduler, parts, read = Scheduler(batch), [], batch.read
     monkeypatch.setattr(batch, "read", lambda *given: parts.append(1) or read(*given))
