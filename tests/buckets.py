@@ -1,12 +1,16 @@
 """Runs a Cloud Storage bucket on this machine, `gs://bucket`; it can refuse some requests, as the real service does."""
 
 import itertools
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
+from urllib.parse import unquote
 
 import pytest
+
+OBJECT = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o/([^/?]+)\?(?:.*&)?alt=media")
 
 
 @contextmanager
@@ -46,8 +50,19 @@ def bucket(refuse_every: int) -> Iterator[tuple[dict[str, str], list[str]]]:
         def do_DELETE(self):
             self._answer("DELETE", super().do_DELETE)
 
+    class WithGeneration(emulator.Response):
+        """Says which version of an object this is, as the service does. A writer that has read an object replaces no other."""
+
+        def close(self):
+            handler = self._handler
+            read = OBJECT.match(handler.path) if handler.command == "GET" and self.status in (200, 206) else None
+            if read:
+                self["x-goog-generation"] = handler.storage.get_file_obj(read[1], unquote(read[2]))["generation"]
+            super().close()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emulator, "RequestHandler", Sometimes)
+        patch.setattr(emulator, "Response", WithGeneration)
         patch.setattr(emulator.server, "HTTPServer", ThreadingHTTPServer)  # an idle connection does not keep others waiting
         server = emulator.create_server("localhost", 0, in_memory=True, default_bucket="bucket")
         server.start()

@@ -156,6 +156,27 @@ def test_checkpoints_in_a_bucket():
     assert len(refused) > 2
 
 
+REWRITTEN = """
+import tensorstore
+
+store = tensorstore.KvStore.open("gs://bucket/some/").result()
+store.write("one", b"1").result()
+found = store.read("one").result()
+assert found.value == b"1"
+assert store.write("one", b"2", if_equal=found.stamp.generation).result().generation != found.stamp.generation
+print(store["one"].decode())
+"""
+
+
+def test_an_object_of_the_bucket_is_rewritten_after_it_was_read():
+    """Orbax does so with its manifests when it has to read them again, which depends on time."""
+    with bucket(refuse_every=25) as (variables, _):
+        done = subprocess.run(
+            [sys.executable, "-c", REWRITTEN], env={**os.environ, **variables}, capture_output=True, text=True, timeout=400
+        )
+    assert done.returncode == 0 and done.stdout == "2\n", done.stderr[-3000:]
+
+
 def test_bucket_that_cannot_be_opened(model, data, tmp_path, monkeypatch):
     """Missing gcsfs or missing rights are reported at the start."""
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
