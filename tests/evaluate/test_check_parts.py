@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -147,14 +148,12 @@ def test_company_does_not_matter_and_where_it_does_that_is_seen(stories_generato
     alone, gaps = in_company(stories_generator, PROMPTS, 8)
     assert max(*gaps["batch_gap"], *gaps["padding_gap"]) < 1e-3
     assert [one.tokens for one in alone] == [stories_generator.generate([p], max_new_tokens=8)[0].tokens for p in PROMPTS]
-    import ftjax.models.nn.attention as attention
+    from ftjax.models.nn import attention_streamed
 
-    right = attention.visible
+    def all_slots(query, slot, pattern, virtual):
+        return jnp.ones((*query.shape, slot.size), bool)
 
-    def all_slots(q_segments, k_segments, offset, slots, window):
-        return right(q_segments, k_segments, slots, slots, window)
-
-    monkeypatch.setattr(attention, "visible", all_slots)
+    monkeypatch.setattr(attention_streamed, "_seen", all_slots)
     stories_generator = Generator(str(stories), dtype="float32")  # compiles anew
     _, gaps = in_company(stories_generator, PROMPTS, 8)
     assert max(gaps["padding_gap"]) > 0.5  # attention to padding
