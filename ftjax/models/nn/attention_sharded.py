@@ -13,6 +13,7 @@ Legend: B batch, T length, N heads, K kv heads, H head dim.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from ftjax.errors import UserError
 from ftjax.mesh import fitting
+from ftjax.models.nn.in_turn import in_turn
 
 # (q [B, T, N, H], k and v [B, T, K, H], segments [B, T], sinks [N] or None) -> [B, T, N, H]
 Kernel = Callable[..., jax.Array]
@@ -56,7 +58,8 @@ def on_each_device(
 
     def shard(q, k, v, segments, *sinks):
         for axis in length or ():
-            q, k, v = (jax.lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
+            exchange = partial(jax.lax.all_to_all, axis_name=axis, split_axis=2, concat_axis=1, tiled=True)
+            q, k, v = in_turn(exchange, q, k, v)
         y = kernel(q, k, v, segments, *(sinks or (None,)))
         for axis in length or ():
             y = jax.lax.all_to_all(y, axis, split_axis=1, concat_axis=2, tiled=True)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ftjax.models.nn.in_turn import in_turn
 from ftjax.models.nn.loops import about
 
 AXIS = "expert"
@@ -90,7 +91,7 @@ def _round(
     at, there = _places(queues, capacity, number)
     at = jnp.minimum(at, len(queues.order) - 1)
     swap = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
-    rows, expert = swap(x[queues.order[at] // k]), swap(jnp.where(there, queues.expert[at], here))
+    rows, expert = in_turn(swap, x[queues.order[at] // k], jnp.where(there, queues.expert[at], here))
     y = compute(rows.reshape(-1, x.shape[1]), expert.reshape(-1), trained, frozen)
     return swap(y.reshape(rows.shape))
 
