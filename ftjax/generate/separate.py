@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ftjax.generate.engine import on_one_cpu
 from ftjax.models.model import Model
 from ftjax.models.nn.stack import Separate
 
@@ -19,7 +20,7 @@ def separate(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, A
     They share the memory of `params`, which no program can take over as long as they exist. Of the abstract arrays of a plan
     they are abstract too.
     """
-    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+    if not on_one_cpu(mesh):
         return {}
     stacked = {path: params[path] for path, spec in model.specs.items() if spec.stacked and not spec.row.adapter}
     if sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stacked)) < WORTH:

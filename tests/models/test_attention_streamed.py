@@ -81,11 +81,12 @@ def test_a_row_is_the_same_in_any_company(case, monkeypatch):
     np.testing.assert_array_equal(run(before, ones.at[jnp.array([0, 2, 3])].set(0))[1], want)
 
 
-def test_only_the_blocks_that_are_seen_are_read(monkeypatch):
+@pytest.mark.parametrize("idle", [30, 0])
+def test_only_the_blocks_that_are_seen_are_read(idle, monkeypatch):
     """What is not finite there would show: it is multiplied by a weight of 0. So does the price fall with short texts."""
     (q, keys, values, table, _), pattern, *rest = inputs("window, cap, sinks")
     monkeypatch.setattr(attention_streamed, "LONGEST", PAGE)
-    before, counts = jnp.array([9, 11, 10, 30], jnp.int32), jnp.array([1, 1, 1, 0], jnp.int32)  # the last is idle
+    before, counts = jnp.array([9, 11, 10, idle], jnp.int32), jnp.array([1, 1, 1, 0], jnp.int32)
     seen = range((9 - 5 + 1) // PAGE, 11 // PAGE + 1)  # blocks of the window before 9, up to 11
     unread = table[:, jnp.array([page for page in range(PAGES) if page not in seen])]
     spoilt = [x.at[:, unread].set(jnp.nan) for x in (keys, values)]

@@ -62,7 +62,7 @@ def streamed(
     if prefix is not None:
         sums = _add(sums, q, *(jnp.broadcast_to(x, (b, *x.shape)) for x in prefix[:2]), prefix[2], pattern)
     active = counts > 0
-    first = jnp.min(jnp.where(active, _first_seen(before, pattern, virtual), before), initial=jnp.iinfo(jnp.int32).max)
+    first = jnp.min(jnp.where(active, _first_seen(before, pattern, virtual), jnp.iinfo(jnp.int32).max))
     end = jnp.max(jnp.where(active, before + counts, 0))
     _, weights, sums = jax.lax.fori_loop(first // slots, (end + slots - 1) // slots, block, sums)
     return jnp.moveaxis(sums / weights[..., None], 3, 1).reshape(b, t, n, -1).astype(q.dtype)
