@@ -146,6 +146,7 @@ def _scores_side_by_side(
     scores = jax.lax.dot_general(  # keys first: as the second operand they would be transposed
         k.reshape(b, -1, kv * h), wide, over, precision=precision, preferred_element_type=jnp.float32
     )  # fmt: skip
+    scores = jax.lax.optimization_barrier(scores)  # or XLA swaps the operands back
     return jnp.swapaxes(scores, 1, 2).reshape(b, kv, g, 1, -1)
 
 

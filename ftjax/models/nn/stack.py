@@ -168,6 +168,7 @@ class Stack(nnx.Module):
     def _one_by_one(self, x: jax.Array, ctx: Context, cache: Memories):
         """Decode with layers whose parameters are `Separate`; return `(x, cache, aux)`."""
         split = {name: nnx.split(getattr(self, name)) for name in sorted(set(self.choice))}
+        ctx = replace(ctx, rope=_kept(ctx.rope, ctx.positions))
         auxes = []
         for layer, (name, kind) in enumerate(zip(self.choice, self.kinds, strict=True)):
             structure, states = split[name]
@@ -264,3 +265,11 @@ def _cast(state: nnx.State, dtype) -> nnx.State:
         return variable.replace(value.astype(dtype)) if value.dtype.itemsize > jnp.dtype(dtype).itemsize else variable
 
     return jax.tree.map(cast, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def _kept(rope, positions: jax.Array):
+    """Return the angles of RoPE, in memory: XLA would compute their sines and cosines again for each layer and head.
+
+    It merges what is cheap by its count into each use, through barriers too, but not what a branch returns.
+    """
+    return jax.lax.cond(jnp.max(positions) < 0, lambda rope: jax.tree.map(jnp.zeros_like, rope), lambda rope: rope, rope)
