@@ -19,7 +19,7 @@ from ftjax.generate.answer import Answer
 from ftjax.generate.decode import State
 from ftjax.generate.engine import Engine
 from ftjax.generate.sample import Sampling, row_sampling, uses_of
-from ftjax.generate.separate import separate
+from ftjax.generate.separate import Layers
 from ftjax.generate.steps import Asked, Likelihoods, Part, Pooled, Seen, Sizes, Turn
 from ftjax.long_steps import KEPT, long_step, steps_go_on
 from ftjax.mesh import fitting, parts
@@ -152,7 +152,7 @@ class PagedBatch:
     def __init__(self, engine: Engine, params: Mapping[str, jax.Array], room: Room):
         assert room.rows % engine.shards == 0, f"{room.rows} rows on {engine.shards} shards"
         self.engine, self.params, self.room = engine, params, room
-        self._separate = separate(engine.model, params, engine.mesh)
+        self._layers = Layers(engine.model, params, engine.mesh)
         vocab = engine.model.sizes.vocab
         self.sizes = Sizes(
             room.rows, engine.shards, room.pages + 1, room.page, room.ends, room.biased, min(room.tops, vocab), room.steps
@@ -169,7 +169,7 @@ class PagedBatch:
     @property
     def decode_params(self) -> dict[str, Any]:
         """The parameters as the decode program takes them."""
-        return {**self.params, **self._separate}
+        return {**self.params, **self._layers.of(self.params)}
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

@@ -20,7 +20,8 @@ from ftjax.models.model import Model
 from ftjax.models.nn.context import Context
 from ftjax.models.nn.param import Init, param
 
-PARTS = ("stack_A", "stack_B", "stack_scale")
+MATRICES = ("stack_A", "stack_B")
+PARTS = (*MATRICES, "stack_scale")
 
 
 class LoraStack(nnx.Module):

@@ -20,9 +20,9 @@ from ftjax.mesh import constrain
 from ftjax.models.nn.attention_blockwise import MASKED, blockwise
 from ftjax.models.nn.attention_cudnn import cudnn, missing_for, missing_here
 from ftjax.models.nn.attention_sharded import on_each_device
-from ftjax.models.nn.attention_streamed import streams
 from ftjax.models.nn.cache import Memories
 from ftjax.models.nn.context import Context
+from ftjax.models.nn.device import on_one_cpu
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.memory import KeysValues
 from ftjax.models.nn.paged import PagedCache
@@ -209,7 +209,7 @@ def self_attention(
         if cache.attends(record, pattern, sinks is not None, ctx.prefix is not None):
             cache = cache if k is None else cache.put(layer, k, v, name)
             return cache.attend(layer, record, q, pattern).reshape(b, t, -1), cache
-        if streams():
+        if on_one_cpu():
             cache = cache if k is None else cache.put(layer, k, v, name)
             return cache.stream(layer, record, q, pattern, sinks, _before(ctx, pattern, layer)).reshape(b, t, -1), cache
     if cache is not None:

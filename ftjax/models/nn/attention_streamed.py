@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from ftjax.models.nn.attention_blockwise import MASKED
-from ftjax.models.nn.bfloat16 import on_cpu
 from ftjax.models.nn.layer_types import Pattern
 
 BLOCK = 1 << 22  # most bytes of a block's keys and values, and of its scores, about what the second-level caches hold
@@ -24,11 +23,6 @@ LONGEST = 256  # most tokens of a block
 FEW_HEADS = 8  # most key heads that are multiplied side by side: the products grow with their number
 
 Sums = tuple[jax.Array, jax.Array, jax.Array]  # of each query: highest score, sum of weights, sum of weighted values
-
-
-def streams() -> bool:
-    """Return whether programs for the current mesh read pages block by block."""
-    return on_cpu() and jax.sharding.get_abstract_mesh().size == 1
 
 
 def streamed(

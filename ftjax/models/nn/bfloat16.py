@@ -14,11 +14,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, BFloat16, Float, Int, Shaped
 
-
-def on_cpu() -> bool:
-    """Return whether the program is made for CPUs, as far as the current mesh tells."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is not None and device.platform == "cpu"
+from ftjax.models.nn.device import on_cpu
 
 
 def rounded(dtype) -> bool:

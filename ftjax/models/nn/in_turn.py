@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from ftjax.models.nn.bfloat16 import on_cpu
+from ftjax.models.nn.device import on_cpu
 
 
 def in_turn(exchange: Callable[[jax.Array], jax.Array], *arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -14,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Shaped
 
 from ftjax.errors import UserError
-from ftjax.models.nn.bfloat16 import on_cpu, rounded, rounded_product
+from ftjax.models.nn.bfloat16 import rounded, rounded_product
 from ftjax.models.nn.context import Context, is_virtual
+from ftjax.models.nn.device import on_one_cpu
 from ftjax.models.nn.gathered import fully_sharded, gathered
 from ftjax.models.nn.lookup import rows_of
 from ftjax.models.nn.param import Init, param
@@ -51,13 +52,14 @@ def project(x: Float[Array, "*of I"], weight: Float[Array, "_ _"], *, conv1d: bo
     float32 uses the highest precision: accelerators would otherwise round the operands.
 
     Where a CPU decodes, the weight is the left factor. XLA's products there rearrange the right one first, which takes as long
-    as multiplying it by a few tokens: with 16 of them this way round is twice as fast, with 64 as fast, and slower beyond. The barrier keeps XLA from swapping back.
+    as multiplying it by a few tokens: with 16 of them this way round is twice as fast, with 64 as fast, and slower beyond.
+    The barrier keeps XLA from swapping the two back.
     """
     weight = weight.astype(x.dtype)
     if rounded(x.dtype):
         return rounded_product(x, weight, conv1d)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    if not conv1d and on_cpu() and math.prod(x.shape[:-1]) <= FEW:
+    if not conv1d and on_one_cpu() and math.prod(x.shape[:-1]) <= FEW:
         turned = jax.lax.dot_general(weight, x, (((1,), (x.ndim - 1,)), ((), ())), precision=precision)
         return jnp.moveaxis(jax.lax.optimization_barrier(turned), 0, -1)
     contract = (((x.ndim - 1,), (0 if conv1d else 1,)), ((), ()))

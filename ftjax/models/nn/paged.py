@@ -92,7 +92,7 @@ class PagedCache(Cache):
         self, layer: jax.Array | int, record: KeysValues, q: Float[Array, "B T N H"], pattern: Pattern,
         sinks: Float[Array, " N"] | None, prefix: tuple[jax.Array, ...] | None,
     ) -> Float[Array, "B T N V"]:  # fmt: skip
-        """Compute the same block by block, where `ftjax.models.nn.attention_streamed.streams`."""
+        """Compute the same block by block, on one CPU."""
         group, place = self._find(layer, record)
         keys, values = self.keys[group][0], self.values[group][0]
         return streamed(q, keys, values, place, self.table, self.lengths, self.counts, pattern, sinks, prefix)
