@@ -65,17 +65,26 @@ def serve(model: str, loading: LoadOptions, options: ServeOptions) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises UserError for what cannot be served."""
     try:
         from ftjax.serve.app import make_app
-        from ftjax.serve.server import run
+        from ftjax.serve.server import bound, run
     except ImportError as error:
         raise UserError(f"ftjax serve needs {error.name}, which is not installed: pip install 'ftjax[serve]'") from None
+    keys = read_keys(options.api_key_file)
+    if options.adapter_root is not None and not options.adapter_root.is_dir():
+        raise UserError(f"--adapter-root {options.adapter_root}: not a folder")
+    with bound(options.host, options.port) as listening:
+        served, engine, adapters = _ready(model, loading, options, f"http://{options.host}:{options.port}")
+        app = make_app(served, engine, keys=keys, adapters=adapters)
+        run(app, engine, listening)
+
+
+def _ready(model: str, loading: LoadOptions, options: ServeOptions, address: str) -> tuple[Any, Any, Any]:
+    """Load and compile; return the `Served` model, its `EngineThread`, which runs, and the `Adapters` that requests may change,
+    or None."""
     from ftjax.compile_cache import keep_compiled_programs
     from ftjax.serve.adapters import Adapters
     from ftjax.serve.schedule import EngineThread
     from ftjax.serve.served import Served
 
-    keys = read_keys(options.api_key_file)
-    if options.adapter_root is not None and not options.adapter_root.is_dir():
-        raise UserError(f"--adapter-root {options.adapter_root}: not a folder")
     keep_compiled_programs()
     console = make_console(stderr=True)
     found = find_named(model, adapter=loading.adapter)
@@ -107,9 +116,8 @@ def serve(model: str, loading: LoadOptions, options: ServeOptions) -> None:
                 raise UserError(f"--adapter {name}=...: the base model has this name; choose another, or another --name")
             adapters.add(name, folder)
             say(console, f"{name}: {folder}")
-    say(console, f"http://{options.host}:{options.port} (a page to chat), http://{options.host}:{options.port}/v1 (API)")
-    app = make_app(served, engine, keys=keys, adapters=adapters if options.adapter_root is not None else None)
-    run(app, engine, options.host, options.port)
+    say(console, f"{address} (a page to chat), {address}/v1 (API)")
+    return served, engine, adapters if options.adapter_root is not None else None
 
 
 def load(found: Named, loading: LoadOptions, options: ServeOptions) -> tuple[Generator, AdapterStack | None]:

@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import signal
+import socket
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from ftjax.errors import UserError
 from ftjax.serve.schedule import EngineThread
 
 log = logging.getLogger(__name__)
@@ -36,11 +38,25 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def run(app: Any, engine: EngineThread, host: str, port: int) -> None:
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket that has this address and refuses connections until `run`. Raises UserError if it cannot have it."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: {error.strerror}; choose another, or end the program that listens there"
+        ) from None
+    return found
+
+
+def run(app: Any, engine: EngineThread, listening: socket.socket) -> None:
     """Serve until a signal comes, and then until all requests have ended. The engine's thread must have been started."""
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, lifespan="off")
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
     server = DrainingServer(config, engine)
     try:
-        asyncio.run(server.serve())
+        asyncio.run(server.serve(sockets=[listening]))
     finally:
         engine.stop()

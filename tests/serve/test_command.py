@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -96,8 +97,19 @@ def test_a_server_from_start_to_end(chatty, folders, tmp_path):
     ids=str,
 )
 def test_what_cannot_be_served(chatty, options, says):
-    found = CliRunner().invoke(app, ["serve", str(chatty), *options])
+    found = CliRunner().invoke(app, ["serve", str(chatty), "--port", address().rpartition(":")[2], *options])
     assert found.exit_code == 2 and says in " ".join(found.output.split()), found.output
+
+
+def test_addresses_that_it_cannot_have(chatty):
+    """They are refused before a model is loaded."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for options in ["--port", port], ["--host", "192.0.2.1"]:
+            found = CliRunner().invoke(app, ["serve", str(chatty / "nowhere"), *options])
+            assert found.exit_code == 2 and "choose another" in " ".join(found.output.split()), found.output
 
 
 def test_options(tmp_path):
