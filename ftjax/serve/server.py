@@ -43,11 +43,16 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-    except OSError as error:
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+        except OSError:
+            found.close()
+            raise
+    except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name is longer than 63 characters, or empty
+        why = error.strerror if isinstance(error, OSError) else "this is not the name of a host"
         raise UserError(
-            f"--host {host} --port {port}: {error.strerror}; choose another, or end the program that listens there"
+            f"--host {host} --port {port}: {why}; choose another, or end the program that listens there"
         ) from None
     return found
 
