@@ -51,8 +51,15 @@ def turns() -> dict[str, list[tuple[str, str]]]:
 
 def test_committed_files_are_what_the_generator_writes(generator, tmp_path):
     generator.write(tmp_path)
-    for split in SPLITS:
+    for split in (*SPLITS, "few"):
         assert (tmp_path / f"{split}.jsonl").read_bytes() == (FOLDER / f"{split}.jsonl").read_bytes()
+
+
+def test_the_few_are_of_train_and_show_a_missing_name(turns):
+    found = [json.loads(line)["messages"] for line in (FOLDER / "few.jsonl").read_text().splitlines()]
+    rows = [(row[1]["content"], row[2]["content"]) for row in found]
+    assert len(rows) == 42 and set(rows) <= set(turns["train"])
+    assert sum(json.loads(answer)["name"] is None for _, answer in rows) == 12
 
 
 def test_nothing_of_validation_and_test_is_in_train(turns):
