@@ -209,6 +209,8 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the demo's train, validation and test messages, and the few of train to begin from.")
+    parser = argparse.ArgumentParser(
+        description="Write the demo's train, validation and test messages, and the few of train to begin from."
+    )
     parser.add_argument("folder", nargs="?", type=Path, default=Path("ftjax/demo/data"))
     write(parser.parse_args().folder)

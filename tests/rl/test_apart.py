@@ -227,8 +227,9 @@ def test_an_error_of_one_is_of_all(monkeypatch, error):
     assert type(caught.value) is error
 
 
-# Runs `ftjax`, and cannot answer for the fifth time.
+# Runs `ftjax`, and cannot answer for the fifth time, or is told to end then.
 UNABLE = """
+import os, signal
 from ftjax.cli import main
 from ftjax.errors import UserError
 from ftjax.generate.session import Generator
@@ -253,24 +254,34 @@ def same_rows(got, want, tolerance=1e-5):
             )
 
 
-@pytest.mark.parametrize("fails", ["answering", pytest.param("reward", marks=pytest.mark.sweep)])
+TOLD = UNABLE.replace('raise UserError("the fifth")', "os.kill(os.getpid(), signal.SIGTERM)")
+
+
+@pytest.mark.parametrize("fails", ["answering", "told", pytest.param("reward", marks=pytest.mark.sweep)])
 def test_two_processes_do_what_one_does(whole, model, prompts, tmp_path, fails):
     """Two processes, of two devices each that train and two that generate, stop together where one of them cannot answer, or
-    the reward fails, and go on from the checkpoint before, which has the answers of parameters that it has not."""
+    the reward fails, or one is told to end while it answers, and go on from the checkpoint before, which has the answers of
+    parameters that it has not."""
     (tmp_path / "echo.py").write_text(ECHO)
     out, rewards = tmp_path / "run", [f"{tmp_path / 'echo.py'}:early"]
     values = values_of(model, prompts, out, {"rewards": rewards}, save_steps=3, gradient_accumulation_steps=2)
     if fails == "reward":
         asks = "(completions, trainer_state, **columns):\n    assert trainer_state.global_step != 5, 'the fifth'"
         (tmp_path / "echo.py").write_text(ECHO.replace("(completions, **columns):", asks, 1))
-    code = {1: UNABLE} if fails == "answering" else None
+    code = {"answering": {1: UNABLE}, "told": {1: TOLD}}.get(fails)
     running, said = processes.run(2, values, out, devices=4, code=code)
-    assert [process.returncode for process in running] == [2, 2] and all("the fifth" in text for text in said), said
-    assert (out / "checkpoints" / "4").is_dir()  # what was before the failure is saved
-    shutil.rmtree(out / "checkpoints" / "4")
+    saved = max(int(path.name) for path in (out / "checkpoints").iterdir())  # what was before is saved
+    if fails == "told":
+        assert [process.returncode for process in running] == [1, 1] and f"SIGTERM: saved step {saved} of 6" in said[0], said
+        assert saved in (4, 5)
+    else:
+        assert [process.returncode for process in running] == [2, 2] and all("the fifth" in text for text in said), said
+        assert saved == 4
+        shutil.rmtree(out / "checkpoints" / "4")
+        saved = 3
     (tmp_path / "echo.py").write_text(ECHO)
     running, said = processes.run(2, values, out, devices=4)
-    assert [process.returncode for process in running] == [0, 0] and "resuming from step 3" in said[0], said
+    assert [process.returncode for process in running] == [0, 0] and f"resuming from step {saved}" in said[0], said
     assert "on 2 other device(s) of each of 2 processes, which answer a share each, tensor=2" in " ".join(said[0].split())
     same_rows(logged(out), logged(whole[0]))
     got, want = (load_file(folder / "final" / "adapter_model.safetensors") for folder in (out, whole[0]))
