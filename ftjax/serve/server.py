@@ -51,9 +51,7 @@ def bound(host: str, port: int) -> socket.socket:
             raise
     except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name is longer than 63 characters, or empty
         why = error.strerror if isinstance(error, OSError) else "this is not the name of a host"
-        raise UserError(
-            f"--host {host} --port {port}: {why}; choose another, or end the program that listens there"
-        ) from None
+        raise UserError(f"--host {host} --port {port}: {why}; choose another, or end the program that listens there") from None
     return found
 
 

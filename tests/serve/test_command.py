@@ -103,7 +103,7 @@ def test_what_cannot_be_served(chatty, options, says):
 
 
 def test_addresses_that_it_cannot_have(chatty):
-    """They are refused before a model is loaded, and no socket stays open (pytest fails a test that leaves one to be collected)."""
+    """They are refused before a model is loaded, and no socket stays open (pytest fails a test that leaves one behind)."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
