@@ -103,7 +103,7 @@ def test_packed_is_unpacked(pair):
 
 def test_documents_share_their_start(pair):
     """Two documents whose first 9 tokens are in the row once have the logits that they have alone, beside another document."""
-    case, hf, model, params, _ = pair
+    _, hf, model, params, _ = pair
     if not model.branches:
         return
     start, *rest = tokens(1, 9, seed=1), tokens(1, 8, seed=2), tokens(1, 15, seed=3)
