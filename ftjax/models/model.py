@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from ftjax import tree
+from ftjax.models.branches import branches
 from ftjax.models.causal_lm import CausalLM, Sizes
 from ftjax.models.classifier import classes_of, to_classifier
 from ftjax.models.facts import Facts
@@ -35,6 +36,7 @@ class Model:
             (`ftjax.models.causal_lm.CausalLM`).
         embedding: the spec of the input embedding `[V, E]`.
         memories: memory records of each layer, for decoding.
+        branches: whether documents of a row may share their start (`ftjax.models.nn.context.Branching`).
     """
 
     config: Mapping[str, Any]
@@ -46,6 +48,7 @@ class Model:
     sizes: Sizes
     embedding: Spec
     memories: tuple[tuple[Memory, ...], ...]
+    branches: bool
     output: str
     ignored: tuple[str, ...]
     carried: tuple[str, ...]
@@ -64,8 +67,8 @@ class Model:
         [embedding] = (spec for spec in rows.values() if spec.hf_template == f"{module.embedding}.weight")
         return cls(
             config, rows, buffers, graphdef, jax.tree.structure(state), order, sizes=module.sizes, embedding=embedding,
-            memories=memories(module), output=module.output, ignored=module.ignored, carried=module.carried,
-            ropes=module.ropes, notes=module.notes, max_positions=module.max_positions,
+            memories=memories(module), branches=branches(module, module.ropes), output=module.output, ignored=module.ignored,
+            carried=module.carried, ropes=module.ropes, notes=module.notes, max_positions=module.max_positions,
         )  # fmt: skip
 
     def bind(self, params: Mapping[str, jax.Array]) -> Any:

@@ -4,7 +4,7 @@ Legend: A microbatches, B rows of a microbatch (over all devices), T length.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -48,7 +48,8 @@ class Runtime:
     remat: str = "none"
 
     def context(self, batch: Mapping[str, Shaped[Array, "B _"]], dropout: jax.Array | None = None) -> Context:
-        return Context(batch["positions"], batch["segment_ids"], self.dtype, self.attention, self.remat, dropout)
+        found = Context(batch["positions"], batch["segment_ids"], self.dtype, self.attention, self.remat, dropout)
+        return replace(found, ends=batch.get("ends"))
 
 
 class LossFn(Protocol):

@@ -101,6 +101,27 @@ def test_packed_is_unpacked(pair):
     assert SUPPORT[case.model_type].packing
 
 
+def test_documents_share_their_start(pair):
+    """Two documents whose first 9 tokens are in the row once have the logits that they have alone, beside another document."""
+    _, hf, model, params, _ = pair
+    if not model.branches:
+        return
+    start, *rest = tokens(1, 9, seed=1), tokens(1, 8, seed=2), tokens(1, 15, seed=3)
+    other, parts = tokens(1, 5, seed=4), [9, 8, 15, 5, 3]
+    row = np.concatenate([start, *rest, other, np.zeros((1, 3), np.int32)], axis=1)
+    segments, ends = (np.repeat(of, parts)[None].astype(np.int32) for of in ([1, 1, 2, 3, 0], [32, 17, 32, 37, 0]))
+    positions = np.concatenate([np.arange(17), np.arange(9, 24), np.arange(5), np.zeros(3)])[None].astype(np.int32)
+    for attention in ("xla", "blockwise"):
+        ctx = Context(*map(jnp.asarray, (positions, segments)), attention=attention, ends=jnp.asarray(ends))
+        with jax.disable_jit():
+            module = model.bind(params)
+            ours = np.asarray(module.unembed(module.hidden(jnp.asarray(row), ctx)[0], ctx))
+        first, second = (hf_logits(hf, np.concatenate([start, one], axis=1)) for one in rest)
+        np.testing.assert_allclose(ours[:, :17], first, atol=LOGITS, rtol=0)
+        np.testing.assert_allclose(ours[:, 17:32], second[:, 9:], atol=LOGITS, rtol=0)
+        np.testing.assert_allclose(ours[:, 32:37], hf_logits(hf, other), atol=LOGITS, rtol=0)
+
+
 def learner(model):
     """Return the jitted `(params, ids, weights, segments, positions) -> ((loss, logits), gradients)` of a model.
 

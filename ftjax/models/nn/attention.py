@@ -21,7 +21,7 @@ from ftjax.models.nn.attention_blockwise import MASKED, blockwise
 from ftjax.models.nn.attention_cudnn import cudnn, missing_for, missing_here
 from ftjax.models.nn.attention_sharded import on_each_device
 from ftjax.models.nn.cache import Memories
-from ftjax.models.nn.context import Context
+from ftjax.models.nn.context import Branching, Context
 from ftjax.models.nn.device import on_one_cpu
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.memory import KeysValues
@@ -33,8 +33,8 @@ QueriesKeysValues = tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Floa
 
 
 def visible(
-    q_segments: Int[Array, "B T"],
-    k_segments: Int[Array, "B S"] | None,
+    q_segments: Int[Array, "B T"] | Branching,
+    k_segments: Int[Array, "B S"] | Branching | None,
     offset: Int[Array, " B"] | int,
     slots: int,
     window: int | None,
@@ -42,10 +42,13 @@ def visible(
     """Return the attention mask: key s is in query t's document, not after it, and inside the window.
 
     Args:
-        k_segments: None for a KV cache, whose rows are one document each.
+        k_segments: None for a KV cache, whose rows are one document each; `Branching` if the queries' is.
         offset: slot of the first query, per row or the same for all.
         slots: S.
     """
+    if isinstance(q_segments, Branching):
+        slot = jnp.arange(slots, dtype=jnp.int32)[:, None]
+        return (slot >= slot.T) & (slot < q_segments.ends[:, None, :])
     q_slot = jnp.asarray(offset, jnp.int32)[..., None, None] + jnp.arange(q_segments.shape[1], dtype=jnp.int32)[:, None]
     k_slot = jnp.arange(slots, dtype=jnp.int32)
     mask = k_slot <= q_slot
@@ -60,8 +63,8 @@ def xla(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K D"],
-    q_segments: Int[Array, "B T"],
-    k_segments: Int[Array, "B S"] | None,
+    q_segments: Int[Array, "B T"] | Branching,
+    k_segments: Int[Array, "B S"] | Branching | None,
     offset: Int[Array, " B"] | int,
     pattern: Pattern,
     sinks: Float[Array, " N"] | None = None,
@@ -106,6 +109,7 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
     "cudnn": cudnn,
 }
 AUTO_CUDNN = "cudnn, or xla where that cannot"
+BRANCHING = ("xla", "blockwise")  # know documents that share their start
 
 
 def choose(name: str, device: jax.Device, devices: int = 1) -> str:
@@ -141,8 +145,8 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K D"],
-    q_segments: Int[Array, "B T"],
-    k_segments: Int[Array, "B S"] | None,
+    q_segments: Int[Array, "B T"] | Branching,
+    k_segments: Int[Array, "B S"] | Branching | None,
     offset: Int[Array, " B"] | int,
     pattern: Pattern,
     backend: str,
@@ -152,7 +156,7 @@ def attend(
     """Compute attention of q over k and v.
 
     Args:
-        q_segments: queries attend only to keys of the same segment.
+        q_segments: queries attend only to keys of the same segment, or to those that `Branching` gives them.
         k_segments: None for a KV cache, whose rows are one document each.
         offset: slot of the first query, per row or the same for all.
         pattern: scale, window and softcap of this layer.
@@ -202,7 +206,7 @@ def self_attention(
     if ctx.rope is not None:
         q, k = rotate(q, *ctx.rope), None if k is None else rotate(k, *ctx.rope)
     q = constrain(q, "batch", "length", "heads", None)
-    own = seen = _chunks(ctx, pattern)
+    own = seen = _chunks(ctx, pattern) if ctx.ends is None else Branching(ctx.segment_ids, ctx.ends)
     offset = 0
     if isinstance(cache, PagedCache):
         record = cache.layout.named(name) if k is None else KeysValues(*k.shape[2:], v.shape[-1], name)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from ftjax.models.nn.context import Branching
 from ftjax.models.nn.layer_types import Pattern
 from ftjax.models.nn.remat import ATTENTION
 
@@ -39,7 +40,10 @@ def _scores(q, k, segments, rows: slice, keys: slice, pattern: Pattern):
         tanh = jnp.tanh(s / pattern.softcap)
         s, slope = pattern.softcap * tanh, 1 - jnp.square(tanh)
     row, key = jnp.arange(rows.start, rows.stop)[:, None], jnp.arange(keys.start, keys.stop)[None, :]
-    mask = (key <= row) & (segments[rows, None] == segments[None, keys])
+    if isinstance(segments, Branching):
+        mask = (key <= row) & (row < segments.ends[None, keys])
+    else:
+        mask = (key <= row) & (segments[rows, None] == segments[None, keys])
     if pattern.window is not None:
         mask &= row - key < pattern.window
     return jnp.where(mask, s, MASKED), slope
@@ -107,7 +111,9 @@ def _joined(x: Float[Array, "B K G T H"]) -> Float[Array, "B T K*G H"]:
     return x.transpose(0, 3, 1, 2, 4).reshape(b, t, kv * g, h)
 
 
-def _each_head(run: Callable, segments: jax.Array, sinks: jax.Array | None, queries: tuple, keys: tuple, more: tuple = ()):
+def _each_head(
+    run: Callable, segments: jax.Array | Branching, sinks: jax.Array | None, queries: tuple, keys: tuple, more: tuple = ()
+):
     """Map `run(segments, sinks, *queries, *keys, *more)` over the key heads of each row.
 
     Rows are the outer loop, so that the inner loop gets a row's segments as an operand: XLA's CPU kernels compute the mask
@@ -135,7 +141,7 @@ def blockwise(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    segments: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | Branching,
     sinks: Float[Array, " N"] | None,
     pattern: Pattern,
 ) -> Float[Array, "B T N H"]:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from ftjax.errors import UserError
 from ftjax.mesh import fitting
+from ftjax.models.nn.context import Branching
 from ftjax.models.nn.in_turn import in_turn
 
 # (q [B, T, N, H], k and v [B, T, K, H], segments [B, T], sinks [N] or None) -> [B, T, N, H]
@@ -33,7 +34,7 @@ def on_each_device(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    segments: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | Branching,
     sinks: Float[Array, " N"] | None,
 ) -> Float[Array, "B T N H"]:
     """Run `kernel(q, k, v, segments, sinks)` on each device's shard under the current mesh; call it directly without a mesh.

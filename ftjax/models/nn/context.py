@@ -4,7 +4,7 @@ Legend: B batch, T query length, K kv heads, H head dim, L layers, V virtual tok
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,26 @@ class Prefix:
 
     keys: Float[Array, "L virtual K H"]
     values: Float[Array, "L virtual K H"]
+
+
+class Branching(NamedTuple):
+    """Which tokens of a row see which, where documents share their start: those before the slot `ends` of a token see it.
+
+    Two documents `1 2 3` and `1 2 4 5`, which share `1 2`:
+
+        slot        0  1  2  3  4
+        token       1  2  3  4  5
+        position    0  1  2  2  3
+        segment     1  1  1  2  2     a shared start counts as a part of the first document
+        end         5  5  3  5  5
+
+    Attributes:
+        segments: the document of each token; 0 is padding.
+        ends: see above; 0 for padding, which nothing sees.
+    """
+
+    segments: Int[Array, "B T"]
+    ends: Int[Array, "B T"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +57,8 @@ class Context:
         prefix: virtual tokens that precede every document (`after_virtual_tokens`), or None.
         whole_weights: whether weights have been gathered already (`ftjax.models.nn.chunks`).
         adapters: the adapter of each row, where layers hold several (`ftjax.methods.lora_stack`); 0 is none.
+        ends: where documents share their start, see `Branching`; None elsewhere. Only for models of which
+            `ftjax.models.nn.stack.branches` says so.
     """
 
     positions: Int[Array, "B T"]
@@ -50,6 +72,7 @@ class Context:
     prefix: Prefix | None = None
     whole_weights: bool = False
     adapters: Int[Array, " rows"] | None = None
+    ends: Int[Array, "B T"] | None = None
 
 
 def is_virtual(tokens: Tokens) -> bool:
